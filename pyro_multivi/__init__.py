@@ -1,0 +1,32 @@
+"""MultiVI in Pyro: one latent state per cell from gene counts, peak accessibility or both.
+
+The analyst's door is :class:`MULTIVI`; the modeler's is :class:`MultiVIProgram`.
+"""
+
+from pyro_multivi._version import __version__
+from pyro_multivi.api import MULTIVI
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.examples import cell_lines
+from pyro_multivi.data.organize import organize_multiome_anndatas
+from pyro_multivi.data.readers import read, read_10x_h5, read_10x_mtx
+from pyro_multivi.data.simulate import simulate_multiome
+from pyro_multivi.io import BrokenModelError
+from pyro_multivi.model import NotTrainedError
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training import TrainingDiverged
+
+__all__ = [
+    "MULTIVI",
+    "BrokenModelError",
+    "MultiVIProgram",
+    "NotTrainedError",
+    "ProgramConfig",
+    "TrainingDiverged",
+    "__version__",
+    "cell_lines",
+    "organize_multiome_anndatas",
+    "read",
+    "read_10x_h5",
+    "read_10x_mtx",
+    "simulate_multiome",
+]

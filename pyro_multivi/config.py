@@ -1,0 +1,145 @@
+"""What a program is made of: sizes and modelling choices, nothing learned."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
+    "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
+    "latent_distribution": ("normal", "ln"),
+    "modality_weights": ("equal", "universal", "cell"),
+    "modality_penalty": ("Jeffreys", "MMD", "None"),
+    "use_batch_norm": ("none", "encoder", "decoder", "both"),
+    "use_layer_norm": ("none", "encoder", "decoder", "both"),
+    "library": ("latent", "observed", "size_factor"),
+}
+
+
+@dataclass(frozen=True)
+class ProgramConfig:
+    """Sizes and choices of a :class:`~pyro_multivi.program.MultiVIProgram`.
+
+    Attributes
+    ----------
+    n_genes, n_regions
+        G and M; one of them may be 0 for data of one modality.
+    n_batch, n_labels
+        Number of batches and of labels (for gene-label dispersion).
+    n_covariates
+        Width of the design s: batches, then categorical, then continuous covariates.
+    n_hidden
+        Width of hidden layers. Default: the square root of M (of G without regions), at most 128.
+    n_latent
+        Dimension K of the state. Default: the square root of ``n_hidden``.
+    n_layers_encoder, n_layers_decoder
+        Hidden layers.
+    dropout_rate
+        Of the encoders.
+    gene_likelihood
+        ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
+    dispersion
+        What the inverse dispersion depends on besides the gene.
+    latent_distribution
+        ``"normal"``, or ``"ln"``: the decoders read softmax(z).
+    modality_weights
+        Weights of the average of the experts: equal, learned, or learned for each cell.
+    modality_penalty
+        What draws the experts of a paired cell together. ``None`` is accepted for ``"None"``.
+    region_factors
+        Whether regions have a factor r_j; without, it is 1.
+    encode_covariates, deeply_inject_covariates
+        Give s to the encoders; to every layer rather than the first.
+    use_batch_norm, use_layer_norm
+        In which networks.
+    library
+        ``"latent"``: l has a LogNormal prior and its own guide. ``"observed"``: l is the total
+        count. ``"size_factor"``: l comes with the data, and rho is only non-negative.
+
+    Raises
+    ------
+    ValueError
+        If a choice is not one of those allowed or a size is impossible.
+    """
+
+    n_genes: int
+    n_regions: int
+    n_batch: int = 1
+    n_labels: int = 0
+    n_covariates: int = 1
+    n_hidden: int | None = None
+    n_latent: int | None = None
+    n_layers_encoder: int = 2
+    n_layers_decoder: int = 2
+    dropout_rate: float = 0.1
+    gene_likelihood: str = "zinb"
+    dispersion: str = "gene"
+    latent_distribution: str = "normal"
+    modality_weights: str = "equal"
+    modality_penalty: str | None = "Jeffreys"
+    region_factors: bool = True
+    encode_covariates: bool = False
+    deeply_inject_covariates: bool = False
+    use_batch_norm: str = "none"
+    use_layer_norm: str = "both"
+    library: str = "latent"
+
+    def __post_init__(self) -> None:
+        if self.modality_penalty is None:
+            object.__setattr__(self, "modality_penalty", "None")
+        for name, allowed in CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        if self.gene_likelihood == "negative_binomial":
+            object.__setattr__(self, "gene_likelihood", "nb")
+        if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
+            raise ValueError(
+                f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
+            )
+        if self.n_hidden is None:
+            width = min(128, math.isqrt(self.n_regions or self.n_genes))
+            object.__setattr__(self, "n_hidden", max(width, 1))
+        if self.n_latent is None:
+            object.__setattr__(self, "n_latent", max(math.isqrt(self.hidden), 1))
+        _check_at_least("n_hidden", self.hidden, 1)
+        _check_at_least("n_latent", self.latent, 1)
+        _check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
+        _check_at_least("n_layers_decoder", self.n_layers_decoder, 1)
+        _check_at_least("n_batch", self.n_batch, 1)
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
+        if self.dispersion == "gene-label" and self.n_labels < 1:
+            raise ValueError(
+                "dispersion='gene-label' needs labels: give labels_key to setup_anndata or setup_mudata, "
+                "or choose another dispersion."
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Width of hidden layers, resolved."""
+        assert self.n_hidden is not None
+        return self.n_hidden
+
+    @property
+    def latent(self) -> int:
+        """Dimension of the latent state, resolved."""
+        assert self.n_latent is not None
+        return self.n_latent
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def _check_choice(name: str, found: object, allowed: tuple[str, ...]) -> None:
+    if found not in allowed:
+        near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={found!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def _check_at_least(name: str, found: object, least: int) -> None:
+    if not isinstance(found, int) or isinstance(found, bool) or found < least:
+        raise ValueError(f"{name}={found!r} is not a whole number of at least {least}.")

@@ -1,0 +1,148 @@
+"""Reading counts out of a matrix of any kind, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import check_values, first_names
+from pyro_multivi.data.opened import Counts
+from pyro_multivi.data.sparse import SparseCounts
+
+# A block of a dense matrix stays under 64 MB in float32; one of a sparse matrix is far smaller.
+_BLOCK_ENTRIES = 2**24
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the counts of one modality are like.
+
+    Attributes
+    ----------
+    nnz
+        Number of non-zero counts of each cell, shape (n,); 0 for cells without a row.
+    whole
+        Whether all values are whole numbers.
+    largest
+        The largest value.
+    """
+
+    nnz: NDArray[np.int64]
+    whole: bool
+    largest: float
+
+
+def survey(counts: Counts, n_cells: int) -> Survey:
+    """Look at every count once, holding one block at a time; wrong values raise ValueError."""
+    sizes: list[NDArray[np.int64]] = []
+    whole, largest = True, 0.0
+    for block in _blocks(counts, None):
+        sizes.append(np.diff(block.indptr).astype(np.int64))
+        if block.nnz:
+            whole = whole and bool((block.data == np.floor(block.data)).all())
+            largest = max(largest, float(block.data.max()))
+    nnz = np.concatenate(sizes)
+    if counts.rows is not None:
+        # One more entry, for the cells without a row (-1).
+        nnz = np.append(nnz, 0)[counts.rows]
+    return Survey(nnz, whole, largest)
+
+
+def read(counts: Counts, names: tuple[str, ...]) -> SparseCounts:
+    """The counts of the features ``names``, in that order, for every cell of the data set.
+
+    Columns are int32, values float32. Cells without a row in the matrix get an empty one.
+
+    Raises
+    ------
+    ValueError
+        If features are missing or values are no counts.
+    """
+    take = match_features(counts.features, names, counts.modality, counts.where)
+    sizes, cols, vals = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for block in _blocks(counts, take):
+        sizes.append(np.diff(block.indptr).astype(np.int64))
+        cols.append(block.indices.astype(np.int32))
+        vals.append(block.data.astype(np.float32))
+    crow, col, val = np.cumsum(np.concatenate(sizes)), np.concatenate(cols), np.concatenate(vals)
+    shape = (len(crow) - 1, len(names))
+    if counts.rows is None:
+        return SparseCounts(torch.from_numpy(crow), torch.from_numpy(col), torch.from_numpy(val), shape)
+    # An empty row at the end, for the cells without one (-1).
+    crow = np.append(crow, crow[-1])
+    rows = np.where(counts.rows < 0, shape[0], counts.rows)
+    padded = SparseCounts(
+        torch.from_numpy(crow), torch.from_numpy(col), torch.from_numpy(val), (shape[0] + 1, shape[1])
+    )
+    return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
+
+
+def match_features(
+    found: pd.Index[Any], names: tuple[str, ...], modality: str, where: str
+) -> NDArray[np.intp] | None:
+    """Position of each wanted feature among those found; None if they are the same in the same order.
+
+    Raises
+    ------
+    ValueError
+        If some are missing.
+    """
+    if len(found) == len(names) and bool((found == np.asarray(names, dtype=object)).all()):
+        return None
+    take = found.get_indexer(pd.Index(names, dtype=object))
+    missing = take < 0
+    if missing.any():
+        what = "genes" if modality == "RNA" else "regions"
+        absent = [name for name, gone in zip(names, missing, strict=True) if gone]
+        raise ValueError(
+            f"{where} lacks {len(absent)} of the model's {len(names)} {what}: {first_names(absent)}. It has "
+            f"{len(found)} {what}: {first_names(found)}. All of them are needed, by the same names in any "
+            f"order; or leave out all {what}: then these cells count as not measured for {modality}."
+        )
+    return take
+
+
+def _blocks(counts: Counts, take: NDArray[np.intp] | None) -> Iterator[sp.csr_array[Any, tuple[int, int]]]:
+    """Checked rows, block after block, in canonical form: sorted, no duplicates, no stored zeros."""
+    columns, features = counts.columns, counts.features
+    if take is not None:
+        columns, features = columns[take], features[take]
+    matrix = _by_rows(counts.matrix)
+    n_rows, n_columns = matrix.shape
+    every = np.array_equal(columns, np.arange(n_columns))
+    sparse = sp.issparse(matrix) or hasattr(matrix, "format")
+    step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))
+    for start in range(0, n_rows, step):
+        block = _compressed(matrix[start : start + step])
+        if not every:
+            block = block[:, columns]
+        block.sum_duplicates()
+        block.eliminate_zeros()
+        cells = counts.cells[start : start + step]
+        check_values(block, counts.modality, counts.where, cells, features, counts.hint)
+        yield block
+
+
+def _by_rows(matrix: Any) -> Any:
+    """The matrix in a form whose rows are cheap to cut: sparse ones by rows, others as they are."""
+    # Backed sparse matrices of AnnData say their format as SciPy's do.
+    form = getattr(matrix, "format", "csr")
+    if form == "csr":
+        return matrix
+    in_memory: Any = matrix if sp.issparse(matrix) else matrix[:]
+    return in_memory.tocsr()
+
+
+def _compressed(block: Any) -> sp.csr_array[Any, tuple[int, int]]:
+    """A block as rows of our own: SciPy may hand out the user's own arrays for a slice of all rows."""
+    if not sp.issparse(block):
+        block = np.asarray(block)
+    return sp.csr_array(block, copy=True)

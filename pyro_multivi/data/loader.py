@@ -1,0 +1,104 @@
+"""Minibatches of a data set, the next one cut while the current one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.table import CellTable
+
+
+class Minibatches:
+    """Iterate over some cells of a table, again and again.
+
+    Parameters
+    ----------
+    table
+        The data set.
+    index
+        Cells to visit, (n,), int64; the plate of every minibatch has size n. Default: all.
+    batch_size
+        Cells per minibatch. A last minibatch of one cell joins the one before it, because batch
+        statistics of one cell do not exist.
+    shuffle
+        Visit the cells in a new random order each time.
+    seed
+        Of the order.
+    device
+        Where the minibatches go.
+    for_training
+        Also prepare what the backward pass needs, ahead of the step.
+
+    Examples
+    --------
+    >>> table = CellTable(x=SparseCounts.from_dense(torch.ones(5, 2)), y=None,
+    ...                   has_rna=torch.ones(5, dtype=torch.bool), has_atac=torch.zeros(5, dtype=torch.bool),
+    ...                   design=torch.ones(5, 1), batch_code=torch.zeros(5, dtype=torch.long),
+    ...                   n_genes=2, n_regions=0)
+    >>> [len(cells) for cells in Minibatches(table, batch_size=2)]
+    [2, 3]
+    """
+
+    def __init__(
+        self,
+        table: CellTable,
+        index: Tensor | None = None,
+        *,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        for_training: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not allowed: give at least 1.")
+        self.table = table
+        self.index = torch.arange(len(table)) if index is None else index
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.device = torch.device(device)
+        self.for_training = for_training
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells visited in one pass."""
+        return len(self.index)
+
+    def __len__(self) -> int:
+        return len(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        full, rest = divmod(len(self.index), self.batch_size)
+        sizes = [self.batch_size] * full
+        if rest == 1 and sizes and self.batch_size > 1:
+            sizes[-1] += 1
+        elif rest:
+            sizes.append(rest)
+        return sizes
+
+    def __iter__(self) -> Iterator[Cells]:
+        order = self.index
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator)]
+        parts = order.split(self._sizes()) if len(order) else ()
+        with ThreadPoolExecutor(1, thread_name_prefix="minibatch") as pool:
+            ahead = [pool.submit(self._cut, part) for part in parts[:1]]
+            for place in range(len(parts)):
+                cells = ahead.pop().result()
+                if place + 1 < len(parts):
+                    ahead.append(pool.submit(self._cut, parts[place + 1]))
+                yield cells
+
+    def _cut(self, index: Tensor) -> Cells:
+        cells = self.table.batch(index, n_total=self.n_cells)
+        if self.for_training:
+            for counts in (cells.x, cells.y):
+                if isinstance(counts, SparseCounts):
+                    counts.by_feature()
+        return cells if self.device.type == "cpu" else cells.to(self.device, non_blocking=True)

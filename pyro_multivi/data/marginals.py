@@ -1,0 +1,143 @@
+"""What the data say before any model: shares, rates and depths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.sparse import SparseCounts
+
+#: Smallest variance of a batch's log library size: a standard deviation of 0.1, narrower than any
+#: real library, so that a batch of one cell (variance 0) still gives a proper LogNormal prior.
+LIBRARY_LOG_VAR_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """Statistics over the measured cells of a data set; parameters and priors start from them.
+
+    Attributes
+    ----------
+    gene_share
+        Share of each gene among all RNA counts, shape (G,); half a count is added to every gene.
+        Sums to 1; uniform without RNA cells.
+    detection_rate
+        Share of ATAC cells in which a region is open, shape (M,), smoothed:
+        (cells + 0.5) / (ATAC cells + 1). 0.5 without ATAC cells.
+    library_log_mean, library_log_var
+        Mean and (population) variance of log(max(total RNA counts, 1)) per batch, shape (K,),
+        natural log. A batch without RNA cells takes the values over all RNA cells; without
+        any RNA cell they are 0 and 1. The variance is at least ``LIBRARY_LOG_VAR_FLOOR``.
+    rna_log_depth_mean
+        Mean over RNA cells of log(1 + total counts); 0 without RNA cells.
+    atac_log_depth_mean
+        Mean over ATAC cells of log(1 + number of open regions); 0 without ATAC cells.
+
+    Examples
+    --------
+    >>> one = torch.ones(2, dtype=torch.bool)
+    >>> cells = Cells(index=torch.arange(2), n_total=2, x=torch.tensor([[3.0, 0.0], [2.0, 2.0]]),
+    ...               y=torch.tensor([[1.0], [0.0]]), has_rna=one, has_atac=one, design=torch.ones(2, 1))
+    >>> marginals = Marginals.of([cells], n_batch=1)
+    >>> marginals.gene_share, marginals.detection_rate
+    (tensor([0.6875, 0.3125]), tensor([0.5000]))
+    """
+
+    gene_share: Tensor
+    detection_rate: Tensor
+    library_log_mean: Tensor
+    library_log_var: Tensor
+    rna_log_depth_mean: float
+    atac_log_depth_mean: float
+
+    @classmethod
+    def of(cls, blocks: Iterable[Cells], n_batch: int) -> Marginals:
+        """Accumulate the statistics over blocks of cells, each seen once.
+
+        Parameters
+        ----------
+        blocks
+            Minibatches that together are the data set; only sums over a block are kept.
+        n_batch
+            Number of batches K: the first K columns of ``design`` are the one-hot batch.
+
+        Raises
+        ------
+        ValueError
+            If there is no block.
+        """
+        rna, atac = _Tally(), _Tally()
+        for cells in blocks:
+            batch_nk = cells.design[:, :n_batch].detach().cpu().double()
+            rna.add(cells.x, cells.has_rna, batch_nk, binary=False)
+            atac.add(cells.y, cells.has_atac, batch_nk, binary=True)
+        if rna.feature_sum is None or atac.feature_sum is None:
+            raise ValueError("blocks: no cells were given, at least one is needed for the data's marginals.")
+        share_g = rna.feature_sum + 0.5
+        rate_m = (atac.feature_sum + 0.5) / (len(atac.depth) + 1)
+        mean_k, var_k = _library_prior(rna.depth, rna.batch)
+        return cls(
+            gene_share=(share_g / share_g.sum()).float(),
+            detection_rate=rate_m.float(),
+            library_log_mean=mean_k.float(),
+            library_log_var=var_k.float(),
+            rna_log_depth_mean=_mean_log1p(rna.depth),
+            atac_log_depth_mean=_mean_log1p(atac.depth),
+        )
+
+
+class _Tally:
+    """Sums per feature, and depth and batch of each measured cell, for one modality."""
+
+    def __init__(self) -> None:
+        self.feature_sum: Tensor | None = None
+        self._depths: list[Tensor] = []
+        self._batches: list[Tensor] = []
+
+    def add(self, counts: Tensor, measured: Tensor, batch_nk: Tensor, binary: bool) -> None:
+        rows = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
+        # On the CPU in double precision: a sum over 10^6 cells outgrows float32.
+        col, val = rows.col.cpu(), rows.val.detach().cpu().double()
+        if binary:
+            val = torch.ones_like(val)
+        row_index = rows.rows().cpu()
+        measured = measured.cpu()
+        kept = measured[row_index]
+        feature_sum = torch.bincount(col[kept], weights=val[kept], minlength=rows.shape[1])
+        self.feature_sum = feature_sum if self.feature_sum is None else self.feature_sum + feature_sum
+        depth = torch.bincount(row_index, weights=val, minlength=rows.shape[0])
+        self._depths.append(depth[measured])
+        self._batches.append(batch_nk[measured])
+
+    @property
+    def depth(self) -> Tensor:
+        """Total per measured cell, shape (measured cells,)."""
+        return torch.cat(self._depths)
+
+    @property
+    def batch(self) -> Tensor:
+        """One-hot batch per measured cell, shape (measured cells, K)."""
+        return torch.cat(self._batches)
+
+
+def _library_prior(depth_n: Tensor, batch_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and floored variance of the log library per batch, shapes (K,) and (K,)."""
+    n_batch = batch_nk.shape[1]
+    if len(depth_n) == 0:
+        return torch.zeros(n_batch, dtype=torch.double), torch.ones(n_batch, dtype=torch.double)
+    log_n = depth_n.clamp(min=1.0).log()
+    size_k = batch_nk.sum(0)
+    empty_k = size_k == 0
+    size_k = size_k.masked_fill(empty_k, 1.0)
+    mean_k = torch.where(empty_k, log_n.mean(), batch_nk.T @ log_n / size_k)
+    squared_nk = batch_nk * (log_n[:, None] - mean_k).square()
+    var_k = torch.where(empty_k, log_n.var(correction=0), squared_nk.sum(0) / size_k)
+    return mean_k, var_k.clamp(min=LIBRARY_LOG_VAR_FLOOR)
+
+
+def _mean_log1p(depth_n: Tensor) -> float:
+    return float(depth_n.log1p().mean()) if len(depth_n) else 0.0

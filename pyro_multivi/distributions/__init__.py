@@ -1,0 +1,19 @@
+"""Likelihoods over a cell's whole feature vector, evaluated block by block."""
+
+from pyro_multivi.distributions.accessibility import ScaledBernoulli
+from pyro_multivi.distributions.buffers import BufferPool
+from pyro_multivi.distributions.counts import (
+    NegativeBinomialCounts,
+    PoissonCounts,
+    ZeroInflatedNegativeBinomialCounts,
+)
+from pyro_multivi.distributions.readout import Readout
+
+__all__ = [
+    "BufferPool",
+    "NegativeBinomialCounts",
+    "PoissonCounts",
+    "Readout",
+    "ScaledBernoulli",
+    "ZeroInflatedNegativeBinomialCounts",
+]

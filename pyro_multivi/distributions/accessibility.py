@@ -1,0 +1,99 @@
+"""Accessibility of a cell's regions: open with probability p * d * r."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.base import CellDistribution, Rows, dense_rows, sparse_rows, unit_vector
+from pyro_multivi.distributions.blockwise_accessibility import accessibility_log_prob
+from pyro_multivi.distributions.readout import Readout
+
+
+class ScaledBernoulli(CellDistribution):
+    """Region j of a cell is open with probability ``p_j * cell_factor * region_factor_j``.
+
+    Values are 0/1 or peak counts: any positive entry means open.
+
+    Parameters
+    ----------
+    p
+        Probability before the factors, shape (..., M): a :class:`Readout` with link "sigmoid",
+        or dense in [0, 1].
+    cell_factor
+        Factor of each cell (its sequencing depth), shape (...), in (0, 1].
+    region_factor
+        Factor of each region, shape (M,), in (0, 1]; None means 1.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not broadcast, a readout has another link, or (with validation on) a value
+        is out of bounds.
+
+    Examples
+    --------
+    >>> d = ScaledBernoulli(torch.tensor([[0.5, 1.0]]), torch.tensor([0.5]), torch.tensor([1.0, 0.5]))
+    >>> d.mean
+    tensor([[0.2500, 0.2500]])
+    >>> d.log_prob(torch.tensor([[0.0, 3.0]])).exp()
+    tensor([0.1875])
+    """
+
+    p: Tensor
+    cell_factor: Tensor
+    region_factor: Tensor | None
+
+    feature_parameters = ("p", "region_factor")
+    cell_parameters = ("cell_factor",)
+    links = {"p": ("sigmoid",)}
+    support = constraints.independent(constraints.boolean, 1)
+    arg_constraints = {"p": unit_vector, "cell_factor": constraints.unit_interval}
+
+    def __init__(
+        self,
+        p: Tensor,
+        cell_factor: Tensor,
+        region_factor: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__({"p": p, "cell_factor": cell_factor, "region_factor": region_factor}, validate_args)
+        if self._validate_args and region_factor is not None and not unit_vector.check(region_factor).all():
+            raise ValueError("region_factor of ScaledBernoulli must lie in (0, 1]")
+
+    @property
+    def mean(self) -> Tensor:
+        """Probability of being open, shape batch + (M,)."""
+        probability = self.cell_factor.unsqueeze(-1) * dense_rows(self.p)
+        return self._full(probability if self.region_factor is None else probability * self.region_factor)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of open (1) against closed (0), shape batch + (M,)."""
+        mean = self.mean
+        return mean * (1 - mean)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw open (1) and closed (0) regions, shape sample_shape + batch + (M,)."""
+        with torch.no_grad():
+            return torch.bernoulli(self.mean.expand(torch.Size(sample_shape) + self.batch_shape + self.event_shape))
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if not (value >= 0).all():
+            raise ValueError("value of ScaledBernoulli must be nonnegative (0 closed, anything above open)")
+
+    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+        p, cell_factor, region_factor = (parameters[name] for name in ("p", "cell_factor", "region_factor"))
+        if isinstance(p, Readout) and (region_factor is None or region_factor.dim() == 1):
+            return accessibility_log_prob(p, cell_factor, region_factor, sparse_rows(value))
+        q = cell_factor.unsqueeze(-1) * dense_rows(p)
+        if region_factor is not None:
+            q = q * region_factor
+        is_open = dense_rows(value) > 0
+        # A probability of exactly 0 or 1 that the data contradict has a finite, very small likelihood.
+        tiny = torch.finfo(q.dtype).tiny
+        return torch.where(is_open, q.clamp_min(tiny), (1 - q).clamp_min(tiny)).log().sum(-1)

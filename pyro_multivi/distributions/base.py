@@ -1,0 +1,193 @@
+"""What the likelihoods of this package share: shapes, masks and the way to rows of cells."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
+from pyro.ops.provenance import extract_provenance, track_provenance
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.readout import Link, Readout
+
+Rows = dict[str, Any]  # a parameter's name -> its value for the evaluated cells
+
+
+class _Vector(constraints.Constraint):
+    """A bound on every feature of a cell. A readout with the right link satisfies it by form."""
+
+    event_dim = 1
+
+    def __init__(self, bound: constraints.Constraint) -> None:
+        self.bound = bound
+
+    def check(self, value: Tensor) -> Tensor:
+        if isinstance(value, Readout):
+            return torch.ones((), dtype=torch.bool, device=value.device)
+        return self.bound.check(value).all(-1)
+
+    def __repr__(self) -> str:
+        return f"every feature {self.bound!r}"
+
+
+class CellDistribution(TorchDistribution):
+    """A distribution over the whole feature vector of a cell (``event_dim=1``).
+
+    It remembers its mask instead of being wrapped, so that cells that were not measured are
+    never evaluated: they contribute exactly zero, to the value and to every gradient, whatever
+    their parameters hold. Sampling, ``mean`` and ``variance`` take no notice of the mask.
+    """
+
+    # Parameters with a trailing feature axis, and those with one number per cell.
+    feature_parameters: ClassVar[tuple[str, ...]]
+    cell_parameters: ClassVar[tuple[str, ...]]
+    # Links that a readout may carry, by parameter.
+    links: ClassVar[dict[str, tuple[Link, ...]]]
+
+    _mask: Tensor | bool
+
+    def __init__(self, parameters: dict[str, Tensor | None], validate_args: bool | None = None) -> None:
+        batch_shapes: list[torch.Size] = []
+        n_features = 1
+        for name, value in parameters.items():
+            setattr(self, name, value)
+            if value is None:
+                continue
+            if isinstance(value, Readout) and value.link not in self.links.get(name, ()):
+                raise ValueError(
+                    f"{name} of {type(self).__name__} must have link "
+                    f"{' or '.join(map(repr, self.links.get(name, ())))}, got a readout with {value.link!r}"
+                )
+            if name in self.cell_parameters:
+                batch_shapes.append(value.shape)
+                continue
+            batch_shapes.append(value.shape[:-1])
+            if n_features not in (1, value.shape[-1]) and value.shape[-1] != 1:
+                raise ValueError(
+                    f"{name} of {type(self).__name__} has {value.shape[-1]} features where others have {n_features}"
+                )
+            n_features = max(n_features, value.shape[-1])
+        self._mask = True
+        batch_shape = torch.Size(broadcast_shape(*batch_shapes))
+        super().__init__(batch_shape, torch.Size([n_features]), validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CellDistribution:  # type: ignore[override]
+        """The same distribution with a larger batch shape; itself if that changes nothing."""
+        shape = torch.Size(batch_shape)
+        if shape == self.batch_shape:
+            return self  # every plate asks: no new object, and a plain type in the trace
+        torch.broadcast_shapes(shape, self.batch_shape)
+        new = copy.copy(self)  # parameters broadcast where they are used
+        new._batch_shape = shape
+        if isinstance(self._mask, Tensor):
+            new._mask = self._mask.expand(shape)
+        return new
+
+    def mask(self, mask: Tensor | bool) -> CellDistribution:
+        """Count only cells where ``mask`` (broadcastable to the batch shape) is true."""
+        if isinstance(mask, bool):
+            new = copy.copy(self)
+            new._mask = self._mask if mask else False
+            return new
+        new = copy.copy(self.expand(broadcast_shape(mask.shape, self.batch_shape)))
+        chosen = mask.bool().expand(new.batch_shape)
+        if isinstance(self._mask, Tensor):
+            new._mask = new._mask & chosen
+        elif self._mask:
+            new._mask = chosen
+        return new
+
+    def _full(self, value: Tensor) -> Tensor:
+        """Broadcast to batch shape + event shape."""
+        return value.expand(self.batch_shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each cell, shape = broadcast of the batch shapes.
+
+        Parameters
+        ----------
+        value
+            :class:`~pyro_multivi.data.sparse.SparseCounts` of shape (B, F), or a dense tensor
+            of shape (..., F).
+        """
+        names = [*self.feature_parameters, *self.cell_parameters]
+        (value, *given), provenance = extract_provenance([value, *(getattr(self, name) for name in names)])
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(
+                f"value must have {self.event_shape[0]} features in its last dimension, got shape {tuple(value.shape)}"
+            )
+        if self._validate_args and not isinstance(value, SparseCounts):
+            self._validate_sample(value)
+        shape = torch.Size(broadcast_shape(self.batch_shape, value.shape[:-1]))
+        reference: Tensor = given[0]
+        if self._mask is False:
+            zero = torch.zeros((), dtype=reference.dtype, device=reference.device)
+            return track_provenance(zero.expand(shape), provenance)
+        # Positions of the evaluated cells among all, or None for all. Knowing how many there are
+        # makes an accelerator wait; evaluating cells that do not count would cost it more.
+        index: Tensor | None = None
+        if isinstance(self._mask, Tensor):
+            index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
+            index = None if len(index) == shape.numel() else index
+        parameters = {
+            name: None if given_ is None else self._rows(given_, name, shape, index)
+            for name, given_ in zip(names, given)
+        }
+        result = self._log_prob_rows(_value_rows(value, shape, index), parameters)
+        if index is not None:
+            result = result.new_zeros(shape.numel()).index_copy(0, index, result)
+        return track_provenance(result.reshape(shape), provenance)
+
+    def _rows(self, value: Tensor, name: str, shape: torch.Size, index: Tensor | None) -> Tensor:
+        """One row per evaluated cell, shape (n,) or (n, F); (F,) where all cells share it."""
+        if name in self.cell_parameters:
+            flat = value.expand(shape).reshape(-1)
+            return flat if index is None else flat.index_select(0, index)
+        if isinstance(value, Readout):
+            hidden = value.hidden.expand(*shape, -1).reshape(shape.numel(), -1)
+            hidden = hidden if index is None else hidden.index_select(0, index)
+            return value._with(hidden, value.weight, value.bias)
+        value = value.expand(*value.shape[:-1], *self.event_shape)
+        if value.shape[:-1].numel() == 1:
+            return value.reshape(self.event_shape)
+        flat = value.expand(shape + self.event_shape).reshape(shape.numel(), -1)
+        return flat if index is None else flat.index_select(0, index)
+
+    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+        """Log-probability of n cells, shape (n,), from :meth:`_rows` and as many rows of the value."""
+        raise NotImplementedError
+
+
+def _value_rows(value: Tensor, shape: torch.Size, index: Tensor | None) -> SparseCounts | Tensor:
+    """The value of each evaluated cell, in the order of :meth:`CellDistribution._rows`."""
+    lead = value.shape[:-1]
+    flat = value if isinstance(value, SparseCounts) else value.reshape(lead.numel(), -1)
+    if lead == shape and index is None:
+        return flat
+    source = torch.arange(lead.numel(), device=value.device).reshape(lead).expand(shape).reshape(-1)
+    source = source if index is None else source[index]
+    return flat.select_rows(source) if isinstance(flat, SparseCounts) else flat.index_select(0, source)
+
+
+def dense_rows(value: Tensor) -> Tensor:
+    """The ordinary tensor behind a readout or sparse counts."""
+    if isinstance(value, Readout):
+        return value.dense()
+    return value.to_dense() if isinstance(value, SparseCounts) else value
+
+
+def sparse_rows(value: SparseCounts | Tensor) -> SparseCounts:
+    """Compressed rows of dense or already compressed counts."""
+    return value if isinstance(value, SparseCounts) else SparseCounts.from_dense(value)
+
+
+nonnegative_vector = _Vector(constraints.nonnegative)
+positive_vector = _Vector(constraints.positive)
+unit_vector = _Vector(constraints.unit_interval)
+real_vector = _Vector(constraints.real)

@@ -1,0 +1,252 @@
+"""Count distributions over a cell's whole gene vector, by mean."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.base import (
+    CellDistribution,
+    Rows,
+    dense_rows,
+    nonnegative_vector,
+    positive_vector,
+    real_vector,
+    sparse_rows,
+)
+from pyro_multivi.distributions.blockwise_counts import counts_log_prob
+from pyro_multivi.distributions.gamma_ratio import log_rising
+from pyro_multivi.distributions.readout import Link, Readout
+
+
+def _poisson(x: Tensor, mu: Tensor) -> Tensor:
+    """Log-probability of counts x under mean mu; 0 at x = mu = 0, elementwise."""
+    # The clamp only meets x > 0 = mu, and keeps the slope x / mu at x = 0 from being 0 / 0.
+    return torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny)) - mu - torch.lgamma(x + 1)
+
+
+def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    """Log-probability of counts x under mean mu and inverse dispersion theta, elementwise."""
+    rising, is_large = log_rising(x, theta)
+    log_ratio = torch.log1p(mu / theta)
+    at_mean = torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny))
+    # x log(theta) is large and cancels: it is inside `rising` for one form, left out of both in the other.
+    as_poisson = at_mean - (x + theta) * log_ratio
+    as_odds = at_mean - torch.xlogy(x, mu + theta) - theta * log_ratio
+    return rising + torch.where(is_large, as_poisson, as_odds) - torch.lgamma(x + 1)
+
+
+class _Counts(CellDistribution):
+    """What the three families share."""
+
+    rho: Tensor
+    library: Tensor
+
+    cell_parameters = ("library",)
+    links: ClassVar[dict[str, tuple[Link, ...]]] = {
+        "rho": ("softmax", "softplus"),
+        "gate_logits": ("identity",),
+    }
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+
+    def _mu(self) -> Tensor:
+        """Mean of the count component, batch shape + (G,)."""
+        return self._full(self.library.unsqueeze(-1) * dense_rows(self.rho))
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts, shape batch + (G,)."""
+        return self._mu()
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        """One count for every element of ``shape``."""
+        raise NotImplementedError
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draw counts, shape sample_shape + batch + (G,)."""
+        with torch.no_grad():
+            return self._draw(torch.Size(sample_shape) + self.batch_shape + self.event_shape)
+
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+        """Log-probability of every count, shape (n, G)."""
+        raise NotImplementedError
+
+    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+        rho, gate = parameters["rho"], parameters.get("gate_logits")
+        if isinstance(rho, Readout) and (gate is None or isinstance(gate, Readout)):
+            return counts_log_prob(rho, parameters["library"], sparse_rows(value), parameters.get("theta"), gate)
+        dense = {name: dense_rows(given) for name, given in parameters.items()}
+        mu = dense["library"].unsqueeze(-1) * dense["rho"]
+        return self._dense_log_prob(dense_rows(value), mu, dense).sum(-1)
+
+
+class PoissonCounts(_Counts):
+    """Poisson counts with mean ``library * rho``.
+
+    Parameters
+    ----------
+    rho
+        Share of each gene, shape (..., G): a :class:`Readout` with link "softmax" or
+        "softplus", or dense and nonnegative.
+    library
+        Size factor of each cell, shape (...).
+
+    Raises
+    ------
+    ValueError
+        If shapes do not broadcast, a readout has another link, or (with validation on) a value
+        is out of bounds.
+
+    Examples
+    --------
+    >>> d = PoissonCounts(torch.tensor([[0.25, 0.75]]), torch.tensor([8.0]))
+    >>> d.mean
+    tensor([[2., 6.]])
+    >>> d.log_prob(torch.tensor([[0.0, 0.0]]))
+    tensor([-8.])
+    """
+
+    feature_parameters = ("rho",)
+    arg_constraints = {"rho": nonnegative_vector, "library": constraints.nonnegative}
+
+    def __init__(self, rho: Tensor, library: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__({"rho": rho, "library": library}, validate_args)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts, shape batch + (G,)."""
+        return self._mu()
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        return torch.poisson(self._mu().expand(shape))
+
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+        return _poisson(x, mu)
+
+
+class NegativeBinomialCounts(_Counts):
+    """Negative binomial counts with mean mu = ``library * rho`` and variance mu + mu^2 / theta.
+
+    Parameters
+    ----------
+    rho
+        Share of each gene, shape (..., G): a :class:`Readout` with link "softmax" or
+        "softplus", or dense and nonnegative.
+    library
+        Size factor of each cell, shape (...).
+    theta
+        Inverse dispersion, shape (G,) or (..., G), positive. Large means close to Poisson.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not broadcast, a readout has another link, or (with validation on) a value
+        is out of bounds.
+
+    Examples
+    --------
+    >>> d = NegativeBinomialCounts(torch.tensor([[0.5, 0.5]]), torch.tensor([8.0]), torch.tensor([2.0, 4.0]))
+    >>> d.variance
+    tensor([[12.,  8.]])
+    """
+
+    theta: Tensor
+
+    feature_parameters = ("rho", "theta")
+    arg_constraints = {
+        "rho": nonnegative_vector,
+        "library": constraints.nonnegative,
+        "theta": positive_vector,
+    }
+
+    def __init__(self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__({"rho": rho, "library": library, "theta": theta}, validate_args)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts, shape batch + (G,)."""
+        mu = self._mu()
+        return mu + mu.square() / self.theta
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        theta = self.theta.expand(shape)
+        gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
+        return torch.poisson(gamma / theta * self._mu())
+
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+        return _negative_binomial(x, mu, parameters["theta"])
+
+
+class ZeroInflatedNegativeBinomialCounts(_Counts):
+    """Negative binomial counts of mean mu = ``library * rho``, replaced by 0 with probability pi.
+
+    Parameters
+    ----------
+    rho
+        Share of each gene, shape (..., G): a :class:`Readout` with link "softmax" or
+        "softplus", or dense and nonnegative.
+    library
+        Size factor of each cell, shape (...).
+    theta
+        Inverse dispersion, shape (G,) or (..., G), positive.
+    gate_logits
+        Logit of the dropout probability pi, shape (..., G): a :class:`Readout` with link
+        "identity", or dense.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not broadcast, a readout has another link, or (with validation on) a value
+        is out of bounds.
+
+    Examples
+    --------
+    >>> d = ZeroInflatedNegativeBinomialCounts(
+    ...     torch.tensor([[0.5, 0.5]]), torch.tensor([8.0]), torch.tensor([2.0, 4.0]), torch.zeros(2))
+    >>> d.mean
+    tensor([[2., 2.]])
+    """
+
+    theta: Tensor
+    gate_logits: Tensor
+
+    feature_parameters = ("rho", "theta", "gate_logits")
+    arg_constraints = {
+        "rho": nonnegative_vector,
+        "library": constraints.nonnegative,
+        "theta": positive_vector,
+        "gate_logits": real_vector,
+    }
+
+    def __init__(
+        self, rho: Tensor, library: Tensor, theta: Tensor, gate_logits: Tensor, validate_args: bool | None = None
+    ) -> None:
+        parameters = {"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}
+        super().__init__(parameters, validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts (1 - pi) mu, shape batch + (G,)."""
+        return torch.sigmoid(-dense_rows(self.gate_logits)) * self._mu()
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts, shape batch + (G,)."""
+        gate, mu = dense_rows(self.gate_logits), self._mu()
+        return torch.sigmoid(-gate) * mu * (1 + mu * (self.theta.reciprocal() + gate.sigmoid()))
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        theta = self.theta.expand(shape)
+        gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
+        kept = torch.bernoulli(torch.sigmoid(-dense_rows(self.gate_logits)).expand(shape))
+        return kept * torch.poisson(gamma / theta * self._mu())
+
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+        gate = parameters["gate_logits"]
+        counted = _negative_binomial(x, mu, parameters["theta"])
+        return torch.where(x == 0, torch.logaddexp(gate, counted), counted) - softplus(gate, threshold=40.0)

@@ -1,0 +1,146 @@
+"""Save and load: one folder, tensors and JSON, nothing that can run code.
+
+``weights.pt`` holds the program's tensors and is read with ``weights_only=True``; ``model.json``
+holds everything else, the format's version and the checksum of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_multivi._version import __version__
+
+FORMAT = 1
+WEIGHTS = "weights.pt"
+DESCRIPTION = "model.json"
+
+
+class BrokenModelError(ValueError):
+    """A saved model that cannot be read."""
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    description: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    extra_files: dict[str, Any] | None = None,
+) -> None:
+    """Write a model folder as a whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Where; its parent must exist.
+    state
+        Tensors of the program.
+    description
+        JSON-serialisable.
+    overwrite
+        Replace a model that is there. Any other folder is left alone.
+    extra_files
+        Further files by name, each a function that writes to the path it is given.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``folder`` that may not be replaced.
+    FileNotFoundError
+        If the parent folder does not exist.
+    """
+    target = Path(folder)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"dir_path={str(folder)!r}: the folder {str(target.parent)!r} does not exist.")
+    if target.exists():
+        if not overwrite:
+            raise FileExistsError(f"dir_path={str(folder)!r} exists: choose another path or give overwrite=True.")
+        if not (target / DESCRIPTION).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+            raise FileExistsError(
+                f"dir_path={str(folder)!r} holds something other than a saved model and is not replaced: "
+                "choose another path."
+            )
+    # Written beside the target and renamed: a crash leaves the old model or none, never half of one.
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        torch.save(tensors, beside / WEIGHTS)
+        for name, write in (extra_files or {}).items():
+            write(beside / name)
+        text = {
+            "format": FORMAT,
+            "version": __version__,
+            "weights_sha256": _checksum(beside / WEIGHTS),
+            **description,
+        }
+        (beside / DESCRIPTION).write_text(json.dumps(text), encoding="utf-8")
+        beside.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old / target.name)
+            os.replace(beside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify a model folder.
+
+    Returns
+    -------
+    state, description
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model at ``folder``.
+    BrokenModelError
+        If a file is missing, damaged or of a newer format.
+    """
+    source = Path(folder)
+    if not (source / DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"dir_path={str(folder)!r} is not a saved model: {DESCRIPTION} is missing. "
+            "Give the folder that MULTIVI.save wrote."
+        )
+    try:
+        description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+        version, expected = description["format"], description["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {DESCRIPTION} is damaged ({error}). Save the model again."
+        ) from error
+    if version > FORMAT:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r} was saved in format {version} by version {description.get('version')}; "
+            f"this version reads up to format {FORMAT}. Upgrade pyro-multivi."
+        )
+    if not (source / WEIGHTS).is_file():
+        raise BrokenModelError(f"dir_path={str(folder)!r}: {WEIGHTS} is missing. Save the model again.")
+    if _checksum(source / WEIGHTS) != expected:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {WEIGHTS} is damaged or truncated (its checksum does not match). "
+            "Copy it again or save the model again."
+        )
+    state: dict[str, Tensor] = torch.load(source / WEIGHTS, map_location="cpu", weights_only=True)
+    return state, description
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

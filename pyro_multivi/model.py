@@ -1,0 +1,297 @@
+"""What every model has: data, training, files. The results are in api.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from anndata import AnnData
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_multivi import io
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.readers import read
+from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.spec import DataSpec
+from pyro_multivi.data.split import Split
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training import EarlyStopping, FitOptions, History, fit
+from pyro_multivi.training.fit import Callback
+
+Model = TypeVar("Model", bound="TrainableModel")
+
+
+class NotTrainedError(RuntimeError):
+    """Results were asked of a model that was never trained."""
+
+
+class TrainableModel:
+    """A program together with the data it was set up on, trained, saved and loaded."""
+
+    spec: DataSpec
+    program: MultiVIProgram
+    adata: Any
+    is_trained: bool
+
+    def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Any, table: CellTable | None) -> None:
+        self.spec = spec
+        self.program = program
+        self.adata = adata
+        self._table = table
+        self._history = History()
+        self._optimizer_state: dict[str, Any] | None = None
+        self._split: Split | None = None
+        self.is_trained = False
+
+    # ------------------------------------------------------------------ training
+
+    def train(
+        self,
+        max_epochs: int = 500,
+        lr: float = 3e-3,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 128,
+        weight_decay: float = 1e-3,
+        eps: float = 1e-8,
+        early_stopping: bool = True,
+        check_val_every_n_epoch: int = 1,
+        n_steps_kl_warmup: int | None = None,
+        n_epochs_kl_warmup: int | None = 15,
+        early_stopping_monitor: str = "elbo_validation",
+        early_stopping_patience: int = 30,
+        early_stopping_min_delta: float = 0.0,
+        gradient_clip: float | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        progress_bar: bool = True,
+        elbo: ELBO | None = None,
+    ) -> None:
+        """Fit the model; call again to go on.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells at most.
+        lr, weight_decay, eps
+            Of AdamW.
+        accelerator, devices
+            ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; which GPU.
+        train_size, validation_size
+            Shares of the cells; default 0.9 and the rest.
+        shuffle_set_split
+            Choose validation cells at random rather than the last ones.
+        batch_size
+            Cells per step.
+        early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
+            Stop when a column of :attr:`history` no longer falls. Without validation cells there is
+            nothing to monitor and all epochs are run.
+        check_val_every_n_epoch
+            How often the validation cells are scored.
+        n_epochs_kl_warmup, n_steps_kl_warmup
+            Length of the linear KL warm-up; steps take precedence.
+        gradient_clip
+            Largest gradient norm; None does not clip.
+        seed
+            Of the split, the order of cells and the noise: same seed, same curve.
+        callbacks
+            Functions ``(epoch, row, program)``, called after each epoch; True stops training.
+        progress_bar
+            Show a bar.
+        elbo
+            A Pyro ELBO in place of ``TraceMeanField_ELBO``.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range.
+        TrainingDiverged
+            If the loss becomes NaN; the model goes back to its best weights.
+        """
+        table = self._training_table()
+        device = resolve_device(accelerator, devices)
+        for name, value in (("max_epochs", max_epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not allowed: give at least 1.")
+        split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
+        if self._split is None or (train_size, validation_size) != (None, None):
+            # Going on keeps the cells held out so far, unless other sizes are asked for.
+            self._split = split
+        batches = partial(Minibatches, table, batch_size=batch_size, device=device)
+        validation = batches(self._split.validation) if len(self._split.validation) else None
+        stopping = EarlyStopping(
+            early_stopping_monitor,
+            early_stopping_patience if early_stopping else max_epochs + 1,
+            early_stopping_min_delta,
+        )
+        options = FitOptions(
+            max_epochs=max_epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            early_stopping=stopping,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            gradient_clip=gradient_clip,
+            seed=seed,
+            callbacks=tuple(callbacks),
+            progress_bar=progress_bar,
+            elbo=elbo,
+        )
+        order_seed = seed + self._history.n_epochs
+        train = batches(self._split.train, shuffle=True, seed=order_seed, for_training=True)
+        try:
+            self._history, self._optimizer_state = fit(
+                self.program, train, validation, options, self._history, self._optimizer_state
+            )
+            self.is_trained = True
+        finally:
+            self.is_trained = self.is_trained or self._history.n_epochs > 0
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better."""
+        epochs = pd.RangeIndex(self._history.n_epochs, name="epoch")
+        return {name: pd.DataFrame({name: self._history[name]}, index=epochs) for name in self._history.names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program is."""
+        return next(self.program.parameters()).device
+
+    def to_device(self, device: str | torch.device) -> None:
+        """Move the program."""
+        self.program.to(device)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
+        """Write the model to a folder, as a whole or not at all.
+
+        Parameters
+        ----------
+        dir_path
+            The folder; its parent must exist.
+        overwrite
+            Replace a model that is there.
+        save_anndata
+            Also write the data, so that :meth:`load` needs nothing else.
+        """
+        program_class = type(self.program)
+        description = {
+            "config": self.program.config.to_dict(),
+            "program_class": f"{program_class.__module__}:{program_class.__qualname__}",
+            "spec": self.spec.to_dict(),
+            "history": self._history.rows,
+            "split": None if self._split is None else self._split.to_dict(),
+            "is_trained": self.is_trained,
+        }
+        extra: dict[str, Any] = {}
+        if save_anndata:
+            if self.adata is None:
+                raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
+            name, write = ("adata.h5ad", "write_h5ad") if isinstance(self.adata, AnnData) else ("mdata.h5mu", "write")
+            extra[name] = getattr(self.adata, write)
+        io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
+
+    @classmethod
+    def load(
+        cls: type[Model],
+        dir_path: str | os.PathLike[str],
+        adata: Any = None,
+        device: str | torch.device = "cpu",
+        program_class: type[MultiVIProgram] = MultiVIProgram,
+    ) -> Model:
+        """Read a saved model. Nothing in the folder is executed.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Data to use by default, with the features of training; without it (and without saved
+            data) give ``adata`` to each method.
+        device
+            Where to put the program.
+        program_class
+            The class of a model of your own: it is imported by you, never by the file.
+        """
+        state, description = io.read_model(dir_path)
+        wanted = description["program_class"]
+        given = f"{program_class.__module__}:{program_class.__qualname__}"
+        if wanted != given:
+            raise ValueError(
+                f"dir_path={str(dir_path)!r} holds a program of class {wanted}, not {given}: "
+                "import that class and give it as program_class."
+            )
+        spec = DataSpec.from_dict(description["spec"])
+        program = program_class(ProgramConfig(**description["config"]))
+        try:
+            program.load_state_dict(state)
+        except RuntimeError as error:
+            raise io.BrokenModelError(f"dir_path={str(dir_path)!r}: the weights do not fit the model: {error}") from error
+        program.to(device).eval()
+        if adata is None:
+            adata = _saved_data(Path(dir_path))
+        model = cls.__new__(cls)
+        model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
+        model._history = History(description["history"])
+        model._split = None if description["split"] is None else Split.from_dict(description["split"])
+        model.is_trained = description["is_trained"]
+        return model
+
+    # ------------------------------------------------------------------ what the methods share
+
+    def _check_trained(self) -> None:
+        if not self.is_trained:
+            raise NotTrainedError("This model is not trained: call model.train() first.")
+
+    def _training_table(self) -> CellTable:
+        if self._table is None:
+            raise ValueError("adata is not given and the model was loaded without data: give adata.")
+        return self._table
+
+    def _cells(self, adata: Any, indices: Any, batch_size: int) -> Minibatches:
+        """The cells a method is asked about, as minibatches on the program's device."""
+        self._check_trained()
+        if adata is None or adata is self.adata:
+            table, adata = self._training_table(), self.adata
+        else:
+            table = self.spec.table(adata)
+        index: Tensor = select_cells(indices, self.spec.cell_names(adata))
+        return Minibatches(table, index, batch_size=batch_size, device=self.device)
+
+
+def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.device:
+    """The torch device meant by scvi-tools' ``accelerator`` and ``devices``."""
+    number = "" if devices in ("auto", 1, "1") else f":{devices}"
+    if accelerator == "auto":
+        return torch.device(f"cuda{number}" if torch.cuda.is_available() else "cpu")
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    if accelerator in ("gpu", "cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"accelerator={accelerator!r}, but torch finds no GPU: use accelerator='cpu' or 'auto'.")
+        return torch.device(f"cuda{number}")
+    raise ValueError(f"accelerator={accelerator!r} is not allowed: choose 'auto', 'cpu', 'gpu' or 'cuda'.")
+
+
+def _saved_data(folder: Path) -> Any:
+    for name in ("adata.h5ad", "mdata.h5mu"):
+        if (folder / name).is_file():
+            return read(folder / name)
+    return None
+
+

@@ -1,0 +1,127 @@
+"""Decoders: from the latent state to normalized expression and accessibility.
+
+The last layer of a decoder is by far its widest, so it is handed on as a
+:class:`~pyro_multivi.distributions.Readout`, not multiplied out: the likelihood evaluates it
+block by block, prediction evaluates only the features asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.distributions import Readout
+from pyro_multivi.networks.layers import CovariateStack
+
+
+class Decoded(NamedTuple):
+    """Arguments of a cell's expression.
+
+    Attributes
+    ----------
+    rho
+        Normalized expression, (..., G).
+    pi_logits
+        Logit of the zero-inflation probability, (..., G), or None.
+    theta_logits
+        Log inverse dispersion of each gene in each cell, (..., G), or None.
+    """
+
+    rho: Tensor
+    pi_logits: Tensor | None
+    theta_logits: Tensor | None
+
+
+class ExpressionDecoder(nn.Module):
+    """f_w (normalized expression), f_h (zero inflation) and, per cell, the dispersion.
+
+    Parameters
+    ----------
+    n_latent, n_genes, n_hidden, n_layers, n_covariates
+        Widths.
+    simplex
+        Whether rho sums to one within a cell (softmax) or is only non-negative (softplus).
+    zero_inflation, cell_dispersion
+        Which further arguments are decoded.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_genes: int,
+        n_hidden: int,
+        n_layers: int,
+        *,
+        n_covariates: int,
+        inject_everywhere: bool,
+        batch_norm: bool,
+        layer_norm: bool,
+        simplex: bool,
+        zero_inflation: bool,
+        cell_dispersion: bool,
+    ) -> None:
+        super().__init__()
+        self.stack = CovariateStack(
+            n_latent,
+            n_hidden,
+            n_layers,
+            n_covariates=n_covariates,
+            inject_everywhere=inject_everywhere,
+            batch_norm=batch_norm,
+            layer_norm=layer_norm,
+            activation=nn.ReLU,
+        )
+        self.link = "softmax" if simplex else "softplus"
+        self.rho = nn.Linear(self.stack.n_out, n_genes)
+        self.pi = nn.Linear(self.stack.n_out, n_genes) if zero_inflation else None
+        self.theta = nn.Linear(self.stack.n_out, n_genes) if cell_dispersion else None
+        self.gemm_dtype: torch.dtype | None = None
+
+    def forward(self, z: Tensor, s: Tensor) -> Decoded:
+        """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
+        hidden = self.stack(z, s)
+
+        def read(layer: nn.Module | None, link: str) -> Tensor | None:
+            if layer is None:
+                return None
+            assert isinstance(layer, nn.Linear)
+            return Readout(hidden, layer.weight, layer.bias, link, self.gemm_dtype)
+
+        rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
+        return Decoded(rho, read(self.pi, "identity"), read(self.theta, "identity"))
+
+
+class AccessibilityDecoder(nn.Module):
+    """g_z: probability that a region is accessible, before cell and region factors."""
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_regions: int,
+        n_hidden: int,
+        n_layers: int,
+        *,
+        n_covariates: int,
+        inject_everywhere: bool,
+        batch_norm: bool,
+        layer_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.stack = CovariateStack(
+            n_latent,
+            n_hidden,
+            n_layers,
+            n_covariates=n_covariates,
+            inject_everywhere=inject_everywhere,
+            batch_norm=batch_norm,
+            layer_norm=layer_norm,
+            activation=nn.LeakyReLU,
+        )
+        self.p = nn.Linear(self.stack.n_out, n_regions)
+        self.gemm_dtype: torch.dtype | None = None
+
+    def forward(self, z: Tensor, s: Tensor) -> Tensor:
+        """Decode z (..., n_latent) under covariates s (B, n_covariates) to p, (..., n_regions)."""
+        return Readout(self.stack(z, s), self.p.weight, self.p.bias, "sigmoid", self.gemm_dtype)

@@ -1,0 +1,173 @@
+"""Encoders: from measured counts to the arguments of the guide's distributions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActivate
+
+# exp of anything past this overflows a variance in float32 long before it means something.
+_MAX_LOG_VARIANCE = 20.0
+
+
+class Reading(NamedTuple):
+    """What one modality says of the cells in which it was measured.
+
+    Attributes
+    ----------
+    rows
+        Which cells of the minibatch were read, shape (b,), int64; None for all of them.
+    hidden
+        First hidden layer, shape (b, n_hidden).
+    s
+        Covariates given to the encoder, shape (b, n_covariates).
+    log_depth
+        Log of the total count, or of the number of open regions, shape (b,).
+    """
+
+    rows: Tensor | None
+    hidden: Tensor
+    s: Tensor
+    log_depth: Tensor
+
+    def spread(self, values: Tensor, elsewhere: Tensor) -> Tensor:
+        """Put ``values`` (b, ...) of the read cells into ``elsewhere`` (B, ...), which the others keep."""
+        if self.rows is None:
+            return values
+        return elsewhere.index_copy(0, self.rows, values.to(elsewhere.dtype))
+
+
+class ModalityReader(nn.Module):
+    """First layer of a modality, shared by its state encoder and its depth encoder.
+
+    One pass over the counts, by far the widest thing an encoder does, serves both. Only cells in
+    which the modality was measured are read, so its networks never see a made-up zero.
+
+    Parameters
+    ----------
+    n_features, n_hidden
+        Widths.
+    n_covariates
+        Length of s given to the encoder; 0 hides s from it.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_hidden: int,
+        *,
+        n_covariates: int,
+        batch_norm: bool,
+        layer_norm: bool,
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.counts = CountsLinear(n_features, n_hidden)
+        self.covariates = nn.Linear(n_covariates, n_hidden, bias=False) if n_covariates else None
+        self.after = NormActivate(
+            n_hidden,
+            batch_norm=batch_norm,
+            layer_norm=layer_norm,
+            activation=nn.LeakyReLU(),
+            dropout_rate=dropout_rate,
+        )
+
+    def forward(self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor) -> Reading:
+        """Read the measured cells.
+
+        Parameters
+        ----------
+        counts
+            Encoder input, shape (B, n_features), sparse or dense.
+        measured
+            Shape (B,), bool.
+        s
+            Covariates, shape (B, n_covariates); ignored when the encoder does not take them.
+        log_depth
+            Shape (B,).
+        """
+        rows = None
+        if not bool(measured.all()):
+            rows = measured.nonzero().squeeze(-1)
+            counts = counts.select_rows(rows) if isinstance(counts, SparseCounts) else counts[rows]
+            s, log_depth = s[rows], log_depth[rows]
+        hidden = self.counts(counts)
+        if self.covariates is None:
+            s = s[..., :0]
+        else:
+            hidden = hidden + self.covariates(s)
+        return Reading(rows, self.after(hidden), s, log_depth)
+
+
+class NormalHead(nn.Module):
+    """From a reading to a diagonal Normal over the latent state: the expert of one modality."""
+
+    def __init__(
+        self,
+        n_hidden: int,
+        n_latent: int,
+        n_layers: int,
+        *,
+        n_covariates: int,
+        inject_everywhere: bool,
+        batch_norm: bool,
+        layer_norm: bool,
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.stack = CovariateStack(
+            n_hidden,
+            n_hidden,
+            n_layers,
+            n_covariates=n_covariates if inject_everywhere else 0,
+            inject_everywhere=inject_everywhere,
+            batch_norm=batch_norm,
+            layer_norm=layer_norm,
+            activation=nn.LeakyReLU,
+            dropout_rate=dropout_rate,
+        )
+        self.loc = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each (b, n_latent)."""
+        hidden = self.stack(reading.hidden, reading.s)
+        scale = (0.5 * self.log_variance(hidden).clamp(max=_MAX_LOG_VARIANCE)).exp()
+        return self.loc(hidden), scale
+
+
+class LibraryHead(nn.Module):
+    """From a reading to the arguments of a depth variable.
+
+    The layer normalisation before it hides a cell's depth, so the head is given the log depth and
+    only learns how to depart from it: an untrained head already returns the observed depth.
+
+    Parameters
+    ----------
+    n_hidden
+        Width.
+    n_out
+        Number of arguments; the first starts at the log depth, the others at ``start``.
+    start
+        Initial value of the other arguments.
+    """
+
+    def __init__(self, n_hidden: int, n_out: int, start: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(n_hidden + 1, n_hidden)
+        self.out = nn.Linear(n_hidden, n_out)
+        nn.init.zeros_(self.out.weight)
+        with torch.no_grad():
+            self.out.bias.fill_(start)
+            self.out.bias[0] = 0.0
+
+    def forward(self, reading: Reading, centre: Tensor) -> Tensor:
+        """Arguments, shape (b, n_out); ``centre`` is the typical log depth of the data."""
+        depth = (reading.log_depth - centre)[:, None]
+        hidden = nn.functional.leaky_relu(self.hidden(torch.cat([reading.hidden, depth], -1)))
+        out: Tensor = self.out(hidden)
+        return torch.cat([out[:, :1] + reading.log_depth[:, None], out[:, 1:]], -1)

@@ -1,0 +1,101 @@
+"""One Normal per modality over the same latent state: how they are averaged and drawn together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What one modality believes of the latent state of each cell.
+
+    Attributes
+    ----------
+    loc, scale
+        Mean and standard deviation, (B, K). Rows of unmeasured cells hold the prior.
+    measured
+        Whether the modality was measured, (B,), bool.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    measured: Tensor
+
+
+def mixing_weights(logits: Tensor, measured: Tensor) -> Tensor:
+    """Softmax over the measured modalities of each cell.
+
+    Parameters
+    ----------
+    logits, measured
+        (B, E): one column per expert.
+
+    Returns
+    -------
+    Tensor
+        (B, E); rows sum to one, or are zero where nothing was measured.
+    """
+    masked = logits.masked_fill(~measured, -torch.inf)
+    # A row of -inf would give NaN: give it any finite value, its weights are zeroed below.
+    masked = masked.masked_fill(~measured.any(-1, keepdim=True), 0.0)
+    return masked.softmax(-1) * measured
+
+
+def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the weighted average of independent Normals.
+
+    The average of independent Normals has mean sum w mu and variance sum w^2 sigma^2. A cell in
+    which nothing was measured gets the standard Normal prior.
+
+    Parameters
+    ----------
+    experts
+        E experts of shape (B, K).
+    weights
+        (B, E), from :func:`mixing_weights`.
+
+    Examples
+    --------
+    >>> one = Expert(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([True]))
+    >>> other = Expert(torch.full((1, 1), 2.0), torch.ones(1, 1), torch.tensor([True]))
+    >>> loc, scale = average([one, other], torch.tensor([[0.5, 0.5]]))
+    >>> loc.item(), round(scale.item() ** 2, 3)
+    (1.0, 0.5)
+    """
+    w_nek = weights[..., None]
+    loc = (w_nek * torch.stack([expert.loc for expert in experts], -2)).sum(-2)
+    variance = (w_nek.square() * torch.stack([expert.scale for expert in experts], -2).square()).sum(-2)
+    # where, not addition: the square root has no gradient at a variance of zero.
+    nothing = (weights.sum(-1, keepdim=True) == 0).expand_as(variance)
+    variance = torch.where(nothing, torch.ones_like(variance), variance)
+    return loc, variance.sqrt()
+
+
+def jeffreys(a: Expert, b: Expert) -> Tensor:
+    """Symmetric Kullback-Leibler divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
+    va, vb = a.scale.square(), b.scale.square()
+    gap = (a.loc - b.loc).square()
+    return 0.5 * ((va + gap) / vb + (vb + gap) / va - 2.0).sum(-1)
+
+
+def mmd(a: Expert, b: Expert) -> Tensor:
+    """Squared maximum mean discrepancy between two sets of cells, a scalar.
+
+    Unbiased estimate (Gretton et al. 2012, equation 3), so its expectation does not depend on
+    the number of cells, with Gaussian kernels of five bandwidths around the median distance.
+    Cells are represented by their means. Fewer than two cells give zero.
+    """
+    n = len(a.loc)
+    if n < 2:
+        return (a.loc.sum() + b.loc.sum()) * 0.0
+    both = torch.cat([a.loc, b.loc])
+    squared = (both[:, None] - both[None]).square().sum(-1)
+    bandwidth = squared.detach().median().clamp(min=1e-12)
+    kernel = torch.stack([torch.exp(-squared / (bandwidth * factor)) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
+    off = ~torch.eye(n, dtype=torch.bool, device=both.device)
+    within = kernel[:n, :n][off].mean() + kernel[n:, n:][off].mean()
+    # The cells are paired: the diagonal between the sets is left out as it is within them.
+    return within - 2.0 * kernel[:n, n:][off].mean()

@@ -1,0 +1,191 @@
+"""Layers shared by encoders and decoders."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.buffers import BufferPool
+
+# Features of the weight gradient formed at a time: 4 096 x 128 floats (2 MB) stay in the cache.
+_FEATURES_AT_A_TIME = 4096
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over all leading dimensions.
+
+    ``nn.BatchNorm1d`` would take the second of three dimensions for the features, and refuses a
+    single cell in training; here the features are always last and a single cell uses the running
+    statistics.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = input.reshape(-1, input.shape[-1])
+        use_batch = self.training and len(flat) > 1
+        normalised = F.batch_norm(
+            flat,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            use_batch,
+            self.momentum if self.momentum is not None else 0.1,
+            self.eps,
+        )
+        return normalised.reshape(input.shape)
+
+
+class NormActivate(nn.Module):
+    """What follows a linear map: normalise, activate, drop out."""
+
+    def __init__(
+        self, n_hidden: int, *, batch_norm: bool, layer_norm: bool, activation: nn.Module, dropout_rate: float
+    ) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        if batch_norm:
+            parts.append(BatchNorm(n_hidden, momentum=0.01, eps=1e-3))
+        if layer_norm:
+            parts.append(nn.LayerNorm(n_hidden, elementwise_affine=False))
+        parts.append(activation)
+        if dropout_rate > 0:
+            parts.append(nn.Dropout(dropout_rate))
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Shape (..., n_hidden) in and out."""
+        result: Tensor = self.parts(hidden)
+        return result
+
+
+class CovariateStack(nn.Module):
+    """Fully connected layers into which observed covariates s are injected.
+
+    Parameters
+    ----------
+    n_in, n_hidden, n_layers
+        Widths. With ``n_layers=0`` the input is passed on.
+    n_covariates
+        Length of s; 0 leaves it out.
+    inject_everywhere
+        Give s to every layer instead of the first only.
+    batch_norm, layer_norm, activation, dropout_rate
+        See :class:`NormActivate`.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_layers: int,
+        *,
+        n_covariates: int = 0,
+        inject_everywhere: bool = False,
+        batch_norm: bool = False,
+        layer_norm: bool = True,
+        activation: type[nn.Module] = nn.LeakyReLU,
+        dropout_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_out = n_hidden if n_layers else n_in
+        self.n_covariates = n_covariates
+        self.linear = nn.ModuleList()
+        self.after = nn.ModuleList()
+        for layer in range(n_layers):
+            injected = n_covariates if layer == 0 or inject_everywhere else 0
+            self.linear.append(nn.Linear((n_in if layer == 0 else n_hidden) + injected, n_hidden))
+            self.after.append(
+                NormActivate(
+                    n_hidden,
+                    batch_norm=batch_norm,
+                    layer_norm=layer_norm,
+                    activation=activation(),
+                    dropout_rate=dropout_rate,
+                )
+            )
+
+    def forward(self, hidden: Tensor, s: Tensor) -> Tensor:
+        """Map ``hidden`` (..., n_in) and ``s`` (B, n_covariates) to (..., n_hidden)."""
+        for linear, after in zip(self.linear, self.after, strict=True):
+            if linear.in_features > hidden.shape[-1]:
+                # Draws of z add leading dimensions that s does not have.
+                hidden = torch.cat([hidden, s.expand(*hidden.shape[:-1], s.shape[-1])], -1)
+            hidden = after(linear(hidden))
+        return hidden
+
+
+class _SparseMatmul(torch.autograd.Function):
+    """counts @ weight for compressed rows; the gradient of the weight runs over compressed columns.
+
+    Both directions are sums of few rows of a small dense matrix, which ``embedding_bag`` does
+    faster than a sparse or (below some 10 % of non-zeros) dense matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, counts: SparseCounts, pool: BufferPool | None) -> Tensor:
+        ctx.counts, ctx.shape, ctx.pool = counts, weight.shape, pool
+        return _bag(weight, counts.col, counts.crow, counts.val)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        by_feature = ctx.counts.by_feature()
+        pool: BufferPool | None = ctx.pool
+        shape = tuple(ctx.shape)
+        made = pool.take(shape, grad.dtype, grad.device) if pool is not None else grad.new_empty(shape)
+        grad = grad.contiguous()
+        edges = by_feature.start[:: _FEATURES_AT_A_TIME].tolist()
+        for block, first in enumerate(range(0, shape[0], _FEATURES_AT_A_TIME)):
+            last = min(first + _FEATURES_AT_A_TIME, shape[0])
+            begin = edges[block]
+            end = edges[block + 1] if block + 1 < len(edges) else len(by_feature.row)
+            start = by_feature.start[first : last + 1] - begin
+            made[first:last] = _bag(grad, by_feature.row[begin:end], start, by_feature.val[begin:end])
+        return made, None, None
+
+
+def _bag(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows of ``table``, one per slice of ``index`` that ``start`` delimits."""
+    if len(index) == 0:
+        return table.new_zeros(len(start) - 1, table.shape[1])
+    return F.embedding_bag(
+        index, table, start, mode="sum", per_sample_weights=weight.to(table.dtype), include_last_offset=True
+    )
+
+
+class CountsLinear(nn.Module):
+    """A first layer that reads counts as they are stored: compressed rows or dense.
+
+    The weight is held feature by feature, shape (n_features, n_out), so that reading a cell
+    gathers the rows of its non-zero features.
+
+    Examples
+    --------
+    >>> layer = CountsLinear(3, 2)
+    >>> counts = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> torch.allclose(layer(SparseCounts.from_dense(counts)), layer(counts))
+    True
+    """
+
+    def __init__(self, n_features: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_features, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        # The initialisation of nn.Linear for this fan-in.
+        bound = 1 / math.sqrt(max(n_features, 1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+        self._pool = BufferPool()
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Map counts (B, n_features) to (B, n_out)."""
+        if isinstance(counts, SparseCounts):
+            product: Tensor = _SparseMatmul.apply(self.weight, counts, self._pool)
+            return product + self.bias
+        return counts @ self.weight + self.bias

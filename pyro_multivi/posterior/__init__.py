@@ -1,0 +1,1 @@
+"""What a trained program says of cells: tensors in, arrays out."""

@@ -1,0 +1,467 @@
+"""MultiVI as a Pyro program: ``model`` is the graph, small methods are its edges, ``guide`` stands below.
+
+Nothing here knows AnnData, files or training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.announce import announce_parameters
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.marginals import Marginals
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions import (
+    NegativeBinomialCounts,
+    PoissonCounts,
+    ScaledBernoulli,
+    ZeroInflatedNegativeBinomialCounts,
+)
+from pyro_multivi.networks.decoders import AccessibilityDecoder, Decoded, ExpressionDecoder
+from pyro_multivi.networks.encoders import LibraryHead, ModalityReader, NormalHead, Reading
+from pyro_multivi.networks.experts import Expert, average, jeffreys, mixing_weights, mmd
+
+# A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
+_LARGEST_FACTOR = 1 - 1e-6
+# exp of more would overflow a library size long after it stopped being one (1e13 counts).
+_MAX_LOG_LIBRARY = 30.0
+
+
+class Readings(NamedTuple):
+    """What the encoders read of each modality; None where the model has no features of it."""
+
+    rna: Reading | None
+    atac: Reading | None
+
+
+class MultiVIProgram(nn.Module):
+    """The generative model of MultiVI and its amortised posterior.
+
+    Parameters
+    ----------
+    config
+        Sizes and modelling choices.
+
+    Notes
+    -----
+    Every distribution and every network call of :meth:`model` and :meth:`guide` is one small
+    method; a variant of the model overrides one of them or wraps a Pyro handler around an
+    unchanged program. Draws add dimensions on the left: all methods accept z of shape (..., B, K).
+
+    The program trains under :func:`pyro_multivi.training.fit` and under a plain
+    ``pyro.infer.SVI(program.model, program.guide, ...)``; it never enters Pyro's global
+    parameter store.
+
+    References
+    ----------
+    Ashuach, Gabitto, Koodli, Saldi, Jordan, Yosef (2023), MultiVI: deep generative model for the
+    integration of multimodal data, Nature Methods 20.
+
+    Examples
+    --------
+    >>> program = MultiVIProgram(ProgramConfig(n_genes=20, n_regions=30, n_hidden=8, n_latent=2))
+    >>> cells = Cells(index=torch.arange(4), n_total=4, x=torch.ones(4, 20), y=torch.ones(4, 30),
+    ...               has_rna=torch.ones(4, dtype=torch.bool), has_atac=torch.ones(4, dtype=torch.bool),
+    ...               design=torch.ones(4, 1))
+    >>> trace = pyro.poutine.trace(program.model).get_trace(cells)
+    >>> [name for name in trace.stochastic_nodes if name != "cells"]
+    ['z', 'l', 'd']
+    """
+
+    _uid = itertools.count()
+
+    rna_log_depth: Tensor
+    atac_log_depth: Tensor
+    library_log_mean: Tensor
+    library_log_var: Tensor
+
+    def __init__(self, config: ProgramConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Param sites of two programs in one process must differ; see announce.py.
+        self.uid = f"multivi{next(MultiVIProgram._uid)}"
+        encoder, decoder = _network_options(config)
+        hidden, latent = config.hidden, config.latent
+        in_encoder = config.n_covariates if config.encode_covariates else 0
+
+        def reader(n_features: int) -> ModalityReader:
+            return ModalityReader(
+                n_features, hidden, n_covariates=in_encoder, dropout_rate=config.dropout_rate, **encoder
+            )
+
+        def expert() -> NormalHead:
+            return NormalHead(
+                hidden,
+                latent,
+                config.n_layers_encoder - 1,
+                n_covariates=in_encoder,
+                inject_everywhere=config.deeply_inject_covariates,
+                dropout_rate=config.dropout_rate,
+                **encoder,
+            )
+
+        shared = {
+            "n_hidden": hidden,
+            "n_layers": config.n_layers_decoder,
+            "n_covariates": config.n_covariates,
+            "inject_everywhere": config.deeply_inject_covariates,
+            **decoder,
+        }
+        if config.n_genes:
+            self.rna_reader, self.rna_expert = reader(config.n_genes), expert()
+            # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
+            self.library_head = LibraryHead(hidden, 2, start=-2.0)
+            self.expression_decoder = ExpressionDecoder(
+                latent,
+                config.n_genes,
+                simplex=config.library != "size_factor",
+                zero_inflation=config.gene_likelihood == "zinb",
+                cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
+                **shared,
+            )
+            sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
+            if config.gene_likelihood != "poisson" and sets is not None:
+                self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
+        if config.n_regions:
+            self.atac_reader, self.atac_expert = reader(config.n_regions), expert()
+            self.cell_factor_head = LibraryHead(hidden, 1)
+            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **shared)
+            if config.region_factors:
+                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+        if config.modality_weights == "universal":
+            self.weight_logits = nn.Parameter(torch.zeros(2))
+        elif config.modality_weights == "cell":
+            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in range(2)])
+            for net in self.weight_net:
+                nn.init.zeros_(net.weight)  # type: ignore[arg-type]
+        self.register_buffer("rna_log_depth", torch.tensor(0.0))
+        self.register_buffer("atac_log_depth", torch.tensor(0.0))
+        self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
+        self.register_buffer("library_log_var", torch.ones(config.n_batch))
+
+    # ------------------------------------------------------------------ the generative model
+
+    def model(self, cells: Cells) -> None:
+        r"""The joint density of the paper.
+
+        .. math::
+
+            p(z, \ell, d, x, y \mid s) = \prod_n p(z_n)\, p(\ell_n \mid s_n)\, p(d_n)
+            \prod_g p(x_{ng} \mid \ell_n \rho_{ng}, \theta_g, \pi_{ng})
+            \prod_j \mathrm{Bernoulli}(y_{nj} \mid p_{nj} d_n r_j)
+
+        ========== ========== ======= ==========================================================
+        symbol     site       shape   meaning
+        ========== ========== ======= ==========================================================
+        s          ``s``      (B, S)  observed design: batch, covariates
+        z          ``z``      (B, K)  state of the cell
+        l          ``l``      (B,)    RNA library size
+        rho        ``rho``    (B, G)  normalized expression, sums to 1 (unless size factors)
+        x          ``x``      (B, G)  gene counts
+        p          ``p``      (B, M)  accessibility
+        d          ``d``      (B,)    cell factor of accessibility, in (0, 1)
+        y          ``y``      (B, M)  accessible or not
+        theta, pi  --         (G,)    inverse dispersion; zero-inflation probability (B, G)
+        r          --         (M,)    region factor, in (0, 1)
+        ========== ========== ======= ==========================================================
+
+        Unmeasured modalities are masked out of the density; sampling ignores the mask, so the
+        same statements impute them.
+        """
+        announce_parameters(self, self.uid)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            s = pyro.deterministic("s", cells.design, event_dim=1)
+            z = pyro.sample("z", self.z_prior(s))
+            if self.config.n_genes:
+                l = pyro.sample("l", self.library_prior(cells, s))
+                decoded = self.expression(z, s)
+                rho = pyro.deterministic("rho", decoded.rho, event_dim=1)
+                x = self.expression_dist(l, rho, self.theta(cells, s, decoded), decoded.pi_logits)
+                pyro.sample("x", x.mask(cells.has_rna), obs=cells.x)
+            if self.config.n_regions:
+                p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
+                d = pyro.sample("d", self.cell_factor_prior(cells))
+                y = self.accessibility_dist(p, d, self.region_factors())
+                pyro.sample("y", y.mask(cells.has_atac), obs=cells.y)
+            self.observe_further(cells, z, s)
+
+    def guide(self, cells: Cells) -> None:
+        r"""The amortised posterior.
+
+        .. math::
+
+            q(z, \ell, d \mid x, y, s) = \prod_n
+            \mathrm{Normal}\Big(z_n \Big| \sum_k w_k \mu_k, \sum_k w_k^2 \sigma_k^2\Big)\,
+            q(\ell_n \mid x_n)\, \delta(d_n - f_\ell(y_n))
+
+        k runs over the measured modalities of the cell and the weights sum to one over them: z is
+        the average of what each modality says. Where nothing was measured the prior stands in.
+        """
+        announce_parameters(self, self.uid)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            s = cells.design
+            read = self.read(cells, s)
+            experts = self.experts(cells, s, read)
+            pyro.sample("z", self.mix(experts))
+            if self.config.n_genes:
+                pyro.sample("l", self.library_posterior(cells, s, read))
+            if self.config.n_regions:
+                pyro.sample("d", dist.Delta(self.cell_factor(cells, read)))
+            # A training term, not part of the model: hidden whenever an ELBO is reported.
+            pyro.factor("alignment", self.alignment(experts), has_rsample=True)
+            self.guide_further(cells, s)
+
+    # ------------------------------------------------------------------ edges of the model
+
+    def z_prior(self, s: Tensor) -> dist.TorchDistribution:
+        """z ~ Normal(0, I), event shape (K,)."""
+        zero = s.new_zeros(*s.shape[:-1], self.config.latent)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+    def library_prior(self, cells: Cells, s: Tensor) -> dist.TorchDistribution:
+        """l ~ LogNormal with the mean and variance of the batch's log library sizes; known sizes as they are."""
+        known = self.known_library(cells, s)
+        if known is not None:
+            return dist.Delta(known)
+        loc, scale = self._library_moments(s)
+        return dist.LogNormal(loc, scale)
+
+    def expression(self, z: Tensor, s: Tensor) -> Decoded:
+        """rho = f_w(z, s), pi = f_h(z, s)."""
+        decoded: Decoded = self.expression_decoder(self.transform(z), s)
+        return decoded
+
+    def theta(self, cells: Cells, s: Tensor, decoded: Decoded) -> Tensor | None:
+        """Inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
+        if decoded.theta_logits is not None:
+            return decoded.theta_logits.exp()
+        if self.config.gene_likelihood == "poisson":
+            return None
+        if self.config.dispersion == "gene-batch":
+            return (s[..., : self.config.n_batch] @ self.log_theta).exp()
+        if self.config.dispersion == "gene-label":
+            assert cells.label is not None, "gene-label dispersion needs Cells.label"
+            return self.log_theta[cells.label].exp()
+        return self.log_theta[0].exp()
+
+    def expression_dist(
+        self, l: Tensor, rho: Tensor, theta: Tensor | None, pi_logits: Tensor | None
+    ) -> dist.TorchDistribution:
+        """x ~ ObservationModel(l rho, theta, pi), event shape (G,)."""
+        if theta is None:
+            return PoissonCounts(rho, l)
+        if pi_logits is None:
+            return NegativeBinomialCounts(rho, l, theta)
+        return ZeroInflatedNegativeBinomialCounts(rho, l, theta, pi_logits)
+
+    def accessibility(self, z: Tensor, s: Tensor) -> Tensor:
+        """p = g_z(z, s), (..., B, M)."""
+        p: Tensor = self.accessibility_decoder(self.transform(z), s)
+        return p
+
+    def cell_factor_prior(self, cells: Cells) -> dist.TorchDistribution:
+        """d ~ Uniform(0, 1); known factors as they are."""
+        if cells.atac_size is not None:
+            return dist.Delta(cells.atac_size)
+        zero = cells.design.new_zeros(len(cells))
+        return dist.Uniform(zero, torch.ones_like(zero))
+
+    def region_factors(self) -> Tensor | None:
+        """r, (M,), in (0, 1); None stands for 1."""
+        return self.region_logit.sigmoid() if self.config.region_factors else None
+
+    def accessibility_dist(self, p: Tensor, d: Tensor, r: Tensor | None) -> dist.TorchDistribution:
+        """y ~ Bernoulli(p d r), event shape (M,)."""
+        return ScaledBernoulli(p, d, r)
+
+    def transform(self, z: Tensor) -> Tensor:
+        """What the decoders read of z: z itself, or softmax(z) for ``latent_distribution="ln"``."""
+        return z.softmax(-1) if self.config.latent_distribution == "ln" else z
+
+    def observe_further(self, cells: Cells, z: Tensor, s: Tensor) -> None:
+        """Hook: sample statements of further modalities, inside the plate of cells."""
+
+    # ------------------------------------------------------------------ edges of the guide
+
+    def rna_input(self, x: Tensor) -> Tensor:
+        """What the RNA encoder reads: log(1 + count)."""
+        if isinstance(x, SparseCounts):
+            return x.with_values(x.val.log1p())
+        return x.log1p()
+
+    def atac_input(self, y: Tensor) -> Tensor:
+        """What the ATAC encoder reads: 1 where a region is open."""
+        if isinstance(y, SparseCounts):
+            return y.with_values(torch.ones_like(y.val))
+        return (y > 0).to(y.dtype)
+
+    def read(self, cells: Cells, s: Tensor) -> Readings:
+        """Pass the measured counts through the first layer of each modality."""
+        rna = atac = None
+        if self.config.n_genes:
+            depth = rna_totals(cells).clamp(min=1.0).log()
+            rna = self.rna_reader(self.rna_input(cells.x), cells.has_rna, s, depth)
+        if self.config.n_regions:
+            depth = open_regions(cells).log1p()
+            atac = self.atac_reader(self.atac_input(cells.y), cells.has_atac, s, depth)
+        return Readings(rna, atac)
+
+    def experts(self, cells: Cells, s: Tensor, read: Readings) -> dict[str, Expert]:
+        """One Normal over z per modality, by modality name; extend the dict for a further modality."""
+        experts: dict[str, Expert] = {}
+        zero = s.new_zeros(len(cells), self.config.latent)
+        for name, reading, head, measured in (
+            ("expression", read.rna, getattr(self, "rna_expert", None), cells.has_rna),
+            ("accessibility", read.atac, getattr(self, "atac_expert", None), cells.has_atac),
+        ):
+            if reading is not None and head is not None:
+                loc, scale = head(reading)
+                experts[name] = Expert(
+                    reading.spread(loc, zero), reading.spread(scale, torch.ones_like(zero)), measured
+                )
+        return experts
+
+    def weight_logit(self, name: str, expert: Expert) -> Tensor:
+        """Unnormalised log weight of an expert in each cell, (B,)."""
+        place = {"expression": 0, "accessibility": 1}.get(name)
+        if place is None or self.config.modality_weights == "equal":
+            return expert.loc.new_zeros(len(expert.loc))
+        if self.config.modality_weights == "universal":
+            return self.weight_logits[place].expand(len(expert.loc))
+        logit: Tensor = self.weight_net[place](torch.cat([expert.loc, expert.scale.log()], -1))
+        return logit.squeeze(-1)
+
+    def mix(self, experts: dict[str, Expert]) -> dist.TorchDistribution:
+        """z ~ the average of the measured experts, event shape (K,)."""
+        measured = torch.stack([expert.measured for expert in experts.values()], -1)
+        logits = torch.stack([self.weight_logit(name, expert) for name, expert in experts.items()], -1)
+        loc, scale = average(list(experts.values()), mixing_weights(logits, measured))
+        return dist.Normal(loc, scale).to_event(1)
+
+    def library_posterior(self, cells: Cells, s: Tensor, read: Readings) -> dist.TorchDistribution:
+        """q(l | x): LogNormal around the observed depth; the prior for cells without RNA."""
+        known = self.known_library(cells, s)
+        if known is not None:
+            return dist.Delta(known)
+        assert read.rna is not None
+        loc, scale = self._library_moments(s)
+        arguments = self.library_head(read.rna, self.rna_log_depth)
+        loc = read.rna.spread(arguments[:, 0].clamp(max=_MAX_LOG_LIBRARY), loc)
+        return dist.LogNormal(loc, read.rna.spread(arguments[:, 1].clamp(-10.0, 5.0).exp(), scale))
+
+    def cell_factor(self, cells: Cells, read: Readings) -> Tensor:
+        """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""
+        if cells.atac_size is not None:
+            return cells.atac_size
+        assert read.atac is not None
+        elsewhere = cells.design.new_empty(len(cells))
+        if read.atac.rows is not None:
+            elsewhere.uniform_()
+        # Depth enters the logit as it is: a cell of typical depth starts at d = 1/2.
+        logit = self.cell_factor_head(read.atac, self.atac_log_depth)[:, 0] - self.atac_log_depth
+        return read.atac.spread(logit.sigmoid(), elsewhere).clamp(max=_LARGEST_FACTOR)
+
+    def alignment(self, experts: dict[str, Expert]) -> Tensor:
+        """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
+        pairs = list(itertools.combinations(experts.values(), 2))
+        penalty = next(iter(experts.values())).loc.new_zeros(len(next(iter(experts.values())).loc))
+        if self.config.modality_penalty == "None":
+            return penalty
+        for a, b in pairs:
+            both = a.measured & b.measured
+            if self.config.modality_penalty == "Jeffreys":
+                penalty = penalty + torch.where(both, jeffreys(a, b), penalty.new_zeros(()))
+            else:
+                paired = both.nonzero().squeeze(-1)
+                gap = mmd(_rows(a, paired), _rows(b, paired))
+                penalty = penalty + both * gap
+        return penalty
+
+    def guide_further(self, cells: Cells, s: Tensor) -> None:
+        """Hook: sample statements for latents that :meth:`observe_further` introduced."""
+
+    # ------------------------------------------------------------------ parameters and data
+
+    def known_library(self, cells: Cells, s: Tensor) -> Tensor | None:
+        """Library sizes that are not inferred, (B,); None if they are.
+
+        With ``library="observed"`` a cell without RNA takes the median of its prior.
+        """
+        if self.config.library == "size_factor":
+            assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
+            return cells.rna_size
+        if self.config.library == "observed":
+            return torch.where(cells.has_rna, rna_totals(cells).clamp(min=1.0), self._library_moments(s)[0].exp())
+        return None
+
+    def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        s_nb = s[..., : self.config.n_batch]
+        return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
+
+    @torch.no_grad()
+    def start_from(self, marginals: Marginals) -> None:
+        """Set priors and initial parameters from the data's marginals.
+
+        Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
+        share of each gene, and p d r starts at the detection rate of each region for a cell of
+        typical depth (d = 1/2).
+        """
+        self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
+        self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
+        self.library_log_mean.copy_(marginals.library_log_mean)
+        self.library_log_var.copy_(marginals.library_log_var)
+        if self.config.n_genes:
+            share = marginals.gene_share
+            if self.config.library == "size_factor":
+                # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
+                mean_count = share * torch.exp(self.library_log_mean.mean())
+                start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
+            else:
+                start = share.log()
+            self.expression_decoder.rho.bias.copy_(start)
+            if self.expression_decoder.pi is not None:
+                # Few dropouts to begin with: 5 %.
+                self.expression_decoder.pi.bias.fill_(-3.0)
+        if self.config.n_regions:
+            wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
+            if self.config.region_factors:
+                # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
+                r = (2.0 * wanted).clamp(1e-7, 0.95)
+                self.region_logit.copy_(torch.logit(r))
+                wanted = (wanted / r).clamp(1e-7, 0.99)
+            self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
+
+
+def rna_totals(cells: Cells) -> Tensor:
+    """Total gene count of each cell, (B,)."""
+    return cells.x.row_sums() if isinstance(cells.x, SparseCounts) else cells.x.sum(-1)
+
+
+def open_regions(cells: Cells) -> Tensor:
+    """Number of accessible regions of each cell, (B,)."""
+    if isinstance(cells.y, SparseCounts):
+        return cells.y.crow.diff().to(cells.y.dtype)
+    return (cells.y > 0).to(cells.y.dtype).sum(-1)
+
+
+def _rows(expert: Expert, rows: Tensor) -> Expert:
+    return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
+
+
+def _network_options(config: ProgramConfig) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Normalisation of encoders and of decoders."""
+
+    def options(where: str) -> dict[str, bool]:
+        return {
+            "batch_norm": config.use_batch_norm in (where, "both"),
+            "layer_norm": config.use_layer_norm in (where, "both"),
+        }
+
+    return options("encoder"), options("decoder")

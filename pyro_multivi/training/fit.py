@@ -1,0 +1,242 @@
+"""The training loop, to be read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.terms import Terms, measure
+from pyro_multivi.training.diagnose import TrainingDiverged, diagnose
+from pyro_multivi.training.history import History
+from pyro_multivi.training.objective import NegativeELBO
+from pyro_multivi.training.schedules import EarlyStopping, kl_weight
+
+logger = logging.getLogger("pyro_multivi")
+
+__all__ = ["FitOptions", "TrainingDiverged", "fit"]
+
+#: Called after each epoch with its number, its row of the history and the program; True stops training.
+Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
+
+# The noise of the validation pass: the same each epoch, so that epochs can be compared.
+_VALIDATION_SEED = 20_230_629
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train.
+
+    Attributes
+    ----------
+    max_epochs
+        Passes over the training cells, counted from this call.
+    lr, weight_decay, eps
+        AdamW. Decay applies to weight matrices only: shrinking biases, dispersions or region factors
+        would pull them away from the data's marginals.
+    n_epochs_kl_warmup, n_steps_kl_warmup
+        Length of the linear KL warm-up; steps take precedence, None for both switches it off.
+    early_stopping
+        Needs validation cells.
+    check_val_every_n_epoch
+        How often the validation cells are scored.
+    gradient_clip
+        Largest norm of the gradient; None does not clip.
+    seed
+        Of the noise. Same seed, same device, same torch: same curve.
+    callbacks
+        See :data:`Callback`.
+    progress_bar
+        Show a bar.
+    elbo
+        A Pyro ELBO in place of ``TraceMeanField_ELBO``.
+    """
+
+    max_epochs: int = 500
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    eps: float = 1e-8
+    n_epochs_kl_warmup: int | None = 50
+    n_steps_kl_warmup: int | None = None
+    early_stopping: EarlyStopping | None = None
+    check_val_every_n_epoch: int = 1
+    gradient_clip: float | None = None
+    seed: int = 0
+    callbacks: tuple[Callback, ...] = field(default=())
+    progress_bar: bool = True
+    elbo: ELBO | None = None
+
+
+def fit(
+    program: MultiVIProgram,
+    train: Minibatches,
+    validation: Minibatches | None = None,
+    options: FitOptions | None = None,
+    history: History | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+) -> tuple[History, dict[str, Any]]:
+    """Minimise minus the ELBO of ``program`` over minibatches.
+
+    The weights of the best epoch (by ``early_stopping.monitor``, with or without stopping early) are
+    restored at the end when there are validation cells. Ctrl-C ends training the same way.
+
+    Parameters
+    ----------
+    program
+        Trained in place, on the device of the minibatches.
+    train, validation
+        Minibatches of the two sets of cells.
+    options
+        Default: :class:`FitOptions`.
+    history, optimizer_state
+        What an earlier call returned, to go on from there.
+
+    Returns
+    -------
+    history, optimizer_state
+
+    Raises
+    ------
+    TrainingDiverged
+        If the loss is not finite; the message names the site and the cells. The program goes back to
+        its best weights (without validation cells, to those of the last whole epoch).
+    """
+    options = options or FitOptions()
+    history = history if history is not None else History()
+    first = history.n_epochs
+    program.to(train.device)
+    optimizer = _optimizer(program, options, optimizer_state)
+    objective = NegativeELBO(program, options.elbo)
+    stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
+    best = _Snapshot(program)
+    interrupted = False
+    step = first * len(train)
+    bar = tqdm(
+        range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
+    )
+    with _seeded(options.seed + first, train.device), bar:
+        try:
+            for epoch in bar:
+                started = time.perf_counter()
+                program.train()
+                terms, losses = Terms(), []
+                for place, cells in enumerate(train):
+                    weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
+                    # Shapes and supports are checked once: on the first minibatch of this call.
+                    with pyro.validation_enabled(epoch == first and place == 0):
+                        loss = objective(cells, weight)
+                    value = loss.item()
+                    if value != value or abs(value) == float("inf"):
+                        raise diagnose(program, cells, epoch, place)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    if options.gradient_clip is not None:
+                        torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
+                    optimizer.step()
+                    terms += objective.last_terms(cells)
+                    losses.append((value, len(cells)))
+                    step += 1
+                row = {"train_loss": sum(v * n for v, n in losses) / sum(n for _, n in losses), "kl_weight": weight}
+                row.update(_named(terms, "train"))
+                if validation is not None and (epoch + 1) % options.check_val_every_n_epoch == 0:
+                    row.update(_named(evaluate(program, validation), "validation"))
+                row["seconds"] = time.perf_counter() - started
+                history.add(row)
+                bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
+                if validation is None or (stopping.monitor in row and stopping.update(row[stopping.monitor])):
+                    best.take(program)
+                elif stopping.monitor not in history.names and epoch > first:
+                    raise KeyError(
+                        f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
+                        f"{', '.join(history.names)}."
+                    )
+                if any([callback(epoch, row, program) for callback in options.callbacks]):
+                    break
+                if stopping.exhausted:
+                    logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
+                    break
+        except KeyboardInterrupt:
+            interrupted = True
+            logger.warning("interrupted in epoch %d; the model is usable", history.n_epochs + 1)
+        finally:
+            # Also after an error: the program must never stay at weights that diverged. Only what was
+            # learned in an interrupted first epoch is kept, for want of anything better.
+            state = optimizer.state_dict()
+            optimizer.zero_grad(set_to_none=True)
+            if history.n_epochs > first or not interrupted:
+                best.restore(program)
+            program.eval()
+    return history, state
+
+
+@torch.no_grad()
+def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALIDATION_SEED) -> Terms:
+    """Terms of the ELBO over minibatches, in evaluation mode, with noise of its own."""
+    training = program.training
+    program.eval()
+    terms = Terms()
+    device = next(program.parameters()).device
+    try:
+        with _seeded(seed, device), pyro.validation_enabled(False):
+            for minibatch in cells:
+                terms += measure(program, minibatch)
+    finally:
+        program.train(training)
+    return terms
+
+
+class _Snapshot:
+    """The weights to come back to: the best so far, at first those at the start."""
+
+    def __init__(self, program: MultiVIProgram) -> None:
+        self._state = {name: value.detach().clone() for name, value in program.state_dict().items()}
+
+    def take(self, program: MultiVIProgram) -> None:
+        for name, value in program.state_dict().items():
+            self._state[name].copy_(value)
+
+    def restore(self, program: MultiVIProgram) -> None:
+        program.load_state_dict(self._state)
+
+
+def _named(terms: Terms, split: str) -> dict[str, float]:
+    return {f"{name}_{split}": value for name, value in terms.per_cell().items()}
+
+
+def _optimizer(
+    program: MultiVIProgram, options: FitOptions, state: dict[str, Any] | None
+) -> torch.optim.Optimizer:
+    decayed = [p for name, p in program.named_parameters() if p.requires_grad and name.endswith("weight")]
+    known = {id(p) for p in decayed}
+    rest = [p for p in program.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, eps=options.eps, fused=True)
+    if state is not None:
+        optimizer.load_state_dict(state)
+        for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+            group.update(lr=options.lr, eps=options.eps, weight_decay=wanted["weight_decay"])
+    return optimizer
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw noise from ``seed`` and leave torch's global generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,78 @@
+"""What changes over the course of training; the model knows none of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+
+class AnnealLatents(Messenger):
+    """Scale log p and log q of every latent site; likelihoods and factors are left alone.
+
+    Wrapped around an ELBO it multiplies the KL terms by ``weight``, also of latents that an
+    extension adds. ``weight`` may be 0.
+
+    Parameters
+    ----------
+    weight
+        Weight of the KL terms.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = self.weight * msg["scale"]
+
+
+def kl_weight(epoch: int, step: int, n_epochs: int | None, n_steps: int | None) -> float:
+    """Linear warm-up of the KL terms from 0 to 1, over steps if ``n_steps`` is given, else epochs.
+
+    Examples
+    --------
+    >>> kl_weight(epoch=5, step=0, n_epochs=10, n_steps=None)
+    0.5
+    """
+    if n_steps is not None:
+        return min(1.0, step / n_steps) if n_steps else 1.0
+    return min(1.0, epoch / n_epochs) if n_epochs else 1.0
+
+
+@dataclass
+class EarlyStopping:
+    """Stop when a loss no longer falls.
+
+    Parameters
+    ----------
+    monitor
+        Column of the history; lower is better.
+    patience
+        Epochs without improvement before stopping.
+    min_delta
+        Smallest fall that counts as an improvement, in the unit of the loss (nats per cell).
+    """
+
+    monitor: str = "elbo_validation"
+    patience: int = 50
+    min_delta: float = 0.0
+    best: float = math.inf
+    waited: int = 0
+
+    def update(self, value: float) -> bool:
+        """Take in the loss of an epoch; return whether it is the best so far."""
+        if value < self.best - self.min_delta:
+            self.best, self.waited = value, 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.waited >= self.patience
