@@ -6,7 +6,7 @@ Nothing here knows AnnData, files or training.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -32,6 +32,8 @@ from pyro_multivi.networks.experts import Expert, average, jeffreys, mixing_weig
 _LARGEST_FACTOR = 1 - 1e-6
 # exp of more would overflow a library size long after it stopped being one (1e13 counts).
 _MAX_LOG_LIBRARY = 30.0
+#: Number formats of the decoders' large matrix products; None is that of the parameters.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Readings(NamedTuple):
@@ -107,7 +109,7 @@ class MultiVIProgram(nn.Module):
                 **encoder,
             )
 
-        shared = {
+        shared: dict[str, Any] = {
             "n_hidden": hidden,
             "n_layers": config.n_layers_decoder,
             "n_covariates": config.n_covariates,
@@ -404,6 +406,19 @@ class MultiVIProgram(nn.Module):
     def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
         s_nb = s[..., : self.config.n_batch]
         return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
+
+    def use_precision(self, precision: str) -> None:
+        """Multiply the decoders' last layers out in ``"fp32"`` or ``"bf16"``.
+
+        In bf16 only these matrix products are in reduced precision: parameters, sums and
+        likelihoods stay in float32.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} is not allowed: choose one of {', '.join(map(repr, PRECISIONS))}.")
+        for name in ("expression_decoder", "accessibility_decoder"):
+            decoder = getattr(self, name, None)
+            if decoder is not None:
+                decoder.gemm_dtype = PRECISIONS[precision]
 
     @torch.no_grad()
     def start_from(self, marginals: Marginals) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
@@ -83,7 +84,7 @@ def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
             continue
         if not site["is_observed"]:
             terms.kl[name] = _kl(guide_trace.nodes[name], site).sum().item()
-        elif not site["infer"].get("_deterministic", False):
+        elif not (site["infer"] or {}).get("_deterministic", False):
             terms.log_likelihood[name] = site["unscaled_log_prob"].sum().item()
             terms.n_measured[name] = int(measured[name].sum()) if name in measured else len(cells)
     for name in TRAINING_SITES:
@@ -103,7 +104,7 @@ def measure(program: MultiVIProgram, cells: Cells) -> Terms:
     return terms_of(cells, model_trace, guide_trace)
 
 
-def _kl(guide_site: dict, model_site: dict) -> Tensor:  # type: ignore[type-arg]
+def _kl(guide_site: Any, model_site: Any) -> Tensor:
     """KL(q | p) of each cell in closed form where there is one, else at the draw."""
     try:
         return kl_divergence(guide_site["fn"], model_site["fn"]).detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,11 @@ import pytest
 import torch
 from anndata import AnnData
 
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.simulate import simulate_multiome
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.program import MultiVIProgram
 
 
 def pytest_configure() -> None:
@@ -83,3 +87,63 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}; point PYRO_MULTIVI_DATA at the shared data sets")
     return folder
+
+
+@pytest.fixture
+def make_cells() -> Callable[..., Cells]:
+    """Cells of 7 genes and 9 regions, no data set behind them; the design is 2 batches and a number.
+
+    ``n`` are the numbers of paired, RNA-only and ATAC-only cells, in this order.
+    """
+
+    def make(
+        n: tuple[int, int, int] = (5, 3, 4),
+        n_genes: int = 7,
+        n_regions: int = 9,
+        dtype: torch.dtype = torch.float32,
+        sparse: bool = True,
+        n_total: int | None = None,
+        seed: int = 0,
+    ) -> Cells:
+        rng = np.random.default_rng(seed)
+        total = sum(n)
+        has_rna, has_atac = np.arange(total) < n[0] + n[1], (np.arange(total) < n[0])
+        has_atac[n[0] + n[1] :] = True
+        x = rng.poisson(rng.gamma(1.0, 3.0, (total, n_genes))) * has_rna[:, None]
+        y = rng.binomial(2, 0.3, (total, n_regions)) * has_atac[:, None]
+        batch = rng.permutation(np.arange(total) % 2)
+        design = np.column_stack([batch == 0, batch == 1, rng.standard_normal(total)])
+        counts = [torch.as_tensor(part, dtype=dtype) for part in (x, y)]
+        return Cells(
+            index=torch.arange(total),
+            n_total=total if n_total is None else n_total,
+            x=SparseCounts.from_dense(counts[0]) if sparse else counts[0],
+            y=SparseCounts.from_dense(counts[1]) if sparse else counts[1],
+            has_rna=torch.as_tensor(has_rna),
+            has_atac=torch.as_tensor(has_atac),
+            design=torch.as_tensor(design, dtype=dtype),
+            label=torch.as_tensor(rng.permutation(np.arange(total) % 3)),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_program() -> Callable[..., MultiVIProgram]:
+    """Programs for the cells of :func:`make_cells`: no parameter is at its start, none is zero."""
+
+    def make(dtype: torch.dtype = torch.float32, seed: int = 0, **choices: object) -> MultiVIProgram:
+        sizes = {"n_genes": 7, "n_regions": 9, "n_hidden": 5, "n_latent": 3}
+        widths = {"n_batch": 2, "n_labels": 3, "n_covariates": 3}
+        program = MultiVIProgram(ProgramConfig(**{**sizes, **widths, **choices})).to(dtype).eval()  # type: ignore[arg-type]
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in program.parameters():
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=noise, dtype=dtype))
+            program.rna_log_depth.fill_(2.5)
+            program.atac_log_depth.fill_(1.2)
+            program.library_log_mean.copy_(torch.tensor([2.0, 3.0]))
+            program.library_log_var.copy_(torch.tensor([0.3, 0.8]))
+        return program
+
+    return make

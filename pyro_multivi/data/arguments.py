@@ -101,6 +101,4 @@ class Setup:
 
 def is_mudata(data: object) -> bool:
     """Whether an object is a MuData, without importing mudata (an optional extra)."""
-    return any(
-        base.__name__ == "MuData" and base.__module__.split(".")[0] == "mudata" for base in type(data).__mro__
-    )
+    return any(base.__name__ == "MuData" and base.__module__.split(".")[0] == "mudata" for base in type(data).__mro__)

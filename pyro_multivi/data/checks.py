@@ -53,9 +53,7 @@ def check_unique(names: pd.Index, where: str, fix: str) -> None:
     """
     if not names.is_unique:
         repeated = names[names.duplicated()].unique()
-        raise ValueError(
-            f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}."
-        )
+        raise ValueError(f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}.")
 
 
 def check_values(
@@ -88,8 +86,6 @@ def check_values(
         At the first wrong value, with its cell and feature.
     """
     values = block.data
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"{where} holds values of type {values.dtype}; {modality} counts must be numbers.")
     rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
     if modality == "RNA":
         rules.append(("not a whole number", values != np.floor(values)))
@@ -142,15 +138,17 @@ def _looks_like_counts(matrix: Any) -> bool:
 
 
 def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
-    """A list of column names; None is no column and one string is one column.
+    """A list of names; None is no name and one string is one name.
 
     Raises
     ------
     TypeError
         If an entry is not a string.
     """
-    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    if value is None:
+        return ()
+    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{argument} must be a list of column names; {name!r} is not a string.")
+            raise TypeError(f"{argument} must be a list of strings; {name!r} is not a string.")
     return names

@@ -85,9 +85,7 @@ def read(counts: Counts, names: tuple[str, ...]) -> SparseCounts:
     return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
 
 
-def match_features(
-    found: pd.Index[Any], names: tuple[str, ...], modality: str, where: str
-) -> NDArray[np.intp] | None:
+def match_features(found: pd.Index[Any], names: tuple[str, ...], modality: str, where: str) -> NDArray[np.intp] | None:
     """Position of each wanted feature among those found; None if they are the same in the same order.
 
     Raises
@@ -121,7 +119,7 @@ def _blocks(counts: Counts, take: NDArray[np.intp] | None) -> Iterator[sp.csr_ar
     sparse = sp.issparse(matrix) or hasattr(matrix, "format")
     step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))
     for start in range(0, n_rows, step):
-        block = _compressed(matrix[start : start + step])
+        block = _compressed(matrix[start : start + step], counts)
         if not every:
             block = block[:, columns]
         block.sum_duplicates()
@@ -141,8 +139,14 @@ def _by_rows(matrix: Any) -> Any:
     return in_memory.tocsr()
 
 
-def _compressed(block: Any) -> sp.csr_array[Any, tuple[int, int]]:
+def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]]:
     """A block as rows of our own: SciPy may hand out the user's own arrays for a slice of all rows."""
     if not sp.issparse(block):
         block = np.asarray(block)
+    if block.dtype.kind not in "buif":
+        raise ValueError(
+            f"{counts.where} holds values of type {block.dtype}; {counts.modality} counts must be numbers."
+        )
+    if block.dtype == np.float16:  # which SciPy's sparse matrices do not know
+        block = block.astype(np.float32)
     return sp.csr_array(block, copy=True)

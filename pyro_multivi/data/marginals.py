@@ -107,9 +107,10 @@ class _Tally:
         row_index = rows.rows().cpu()
         measured = measured.cpu()
         kept = measured[row_index]
-        feature_sum = torch.bincount(col[kept], weights=val[kept], minlength=rows.shape[1])
+        # Without entries bincount forgets the type of its weights.
+        feature_sum = torch.bincount(col[kept], weights=val[kept], minlength=rows.shape[1]).double()
         self.feature_sum = feature_sum if self.feature_sum is None else self.feature_sum + feature_sum
-        depth = torch.bincount(row_index, weights=val, minlength=rows.shape[0])
+        depth = torch.bincount(row_index, weights=val, minlength=rows.shape[0]).double()
         self._depths.append(depth[measured])
         self._batches.append(batch_nk[measured])
 

@@ -165,9 +165,7 @@ def _as_counted(
     for counts, counted in ((opened.rna, counted_rna), (opened.atac, counted_atac)):
         empty = 0 if counts is None else int((counts.present(len(counted)) & ~counted).sum())
         if counts is not None and empty:
-            notes.append(
-                f"{empty} cells have no count in {counts.where}: taken as not measured for {counts.modality}."
-            )
+            notes.append(f"{empty} cells have no count in {counts.where}: taken as not measured for {counts.modality}.")
     given = "modality_key was not given" if key is None else f"these data have no column {key!r}"
     notes.append(
         f"Which modalities a cell has was inferred from its counts, since {given}. An observed cell without "
@@ -179,14 +177,11 @@ def _as_counted(
 def _how_to_drop(opened: Opened) -> str:
     if opened.name == "mdata":
         sums = " + ".join(
-            f"pd.Series(np.ravel({counts.where}.sum(1)), {counts.owner}.obs_names)"
-            f".reindex(mdata.obs_names).fillna(0)"
+            f"pd.Series(np.ravel({counts.where}.sum(1)), {counts.owner}.obs_names).reindex(mdata.obs_names).fillna(0)"
             for counts in (opened.rna, opened.atac)
             if counts is not None
         )
         return f"mdata = mdata[({sums}).to_numpy() > 0].copy()"
-    columns = (
-        "" if not opened.ignored else f"[:, adata.var[{opened.type_key!r}].isin({list(opened.kept_types)!r})]"
-    )
+    columns = "" if not opened.ignored else f"[:, adata.var[{opened.type_key!r}].isin({list(opened.kept_types)!r})]"
     where = next(counts.where for counts in (opened.rna, opened.atac) if counts is not None)
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"

@@ -210,9 +210,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         atac=opened.get("ATAC"),
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
         # An object without that modality is asked for the column in its main table.
-        table_of={
-            argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod
-        },
+        table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
     )
 
 
@@ -228,9 +226,7 @@ def known_modalities(mdata: Any) -> tuple[str | None, str | None]:
     ValueError
         If there is neither, or more than one of a kind.
     """
-    found = {
-        kind: [name for name in mdata.mod if spelled(name) == kind] for kind in (EXPRESSION, ACCESSIBILITY)
-    }
+    found = {kind: [name for name in mdata.mod if spelled(name) == kind] for kind in (EXPRESSION, ACCESSIBILITY)}
     if not any(found.values()) or any(len(names) > 1 for names in found.values()):
         raise ValueError(
             f"Which modality of mdata is RNA and which ATAC cannot be told from their names: "

@@ -144,14 +144,15 @@ def _from_anndata(argument: str, adata: Any, modality: str, feature_type_key: st
         type_v = np.full(adata.n_vars, allowed[0], dtype=object)
     else:
         raise ValueError(
-            f"multi_anndata.var has no column {feature_type_key!r}, which must say {GENES!r} or {PEAKS!r} for "
-            f"each feature; it has {first_names(adata.var.columns) or 'none'}. Name another with feature_type_key"
+            f"multi_anndata.var has no column {feature_type_key!r}, which must say {GENES!r} or {PEAKS!r} "
+            f"for each feature; it has {first_names(adata.var.columns) or 'none'}. "
+            "Name another with feature_type_key"
         )
     other = sorted(set(type_v) - set(allowed))
     if other:
         raise ValueError(
-            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. Take the "
-            f"others out: {argument}[:, {argument}.var[{feature_type_key!r}].isin({list(allowed)})]"
+            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. "
+            f"Take the others out: {argument}[:, {argument}.var[{feature_type_key!r}].isin({list(allowed)})]"
         )
     return _Part(argument, modality, adata.X, adata.layers, adata.obs, adata.var, type_v)
 
@@ -198,8 +199,8 @@ def _check_matrix(argument: str, adata: AnnData) -> None:
         raise ValueError(f"{argument} is backed by a file; load it: {argument}.to_memory()")
     if adata.X is None:
         raise ValueError(f"{argument}.X is None; put the counts there")
-    if adata.n_obs == 0:
-        raise ValueError(f"{argument} has no cells; leave it out")
+    if 0 in adata.shape:
+        raise ValueError(f"{argument} has {adata.n_obs} cells and {adata.n_vars} features; leave it out")
     check_unique(adata.var_names, f"{argument}.var_names", f"{argument}.var_names_make_unique()")
     check_unique(adata.obs_names, f"{argument}.obs_names", f"{argument}.obs_names_make_unique()")
 
@@ -294,7 +295,7 @@ def _join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """
     index = pd.Index([name for frame in frames for name in frame.index])
     starts = np.cumsum([0, *map(len, frames)])
-    joined = pd.DataFrame(index=index)
+    joined = {}
     for column in dict.fromkeys(column for frame in frames for column in frame.columns):
         # What holds no value has no say in the type.
         having = [
@@ -303,7 +304,7 @@ def _join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
             if column in frame.columns and frame[column].notna().any()
         ]
         joined[column] = _join_column(str(column), having, len(index)).array
-    return joined
+    return pd.DataFrame(joined, index=index)
 
 
 def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:

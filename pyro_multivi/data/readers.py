@@ -314,9 +314,7 @@ def _variables(features: dict[str, list[str]]) -> pd.DataFrame:
             features["id"], features["name"], features["feature_type"], intervals, strict=True
         )
     ]
-    columns: dict[str, Any] = {
-        column: features[key] for key, column in _COLUMNS.items() if key in features
-    }
+    columns: dict[str, Any] = {column: features[key] for key, column in _COLUMNS.items() if key in features}
     for column in ("feature_types", "genome"):
         if column in columns:
             columns[column] = pd.Categorical(columns[column])

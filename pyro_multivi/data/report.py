@@ -73,14 +73,10 @@ class SetupReport:
             density[modality] = float(found.nnz.sum()) / values if values else 0.0
             counts[modality] = _describe_counts(place, found)
             if n_measured == 0:
-                notes.append(
-                    f"No cell was measured for {modality}: nothing can be learned about its features."
-                )
+                notes.append(f"No cell was measured for {modality}: nothing can be learned about its features.")
             if modality == "ATAC" and not found.whole:
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
-        notes += [
-            f"{size} features of type {kind!r} are ignored." for kind, size in seen.opened.ignored.items()
-        ]
+        notes += [f"{size} features of type {kind!r} are ignored." for kind, size in seen.opened.ignored.items()]
         return cls(
             kind=spec.kind,
             n_cells=spec.n_cells,
@@ -91,9 +87,7 @@ class SetupReport:
             categorical=spec.categorical,
             continuous={
                 key: (mean, sd)
-                for key, mean, sd in zip(
-                    spec.continuous, spec.continuous_mean, spec.continuous_sd, strict=True
-                )
+                for key, mean, sd in zip(spec.continuous, spec.continuous_mean, spec.continuous_sd, strict=True)
             },
             labels=spec.label_categories,
             density=density,
@@ -116,9 +110,7 @@ class SetupReport:
         ]
         listed = [f"{name} ({size})" for name, size in list(self.batches.items())[:_LISTED]]
         more = len(self.batches) - len(listed)
-        lines.append(
-            f"  batches     {len(self.batches)}: {', '.join(listed)}{f' and {more} more' if more else ''}"
-        )
+        lines.append(f"  batches     {len(self.batches)}: {', '.join(listed)}{f' and {more} more' if more else ''}")
         for key, known in self.categorical.items():
             lines.append(f"  covariate   {key}: {len(known)} categories")
         for key, (mean, sd) in self.continuous.items():

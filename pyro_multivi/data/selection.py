@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_multivi.data.checks import nearest
 
 
-def select_cells(indices: Any, names: Sequence[str]) -> Tensor:
+def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     """Positions of the cells meant by ``indices``.
 
     Parameters
@@ -40,6 +40,7 @@ def select_cells(indices: Any, names: Sequence[str]) -> Tensor:
     >>> select_cells(["c"], ["a", "b", "c"])
     tensor([2])
     """
+    names = list(names)
     n = len(names)
     if indices is None:
         return torch.arange(n)

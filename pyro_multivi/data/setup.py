@@ -220,7 +220,7 @@ def _keep(data: Any, setup: Setup) -> None:
 
 
 def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
-    keys = [value] if value is None or isinstance(value, str) else list(value)
+    keys: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if not 1 <= len(keys) <= 2 or not all(key is None or isinstance(key, str) for key in keys):
         raise ValueError(
             f"size_factor_key={value!r} must be the column of RNA size factors, or a list of that and the "
@@ -233,9 +233,7 @@ def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
     given = {str(word): meaning for word, meaning in (values or {}).items()}
     for word, meaning in given.items():
         if meaning not in MODALITIES:
-            raise ValueError(
-                f"modality_values[{word!r}] is {meaning!r} and must be one of {first_names(MODALITIES)}."
-            )
+            raise ValueError(f"modality_values[{word!r}] is {meaning!r} and must be one of {first_names(MODALITIES)}.")
     return given
 
 
@@ -251,9 +249,7 @@ def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] 
     regions = name_list("feature_type_values['regions']", given.get("regions", setup.region_types))
     shared = set(genes) & set(regions)
     if shared:
-        raise ValueError(
-            f"feature_type_values: {first_names(sorted(shared))} cannot be both genes and regions."
-        )
+        raise ValueError(f"feature_type_values: {first_names(sorted(shared))} cannot be both genes and regions.")
     return replace(setup, gene_types=genes, region_types=regions)
 
 
@@ -275,11 +271,11 @@ def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | N
         rna, atac = known_modalities(mdata)
     if rna == atac:
         raise ValueError(f"modalities: {rna!r} cannot be both RNA and ATAC.")
-    for argument, layer, name in (
+    for argument, layer, modality in (
         ("rna_layer", setup.rna_layer, rna),
         ("atac_layer", setup.atac_layer, atac),
     ):
-        if layer is not None and name is None:
+        if layer is not None and modality is None:
             raise ValueError(
                 f"{argument}={layer!r} was given, but modalities does not say in which modality: "
                 f"modalities={{{argument!r}: ...}}, one of {first_names(mdata.mod)}."

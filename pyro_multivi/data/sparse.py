@@ -64,6 +64,7 @@ class SparseCounts(torch.Tensor):
 
     @staticmethod
     def __new__(cls, crow: Tensor, col: Tensor, val: Tensor, shape: tuple[int, int]) -> SparseCounts:
+        """A tensor without storage of its own: its entries are attributes."""
         made: SparseCounts = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, tuple(shape), dtype=val.dtype, device=val.device
         )

@@ -125,9 +125,7 @@ class DataSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
-        values = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         values["setup"] = self.setup.to_dict()
         values["categorical"] = {key: list(known) for key, known in self.categorical.items()}
         return values
@@ -200,9 +198,7 @@ class DataSpec:
         opened = open_data(data, self.setup).only(rna=self.n_genes > 0, atac=self.n_regions > 0)
         x = None if opened.rna is None else read(opened.rna, self.gene_names)
         y = None if opened.atac is None else read(opened.atac, self.region_names)
-        measured = find_measured(
-            opened, self.setup, _counted(x, opened), _counted(y, opened), key_needed=False
-        )
+        measured = find_measured(opened, self.setup, _counted(x, opened), _counted(y, opened), key_needed=False)
         for note in measured.notes:
             logger.info(note)
         batch_code = self._batch_codes(opened, batch_missing_ok)
@@ -232,9 +228,7 @@ class DataSpec:
 
     def _labels(self, opened: Opened) -> Tensor | None:
         key = self.setup.labels_key
-        return (
-            None if key is None else torch.from_numpy(codes(opened, "labels_key", key, self.label_categories))
-        )
+        return None if key is None else torch.from_numpy(codes(opened, "labels_key", key, self.label_categories))
 
     def _design(self, opened: Opened, batch_code: NDArray[np.int64]) -> Tensor:
         """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
@@ -283,8 +277,7 @@ def describe(data: Any, setup: Setup) -> Description:
         region_names=() if opened.atac is None else tuple(map(str, opened.atac.features)),
         batch_categories=_categories(opened, "batch_key", setup.batch_key) or (SINGLE_BATCH,),
         categorical={
-            key: categories(opened, "categorical_covariate_keys", key)
-            for key in setup.categorical_covariate_keys
+            key: categories(opened, "categorical_covariate_keys", key) for key in setup.categorical_covariate_keys
         },
         continuous=setup.continuous_covariate_keys,
         continuous_mean=tuple(float(values.mean()) for values in columns),

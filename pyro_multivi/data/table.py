@@ -93,9 +93,7 @@ class CellTable:
                     f"{name} has {part.shape[1]} columns and {width_name} is {width}: they must be the same."
                 )
             if part is None and bool(measured.any()):
-                raise ValueError(
-                    f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it."
-                )
+                raise ValueError(f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it.")
 
     def __len__(self) -> int:
         return len(self.batch_code)

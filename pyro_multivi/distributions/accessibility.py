@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.base import CellDistribution, Rows, dense_rows, sparse_rows, unit_vector
 from pyro_multivi.distributions.blockwise_accessibility import accessibility_log_prob
-from pyro_multivi.distributions.readout import Readout
+from pyro_multivi.distributions.readout import Link, Readout
 
 
 class ScaledBernoulli(CellDistribution):
@@ -50,9 +50,13 @@ class ScaledBernoulli(CellDistribution):
 
     feature_parameters = ("p", "region_factor")
     cell_parameters = ("cell_factor",)
-    links = {"p": ("sigmoid",)}
+    links: ClassVar[dict[str, tuple[Link, ...]]] = {"p": ("sigmoid",)}
     support = constraints.independent(constraints.boolean, 1)
-    arg_constraints = {"p": unit_vector, "cell_factor": constraints.unit_interval}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "p": unit_vector,
+        "cell_factor": constraints.unit_interval,
+        "region_factor": unit_vector,
+    }
 
     def __init__(
         self,
@@ -62,8 +66,6 @@ class ScaledBernoulli(CellDistribution):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__({"p": p, "cell_factor": cell_factor, "region_factor": region_factor}, validate_args)
-        if self._validate_args and region_factor is not None and not unit_vector.check(region_factor).all():
-            raise ValueError("region_factor of ScaledBernoulli must lie in (0, 1]")
 
     @property
     def mean(self) -> Tensor:
@@ -77,10 +79,8 @@ class ScaledBernoulli(CellDistribution):
         mean = self.mean
         return mean * (1 - mean)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draw open (1) and closed (0) regions, shape sample_shape + batch + (M,)."""
-        with torch.no_grad():
-            return torch.bernoulli(self.mean.expand(torch.Size(sample_shape) + self.batch_shape + self.event_shape))
+    def _draw(self, shape: torch.Size) -> Tensor:
+        return torch.bernoulli(self.mean.expand(shape))
 
     def _validate_sample(self, value: Tensor) -> None:
         if not (value >= 0).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +27,9 @@ class _Vector(constraints.Constraint):
     def __init__(self, bound: constraints.Constraint) -> None:
         self.bound = bound
 
-    def check(self, value: Tensor) -> Tensor:
-        if isinstance(value, Readout):
-            return torch.ones((), dtype=torch.bool, device=value.device)
+    def check(self, value: Tensor | None) -> Tensor:
+        if value is None or isinstance(value, Readout):  # left out, or bounded by its link
+            return torch.ones((), dtype=torch.bool)
         return self.bound.check(value).all(-1)
 
     def __repr__(self) -> str:
@@ -52,7 +52,7 @@ class CellDistribution(TorchDistribution):
 
     _mask: Tensor | bool
 
-    def __init__(self, parameters: dict[str, Tensor | None], validate_args: bool | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor | None], validate_args: bool | None = None) -> None:
         batch_shapes: list[torch.Size] = []
         n_features = 1
         for name, value in parameters.items():
@@ -70,19 +70,21 @@ class CellDistribution(TorchDistribution):
             batch_shapes.append(value.shape[:-1])
             if n_features not in (1, value.shape[-1]) and value.shape[-1] != 1:
                 raise ValueError(
-                    f"{name} of {type(self).__name__} has {value.shape[-1]} features where others have {n_features}"
+                    f"{name} of {type(self).__name__} has {value.shape[-1]} features, "
+                    f"where parameters before it have {n_features}"
                 )
             n_features = max(n_features, value.shape[-1])
         self._mask = True
         batch_shape = torch.Size(broadcast_shape(*batch_shapes))
         super().__init__(batch_shape, torch.Size([n_features]), validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CellDistribution:  # type: ignore[override]
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CellDistribution:
         """The same distribution with a larger batch shape; itself if that changes nothing."""
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self  # every plate asks: no new object, and a plain type in the trace
-        torch.broadcast_shapes(shape, self.batch_shape)
+        if torch.broadcast_shapes(shape, self.batch_shape) != shape:
+            raise ValueError(f"cannot expand a batch of shape {tuple(self.batch_shape)} to {tuple(shape)}")
         new = copy.copy(self)  # parameters broadcast where they are used
         new._batch_shape = shape
         if isinstance(self._mask, Tensor):
@@ -103,9 +105,23 @@ class CellDistribution(TorchDistribution):
             new._mask = chosen
         return new
 
+    def __repr__(self) -> str:
+        masked = "" if self._mask is True else ", masked"
+        batch, features = tuple(self.batch_shape), self.event_shape[0]
+        return f"{type(self).__name__}(batch={batch}, features={features}{masked})"
+
     def _full(self, value: Tensor) -> Tensor:
         """Broadcast to batch shape + event shape."""
         return value.expand(self.batch_shape + self.event_shape)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw values, shape sample_shape + batch + (F,)."""
+        with torch.no_grad():
+            return self._draw(torch.Size(sample_shape) + self.batch_shape + self.event_shape)
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        """One draw for every element of ``shape``."""
+        raise NotImplementedError
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each cell, shape = broadcast of the batch shapes.
@@ -117,10 +133,14 @@ class CellDistribution(TorchDistribution):
             of shape (..., F).
         """
         names = [*self.feature_parameters, *self.cell_parameters]
-        (value, *given), provenance = extract_provenance([value, *(getattr(self, name) for name in names)])
+        # Pyro's inspection follows tensors that remember their origin; the formulas see plain ones.
+        parameters = [getattr(self, name) for name in names]
+        extracted: tuple[Any, frozenset[Any]] = extract_provenance([value, *parameters])
+        (value, *given), provenance = extracted
         if value.shape[-1:] != self.event_shape:
             raise ValueError(
-                f"value must have {self.event_shape[0]} features in its last dimension, got shape {tuple(value.shape)}"
+                f"value must have {self.event_shape[0]} features in its last dimension, "
+                f"got shape {tuple(value.shape)}"
             )
         if self._validate_args and not isinstance(value, SparseCounts):
             self._validate_sample(value)
@@ -135,11 +155,11 @@ class CellDistribution(TorchDistribution):
         if isinstance(self._mask, Tensor):
             index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
             index = None if len(index) == shape.numel() else index
-        parameters = {
-            name: None if given_ is None else self._rows(given_, name, shape, index)
-            for name, given_ in zip(names, given)
+        rows = {
+            name: None if parameter is None else self._rows(parameter, name, shape, index)
+            for name, parameter in zip(names, given, strict=True)
         }
-        result = self._log_prob_rows(_value_rows(value, shape, index), parameters)
+        result = self._log_prob_rows(_value_rows(value, shape, index), rows)
         if index is not None:
             result = result.new_zeros(shape.numel()).index_copy(0, index, result)
         return track_provenance(result.reshape(shape), provenance)

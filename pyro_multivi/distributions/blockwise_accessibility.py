@@ -84,10 +84,11 @@ class _Sweep:
 
     def __call__(self, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
         """Value (if wanted) and gradients (if weights are given)."""
-        hidden, weight, bias, region_factor = self.hidden_nh, self.weight_mh, self.bias_m, self.region_factor_m
+        hidden, weight, bias = self.hidden_nh, self.weight_mh, self.bias_m
+        region_factor = self.region_factor_m
         n, n_regions = len(hidden), len(weight)
         forms = weights_n is not None
-        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (forms and need for need in self.needs)
+        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (forms and x for x in self.needs)
         # A factor that underflowed to 0 must not turn log d or 1 / d into infinities.
         floor = 1e-30
         d = self.cell_factor_n.clamp_min(floor)
@@ -114,7 +115,7 @@ class _Sweep:
             e, num, den = (buffer[: n * m].view(n, m) for buffer in buffers)
             w = products.block(features)
             products.logits(w, bias[features], out=e, scale=-_LOG2_E)
-            minus_log2_open = e.view(-1).index_select(0, flat) if want_value else None
+            minus_log2_open = e.view(-1).index_select(0, flat)
             e.clamp_(-limit, limit).exp2_()
             if region_factor is None:
                 torch.add(e, rest_column, out=num)
@@ -126,9 +127,11 @@ class _Sweep:
                 e.div_(den)  # e / (1 + e) from here on
             if value is not None:
                 closed = torch.div(num, den, out=den).log_()
-                log_open = log_d.index_select(0, block.row) - softplus(minus_log2_open / _LOG2_E, threshold=40.0)
+                log_open = log_d.index_select(0, block.row)
+                log_open -= softplus(minus_log2_open / _LOG2_E, threshold=40.0)
                 if region_factor is not None:
-                    log_open += r.log().index_select(0, self.entries.col.index_select(0, block.entry) - block.start)
+                    region = self.entries.col.index_select(0, block.entry) - block.start
+                    log_open += r.log().index_select(0, region)
                 value += closed.view(-1).scatter_(0, flat, log_open).view(n, m).sum(1)
             if not forms:
                 continue

@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.blockwise import Block, Entries, Gradients, Pending, Products, backward, block_width
+from pyro_multivi.distributions.blockwise import (
+    Block,
+    Entries,
+    Gradients,
+    Pending,
+    Products,
+    backward,
+    block_width,
+)
 from pyro_multivi.distributions.buffers import POOL
 from pyro_multivi.distributions.gamma_ratio import log_rising, log_rising_slope
 from pyro_multivi.distributions.readout import Readout
@@ -51,11 +59,14 @@ def counts_log_prob(
     gate_logits
         Readout with link "identity", shape (n, G); None without zero inflation.
     """
-    gate = (None, None, None) if gate_logits is None else (gate_logits.hidden, gate_logits.weight, gate_logits.bias)
-    family = _Family(rho.link == "softmax", rho.gemm_dtype, None if gate_logits is None else gate_logits.gemm_dtype)
+    gate: tuple[Tensor | None, ...] = (None, None, None)
+    if gate_logits is not None:
+        gate = gate_logits.hidden, gate_logits.weight, gate_logits.bias
+    gate_gemm_dtype = None if gate_logits is None else gate_logits.gemm_dtype
     log_prob: Tensor = _CountsLogProb.apply(
-        rho.hidden, rho.weight, rho.bias, library, theta, *gate, Entries(value), family, torch.is_grad_enabled()
-    )
+        rho.hidden, rho.weight, rho.bias, library, theta, *gate, Entries(value),
+        _Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype), torch.is_grad_enabled(),
+    )  # fmt: skip
     return log_prob
 
 
@@ -187,7 +198,7 @@ class _Walk:
 
     def piece(self, buffer: Tensor, block: Block) -> Tensor:
         """The block's (n, m) part of a buffer of all genes."""
-        return buffer[self.n * block.start : self.n * block.stop].view(self.n, -1)
+        return buffer[self.n * block.start : self.n * block.stop].view(self.n, block.stop - block.start)
 
     def scratch_of(self, block: Block) -> list[Tensor]:
         m = block.stop - block.start
@@ -280,7 +291,8 @@ class _Walk:
         x, col = self.sweep.entries.val, self.sweep.entries.col
         entry = torch.cat([block.entry for block in self.blocks])
         row = torch.cat([block.row for block in self.blocks])
-        flat = torch.cat([block.flat.add_(self.n * block.start) for block in self.blocks])  # in the full buffers
+        # Position in the buffers of all genes, where a block begins after n entries per earlier gene.
+        flat = torch.cat([block.flat.add_(self.n * block.start) for block in self.blocks])
         x = x.index_select(0, entry).to(self.log_mean.dtype)
         gene = col.index_select(0, entry)
         log_mean = self.log_mean.index_select(0, flat)
@@ -304,7 +316,9 @@ class _Walk:
     def through_link(self) -> Tensor | None:
         """Turn d/dm into d/dlogits and hand it to the layer; return d/dlibrary."""
         assert self.weights_n is not None
-        total = sum((self.piece(self.slope, block).sum(1) for block in self.blocks), torch.zeros_like(self.library))
+        total = torch.zeros_like(self.library)
+        for block in self.blocks:
+            total += self.piece(self.slope, block).sum(1)
         by_library = (total / self.library).unsqueeze(1)
         if self.layer.needs_grad:
             for block in self.blocks:

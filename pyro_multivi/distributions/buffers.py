@@ -41,6 +41,10 @@ class BufferPool:
         self._blocks: list[np.ndarray[Any, np.dtype[np.uint8]]] = []  # least recently used first
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> Any:
+        # A copy, also in another process, starts empty: memory and lock stay with their owner.
+        return BufferPool, (self.max_bytes,)
+
     @property
     def kept_bytes(self) -> int:
         """Memory held, in use or not."""

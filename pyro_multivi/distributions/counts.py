@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,15 +63,6 @@ class _Counts(CellDistribution):
         """Expected counts, shape batch + (G,)."""
         return self._mu()
 
-    def _draw(self, shape: torch.Size) -> Tensor:
-        """One count for every element of ``shape``."""
-        raise NotImplementedError
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draw counts, shape sample_shape + batch + (G,)."""
-        with torch.no_grad():
-            return self._draw(torch.Size(sample_shape) + self.batch_shape + self.event_shape)
-
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
         """Log-probability of every count, shape (n, G)."""
         raise NotImplementedError
@@ -79,7 +70,8 @@ class _Counts(CellDistribution):
     def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
         rho, gate = parameters["rho"], parameters.get("gate_logits")
         if isinstance(rho, Readout) and (gate is None or isinstance(gate, Readout)):
-            return counts_log_prob(rho, parameters["library"], sparse_rows(value), parameters.get("theta"), gate)
+            theta = parameters.get("theta")
+            return counts_log_prob(rho, parameters["library"], sparse_rows(value), theta, gate)
         dense = {name: dense_rows(given) for name, given in parameters.items()}
         mu = dense["library"].unsqueeze(-1) * dense["rho"]
         return self._dense_log_prob(dense_rows(value), mu, dense).sum(-1)
@@ -112,7 +104,10 @@ class PoissonCounts(_Counts):
     """
 
     feature_parameters = ("rho",)
-    arg_constraints = {"rho": nonnegative_vector, "library": constraints.nonnegative}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "rho": nonnegative_vector,
+        "library": constraints.nonnegative,
+    }
 
     def __init__(self, rho: Tensor, library: Tensor, validate_args: bool | None = None) -> None:
         super().__init__({"rho": rho, "library": library}, validate_args)
@@ -158,13 +153,15 @@ class NegativeBinomialCounts(_Counts):
     theta: Tensor
 
     feature_parameters = ("rho", "theta")
-    arg_constraints = {
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "rho": nonnegative_vector,
         "library": constraints.nonnegative,
         "theta": positive_vector,
     }
 
-    def __init__(self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None
+    ) -> None:
         super().__init__({"rho": rho, "library": library, "theta": theta}, validate_args)
 
     @property
@@ -216,7 +213,7 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
     gate_logits: Tensor
 
     feature_parameters = ("rho", "theta", "gate_logits")
-    arg_constraints = {
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "rho": nonnegative_vector,
         "library": constraints.nonnegative,
         "theta": positive_vector,
@@ -224,10 +221,16 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
     }
 
     def __init__(
-        self, rho: Tensor, library: Tensor, theta: Tensor, gate_logits: Tensor, validate_args: bool | None = None
+        self,
+        rho: Tensor,
+        library: Tensor,
+        theta: Tensor,
+        gate_logits: Tensor,
+        validate_args: bool | None = None,
     ) -> None:
-        parameters = {"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}
-        super().__init__(parameters, validate_args)
+        super().__init__(
+            {"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}, validate_args
+        )
 
     @property
     def mean(self) -> Tensor:

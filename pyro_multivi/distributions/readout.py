@@ -66,7 +66,7 @@ class Readout(torch.Tensor):
     gemm_dtype: torch.dtype | None
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102  see the class
         cls, hidden: Tensor, weight: Tensor, bias: Tensor, link: Link, gemm_dtype: torch.dtype | None = None
     ) -> Readout:
         if link not in get_args(Link):
@@ -81,7 +81,7 @@ class Readout(torch.Tensor):
                 "hidden, weight and bias must have one dtype, "
                 f"got {hidden.dtype}, {weight.dtype} and {bias.dtype}; cast them, or use gemm_dtype"
             )
-        made: Readout = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Readout = torch.Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], weight.shape[0]), dtype=hidden.dtype, device=hidden.device
         )
         return made
@@ -128,7 +128,7 @@ class Readout(torch.Tensor):
             If the link is not "softmax".
         """
         if self.link != "softmax":
-            raise ValueError(f"only a readout with link 'softmax' has a normalizer, this one has {self.link!r}")
+            raise ValueError(f"only a readout with link 'softmax' has a normalizer, got {self.link!r}")
         total: Tensor | None = None
         for features in self._slices(STREAM_WIDTH):
             part = self._logits_at(features).logsumexp(-1)
@@ -137,7 +137,7 @@ class Readout(torch.Tensor):
             raise ValueError("a softmax needs at least one feature, this readout has 0")
         return total
 
-    def select(self, features: Tensor) -> Tensor:
+    def select(self, features: Any, index: Any = None) -> Tensor:
         """Dense values at some features, shape (..., k).
 
         Costs only those features; a softmax streams over the others for its denominator.
@@ -146,7 +146,11 @@ class Readout(torch.Tensor):
         ----------
         features
             Positions in [0, F), shape (k,), int64.
+        index
+            Makes this the ordinary ``Tensor.select(dim, index)`` of the dense values.
         """
+        if index is not None:
+            return self.dense().select(features, index)
         logits = self._logits_at(features)
         if self.link == "softmax":
             return (logits - self.log_normalizer().unsqueeze(-1)).exp()
@@ -175,7 +179,7 @@ class Readout(torch.Tensor):
         parts = (part.detach() for part in (self.hidden, self.weight, self.bias))
         return Readout, (*parts, self.link, self.gemm_dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Readout(shape={tuple(self.shape)}, link={self.link!r})"
 
     @classmethod
@@ -189,8 +193,8 @@ class Readout(torch.Tensor):
         if func in _LAZY and isinstance(args[0], Readout):
             return _LAZY[func](*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if func is torch.Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__")):
-            raise TypeError(f"a Readout cannot be changed in place by {name}; call .dense() and change that")
+        if name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")):
+            raise TypeError(f"a Readout cannot be changed in place ({name}); call .dense() and change that")
 
         def dense(value: Any) -> Any:
             return value.dense() if isinstance(value, Readout) else value
@@ -198,7 +202,7 @@ class Readout(torch.Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Beneath autograd the dense values would lose their gradient without a word.
@@ -209,7 +213,7 @@ def _expand(readout: Readout, *sizes: Any) -> Tensor:
     shape = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     if shape[-1] not in (-1, readout.shape[-1]):
         return readout.dense().expand(shape)  # one feature repeated: no longer a readout
-    if len(shape) == readout.dim() and all(n in (-1, m) for n, m in zip(shape, readout.shape)):
+    if len(shape) == readout.dim() and all(n in (-1, m) for n, m in zip(shape, readout.shape, strict=True)):
         return readout
     hidden = readout.hidden.expand(*shape[:-1], -1)
     return readout._with(hidden, readout.weight, readout.bias)
@@ -226,8 +230,9 @@ def _requires_grad(readout: Readout) -> bool:
 @extract_provenance.register(Readout)
 def _extract_provenance(readout: Readout) -> tuple[Readout, frozenset[Any]]:
     # Pyro's inspection taints tensors with the sites they came from; a readout's are its factors'.
-    parts, provenance = extract_provenance((readout.hidden, readout.weight, readout.bias))
-    return (readout._with(*parts), provenance) if provenance else (readout, provenance)
+    parts: tuple[Any, frozenset[Any]] = extract_provenance((readout.hidden, readout.weight, readout.bias))
+    (hidden, weight, bias), provenance = parts
+    return (readout._with(hidden, weight, bias), provenance) if provenance else (readout, provenance)
 
 
 # Answered by the wrapper itself, without its values.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.distributions import Readout
+from pyro_multivi.distributions.readout import Link
 from pyro_multivi.networks.layers import CovariateStack
 
 
@@ -73,7 +74,7 @@ class ExpressionDecoder(nn.Module):
             layer_norm=layer_norm,
             activation=nn.ReLU,
         )
-        self.link = "softmax" if simplex else "softplus"
+        self.link: Link = "softmax" if simplex else "softplus"
         self.rho = nn.Linear(self.stack.n_out, n_genes)
         self.pi = nn.Linear(self.stack.n_out, n_genes) if zero_inflation else None
         self.theta = nn.Linear(self.stack.n_out, n_genes) if cell_dispersion else None
@@ -83,14 +84,14 @@ class ExpressionDecoder(nn.Module):
         """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
         hidden = self.stack(z, s)
 
-        def read(layer: nn.Module | None, link: str) -> Tensor | None:
+        def read(layer: nn.Module | None) -> Tensor | None:
             if layer is None:
                 return None
             assert isinstance(layer, nn.Linear)
-            return Readout(hidden, layer.weight, layer.bias, link, self.gemm_dtype)
+            return Readout(hidden, layer.weight, layer.bias, "identity", self.gemm_dtype)
 
         rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
-        return Decoded(rho, read(self.pi, "identity"), read(self.theta, "identity"))
+        return Decoded(rho, read(self.pi), read(self.theta))
 
 
 class AccessibilityDecoder(nn.Module):

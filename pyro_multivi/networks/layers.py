@@ -26,6 +26,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Shape (..., features) in and out."""
         flat = input.reshape(-1, input.shape[-1])
         use_batch = self.training and len(flat) > 1
         normalised = F.batch_norm(
@@ -113,6 +114,7 @@ class CovariateStack(nn.Module):
     def forward(self, hidden: Tensor, s: Tensor) -> Tensor:
         """Map ``hidden`` (..., n_in) and ``s`` (B, n_covariates) to (..., n_hidden)."""
         for linear, after in zip(self.linear, self.after, strict=True):
+            assert isinstance(linear, nn.Linear)
             if linear.in_features > hidden.shape[-1]:
                 # Draws of z add leading dimensions that s does not have.
                 hidden = torch.cat([hidden, s.expand(*hidden.shape[:-1], s.shape[-1])], -1)

@@ -85,7 +85,7 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
     library, factor = [], []
     with pyro.validation_enabled(False):
         for minibatch in cells:
-            nodes = poutine.trace(program.guide).get_trace(minibatch).nodes
+            nodes: Any = poutine.trace(program.guide).get_trace(minibatch).nodes
             if "l" in nodes:
                 library.append(nodes["l"]["fn"].mean.masked_fill(~minibatch.has_rna, torch.nan))
             if "d" in nodes:

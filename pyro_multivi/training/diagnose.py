@@ -30,7 +30,7 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
         model_trace.compute_log_prob()
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in trace.nodes.items():
-            if site["type"] != "sample" or name == "cells" or site["infer"].get("_deterministic", False):
+            if site["type"] != "sample" or name == "cells" or (site["infer"] or {}).get("_deterministic", False):
                 continue
             bad = _bad_cells(site["unscaled_log_prob"])
             if len(bad):

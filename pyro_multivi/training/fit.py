@@ -12,7 +12,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.loader import Minibatches
@@ -62,6 +61,8 @@ class FitOptions:
         Show a bar.
     elbo
         A Pyro ELBO in place of ``TraceMeanField_ELBO``.
+    precision
+        See :meth:`~pyro_multivi.program.MultiVIProgram.use_precision`; prediction is in fp32 again.
     """
 
     max_epochs: int = 500
@@ -77,6 +78,7 @@ class FitOptions:
     callbacks: tuple[Callback, ...] = field(default=())
     progress_bar: bool = True
     elbo: ELBO | None = None
+    precision: str = "fp32"
 
 
 def fit(
@@ -122,6 +124,7 @@ def fit(
     stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
     best = _Snapshot(program)
     interrupted = False
+    program.use_precision(options.precision)
     step = first * len(train)
     bar = tqdm(
         range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
@@ -141,7 +144,7 @@ def fit(
                     if value != value or abs(value) == float("inf"):
                         raise diagnose(program, cells, epoch, place)
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     if options.gradient_clip is not None:
                         torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
                     optimizer.step()
@@ -162,7 +165,7 @@ def fit(
                         f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
                         f"{', '.join(history.names)}."
                     )
-                if any([callback(epoch, row, program) for callback in options.callbacks]):
+                if _any_stops(options.callbacks, epoch, row, program):
                     break
                 if stopping.exhausted:
                     logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
@@ -177,6 +180,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             if history.n_epochs > first or not interrupted:
                 best.restore(program)
+            program.use_precision("fp32")
             program.eval()
     return history, state
 
@@ -209,6 +213,12 @@ class _Snapshot:
 
     def restore(self, program: MultiVIProgram) -> None:
         program.load_state_dict(self._state)
+
+
+def _any_stops(callbacks: tuple[Callback, ...], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:
+    # Every callback is called, also after one that stops.
+    answers = [callback(epoch, row, program) for callback in callbacks]
+    return any(answers)
 
 
 def _named(terms: Terms, split: str) -> dict[str, float]:

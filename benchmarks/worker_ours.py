@@ -1,0 +1,59 @@
+"""pyro_multivi in one fresh process: trains or predicts once and prints one line of JSON."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from make_data import load
+from measure import Memory, report, seconds, task
+
+import pyro_multivi as pm
+
+
+def main() -> None:
+    """Do one task."""
+    asked = task()
+    memory = Memory()
+    torch.set_num_threads(asked["threads"])
+    mdata = load(asked["data"])
+    pm.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
+    model = pm.MULTIVI(mdata, n_hidden=asked["n_hidden"], n_latent=asked["n_latent"])
+    ends = [time.perf_counter()]
+
+    def epoch_ended(*_: Any) -> None:
+        ends.append(time.perf_counter())
+
+    # Not named for fp32, so that the benchmark also runs on versions that know nothing else.
+    precision = {} if asked["precision"] == "fp32" else {"precision": asked["precision"]}
+    model.train(
+        max_epochs=asked["epochs"],
+        lr=asked["lr"],
+        accelerator="cpu",
+        train_size=asked["train_size"],
+        validation_size=0.0,
+        batch_size=asked["batch_size"],
+        early_stopping=False,
+        callbacks=[epoch_ended],
+        progress_bar=False,
+        **precision,
+    )
+    result: dict[str, Any] = {
+        "versions": {"pyro_multivi": pm.__version__, "torch": torch.__version__},
+        "peak_reset": memory.resettable,
+    }
+    if asked["part"] == "train":
+        result["epoch_seconds"] = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        result["peak_bytes"] = memory.peak()
+    else:
+        result["latent_seconds"], _ = seconds(model.get_latent_representation)
+        memory.reset()
+        result["accessibility_seconds"], p = seconds(lambda: model.get_accessibility_estimates(return_numpy=True))
+        result["accessibility_peak_bytes"] = memory.peak()
+        result["accessibility_shape"] = list(p.shape)
+    report(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""scvi-tools' MULTIVI in one fresh process: trains or predicts once and prints one line of JSON.
+
+Runs in the peer's environment, where pyro_multivi is not installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import scvi  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from make_data import load  # noqa: E402
+from measure import Memory, report, seconds, task  # noqa: E402
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class EpochEnds(Callback):
+    """When each epoch ended."""
+
+    def __init__(self) -> None:
+        self.at = [time.perf_counter()]
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note the time."""
+        self.at.append(time.perf_counter())
+
+
+def main() -> None:
+    """Do one task."""
+    asked = task()
+    memory = Memory()
+    torch.set_num_threads(asked["threads"])
+    mdata = load(asked["data"])
+    scvi.model.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
+    model = scvi.model.MULTIVI(mdata, n_hidden=asked["n_hidden"], n_latent=asked["n_latent"])
+    ends = EpochEnds()
+    model.train(
+        max_epochs=asked["epochs"],
+        lr=asked["lr"],
+        accelerator="cpu",
+        train_size=asked["train_size"],
+        validation_size=0.0,
+        batch_size=asked["batch_size"],
+        early_stopping=False,
+        adversarial_mixing=False,
+        callbacks=[ends],
+        enable_progress_bar=False,
+    )
+    result: dict[str, Any] = {
+        "versions": {"scvi-tools": scvi.__version__, "torch": torch.__version__},
+        "peak_reset": memory.resettable,
+    }
+    if asked["part"] == "train":
+        result["epoch_seconds"] = [end - start for start, end in zip(ends.at, ends.at[1:], strict=False)]
+        result["peak_bytes"] = memory.peak()
+    else:
+        result["latent_seconds"], _ = seconds(model.get_latent_representation)
+        memory.reset()
+        result["accessibility_seconds"], p = seconds(lambda: model.get_normalized_accessibility(return_numpy=True))
+        result["accessibility_peak_bytes"] = memory.peak()
+        result["accessibility_shape"] = list(p.shape)
+    report(result)
+
+
+if __name__ == "__main__":
+    main()

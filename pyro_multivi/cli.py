@@ -1,0 +1,188 @@
+"""Command line: ``pyro-multivi demo`` and ``pyro-multivi train``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pyro_multivi._optional import require
+from pyro_multivi._version import __version__
+from pyro_multivi.api import MULTIVI
+from pyro_multivi.data.examples import cell_lines
+from pyro_multivi.data.readers import read
+from pyro_multivi.posterior.neighbours import neighbour_purity
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        run = {"demo": _demo, "train": _train}[options.command]
+        run(options)
+    except (ValueError, KeyError, OSError, ImportError, ArithmeticError) as error:
+        # What the library has to say is for the person who typed the command; a trace is not.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"pyro-multivi: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyro-multivi", description="MultiVI: one latent state per cell from RNA, ATAC or both."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="analyse the built-in real cells from start to end")
+    _add_training(demo)
+    demo.set_defaults(labels="cell_type")
+
+    train = commands.add_parser("train", help="train on a file of yours")
+    train.add_argument("data", help=".h5ad, .h5mu, 10x .h5 (Cell Ranger ARC) or a 10x mtx folder")
+    train.add_argument("--labels", help="obs column that colours the picture and scores the latent space")
+    train.add_argument("--layer", help="layer with the raw counts")
+    train.add_argument("--batch-key", help="obs column of batches")
+    train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
+    train.add_argument("--feature-type-key", default="feature_types", help="var column telling genes from peaks")
+    train.add_argument("--rna", default="rna", help="name of the RNA modality of an .h5mu (default: rna)")
+    train.add_argument("--atac", default="atac", help="name of the ATAC modality of an .h5mu (default: atac)")
+    train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
+    train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
+    train.add_argument(
+        "--min-fraction",
+        type=float,
+        default=0.01,
+        help="leave out features detected in a smaller share of the cells (default: 0.01; not for .h5mu)",
+    )
+    train.add_argument("--n-latent", type=int)
+    train.add_argument("--n-hidden", type=int)
+    train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
+    _add_training(train)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to; made if it is not there")
+    parser.add_argument("--max-epochs", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    adata = cell_lines()
+    print("SNARE-seq of four human cell lines (Chen et al. 2019, GSE126074), shipped with the package.")
+    print(MULTIVI.setup_anndata(adata))
+    _analyse(MULTIVI(adata, seed=options.seed), adata, options)
+
+
+def _train(options: argparse.Namespace) -> None:
+    data = read(options.data)
+    keys = {
+        "batch_key": options.batch_key,
+        "modality_key": options.modality_key,
+        "categorical_covariate_keys": options.categorical_covariate or None,
+        "continuous_covariate_keys": options.continuous_covariate or None,
+    }
+    if isinstance(data, AnnData):
+        data = _detected(data, options.min_fraction)
+        report = MULTIVI.setup_anndata(data, layer=options.layer, feature_type_key=options.feature_type_key, **keys)
+    else:
+        present = {f"{kind}_layer": name for kind, name in (("rna", options.rna), ("atac", options.atac))}
+        modalities = {key: name for key, name in present.items() if name in data.mod}
+        report = MULTIVI.setup_mudata(
+            data, rna_layer=options.layer, atac_layer=options.layer, modalities=modalities, **keys
+        )
+    print(report)
+    model = MULTIVI(
+        data,
+        n_latent=options.n_latent,
+        n_hidden=options.n_hidden,
+        gene_likelihood=options.gene_likelihood,
+        seed=options.seed,
+    )
+    _analyse(model, data, options)
+
+
+def _detected(adata: AnnData, min_fraction: float) -> AnnData:
+    """The features detected in at least a share of the cells."""
+    if not 0 <= min_fraction < 1:
+        raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
+    kept = np.asarray((adata.X > 0).mean(0)).ravel() >= min_fraction
+    if not kept.any():
+        raise ValueError(f"--min-fraction {min_fraction} leaves no feature: give a smaller share.")
+    return adata[:, kept].copy()
+
+
+def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
+    """Train, then write the model, the latent space, the history, figures and a picture."""
+    out: Path = options.out
+    labels = None
+    if options.labels is not None:
+        if options.labels not in data.obs:
+            raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
+        labels = data.obs[options.labels].astype(str).to_numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    print(model)
+    started = time.perf_counter()
+    model.train(
+        max_epochs=options.max_epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        seed=options.seed,
+        accelerator=options.accelerator,
+        progress_bar=not options.quiet,
+    )
+    latent = np.asarray(model.get_latent_representation())
+    figures: dict[str, float] = {
+        "cells": len(latent),
+        "epochs": len(model.history["train_loss"]),
+        "training_seconds": round(time.perf_counter() - started, 1),
+        "elbo_per_cell": model.get_elbo(),
+        **model.get_reconstruction_error(),
+    }
+    if labels is not None and len(latent) > 30:
+        figures["neighbour_purity_30"] = neighbour_purity(latent, labels, 30)
+        shares = pd.Series(labels).value_counts(normalize=True)
+        figures["neighbour_purity_chance"] = float((shares**2).sum())
+    columns = [f"z{number + 1}" for number in range(latent.shape[1])]
+    pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns).to_csv(out / "latent.csv")
+    pd.concat(model.history.values(), axis=1).to_csv(out / "history.csv")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    model.save(out / "model", overwrite=True)
+    written = ["latent.csv", "history.csv", "figures.json", "model/"]
+    if _draw(latent, labels, model, out / "latent.png"):
+        written.append("latent.png")
+    for name, value in figures.items():
+        print(f"  {name:40s} {value:.4g}" if isinstance(value, float) else f"  {name:40s} {value}")
+    print(f"written to {out}: {', '.join(written)}")
+
+
+def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
+    """Draw the latent space beside the training curve; without matplotlib say so and go on."""
+    try:
+        figure_class = require("matplotlib.figure", "plot").Figure
+    except ImportError as error:
+        print(f"no picture: {error}")
+        return False
+    from pyro_multivi import plots
+
+    figure = figure_class(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    plots.latent_scatter(latent, labels, left, "latent space")
+    plots.training_history(model.history, "elbo", right)
+    right.set_title("training")
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,115 @@
+"""Pictures: each function takes an ``ax`` and returns it. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pyro_multivi._optional import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Okabe and Ito's palette: told apart by colour-blind readers.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+_MARKERS = "osD^vP*X"
+
+
+def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Coordinates of cells in the plane of largest variance, (cells, 2)."""
+    centred = latent - latent.mean(0)
+    if centred.shape[1] == 1:
+        centred = np.column_stack([centred, np.zeros(len(centred))])
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    plane: NDArray[np.floating[Any]] = centred @ axes[:2].T
+    return plane
+
+
+def latent_scatter(
+    latent: NDArray[np.floating[Any]], labels: Sequence[Any] | None = None, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Cells in the two principal directions of the latent space.
+
+    Parameters
+    ----------
+    latent
+        (cells, K); shown as it is if K is 2.
+    labels
+        One per cell; gives colour and, past eight labels, marker.
+    ax
+        Where to draw; default: a new figure.
+    title
+        Above the picture.
+    """
+    ax = _axes(ax)
+    xy = latent if latent.shape[1] == 2 else principal_plane(latent)
+    names = np.zeros(len(xy), dtype=int) if labels is None else np.asarray(labels)
+    for place, name in enumerate(pd.unique(pd.Series(names).sort_values())):
+        chosen = names == name
+        ax.scatter(
+            xy[chosen, 0],
+            xy[chosen, 1],
+            s=14,
+            alpha=0.75,
+            linewidths=0,
+            color=PALETTE[place % len(PALETTE)],
+            marker=_MARKERS[(place // len(PALETTE)) % len(_MARKERS)],
+            label=str(name),
+        )
+    if labels is not None:
+        ax.legend(frameon=False, markerscale=1.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    kind = "latent" if latent.shape[1] == 2 else "principal"
+    ax.set(xlabel=f"{kind} direction 1", ylabel=f"{kind} direction 2", title=title)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def training_history(
+    history: Mapping[str, pd.DataFrame], quantity: str = "elbo", ax: Axes | None = None
+) -> Axes:
+    """A loss over epochs, of training and validation cells.
+
+    Parameters
+    ----------
+    history
+        ``model.history``.
+    quantity
+        Name without ``_train`` or ``_validation``.
+    ax
+        Where to draw; default: a new figure.
+
+    Raises
+    ------
+    KeyError
+        If the quantity was not recorded.
+    """
+    found = [name for name in (f"{quantity}_train", f"{quantity}_validation") if name in history]
+    if not found:
+        known = sorted({name.rsplit("_", 1)[0] for name in history})
+        raise KeyError(f"quantity={quantity!r} was not recorded; recorded are {', '.join(known)}.")
+    ax = _axes(ax)
+    for place, name in enumerate(found):
+        values = history[name][name].dropna()
+        ax.plot(
+            values.index + 1,
+            values,
+            color=PALETTE[place],
+            linestyle=("-", "--")[place],
+            label=name.rsplit("_", 1)[1],
+        )
+    ax.legend(frameon=False)
+    label = "minus ELBO" if quantity == "elbo" else quantity.replace("_", " ")
+    ax.set(xlabel="epoch", ylabel=f"{label} (nats per cell)")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    made: Axes = require("matplotlib.pyplot", "plot").subplots()[1]
+    return made

@@ -1,0 +1,243 @@
+"""The one engine behind every posterior quantity: draws of the latents, and what the model makes of them.
+
+The guide is run once per minibatch and gives S draws of every latent site, which the model then
+replays. Wide sites are handed on as :class:`~pyro_multivi.distributions.Readout`: nobody pays for
+a feature that is not asked for, and nothing of size cells x features x draws is ever made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.distributions import Readout
+from pyro_multivi.posterior.noise import CellNoise
+from pyro_multivi.program import MultiVIProgram
+
+#: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
+#: width at which a softmax is summed), take 2 and 64 MB in float32.
+ROWS = 4096
+#: Sites that are observed, and drawn only if asked for.
+COUNTS = frozenset({"x", "y"})
+
+
+@contextmanager
+def evaluating(program: MultiVIProgram) -> Iterator[None]:
+    """No gradients, no dropout, no validation; every state, also torch's random one, as before afterwards."""
+    modes = [(module, module.training) for module in program.modules()]
+    device = next(program.parameters()).device
+    program.eval()
+    try:
+        with (
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def cells_at_a_time(batch_size: int, n_samples: int) -> int:
+    """Cells of a minibatch such that their draws stay within :data:`ROWS` rows."""
+    return max(1, min(batch_size, ROWS // n_samples))
+
+
+def draw(
+    program: MultiVIProgram,
+    cells: Cells,
+    sites: Sequence[str] = ("rho", "p"),
+    n_samples: int = 1,
+    intervene: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Draw from the posterior of some cells.
+
+    Parameters
+    ----------
+    program
+        Model and guide; overridden ones are honoured, for both are traced.
+    cells
+        B cells.
+    sites
+        Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
+        extension, or ``"x"`` and ``"y"`` for predicted counts, measured or not.
+    n_samples
+        Number of draws S.
+    intervene
+        Values to force on sites of the model, as :func:`pyro.poutine.do` does. ``{"s": design}``
+        asks what would be in another batch; the guide never sees it.
+    seed
+        Of the draws. A draw belongs to a cell (its ``cells.index``) and to its number: it does not
+        depend on the other cells or on S. Predicted counts are the exception: they depend on how
+        the cells are cut into minibatches.
+
+    Returns
+    -------
+    dict
+        By site, (S, B, ...). ``rho`` and ``p`` are not evaluated yet: take ``.select(features)`` of
+        some features, ``.blocks()`` of all, or any tensor operation for the dense values.
+
+    Raises
+    ------
+    ValueError
+        If there is no such site, or ``n_samples`` is below 1.
+
+    Examples
+    --------
+    >>> from pyro_multivi import ProgramConfig
+    >>> program = MultiVIProgram(ProgramConfig(n_genes=20, n_regions=30, n_hidden=8, n_latent=2))
+    >>> cells = Cells(index=torch.arange(4), n_total=4, x=torch.ones(4, 20), y=torch.ones(4, 30),
+    ...               has_rna=torch.ones(4, dtype=torch.bool), has_atac=torch.ones(4, dtype=torch.bool),
+    ...               design=torch.ones(4, 1))
+    >>> drawn = draw(program, cells, ("z", "rho"), n_samples=5)
+    >>> drawn["z"].shape, drawn["rho"].select(torch.tensor([0, 3])).shape
+    (torch.Size([5, 4, 2]), torch.Size([5, 4, 2]))
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples} is not allowed: give at least 1.")
+    with evaluating(program):
+        latents = draw_latents(program, cells, n_samples, seed)
+        return replay(program, cells, latents, sites, intervene, seed)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the guide says of some cells: a trace whose latent sites hold S draws, (S, B, ...)."""
+
+    trace: Trace
+    n_samples: int
+
+
+def draw_latents(program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0) -> Latents:
+    """Draw every latent of the guide S times. Call it within :func:`evaluating`."""
+    return Latents(_guided(program, cells, n_samples, CellNoise(cells.index, seed)), n_samples)
+
+
+def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
+    """Every latent at the mean of its posterior, as one draw. Call it within :func:`evaluating`."""
+    return Latents(_guided(program, cells, 1, None), 1)
+
+
+def replay(
+    program: MultiVIProgram,
+    cells: Cells,
+    latents: Latents,
+    sites: Sequence[str],
+    intervene: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Values of sites of the model at given latents, (S, B, ...). Call it within :func:`evaluating`."""
+    forced = dict(intervene or {})
+    model: Any = program.model
+    if COUNTS & set(sites):
+        model = poutine.uncondition(model)
+        torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
+    if forced:
+        model = poutine.do(model, forced)
+    nodes = model_trace(model, cells, latents).nodes
+    known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
+    for name in (*sites, *forced):
+        if name not in known:
+            raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
+    values = {}
+    for name in sites:
+        fn = nodes[name]["fn"]
+        # A trace holds the factual value of a site that was intervened on.
+        value = forced.get(name, nodes[name]["value"])
+        values[name] = value.detach().expand(fn.batch_shape + value.shape[value.dim() - fn.event_dim :])
+    return values
+
+
+def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
+    """The trace of a model at given latents. Call it within :func:`evaluating`."""
+    with pyro.plate("draws", latents.n_samples, dim=-2):
+        return poutine.trace(poutine.replay(model, trace=latents.trace)).get_trace(cells)
+
+
+def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Dense values of some features (default all), ``width`` at a time.
+
+    Parameters
+    ----------
+    values
+        (..., F), a readout or dense.
+    features
+        Positions in [0, F), (k,), int64.
+    width
+        Most features in a block.
+
+    Yields
+    ------
+    slice, Tensor
+        Which of the k features, and their values (..., width).
+    """
+    if not isinstance(values, Readout):
+        chosen = values if features is None else values[..., features]
+        for start in range(0, chosen.shape[-1], width):
+            block = slice(start, min(start + width, chosen.shape[-1]))
+            yield block, chosen[..., block]
+    elif features is None:
+        yield from values.blocks(width)
+    elif len(features) <= width:
+        yield slice(0, len(features)), values.select(features)
+    else:
+        # A softmax is summed over all features once, not once for each block of those asked for.
+        norm = values.log_normalizer()[..., None] if values.link == "softmax" else None
+        link = values.link if norm is None else "identity"
+        part = Readout(values.hidden, values.weight[features], values.bias[features], link, values.gemm_dtype)
+        for block, block_values in part.blocks(width):
+            yield block, block_values if norm is None else (block_values - norm).exp()
+
+
+def _guided(program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None) -> Trace:
+    with _Fill(program, cells, noise), pyro.plate("draws", n_samples, dim=-2):
+        return poutine.trace(program.guide).get_trace(cells)
+
+
+class _Fill(Messenger):
+    """Gives each latent site of a guide its value: from a cell's noise, or the mean where there is none.
+
+    The guide holds d of a cell without ATAC at one number that it drew by itself. Here d of such
+    cells follows its prior, as every latent does of which nothing was measured.
+    """
+
+    def __init__(self, program: MultiVIProgram, cells: Cells, noise: CellNoise | None) -> None:
+        super().__init__()
+        self.program, self.cells, self.noise = program, cells, noise
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
+            return
+        name, fn, cells = msg["name"], msg["fn"], self.cells
+        of_cells = any(frame.dim == -1 for frame in msg["cond_indep_stack"])
+        msg["value"] = self._value(name, fn, of_cells)
+        if name == "d" and isinstance(fn, dist.Delta) and cells.atac_size is None and not bool(cells.has_atac.all()):
+            prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)
+            msg["value"] = torch.where(cells.has_atac, msg["value"], self._value(name, prior, of_cells))
+            msg["fn"] = dist.Delta(msg["value"])
+
+    def _value(self, name: str, fn: Any, of_cells: bool) -> Tensor:
+        if self.noise is not None:
+            return self.noise.draw(name, fn, of_cells)
+        try:
+            mean: Tensor = fn.mean
+        except NotImplementedError as error:
+            raise ValueError(
+                f"The guide's distribution of {name!r} has no mean: ask for draws (n_samples above 1, or "
+                "use_z_mean=False)."
+            ) from error
+        return mean

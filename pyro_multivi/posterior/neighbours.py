@@ -1,0 +1,41 @@
+"""How well labels agree among neighbours in the latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+
+def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k: int = 30) -> float:
+    """Share of each cell's k nearest neighbours that have its label, averaged over cells.
+
+    Parameters
+    ----------
+    latent
+        (cells, K).
+    labels
+        One per cell.
+    k
+        Number of neighbours.
+
+    Raises
+    ------
+    ValueError
+        If there are not more than ``k`` cells, or not one label per cell.
+
+    Examples
+    --------
+    >>> neighbour_purity(np.array([[0.0], [0.1], [5.0], [5.1]]), ["a", "a", "b", "b"], k=1)
+    1.0
+    """
+    names = np.asarray(labels)
+    if len(names) != len(latent):
+        raise ValueError(f"labels has {len(names)} entries for {len(latent)} cells: give one per cell.")
+    if len(latent) <= k:
+        raise ValueError(f"k={k} neighbours need more than {k} cells, there are {len(latent)}: choose a smaller k.")
+    near = np.asarray(cKDTree(latent).query(latent, k=k + 1)[1])
+    return float((names[near[:, 1:]] == names[:, None]).mean())

@@ -1,0 +1,143 @@
+"""Noise that belongs to a cell: the same however the cells are cut into minibatches.
+
+Every number is a hash of the seed, the site, the cell's position in its data set, the number of
+the draw and the component (a counter-based generator). So a cell's draws depend neither on
+``batch_size`` nor on which other cells are asked for, the first draws of many are those of few,
+and no global random state is read or moved.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+import torch.distributions as torchdist
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers that scatters neighbours.
+# Its constants as signed integers, because torch has no unsigned arithmetic; products wrap.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+# 52 bits and a half fit a double exactly, so that no number is 0 or 1.
+_BITS = 52
+
+
+@dataclass(frozen=True)
+class CellNoise:
+    """Noise of some cells.
+
+    Attributes
+    ----------
+    index
+        Position of each cell in its data set, (B,), int64.
+    seed
+        Any whole number.
+    """
+
+    index: Tensor
+    seed: int
+
+    def uniform(self, site: str, n_samples: int, event_shape: tuple[int, ...] = ()) -> Tensor:
+        """Numbers in (0, 1), (S, B, *event_shape), float64.
+
+        Examples
+        --------
+        >>> both, last = CellNoise(torch.tensor([4, 7]), seed=1), CellNoise(torch.tensor([7]), seed=1)
+        >>> torch.equal(both.uniform("z", 3, (2,))[:, 1:], last.uniform("z", 5, (2,))[:3])
+        True
+        """
+        device = self.index.device
+        root = torch.tensor([_signed(self.seed)], device=device)
+        stream = _mix(_mix(root) + zlib.crc32(site.encode()))
+        cell_b = _mix(stream + self.index)
+        draw_sb = _mix(cell_b + torch.arange(n_samples, device=device)[:, None])
+        n_components = torch.Size(event_shape).numel()
+        bits = _mix(draw_sb[..., None] + torch.arange(n_components, device=device))
+        unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
+        return unit.reshape(n_samples, len(self.index), *event_shape)
+
+    def draw(self, site: str, fn: dist.TorchDistribution, of_cells: bool = True) -> Tensor:
+        """A draw from ``fn``, whose batch shape is (S, B).
+
+        Normals, uniforms, everything with an inverse cumulative distribution function, and
+        transformations of these are drawn from this noise. Anything else is drawn by torch from
+        a seed that the first cell determines: such draws depend on how the cells are cut.
+
+        Parameters
+        ----------
+        site
+            Name of the site.
+        fn
+            Its distribution.
+        of_cells
+            False for what all cells share, of batch shape (S, 1): no cell may enter its seed.
+        """
+        if of_cells:
+            value = _from_noise(fn, lambda shape: self.uniform(site, shape[0], tuple(shape[2:])))
+            if value is not None:
+                return value
+        device = self.index.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.torch_seed(site, of_cells))
+            drawn: Tensor = fn.sample()
+        return drawn
+
+    def torch_seed(self, site: str, of_cells: bool = True) -> int:
+        """A seed for torch's generator, from the seed, the site and (unless told not to) the first cell."""
+        first = int(self.index[0]) if of_cells and len(self.index) else -1
+        root = _mix(torch.tensor([_signed(self.seed)]))
+        return int(_mix(_mix(root + zlib.crc32(site.encode())) + first))
+
+
+def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tensor]) -> Tensor | None:
+    """The draw that uniform numbers make, of shape ``fn.shape()``; None if the way is not known."""
+    if isinstance(fn, dist.Delta):
+        value: Tensor = fn.v
+        return value
+    if isinstance(fn, (torchdist.Independent, dist.MaskedDistribution)):
+        return _from_noise(fn.base_dist, uniform)
+    shape = fn.batch_shape + fn.event_shape
+    if isinstance(fn, torchdist.Normal):
+        return fn.loc + fn.scale * _normal(uniform(shape), fn.loc)
+    if isinstance(fn, torchdist.MultivariateNormal):
+        unit = _normal(uniform(shape), fn.loc)
+        return fn.loc + (fn.scale_tril @ unit[..., None])[..., 0]
+    if isinstance(fn, torchdist.TransformedDistribution):
+        base = _from_noise(fn.base_dist, uniform)
+        if base is not None:
+            for transform in fn.transforms:
+                base = transform(base)
+        return base
+    try:
+        like: Tensor = fn.mean
+        # Rounded to float32 the largest uniform numbers are 1, whose quantile may be infinite.
+        unit = uniform(shape).to(like.dtype).clamp(max=1 - torch.finfo(like.dtype).eps / 2)
+        return fn.icdf(unit)
+    except NotImplementedError:
+        return None
+
+
+def _normal(unit: Tensor, like: Tensor) -> Tensor:
+    normal: Tensor = torch.special.ndtri(unit).to(like.dtype)
+    return normal
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _STEP
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Shifted to the right as an unsigned number: torch would drag the sign along."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    number &= 2**64 - 1
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,215 @@
+"""The architecture, as far as imports show it: data -> program -> training, posterior -> api -> cli."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "pyro_multivi"
+
+#: Third parties that only an extra installs.
+OPTIONAL = {"mudata", "matplotlib", "arviz", "zarr", "sklearn", "scanpy", "scvi", "xarray", "seaborn"}
+#: Third parties that read or hold a user's tables; the tensors' side knows none of them.
+TABLES = {"anndata", "pandas", "mudata"}
+#: The tensors' side: what a modeler uses without AnnData.
+TENSORS = (
+    "program", "networks", "distributions",
+    "data.sparse", "data.minibatch", "data.marginals", "data.table",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: what, and whether it happens when the module is imported."""
+
+    target: str
+    at_top: bool
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, name: str) -> list[Import]:
+    found: list[Import] = []
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+    def visit(node: ast.AST, at_top: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, at_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, *([base] if base else [])])
+            # `from package import name` may import a module of that name.
+            found.extend(Import(f"{base}.{alias.name}", at_top) for alias in node.names)
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_top and not typing_only and not inside)
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def is_within(target: str, names: tuple[str, ...]) -> bool:
+    return any(target == name or target.startswith(f"{name}.") for name in names)
+
+
+def violations(root: Path) -> list[str]:
+    """Imports that run against the architecture, one line each."""
+    wrong = []
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        full = module_name(path, root)
+        name = full.removeprefix(PACKAGE).removeprefix(".")
+        forbidden: list[str] = []
+        if is_within(name, TENSORS):
+            forbidden += sorted(TABLES)
+        if is_within(name, ("training",)):
+            forbidden += ["anndata", "mudata"]
+        if is_within(name, ("data", "networks", "distributions")):
+            forbidden += ["program", "training", "posterior"]
+        if is_within(name, ("program",)):
+            forbidden += ["training", "posterior"]
+        if is_within(name, ("training",)):
+            forbidden += ["posterior"]
+        if name not in ("", "cli", "__main__"):
+            forbidden += ["api", "cli"]
+        for imported in imports_of(path, full):
+            target = imported.target
+            local = target.removeprefix(f"{PACKAGE}.")
+            # Names of ours are relative to the package, those of third parties are whole.
+            own = tuple(entry for entry in forbidden if entry not in TABLES)
+            others = tuple(entry for entry in forbidden if entry in TABLES)
+            if local != target and is_within(local, own):
+                wrong.append(f"{full} imports {target}")
+            if is_within(target, others):
+                wrong.append(f"{full} imports {target}")
+            if imported.at_top and target.split(".")[0] in OPTIONAL:
+                wrong.append(f"{full} imports the optional {target} at the top")
+    return wrong
+
+
+def reached(root: Path, start: str) -> dict[str, str]:
+    """Modules of ours that ``start`` imports directly or not, each with the one that imports it."""
+    files = {module_name(path, root): path for path in (root / PACKAGE).rglob("*.py")}
+    by: dict[str, str] = {}
+    pending = [name for name in files if name == start or name.startswith(f"{start}.")]
+    seen = set(pending)
+    while pending:
+        name = pending.pop()
+        for imported in imports_of(files[name], name):
+            # A name imported from a module, that module, and the packages above it, all of which are run.
+            parts = imported.target.split(".")
+            for length in range(2, len(parts) + 1):
+                target = ".".join(parts[:length])
+                if target in files and target not in seen:
+                    seen.add(target)
+                    by[target] = name
+                    pending.append(target)
+    return by
+
+
+def test_imports_run_one_way():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize("start", ["program", "networks", "distributions", "training"])
+def test_tensors_side_reaches_no_tables(start):
+    files = {module_name(path, ROOT): path for path in (ROOT / PACKAGE).rglob("*.py")}
+    start = f"{PACKAGE}.{start}"
+    by = reached(ROOT, start)
+    wrong = [
+        f"{name} (through {by.get(name, 'itself')}) imports {imported.target}"
+        for name in [*by, *(name for name in files if is_within(name, (start,)))]
+        for imported in imports_of(files[name], name)
+        if imported.target.split(".")[0] in TABLES
+    ]
+    assert wrong == []
+
+
+def test_data_package_itself_is_light():
+    # The tensors' side imports from it; what its __init__ imports, everyone gets.
+    assert imports_of(ROOT / PACKAGE / "data" / "__init__.py", f"{PACKAGE}.data") == []
+
+
+def test_third_parties_are_declared():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split()
+    declared = {re.split(r"[<>=!~\[;]", line)[0].replace("pyro-ppl", "pyro") for line in lines}
+    # AnnData's own format is HDF5: it cannot be had without h5py.
+    declared |= {"h5py", PACKAGE}
+    wrong = {
+        f"{name} imports {imported.target}"
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        for name in [module_name(path, ROOT)]
+        for imported in imports_of(path, name)
+        if imported.at_top and imported.target.split(".")[0] not in declared | sys.stdlib_module_names
+    }
+    assert wrong == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("program.py", "import anndata", "pyro_multivi.program imports anndata"),
+        ("distributions/counts.py", "def f():\n    from pandas import Series", "imports pandas.Series"),
+        ("networks/layers.py", "from pyro_multivi.training.fit import fit", "imports pyro_multivi.training"),
+        ("data/setup.py", "from ..posterior import draws", "imports pyro_multivi.posterior.draws"),
+        ("data/setup.py", "from .. import api", "imports pyro_multivi.api"),
+        ("data/table.py", "from mudata import MuData", "imports mudata.MuData"),
+        ("training/fit.py", "from anndata import AnnData", "fit imports anndata.AnnData"),
+        ("posterior/draws.py", "import pyro_multivi.api", "imports pyro_multivi.api"),
+        ("io.py", "from pyro_multivi.api import MULTIVI", "pyro_multivi.io imports pyro_multivi.api.MULTIVI"),
+        ("plots.py", "import matplotlib.pyplot", "imports the optional matplotlib.pyplot at the top"),
+        ("plots.py", "try:\n    import arviz\nexcept ImportError:\n    pass", "imports the optional arviz"),
+    ],
+)
+def test_a_violation_is_found(tmp_path, file, source, message):
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert any(message in line for line in violations(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("__init__.py", "from pyro_multivi.api import MULTIVI"),
+        ("cli.py", "from pyro_multivi.api import MULTIVI"),
+        ("plots.py", "def plot():\n    import matplotlib"),
+        ("plots.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mudata import MuData"),
+        ("data/readers.py", "import pandas, anndata"),
+        ("posterior/tables.py", "import pandas"),
+    ],
+)
+def test_what_is_allowed_is_not_a_violation(tmp_path, file, source):
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert violations(tmp_path) == []
+
+
+def test_a_detour_is_found(tmp_path):
+    for file, source in {
+        "program.py": "from pyro_multivi.data import minibatch",
+        "data/minibatch.py": "from pyro_multivi.data.frames import Frames",
+        "data/frames.py": "import pandas",
+    }.items():
+        path = tmp_path / PACKAGE / file
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(source)
+    assert reached(tmp_path, f"{PACKAGE}.program") == {
+        f"{PACKAGE}.data.minibatch": f"{PACKAGE}.program",
+        f"{PACKAGE}.data.frames": f"{PACKAGE}.data.minibatch",
+    }
