@@ -73,7 +73,8 @@ def launch(
             if stopped is not None:
                 continue
             if largest > memory_limit:
-                stopped = "out of memory", f"stopped at {largest / 1e9:.1f} GB, the limit is {memory_limit / 1e9:.1f} GB"
+                sizes = f"{largest / 1e9:.1f} GB, the limit is {memory_limit / 1e9:.1f} GB"
+                stopped = "out of memory", f"stopped at {sizes}"
             elif time.monotonic() - began > timeout:
                 stopped = "timed out", f"stopped after {timeout:.0f} s"
             if stopped is not None:

@@ -80,6 +80,13 @@ def load(folder: str) -> MuData:
     return MuData({name: ad.read_h5ad(Path(folder) / f"{name}.h5ad") for name in ("rna", "atac")})
 
 
+def check_shape(accessibility: Any, mdata: MuData) -> None:
+    """Make sure that what was timed is every region of every cell, as an array."""
+    found, wanted = type(accessibility).__name__, mdata["atac"].shape
+    if not isinstance(accessibility, np.ndarray) or accessibility.shape != wanted:
+        raise RuntimeError(f"expected an array {wanted} of accessibility, got {found} {accessibility.shape}")
+
+
 def main() -> None:
     """Write the data of one task and report its size."""
     asked = task()

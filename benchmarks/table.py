@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-Figure = Callable[[Mapping[str, Any]], float]
+Figure = Callable[[Mapping[str, Any]], float | None]
 
 
 def _epoch(result: Mapping[str, Any]) -> float:
@@ -16,16 +16,23 @@ def _epoch(result: Mapping[str, Any]) -> float:
     return statistics.median(result["epoch_seconds"][1:])
 
 
-#: Row, part of the benchmark, and the figure in a worker's result.
+def _step(result: Mapping[str, Any]) -> float:
+    return _epoch(result) / result["n_steps"]
+
+
+def _megabytes(key: str) -> Figure:
+    return lambda result: None if result[key] is None else result[key] / 1e6
+
+
+#: Row, part of the benchmark, and the figure in a worker's result; None where a version cannot do it.
 FIGURES: tuple[tuple[str, str, Figure], ...] = (
-    ("training step, s", "train", lambda r: _epoch(r) / r["n_steps"]),
+    ("training step, s", "train", _step),
     ("epoch, s", "train", _epoch),
-    ("training, peak memory, MB", "train", lambda r: r["peak_bytes"] / 1e6),
+    ("training, peak memory, MB", "train", _megabytes("peak_bytes")),
     ("latent of {n_predict} cells, s", "predict", lambda r: r["latent_seconds"]),
     ("accessibility of {n_predict} cells × {n_regions} regions, s", "predict", lambda r: r["accessibility_seconds"]),
-    ("the same, peak memory, MB", "predict", lambda r: r["accessibility_peak_bytes"] / 1e6),
+    ("the same, peak memory, MB", "predict", _megabytes("accessibility_peak_bytes")),
 )
-_STEP = FIGURES[0][2]
 
 
 def floor_seconds(result: Mapping[str, Any]) -> float:
@@ -54,8 +61,7 @@ def render(case: Mapping[str, Any], records: Sequence[Record]) -> str:
         ``name``, ``n_genes``, ``n_regions``, ``n_train``, ``n_predict``, ``n_hidden``, ``n_latent``, ``batch_size``.
     records
         One per worker: ``system`` (peer, ours, floor), ``precision`` (fp32, bf16), ``part`` (train,
-        predict), ``round``, and ``result`` or, if it failed, ``failed`` and ``detail``. Training results
-        also hold ``n_steps``.
+        predict), ``round``, and ``result`` or, if it failed, ``failed`` and ``detail``.
 
     Returns
     -------
@@ -99,7 +105,7 @@ def _floor_rows(records: Sequence[Record], precisions: Iterable[str], with_peer:
         for precision in precisions:
             below, ours = _of(records, "floor", precision), _of(records, "ours", precision, "train")
             seconds.append(_value(below, floor))
-            ratio.append(_ratio(ours, _STEP, below, floor))
+            ratio.append(_ratio(ours, _step, below, floor))
             if with_peer:
                 seconds.append("")
                 ratio.append("")
@@ -119,22 +125,25 @@ def _of(
 
 
 def _value(records: Mapping[int, Record], figure: Figure) -> str:
-    values = [figure(r["result"]) for r in records.values() if r.get("result") is not None]
+    values = list(_values(records, figure).values())
     if values:
         return _number(statistics.median(values))
-    return next((str(r["failed"]) for r in records.values()), "–")
+    return next((str(r["failed"]) for r in records.values() if r.get("failed")), "–")
 
 
 def _ratio(above: Mapping[int, Record], top: Figure, below: Mapping[int, Record], bottom: Figure) -> str:
     """Median of the ratios within rounds in which both ran, and their range."""
-    ratios = [
-        top(above[n]["result"]) / bottom(below[n]["result"])
-        for n in sorted(above.keys() & below.keys())
-        if above[n].get("result") is not None and below[n].get("result") is not None
-    ]
+    tops, bottoms = _values(above, top), _values(below, bottom)
+    ratios = [tops[n] / bottoms[n] for n in sorted(tops.keys() & bottoms.keys())]
     if not ratios:
         return "–"
     return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def _values(records: Mapping[int, Record], figure: Figure) -> dict[int, float]:
+    """The figure in each round that has it."""
+    found = {n: figure(r["result"]) for n, r in records.items() if r.get("result") is not None}
+    return {n: value for n, value in found.items() if value is not None}
 
 
 def _number(value: float) -> str:

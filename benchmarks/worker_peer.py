@@ -6,8 +6,10 @@ Runs in the peer's environment, where pyro_multivi is not installed.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -15,7 +17,7 @@ warnings.filterwarnings("ignore")
 import scvi  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
-from make_data import load  # noqa: E402
+from make_data import check_shape, load  # noqa: E402
 from measure import Memory, report, seconds, task  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -58,14 +60,15 @@ def main() -> None:
         "peak_reset": memory.resettable,
     }
     if asked["part"] == "train":
-        result["epoch_seconds"] = [end - start for start, end in zip(ends.at, ends.at[1:], strict=False)]
+        result["epoch_seconds"] = [end - start for start, end in pairwise(ends.at)]
+        result["n_steps"] = math.ceil(mdata.n_obs / asked["batch_size"])
         result["peak_bytes"] = memory.peak()
     else:
         result["latent_seconds"], _ = seconds(model.get_latent_representation)
         memory.reset()
         result["accessibility_seconds"], p = seconds(lambda: model.get_normalized_accessibility(return_numpy=True))
         result["accessibility_peak_bytes"] = memory.peak()
-        result["accessibility_shape"] = list(p.shape)
+        check_shape(p, mdata)
     report(result)
 
 

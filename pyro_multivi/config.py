@@ -101,9 +101,9 @@ class ProgramConfig:
         if self.n_hidden is None:
             width = min(128, math.isqrt(self.n_regions or self.n_genes))
             object.__setattr__(self, "n_hidden", max(width, 1))
+        _check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", max(math.isqrt(self.hidden), 1))
-        _check_at_least("n_hidden", self.hidden, 1)
         _check_at_least("n_latent", self.latent, 1)
         _check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
         _check_at_least("n_layers_decoder", self.n_layers_decoder, 1)

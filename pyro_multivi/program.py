@@ -141,8 +141,9 @@ class MultiVIProgram(nn.Module):
             self.weight_logits = nn.Parameter(torch.zeros(2))
         elif config.modality_weights == "cell":
             self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in range(2)])
-            for net in self.weight_net:
-                nn.init.zeros_(net.weight)  # type: ignore[arg-type]
+            # Experts start with equal weights.
+            for parameter in self.weight_net.parameters():
+                nn.init.zeros_(parameter)
         self.register_buffer("rna_log_depth", torch.tensor(0.0))
         self.register_buffer("atac_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))

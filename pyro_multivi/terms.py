@@ -83,14 +83,15 @@ def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         if not site["is_observed"]:
-            terms.kl[name] = _kl(guide_trace.nodes[name], site).sum().item()
+            terms.kl[name] = _total(_kl(guide_trace.nodes[name], site), site)
         elif not (site["infer"] or {}).get("_deterministic", False):
-            terms.log_likelihood[name] = site["unscaled_log_prob"].sum().item()
+            terms.log_likelihood[name] = _total(site["unscaled_log_prob"], site)
             terms.n_measured[name] = int(measured[name].sum()) if name in measured else len(cells)
     for name in TRAINING_SITES:
         if name in guide_trace.nodes:
             # A factor in the guide counts as minus log q: adding it raises the loss.
-            terms.training[name] = guide_trace.nodes[name]["unscaled_log_prob"].sum().item()
+            site = guide_trace.nodes[name]
+            terms.training[name] = _total(site["unscaled_log_prob"], site)
     return terms
 
 
@@ -102,6 +103,12 @@ def measure(program: MultiVIProgram, cells: Cells) -> Terms:
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
     return terms_of(cells, model_trace, guide_trace)
+
+
+def _total(values: Tensor, site: Any) -> float:
+    """Sum over cells; the mean over the particles of a vectorised ELBO."""
+    particles = {frame.size for frame in site["cond_indep_stack"] if frame.name == "num_particles_vectorized"}
+    return values.sum().item() / max(particles, default=1)
 
 
 def _kl(guide_site: Any, model_site: Any) -> Tensor:

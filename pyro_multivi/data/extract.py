@@ -140,7 +140,7 @@ def _by_rows(matrix: Any) -> Any:
 
 
 def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]]:
-    """A block as rows of our own: SciPy may hand out the user's own arrays for a slice of all rows."""
+    """A block as sparse rows. It may be changed: cutting rows out of a matrix has copied them."""
     if not sp.issparse(block):
         block = np.asarray(block)
     if block.dtype.kind not in "buif":
@@ -149,4 +149,4 @@ def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]
         )
     if block.dtype == np.float16:  # which SciPy's sparse matrices do not know
         block = block.astype(np.float32)
-    return sp.csr_array(block, copy=True)
+    return sp.csr_array(block)

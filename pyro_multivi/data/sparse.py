@@ -174,11 +174,11 @@ class SparseCounts(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> SparseCounts:
         return self._map(torch.clone)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"SparseCounts(shape={tuple(self.shape)}, nnz={len(self.val)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.base import CellDistribution, Rows, dense_rows, sparse_rows, unit_vector
+from pyro_multivi.distributions.base import CellDistribution, Rows, ValueRows, dense_rows, unit_vector
 from pyro_multivi.distributions.blockwise_accessibility import accessibility_log_prob
 from pyro_multivi.distributions.readout import Link, Readout
 
@@ -86,14 +85,14 @@ class ScaledBernoulli(CellDistribution):
         if not (value >= 0).all():
             raise ValueError("value of ScaledBernoulli must be nonnegative (0 closed, anything above open)")
 
-    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
         p, cell_factor, region_factor = (parameters[name] for name in ("p", "cell_factor", "region_factor"))
         if isinstance(p, Readout) and (region_factor is None or region_factor.dim() == 1):
-            return accessibility_log_prob(p, cell_factor, region_factor, sparse_rows(value))
+            return accessibility_log_prob(p, cell_factor, region_factor, value.entries())
         q = cell_factor.unsqueeze(-1) * dense_rows(p)
         if region_factor is not None:
             q = q * region_factor
-        is_open = dense_rows(value) > 0
+        is_open = value.dense() > 0
         # A probability of exactly 0 or 1 that the data contradict has a finite, very small likelihood.
         tiny = torch.finfo(q.dtype).tiny
         return torch.where(is_open, q.clamp_min(tiny), (1 - q).clamp_min(tiny)).log().sum(-1)

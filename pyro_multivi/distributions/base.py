@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.blockwise import Entries
 from pyro_multivi.distributions.readout import Link, Readout
 
 Rows = dict[str, Any]  # a parameter's name -> its value for the evaluated cells
@@ -139,8 +141,7 @@ class CellDistribution(TorchDistribution):
         (value, *given), provenance = extracted
         if value.shape[-1:] != self.event_shape:
             raise ValueError(
-                f"value must have {self.event_shape[0]} features in its last dimension, "
-                f"got shape {tuple(value.shape)}"
+                f"value must have {self.event_shape[0]} features in its last dimension, got shape {tuple(value.shape)}"
             )
         if self._validate_args and not isinstance(value, SparseCounts):
             self._validate_sample(value)
@@ -159,7 +160,7 @@ class CellDistribution(TorchDistribution):
             name: None if parameter is None else self._rows(parameter, name, shape, index)
             for name, parameter in zip(names, given, strict=True)
         }
-        result = self._log_prob_rows(_value_rows(value, shape, index), rows)
+        result = self._log_prob_rows(ValueRows.of(value, shape, index), rows)
         if index is not None:
             result = result.new_zeros(shape.numel()).index_copy(0, index, result)
         return track_provenance(result.reshape(shape), provenance)
@@ -179,20 +180,37 @@ class CellDistribution(TorchDistribution):
         flat = value.expand(shape + self.event_shape).reshape(shape.numel(), -1)
         return flat if index is None else flat.index_select(0, index)
 
-    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
         """Log-probability of n cells, shape (n,), from :meth:`_rows` and as many rows of the value."""
         raise NotImplementedError
 
 
-def _value_rows(value: Tensor, shape: torch.Size, index: Tensor | None) -> SparseCounts | Tensor:
-    """The value of each evaluated cell, in the order of :meth:`CellDistribution._rows`."""
-    lead = value.shape[:-1]
-    flat = value if isinstance(value, SparseCounts) else value.reshape(lead.numel(), -1)
-    if lead == shape and index is None:
-        return flat
-    source = torch.arange(lead.numel(), device=value.device).reshape(lead).expand(shape).reshape(-1)
-    source = source if index is None else source[index]
-    return flat.select_rows(source) if isinstance(flat, SparseCounts) else flat.index_select(0, source)
+@dataclass(frozen=True)
+class ValueRows:
+    """The value of each evaluated cell: row ``source[i]`` of ``flat`` (row i without a source)."""
+
+    flat: SparseCounts | Tensor
+    source: Tensor | None
+
+    @staticmethod
+    def of(value: Tensor, shape: torch.Size, index: Tensor | None) -> ValueRows:
+        """Values of the cells at ``index`` (all if None) of a batch of some shape."""
+        lead = value.shape[:-1]
+        flat = value if isinstance(value, SparseCounts) else value.reshape(lead.numel(), -1)
+        if lead == shape and index is None:
+            return ValueRows(flat, None)
+        source = torch.arange(lead.numel(), device=value.device).reshape(lead).expand(shape).reshape(-1)
+        return ValueRows(flat, source if index is None else source.index_select(0, index))
+
+    def dense(self) -> Tensor:
+        """As an ordinary tensor, shape (n, F)."""
+        flat = dense_rows(self.flat)
+        return flat if self.source is None else flat.index_select(0, self.source)
+
+    def entries(self) -> Entries:
+        """The non-zero values."""
+        flat = self.flat if isinstance(self.flat, SparseCounts) else SparseCounts.from_dense(self.flat)
+        return Entries(flat, self.source)
 
 
 def dense_rows(value: Tensor) -> Tensor:
@@ -200,11 +218,6 @@ def dense_rows(value: Tensor) -> Tensor:
     if isinstance(value, Readout):
         return value.dense()
     return value.to_dense() if isinstance(value, SparseCounts) else value
-
-
-def sparse_rows(value: SparseCounts | Tensor) -> SparseCounts:
-    """Compressed rows of dense or already compressed counts."""
-    return value if isinstance(value, SparseCounts) else SparseCounts.from_dense(value)
 
 
 nonnegative_vector = _Vector(constraints.nonnegative)

@@ -38,9 +38,11 @@ def equal_weights(weight: float = 1.0) -> Iterator[None]:
     """Promise that all evaluated cells have one weight in the objective, about to be ``weight``.
 
     Log-probabilities computed inside may form their gradients at once, also on an accelerator.
-    The promise holds for an ELBO whose likelihoods are masked or scaled as a whole, by a plate
-    or :func:`pyro.poutine.scale` with one number; not for per-cell weights. A good guess of
-    the value saves a pass over the gradients; it need not be right.
+    The promise holds for an ELBO whose likelihoods carry their mask themselves (``.mask``) and
+    are scaled as a whole, by a plate or :func:`pyro.poutine.scale` with one number. It does not
+    under :func:`pyro.poutine.mask` or weights per cell: there an accelerator would return wrong
+    gradients, while a CPU notices. A good guess of the value saves a pass over the gradients; it
+    need not be right.
 
     Parameters
     ----------
@@ -94,31 +96,40 @@ class Block:
 
 
 class Entries:
-    """Stored entries of compressed rows, found block by block without sorting.
+    """Stored entries of some rows, found block by block without sorting or copying them.
 
     Held apart from :class:`SparseCounts` so that autograd does not take it for a tensor.
+
+    Parameters
+    ----------
+    counts
+        Compressed rows.
+    source
+        Which rows are meant, in which order, possibly repeated, shape (n,), int64; None for all.
     """
 
-    def __init__(self, counts: SparseCounts) -> None:
+    def __init__(self, counts: SparseCounts, source: Tensor | None = None) -> None:
         self.crow, self.col, self.val = counts.crow, counts.col, counts.val
-        self.n_rows, self.n_features = counts.shape
+        self.source, self.n_features = source, counts.shape[1]
 
     def blocks(self, width: int) -> Iterator[Block]:
         """Blocks of ``width`` features in order."""
-        device = self.col.device
-        starts = list(range(0, self.n_features, width))
-        rows = torch.arange(self.n_rows, device=device)
+        device, n_features = self.col.device, self.n_features
+        starts = list(range(0, n_features, width))
         # Entries are ordered by (row, column): that key is ascending, so one search finds where
         # every block begins in every row.
-        key = torch.repeat_interleave(rows * self.n_features, self.crow.diff(), output_size=len(self.col))
+        stored = torch.arange(len(self.crow) - 1, device=device)
+        key = torch.repeat_interleave(stored * n_features, self.crow.diff(), output_size=len(self.col))
         key += self.col
-        edges = torch.tensor([*starts, self.n_features], device=device).unsqueeze(1) + rows * self.n_features
+        source = stored if self.source is None else self.source
+        rows = torch.arange(len(source), device=device)
+        edges = torch.tensor([*starts, n_features], device=device).unsqueeze(1) + source * n_features
         bounds = torch.searchsorted(key, edges)  # (blocks + 1, rows)
         lengths = bounds.diff(dim=0)
         before = lengths.cumsum(1) - lengths  # entries of the block in earlier rows
         shifts = bounds[:-1] - before
         for k, (start, total) in enumerate(zip(starts, lengths.sum(1).tolist(), strict=True)):
-            stop = min(start + width, self.n_features)
+            stop = min(start + width, n_features)
             row = torch.repeat_interleave(rows, lengths[k], output_size=total)
             entry = torch.arange(total, device=device).add_(shifts[k].index_select(0, row))
             flat = self.col.index_select(0, entry).add_(row, alpha=stop - start).sub_(start)
@@ -153,7 +164,8 @@ class Pending:
         self.weight = 1.0 if promised is None else promised
         self.sweep = sweep
         self.formed: Gradients | None = None
-        self._forms_now = wants_grad and (device.type == "cpu" or promised is not None)
+        self._can_check = device.type == "cpu"
+        self._forms_now = wants_grad and (self._can_check or promised is not None)
 
     def value(self, n_rows: int, like: Tensor) -> Tensor:
         """Evaluate the log-probabilities, and the gradients if that can be done already."""
@@ -169,7 +181,7 @@ class Pending:
         formed, self.formed = self.formed, None  # handed over: a second backward pass forms its own
         if formed is not None and upstream.numel() > 0:
             first = upstream[0]
-            if upstream.device.type != "cpu":  # promised
+            if not self._can_check:
                 formed = tuple(None if g is None else g.mul_(first / self.weight) for g in formed)
             elif not bool((upstream == first).all()):
                 formed = None

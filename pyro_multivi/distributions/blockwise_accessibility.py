@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.blockwise import Entries, Gradients, Pending, Products, backward, block_width
 from pyro_multivi.distributions.buffers import POOL
 from pyro_multivi.distributions.readout import Readout
@@ -31,9 +30,7 @@ from pyro_multivi.distributions.readout import Readout
 _LOG2_E = math.log2(math.e)
 
 
-def accessibility_log_prob(
-    p: Readout, cell_factor: Tensor, region_factor: Tensor | None, value: SparseCounts
-) -> Tensor:
+def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tensor | None, entries: Entries) -> Tensor:
     """Log-probability of each cell, shape (n,).
 
     Parameters
@@ -42,12 +39,12 @@ def accessibility_log_prob(
         Readout with link "sigmoid", shape (n, M).
     cell_factor, region_factor
         Factors in (0, 1], shapes (n,) and (M,); no region factor means 1.
-    value
-        Open regions, shape (n, M): every stored entry is one.
+    entries
+        Open regions of n cells: every stored entry is one.
     """
     log_prob: Tensor = _AccessibilityLogProb.apply(
         p.hidden, p.weight, p.bias, cell_factor, region_factor,
-        Entries(value), p.gemm_dtype, torch.is_grad_enabled(),
+        entries, p.gemm_dtype, torch.is_grad_enabled(),
     )  # fmt: skip
     return log_prob
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.blockwise import (
     Block,
     Entries,
@@ -40,7 +39,7 @@ from pyro_multivi.distributions.readout import Readout
 def counts_log_prob(
     rho: Readout,
     library: Tensor,
-    value: SparseCounts,
+    entries: Entries,
     theta: Tensor | None = None,
     gate_logits: Readout | None = None,
 ) -> Tensor:
@@ -52,8 +51,8 @@ def counts_log_prob(
         Readout with link "softmax" or "softplus", shape (n, G).
     library
         Size factors, shape (n,).
-    value
-        Counts, shape (n, G).
+    entries
+        Non-zero counts of n cells.
     theta
         Inverse dispersion, shape (G,) or (n, G); None for Poisson counts.
     gate_logits
@@ -64,7 +63,7 @@ def counts_log_prob(
         gate = gate_logits.hidden, gate_logits.weight, gate_logits.bias
     gate_gemm_dtype = None if gate_logits is None else gate_logits.gemm_dtype
     log_prob: Tensor = _CountsLogProb.apply(
-        rho.hidden, rho.weight, rho.bias, library, theta, *gate, Entries(value),
+        rho.hidden, rho.weight, rho.bias, library, theta, *gate, entries,
         _Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype), torch.is_grad_enabled(),
     )  # fmt: skip
     return log_prob
@@ -172,9 +171,7 @@ class _Walk:
         hidden, theta = sweep.hidden_nh, sweep.theta
         self.sweep, self.weights_n = sweep, weights_n
         self.n, n_genes = len(hidden), len(sweep.weight_gh)
-        self.layer = _Layer(
-            hidden, sweep.weight_gh, sweep.bias_g, sweep.family.gemm_dtype, weights_n, sweep.needs[:3]
-        )
+        self.layer = _Layer(hidden, sweep.weight_gh, sweep.bias_g, sweep.family.gemm_dtype, weights_n, sweep.needs[:3])
         self.gate: _Layer | None = None
         if sweep.gate_hidden is not None and sweep.gate_weight is not None and sweep.gate_bias is not None:
             self.gate = _Layer(
@@ -191,9 +188,7 @@ class _Walk:
         self.blocks = list(sweep.entries.blocks(width))
         self.scratch = [POOL.take((self.n * width,), hidden.dtype, hidden.device) for _ in range(4)]
         # log(mean) and d/dm of all genes: a block is a contiguous (n, m) piece of each.
-        self.log_mean, self.slope = (
-            POOL.take((self.n * n_genes,), hidden.dtype, hidden.device) for _ in range(2)
-        )
+        self.log_mean, self.slope = (POOL.take((self.n * n_genes,), hidden.dtype, hidden.device) for _ in range(2))
         self.zero = hidden.new_zeros(())
 
     def piece(self, buffer: Tensor, block: Block) -> Tensor:

@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.base import (
     CellDistribution,
     Rows,
+    ValueRows,
     dense_rows,
     nonnegative_vector,
     positive_vector,
     real_vector,
-    sparse_rows,
 )
 from pyro_multivi.distributions.blockwise_counts import counts_log_prob
 from pyro_multivi.distributions.gamma_ratio import log_rising
@@ -67,14 +66,14 @@ class _Counts(CellDistribution):
         """Log-probability of every count, shape (n, G)."""
         raise NotImplementedError
 
-    def _log_prob_rows(self, value: SparseCounts | Tensor, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
         rho, gate = parameters["rho"], parameters.get("gate_logits")
         if isinstance(rho, Readout) and (gate is None or isinstance(gate, Readout)):
             theta = parameters.get("theta")
-            return counts_log_prob(rho, parameters["library"], sparse_rows(value), theta, gate)
+            return counts_log_prob(rho, parameters["library"], value.entries(), theta, gate)
         dense = {name: dense_rows(given) for name, given in parameters.items()}
         mu = dense["library"].unsqueeze(-1) * dense["rho"]
-        return self._dense_log_prob(dense_rows(value), mu, dense).sum(-1)
+        return self._dense_log_prob(value.dense(), mu, dense).sum(-1)
 
 
 class PoissonCounts(_Counts):
@@ -159,9 +158,7 @@ class NegativeBinomialCounts(_Counts):
         "theta": positive_vector,
     }
 
-    def __init__(
-        self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None) -> None:
         super().__init__({"rho": rho, "library": library, "theta": theta}, validate_args)
 
     @property
@@ -228,9 +225,7 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
         gate_logits: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(
-            {"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}, validate_args
-        )
+        super().__init__({"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}, validate_args)
 
     @property
     def mean(self) -> Tensor:

@@ -7,7 +7,7 @@ a feature that is not asked for, and nothing of size cells x features x draws is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +122,11 @@ class Latents:
     n_samples: int
 
 
-def draw_latents(program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0) -> Latents:
-    """Draw every latent of the guide S times. Call it within :func:`evaluating`."""
-    return Latents(_guided(program, cells, n_samples, CellNoise(cells.index, seed)), n_samples)
+def draw_latents(
+    program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0
+) -> Latents:
+    """Draw every latent of the guide S times, numbered from ``first``. Call it within :func:`evaluating`."""
+    return Latents(_guided(program, cells, n_samples, CellNoise(cells.index, seed, first)), n_samples)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
@@ -164,8 +166,8 @@ def replay(
 
 def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
     """The trace of a model at given latents. Call it within :func:`evaluating`."""
-    with pyro.plate("draws", latents.n_samples, dim=-2):
-        return poutine.trace(poutine.replay(model, trace=latents.trace)).get_trace(cells)
+    # The plate lies inside the replay: a handler that gives values hides sites from plates around it.
+    return poutine.trace(poutine.replay(_drawn(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
 
 
 def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
@@ -204,8 +206,18 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
 
 
 def _guided(program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None) -> Trace:
-    with _Fill(program, cells, noise), pyro.plate("draws", n_samples, dim=-2):
-        return poutine.trace(program.guide).get_trace(cells)
+    with _Fill(program, cells, noise):
+        return poutine.trace(_drawn(program.guide, n_samples)).get_trace(cells)
+
+
+def _drawn(statements: Any, n_samples: int) -> Callable[[Cells], None]:
+    """The statements of a model or guide for S draws at once, on the left of all else."""
+
+    def run(cells: Cells) -> None:
+        with pyro.plate("draws", n_samples, dim=-2):
+            statements(cells)
+
+    return run
 
 
 class _Fill(Messenger):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.networks.experts import Expert
+from pyro_multivi.posterior.draws import evaluating
+from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 
 MODALITIES = ("joint", "expression", "accessibility")
@@ -40,52 +42,47 @@ class LatentState:
     samples: NDArray[np.float32] | None
 
 
-@torch.no_grad()
 def latent_state(
     program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint", n_samples: int = 0, seed: int = 0
 ) -> LatentState:
     """q(z) given all measured modalities of a cell, or one of them.
 
-    Rows of cells in which ``modality`` was not measured are NaN.
+    The draws are those that every other posterior quantity of the same seed is made of. Rows of
+    cells in which ``modality`` was not measured are NaN.
     """
     means, variances, points, draws = [], [], [], []
-    noise = torch.Generator(device=next(program.parameters()).device).manual_seed(seed)
-    with pyro.validation_enabled(False):
-        for minibatch in cells:
-            loc, scale, measured = _joint(program, minibatch) if modality == "joint" else _single(
-                program, minibatch, modality
-            )
+    for minibatch in cells:
+        with evaluating(program):
+            q, measured = _joint(program, minibatch) if modality == "joint" else _single(program, minibatch, modality)
             hole = torch.where(measured, 0.0, torch.nan)[:, None]
-            means.append(loc + hole)
-            variances.append(scale.square() + hole)
-            points.append(program.transform(loc) + hole)
+            means.append(q.mean + hole)
+            variances.append(q.variance + hole)
+            points.append(program.transform(q.mean) + hole)
             if n_samples:
-                shape = (n_samples, *loc.shape)
-                unit = torch.randn(shape, generator=noise, device=loc.device, dtype=loc.dtype)
-                draws.append(program.transform(loc + scale * unit) + hole)
+                many = q.expand((n_samples, len(minibatch)))
+                z_sbk = CellNoise(minibatch.index, seed).draw("z", many)
+                draws.append(program.transform(z_sbk) + hole)
     return LatentState(
         _gather(means), _gather(variances), _gather(points), _gather(draws, 1) if n_samples else None
     )
 
 
-def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
+def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Any, Tensor]:
     # From the guide's trace, not from its parts, so that an overridden guide is honoured.
-    q: Any = poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"]
-    return q.mean, q.variance.sqrt(), torch.ones_like(cells.has_rna)
+    return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], torch.ones_like(cells.has_rna)
 
 
-def _single(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Tensor, Tensor, Tensor]:
+def _single(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
     expert: Expert = program.experts(cells, cells.design, program.read(cells, cells.design))[modality]
-    return expert.loc, expert.scale, expert.measured
+    return dist.Normal(expert.loc, expert.scale).to_event(1), expert.measured
 
 
-@torch.no_grad()
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:
     """Posterior mean of the library size and the cell factor of accessibility, NaN where unmeasured."""
     library, factor = [], []
-    with pyro.validation_enabled(False):
-        for minibatch in cells:
-            nodes: Any = poutine.trace(program.guide).get_trace(minibatch).nodes
+    for minibatch in cells:
+        with evaluating(program):
+            nodes = poutine.trace(program.guide).get_trace(minibatch).nodes
             if "l" in nodes:
                 library.append(nodes["l"]["fn"].mean.masked_fill(~minibatch.has_rna, torch.nan))
             if "d" in nodes:

@@ -36,10 +36,13 @@ class CellNoise:
         Position of each cell in its data set, (B,), int64.
     seed
         Any whole number.
+    first
+        Number of the first draw: draws 5 to 9 are those numbers of the first ten.
     """
 
     index: Tensor
     seed: int
+    first: int = 0
 
     def uniform(self, site: str, n_samples: int, event_shape: tuple[int, ...] = ()) -> Tensor:
         """Numbers in (0, 1), (S, B, *event_shape), float64.
@@ -54,7 +57,8 @@ class CellNoise:
         root = torch.tensor([_signed(self.seed)], device=device)
         stream = _mix(_mix(root) + zlib.crc32(site.encode()))
         cell_b = _mix(stream + self.index)
-        draw_sb = _mix(cell_b + torch.arange(n_samples, device=device)[:, None])
+        draw_s = torch.arange(self.first, self.first + n_samples, device=device)
+        draw_sb = _mix(cell_b + draw_s[:, None])
         n_components = torch.Size(event_shape).numel()
         bits = _mix(draw_sb[..., None] + torch.arange(n_components, device=device))
         unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
@@ -88,9 +92,9 @@ class CellNoise:
 
     def torch_seed(self, site: str, of_cells: bool = True) -> int:
         """A seed for torch's generator, from the seed, the site and (unless told not to) the first cell."""
-        first = int(self.index[0]) if of_cells and len(self.index) else -1
+        cell = int(self.index[0]) if of_cells and len(self.index) else -1
         root = _mix(torch.tensor([_signed(self.seed)]))
-        return int(_mix(_mix(root + zlib.crc32(site.encode())) + first))
+        return int(_mix(_mix(_mix(root + zlib.crc32(site.encode())) + cell) + self.first))
 
 
 def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tensor]) -> Tensor | None:

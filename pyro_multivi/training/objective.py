@@ -44,7 +44,7 @@ class NegativeELBO(nn.Module):
             self._traces = make_traces(*args, **kwargs)
             return self._traces
 
-        self.elbo._get_trace = keep_traces
+        self.elbo._get_trace = keep_traces  # type: ignore[method-assign,unused-ignore]
 
     def forward(self, cells: Cells, kl_weight: float = 1.0) -> Tensor:
         """Loss of a minibatch, an unbiased estimate of the loss of all ``cells.n_total`` cells."""

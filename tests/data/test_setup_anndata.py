@@ -117,7 +117,7 @@ def test_only_one_key_is_written_and_nothing_else_changes():
 
 
 def test_untidy_storage_is_read_right_and_left_untidy():
-    # Genes alone: no column is selected, which is where SciPy hands out the user's own arrays.
+    # Genes alone: no column is selected, so that blocks are as close to the user's own arrays as can be.
     rows = sp.csr_matrix(
         (np.array([2.0, 1.0, 0.0, 4.0], dtype=np.float32), np.array([2, 0, 1, 0]), np.array([0, 2, 4])), shape=(2, 3)
     )

@@ -1,11 +1,25 @@
-"""Fixtures of the likelihoods' tests."""
+"""Fixtures of the likelihoods' tests: small blocks, and every likelihood beside its textbook formula."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import softplus
 
-from pyro_multivi.distributions import Readout, blockwise
+from pyro_multivi.distributions import (
+    NegativeBinomialCounts,
+    PoissonCounts,
+    Readout,
+    ScaledBernoulli,
+    ZeroInflatedNegativeBinomialCounts,
+    blockwise,
+)
+
+Inputs = dict[str, Tensor]
+N_FEATURES, N_HIDDEN = 23, 3
 
 
 @pytest.fixture
@@ -20,7 +34,105 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when a readout is multiplied out."""
 
-    def dense(readout: Readout) -> torch.Tensor:
+    def dense(readout: Readout) -> Tensor:
         raise AssertionError("a readout was multiplied out")
 
     monkeypatch.setattr(Readout, "dense", dense)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A likelihood with random inputs, and its formula written plainly for autograd."""
+
+    family: str
+    link: str = "softmax"
+    per_cell_theta: bool = False
+    region_factor: bool = True
+
+    def inputs(self, *lead: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Inputs:
+        """Leaves that require gradients, by name."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=dtype)
+
+        made = {
+            "hidden": normal(*lead, N_HIDDEN),
+            "weight": normal(N_FEATURES, N_HIDDEN),
+            "bias": normal(N_FEATURES),
+        }
+        if self.family == "accessibility":
+            made["cell_factor"] = 0.05 + 0.9 * torch.rand(*lead, dtype=dtype)
+            if self.region_factor:
+                made["region_factor"] = 0.05 + 0.9 * torch.rand(N_FEATURES, dtype=dtype)
+        else:
+            made["library"] = 1 + 50 * torch.rand(*lead, dtype=dtype)
+        if self.family in ("nb", "zinb"):
+            # On both sides of the switch to Stirling's series.
+            shape = (*lead, N_FEATURES) if self.per_cell_theta else (N_FEATURES,)
+            made["theta"] = (6 * torch.rand(shape, dtype=dtype) - 1).exp()
+        if self.family == "zinb":
+            made["gate_hidden"] = normal(*lead, N_HIDDEN)
+            made["gate_weight"] = normal(N_FEATURES, N_HIDDEN)
+            made["gate_bias"] = normal(N_FEATURES)
+        return {name: value.to(device).requires_grad_() for name, value in made.items()}
+
+    def value(self, *lead: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Counts with many zeros, an empty cell, and a large count."""
+        value = torch.poisson(torch.full((*lead, N_FEATURES), 0.7)).to(dtype)
+        value[..., 0, :] = 0
+        value[..., -1, 3] = 400
+        return value
+
+    def build(self, inputs: Inputs, lazy: bool = True, gemm_dtype: torch.dtype | None = None):  # type: ignore[no-untyped-def]
+        """The distribution, over readouts or dense values."""
+
+        def readout(prefix: str, link: str) -> Tensor:
+            factors = [inputs[prefix + name] for name in ("hidden", "weight", "bias")]
+            made = Readout(*factors, link, gemm_dtype)  # type: ignore[arg-type]
+            return made if lazy else made.dense()
+
+        if self.family == "accessibility":
+            return ScaledBernoulli(readout("", "sigmoid"), inputs["cell_factor"], inputs.get("region_factor"))
+        rho = readout("", self.link)
+        if self.family == "poisson":
+            return PoissonCounts(rho, inputs["library"])
+        if self.family == "nb":
+            return NegativeBinomialCounts(rho, inputs["library"], inputs["theta"])
+        gate = readout("gate_", "identity")
+        return ZeroInflatedNegativeBinomialCounts(rho, inputs["library"], inputs["theta"], gate)
+
+    def plain(self, inputs: Inputs, x: Tensor) -> Tensor:
+        """Textbook log-probability of each cell; its numerics are fine for ordinary inputs in float64."""
+        logits = inputs["hidden"] @ inputs["weight"].T + inputs["bias"]
+        if self.family == "accessibility":
+            q = logits.sigmoid() * inputs["cell_factor"].unsqueeze(-1) * inputs.get("region_factor", 1.0)
+            return torch.where(x > 0, q.log(), (1 - q).log()).sum(-1)
+        rho = logits.softmax(-1) if self.link == "softmax" else softplus(logits)
+        mu = rho * inputs["library"].unsqueeze(-1)
+        if self.family == "poisson":
+            return (x * mu.log() - mu - torch.lgamma(x + 1)).sum(-1)
+        theta = inputs["theta"]
+        log_nb = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+        log_nb = log_nb + theta * (theta / (theta + mu)).log() + x * (mu / (theta + mu)).log()
+        if self.family == "nb":
+            return log_nb.sum(-1)
+        pi = (inputs["gate_hidden"] @ inputs["gate_weight"].T + inputs["gate_bias"]).sigmoid()
+        return torch.where(x == 0, (pi + (1 - pi) * log_nb.exp()).log(), (1 - pi).log() + log_nb).sum(-1)
+
+
+CASES = {
+    "poisson": Case("poisson"),
+    "poisson-softplus": Case("poisson", "softplus"),
+    "nb": Case("nb"),
+    "nb-softplus-cell": Case("nb", "softplus", per_cell_theta=True),
+    "zinb": Case("zinb"),
+    "zinb-cell": Case("zinb", per_cell_theta=True),
+    "zinb-softplus": Case("zinb", "softplus"),
+    "accessibility": Case("accessibility"),
+    "accessibility-no-region": Case("accessibility", region_factor=False),
+}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]

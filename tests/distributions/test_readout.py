@@ -10,7 +10,8 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions import Readout, readout as module
+from pyro_multivi.distributions import Readout
+from pyro_multivi.distributions import readout as module
 
 LINKS = ["softmax", "sigmoid", "softplus", "identity"]
 

@@ -1,0 +1,66 @@
+"""Where a streamed result goes: arrays in memory here, a file in store.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+
+class Sink(Protocol):
+    """Takes rows of cells in order: dense ones block by block, sparse ones whole."""
+
+    @property
+    def n_done(self) -> int:
+        """Number of cells that are complete."""
+        ...
+
+    def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
+        """Take a dense block, (B, W), or (S, B, W) for all draws."""
+        ...
+
+    def append(self, name: str, rows: sp.csr_matrix) -> None:
+        """Take the next rows of a sparse result."""
+        ...
+
+    def commit(self, n_done: int) -> None:
+        """All of the first ``n_done`` cells has been given."""
+        ...
+
+
+class Arrays:
+    """A result in memory.
+
+    Parameters
+    ----------
+    shape
+        (cells, features) or (draws, cells, features).
+    dense, sparse
+        Names of the results of each kind.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dense: Sequence[str] = (), sparse: Sequence[str] = ()) -> None:
+        self.n_done = 0
+        self._dense = {name: np.empty(shape, np.float32) for name in dense}
+        self._sparse: dict[str, list[sp.csr_matrix]] = {name: [] for name in sparse}
+
+    def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
+        """See :class:`Sink`."""
+        self._dense[name][..., rows, features] = values
+
+    def append(self, name: str, rows: sp.csr_matrix) -> None:
+        """See :class:`Sink`."""
+        self._sparse[name].append(rows)
+
+    def commit(self, n_done: int) -> None:
+        """See :class:`Sink`."""
+        self.n_done = n_done
+
+    def __getitem__(self, name: str) -> Any:
+        """The result: ndarray or csr matrix."""
+        if name in self._dense:
+            return self._dense[name]
+        return sp.vstack(self._sparse[name], format="csr")

@@ -1,0 +1,76 @@
+"""From draws to numbers: expectation, standard deviation, interval."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A posterior quantity and how sure the model is of it.
+
+    Attributes
+    ----------
+    mean
+        Expectation, (cells, features).
+    sd
+        Standard deviation over draws, of the same shape.
+    lower, upper
+        Ends of the central interval: as much of the posterior lies below one as above the other.
+    """
+
+    mean: Any
+    sd: Any
+    lower: Any
+    upper: Any
+
+
+def least_draws(level: float) -> int:
+    """Fewest draws of which one is expected outside either end of a central interval.
+
+    Examples
+    --------
+    >>> least_draws(0.9)
+    20
+    """
+    return math.ceil(2 / (1 - level) - 1e-9)
+
+
+def summarise(values: Tensor, level: float | None = None, keep_draws: bool = False) -> dict[str, NDArray[Any]]:
+    """Summarise S draws.
+
+    All draws of a block are at hand, so ends of the interval are exact quantiles of them (linear
+    between neighbouring draws, as NumPy's default).
+
+    Parameters
+    ----------
+    values
+        (S, B, W).
+    level
+        Posterior probability of the interval; None leaves sd and interval out.
+    keep_draws
+        Return the draws themselves instead.
+
+    Returns
+    -------
+    dict
+        ``mean`` and, with a level, ``sd``, ``lower`` and ``upper``, each (B, W); or ``draws``, (S, B, W).
+    """
+    if keep_draws:
+        return {"draws": values.cpu().numpy()}
+    found = {"mean": values.mean(0)}
+    if level is None:
+        return {"mean": found["mean"].cpu().numpy()}
+    found["sd"] = values.std(0)
+    # NumPy sorts a dimension several times faster than torch on a CPU.
+    ordered = torch.from_numpy(np.sort(values.numpy(), axis=0)) if values.device.type == "cpu" else values.sort(0)[0]
+    for name, share in (("lower", (1 - level) / 2), ("upper", (1 + level) / 2)):
+        place = share * (len(values) - 1)
+        below = min(int(place), len(values) - 2)
+        found[name] = torch.lerp(ordered[below], ordered[below + 1], place - below)
+    return {name: value.cpu().numpy() for name, value in found.items()}

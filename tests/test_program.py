@@ -1,0 +1,294 @@
+"""The program as Pyro's own tools see it, and its configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.inspect import get_model_relations
+
+from pyro_multivi import MultiVIProgram, ProgramConfig
+from pyro_multivi.terms import measure
+
+CHOICES = [
+    {},
+    {"gene_likelihood": "nb", "dispersion": "gene-batch"},
+    {"gene_likelihood": "poisson"},
+    {"dispersion": "gene-cell", "latent_distribution": "ln"},
+    {"dispersion": "gene-label", "library": "observed"},
+    {"use_batch_norm": "both", "modality_weights": "cell", "encode_covariates": True, "region_factors": False},
+    {"n_genes": 0},
+    {"n_regions": 0},
+]
+
+
+def of(make_program, make_cells, choices, **more):
+    """A program and cells for it: without genes, no cell is RNA-only."""
+    n = (5, 0, 4) if choices.get("n_genes") == 0 else (5, 3, 0) if choices.get("n_regions") == 0 else (5, 3, 4)
+    sizes = {name: choices[name] for name in ("n_genes", "n_regions") if name in choices}
+    cells = make_cells(n, **sizes, **more)
+    if choices.get("n_genes") == 0:
+        cells = cells.replace(has_rna=cells.has_rna & False)
+    if choices.get("n_regions") == 0:
+        cells = cells.replace(has_atac=cells.has_atac & False)
+    return make_program(**choices), cells
+
+
+# ---------------------------------------------------------------------- sites
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_model_and_guide_agree_on_their_latents(make_program, make_cells, choices):
+    program, cells = of(make_program, make_cells, choices)
+    guide = poutine.trace(program.guide).get_trace(cells)
+    model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(cells)
+    latents = [name for name in model.stochastic_nodes if name != "cells"]
+    assert [name for name in guide.stochastic_nodes if name != "cells"] == latents
+    for name in latents:
+        left, right = guide.nodes[name]["fn"], model.nodes[name]["fn"]
+        assert left.batch_shape == right.batch_shape == (len(cells),)
+        assert left.event_shape == right.event_shape
+    expected = {"z", "l", "d"} - ({"l"} if not program.config.n_genes else set())
+    assert set(latents) == expected - ({"d"} if not program.config.n_regions else set())
+
+
+def test_the_trace_shows_the_graph_of_the_paper(make_program, make_cells):
+    program, cells = make_program(), make_cells()
+    nodes = poutine.trace(program.model).get_trace(cells).nodes
+    order = [name for name in nodes if name in ("s", "z", "l", "rho", "x", "p", "d", "y")]
+    assert order == ["s", "z", "l", "rho", "x", "p", "d", "y"]
+    shapes = {name: tuple(nodes[name]["value"].shape) for name in order}
+    assert shapes == {"s": (12, 3), "z": (12, 3), "l": (12,), "rho": (12, 7), "x": (12, 7), "p": (12, 9),
+                      "d": (12,), "y": (12, 9)}  # fmt: skip
+    torch.testing.assert_close(nodes["rho"]["value"].sum(-1), torch.ones(12))
+    assert nodes["x"]["value"] is cells.x
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_reading_a_program_needs_no_gradient_and_no_validation(make_program, make_cells, validate):
+    program, cells = make_program(), make_cells()
+    with torch.no_grad(), pyro.validation_enabled(validate):
+        assert TraceMeanField_ELBO().loss(program.model, program.guide, cells) > 0
+
+
+# ---------------------------------------------------------------------- particles
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("choices", [CHOICES[0], CHOICES[5]], ids=str)
+def test_vectorised_particles_agree_with_sequential_ones(make_program, make_cells, choices, elbo):
+    """Not bit for bit, as they draw in another order, but with the same particles in expectation."""
+    program, cells = of(make_program, make_cells, choices)
+    found = {}
+    for vectorize in (True, False):
+        losses = []
+        for _ in range(8):
+            estimate = elbo(num_particles=16, vectorize_particles=vectorize, max_plate_nesting=1)
+            losses.append(estimate.loss(program.model, program.guide, cells))
+        losses = torch.tensor(losses)
+        found[vectorize] = losses.mean(), losses.std() / 8**0.5
+    gap = abs(found[True][0] - found[False][0])
+    assert gap < 6 * (found[True][1] ** 2 + found[False][1] ** 2) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_each_vectorised_particle_is_an_elbo_of_its_own(make_program, make_cells, choices):
+    program, cells = of(make_program, make_cells, choices)
+
+    def of_particles(n):
+        with pyro.plate("particles", n, dim=-2):
+            guide = poutine.trace(program.guide).get_trace(cells)
+            model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(cells)
+        return guide, model
+
+    guide, model = of_particles(3)
+    model.compute_log_prob()
+    for k in range(3):
+        # A shape of one is drawn once for all particles: a value that is not random.
+        latents = {name: guide.nodes[name]["value"].expand(3, len(cells), -1)[k] if name == "z"
+                   else guide.nodes[name]["value"].expand(3, len(cells))[k]
+                   for name in ("z", "l", "d") if name in guide.nodes}  # fmt: skip
+        alone = poutine.trace(poutine.condition(program.model, latents)).get_trace(cells)
+        alone.compute_log_prob()
+        for name in ("x", "y"):
+            if name in alone.nodes:
+                together = model.nodes[name]["unscaled_log_prob"].expand(3, len(cells))[k]
+                torch.testing.assert_close(together, alone.nodes[name]["unscaled_log_prob"], rtol=1e-4, atol=1e-3)
+
+
+# ---------------------------------------------------------------------- handlers
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_predictive_draws_counts_that_were_observed(make_program, make_cells, choices, parallel):
+    program, cells = of(make_program, make_cells, choices)
+    n, sites = len(cells), ["z"]
+    sites += ["l", "rho", "x"] if program.config.n_genes else []
+    sites += ["d", "p", "y"] if program.config.n_regions else []
+    predictive = Predictive(
+        poutine.uncondition(program.model), guide=program.guide, num_samples=4, parallel=parallel, return_sites=sites
+    )
+    drawn = predictive(cells)
+    assert set(drawn) == set(sites)
+    shapes = {"z": (4, n, 3), "l": (4, n), "rho": (4, n, 7), "x": (4, n, 7), "d": (4, n), "p": (4, n, 9), "y": (4, n, 9)}
+    assert {name: tuple(value.shape) for name, value in drawn.items()} == {name: shapes[name] for name in sites}
+    if "x" in drawn:
+        assert (drawn["x"] == drawn["x"].round()).all()
+        assert drawn["x"].std(0).sum() > 0
+        # The last cells of a mosaic have no RNA: sampling takes no notice of the mask.
+        assert drawn["x"][:, -1].sum() > 0
+        decoded = program.expression(drawn["z"], cells.design)
+        torch.testing.assert_close(drawn["rho"], decoded.rho.dense(), rtol=1e-4, atol=1e-5)
+    if "y" in drawn:
+        assert set(drawn["y"].unique().tolist()) == {0.0, 1.0}
+
+
+def test_condition_fixes_a_latent(make_program, make_cells):
+    program, cells = make_program(), make_cells()
+    fixed = torch.linspace(10, 20, 12)
+    trace = poutine.trace(pyro.condition(program.model, {"l": fixed})).get_trace(cells)
+    assert torch.equal(trace.nodes["l"]["value"], fixed)
+    blocked = poutine.block(program.guide, hide=["l"])
+    loss = TraceMeanField_ELBO().loss(pyro.condition(program.model, {"l": fixed}), blocked, cells)
+    assert loss == loss
+
+
+def test_an_intervention_on_the_design_reaches_the_decoders_but_not_the_guide(make_program, make_cells):
+    program, cells = make_program(encode_covariates=True), make_cells()
+    other = cells.design.clone()
+    other[:, :2] = other[:, :2].flip(1)
+    guide = poutine.trace(program.guide).get_trace(cells)
+
+    def replayed(model, given):
+        return poutine.trace(poutine.replay(model, trace=guide)).get_trace(given).nodes
+
+    done = replayed(pyro.do(program.model, {"s": other}), cells)
+    really = replayed(program.model, cells.replace(design=other))
+    for name in ("rho", "p"):
+        assert not torch.allclose(done[name]["value"], replayed(program.model, cells)[name]["value"])
+        torch.testing.assert_close(done[name]["value"] + 0.0, really[name]["value"] + 0.0)
+    torch.testing.assert_close(done["l"]["fn"].loc, really["l"]["fn"].loc)
+    both = TraceMeanField_ELBO().loss(pyro.do(program.model, {"s": other}), program.guide, cells)
+    assert both == both
+
+
+def test_one_design_for_all_cells_is_enough(make_program, make_cells):
+    program, cells = make_program(dispersion="gene-batch"), make_cells()
+    one = torch.tensor([0.0, 1.0, 0.0])
+    torch.manual_seed(0)
+    narrow = poutine.trace(pyro.do(program.model, {"s": one})).get_trace(cells)
+    torch.manual_seed(0)
+    wide = poutine.trace(pyro.do(program.model, {"s": one.expand(12, 3)})).get_trace(cells)
+    narrow.compute_log_prob()
+    wide.compute_log_prob()
+    torch.testing.assert_close(narrow.log_prob_sum(), wide.log_prob_sum())
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("choices", [CHOICES[0], CHOICES[1], CHOICES[6], CHOICES[7]], ids=str)
+def test_pyro_can_draw_the_graph(make_program, make_cells, choices, sparse):
+    program, cells = of(make_program, make_cells, choices, sparse=sparse)
+    relations = get_model_relations(program.model, model_args=(cells,))
+    upstream = relations["sample_sample"]
+    if program.config.n_genes:
+        assert {"z", "l"} <= set(upstream["x"])
+        assert "d" not in upstream["x"]
+    if program.config.n_regions:
+        assert {"z", "d"} <= set(upstream["y"])
+        assert "l" not in upstream["y"]
+    assert set(relations["observed"]) >= {name for name in ("x", "y") if name in upstream}
+    assert relations["plate_sample"]["cells"]
+
+
+# ---------------------------------------------------------------------- extension
+
+
+class ProteinProgram(MultiVIProgram):
+    """A third modality and its own latent, by the two hooks alone."""
+
+    def observe_further(self, cells, z, s):
+        background = pyro.sample("background", dist.LogNormal(torch.zeros(len(cells)), 1.0))
+        rate = (background + z.exp().sum(-1)).unsqueeze(-1).expand(*z.shape[:-1], 2)
+        pyro.sample("proteins", dist.Poisson(rate).to_event(1), obs=torch.ones(len(cells), 2))
+
+    def guide_further(self, cells, s):
+        pyro.sample("background", dist.LogNormal(torch.zeros(len(cells)), 0.5))
+
+
+def test_a_further_modality_enters_elbo_and_terms(make_program, make_cells):
+    plain, cells = make_program(), make_cells()
+    further = ProteinProgram(plain.config).eval()
+    further.load_state_dict(plain.state_dict())
+    terms = measure(further, cells)
+    assert set(terms.kl) == {"z", "l", "d", "background"}
+    assert set(terms.log_likelihood) == {"x", "y", "proteins"}
+    # KL(LogNormal(0, 0.5) | LogNormal(0, 1)) of each of 12 cells.
+    one = 0.5 * (0.25 - 1) - torch.tensor(0.5).log().item()
+    assert terms.kl["background"] == pytest.approx(12 * one, rel=1e-5)
+    assert terms.n_measured["proteins"] == 12
+
+
+def test_an_overridden_edge_is_used(make_program, make_cells):
+    class Tight(MultiVIProgram):
+        def z_prior(self, s):
+            return dist.Normal(s.new_zeros(len(s), self.config.latent), 0.1).to_event(1)
+
+    cells, program = make_cells(), Tight(make_program().config)
+    fn = poutine.trace(program.model).get_trace(cells).nodes["z"]["fn"]
+    assert torch.equal(fn.stddev, torch.full((12, 3), 0.1))
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def config(**changes):
+    return ProgramConfig(**{"n_genes": 100, "n_regions": 400, **changes})
+
+
+def test_default_widths_are_square_roots():
+    assert (config().hidden, config().latent) == (20, 4)
+    assert (config(n_regions=10**6).hidden, config(n_regions=10**6).latent) == (128, 11)
+    assert config(n_regions=0).hidden == 10
+    assert config(n_genes=0, n_regions=1).latent == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"gene_likelihood": "zimb"}, r"gene_likelihood='zimb' is not allowed.*'zinb', 'nb'.*Did you mean 'zinb'"),
+        ({"dispersion": "gene_batch"}, "Did you mean 'gene-batch'"),
+        ({"latent_distribution": "lognormal"}, "latent_distribution"),
+        ({"modality_weights": None}, "modality_weights=None"),
+        ({"modality_penalty": "jeffreys"}, "Did you mean 'Jeffreys'"),
+        ({"use_batch_norm": True}, "use_batch_norm=True"),
+        ({"use_layer_norm": "all"}, "use_layer_norm"),
+        ({"library": "none"}, "library='none'"),
+        ({"n_genes": 0, "n_regions": 0}, "at least one gene or region"),
+        ({"n_genes": -1}, "n_genes=-1"),
+        ({"n_hidden": 0}, "n_hidden=0"),
+        ({"n_hidden": 8.0}, "n_hidden=8.0"),
+        ({"n_latent": True}, "n_latent=True"),
+        ({"n_layers_encoder": 0}, "n_layers_encoder=0"),
+        ({"n_layers_decoder": -2}, "n_layers_decoder=-2"),
+        ({"n_batch": 0}, "n_batch=0"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
+        ({"dropout_rate": -0.1}, "dropout_rate=-0.1"),
+        ({"dispersion": "gene-label"}, "gene-label.*labels_key"),
+    ],
+)
+def test_impossible_choices_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        config(**changes)
+
+
+def test_a_config_survives_json():
+    one = config(modality_penalty=None, gene_likelihood="negative_binomial")
+    assert ProgramConfig(**json.loads(json.dumps(one.to_dict()))) == one
+    assert one.gene_likelihood == "nb"
+    assert one.modality_penalty == "None"
