@@ -38,7 +38,9 @@ def random_counts(
     size = max(1, _BLOCK_ENTRIES // n_features)
     for start in range(0, n_cells, size):
         chance = depth[start : start + size] * probability
-        row, col = np.nonzero(rng.random(chance.shape, dtype=np.float32) < chance)
+        seen = rng.random(chance.shape, dtype=np.float32) < chance
+        seen[:, probability.argmax()] = True  # no cell is empty, which would stand for "not measured"
+        row, col = np.nonzero(seen)
         indptr = np.concatenate([[0], np.bincount(row, minlength=len(chance)).cumsum()])
         value = np.ones(len(col)) if binary else rng.geometric(0.6, len(col))
         blocks.append(sp.csr_matrix((value.astype(np.float32), col.astype(np.int32), indptr), shape=chance.shape))

@@ -15,6 +15,15 @@ from typing import Any
 class Memory:
     """Resident memory of this process above what it was when this was made: right after the imports.
 
+    Attributes
+    ----------
+    start
+        What the imports took, in bytes.
+    resettable
+        Whether the kernel lets a process forget its peak; otherwise a peak includes all that came before.
+
+    Notes
+    -----
     The kernel's high-water mark (``VmHWM``, as in ``ru_maxrss`` of getrusage) misses no allocation,
     however short. It is read from /proc because ``ru_maxrss`` also covers the process that started
     this one. Linux only.
@@ -22,7 +31,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.resettable = self.reset()
-        self._start = _status("VmRSS")
+        self.start = _status("VmRSS")
 
     def reset(self) -> bool:
         """Forget the peak so far; False where the kernel does not allow it."""
@@ -33,7 +42,7 @@ class Memory:
 
     def peak(self) -> int:
         """Highest memory since the last reset, in bytes above the imports."""
-        return max(0, _status("VmHWM") - self._start)
+        return max(0, _status("VmHWM") - self.start)
 
 
 def _status(key: str) -> int:

@@ -171,6 +171,8 @@ def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
         "processor": fields.get("model name", platform.machine()),
         "cores": os.cpu_count(),
         "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+        # Of the last minute, before anything of ours ran: other work on the machine spoils the figures.
+        "load": round(os.getloadavg()[0], 1),
         "threads": options.threads,
         "rounds": options.rounds,
         "epochs": options.epochs,
@@ -186,12 +188,11 @@ def as_markdown(environment: dict[str, Any], measured: list[dict[str, Any]], wit
             for package, version in (record["result"] or {}).get("versions", {}).items():
                 versions.setdefault(package, set()).add(version)
     packages = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
-    of = {**environment, "instructions": ", ".join(environment["instructions"]) or "no vector instructions named"}
+    instructions = ", ".join(environment["instructions"]) or "no vector instructions named"
     head = (
-        "{processor}, {cores} cores ({instructions}), {threads} threads; {rounds} rounds of {epochs} epochs".format(
-            **of
-        )
-        + f"; {packages}."
+        f"{environment['processor']}, {environment['cores']} cores ({instructions}), "
+        f"load before {environment['load']}; {environment['threads']} threads, "
+        f"{environment['rounds']} rounds of {environment['epochs']} epochs; {packages}."
     )
     tables = [render(entry["case"], entry["records"]) for entry in measured]
     return "\n".join([head, "", *([] if with_peer else [NO_PEER, ""]), *tables])

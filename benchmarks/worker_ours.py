@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimiser imports it; scvi-tools does so when it is imported itself
 from make_data import check_shape, load
 from measure import Memory, report, seconds, task
 
@@ -44,6 +45,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "versions": {"pyro_multivi": pm.__version__, "torch": torch.__version__},
         "peak_reset": memory.resettable,
+        "import_bytes": memory.start,
     }
     if asked["part"] == "train":
         result["epoch_seconds"] = [end - start for start, end in pairwise(ends)]

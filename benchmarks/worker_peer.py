@@ -58,6 +58,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "versions": {"scvi-tools": scvi.__version__, "torch": torch.__version__},
         "peak_reset": memory.resettable,
+        "import_bytes": memory.start,
     }
     if asked["part"] == "train":
         result["epoch_seconds"] = [end - start for start, end in pairwise(ends.at)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.model import TrainableModel
 from pyro_multivi.posterior.asked import number_of_draws
-from pyro_multivi.posterior.evidence import cells_for_likelihood, elbo_parts, marginal_likelihood
+from pyro_multivi.posterior.evidence import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
 from pyro_multivi.posterior.latent import MODALITIES, depth_factors, latent_state
 
 #: Cells at a time in prediction: more than in training, nothing is kept for a backward pass.
@@ -112,7 +112,7 @@ class InferringModel(TrainableModel):
         return_mean: bool = True,
         n_particles: int = 1,
         seed: int = 0,
-    ) -> float | NDArray[np.float64]:
+    ) -> Any:
         """Evidence lower bound in nats per cell; higher is better.
 
         The bound on log p(x, y | s) itself: the alignment of the modalities, a term of training
@@ -146,7 +146,7 @@ class InferringModel(TrainableModel):
         >>> model.get_elbo(return_mean=False).shape
         (80,)
         """
-        parts = elbo_parts(self.program, self._for_likelihood(adata, indices, batch_size, n_particles), n_particles, seed)
+        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
         return float(parts.elbo.mean()) if return_mean else parts.elbo
 
     def get_reconstruction_error(
@@ -157,7 +157,7 @@ class InferringModel(TrainableModel):
         return_mean: bool = True,
         n_particles: int = 1,
         seed: int = 0,
-    ) -> dict[str, float] | dict[str, NDArray[np.float64]]:
+    ) -> dict[str, Any]:
         """Minus the expected log-likelihood of the counts of each modality, in nats per measured cell.
 
         Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter
@@ -176,7 +176,7 @@ class InferringModel(TrainableModel):
             ``"reconstruction_loss_expression"`` and ``"reconstruction_loss_accessibility"``, without
             those that none of the cells was measured for.
         """
-        parts = elbo_parts(self.program, self._for_likelihood(adata, indices, batch_size, n_particles), n_particles, seed)
+        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
         names = {"x": "expression", "y": "accessibility"}
         per_cell = {
             f"reconstruction_loss_{names.get(site, site)}": np.where(parts.measured[site], -values, np.nan)
@@ -230,9 +230,9 @@ class InferringModel(TrainableModel):
         ValueError
             If ``n_mc_samples`` is below 1, or below 2 with ``return_se``.
         """
-        for name, value, least in (("n_mc_samples", n_mc_samples, 2 if return_se else 1),):
-            if isinstance(value, bool) or int(value) != value or value < least:
-                raise ValueError(f"{name}={value!r} is not allowed: give a whole number of at least {least}.")
+        least = 2 if return_se else 1
+        if isinstance(n_mc_samples, bool) or int(n_mc_samples) != n_mc_samples or n_mc_samples < least:
+            raise ValueError(f"n_mc_samples={n_mc_samples!r} is not allowed: give a whole number of at least {least}.")
         cells = self._for_likelihood(adata, indices, batch_size, n_mc_samples)
         found = marginal_likelihood(self.program, cells, int(n_mc_samples), seed)
         if not return_mean:
@@ -243,6 +243,10 @@ class InferringModel(TrainableModel):
         return (mean, error) if return_se else mean
 
     # ------------------------------------------------------------------ what the methods share
+
+    def _elbo_parts(self, adata: Any, indices: Any, batch_size: int, n_particles: int, seed: int) -> ElboParts:
+        cells = self._for_likelihood(adata, indices, batch_size, n_particles)
+        return elbo_parts(self.program, cells, n_particles, seed)
 
     def _for_likelihood(self, adata: Any, indices: Any, batch_size: int, n_samples: int) -> Minibatches:
         return self._cells(adata, indices, cells_for_likelihood(batch_size, number_of_draws(n_samples, None)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_multivi import io
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.readers import read
 from pyro_multivi.data.selection import select_cells
@@ -57,13 +57,13 @@ class TrainableModel:
     def train(
         self,
         max_epochs: int = 500,
-        lr: float = 3e-3,
+        lr: float = 1e-3,
         accelerator: str = "auto",
         devices: int | str = "auto",
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         weight_decay: float = 1e-3,
         eps: float = 1e-8,
         early_stopping: bool = True,
@@ -95,12 +95,12 @@ class TrainableModel:
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
-            Cells per step.
+            Cells per step. Default: 128, fewer for small data, so that an epoch has some 16 steps.
         early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
             Stop when a column of :attr:`history` no longer falls. Without validation cells there is
             nothing to monitor and all epochs are run.
         check_val_every_n_epoch
-            How often the validation cells are scored.
+            How often the validation cells are scored; the last epoch always is.
         n_epochs_kl_warmup, n_steps_kl_warmup
             Length of the linear KL warm-up; steps take precedence.
         gradient_clip
@@ -125,10 +125,21 @@ class TrainableModel:
             If the loss becomes NaN; the model goes back to its best weights.
         """
         table = self._training_table()
+        if batch_size is None:
+            batch_size = default_batch_size(len(table))
         device = resolve_device(accelerator, devices)
-        for name, value in (("max_epochs", max_epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not allowed: give at least 1.")
+        for name, value, least in (
+            ("max_epochs", max_epochs, 1),
+            ("batch_size", batch_size, 1),
+            ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
+            ("early_stopping_patience", early_stopping_patience, 1),
+            ("n_epochs_kl_warmup", n_epochs_kl_warmup or 0, 0),
+            ("n_steps_kl_warmup", n_steps_kl_warmup or 0, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} is not allowed: give at least {least}.")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip={gradient_clip} is not allowed: give a norm above 0, or None.")
         split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
         if self._split is None or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,19 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
+
+
+def default_batch_size(n_cells: int) -> int:
+    """Cells per training step: a power of two near n / 16, from 32 to 128.
+
+    Few cells make few steps per epoch, and held-out cells are scored once per epoch.
+
+    Examples
+    --------
+    >>> default_batch_size(1000), default_batch_size(100_000)
+    (64, 128)
+    """
+    return int(min(128, max(32, 2 ** round(math.log2(max(n_cells, 1) / 16)))))
 
 
 class Minibatches:

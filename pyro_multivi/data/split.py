@@ -47,6 +47,10 @@ class Split:
         >>> len(split.train), len(split.validation)
         (9, 1)
         """
+        if validation_size is not None and not 0 <= validation_size < 1:
+            raise ValueError(
+                f"validation_size={validation_size} is not allowed: give a share of at least 0 and below 1."
+            )
         if train_size is None:
             train_size = 0.9 if validation_size is None else 1.0 - validation_size
         if not 0 < train_size <= 1:
@@ -55,7 +59,7 @@ class Split:
         if validation_size is None:
             validation_size = rest
         # A hair of tolerance: 1 - 0.9 is not 0.1 in floating point.
-        if validation_size < -1e-9 or validation_size > rest + 1e-9:
+        if validation_size > rest + 1e-9:
             raise ValueError(
                 f"validation_size={validation_size} is not allowed with train_size={train_size}: "
                 "both are shares of the cells and may not exceed 1 together."

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from pyro.ops.provenance import detach_provenance, extract_provenance
+from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -169,7 +169,7 @@ class Readout(torch.Tensor):
 
     def as_subclass(self, cls: Any) -> Any:
         """The dense values as another tensor class (Pyro's provenance tracking asks for this)."""
-        return detach_provenance(self.dense()).as_subclass(cls)
+        return self.dense().as_subclass(cls)
 
     def __deepcopy__(self, memo: Any) -> Readout:
         # A copy of values: cut off from the graph, as a non-leaf tensor cannot be deep-copied.

@@ -15,7 +15,9 @@ from pyro_multivi.posterior.normalization import Average
 from pyro_multivi.posterior.summary import least_draws
 
 
-def select_features(argument: str, wanted: Any, names: Sequence[str], what: str) -> Tensor | None:
+def select_features(
+    argument: str, wanted: Any, names: Sequence[str], what: str, device: torch.device | str = "cpu"
+) -> Tensor | None:
     """Positions of the features meant by a list of names, positions or a mask.
 
     Parameters
@@ -28,6 +30,8 @@ def select_features(argument: str, wanted: Any, names: Sequence[str], what: str)
         Names of all features of the modality.
     what
         ``"gene"`` or ``"region"``.
+    device
+        Where the positions are wanted.
 
     Returns
     -------
@@ -72,7 +76,7 @@ def select_features(argument: str, wanted: Any, names: Sequence[str], what: str)
     if (count > 1).any():
         twice = first_names(names[number] for number in found[count > 1])
         raise ValueError(f"{argument} holds {twice} more than once: give each {what} once.")
-    return torch.from_numpy(places.astype(np.int64))
+    return torch.from_numpy(places.astype(np.int64)).to(device)
 
 
 def batch_codes(spec: DataSpec, transform_batch: Any) -> tuple[int, ...] | None:
@@ -100,7 +104,6 @@ def batch_codes(spec: DataSpec, transform_batch: Any) -> tuple[int, ...] | None:
 
 def average_over(
     spec: DataSpec,
-    *,
     transform_batch: Any,
     n_samples: int,
     n_samples_overall: int | None,
@@ -168,7 +171,8 @@ def check_number(argument: str, value: Any) -> float:
     ValueError
         If it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not np.isfinite(value):
+    numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not numeric or not np.isfinite(value):
         raise ValueError(f"{argument}={value!r} is not a number.")
     return float(value)
 

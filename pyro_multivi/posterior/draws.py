@@ -53,7 +53,7 @@ def evaluating(program: MultiVIProgram) -> Iterator[None]:
 
 def cells_at_a_time(batch_size: int, n_samples: int) -> int:
     """Cells of a minibatch such that their draws stay within :data:`ROWS` rows."""
-    return max(1, min(batch_size, ROWS // n_samples))
+    return min(batch_size, max(1, ROWS // n_samples))
 
 
 def draw(
@@ -143,14 +143,14 @@ def replay(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Values of sites of the model at given latents, (S, B, ...). Call it within :func:`evaluating`."""
-    forced = dict(intervene or {})
+    forced: dict[str, Any] = dict(intervene or {})
     model: Any = program.model
     if COUNTS & set(sites):
         model = poutine.uncondition(model)
         torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
     if forced:
         model = poutine.do(model, forced)
-    nodes = model_trace(model, cells, latents).nodes
+    nodes: dict[str, Any] = dict(model_trace(model, cells, latents).nodes)
     known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
     for name in (*sites, *forced):
         if name not in known:
@@ -236,11 +236,12 @@ class _Fill(Messenger):
             return
         name, fn, cells = msg["name"], msg["fn"], self.cells
         of_cells = any(frame.dim == -1 for frame in msg["cond_indep_stack"])
-        msg["value"] = self._value(name, fn, of_cells)
+        value = self._value(name, fn, of_cells)
         if name == "d" and isinstance(fn, dist.Delta) and cells.atac_size is None and not bool(cells.has_atac.all()):
             prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)
-            msg["value"] = torch.where(cells.has_atac, msg["value"], self._value(name, prior, of_cells))
-            msg["fn"] = dist.Delta(msg["value"])
+            value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))
+            msg["fn"] = dist.Delta(value)
+        msg["value"] = value
 
     def _value(self, name: str, fn: Any, of_cells: bool) -> Tensor:
         if self.noise is not None:

@@ -135,7 +135,7 @@ def marginal_likelihood(
 
 def cells_for_likelihood(batch_size: int, n_samples: int) -> int:
     """Cells of a minibatch such that the rows whose likelihood is evaluated stay within bounds."""
-    return max(1, min(batch_size, LIKELIHOOD_ROWS // min(n_samples, _DRAWS_AT_A_TIME)))
+    return min(batch_size, max(1, LIKELIHOOD_ROWS // min(n_samples, _DRAWS_AT_A_TIME)))
 
 
 def _scored(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Trace, Trace]:
@@ -147,7 +147,8 @@ def _scored(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Tr
 
 def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
     """Observed counts and latents of each cell."""
-    for name, site in model.nodes.items():
+    nodes: dict[str, Any] = dict(model.nodes)
+    for name, site in nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic", False):
             continue
         if not any(frame.dim == -1 for frame in site["cond_indep_stack"]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.vocabulary import GENES, PEAKS
+from pyro_multivi.posterior.deliver import remaining, request_of
 from pyro_multivi.posterior.draws import evaluating
 from pyro_multivi.posterior.normalization import Average, Quantity, blocks, compress, decode
 from pyro_multivi.posterior.sinks import Arrays, Sink
+from pyro_multivi.posterior.store import Store
 from pyro_multivi.program import MultiVIProgram
 
 #: Columns of obs that say where the entries of a cell come from: ``"measured"`` or ``"imputed"``.
@@ -37,31 +42,77 @@ PLACES = {
 }
 
 
-def fill(
+def impute(
     program: MultiVIProgram,
-    minibatches: Any,
+    cells: Minibatches,
     quantities: Sequence[Quantity],
     average: Average,
-    sink: Sink,
+    spec: DataSpec,
+    obs: pd.DataFrame,
+    scale: Mapping[str, Any],
+    *,
     measured_too: bool = False,
-) -> None:
-    """Stream measured counts and the estimates of what was not measured, as sparse rows, into a sink.
+    out: str | os.PathLike[str] | None = None,
+    silent: bool | None = None,
+) -> Any:
+    """Measured counts beside estimates of what was not measured.
 
     Parameters
     ----------
     program
         Model and guide.
-    minibatches
-        The cells, from ``sink.n_done`` on.
+    cells
+        The cells asked for.
     quantities
-        Expression and accessibility, of all features; the columns are in this order.
+        Expression and accessibility, of all features.
     average
         What the estimates are averaged over.
-    sink
-        Takes ``counts`` and the names of ``average``.
+    spec
+        Names of features, and whether a MuData is wanted.
+    obs
+        Of those cells; the result's is a copy of it with the columns of :data:`PROVENANCE`.
+    scale
+        Arguments that were turned into quantities, to be kept with the result.
     measured_too
         Also estimate what was measured.
+    out, silent
+        As in :func:`~pyro_multivi.posterior.deliver.deliver`.
+
+    Returns
+    -------
+    AnnData, MuData or Path
     """
+    obs = obs.copy()
+    for site, has in (("rho", cells.table.has_rna), ("p", cells.table.has_atac)):
+        missing = (~has[cells.index]).numpy().astype(np.int8)
+        obs[PROVENANCE[site]] = pd.Categorical.from_codes(missing, pd.Index(["measured", "imputed"]))
+    var = _variables(spec.gene_names, spec.region_names)
+    asked = {"n_samples": average.n_samples, "use_z_mean": average.use_mean, "seed": average.seed, **scale}
+    asked.update(return_interval=average.level, measured_too=measured_too)
+    uns = {UNS_KEY: json.dumps(asked, default=str)}
+    names = ("counts", *average.names)
+    if out is not None:
+        request = request_of(program, cells, quantities, average, list(obs.index), measured_too=measured_too)
+        with Store(out, request, obs, var, uns, sparse={name: PLACES[name] for name in names}) as store:
+            rest = remaining(cells, store.n_done, silent is True)
+            _fill(program, rest, quantities, average, store, measured_too)
+        return store.path
+    kept = Arrays((len(obs), len(var)), sparse=names)
+    _fill(program, remaining(cells, 0, silent is not False), quantities, average, kept, measured_too)
+    layers = {PLACES[name].removeprefix("layers/"): kept[name] for name in average.names}
+    filled = AnnData(kept["counts"], obs=obs, var=var, layers=layers, uns=uns)
+    return filled if spec.kind == "anndata" else _as_mudata(filled, spec)
+
+
+def _fill(
+    program: MultiVIProgram,
+    minibatches: Iterable[Cells],
+    quantities: Sequence[Quantity],
+    average: Average,
+    sink: Sink,
+    measured_too: bool,
+) -> None:
+    """Stream counts and estimates, as sparse rows, into a sink that may hold the first of them already."""
     start = sink.n_done
     sites = [quantity.site for quantity in quantities]
     for cells in minibatches:
@@ -76,7 +127,7 @@ def fill(
                 for _, found in blocks(decoded, quantity, average, start, wanted):
                     kept = found["mean"] >= (quantity.threshold or 0.0)
                     for name, values in found.items():
-                        pieces[name].append(compress(np.where(kept, values, 0.0)))
+                        pieces[name].append(compress(np.where(kept, values, np.float32(0))))
                 for name, parts in pieces.items():
                     rows[name].append(_spread(parts, wanted, len(cells), counts.shape[1]))
         for name, parts in rows.items():
@@ -85,60 +136,36 @@ def fill(
         sink.commit(start)
 
 
-def provenance(program: MultiVIProgram, has_rna: Tensor, has_atac: Tensor) -> dict[str, pd.Categorical]:
-    """Columns of obs: where each cell's entries of each modality come from."""
-    modelled = {"rho": program.config.n_genes, "p": program.config.n_regions}
-    return {
-        PROVENANCE[site]: pd.Categorical.from_codes((~has).numpy().astype(np.int8), ["measured", "imputed"])
-        for site, has in (("rho", has_rna), ("p", has_atac))
-        if modelled[site]
-    }
-
-
-def variables(gene_names: Sequence[str], region_names: Sequence[str]) -> pd.DataFrame:
-    """The features of the result, genes first."""
-    kinds = pd.Categorical([GENES] * len(gene_names) + [PEAKS] * len(region_names), [GENES, PEAKS])
+def _variables(gene_names: Sequence[str], region_names: Sequence[str]) -> pd.DataFrame:
+    kinds = pd.Categorical([GENES] * len(gene_names) + [PEAKS] * len(region_names), pd.Index([GENES, PEAKS]))
     return pd.DataFrame({"feature_types": kinds}, index=pd.Index([*gene_names, *region_names], dtype=object))
 
 
-def as_anndata(found: Arrays, names: Sequence[str], obs: pd.DataFrame, var: pd.DataFrame, uns: Any) -> AnnData:
-    """The streamed rows as an AnnData."""
-    layers = {PLACES[name].removeprefix("layers/"): found[name] for name in names}
-    return AnnData(found["counts"], obs=obs, var=var, layers=layers, uns=uns)
-
-
-def as_mudata(adata: AnnData, rna: str, atac: str) -> Any:
-    """The same as a MuData of two modalities that hold all cells."""
+def _as_mudata(adata: AnnData, spec: DataSpec) -> Any:
+    """The same as a MuData of two modalities that both hold all cells."""
     mudata = require("mudata", "mudata")
     parts = {}
-    for name, kind, source in ((rna, GENES, PROVENANCE["rho"]), (atac, PEAKS, PROVENANCE["p"])):
+    for name, kind, site in ((spec.setup.rna_modality, GENES, "rho"), (spec.setup.atac_modality, PEAKS, "p")):
         part = adata[:, (adata.var["feature_types"] == kind).to_numpy()].copy()
-        parts[name] = AnnData(part.X, obs=part.obs[[source]], var=part.var, layers=dict(part.layers))
+        parts[name] = AnnData(part.X, obs=part.obs[[PROVENANCE[site]]], var=part.var, layers=dict(part.layers))
     # Nothing to pull from the parts; without the option mudata 0.3 warns of its future default.
     with mudata.set_options(pull_on_update=False):
         mdata = mudata.MuData(parts)
-    mdata.obs = adata.obs
+    for column in adata.obs:
+        mdata.obs[column] = adata.obs[column]
     mdata.uns.update(adata.uns)
     return mdata
-
-
-def description(average: Average, **arguments: Any) -> dict[str, str]:
-    """What was asked, to be kept in uns."""
-    kept = {"n_samples": average.n_samples, "batches": average.batches, "seed": average.seed, **arguments}
-    return {UNS_KEY: json.dumps(kept, default=str)}
 
 
 def _as_csr(counts: Tensor) -> sp.csr_matrix:
     sparse = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
     parts = (sparse.val.cpu().numpy(), sparse.col.cpu().numpy().astype(np.int32), sparse.crow.cpu().numpy())
-    return sp.csr_matrix(parts, shape=tuple(sparse.shape))
+    return sp.csr_matrix(parts, shape=(sparse.shape[0], sparse.shape[1]))
 
 
 def _spread(parts: list[sp.csr_matrix], rows: Tensor, n_rows: int, n_columns: int) -> sp.csr_matrix:
     """Blocks of columns of some rows as a matrix of all rows, the others empty."""
-    if not parts:
-        return sp.csr_matrix((n_rows, n_columns), dtype=np.float32)
-    part = sp.hstack(parts, format="csr")
+    part = sp.hstack(parts, format="csr") if parts else compress(np.zeros((len(rows), n_columns), np.float32))
     length: NDArray[np.int64] = np.zeros(n_rows, dtype=np.int64)
     length[rows.cpu().numpy()] = np.diff(part.indptr)
     indptr = np.concatenate([[0], np.cumsum(length)])

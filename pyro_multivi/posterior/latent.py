@@ -82,7 +82,7 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
     library, factor = [], []
     for minibatch in cells:
         with evaluating(program):
-            nodes = poutine.trace(program.guide).get_trace(minibatch).nodes
+            nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
             if "l" in nodes:
                 library.append(nodes["l"]["fn"].mean.masked_fill(~minibatch.has_rna, torch.nan))
             if "d" in nodes:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, feature_blocks, mean_latents, replay
 from pyro_multivi.posterior.sinks import Sink
 from pyro_multivi.posterior.summary import summarise
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.distributions import Readout
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
 BLOCK = 2**22
@@ -197,7 +197,7 @@ def _cell_factor(decoded: Decoded, quantity: Quantity, start: int, rows: Tensor 
     """What each draw of each cell is multiplied with, (S, B, 1) or (B, 1); None for 1."""
     by_cell = quantity.by_cell
     if isinstance(by_cell, str):
-        value: Tensor = decoded.latents.trace.nodes[by_cell]["value"]
+        value: Any = decoded.latents.trace.nodes[by_cell]["value"]
         return _of_cells(value[..., None], rows)
     if isinstance(by_cell, Tensor):
         n_cells = decoded.sites[0][quantity.site].shape[-2]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +53,7 @@ class FitOptions:
     early_stopping
         Needs validation cells.
     check_val_every_n_epoch
-        How often the validation cells are scored.
+        How often the validation cells are scored; the last epoch always is.
     gradient_clip
         Largest norm of the gradient; None does not clip.
     seed
@@ -138,7 +141,7 @@ def fit(
                 for place, cells in enumerate(train):
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
-                    with pyro.validation_enabled(epoch == first and place == 0):
+                    with pyro.validation_enabled(epoch == first and place == 0), _no_nan_warning():
                         loss = objective(cells, weight)
                     value = loss.item()
                     if value != value or abs(value) == float("inf"):
@@ -151,20 +154,26 @@ def fit(
                     terms += objective.last_terms(cells)
                     losses.append((value, len(cells)))
                     step += 1
+                # The last step may have spoiled what no loss has seen yet.
+                if not all(bool(torch.isfinite(p).all()) for p in program.parameters()):
+                    raise diagnose(program, cells, epoch, place)
                 row = {"train_loss": sum(v * n for v, n in losses) / sum(n for _, n in losses), "kl_weight": weight}
                 row.update(_named(terms, "train"))
-                if validation is not None and (epoch + 1) % options.check_val_every_n_epoch == 0:
+                is_due = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == first + options.max_epochs
+                if validation is not None and is_due:
                     row.update(_named(evaluate(program, validation), "validation"))
+                    if stopping.monitor not in row:
+                        raise ValueError(
+                            f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
+                            f"{', '.join(row)}."
+                        )
                 row["seconds"] = time.perf_counter() - started
                 history.add(row)
                 bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
-                if validation is None or (stopping.monitor in row and stopping.update(row[stopping.monitor])):
+                is_better = stopping.monitor in row and validation is not None and stopping.update(row[stopping.monitor])
+                # Until there is a score, the latest weights are the best known.
+                if is_better or validation is None or stopping.best == math.inf:
                     best.take(program)
-                elif stopping.monitor not in history.names and epoch > first:
-                    raise KeyError(
-                        f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
-                        f"{', '.join(history.names)}."
-                    )
                 if _any_stops(options.callbacks, epoch, row, program):
                     break
                 if stopping.exhausted:
@@ -237,10 +246,19 @@ def _optimizer(
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, eps=options.eps, fused=True)
     if state is not None:
-        optimizer.load_state_dict(state)
+        # A copy: a run that diverges must not spoil the moments that the caller keeps.
+        optimizer.load_state_dict(copy.deepcopy(state))
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             group.update(lr=options.lr, eps=options.eps, weight_decay=wanted["weight_decay"])
     return optimizer
+
+
+@contextmanager
+def _no_nan_warning() -> Iterator[None]:
+    """Without Pyro's warning of a NaN loss: the loop raises an error that says more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|.*inf)", category=UserWarning)
+        yield
 
 
 @contextmanager

@@ -236,3 +236,15 @@ def test_refuses_what_is_out_of_bounds() -> None:
         d.log_prob(torch.full((B, G), 0.5))
     unchecked = PoissonCounts(rho, library, validate_args=False)
     assert unchecked.log_prob(torch.full((B, G), 0.5)).isfinite().all()
+
+
+def test_softplus_that_underflows_keeps_its_logarithm() -> None:
+    """softplus(-120) is 0 in float32; its logarithm is -120, and its slope by the logit 1."""
+    bias = torch.tensor([-120.0, -60.0, 3.0], requires_grad=True)
+    rho = Readout(torch.zeros(1, 1), torch.zeros(3, 1), bias, "softplus")
+    found = PoissonCounts(rho, torch.tensor([2.0])).log_prob(torch.tensor([[5.0, 1.0, 0.0]]))
+    mean = 2 * math.log1p(math.exp(3))
+    expected = 5 * (math.log(2) - 120) - math.log(120) + (math.log(2) - 60) - mean
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-6, atol=0)
+    (by_bias,) = torch.autograd.grad(found.sum(), bias)
+    torch.testing.assert_close(by_bias, torch.tensor([5.0, 1.0, -2 / (1 + math.exp(-3))]))

@@ -1,0 +1,296 @@
+"""The loop: what it promises when all goes well."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import ClippedAdam
+
+import pyro_multivi as pm
+from pyro_multivi.training import EarlyStopping, History, kl_weight
+
+
+@pytest.fixture
+def build(mosaic):
+    """Models of one small mosaic, alike unless told otherwise."""
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+
+    def make(**choices):
+        return pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
+
+    return make
+
+
+def train(model, max_epochs=3, **options):
+    model.train(max_epochs, **{"progress_bar": False, "batch_size": 16, **options})
+    return model
+
+
+def curves(model):
+    """All of the history that is not a time."""
+    return {name: frame[name].to_numpy() for name, frame in model.history.items() if name != "seconds"}
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.program.state_dict().items()}
+
+
+def same(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---------------------------------------------------------------------- determinism, global state
+
+
+@pytest.mark.parametrize("choices", [{}, {"use_batch_norm": "both", "modality_weights": "cell"}], ids=str)
+def test_same_seed_same_curve_bit_for_bit(build, choices):
+    one, two = train(build(**choices), seed=4), train(build(**choices), seed=4)
+    for name, values in curves(one).items():
+        np.testing.assert_array_equal(values, curves(two)[name])
+    assert same(weights(one), weights(two))
+
+
+def test_another_seed_another_curve(build):
+    one, two = train(build(), seed=4), train(build(), seed=5)
+    assert not np.array_equal(curves(one)["train_loss"], curves(two)["train_loss"])
+    assert not torch.equal(one._split.validation, two._split.validation)
+
+
+def test_the_seed_of_the_weights_is_not_the_seed_of_training(build):
+    one, two = build(seed=1), build(seed=2)
+    assert same(weights(one), weights(build(seed=1)))
+    assert not same(weights(one), weights(two))
+
+
+def validation_flags():
+    return (
+        pyro.infer.util.is_validation_enabled(),
+        pyro.poutine.util.is_validation_enabled(),
+        pyro.distributions.is_validation_enabled(),
+        torch.distributions.Distribution._validate_args,
+    )
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_nothing_global_is_touched(build, global_rng_untouched, validate):
+    pyro.param("of_somebody_else", torch.ones(1))
+    filters = list(warnings.filters)
+    with pyro.validation_enabled(validate):
+        before = (*validation_flags(), torch.get_num_threads(), torch.is_grad_enabled())
+        train(build(), 2)
+        assert (*validation_flags(), torch.get_num_threads(), torch.is_grad_enabled()) == before
+    assert list(pyro.get_param_store().keys()) == ["of_somebody_else"]
+    assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_global_is_touched_by_a_training_that_fails(build, global_rng_untouched, error):
+    def fail(epoch, row, program):
+        raise error
+
+    before = (*validation_flags(), torch.get_num_threads())
+    with contextlib.suppress(RuntimeError):
+        train(build(), 2, callbacks=[fail])
+    assert (*validation_flags(), torch.get_num_threads()) == before
+
+
+# ---------------------------------------------------------------------- it learns
+
+
+def test_the_elbo_rises_as_under_a_plain_svi(build, mosaic):
+    """Both start from the same weights and reach the same neighbourhood."""
+    model, twin = build(), build()
+    start = twin.minibatch()
+    torch.manual_seed(0)
+    before = TraceMeanField_ELBO().loss(twin.program.model, twin.program.guide, start) / 60
+    train(model, 40, lr=0.01, train_size=1.0, n_epochs_kl_warmup=None, batch_size=60)
+    twin.program.train()
+    svi = SVI(twin.program.model, twin.program.guide, ClippedAdam({"lr": 0.01}), TraceMeanField_ELBO())
+    for _ in range(40):
+        svi.step(start)
+    twin.program.eval()
+    twin.is_trained = True
+    ours, theirs = -model.get_elbo(), -twin.get_elbo()
+    assert ours < before - 5
+    assert theirs < before - 5
+    assert abs(ours - theirs) < 3
+
+
+def test_another_elbo_may_be_given(build):
+    one = train(build(), elbo=Trace_ELBO())
+    two = train(build(), elbo=TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1))
+    three = train(build())
+    for model in (one, two):
+        assert not np.array_equal(curves(model)["train_loss"], curves(three)["train_loss"])
+        np.testing.assert_allclose(curves(model)["elbo_train"], curves(three)["elbo_train"], rtol=0.1)
+
+
+# ---------------------------------------------------------------------- history
+
+
+def test_history_holds_every_term_of_every_epoch(build):
+    model = train(build(), 3)
+    names = {"elbo", "reconstruction_loss", "reconstruction_expression", "reconstruction_accessibility",
+             "kl_local", "kl_z", "kl_l", "kl_d", "alignment"}  # fmt: skip
+    expected = {f"{name}_{split}" for name in names for split in ("train", "validation")}
+    assert set(model.history) == expected | {"train_loss", "kl_weight", "seconds"}
+    for name, frame in model.history.items():
+        assert frame.index.tolist() == [0, 1, 2]
+        assert frame.index.name == "epoch"
+        assert frame.columns.tolist() == [name]
+        assert np.isfinite(frame[name]).all()
+
+
+def test_losses_are_per_cell_and_reconstructions_per_measured_cell(build):
+    model = train(build(), 1, train_size=1.0, lr=1e-12, n_epochs_kl_warmup=None, batch_size=60)
+    row = {name: values[-1] for name, values in curves(model).items()}
+    has_rna, has_atac = 45 / 60, 45 / 60
+    total = row["reconstruction_expression_train"] * has_rna + row["reconstruction_accessibility_train"] * has_atac
+    assert row["reconstruction_loss_train"] == pytest.approx(total, rel=1e-5)
+    assert row["elbo_train"] == pytest.approx(row["reconstruction_loss_train"] + row["kl_local_train"], rel=1e-6)
+    # In one minibatch without annealing the loss is these terms and the alignment.
+    assert row["train_loss"] == pytest.approx(row["elbo_train"] + row["alignment_train"], rel=1e-5)
+    errors = model.get_reconstruction_error()
+    # Dropout and the draw of z differ between training and evaluation.
+    assert errors["reconstruction_loss_expression"] == pytest.approx(row["reconstruction_expression_train"], rel=0.1)
+
+
+def test_a_minibatch_counts_by_its_cells(build):
+    """Without learning, the loss of an epoch does not depend on how it is cut, but for noise."""
+    means = []
+    for batch_size in (7, 60):
+        model = train(build(dropout_rate=0.0), 20, batch_size=batch_size, lr=1e-12, train_size=1.0, weight_decay=0.0,
+                      n_epochs_kl_warmup=None)  # fmt: skip
+        means.append(curves(model)["elbo_train"].mean())
+    assert means[0] == pytest.approx(means[1], rel=0.01)
+
+
+def test_annealing_is_in_the_loss_and_not_in_the_elbo(build):
+    model = train(build(), 4, n_epochs_kl_warmup=4, batch_size=54, lr=1e-12)
+    found = curves(model)
+    np.testing.assert_allclose(found["kl_weight"], [0, 0.25, 0.5, 0.75])
+    annealed = found["reconstruction_loss_train"] + found["kl_weight"] * found["kl_local_train"]
+    np.testing.assert_allclose(found["train_loss"], annealed + found["alignment_train"], rtol=1e-5)
+    np.testing.assert_allclose(found["elbo_train"], found["reconstruction_loss_train"] + found["kl_local_train"])
+    by_steps = train(build(), 3, n_steps_kl_warmup=8, batch_size=16)  # 4 minibatches of 54 cells
+    np.testing.assert_allclose(curves(by_steps)["kl_weight"], [3 / 8, 7 / 8, 1])
+
+
+def test_the_warm_up_goes_from_zero_to_one():
+    assert [kl_weight(e, 0, 4, None) for e in (0, 1, 4, 9)] == [0, 0.25, 1, 1]
+    assert [kl_weight(0, s, 4, 2) for s in (0, 1, 2, 3)] == [0, 0.5, 1, 1]
+    assert kl_weight(0, 0, None, None) == kl_weight(0, 0, 0, None) == kl_weight(0, 0, 9, 0) == 1
+
+
+def test_histories_may_have_gaps():
+    history = History([{"a": 1.0}, {"a": 2.0, "b": 3.0}])
+    assert history.names == ["a", "b"]
+    assert np.isnan(history["b"][0])
+    assert history["b"][1] == 3
+    with pytest.raises(KeyError, match="'c' is not in the history; recorded are a, b"):
+        history["c"]
+
+
+# ---------------------------------------------------------------------- early stopping
+
+
+def test_early_stopping_counts_epochs_without_improvement():
+    stopping = EarlyStopping("loss", patience=2, min_delta=0.5)
+    answers = [stopping.update(value) for value in (10.0, 9.6, 9.4, 9.3, 9.2)]
+    assert answers == [True, False, True, False, False]
+    assert stopping.best == 9.4
+    assert stopping.exhausted
+    assert not EarlyStopping().update(float("nan"))
+
+
+def stop(model, patience, **options):
+    """Train while nothing can improve by as much as ``min_delta``."""
+    return train(model, 30, early_stopping_patience=patience, early_stopping_min_delta=1e6, **options)
+
+
+@pytest.mark.parametrize("monitor", ["elbo_validation", "reconstruction_loss_validation", "train_loss"])
+@pytest.mark.parametrize("patience", [1, 4])
+def test_patience_is_what_was_asked_for(build, monitor, patience):
+    model = stop(build(), patience, early_stopping_monitor=monitor)
+    assert len(model.history["train_loss"]) == 1 + patience
+
+
+def test_early_stopping_can_be_switched_off(build):
+    assert len(stop(build(), 1, early_stopping=False).history["train_loss"]) == 30
+
+
+def test_without_validation_cells_nothing_is_monitored(build):
+    model = stop(build(), 1, train_size=1.0)
+    assert len(model.history["train_loss"]) == 30
+    assert not any(name.endswith("validation") for name in model.history)
+
+
+@pytest.mark.parametrize("max_epochs", [1, 5])
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_an_unknown_monitor_is_an_error_that_lists_the_known(build, max_epochs, early_stopping):
+    with pytest.raises(ValueError, match="early_stopping_monitor='elbo_valid'.*elbo_validation"):
+        train(build(), max_epochs, early_stopping_monitor="elbo_valid", early_stopping=early_stopping)
+
+
+@pytest.mark.parametrize("max_epochs", [1, 3, 5, 6])
+def test_cells_scored_now_and_then_lose_no_training(build, max_epochs):
+    model = build()
+    start = weights(model)
+    train(model, max_epochs, check_val_every_n_epoch=5)
+    assert len(model.history["train_loss"]) == max_epochs
+    assert not same(start, weights(model))
+    scored = np.isfinite(model.history["elbo_validation"]["elbo_validation"].to_numpy())
+    # Every fifth epoch, and the last one: something has to tell which weights to keep.
+    assert np.flatnonzero(scored).tolist() == sorted({*range(4, max_epochs, 5), max_epochs - 1})
+
+
+def test_the_best_weights_come_back(build):
+    """Weights of each epoch are kept aside; those of the best validation score must be found at the end."""
+    kept = []
+
+    def keep(epoch, row, program):
+        kept.append({name: value.clone() for name, value in program.state_dict().items()})
+
+    # A learning rate that overshoots.
+    model = train(build(), 12, lr=0.3, callbacks=[keep], early_stopping=False, n_epochs_kl_warmup=None)
+    scores = curves(model)["elbo_validation"]
+    best = int(scores.argmin())
+    assert 0 < best < 11, "the test needs a curve that rises again"
+    assert same(weights(model), kept[best])
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def test_training_again_goes_on(build):
+    model = train(build(), 2)
+    held_out, first = model._split.validation, curves(model)
+    train(model, 3, n_epochs_kl_warmup=4)
+    assert model.history["train_loss"].index.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(model._split.validation, held_out)
+    for name, values in first.items():
+        np.testing.assert_array_equal(curves(model)[name][:2], values)
+    np.testing.assert_allclose(curves(model)["kl_weight"][2:], [0.5, 0.75, 1])
+    # New noise and a new order, not the first epochs over again.
+    assert not np.array_equal(curves(model)["train_loss"][2:4], first["train_loss"])
+
+
+def test_training_again_keeps_the_moments_and_takes_the_new_rate(build):
+    model = train(build(), 2)
+    steps = [state["step"].item() for state in model._optimizer_state["state"].values()]
+    train(model, 1, lr=1e-12, weight_decay=0.0)
+    again = [state["step"].item() for state in model._optimizer_state["state"].values()]
+    assert again == [step + 4 for step in steps]
+    assert {group["lr"] for group in model._optimizer_state["param_groups"]} == {1e-12}
+
+
+def test_new_sizes_make_a_new_split(build):
+    model = train(build(), 1)
+    train(model, 1, train_size=0.5)
+    assert (len(model._split.train), len(model._split.validation)) == (30, 30)
