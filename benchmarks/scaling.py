@@ -107,7 +107,7 @@ def measure(point: Point) -> dict[str, float]:
         progress_bar=False,
     )
     epochs = [end - start for start, end in pairwise(ends)]
-    latent, _ = seconds(model.get_latent_representation)
+    latent, _ = seconds(lambda: model.get_latent_representation(batch_size=point.batch_size))
     return {
         "nonzeros_per_cell": counts.nnz / point.n_cells,
         "training_seconds_per_cell": statistics.median(epochs[1:]) / point.n_cells,
@@ -138,13 +138,13 @@ def described(curve: Curve) -> str:
     """Title of a panel: what grows, and what does not."""
     point = curve.points[0]
     fixed = {
-        "n_cells": f"{point.n_cells:,} cells",
-        "n_regions": f"{point.n_regions:,} regions",
+        "n_cells": f"{point.n_cells:_} cells",
+        "n_regions": f"{point.n_regions:_} regions",
         "density": f"{point.density:.0%} non-zeros",
         "batch_size": f"minibatches of {point.batch_size}",
     }
-    del fixed[curve.field]
-    return f"{curve.title} ({', '.join(fixed.values())})".replace(",", " ").replace("  ", ", ")
+    rest = ", ".join(text for field, text in fixed.items() if field != curve.field)
+    return f"{curve.title} ({rest.replace('_', ' ')})"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-Figure = Callable[[Mapping[str, Any]], float | None]
+Figure = Callable[[Mapping[str, Any]], float]
 
 
 def _epoch(result: Mapping[str, Any]) -> float:
@@ -21,10 +21,10 @@ def _step(result: Mapping[str, Any]) -> float:
 
 
 def _megabytes(key: str) -> Figure:
-    return lambda result: None if result[key] is None else result[key] / 1e6
+    return lambda result: result[key] / 1e6
 
 
-#: Row, part of the benchmark, and the figure in a worker's result; None where a version cannot do it.
+#: Row, part of the benchmark, and the figure in a worker's result.
 FIGURES: tuple[tuple[str, str, Figure], ...] = (
     ("training step, s", "train", _step),
     ("epoch, s", "train", _epoch),
@@ -144,9 +144,8 @@ def _ratio(above: Mapping[int, Record], top: Figure, below: Mapping[int, Record]
 
 
 def _values(records: Mapping[int, Record], figure: Figure) -> dict[int, float]:
-    """The figure in each round that has it."""
-    found = {n: figure(r["result"]) for n, r in records.items() if r.get("result") is not None}
-    return {n: value for n, value in found.items() if value is not None}
+    """The figure in each round that ended well."""
+    return {n: figure(r["result"]) for n, r in records.items() if r.get("result") is not None}
 
 
 def _number(value: float) -> str:

@@ -53,12 +53,10 @@ def main() -> None:
         result["peak_bytes"] = memory.peak()
     else:
         result["latent_seconds"], _ = seconds(model.get_latent_representation)
-        result["accessibility_seconds"] = result["accessibility_peak_bytes"] = None
-        if hasattr(model, "get_accessibility_estimates"):  # not in every version: the table then has a dash
-            memory.reset()
-            took, p = seconds(lambda: model.get_accessibility_estimates(return_numpy=True))
-            result.update(accessibility_seconds=took, accessibility_peak_bytes=memory.peak())
-            check_shape(p, mdata)
+        memory.reset()
+        result["accessibility_seconds"], p = seconds(lambda: model.get_accessibility_estimates(return_numpy=True))
+        result["accessibility_peak_bytes"] = memory.peak()
+        check_shape(p, mdata)
     report(result)
 
 

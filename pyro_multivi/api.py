@@ -87,6 +87,11 @@ class MULTIVI(NormalizingModel):
                 f"fully_paired=True, but {unpaired} of {len(table)} cells lack a modality: leave it out or "
                 "keep paired cells only."
             )
+        if library == "size_factor" and table.rna_size is None:
+            raise ValueError(
+                "library='size_factor' needs size factors in the data: give size_factor_key to setup_anndata or "
+                "setup_mudata, or choose 'latent' or 'observed'."
+            )
         config = ProgramConfig(
             n_genes=spec.n_genes,
             n_regions=spec.n_regions,

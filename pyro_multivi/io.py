@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from pyro_multivi._version import __version__
 FORMAT = 1
 WEIGHTS = "weights.pt"
 DESCRIPTION = "model.json"
+#: Data saved beside a model: an AnnData, a MuData.
+DATA = ("adata.h5ad", "mdata.h5mu")
 
 
 class BrokenModelError(ValueError):
@@ -47,7 +51,7 @@ def write_model(
     description
         JSON-serialisable.
     overwrite
-        Replace a model that is there. Any other folder is left alone.
+        Replace a model that is there. A folder with anything else in it is left alone.
     extra_files
         Further files by name, each a function that writes to the path it is given.
 
@@ -64,7 +68,9 @@ def write_model(
     if target.exists():
         if not overwrite:
             raise FileExistsError(f"dir_path={str(folder)!r} exists: choose another path or give overwrite=True.")
-        if not (target / DESCRIPTION).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        # Replacing deletes what is there, so there must be a whole model and nothing of the user's.
+        found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+        if found and (not {DESCRIPTION, WEIGHTS} <= found or found - {DESCRIPTION, WEIGHTS, *DATA}):
             raise FileExistsError(
                 f"dir_path={str(folder)!r} holds something other than a saved model and is not replaced: "
                 "choose another path."
@@ -95,8 +101,17 @@ def write_model(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model(
+    folder: str | os.PathLike[str], needed: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify a model folder.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    needed
+        What the description must hold.
 
     Returns
     -------
@@ -117,7 +132,7 @@ def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         )
     try:
         description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
-        version, expected = description["format"], description["weights_sha256"]
+        version, expected = int(description["format"]), description["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenModelError(
             f"dir_path={str(folder)!r}: {DESCRIPTION} is damaged ({error}). Save the model again."
@@ -127,6 +142,11 @@ def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"dir_path={str(folder)!r} was saved in format {version} by version {description.get('version')}; "
             f"this version reads up to format {FORMAT}. Upgrade pyro-multivi."
         )
+    missing = [name for name in needed if name not in description]
+    if missing:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {DESCRIPTION} is damaged ({', '.join(missing)} missing). Save the model again."
+        )
     if not (source / WEIGHTS).is_file():
         raise BrokenModelError(f"dir_path={str(folder)!r}: {WEIGHTS} is missing. Save the model again.")
     if _checksum(source / WEIGHTS) != expected:
@@ -134,7 +154,14 @@ def read_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"dir_path={str(folder)!r}: {WEIGHTS} is damaged or truncated (its checksum does not match). "
             "Copy it again or save the model again."
         )
-    state: dict[str, Tensor] = torch.load(source / WEIGHTS, map_location="cpu", weights_only=True)
+    # Torch's own error would advise to load the file in a way that runs the code in it.
+    refused = f"dir_path={str(folder)!r}: {WEIGHTS} holds something that is not a set of tensors and was not loaded."
+    try:
+        state = torch.load(source / WEIGHTS, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise BrokenModelError(refused) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BrokenModelError(refused)
     return state, description
 
 

@@ -15,6 +15,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_multivi import io
+from pyro_multivi._optional import require
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
@@ -28,6 +29,9 @@ from pyro_multivi.training import EarlyStopping, FitOptions, History, fit
 from pyro_multivi.training.fit import Callback
 
 Model = TypeVar("Model", bound="TrainableModel")
+
+#: What the description of a saved model holds beside the file format's own entries.
+_DESCRIBED = ("config", "program_class", "spec", "history", "split", "is_trained")
 
 
 class NotTrainedError(RuntimeError):
@@ -219,8 +223,7 @@ class TrainableModel:
         if save_anndata:
             if self.adata is None:
                 raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-            name, write = ("adata.h5ad", "write_h5ad") if isinstance(self.adata, AnnData) else ("mdata.h5mu", "write")
-            extra[name] = getattr(self.adata, write)
+            extra["adata.h5ad" if isinstance(self.adata, AnnData) else "mdata.h5mu"] = partial(_write_data, self.adata)
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
     @classmethod
@@ -245,7 +248,7 @@ class TrainableModel:
         program_class
             The class of a model of your own: it is imported by you, never by the file.
         """
-        state, description = io.read_model(dir_path)
+        state, description = io.read_model(dir_path, _DESCRIBED)
         wanted = description["program_class"]
         given = f"{program_class.__module__}:{program_class.__qualname__}"
         if wanted != given:
@@ -254,7 +257,9 @@ class TrainableModel:
                 "import that class and give it as program_class."
             )
         spec = DataSpec.from_dict(description["spec"])
-        program = program_class(ProgramConfig(**description["config"]))
+        # The random start that the weights replace leaves torch's generator alone.
+        with torch.random.fork_rng(devices=[]):
+            program = program_class(ProgramConfig(**description["config"]))
         try:
             program.load_state_dict(state)
         except RuntimeError as error:
@@ -267,7 +272,10 @@ class TrainableModel:
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
         model._history = History(description["history"])
-        model._split = None if description["split"] is None else Split.from_dict(description["split"])
+        # The cells held out are known by position, which means nothing in other cells.
+        same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
+        if description["split"] is not None and same_cells:
+            model._split = Split.from_dict(description["split"])
         model.is_trained = description["is_trained"]
         return model
 
@@ -322,8 +330,17 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     raise ValueError(f"accelerator={accelerator!r} is not allowed: choose 'auto', 'cpu', 'gpu' or 'cuda'.")
 
 
+def _write_data(data: Any, path: Path) -> None:
+    if isinstance(data, AnnData):
+        data.write_h5ad(path)
+        return
+    # Otherwise writing would copy the modalities' obs columns into those of the MuData.
+    with require("mudata", "mudata").set_options(pull_on_update=False):
+        data.write(path)
+
+
 def _saved_data(folder: Path) -> Any:
-    for name in ("adata.h5ad", "mdata.h5mu"):
+    for name in io.DATA:
         if (folder / name).is_file():
             return read(folder / name)
     return None

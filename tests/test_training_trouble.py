@@ -178,12 +178,13 @@ def test_nan_stops_and_names_site_and_cells(build, site, said, train_size):
 
 
 @pytest.mark.parametrize("train_size", [0.9, 1.0])
-def test_nan_in_the_first_epoch_goes_back_to_the_start(build, train_size):
-    model = build(program_class=poison("alignment", cell=3))
+@pytest.mark.parametrize("site", ["l", "alignment"])
+def test_nan_in_the_first_minibatch_goes_back_to_the_start(build, train_size, site):
+    model = build(program_class=poison(site, cell=3))
     start = {name: value.clone() for name, value in model.program.state_dict().items()}
     model.program.armed = True
-    with pytest.raises(TrainingDiverged, match="epoch 1, minibatch"):
-        train(model, 5, train_size=train_size, seed=1)
+    with pytest.raises(TrainingDiverged, match=f"epoch 1, minibatch 1: site '{site}'"):
+        train(model, 5, train_size=train_size, seed=1, batch_size=60)
     assert not model.is_trained
     assert all(torch.equal(value, start[name]) for name, value in model.program.state_dict().items())
     with pytest.raises(pm.NotTrainedError, match="call model.train"):
@@ -224,6 +225,17 @@ def test_a_rate_far_too_large_is_survived(build):
     with pytest.raises(TrainingDiverged, match="Try a smaller lr"):
         train(model, 5, lr=1e30)
     assert all(torch.isfinite(p).all() for p in model.program.parameters())
+
+
+def test_an_error_in_a_model_of_ones_own_is_shown_as_it_is(build):
+    class Wrong(pm.MultiVIProgram):
+        def z_prior(self, s):
+            return super().z_prior(s).base_dist  # the event dimension forgotten
+
+    model = build(program_class=Wrong)
+    with pytest.raises(ValueError, match="z"):
+        train(model)
+    assert not model.is_trained
 
 
 # ---------------------------------------------------------------------- sizes

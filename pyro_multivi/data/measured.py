@@ -54,8 +54,8 @@ def find_measured(
 ) -> Measured:
     """Which cells were measured in which modality: as ``modality_key`` says, else from the data.
 
-    Without ``modality_key`` a modality counts as measured where a cell has any count in it: a cell
-    that a MuData does not list for a modality, and a row of zeros, are both taken as not measured.
+    Without ``modality_key``, a MuData in which some cells are not listed for a modality says itself
+    what was measured. Otherwise a modality counts as measured where a cell has any count in it.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def find_measured(
     if key is not None and (key_needed or opened.has_column("modality_key", key)):
         measured = _as_marked(opened, key, setup.modality_values, counted_rna, counted_atac)
     else:
-        measured = _as_counted(opened, key, counted_rna, counted_atac)
+        measured = _as_listed(opened) or _as_counted(opened, key, counted_rna, counted_atac)
     nothing = ~(measured.has_rna | measured.has_atac)
     if nothing.any():
         raise ValueError(
@@ -156,6 +156,15 @@ def _check_marks(
             f"{int(lacking.sum())} cells are marked in {key!r} as having {counts.modality}, yet are not in "
             f"{counts.where}: {first_names(cells[lacking])}. Correct the column."
         )
+
+
+def _as_listed(opened: Opened) -> Measured | None:
+    """What the cells listed for each modality say; None if all are listed for all, which says nothing."""
+    n = len(opened.cells)
+    listed = [np.zeros(n, dtype=bool) if part is None else part.present(n) for part in (opened.rna, opened.atac)]
+    if all(part is None or present.all() for part, present in zip((opened.rna, opened.atac), listed, strict=True)):
+        return None
+    return Measured(*listed, inferred=False, notes=())
 
 
 def _as_counted(

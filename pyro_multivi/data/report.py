@@ -97,7 +97,7 @@ class SetupReport:
 
     def __repr__(self) -> str:
         sizes = self.n_cells
-        how = "inferred from the counts" if self.inferred else "as modality_key says"
+        how = "inferred from the counts" if self.inferred else "as the data say"
         lines = [
             f"pyro-multivi setup of {'an AnnData' if self.kind == 'anndata' else 'a MuData'}",
             f"  cells       {sum(sizes.values())}: {sizes[PAIRED]} paired, {sizes[EXPRESSION]} RNA only, "

@@ -141,10 +141,17 @@ def fit(
                 for place, cells in enumerate(train):
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
-                    with pyro.validation_enabled(epoch == first and place == 0), _no_nan_warning():
-                        loss = objective(cells, weight)
+                    validate = epoch == first and place == 0
+                    try:
+                        with pyro.validation_enabled(validate), _no_nan_warning():
+                            loss = objective(cells, weight)
+                    except ValueError as error:
+                        # Pyro's validation refuses a NaN as well, in words that name no cell.
+                        if validate and not _is_finite(objective, cells, weight):
+                            raise diagnose(program, cells, epoch, place) from error
+                        raise
                     value = loss.item()
-                    if value != value or abs(value) == float("inf"):
+                    if not math.isfinite(value):
                         raise diagnose(program, cells, epoch, place)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
@@ -251,6 +258,12 @@ def _optimizer(
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             group.update(lr=options.lr, eps=options.eps, weight_decay=wanted["weight_decay"])
     return optimizer
+
+
+@torch.no_grad()
+def _is_finite(objective: NegativeELBO, cells: Cells, weight: float) -> bool:
+    with pyro.validation_enabled(False), _no_nan_warning():
+        return math.isfinite(objective(cells, weight).item())
 
 
 @contextmanager

@@ -178,15 +178,25 @@ def test_wrong_counts_and_their_place(mdata):
         setup_mudata(mdata)
 
 
-def test_nothing_measured_and_how_to_drop_it(mdata):
-    rna, atac = mdata.mod["rna"], mdata.mod["atac"]
-    rna.X = sp.csr_matrix(rna.X.toarray() * (rna.obs_names != "c2")[:, None])
-    atac.X = sp.csr_matrix(atac.X.toarray() * (atac.obs_names != "c8")[:, None])
-    with pytest.raises(ValueError, match=r"2 of 10 cells .*: 'c2', 'c8'. Drop them: mdata = ") as caught:
+def test_nothing_measured_and_how_to_drop_it():
+    cells = [f"c{i}" for i in range(6)]
+    parts = {"rna": make_part(cells, "g", 3, seed=0), "atac": make_part(cells, "p", 4, seed=1)}
+    for name, empty in (("rna", ["c1", "c2", "c4"]), ("atac", ["c2", "c4", "c5"])):
+        parts[name].X = sp.csr_matrix(parts[name].X.toarray() * ~parts[name].obs_names.isin(empty)[:, None])
+    mdata = mudata.MuData(parts)
+    with pytest.raises(ValueError, match=r"2 of 6 cells .*: 'c2', 'c4'. Drop them: mdata = ") as caught:
         setup_mudata(mdata)
     namespace = {"mdata": mdata, "np": np, "pd": pd}
     exec(str(caught.value).split("Drop them: ")[1], namespace)
-    assert setup_mudata(namespace["mdata"]).n_cells == {"paired": 2, "expression": 3, "accessibility": 3}
+    assert setup_mudata(namespace["mdata"]).n_cells == {"paired": 2, "expression": 1, "accessibility": 1}
+
+
+def test_a_listed_cell_without_counts_is_measured(mdata):
+    atac = mdata.mod["atac"]
+    atac.X = sp.csr_matrix(atac.X.toarray() * ~atac.obs_names.isin(["c4", "c8"])[:, None])
+    report = setup_mudata(mdata)
+    assert report.n_cells == {"paired": 2, "expression": 4, "accessibility": 4}
+    assert not report.inferred
 
 
 def test_stale_object(mdata):

@@ -1,0 +1,99 @@
+"""The command line, as a person types it."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import pyro_multivi as pm
+from pyro_multivi.cli import main
+
+
+@pytest.fixture
+def mosaic_file(mosaic, tmp_path):
+    path = tmp_path / "mosaic.h5ad"
+    mosaic.write_h5ad(path)
+    return path
+
+
+def train(*arguments):
+    return main(["train", *map(str, arguments), "--quiet", "--max-epochs", "2", "--accelerator", "cpu"])
+
+
+def test_demo_analyses_the_built_in_cells(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--quiet", "--max-epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1047 paired" in printed
+    assert "neighbour_purity_30" in printed
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["cells"] == 1047
+    assert figures["neighbour_purity_chance"] == pytest.approx(0.285, abs=0.005)
+    latent = pd.read_csv(out / "latent.csv", index_col="cell")
+    assert list(latent.index) == list(pm.cell_lines().obs_names)
+    assert (out / "latent.png").stat().st_size > 10_000
+    again = pm.MULTIVI.load(out / "model", pm.cell_lines())
+    assert again.get_latent_representation() == pytest.approx(latent.to_numpy(), rel=1e-4, abs=1e-4)
+
+
+def test_train_writes_a_model_of_mosaic_cells(mosaic_file, tmp_path, capsys):
+    out = tmp_path / "result"
+    status = train(
+        mosaic_file, "--modality-key", "modality", "--batch-key", "batch", "--labels", "cell_type",
+        "--n-latent", "3", "--out", out,
+    )  # fmt: skip
+    assert status == 0
+    assert "30 paired, 15 RNA only, 15 ATAC only" in capsys.readouterr().out
+    assert pd.read_csv(out / "latent.csv", index_col="cell").shape == (60, 3)
+    history = pd.read_csv(out / "history.csv", index_col="epoch")
+    assert {"elbo_train", "elbo_validation", "alignment_train"} <= set(history)
+    assert pm.MULTIVI.load(out / "model").spec.n_batch == 2
+
+
+def test_train_reads_h5mu(tmp_path, capsys):
+    mudata = pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, seed=0, return_mudata=True)
+    path = tmp_path / "mosaic.h5mu"
+    with mudata.set_options(pull_on_update=False):
+        mdata.write(path)
+    assert train(path, "--out", tmp_path / "result") == 0
+    assert "20 paired, 10 RNA only, 10 ATAC only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "celltype"], "--labels 'celltype' is not a column of obs; there are"),
+        (["--batch-key", "batsh"], "Did you mean 'batch'"),
+        (["--min-fraction", "2"], "--min-fraction 2.0 is not allowed"),
+        (["--layer", "spliced"], "layer='spliced'"),
+    ],
+)
+def test_errors_are_sentences_not_traces(mosaic_file, tmp_path, capsys, arguments, message):
+    assert train(mosaic_file, "--out", tmp_path / "result", *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert train(tmp_path / "nothing.h5ad", "--out", tmp_path / "result") == 1
+    assert "nothing.h5ad" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_no_picture_and_a_hint(mosaic_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "result"
+    assert train(mosaic_file, "--out", out) == 0
+    assert "pip install 'pyro-multivi[plot]'" in capsys.readouterr().out
+    assert not (out / "latent.png").exists()
+
+
+def test_python_m_runs_it():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyro_multivi", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == pm.__version__
