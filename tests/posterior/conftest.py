@@ -1,0 +1,58 @@
+"""Two small trained models, and the engine without a data set behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from anndata import AnnData
+
+from pyro_multivi import MULTIVI, simulate_multiome
+from pyro_multivi.posterior.normalization import Average, Quantity, estimate
+from pyro_multivi.posterior.sinks import Arrays
+
+N_GENES, N_REGIONS = 40, 70
+
+
+def _trained(adata: AnnData, epochs: int, **choices: Any) -> MULTIVI:
+    MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    model = MULTIVI(adata, **choices)
+    model.train(max_epochs=epochs, batch_size=32, lr=1e-2, n_epochs_kl_warmup=5, progress_bar=False)
+    return model
+
+
+@pytest.fixture(scope="session")
+def fitted() -> MULTIVI:
+    """100 paired, 50 RNA-only and 50 ATAC-only cells of 4 distinct types in 2 batches, latent of 3 dimensions."""
+    adata = simulate_multiome(
+        (100, 50, 50), N_GENES, N_REGIONS, n_latent=3, n_batches=2, effect_size=2.0, differential_fraction=0.6, seed=0
+    )
+    return _trained(adata, 35, n_hidden=32, n_latent=3)
+
+
+@pytest.fixture(scope="session")
+def continuum() -> MULTIVI:
+    """Few features, two continuous dimensions: what one cell says of its state leaves much open."""
+    adata = simulate_multiome(
+        (120, 60, 60), 15, 30, n_latent=2, n_types=1, mean_library=100, differential_fraction=1.0, seed=1
+    )
+    return _trained(
+        adata, 40, n_hidden=32, n_latent=2, gene_likelihood="nb", n_layers_decoder=1, dropout_rate=0.0
+    )
+
+
+@pytest.fixture
+def compute() -> Callable[..., Any]:
+    """A quantity of some minibatches, by name, without names of features or cells."""
+
+    def run(program: Any, minibatches: list[Any], quantity: Quantity, average: Average) -> Arrays:
+        n_cells = sum(len(cells) for cells in minibatches)
+        width = program.config.n_genes if quantity.site == "rho" else program.config.n_regions
+        width = width if quantity.features is None else len(quantity.features)
+        shape = (average.n_samples, n_cells, width) if average.keep_draws else (n_cells, width)
+        kept = Arrays(shape, dense=average.names)
+        estimate(program, minibatches, quantity, average, kept)
+        return kept
+
+    return run
