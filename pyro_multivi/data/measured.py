@@ -161,10 +161,11 @@ def _check_marks(
 def _as_listed(opened: Opened) -> Measured | None:
     """What the cells listed for each modality say; None if all are listed for all, which says nothing."""
     n = len(opened.cells)
-    listed = [np.zeros(n, dtype=bool) if part is None else part.present(n) for part in (opened.rna, opened.atac)]
-    if all(part is None or present.all() for part, present in zip((opened.rna, opened.atac), listed, strict=True)):
+    present = [None if part is None else part.present(n) for part in (opened.rna, opened.atac)]
+    if all(listed is None or listed.all() for listed in present):
         return None
-    return Measured(*listed, inferred=False, notes=())
+    has_rna, has_atac = (np.zeros(n, dtype=bool) if listed is None else listed for listed in present)
+    return Measured(has_rna, has_atac, inferred=False, notes=())
 
 
 def _as_counted(

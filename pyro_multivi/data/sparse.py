@@ -148,9 +148,10 @@ class SparseCounts(torch.Tensor):
     def to(self, *args: Any, **kwargs: Any) -> SparseCounts:  # type: ignore[override]
         """Move or cast; a dtype applies to the values only."""
         val = self.val.to(*args, **kwargs)
-        move = {"device": val.device, "non_blocking": bool(kwargs.get("non_blocking", False))}
-        shape = (self.shape[0], self.shape[1])
-        return SparseCounts(self.crow.to(**move), self.col.to(**move), val, shape)  # type: ignore[arg-type]
+        overlap = bool(kwargs.get("non_blocking", False))
+        crow = self.crow.to(val.device, non_blocking=overlap)
+        col = self.col.to(val.device, non_blocking=overlap)
+        return SparseCounts(crow, col, val, (self.shape[0], self.shape[1]))
 
     def pin_memory(self, *_: Any) -> SparseCounts:  # type: ignore[override]
         """Copy to page-locked memory."""
