@@ -348,6 +348,14 @@ class MultiVIProgram(nn.Module):
         loc, scale = average(list(experts.values()), mixing_weights(logits, measured))
         return dist.Normal(loc, scale).to_event(1)
 
+    def depth_reading(self, reading: Reading) -> Reading:
+        """What the depth heads read: the shared first layer, which they do not shape.
+
+        The gradient stops here: on the cell lines a first layer that also served the depth cost 3 nats
+        per held-out cell. Return ``reading`` for the plain gradient.
+        """
+        return reading._replace(hidden=reading.hidden.detach())
+
     def library_posterior(self, cells: Cells, s: Tensor, read: Readings) -> dist.TorchDistribution:
         """q(l | x): LogNormal around the observed depth; the prior for cells without RNA."""
         known = self.known_library(cells, s)
@@ -355,7 +363,7 @@ class MultiVIProgram(nn.Module):
             return dist.Delta(known)
         assert read.rna is not None
         loc, scale = self._library_moments(s)
-        arguments = self.library_head(read.rna, self.rna_log_depth)
+        arguments = self.library_head(self.depth_reading(read.rna), self.rna_log_depth)
         loc = read.rna.spread(arguments[:, 0].clamp(max=_MAX_LOG_LIBRARY), loc)
         return dist.LogNormal(loc, read.rna.spread(arguments[:, 1].clamp(-10.0, 5.0).exp(), scale))
 
@@ -368,7 +376,7 @@ class MultiVIProgram(nn.Module):
         if read.atac.rows is not None:
             elsewhere.uniform_()
         # Depth enters the logit as it is: a cell of typical depth starts at d = 1/2.
-        logit = self.cell_factor_head(read.atac, self.atac_log_depth)[:, 0] - self.atac_log_depth
+        logit = self.cell_factor_head(self.depth_reading(read.atac), self.atac_log_depth)[:, 0] - self.atac_log_depth
         return read.atac.spread(logit.sigmoid(), elsewhere).clamp(max=_LARGEST_FACTOR)
 
     def alignment(self, experts: dict[str, Expert]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import special, stats
 
+from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import measure
 
 LIKELIHOODS = ("zinb", "nb", "negative_binomial", "poisson")
@@ -296,8 +297,12 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
     ids=str,
 )
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, sparse):
-    """Slope along a random direction of all parameters, by finite differences of the loss itself."""
+def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, sparse, monkeypatch):
+    """Slope along a random direction of all parameters, by finite differences of the loss itself.
+
+    The one place where the gradient stops on purpose is opened; the next test is about it.
+    """
+    monkeypatch.setattr(MultiVIProgram, "depth_reading", lambda self, reading: reading)
     program = make_program(torch.float64, **choices)
     cells = make_cells(dtype=torch.float64, sparse=sparse)
     parameters = list(program.parameters())
@@ -317,3 +322,13 @@ def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, spar
                     parameters[k] += step * directions[k]
                 values.append(loss().item())
         assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=2e-5, abs=1e-5)
+
+
+def test_depth_does_not_shape_the_shared_first_layer(make_program, make_cells):
+    program, cells = make_program(torch.float64), make_cells(dtype=torch.float64)
+    read = program.read(cells, cells.design)
+    depth = program.library_posterior(cells, cells.design, read).mean.sum() + program.cell_factor(cells, read).sum()
+    depth.backward()
+    assert program.library_head.out.weight.grad.abs().sum() > 0
+    assert program.cell_factor_head.out.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for reader in (program.rna_reader, program.atac_reader) for p in reader.parameters())

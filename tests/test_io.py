@@ -68,7 +68,7 @@ assert len(pyro.get_param_store()) == 0
 def elsewhere(folder, data, out):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", ELSEWHERE, str(folder), str(data), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(out) as found:
         return dict(found)

@@ -65,7 +65,7 @@ class SparseCounts(torch.Tensor):
     @staticmethod
     def __new__(cls, crow: Tensor, col: Tensor, val: Tensor, shape: tuple[int, int]) -> SparseCounts:
         """A tensor without storage of its own: its entries are attributes."""
-        made: SparseCounts = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SparseCounts = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=val.dtype, device=val.device
         )
         return made
@@ -88,7 +88,7 @@ class SparseCounts(torch.Tensor):
         index = torch.arange(self.shape[0], device=self.val.device)
         return torch.repeat_interleave(index, self.crow.diff(), output_size=self.col.shape[0])
 
-    def to_dense(self, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, *_: Any, **__: Any) -> Tensor:
         """The ordinary tensor, shape (cells, features)."""
         dense = self.val.new_zeros(tuple(self.shape))
         dense[self.rows(), self.col] = self.val
@@ -132,7 +132,7 @@ class SparseCounts(torch.Tensor):
         if self.col.device.type == "cpu":
             # SciPy's counting sort is several times faster than a stable argsort.
             place = np.arange(n_stored, dtype=np.int64)
-            rows = scipy.sparse.csr_array((place, self.col.numpy(), self.crow.numpy()), shape=tuple(self.shape))
+            rows = scipy.sparse.csr_array((place, self.col.numpy(), self.crow.numpy()), shape=(len(self), n_features))
             cols = rows.tocsc()
             start, row, order = (torch.from_numpy(part) for part in (cols.indptr, cols.indices, cols.data))
             return start.long(), row.long(), order
@@ -145,7 +145,7 @@ class SparseCounts(torch.Tensor):
         shape = (self.shape[0], self.shape[1])
         return SparseCounts(change(self.crow), change(self.col), change(self.val), shape)
 
-    def to(self, *args: Any, **kwargs: Any) -> SparseCounts:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> SparseCounts:
         """Move or cast; a dtype applies to the values only."""
         val = self.val.to(*args, **kwargs)
         overlap = bool(kwargs.get("non_blocking", False))
@@ -153,7 +153,7 @@ class SparseCounts(torch.Tensor):
         col = self.col.to(val.device, non_blocking=overlap)
         return SparseCounts(crow, col, val, (self.shape[0], self.shape[1]))
 
-    def pin_memory(self, *_: Any) -> SparseCounts:  # type: ignore[override]
+    def pin_memory(self, *_: Any) -> SparseCounts:
         """Copy to page-locked memory."""
         return self._map(lambda part: part.pin_memory())
 

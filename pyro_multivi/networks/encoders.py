@@ -144,9 +144,7 @@ class LibraryHead(nn.Module):
     """From a reading to the arguments of a depth variable.
 
     The layer normalisation before it hides a cell's depth, so the head is given the log depth and
-    only learns how to depart from it: an untrained head already returns the observed depth. It reads
-    the shared first layer without shaping it: on the cell lines a first layer that also served the
-    depth cost 3 nats per held-out cell.
+    only learns how to depart from it: an untrained head already returns the observed depth.
 
     Parameters
     ----------
@@ -170,6 +168,6 @@ class LibraryHead(nn.Module):
     def forward(self, reading: Reading, centre: Tensor) -> Tensor:
         """Arguments, shape (b, n_out); ``centre`` is the typical log depth of the data."""
         depth = (reading.log_depth - centre)[:, None]
-        hidden = nn.functional.leaky_relu(self.hidden(torch.cat([reading.hidden.detach(), depth], -1)))
+        hidden = nn.functional.leaky_relu(self.hidden(torch.cat([reading.hidden, depth], -1)))
         out: Tensor = self.out(hidden)
         return torch.cat([out[:, :1] + reading.log_depth[:, None], out[:, 1:]], -1)
