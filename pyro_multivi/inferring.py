@@ -7,9 +7,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.model import TrainableModel
-from pyro_multivi.posterior.asked import number_of_draws
+from pyro_multivi.posterior.asked import check_draws
 from pyro_multivi.posterior.evidence import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
 from pyro_multivi.posterior.latent import MODALITIES, depth_factors, latent_state
 
@@ -66,7 +65,7 @@ class InferringModel(TrainableModel):
         """
         if modality not in MODALITIES:
             raise ValueError(f"modality={modality!r} is not allowed: choose one of {', '.join(map(repr, MODALITIES))}.")
-        n_samples = number_of_draws(n_samples, None)
+        n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         cells = self._cells(adata, indices, batch_size)
         measured = {"expression": cells.table.has_rna, "accessibility": cells.table.has_atac}.get(modality)
@@ -230,11 +229,9 @@ class InferringModel(TrainableModel):
         ValueError
             If ``n_mc_samples`` is below 1, or below 2 with ``return_se``.
         """
-        least = 2 if return_se else 1
-        if isinstance(n_mc_samples, bool) or int(n_mc_samples) != n_mc_samples or n_mc_samples < least:
-            raise ValueError(f"n_mc_samples={n_mc_samples!r} is not allowed: give a whole number of at least {least}.")
-        cells = self._for_likelihood(adata, indices, batch_size, n_mc_samples)
-        found = marginal_likelihood(self.program, cells, int(n_mc_samples), seed)
+        n_draws = check_draws("n_mc_samples", n_mc_samples, 2 if return_se else 1)
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        found = marginal_likelihood(self.program, cells, n_draws, seed)
         if not return_mean:
             return tuple(found) if return_se else found.log_likelihood
         mean = float(found.log_likelihood.mean())
@@ -245,11 +242,9 @@ class InferringModel(TrainableModel):
     # ------------------------------------------------------------------ what the methods share
 
     def _elbo_parts(self, adata: Any, indices: Any, batch_size: int, n_particles: int, seed: int) -> ElboParts:
-        cells = self._for_likelihood(adata, indices, batch_size, n_particles)
-        return elbo_parts(self.program, cells, n_particles, seed)
-
-    def _for_likelihood(self, adata: Any, indices: Any, batch_size: int, n_samples: int) -> Minibatches:
-        return self._cells(adata, indices, cells_for_likelihood(batch_size, number_of_draws(n_samples, None)))
+        n_draws = check_draws("n_particles", n_particles)
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        return elbo_parts(self.program, cells, n_draws, seed)
 
     def _check_modality(self, argument: str, modality: str) -> None:
         missing = {"expression": self.spec.n_genes == 0, "accessibility": self.spec.n_regions == 0}

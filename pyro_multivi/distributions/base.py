@@ -170,11 +170,11 @@ class CellDistribution(TorchDistribution):
         if name in self.cell_parameters:
             flat = value.expand(shape).reshape(-1)
             return flat if index is None else flat.index_select(0, index)
-        if isinstance(value, Readout):
+        if isinstance(value, Readout) and value.shape[-1:] == self.event_shape:
             hidden = value.hidden.expand(*shape, -1).reshape(shape.numel(), -1)
             hidden = hidden if index is None else hidden.index_select(0, index)
             return value._with(hidden, value.weight, value.bias)
-        value = value.expand(*value.shape[:-1], *self.event_shape)
+        value = dense_rows(value).expand(*value.shape[:-1], *self.event_shape)
         if value.shape[:-1].numel() == 1:
             return value.reshape(self.event_shape)
         flat = value.expand(shape + self.event_shape).reshape(shape.numel(), -1)

@@ -150,17 +150,30 @@ def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
     ValueError
         If either is below 1, or they differ.
     """
-    for name, value in (("n_samples", n_samples), ("n_samples_overall", n_samples_overall)):
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-            raise ValueError(f"{name}={value!r} is not allowed: give a whole number of at least 1.")
+    found = check_draws("n_samples", n_samples)
     if n_samples_overall is None:
-        return int(n_samples)
-    if n_samples not in (1, n_samples_overall):
+        return found
+    overall = check_draws("n_samples_overall", n_samples_overall)
+    if found not in (1, overall):
         raise ValueError(
             f"n_samples={n_samples} and n_samples_overall={n_samples_overall} both mean the number of draws "
             "averaged: give one of them."
         )
-    return int(n_samples_overall)
+    return overall
+
+
+def check_draws(argument: str, value: Any, least: int = 1) -> int:
+    """A number of draws.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number of at least ``least``.
+    """
+    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value % 1 == 0
+    if not whole or value < least:
+        raise ValueError(f"{argument}={value!r} is not allowed: give a whole number of at least {least}.")
+    return int(value)
 
 
 def check_number(argument: str, value: Any) -> float:

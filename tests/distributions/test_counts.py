@@ -200,6 +200,15 @@ def test_samples_have_the_stated_moments(family: str, lazy: bool) -> None:
     assert d.expand([7, B]).sample().shape == (7, B, G)
 
 
+def test_one_gate_for_all_genes() -> None:
+    hidden, weight, bias = factors()
+    rho, library = Readout(hidden, weight, bias, "softmax"), torch.ones(B).double()
+    gate, theta = Readout(hidden, weight[:1], bias[:1], "identity"), torch.ones(1).double()
+    found = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate).log_prob(counts())
+    wide = ZeroInflatedNegativeBinomialCounts(rho, library, theta.expand(G), gate.dense().expand(B, G))
+    torch.testing.assert_close(found, wide.log_prob(counts()))
+
+
 def test_shapes_expand_and_repr() -> None:
     rho, library = torch.full((B, G), 1 / G), torch.ones(3, 1)
     d = NegativeBinomialCounts(rho, library, torch.ones(1))

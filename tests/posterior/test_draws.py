@@ -41,7 +41,8 @@ def test_shapes_and_what_the_draws_are_of(make_program, make_cells):
     shapes = {name: tuple(value.shape) for name, value in drawn.items()}
     one = (4, 12)
     assert shapes == {
-        "s": (*one, 3), "z": (*one, 3), "l": one, "d": one, "rho": (*one, 7), "p": (*one, 9), "x": (*one, 7), "y": (*one, 9)
+        "s": (*one, 3), "z": (*one, 3), "l": one, "d": one,
+        "rho": (*one, 7), "p": (*one, 9), "x": (*one, 7), "y": (*one, 9),
     }  # fmt: skip
     assert isinstance(drawn["rho"], Readout)
     assert not drawn["rho"].requires_grad
@@ -151,7 +152,8 @@ class ByHand(MultiVIProgram):
     def guide(self, cells):
         shared = pyro.sample("shared", dist.Normal(1.0, 2.0))
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
-            first = pyro.sample("first", dist.Normal(shared * torch.ones(len(cells)), 0.1), infer={"is_auxiliary": True})
+            near = dist.Normal(shared * torch.ones(len(cells)), 0.1)
+            first = pyro.sample("first", near, infer={"is_auxiliary": True})
             pyro.sample("z", dist.Normal(first[..., None] + torch.zeros(3), 0.1).to_event(1))
             pyro.sample("l", dist.Gamma(torch.full((len(cells),), 50.0), 1.0))
             pyro.sample("d", dist.Delta(torch.full((len(cells),), 0.3)))

@@ -1,0 +1,230 @@
+"""Replicated data: what the model would have measured in the same cells.
+
+Observed sites are drawn instead (:class:`pyro.poutine.handlers.uncondition`), at latents drawn
+from the guide. A modality can be hidden from the guide first, so that it is predicted, not rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro.poutine as poutine
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, model_trace
+from pyro_multivi.posterior.noise import CellNoise
+from pyro_multivi.program import MultiVIProgram
+
+#: What is measured in each modality, by site.
+MODALITY = {"x": "expression", "y": "accessibility"}
+#: How the depth of a hidden modality is known: inferred from the hidden counts, or from the prior.
+DEPTHS = ("observed", "prior")
+#: Bytes that replicates kept in memory may take.
+MEMORY_LIMIT = 4 * 2**30
+# Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
+_BLOCK = 2**22
+# The latent site that says how deeply a modality was sequenced.
+_DEPTH_SITE = {"x": "l", "y": "d"}
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Some draws of an observed site in some cells.
+
+    Attributes
+    ----------
+    values
+        Replicated counts, (S, B, F); accessibility is 0 or 1.
+    fn
+        The distribution they were drawn from, one per draw of the latents.
+    """
+
+    values: Tensor
+    fn: Any
+
+    def mean(self) -> Tensor:
+        """Expected counts given each draw of the latents, (S, B, F)."""
+        return self.fn.mean.expand(self.values.shape)
+
+
+def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
+    """Sites of counts that the program has: ``"x"``, ``"y"`` or both."""
+    return tuple(
+        site for site, width in (("x", program.config.n_genes), ("y", program.config.n_regions)) if width
+    )
+
+
+def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
+    """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
+    if site == "x":
+        return _dense(cells.x), cells.has_rna
+    opened = _dense(cells.y)
+    return (opened > 0).to(opened.dtype), cells.has_atac
+
+
+def hide(cells: Cells, site: str) -> Cells:
+    """The same cells with one modality taken away.
+
+    Examples
+    --------
+    >>> both = torch.ones(2, dtype=torch.bool)
+    >>> cells = Cells(torch.arange(2), 2, torch.ones(2, 3), torch.ones(2, 4), both, both, torch.ones(2, 1))
+    >>> hide(cells, "y").has_atac, hide(cells, "y").y
+    (tensor([False, False]), SparseCounts(shape=(2, 4), nnz=0))
+    """
+    counts = cells.x if site == "x" else cells.y
+    crow = torch.zeros(len(cells) + 1, dtype=torch.long, device=cells.device)
+    empty = SparseCounts(crow, crow[:0], counts.new_zeros(0), (len(cells), counts.shape[1]))
+    never = torch.zeros_like(cells.has_rna)
+    return cells.replace(x=empty, has_rna=never) if site == "x" else cells.replace(y=empty, has_atac=never)
+
+
+def replicate(
+    program: MultiVIProgram,
+    cells: Cells,
+    n_samples: int,
+    seed: int = 0,
+    hidden: str | None = None,
+    hidden_depth: str = "observed",
+) -> Iterator[tuple[slice, dict[str, Replicate]]]:
+    """Replicated counts of a minibatch, a few draws at a time.
+
+    Parameters
+    ----------
+    program
+        Model and guide.
+    cells
+        B cells. Both modalities are drawn in all of them, measured or not.
+    n_samples
+        Number of draws.
+    seed
+        Of the draws. Latents belong to a cell; counts depend on how cells are cut into minibatches.
+    hidden
+        A site that the guide is not shown.
+    hidden_depth
+        How the depth of the hidden modality (l or d) is known. ``"observed"``: the guide is shown
+        the hidden counts for it, and only for it, so that what is judged is the profile of a cell.
+        ``"prior"``: not at all.
+
+    Yields
+    ------
+    slice, dict
+        Which of the draws, and their counts by site.
+    """
+    width = max(program.config.n_genes, program.config.n_regions)
+    size = max(1, _BLOCK // max(1, len(cells) * width))
+    seen = cells if hidden is None else hide(cells, hidden)
+    for first in range(0, n_samples, size):
+        draws = slice(first, min(first + size, n_samples))
+        with evaluating(program):
+            n = draws.stop - draws.start
+            latents = draw_latents(program, seen, n, seed, first)
+            if hidden is not None and hidden_depth == "observed":
+                whole = draw_latents(program, cells, n, seed, first)
+                latents = _with_site(latents, whole, _DEPTH_SITE[hidden])
+            torch.manual_seed(CellNoise(cells.index, seed, first).torch_seed("replicates"))
+            nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, latents).nodes)
+            found = {}
+            for site in observed_sites(program):
+                fn, value = nodes[site]["fn"], nodes[site]["value"]
+                found[site] = Replicate(value.detach().expand(n, len(cells), value.shape[-1]), fn)
+            # Within the block: means of the distributions are evaluated by whoever asks for them.
+            yield draws, found
+
+
+def sample_replicates(
+    program: MultiVIProgram,
+    minibatches: Iterable[Cells],
+    features: Mapping[str, Tensor | None],
+    n_samples: int,
+    seed: int = 0,
+) -> dict[str, list[sp.csr_matrix]]:
+    """Replicated counts of some cells, sparse, one matrix (cells, features) per draw.
+
+    Parameters
+    ----------
+    program, minibatches
+        Whose.
+    features
+        By site, the positions of the features wanted, int64; None for all. Sites that are not
+        named are left out.
+    n_samples, seed
+        As in :func:`replicate`.
+    """
+    rows: dict[str, list[list[sp.csr_matrix]]] = {site: [[] for _ in range(n_samples)] for site in features}
+    for cells in minibatches:
+        for draws, found in replicate(program, cells, n_samples, seed):
+            for site, chosen in features.items():
+                values = found[site].values if chosen is None else found[site].values[..., chosen]
+                for number, value in zip(range(draws.start, draws.stop), values.cpu().numpy(), strict=True):
+                    rows[site][number].append(sp.csr_matrix(value))
+    return {site: [sp.vstack(parts, format="csr") for parts in by_draw] for site, by_draw in rows.items()}
+
+
+def masked_replicates(
+    program: MultiVIProgram, minibatches: Iterable[Cells], n_samples: int, seed: int = 0
+) -> Iterator[sp.csr_matrix]:
+    """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where nothing was measured."""
+    minibatches = list(minibatches)
+    for number in range(n_samples):
+        rows = []
+        for cells in minibatches:
+            # One draw, of another seed each time, so that a single replicate is in memory.
+            one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
+            (_, found) = next(replicate(program, cells, 1, one))
+            parts = [found[site].values[0] * counts_of(cells, site)[1][:, None] for site in found]
+            rows.append(sp.hstack([sp.csr_matrix(part.cpu().numpy()) for part in parts], format="csr"))
+        yield sp.vstack(rows, format="csr")
+
+
+def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp.csr_matrix:
+    """Measured counts as :func:`masked_replicates` lays them out."""
+    rows = []
+    for cells in minibatches:
+        parts = [counts_of(cells, site)[0] for site in observed_sites(program)]
+        rows.append(sp.hstack([sp.csr_matrix(part.cpu().numpy()) for part in parts], format="csr"))
+    return sp.vstack(rows, format="csr")
+
+
+def check_memory(n_bytes: float, what: str, alternatives: Sequence[str]) -> None:
+    """Refuse what would not fit.
+
+    Raises
+    ------
+    MemoryError
+        If more than :data:`MEMORY_LIMIT` is needed.
+
+    Examples
+    --------
+    >>> check_memory(8e9, "100 replicates of 50 cells", ["fewer n_samples"])
+    Traceback (most recent call last):
+        ...
+    MemoryError: 100 replicates of 50 cells would take about 8.0 GB, more than the limit of 4.3 GB: ask for fewer
+    n_samples.
+    """
+    if n_bytes > MEMORY_LIMIT:
+        raise MemoryError(
+            f"{what} would take about {n_bytes / 1e9:.1f} GB, more than the limit of {MEMORY_LIMIT / 1e9:.1f} GB: "
+            f"ask for {', or '.join(alternatives)}."
+        )
+
+
+def _dense(counts: Tensor) -> Tensor:
+    return counts.to_dense() if isinstance(counts, SparseCounts) else counts
+
+
+def _with_site(latents: Latents, other: Latents, site: str) -> Latents:
+    """The same latents but for one site."""
+    trace = latents.trace.copy()
+    if site in trace.nodes:
+        node = dict(trace.nodes[site])
+        node["value"] = other.trace.nodes[site]["value"]
+        trace.nodes[site] = node
+    return Latents(trace, latents.n_samples)
