@@ -40,7 +40,8 @@ class NormalizingModel(InferringModel):
     ) -> Any:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not.
+        Denoised where RNA was measured, imputed where it was not. With a zero-inflated likelihood it
+        is the expression before dropout.
 
         Parameters
         ----------
@@ -70,7 +71,8 @@ class NormalizingModel(InferringModel):
             Show no progress bar. Default: a bar when writing to ``out``.
         library_size
             :math:`\ell'`: 1 (shares of a cell's expression), a number, one number per cell, or
-            ``"latent"``, the inferred library size, drawn along with z.
+            ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA that
+            is the prior of its own batch, also under ``transform_batch``.
         return_interval
             Probability of a central interval, such as 0.9: also return standard deviation and ends
             of the interval. It is of the expectation's z-driven part (and l with
@@ -198,7 +200,9 @@ class NormalizingModel(InferringModel):
         )
         check_threshold(threshold, average)
         regions = select_features("region_list", region_list, self.spec.region_names, "region", self.device)
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples))
+        n_regions = len(regions) if regions is not None else self.spec.n_regions
+        whole_rows = n_regions if threshold is not None else 0
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows))
         quantity = self._accessibility(regions, threshold, normalize_cells, normalize_regions)
         return self._deliver(adata, cells, quantity, average, return_numpy, out, silent)
 
@@ -276,7 +280,7 @@ class NormalizingModel(InferringModel):
         >>> filled = model.impute()
         >>> filled.obs["expression_source"].value_counts().to_dict()
         {'measured': 60, 'imputed': 20}
-        >>> filled[filled.obs["expression_source"] == "imputed", :30].layers["imputed"].min() > 0
+        >>> bool(filled[filled.obs["expression_source"] == "imputed", :30].layers["imputed"].min() > 0)
         True
         """
         for modality in ("expression", "accessibility"):
@@ -285,7 +289,8 @@ class NormalizingModel(InferringModel):
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, True, return_interval, seed
         )
         check_threshold(threshold, Average())
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples))
+        n_features = self.spec.n_genes + self.spec.n_regions
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
         quantities = [
             Quantity("rho", by_cell=library_factor(library_size, cells.n_cells, self.device)),
             self._accessibility(None, threshold, normalize_cells, normalize_regions),

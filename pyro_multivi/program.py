@@ -6,16 +6,14 @@ Nothing here knows AnnData, files or training.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_multivi.announce import announce_parameters
-from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
@@ -24,16 +22,15 @@ from pyro_multivi.distributions import (
     ScaledBernoulli,
     ZeroInflatedNegativeBinomialCounts,
 )
-from pyro_multivi.networks.decoders import AccessibilityDecoder, Decoded, ExpressionDecoder
-from pyro_multivi.networks.encoders import LibraryHead, ModalityReader, NormalHead, Reading
+from pyro_multivi.networks.decoders import Decoded
+from pyro_multivi.networks.encoders import Reading
 from pyro_multivi.networks.experts import Expert, average, jeffreys, mixing_weights, mmd
+from pyro_multivi.parts import ProgramParts
 
 # A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
 _LARGEST_FACTOR = 1 - 1e-6
 # exp of more would overflow a library size long after it stopped being one (1e13 counts).
 _MAX_LOG_LIBRARY = 30.0
-#: Number formats of the decoders' large matrix products; None is that of the parameters.
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Readings(NamedTuple):
@@ -43,7 +40,7 @@ class Readings(NamedTuple):
     atac: Reading | None
 
 
-class MultiVIProgram(nn.Module):
+class MultiVIProgram(ProgramParts):
     """The generative model of MultiVI and its amortised posterior.
 
     Parameters
@@ -68,6 +65,7 @@ class MultiVIProgram(nn.Module):
 
     Examples
     --------
+    >>> from pyro_multivi import ProgramConfig
     >>> program = MultiVIProgram(ProgramConfig(n_genes=20, n_regions=30, n_hidden=8, n_latent=2))
     >>> cells = Cells(index=torch.arange(4), n_total=4, x=torch.ones(4, 20), y=torch.ones(4, 30),
     ...               has_rna=torch.ones(4, dtype=torch.bool), has_atac=torch.ones(4, dtype=torch.bool),
@@ -76,78 +74,6 @@ class MultiVIProgram(nn.Module):
     >>> [name for name in trace.stochastic_nodes if name != "cells"]
     ['z', 'l', 'd']
     """
-
-    _uid = itertools.count()
-
-    rna_log_depth: Tensor
-    atac_log_depth: Tensor
-    library_log_mean: Tensor
-    library_log_var: Tensor
-
-    def __init__(self, config: ProgramConfig) -> None:
-        super().__init__()
-        self.config = config
-        # Param sites of two programs in one process must differ; see announce.py.
-        self.uid = f"multivi{next(MultiVIProgram._uid)}"
-        encoder, decoder = _network_options(config)
-        hidden, latent = config.hidden, config.latent
-        in_encoder = config.n_covariates if config.encode_covariates else 0
-
-        def reader(n_features: int) -> ModalityReader:
-            return ModalityReader(
-                n_features, hidden, n_covariates=in_encoder, dropout_rate=config.dropout_rate, **encoder
-            )
-
-        def expert() -> NormalHead:
-            return NormalHead(
-                hidden,
-                latent,
-                config.n_layers_encoder - 1,
-                n_covariates=in_encoder,
-                inject_everywhere=config.deeply_inject_covariates,
-                dropout_rate=config.dropout_rate,
-                **encoder,
-            )
-
-        shared: dict[str, Any] = {
-            "n_hidden": hidden,
-            "n_layers": config.n_layers_decoder,
-            "n_covariates": config.n_covariates,
-            "inject_everywhere": config.deeply_inject_covariates,
-            **decoder,
-        }
-        if config.n_genes:
-            self.rna_reader, self.rna_expert = reader(config.n_genes), expert()
-            # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
-            self.library_head = LibraryHead(hidden, 2, start=-2.0)
-            self.expression_decoder = ExpressionDecoder(
-                latent,
-                config.n_genes,
-                simplex=config.library != "size_factor",
-                zero_inflation=config.gene_likelihood == "zinb",
-                cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
-                **shared,
-            )
-            sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
-            if config.gene_likelihood != "poisson" and sets is not None:
-                self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
-        if config.n_regions:
-            self.atac_reader, self.atac_expert = reader(config.n_regions), expert()
-            self.cell_factor_head = LibraryHead(hidden, 1)
-            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **shared)
-            if config.region_factors:
-                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
-        if config.modality_weights == "universal":
-            self.weight_logits = nn.Parameter(torch.zeros(2))
-        elif config.modality_weights == "cell":
-            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in range(2)])
-            # Experts start with equal weights.
-            for parameter in self.weight_net.parameters():
-                nn.init.zeros_(parameter)
-        self.register_buffer("rna_log_depth", torch.tensor(0.0))
-        self.register_buffer("atac_log_depth", torch.tensor(0.0))
-        self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
-        self.register_buffer("library_log_var", torch.ones(config.n_batch))
 
     # ------------------------------------------------------------------ the generative model
 
@@ -416,52 +342,6 @@ class MultiVIProgram(nn.Module):
         s_nb = s[..., : self.config.n_batch]
         return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
 
-    def use_precision(self, precision: str) -> None:
-        """Multiply the decoders' last layers out in ``"fp32"`` or ``"bf16"``.
-
-        In bf16 only these matrix products are in reduced precision: parameters, sums and
-        likelihoods stay in float32.
-        """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r} is not allowed: choose one of {', '.join(map(repr, PRECISIONS))}.")
-        for name in ("expression_decoder", "accessibility_decoder"):
-            decoder = getattr(self, name, None)
-            if decoder is not None:
-                decoder.gemm_dtype = PRECISIONS[precision]
-
-    @torch.no_grad()
-    def start_from(self, marginals: Marginals) -> None:
-        """Set priors and initial parameters from the data's marginals.
-
-        Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
-        share of each gene, and p d r starts at the detection rate of each region for a cell of
-        typical depth (d = 1/2).
-        """
-        self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
-        self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
-        self.library_log_mean.copy_(marginals.library_log_mean)
-        self.library_log_var.copy_(marginals.library_log_var)
-        if self.config.n_genes:
-            share = marginals.gene_share
-            if self.config.library == "size_factor":
-                # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
-                mean_count = share * torch.exp(self.library_log_mean.mean())
-                start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
-            else:
-                start = share.log()
-            self.expression_decoder.rho.bias.copy_(start)
-            if self.expression_decoder.pi is not None:
-                # Few dropouts to begin with: 5 %.
-                self.expression_decoder.pi.bias.fill_(-3.0)
-        if self.config.n_regions:
-            wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
-            if self.config.region_factors:
-                # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
-                r = (2.0 * wanted).clamp(1e-7, 0.95)
-                self.region_logit.copy_(torch.logit(r))
-                wanted = (wanted / r).clamp(1e-7, 0.99)
-            self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
-
 
 def rna_totals(cells: Cells) -> Tensor:
     """Total gene count of each cell, (B,)."""
@@ -477,15 +357,3 @@ def open_regions(cells: Cells) -> Tensor:
 
 def _rows(expert: Expert, rows: Tensor) -> Expert:
     return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
-
-
-def _network_options(config: ProgramConfig) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Normalisation of encoders and of decoders."""
-
-    def options(where: str) -> dict[str, bool]:
-        return {
-            "batch_norm": config.use_batch_norm in (where, "both"),
-            "layer_norm": config.use_layer_norm in (where, "both"),
-        }
-
-    return options("encoder"), options("decoder")

@@ -29,6 +29,8 @@ from pyro_multivi.program import MultiVIProgram
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
 #: width at which a softmax is summed), take 2 and 64 MB in float32.
 ROWS = 4096
+#: Entries of sparse rows collected together: 128 MB, and twice that while they are joined.
+ENTRIES = 2**24
 #: Sites that are observed, and drawn only if asked for.
 COUNTS = frozenset({"x", "y"})
 
@@ -51,9 +53,26 @@ def evaluating(program: MultiVIProgram) -> Iterator[None]:
             module.training = training
 
 
-def cells_at_a_time(batch_size: int, n_samples: int) -> int:
-    """Cells of a minibatch such that their draws stay within :data:`ROWS` rows."""
-    return min(batch_size, max(1, ROWS // n_samples))
+def cells_at_a_time(batch_size: int, n_samples: int, whole_rows: int = 0) -> int:
+    """Cells of a minibatch such that its draws stay within bounds.
+
+    Parameters
+    ----------
+    batch_size
+        Cells at most.
+    n_samples
+        Draws of each: cells x draws are at most :data:`ROWS`.
+    whole_rows
+        Number of features of which a cell's estimates are collected before they are passed on, as
+        sparse rows are; cells x features are then at most :data:`ENTRIES`.
+
+    Examples
+    --------
+    >>> cells_at_a_time(512, 1), cells_at_a_time(512, 100), cells_at_a_time(512, 1, whole_rows=80_000)
+    (512, 40, 209)
+    """
+    fit = ENTRIES // whole_rows if whole_rows else batch_size
+    return min(batch_size, max(1, min(ROWS // n_samples, fit)))
 
 
 def draw(

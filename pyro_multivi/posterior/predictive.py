@@ -51,7 +51,8 @@ class Replicate:
 
     def mean(self) -> Tensor:
         """Expected counts given each draw of the latents, (S, B, F)."""
-        return self.fn.mean.expand(self.values.shape)
+        with torch.no_grad():
+            return self.fn.mean.expand(self.values.shape)
 
 
 def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
@@ -135,8 +136,8 @@ def replicate(
             for site in observed_sites(program):
                 fn, value = nodes[site]["fn"], nodes[site]["value"]
                 found[site] = Replicate(value.detach().expand(n, len(cells), value.shape[-1]), fn)
-            # Within the block: means of the distributions are evaluated by whoever asks for them.
-            yield draws, found
+        # Outside, so that no state of torch is held while the caller is at work.
+        yield draws, found
 
 
 def sample_replicates(

@@ -78,9 +78,17 @@ class Store:
         self._places = {**(dense or {}), **(sparse or {})}
         self._shape = (len(obs), len(var))
         self.n_done = 0
-        self._root = self._resume() if self._part.exists() else None
+        self._root: Any = None
+        if self._part.exists():
+            self._root = self._resume()
         if self._root is None:
-            self._begin(AnnData(obs=obs, var=var, uns=dict(uns)), list((dense or {}).values()), sparse or {})
+            try:
+                self._begin(AnnData(obs=obs, var=var, uns=dict(uns)), list((dense or {}).values()), sparse or {})
+            except BaseException:
+                # For instance a column of obs that AnnData cannot write.
+                self._close()
+                _remove(self._part)
+                raise
         else:
             for place in (sparse or {}).values():
                 # Rows of a minibatch that was not complete are dropped.
@@ -88,21 +96,14 @@ class Store:
                 for part in ("data", "indices"):
                     self._root[place][part].resize((n_stored,))
 
-    @property
-    def resumed(self) -> bool:
-        """Whether cells were found that need not be computed again."""
-        return self.n_done > 0
-
     # ------------------------------------------------------------------ as a sink
 
     def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
         """See :class:`~pyro_multivi.posterior.sinks.Sink`."""
-        assert self._root is not None
         self._root[self._places[name]][rows, features] = values
 
     def append(self, name: str, rows: sp.csr_matrix) -> None:
         """See :class:`~pyro_multivi.posterior.sinks.Sink`."""
-        assert self._root is not None
         matrix = self._root[self._places[name]]
         first = matrix["data"].shape[0]
         for part, values in (("data", rows.data), ("indices", rows.indices)):
@@ -112,7 +113,6 @@ class Store:
 
     def commit(self, n_done: int) -> None:
         """See :class:`~pyro_multivi.posterior.sinks.Sink`."""
-        assert self._root is not None
         # The data first, so that the mark never promises what is not on disk.
         self._flush()
         self.n_done = n_done
@@ -167,31 +167,28 @@ class Store:
     def _resume(self) -> Any:
         """The unfinished file if it belongs to this request; otherwise it is removed."""
         try:
-            root = self._open()
-            mark = json.loads(root.attrs[_MARK])
+            self._root = self._open()
+            mark = json.loads(self._root.attrs[_MARK])
             if mark["request"] == self._request:
                 self.n_done = int(mark["n_done"])
                 logger.info("out=%r: going on after %d cells.", str(self.path), self.n_done)
-                return root
+                return self._root
             why = "was left by another request"
-            self._root = root
-            self._close()
         except BlockingIOError as error:
             raise RuntimeError(f"out={str(self.path)!r} is being written by another process.") from error
         except (OSError, KeyError, ValueError) as error:
             why = f"cannot be read ({error})"
+        self._close()
         logger.info("out=%r: an unfinished file %s; beginning anew.", str(self.path), why)
         _remove(self._part)
         return None
 
     def _finish(self) -> None:
-        assert self._root is not None
         del self._root.attrs[_MARK]
         self._close()
         os.replace(self._part, self.path)
 
     def _mark(self) -> None:
-        assert self._root is not None
         self._root.attrs[_MARK] = json.dumps({"request": self._request, "n_done": self.n_done})
 
     # ------------------------------------------------------------------ HDF5 or zarr
@@ -204,7 +201,7 @@ class Store:
     def _create(
         self, place: str, shape: tuple[int, ...], kind: Any, chunks: tuple[int, ...], grows: bool = False
     ) -> Any:
-        root: Any = self._root
+        root = self._root
         if isinstance(root, h5py.File):
             return root.create_dataset(place, shape, kind, chunks=chunks, maxshape=(None,) if grows else None)
         create = root.create_array if hasattr(root, "create_array") else root.create_dataset

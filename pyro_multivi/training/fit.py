@@ -177,7 +177,8 @@ def fit(
                 row["seconds"] = time.perf_counter() - started
                 history.add(row)
                 bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
-                is_better = stopping.monitor in row and validation is not None and stopping.update(row[stopping.monitor])
+                scored = validation is not None and stopping.monitor in row
+                is_better = scored and stopping.update(row[stopping.monitor])
                 # Until there is a score, the latest weights are the best known.
                 if is_better or validation is None or stopping.best == math.inf:
                     best.take(program)

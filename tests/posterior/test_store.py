@@ -172,11 +172,11 @@ def test_a_file_that_another_process_writes_is_left_alone(fitted, tmp_path):
     assert part.exists()
 
 
-def test_a_mark_is_never_ahead_of_the_rows(tmp_path):
+def test_a_mark_is_never_ahead_of_the_rows(out):
     frames = (pd.DataFrame(index=["a", "b", "c"]), pd.DataFrame(index=["f", "g"]))
 
     def stopped():
-        with Store(tmp_path / "a.h5ad", "one", *frames, {}, sparse={"mean": "X"}) as kept:
+        with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
             kept.append("mean", sp.csr_matrix([[0.0, 2.0]], dtype=np.float32))
             kept.commit(1)
             kept.append("mean", sp.csr_matrix([[3.0, 4.0]], dtype=np.float32))  # never committed
@@ -184,7 +184,7 @@ def test_a_mark_is_never_ahead_of_the_rows(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    with Store(tmp_path / "a.h5ad", "one", *frames, {}, sparse={"mean": "X"}) as kept:
+    with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
         assert kept.n_done == 1
         kept.append("mean", sp.csr_matrix([[5.0, 0.0], [0.0, 6.0]], dtype=np.float32))
         kept.commit(3)
@@ -204,6 +204,27 @@ def test_unwritable_paths_are_refused_at_once(fitted, tmp_path, interrupted, met
         getattr(fitted, method)(out=tmp_path / name)
     assert seen == []
     assert (tmp_path / "there.h5ad").read_text() == "mine"
+
+
+def test_an_object_that_cannot_be_written_leaves_nothing(out):
+    frames = (pd.DataFrame({"odd": [{1}, 2]}, index=["a", "b"]), pd.DataFrame(index=["f"]))
+    with pytest.raises(Exception, match="odd"):
+        Store(out, "one", *frames, {}, dense={"mean": "X"})
+    assert list(out.parent.iterdir()) == []
+
+
+def test_rows_without_entries_are_written(fitted, out):
+    found = read(fitted.get_accessibility_estimates(threshold=1.0, out=out, silent=True, batch_size=64)).X
+    assert found.shape == (200, 70)
+    assert found.nnz == 0
+
+
+def test_an_unfinished_file_without_a_mark_is_written_anew(fitted, tmp_path, caplog):
+    with h5py.File(tmp_path / ".a.h5ad.unfinished", "w"):
+        pass
+    with caplog.at_level(logging.INFO, logger="pyro_multivi"):
+        fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)
+    assert "cannot be read" in caplog.text
 
 
 def test_a_folder_without_permission(fitted, tmp_path, monkeypatch):

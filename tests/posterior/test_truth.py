@@ -30,7 +30,7 @@ def test_what_was_not_measured_is_imputed(fitted, method, key, missing):
     # Within a cell, and beyond what the mean of the measured cells says already.
     assert correlations(np.log(estimate[rows]), np.log(truth[rows]), 1).mean() > 0.6
     beyond = (np.log(values[rows]) - np.log(truth[~rows]).mean(0) for values in (estimate, truth))
-    assert correlations(*beyond, 1).mean() > 0.5
+    assert correlations(*beyond, 1).mean() > 0.4
 
 
 def reference(model, cells, n_draws=3000):
