@@ -294,3 +294,15 @@ def test_new_sizes_make_a_new_split(build):
     model = train(build(), 1)
     train(model, 1, train_size=0.5)
     assert (len(model._split.train), len(model._split.validation)) == (30, 30)
+
+
+def test_going_on_never_ends_worse(mosaic):
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality", batch_key="batch")
+    model = pm.MULTIVI(mosaic, n_hidden=8, n_latent=2)
+    model.train(max_epochs=15, lr=3e-3, progress_bar=False)
+    best = model.history["elbo_validation"]["elbo_validation"].min()
+    held_out = model._split.validation.numpy()
+    before = model.get_elbo(indices=held_out)
+    model.train(max_epochs=2, lr=1.0, progress_bar=False)
+    assert model.history["elbo_validation"]["elbo_validation"].iloc[-2:].min() > best
+    assert model.get_elbo(indices=held_out) == before

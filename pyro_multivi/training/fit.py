@@ -126,6 +126,9 @@ def fit(
     objective = NegativeELBO(program, options.elbo)
     stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
     best = _Snapshot(program)
+    if first and validation is not None:
+        # Going on must not end worse than it began: the weights of now are the first to beat.
+        stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
     interrupted = False
     program.use_precision(options.precision)
     step = first * len(train)
