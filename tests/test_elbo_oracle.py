@@ -313,7 +313,9 @@ def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, spar
         return TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, cells)
 
     loss().backward()
-    for chosen in [range(len(parameters)), *([k] for k in range(len(parameters)))]:
+    # All parameters together; with sparse counts also each of them.
+    each = [[k] for k in range(len(parameters))] if sparse else []
+    for chosen in [range(len(parameters)), *each]:
         slope = sum((parameters[k].grad * directions[k]).sum().item() for k in chosen)
         values = []
         with torch.no_grad():

@@ -17,7 +17,7 @@ HAS_RNA, HAS_ATAC = np.arange(300), np.r_[0:200, 300:400]
 def fitted():
     """A mosaic of four types in two batches, and a model of it."""
     adata = pm.simulate_multiome(
-        (200, 100, 100), n_genes=100, n_regions=300, n_batches=2, differential_fraction=0.6, mean_accessibility=0.4, seed=2
+        (200, 100, 100), 100, 300, n_batches=2, differential_fraction=0.6, mean_accessibility=0.4, seed=2
     )
     pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(adata, n_hidden=32, n_latent=5, gene_likelihood="nb", modality_penalty="MMD")

@@ -165,7 +165,7 @@ def test_a_minibatch_counts_by_its_cells(build):
     """Without learning, the loss of an epoch does not depend on how it is cut, but for noise."""
     means = []
     for batch_size in (7, 60):
-        model = train(build(dropout_rate=0.0), 20, batch_size=batch_size, lr=1e-12, train_size=1.0, weight_decay=0.0,
+        model = train(build(dropout_rate=0.0), 8, batch_size=batch_size, lr=1e-12, train_size=1.0, weight_decay=0.0,
                       n_epochs_kl_warmup=None)  # fmt: skip
         means.append(curves(model)["elbo_train"].mean())
     assert means[0] == pytest.approx(means[1], rel=0.01)
@@ -211,23 +211,23 @@ def test_early_stopping_counts_epochs_without_improvement():
 
 def stop(model, patience, **options):
     """Train while nothing can improve by as much as ``min_delta``."""
-    return train(model, 30, early_stopping_patience=patience, early_stopping_min_delta=1e6, **options)
+    return train(model, 7, early_stopping_patience=patience, early_stopping_min_delta=1e6, **options)
 
 
 @pytest.mark.parametrize("monitor", ["elbo_validation", "reconstruction_loss_validation", "train_loss"])
-@pytest.mark.parametrize("patience", [1, 4])
+@pytest.mark.parametrize("patience", [1, 3])
 def test_patience_is_what_was_asked_for(build, monitor, patience):
     model = stop(build(), patience, early_stopping_monitor=monitor)
     assert len(model.history["train_loss"]) == 1 + patience
 
 
 def test_early_stopping_can_be_switched_off(build):
-    assert len(stop(build(), 1, early_stopping=False).history["train_loss"]) == 30
+    assert len(stop(build(), 1, early_stopping=False).history["train_loss"]) == 7
 
 
 def test_without_validation_cells_nothing_is_monitored(build):
     model = stop(build(), 1, train_size=1.0)
-    assert len(model.history["train_loss"]) == 30
+    assert len(model.history["train_loss"]) == 7
     assert not any(name.endswith("validation") for name in model.history)
 
 

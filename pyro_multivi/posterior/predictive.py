@@ -1,6 +1,6 @@
 """Replicated data: what the model would have measured in the same cells.
 
-Observed sites are drawn instead (:class:`pyro.poutine.handlers.uncondition`), at latents drawn
+Observed sites are drawn instead (:func:`pyro.poutine.uncondition`), at latents drawn
 from the guide. A modality can be hidden from the guide first, so that it is predicted, not rebuilt.
 """
 
@@ -82,7 +82,8 @@ def hide(cells: Cells, site: str) -> Cells:
     """
     counts = cells.x if site == "x" else cells.y
     crow = torch.zeros(len(cells) + 1, dtype=torch.long, device=cells.device)
-    empty = SparseCounts(crow, crow[:0], counts.new_zeros(0), (len(cells), counts.shape[1]))
+    nothing = torch.zeros(0, dtype=counts.dtype, device=cells.device)
+    empty = SparseCounts(crow, crow[:0], nothing, (len(cells), counts.shape[1]))
     never = torch.zeros_like(cells.has_rna)
     return cells.replace(x=empty, has_rna=never) if site == "x" else cells.replace(y=empty, has_atac=never)
 

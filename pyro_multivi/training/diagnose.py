@@ -11,6 +11,9 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 
 
+REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
+
+
 class TrainingDiverged(ArithmeticError):
     """The loss became NaN or infinite."""
 
@@ -19,10 +22,9 @@ class TrainingDiverged(ArithmeticError):
 def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> TrainingDiverged:
     """Find the first parameter or site that is not finite and describe it in an error."""
     where = f"epoch {epoch + 1}, minibatch {place + 1}"
-    remedy = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
     for name, parameter in program.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            return TrainingDiverged(f"Training diverged in {where}: parameter {name!r} is not finite. {remedy}")
+            return TrainingDiverged(f"Training diverged in {where}: parameter {name!r} is not finite. {REMEDY}")
     with pyro.validation_enabled(False):
         guide_trace = poutine.trace(program.guide).get_trace(cells)
         model_trace = poutine.trace(poutine.replay(program.model, trace=guide_trace)).get_trace(cells)
@@ -37,9 +39,9 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
                 which = cells.index.cpu()[bad.cpu()].tolist()
                 return TrainingDiverged(
                     f"Training diverged in {where}: site {name!r} of the {role} is not finite for {len(which)} "
-                    f"cells, the first at positions {which[:5]} of the data. {remedy}"
+                    f"cells, the first at positions {which[:5]} of the data. {REMEDY}"
                 )
-    return TrainingDiverged(f"Training diverged in {where}: the loss is not finite. {remedy}")
+    return TrainingDiverged(f"Training diverged in {where}: the loss is not finite. {REMEDY}")
 
 
 def _bad_cells(log_prob: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import Terms, measure
-from pyro_multivi.training.diagnose import TrainingDiverged, diagnose
+from pyro_multivi.training.diagnose import REMEDY, TrainingDiverged, diagnose
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
@@ -116,7 +116,7 @@ def fit(
     ------
     TrainingDiverged
         If the loss is not finite; the message names the site and the cells. The program goes back to
-        its best weights (without validation cells, to those of the last whole epoch).
+        its best weights (without validation cells, it stays at the last finite ones).
     """
     options = options or FitOptions()
     history = history if history is not None else History()
@@ -125,7 +125,8 @@ def fit(
     optimizer = _optimizer(program, options, optimizer_state)
     objective = NegativeELBO(program, options.elbo)
     stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
-    best = _Snapshot(program)
+    # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
+    best = None if validation is None else _Snapshot(program)
     if first and validation is not None:
         # Going on must not end worse than it began: the weights of now are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
@@ -145,6 +146,8 @@ def fit(
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
                     validate = epoch == first and place == 0
+                    # Before the loss: the likelihoods write their gradients into the memory this frees.
+                    optimizer.zero_grad(set_to_none=True)
                     try:
                         with pyro.validation_enabled(validate), _no_nan_warning():
                             loss = objective(cells, weight)
@@ -156,8 +159,10 @@ def fit(
                     value = loss.item()
                     if not math.isfinite(value):
                         raise diagnose(program, cells, epoch, place)
-                    optimizer.zero_grad(set_to_none=True)
                     loss.backward()
+                    if best is None:
+                        # There is no way back from a step that is not a number.
+                        _refuse_bad_gradient(program, epoch, place)
                     if options.gradient_clip is not None:
                         torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
                     optimizer.step()
@@ -183,7 +188,7 @@ def fit(
                 scored = validation is not None and stopping.monitor in row
                 is_better = scored and stopping.update(row[stopping.monitor])
                 # Until there is a score, the latest weights are the best known.
-                if is_better or validation is None or stopping.best == math.inf:
+                if best is not None and (is_better or stopping.best == math.inf):
                     best.take(program)
                 if _any_stops(options.callbacks, epoch, row, program):
                     break
@@ -198,7 +203,7 @@ def fit(
             # learned in an interrupted first epoch is kept, for want of anything better.
             state = optimizer.state_dict()
             optimizer.zero_grad(set_to_none=True)
-            if history.n_epochs > first or not interrupted:
+            if best is not None and (history.n_epochs > first or not interrupted):
                 best.restore(program)
             program.use_precision("fp32")
             program.eval()
@@ -233,6 +238,15 @@ class _Snapshot:
 
     def restore(self, program: MultiVIProgram) -> None:
         program.load_state_dict(self._state)
+
+
+def _refuse_bad_gradient(program: MultiVIProgram, epoch: int, place: int) -> None:
+    for name, parameter in program.named_parameters():
+        if parameter.grad is not None and not math.isfinite(torch.linalg.vector_norm(parameter.grad)):
+            raise TrainingDiverged(
+                f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: the gradient of parameter {name!r} "
+                f"is not finite. {REMEDY}"
+            )
 
 
 def _any_stops(callbacks: tuple[Callback, ...], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:

@@ -204,9 +204,10 @@ def test_one_gate_for_all_genes() -> None:
     hidden, weight, bias = factors()
     rho, library = Readout(hidden, weight, bias, "softmax"), torch.ones(B).double()
     gate, theta = Readout(hidden, weight[:1], bias[:1], "identity"), torch.ones(1).double()
-    found = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate).log_prob(counts())
+    x = counts()
+    found = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate).log_prob(x)
     wide = ZeroInflatedNegativeBinomialCounts(rho, library, theta.expand(G), gate.dense().expand(B, G))
-    torch.testing.assert_close(found, wide.log_prob(counts()))
+    torch.testing.assert_close(found, wide.log_prob(x))
 
 
 def test_shapes_expand_and_repr() -> None:

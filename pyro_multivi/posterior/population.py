@@ -1,0 +1,88 @@
+"""Changes of the mean of a group of cells, and how well it is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from pyro_multivi.posterior.exceedance import BLOCK, Change, Question, Statistics
+from pyro_multivi.posterior.shrinkage import Changes
+
+Array = NDArray[np.float64]
+
+# Relative step of a slope: the cube root of double precision, where its error is least.
+_STEP = 1e-5
+
+
+def mean_errors(moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any, Any]) -> tuple[Array, Array]:
+    """Standard errors of both groups' means, (F,).
+
+    The mean over n independent cells of a group has the variance of one posterior draw of a random
+    one of its cells, divided by n: the spread of the cells and what is open about each are both in it.
+
+    Parameters
+    ----------
+    moments
+        Means and variances of draws.
+    n_cells
+        Cells of each group.
+    counts
+        Error that the counts leave in each mean, (F,) each, or zeros.
+    """
+    first, second = (
+        np.sqrt(moments[f"var{number}"] / n + error**2)
+        for number, n, error in zip((1, 2), n_cells, counts, strict=True)
+    )
+    return first, second
+
+
+def change_of_means(
+    change: Change, pseudocounts: float, means: tuple[Array, Array], errors: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """The change from one mean to the other and its standard error to first order, (F,) each."""
+
+    def at(first: Array, second: Array) -> Array:
+        found: Array = change(torch.from_numpy(first), torch.from_numpy(second), pseudocounts).numpy()
+        return found
+
+    first, second = means
+    step1, step2 = (np.maximum(_STEP * mean, 1e-300) for mean in means)
+    slope1 = (at(first + step1, second) - at(first - step1, second)) / (2 * step1)
+    slope2 = (at(first, second + step2) - at(first, second - step2)) / (2 * step2)
+    return at(first, second), np.hypot(slope1 * errors[0], slope2 * errors[1])
+
+
+def probably_larger(means: tuple[Array, Array], errors: tuple[Array, Array]) -> Array:
+    """P(the first mean is the larger one) under a flat prior, (F,)."""
+    larger: Array = ndtr((means[0] - means[1]) / np.maximum(np.hypot(*errors), 1e-300))
+    return larger
+
+
+def describe(changes: Changes, question: Question, n_draws: int, rng: np.random.Generator) -> Statistics:
+    """``m1``: how probable a change is; statistics of the change, (F,) each.
+
+    Probabilities, means and deviations are exact; the rest comes from draws of the posterior,
+    made for a block of features at a time.
+    """
+    found = {"mean": changes.mean(), "std": changes.std()}
+    if question.m1_domain_fn is None:
+        found["m1"] = question.probability(changes.above(question.delta), changes.below(-question.delta))
+    if not (question.in_full or question.levels or question.m1_domain_fn is not None):
+        return found
+    n_features = len(changes.weight)
+    width = max(1, BLOCK // n_draws)
+    seed = int(rng.integers(2**63))
+    for start in range(0, n_features, width):
+        block = slice(start, min(start + width, n_features))
+        # The same random numbers in every block: a feature's draws do not depend on its place.
+        draws = torch.from_numpy(changes.draws(n_draws, np.random.default_rng(seed), block))
+        drawn = question.described(draws)
+        if question.m1_domain_fn is not None:
+            drawn["m1"] = question.counted(draws)
+        for name, values in drawn.items():
+            found.setdefault(name, np.empty(n_features))[block] = values
+    return found

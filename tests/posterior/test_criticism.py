@@ -1,0 +1,331 @@
+"""A model that is right passes, one that is wrong fails, and a request that makes no sense is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyro.poutine as poutine
+import pytest
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from pyro.infer import TraceMeanField_ELBO
+
+from pyro_multivi import MULTIVI, MultiVIProgram, ProgramConfig, compare_models
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.split import Split
+
+N_CELLS, N_GENES, N_REGIONS = 500, 60, 200
+CHOICES = {"n_hidden": 24, "n_latent": 2, "dropout_rate": 0.0, "modality_penalty": None, "n_layers_decoder": 1}
+
+
+def true_program() -> MultiVIProgram:
+    """Genes of 1 to 60 counts with theta near 2, regions open in 5 to 60 % of deep cells."""
+    torch.manual_seed(1)
+    program = MultiVIProgram(ProgramConfig(N_GENES, N_REGIONS, gene_likelihood="nb", **CHOICES)).eval()
+    with torch.no_grad():
+        program.expression_decoder.rho.bias.copy_(0.8 * torch.randn(N_GENES))
+        program.expression_decoder.rho.weight.copy_(0.25 * torch.randn(N_GENES, CHOICES["n_hidden"]))
+        program.log_theta.copy_(0.7 + 0.3 * torch.randn(1, N_GENES))
+        program.accessibility_decoder.p.bias.copy_(torch.randn(N_REGIONS))
+        program.accessibility_decoder.p.weight.copy_(0.3 * torch.randn(N_REGIONS, CHOICES["n_hidden"]))
+        program.region_logit.copy_(0.5 + torch.randn(N_REGIONS))
+        program.library_log_mean.fill_(np.log(600.0))
+        program.library_log_var.fill_(0.15)
+    return program
+
+
+def fit_guide(program: MultiVIProgram, cells: Cells, n_steps: int) -> None:
+    """Bring the guide near the posterior of a model that stays as it is; experts are also met alone."""
+    of_model = ("expression_decoder", "accessibility_decoder", "log_theta", "region_logit")
+    parameters = [value for name, value in program.named_parameters() if not name.startswith(of_model)]
+    optimiser = torch.optim.Adam(parameters, lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
+    elbo = TraceMeanField_ELBO()
+    rng = np.random.default_rng(0)
+    for _ in range(n_steps):
+        lot = torch.from_numpy(rng.random(len(cells)))
+        loss = elbo.differentiable_loss(program.model, program.guide, cells.replace(has_rna=lot > 0.3, has_atac=lot < 0.7))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def as_model(adata: AnnData, weights: dict[str, torch.Tensor], **choices: object) -> MULTIVI:
+    """A model of these weights, as if trained on four fifths of the cells."""
+    model = MULTIVI(adata, **{"gene_likelihood": "nb", **CHOICES, **choices})
+    known = model.program.state_dict()
+    model.program.load_state_dict({name: weights.get(name, value) for name, value in known.items()})
+    model._split = Split.of(len(adata), 0.2, 0.8, True, 0)
+    model.is_trained = True
+    return model
+
+
+@pytest.fixture(scope="module")
+def truth() -> MULTIVI:
+    """Cells drawn from a program, and that very program with a guide trained for it.
+
+    With exact parameters the check is of the method itself. Latents are inferred, so statistics of single
+    cells cannot be uniform; those over cells nearly are, two of 60 degrees of freedom being spent.
+    """
+    with torch.random.fork_rng():
+        program = true_program()
+        both = torch.ones(N_CELLS, dtype=torch.bool)
+        blank = Cells(
+            torch.arange(N_CELLS), N_CELLS, torch.zeros(N_CELLS, N_GENES), torch.zeros(N_CELLS, N_REGIONS),
+            both, both, torch.ones(N_CELLS, 1),
+        )  # fmt: skip
+        with torch.no_grad():
+            nodes = poutine.trace(poutine.uncondition(program.model)).get_trace(blank).nodes
+        x, y = (nodes[site]["value"].detach() for site in ("x", "y"))
+        kinds = ["Gene Expression"] * N_GENES + ["Peaks"] * N_REGIONS
+        names = [f"gene_{g}" for g in range(N_GENES)] + [f"region_{m}" for m in range(N_REGIONS)]
+        adata = AnnData(
+            sp.csr_matrix(torch.cat([x, y], 1).numpy()),
+            obs=pd.DataFrame(
+                {"modality": "paired", "half": np.where(np.arange(N_CELLS) % 2, "a", "b")},
+                index=[f"cell_{n}" for n in range(N_CELLS)],
+            ),
+            var=pd.DataFrame({"feature_types": kinds}, index=names),
+        )
+        MULTIVI.setup_anndata(adata, modality_key="modality")
+        model = as_model(adata, program.state_dict())
+        with torch.no_grad():
+            model.program.rna_log_depth.fill_(float(x.sum(1).log().mean()))
+            model.program.atac_log_depth.fill_(float(y.sum(1).log1p().mean()))
+        fit_guide(model.program, model.minibatch(), 400)
+    return model
+
+
+@pytest.fixture(scope="module")
+def check(truth):
+    return truth.posterior_predictive_check(groupby="half", n_samples=100)
+
+
+def shares(check, table="genes"):
+    """Share of features outside the interval, by statistic."""
+    summary = check.summary().query("table == @table").set_index("statistic")
+    return summary["data_above"] + summary["data_below"], summary
+
+
+def test_own_simulator_passes(check):
+    assert check.n_cells == 400
+    for table, bound in (("genes", 0.25), ("regions", 0.15)):
+        outside, summary = shares(check, table)
+        # Kolmogorov's 1 % point is 0.21 for 60 genes and 0.115 for 200 regions; they are not independent.
+        assert (summary["uniformity"] < bound).all(), summary
+        assert (outside < 0.15).all(), summary
+    totals = check.totals.query("by == 'all'")
+    assert totals["p_value"].between(0.005, 0.995).all(), totals
+
+
+def test_own_simulator_is_calibrated_on_held_out_cells_and_hidden_modalities(check):
+    scores = check.scores.set_index(["setting", "score"])["value"]
+    for setting in ("held-out cells", "hidden accessibility"):
+        assert scores[setting, "ece"] <= 0.02
+        assert scores[setting, "brier"] < scores[setting, "brier_of_region_rates"]
+    for setting in ("held-out cells", "hidden expression"):
+        assert scores[setting, "largest_coverage_gap"] <= 0.03
+    imputed = check.imputed.groupby("modality")["correlation"].mean()
+    assert (imputed > 0.1).all()
+
+
+def test_poisson_fails_on_overdispersed_counts(truth):
+    wrong = as_model(truth.adata, truth.program.state_dict(), gene_likelihood="poisson")
+    found = wrong.posterior_predictive_check(n_samples=100, hide_modalities=False)
+    _, summary = shares(found)
+    assert summary.loc["variance", "data_above"] > 0.9
+    assert summary.loc["zero_fraction", "data_above"] > 0.7
+    assert summary.loc[["variance", "zero_fraction"], "fails"].all()
+    assert found.coverage.set_index("nominal")["covered"][0.9] < 0.75
+    # What the likelihood of genes does not touch is as good as before.
+    assert not shares(found, "regions")[1]["fails"].any()
+    assert "FAILS" in repr(found)
+
+
+class FixedDepth(MultiVIProgram):
+    """Every cell as deep as the typical one."""
+
+    def known_library(self, cells, s):
+        return self._library_moments(s)[0].exp()
+
+    def cell_factor(self, cells, read):
+        return cells.design.new_full((len(cells),), 0.5)
+
+
+def test_fixed_depth_fails_the_statistics_of_depth(truth):
+    wrong = as_model(truth.adata, truth.program.state_dict(), program_class=FixedDepth)
+    found = wrong.posterior_predictive_check(n_samples=100, hide_modalities=False)
+    totals = found.totals.set_index("statistic")["p_value"]
+    # The data scatter more than any replicate.
+    assert totals["sd expression_depth"] == 0
+    assert totals["sd accessible_regions"] == 0
+    outside, _ = shares(found, "cells")
+    assert (outside[["expression_depth", "accessible_regions"]] > 0.2).all()
+
+
+def test_groups_have_statistics_of_their_own(check):
+    groups = check.groups
+    assert set(groups["group"]) == {"a", "b"}
+    assert set(groups["statistic"]) == {"mean", "variance", "cv", "zero_fraction", "detection_rate"}
+    assert len(groups) == 2 * (4 * N_GENES + N_REGIONS)
+    assert len(check.totals) == 3 * 6
+    # The whole is made of its parts.
+    part = groups.query("statistic == 'mean' and feature == 'gene_3'").set_index("group")["observed"]
+    whole = check.genes.query("statistic == 'mean' and gene == 'gene_3'")["observed"].item()
+    assert min(part) <= whole <= max(part)
+
+
+def test_observed_statistics_are_those_of_the_data(truth, check):
+    counts = truth.adata.X.toarray()[truth.validation_indices]
+    x, y = counts[:, :N_GENES], counts[:, N_GENES:]
+    for name, value in (("mean", x.mean(0)), ("zero_fraction", (x == 0).mean(0)), ("variance", x.var(0, ddof=1))):
+        np.testing.assert_allclose(check.genes.query("statistic == @name")["observed"], value, rtol=1e-5)
+    np.testing.assert_allclose(check.regions["observed"], y.mean(0), rtol=1e-6)
+    depth = check.cells.query("statistic == 'expression_depth'")
+    assert depth["cell"].tolist() == list(truth.adata.obs_names[truth.validation_indices])
+    np.testing.assert_allclose(depth["observed"], x.sum(1))
+    assert check.histogram["observed"].sum() == x.size
+    assert check.histogram["replicated"].sum() == pytest.approx(x.size)
+
+
+def test_statistic_of_the_user(truth):
+    def share_of_first_gene(counts):
+        assert sp.issparse(counts)
+        assert counts.shape == (400, N_GENES + N_REGIONS)
+        return counts[:, 0].sum() / counts[:, :N_GENES].sum()
+
+    def mean_of_genes(counts):
+        return np.asarray(counts[:, :N_GENES].mean(0)).ravel()
+
+    found = truth.posterior_predictive_check(
+        statistics={"share": share_of_first_gene, "means": mean_of_genes}, n_samples=40, hide_modalities=False
+    )
+    user = found.user.set_index(["statistic", "position"])
+    counts = truth.adata.X[truth.validation_indices]
+    assert user.loc[("share", 0), "observed"] == pytest.approx(share_of_first_gene(counts))
+    means = user.loc["means"]
+    built_in = found.genes.query("statistic == 'mean'")
+    np.testing.assert_allclose(means["observed"], built_in["observed"], rtol=1e-5)
+    # Another set of replicates of the same model.
+    width = (built_in["upper"] - built_in["lower"]).to_numpy()
+    assert (np.abs(means["replicated"].to_numpy() - built_in["replicated"].to_numpy()) < width / 2).all()
+
+
+@pytest.mark.parametrize(("function", "error", "message"), [
+    (lambda counts: counts, TypeError, "returned csr_matrix: return a number or a flat array"),
+    (lambda counts: "many", TypeError, r"statistics\['mine'\] returned str"),
+    (lambda counts: np.ones((2, 3)), ValueError, r"returned an array of shape \(2, 3\)"),
+    (lambda counts: [], ValueError, r"returned an array of shape \(0,\)"),
+    (lambda counts: counts.data, ValueError, "its shape must not depend on the counts"),
+    (3, TypeError, "give a function of counts"),
+])  # fmt: skip
+def test_statistic_of_the_wrong_shape_is_refused(fitted, function, error, message):
+    with pytest.raises(error, match=message):
+        fitted.posterior_predictive_check(statistics={"mine": function}, n_samples=40, hide_modalities=False)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"statistics": ["median"]}, "statistics holds 'median': choose from 'mean', 'variance'"),
+    ({"statistics": []}, "statistics is empty"),
+    ({"statistics": {"mean": np.sum}}, "statistics holds 'mean', the name of a built-in"),
+    ({"n_samples": 10}, "n_samples=10 is too few for level=0.95: give at least 40"),
+    ({"level": 1.5}, "level=1.5 is not allowed"),
+    ({"hidden_depth": "none"}, "hidden_depth='none' is not allowed: choose one of 'observed', 'prior'"),
+    ({"groupby": "cell_typ"}, "groupby='cell_typ' is no column of obs"),
+])  # fmt: skip
+def test_check_refuses(fitted, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.posterior_predictive_check(**arguments)
+
+
+def test_nothing_held_out_is_said(fitted, mosaic):
+    with pytest.raises(ValueError, match="adata is other data: give held_out=False"):
+        fitted.posterior_predictive_check(mosaic)
+    trained_on = np.setdiff1d(np.arange(200), fitted.validation_indices)
+    with pytest.raises(ValueError, match="none of the 180 cells asked for was held out"):
+        fitted.posterior_predictive_check(indices=trained_on)
+    MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
+    model.train(max_epochs=1, train_size=1.0, progress_bar=False)
+    with pytest.raises(ValueError, match="no cell is known to be held out: train with validation_size above 0"):
+        model.posterior_predictive_check()
+    assert model.posterior_predictive_check(held_out=False, n_samples=40).n_cells == 60
+
+
+def test_a_mosaic_is_checked_where_it_was_measured(fitted):
+    found = fitted.posterior_predictive_check(statistics=["mean", "accessible_regions"], held_out=False, n_samples=40)
+    assert set(found.genes["statistic"]) == {"mean"}
+    assert set(found.cells["statistic"]) == {"accessible_regions"}
+    assert found.cells["cell"].nunique() == 150
+    assert found.coverage.groupby("setting")["n"].first().to_dict() == {
+        "cells": 150 * 40, "hidden expression": 100 * 40,
+    }  # fmt: skip
+    assert set(found.groups["group"]) == {"batch_0", "batch_1"}
+    unpaired = fitted.posterior_predictive_check(indices=range(100, 200), held_out=False, n_samples=40)
+    assert unpaired.notes == ["no modality was hidden and predicted: none of these cells has both"]
+    rna_only = fitted.posterior_predictive_check(indices=range(100, 150), held_out=False, n_samples=40)
+    assert "accessibility was measured in none of these cells" in rna_only.notes
+    assert not len(rna_only.regions)
+    assert "note: " in repr(rna_only)
+
+
+def test_fewer_features_are_checked_if_asked(fitted):
+    found = fitted.posterior_predictive_check(gene_list=[2, 5], region_list=["region_07"], n_samples=40)
+    assert found.genes["gene"].unique().tolist() == ["gene_02", "gene_05"]
+    assert found.regions["region"].tolist() == ["region_07"]
+
+
+def test_compare_models_prefers_the_truth(truth):
+    models = {
+        "poisson": as_model(truth.adata, truth.program.state_dict(), gene_likelihood="poisson"),
+        "truth": truth,
+    }
+    some = truth.validation_indices[:60]
+    table = compare_models(models, indices=some, n_mc_samples=30)
+    assert table.index.tolist() == ["truth", "poisson"]
+    assert table.loc["truth", "difference"] == 0
+    assert table.loc["poisson", "difference"] < -5 * table.loc["poisson", "difference_error"]
+    per_cell = truth.get_marginal_ll(n_mc_samples=30, indices=some, return_mean=False)
+    assert table.loc["truth", "log_likelihood"] == pytest.approx(per_cell.mean())
+    assert table.loc["truth", "standard_error"] == pytest.approx(per_cell.std(ddof=1) / 60**0.5)
+    assert table["n_cells"].tolist() == [60, 60]
+
+
+def test_compare_models_refuses_what_cannot_be_compared(truth, fitted):
+    with pytest.raises(ValueError, match="at least two trained models"):
+        compare_models({"one": truth})
+    with pytest.raises(ValueError, match="hold out different cells"):
+        compare_models({"a": truth, "b": fitted})
+    with pytest.raises(ValueError, match="have different genes"):
+        compare_models({"a": truth, "b": fitted}, indices=range(10))
+    observed = as_model(truth.adata, truth.program.state_dict(), library="observed")
+    with pytest.raises(ValueError, match="one is told the depth that the other must predict"):
+        compare_models({"a": truth, "b": observed})
+    other = truth.adata.copy()
+    other.X = other.X * 2
+    with pytest.raises(ValueError, match="were given different counts"):
+        compare_models({"a": truth, "b": as_model(other, truth.program.state_dict())})
+
+
+def test_to_inference_data(fitted):
+    pytest.importorskip("xarray")
+    rows = [0, 1, 2, 110, 160]  # paired, RNA only, ATAC only
+    found = fitted.to_inference_data(indices=rows, n_samples=30, gene_list=[4, 2], region_list=[0], seed=2)
+    assert set(found.groups()) == {
+        "posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data",
+    }  # fmt: skip
+    assert found.posterior["z"].shape == (1, 30, 5, 3)
+    assert found.posterior["l"].dims == ("chain", "draw", "cell")
+    assert found.posterior_predictive["x"].dims == ("chain", "draw", "cell", "gene")
+    assert found.posterior_predictive["x"].gene.values.tolist() == ["gene_04", "gene_02"]
+    observed = found.observed_data["x"].values
+    assert np.isnan(observed[4]).all()
+    np.testing.assert_array_equal(observed[:4], fitted.adata.X[rows[:4]][:, [4, 2]].toarray())
+    likelihood = found.log_likelihood["x"].values[0]
+    assert likelihood.shape == (30, 5)
+    assert (likelihood[:, 4] == 0).all()
+    parts = fitted.get_reconstruction_error(indices=rows, n_particles=30, seed=2, return_mean=False)
+    np.testing.assert_allclose(-likelihood[:, :4].mean(0), parts["reconstruction_loss_expression"][:4], rtol=1e-4)
+    assert found.constant_data["has_atac"].values.tolist() == [True, True, True, False, True]
