@@ -101,12 +101,13 @@ def test_without_held_out_cells_a_bad_gradient_is_refused_before_the_step(build)
 
     def spoil(epoch, row, program):
         kept.update({k: v.clone() for k, v in program.state_dict().items()})
-        program.log_theta.register_hook(lambda grad: grad * torch.nan)
+        hooks.append(program.log_theta.register_hook(lambda grad: grad * torch.nan))
 
-    kept = {}
+    kept, hooks = {}, []
     with pytest.raises(pm.TrainingDiverged, match="epoch 2, minibatch 1: the gradient of parameter 'log_theta'"):
         train(model, 5, callbacks=[spoil], train_size=1.0)
     assert all(torch.equal(value, kept[name]) for name, value in model.program.state_dict().items())
+    hooks[0].remove()
     assert usable(model)
 
 
