@@ -166,7 +166,8 @@ class ComparingModel(NormalizingModel):
         learnt. The decoder's weights are one estimate without a posterior of their own, learnt from
         the same counts, and reproduce the chance in these: between simulated groups of 100 cells,
         genes that do not change appear to, by as much as the means of their counts do. So the
-        variance of the mean count of the group, over its cells, is added. Then the changes of all
+        variance of the mean count of the group, over its cells, is added (which counts the sampling
+        of cells twice: on the safe side). Then the changes of all
         genes are shrunk together: their prior is a mixture of Normals around 0 that is learnt from
         all genes (adaptive shrinkage), which makes the probabilities hold also for the genes picked
         as largest. ``calibrated=False`` leaves (b) and the shrinkage out.

@@ -31,6 +31,8 @@ from pyro_multivi.parts import ProgramParts
 _LARGEST_FACTOR = 1 - 1e-6
 # exp of more would overflow a library size long after it stopped being one (1e13 counts).
 _MAX_LOG_LIBRARY = 30.0
+# Log of the standard deviation of log l; at e^2 = 7 no draw around that mean overflows either.
+_MAX_LOG_LIBRARY_SD = 2.0
 
 
 class Readings(NamedTuple):
@@ -290,8 +292,8 @@ class MultiVIProgram(ProgramParts):
         assert read.rna is not None
         loc, scale = self._library_moments(s)
         arguments = self.library_head(self.depth_reading(read.rna), self.rna_log_depth)
-        loc = read.rna.spread(arguments[:, 0].clamp(max=_MAX_LOG_LIBRARY), loc)
-        return dist.LogNormal(loc, read.rna.spread(arguments[:, 1].clamp(-10.0, 5.0).exp(), scale))
+        loc = read.rna.spread(arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY), loc)
+        return dist.LogNormal(loc, read.rna.spread(arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp(), scale))
 
     def cell_factor(self, cells: Cells, read: Readings) -> Tensor:
         """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""

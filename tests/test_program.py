@@ -76,6 +76,31 @@ def test_reading_a_program_needs_no_gradient_and_no_validation(make_program, mak
         assert TraceMeanField_ELBO().loss(program.model, program.guide, cells) > 0
 
 
+@pytest.mark.parametrize("extreme", [60.0, -60.0])
+def test_a_saturated_cell_factor_stays_within_its_prior(make_program, make_cells, extreme):
+    """In float32 sigmoid(60) is 1, where Uniform(0, 1) has no density."""
+    program, cells = make_program(), make_cells()
+    with torch.no_grad():
+        program.cell_factor_head.out.bias.fill_(extreme)
+    for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
+        program.zero_grad()
+        loss = elbo.differentiable_loss(program.model, program.guide, cells)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in program.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_an_absurd_library_size_stays_finite(make_program, make_cells, extreme):
+    program, cells = make_program(), make_cells()
+    with torch.no_grad():
+        program.library_head.out.bias.fill_(extreme)
+    loss = TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, cells)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in program.parameters() if p.grad is not None)
+
+
 # ---------------------------------------------------------------------- particles
 
 

@@ -20,7 +20,7 @@ from pyro_multivi.posterior.groups import Contrast
 from pyro_multivi.posterior.pools import Source
 from pyro_multivi.posterior.population import change_of_means, describe, mean_errors, probably_larger
 from pyro_multivi.posterior.shrinkage import as_estimated, shrunk
-from pyro_multivi.posterior.tallies import Tally, count_error, tally
+from pyro_multivi.posterior.tallies import Tally, count_support, tally
 from pyro_multivi.posterior.testing import Request
 from pyro_multivi.program import MultiVIProgram
 
@@ -164,16 +164,19 @@ def _test_means(
     """Means of groups. All features are looked at, so that a result does not depend on which are asked for."""
     moments = pairs.moments()
     means = (moments["mean1"], moments["mean2"])
+    least: tuple[Any, Any] = (0.0, 0.0)
     counts: tuple[Any, Any] = (0.0, 0.0)
     if request.calibrated:
-        counts = count_error(*tallies, request.site, *means)
-    errors = mean_errors(moments, (len(contrast.index1), len(contrast.index2)), counts)
+        support = count_support(*tallies, request.site, *means)
+        least, counts = (support[0].mean, support[1].mean), (support[0].error, support[1].error)
+    n_cells = (min(len(contrast.index1), request.n_samples), min(len(contrast.index2), request.n_samples))
+    errors = mean_errors(moments, n_cells, counts)
     rng = np.random.default_rng([request.seed, 3])
     delta: float | None
     if request.mode == "vanilla":
         delta, statistics = np.nan, {"m1": probably_larger(means, errors)}
     else:
-        change, error = change_of_means(request.change, pseudocounts, means, errors)
+        change, error = change_of_means(request.change, pseudocounts, means, errors, least)
         delta = request.delta
         if delta is None:
             delta = estimated_delta(change, request.change.least_delta)

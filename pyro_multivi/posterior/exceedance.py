@@ -222,10 +222,9 @@ class Pairs:
         """Each block of features, and the values of both groups in it, (n, f)."""
         longest = max(len(self.first), 0 if self.order is None else len(self.order[0]))
         width = max(_LEAST_WIDTH, BLOCK // longest)
-        with torch.no_grad():
-            blocks = (feature_blocks(values, self.features, width) for values in (self.first, self.second))
-            for (block, first), (_, second) in zip(*blocks, strict=True):
-                yield block, first, second
+        blocks = (feature_blocks(values, self.features, width) for values in (self.first, self.second))
+        for (block, first), (_, second) in zip(*blocks, strict=True):
+            yield block, first, second
 
     def paired(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """The values of a block in the order of the pairs."""

@@ -17,7 +17,7 @@ from pyro_multivi.posterior.normalization import Average, decode
 from pyro_multivi.program import MultiVIProgram
 
 WEIGHTS = ("uniform", "importance")
-# Draws out of which importance weights choose: below an effective number of a dozen they choose the same again.
+# Draws of a cell out of which importance weights choose.
 _CANDIDATES = 64
 
 

@@ -18,7 +18,9 @@ Array = NDArray[np.float64]
 _STEP = 1e-5
 
 
-def mean_errors(moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any, Any]) -> tuple[Array, Array]:
+def mean_errors(
+    moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any, Any]
+) -> tuple[Array, Array]:
     """Standard errors of both groups' means, (F,).
 
     The mean over n independent cells of a group has the variance of one posterior draw of a random
@@ -29,7 +31,7 @@ def mean_errors(moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any
     moments
         Means and variances of draws.
     n_cells
-        Cells of each group.
+        Cells of each group that were drawn.
     counts
         Error that the counts leave in each mean, (F,) each, or zeros.
     """
@@ -41,19 +43,28 @@ def mean_errors(moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any
 
 
 def change_of_means(
-    change: Change, pseudocounts: float, means: tuple[Array, Array], errors: tuple[Array, Array]
+    change: Change,
+    pseudocounts: float,
+    means: tuple[Array, Array],
+    errors: tuple[Array, Array],
+    least: tuple[Any, Any] = (0.0, 0.0),
 ) -> tuple[Array, Array]:
-    """The change from one mean to the other and its standard error to first order, (F,) each."""
+    """The change from one mean to the other and its standard error to first order, (F,) each.
+
+    Slopes are taken no lower than ``least``, the means that counts reach: near zero a logarithm has no
+    first order.
+    """
 
     def at(first: Array, second: Array) -> Array:
         found: Array = change(torch.from_numpy(first), torch.from_numpy(second), pseudocounts).numpy()
         return found
 
-    first, second = means
-    step1, step2 = (np.maximum(_STEP * mean, 1e-300) for mean in means)
+    first, second = (np.maximum(mean, low) for mean, low in zip(means, least, strict=True))
+    # Small beside the distance from 0 and from 1, where log scales end; never lost in rounding.
+    step1, step2 = (np.maximum(_STEP * mean * np.abs(1 - mean), 1e-14) for mean in (first, second))
     slope1 = (at(first + step1, second) - at(first - step1, second)) / (2 * step1)
     slope2 = (at(first, second + step2) - at(first, second - step2)) / (2 * step2)
-    return at(first, second), np.hypot(slope1 * errors[0], slope2 * errors[1])
+    return at(*means), np.hypot(slope1 * errors[0], slope2 * errors[1])
 
 
 def probably_larger(means: tuple[Array, Array], errors: tuple[Array, Array]) -> Array:

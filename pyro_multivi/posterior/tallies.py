@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,14 +77,32 @@ def tally(table: CellTable, index: Tensor, site: str) -> Tally:
     return Tally(n, mean, nonzero, normalized, np.maximum(square - normalized**2, 0.0))
 
 
-def count_error(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: Any) -> tuple[Any, Any]:
-    """Standard error of the mean of each group that its own counts leave, on the model's scale.
+class Supported(NamedTuple):
+    """What the counts of a group leave open of its mean, on the model's scale, (F,) each.
+
+    Attributes
+    ----------
+    mean
+        Mean of the counts with half a count added: below it the counts do not reach.
+    error
+        Standard error of the mean.
+    """
+
+    mean: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+
+def count_support(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: Any) -> tuple[Supported, Supported]:
+    """How well its own counts determine the mean of each group.
 
     The decoder learnt the mean of a group from the counts of that group, so it knows it no better
     than they do; the posterior of z does not hold this error. It is taken from the counts
     themselves, hence whatever the observation model. Half a count (half an open cell) is added, so
     that features never seen are not known exactly. The unit, which library sizes and cell and region
     factors set, is that in which the two groups together have the mean the model gives them.
+
+    A share of open cells has the variance that it would have if both groups shared one, where that
+    is larger: a group with few open cells by chance seems to be known too well.
 
     Parameters
     ----------
@@ -98,27 +116,27 @@ def count_error(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: Any)
     Returns
     -------
     tuple
-        Two arrays, (F,); zeros for a group of which nothing was measured.
+        Zeros for a group of which nothing was measured.
     """
-    groups = [_smoothed(found, site) for found in (tally1, tally2)]
-    seen = sum(rate for rate, _ in groups)
-    modelled = sum(mean for mean, found in ((mean1, tally1), (mean2, tally2)) if found.n_measured)
-    unit = modelled / np.maximum(seen, 1e-300)
-    first, second = (unit * error for _, error in groups)
+    tallies = (tally1, tally2)
+    seen = [_with_half_a_count(found, site) for found in tallies]
+    if site == "p" and tally1.n_measured and tally2.n_measured:
+        common = (seen[0].mean + seen[1].mean) / 2
+        errors = [np.sqrt(common * (1 - common) / found.n_measured) for found in tallies]
+        seen = [Supported(one.mean, np.maximum(one.error, error)) for one, error in zip(seen, errors, strict=True)]
+    modelled = sum(mean for mean, found in zip((mean1, mean2), tallies, strict=True) if found.n_measured)
+    unit = modelled / np.maximum(seen[0].mean + seen[1].mean, 1e-300)
+    first, second = (Supported(unit * one.mean, unit * one.error) for one in seen)
     return first, second
 
 
-def _smoothed(found: Tally, site: str) -> tuple[Any, Any]:
-    """Mean with half a count added, and its standard error; zeros where nothing was measured."""
+def _with_half_a_count(found: Tally, site: str) -> Supported:
     n = found.n_measured
     if n == 0:
-        return np.zeros_like(found.mean), np.zeros_like(found.mean)
+        return Supported(np.zeros_like(found.mean), np.zeros_like(found.mean))
     if site == "p":
         rate = (found.nonzero * n + 0.5) / (n + 1)
-        return rate, np.sqrt(rate * (1 - rate) / n)
-    # One count weighs, in scaled counts, as much as it does on average over the group's cells.
-    total = max(float(found.mean.sum()), 1.0)
-    half = 0.5 * SCALED_TOTAL / total / n
-    # The variance of half a Poisson count more, of the mean: (half a count) x (one count) / n.
-    extra = 0.5 * (SCALED_TOTAL / total) ** 2 / n
-    return found.normalized + half, np.sqrt((found.normalized_var + extra) / n)
+        return Supported(rate, np.sqrt(rate * (1 - rate) / n))
+    # What one count weighs, in scaled counts, in a cell of the group's mean total.
+    one = SCALED_TOTAL / max(float(found.mean.sum()), 1.0)
+    return Supported(found.normalized + 0.5 * one / n, np.sqrt((found.normalized_var + 0.5 * one**2 / n) / n))

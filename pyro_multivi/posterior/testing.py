@@ -130,7 +130,9 @@ class Request:
         n_draws = number_of_draws(1 if n_samples_overall is not None else n_samples, n_samples_overall)
         if n_draws < 2:
             raise ValueError(f"n_samples={n_draws} is not allowed: a test needs at least 2 draws.")
-        n_pairs = number_of_draws(m_permutation, None) if use_permutation else None
+        if isinstance(m_permutation, bool) or int(m_permutation) != m_permutation or m_permutation < 1:
+            raise ValueError(f"m_permutation={m_permutation!r} is not allowed: give a whole number of at least 1.")
+        n_pairs = int(m_permutation) if use_permutation else None
         batches1, batches2 = _batches(spec, batch_correction, batchid1, batchid2)
         most = max(len(batches1 or ()), len(batches2 or ()))
         if most > n_draws:
