@@ -12,6 +12,7 @@ from pyro_multivi.data.readers import read, read_10x_h5, read_10x_mtx
 from pyro_multivi.data.simulate import simulate_multiome
 from pyro_multivi.io import BrokenModelError
 from pyro_multivi.model import NotTrainedError
+from pyro_multivi.model_comparison import compare_models
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import TrainingDiverged
 
@@ -24,6 +25,7 @@ __all__ = [
     "TrainingDiverged",
     "__version__",
     "cell_lines",
+    "compare_models",
     "organize_multiome_anndatas",
     "read",
     "read_10x_h5",

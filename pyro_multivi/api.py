@@ -1,7 +1,8 @@
 """The analyst's door: AnnData or MuData in, arrays and frames out. Every method is thin.
 
 The class is put together in a chain: data, training and files in model.py, the latent state and the
-evidence in inferring.py, expression and accessibility in normalizing.py, the constructor here.
+evidence in inferring.py, expression and accessibility in normalizing.py, criticism in checking.py,
+differential tests in comparing.py, the constructor here.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from typing import Any
 
 import torch
 
+from pyro_multivi.comparing import ComparingModel
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.setup import setup_anndata, setup_mudata
 from pyro_multivi.data.spec import DataSpec
-from pyro_multivi.normalizing import NormalizingModel
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(NormalizingModel):
+class MULTIVI(ComparingModel):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters

@@ -85,7 +85,8 @@ def observed_against_replicated(
             ax.set(xscale="log", yscale="log")
         ends = [positive.min() if log and positive.size else both.min(), both.max()]
         ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
-    ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", fontsize="small", title_fontsize="small")
+    small = {"fontsize": "small", "title_fontsize": "small"}
+    ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
     name = statistic.replace("_", " ")
     return _label(ax, f"{name}, replicated", f"{name}, observed")
 

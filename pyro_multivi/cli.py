@@ -1,4 +1,4 @@
-"""Command line: ``pyro-multivi demo`` and ``pyro-multivi train``."""
+"""Command line: ``pyro-multivi demo``, ``train``, ``check`` and ``differential``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from pyro_multivi.api import MULTIVI
 from pyro_multivi.data.examples import cell_lines
 from pyro_multivi.data.readers import read
 from pyro_multivi.posterior.neighbours import neighbour_purity
+from pyro_multivi.report import check_and_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        run = {"demo": _demo, "train": _train}[options.command]
+        run = {"demo": _demo, "train": _train, "check": _check, "differential": _differential}[options.command]
         run(options)
-    except (ValueError, KeyError, OSError, ImportError, ArithmeticError) as error:
+    except (ValueError, KeyError, OSError, ImportError, ArithmeticError, MemoryError) as error:
         # What the library has to say is for the person who typed the command; a trace is not.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"pyro-multivi: {message}", file=sys.stderr)
@@ -68,6 +69,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--n-hidden", type=int)
     train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
     _add_training(train)
+
+    check = commands.add_parser("check", help="compare a trained model's replicates with the data")
+    check.add_argument("model", type=Path, help="folder of a saved model")
+    check.add_argument("data", nargs="?", help="its data, as for train; or demo for the built-in cells")
+    check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
+    check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
+    check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
+    check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
+    check.add_argument("--hidden-depth", default="observed", help="observed or prior: depth of a hidden modality")
+    check.add_argument("--seed", type=int, default=0)
+
+    differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
+    differential.add_argument("model", type=Path, help="folder of a saved model")
+    differential.add_argument("data", nargs="?", help="file of the cells; not needed if the folder holds the data")
+    differential.add_argument("--groupby", required=True, help="obs column of the groups")
+    differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: every group)")
+    differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
+    differential.add_argument(
+        "--modality",
+        choices=["expression", "accessibility"],
+        help="genes or regions (default: genes, if the model has any)",
+    )
+    differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
+    differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
+    differential.add_argument("--delta", type=float, help="least change that counts (default: 0.25 log2; 0.05 of p)")
+    differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
+    differential.add_argument("--batch-correction", action="store_true", help="decode both groups in the same batches")
+    differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
+    differential.add_argument("--seed", type=int, default=0)
+    differential.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
@@ -114,6 +146,67 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _analyse(model, data, options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    data = None
+    if options.data is not None:
+        built_in = options.data == "demo" and not Path(options.data).exists()
+        data = cell_lines() if built_in else read(options.data)
+    model = MULTIVI.load(options.model, data)
+    if model.adata is None:
+        raise ValueError(f"{str(options.model)!r} holds no data: give DATA, a file or 'demo' for the built-in cells.")
+    check, written = check_and_report(
+        model,
+        options.out,
+        labels=options.labels,
+        n_samples=options.n_samples,
+        held_out=not options.all_cells,
+        hidden_depth=options.hidden_depth,
+        seed=options.seed,
+    )
+    print(check)
+    print(f"written to {options.out}: {', '.join(written)}")
+
+
+def _differential(options: argparse.Namespace) -> None:
+    out: Path = options.out
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}.")
+    if out.suffix == ".parquet":
+        # Before the work, not after it.
+        require("pyarrow", "parquet")
+    model = MULTIVI.load(options.model, None if options.data is None else read(options.data))
+    if model.adata is None:
+        raise ValueError(f"{options.model} holds no data: give the file of the cells after it.")
+    modality = options.modality or ("expression" if model.spec.n_genes else "accessibility")
+    compare = model.differential_expression if modality == "expression" else model.differential_accessibility
+    table = compare(
+        groupby=options.groupby,
+        group1=options.group1,
+        group2=options.group2,
+        mode=options.mode,
+        delta="default" if options.delta is None else options.delta,
+        batch_correction=options.batch_correction,
+        fdr_target=options.fdr_target,
+        silent=options.quiet,
+        unit=options.unit,
+        n_samples=options.n_samples,
+        seed=options.seed,
+    )
+    # Features stand once for each comparison: as a column, they need not be unique.
+    table = table.rename_axis("feature").reset_index()
+    if out.suffix == ".csv":
+        table.to_csv(out, index=False)
+    else:
+        table.to_parquet(out, index=False)
+    called = next((name for name in table if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
+    for comparison, rows in table.groupby("comparison", sort=False):
+        found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
+        print(f"  {comparison}, {len(rows)} features{found}")
+    print(f"written to {out}")
 
 
 def _detected(adata: AnnData, min_fraction: float) -> AnnData:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pandas as pd
 
+from pyro_multivi.checking import CheckingModel
 from pyro_multivi.inferring import PREDICTION_BATCH
-from pyro_multivi.normalizing import NormalizingModel
 from pyro_multivi.posterior.asked import select_features
 from pyro_multivi.posterior.differential import compare_groups
 from pyro_multivi.posterior.groups import contrasts
 from pyro_multivi.posterior.testing import Request
 
 
-class ComparingModel(NormalizingModel):
+class ComparingModel(CheckingModel):
     """A model that tells in which genes and regions groups of cells differ."""
 
     def differential_expression(

@@ -148,7 +148,7 @@ def _check_comparable(
         ("regions", a.spec.region_names, b.spec.region_names),
     ):
         if set(left) != set(right):
-            raise ValueError(f"{pair} have different {what}, whose likelihoods cannot be compared: use the same {what}.")
+            raise ValueError(f"{pair} have different {what}: likelihoods of different counts cannot be compared.")
     libraries = a.program.config.library, b.program.config.library
     if libraries[0] != libraries[1]:
         raise ValueError(

@@ -105,13 +105,13 @@ def page(model: CheckingModel, check: PredictiveCheck, labels: str | None = None
         "<h2>Which statistics the model reproduces</h2>",
         f"<p class='help'>A replicate is what the model would have measured in the same cells; a good model puts "
         f"{check.level:.0%} of the observed values inside the central {check.level:.0%} of its replicates, and a "
-        f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside. Statistics of single cells "
-        "are easy to pass, because the depth and state of a cell are inferred from its own counts.</p>",
+        f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside. Statistics of single "
+        "cells are easy to pass, because the depth and state of a cell are inferred from its own counts.</p>",
         _table(_readable(summary), summary["fails"].tolist() if len(summary) else []),
         "<h2>Calibration in numbers</h2>",
-        "<p class='help'>ece is the mean gap between predicted and actual share of open regions, brier the mean squared "
-        "error of the probabilities (it should be below brier_of_region_rates, what a constant rate per region scores), "
-        "coverage_90 the share of counts inside 90 % intervals.</p>",
+        "<p class='help'>ece is the mean gap between predicted and actual share of open regions, brier the mean "
+        "squared error of the probabilities (it should be below brier_of_region_rates, what a constant rate per region "
+        "scores), coverage_90 the share of counts inside 90 % intervals.</p>",
         _table(_scores(check.scores)),
     ]
     for picture in pictures(model, check, labels):
@@ -125,8 +125,8 @@ def page(model: CheckingModel, check: PredictiveCheck, labels: str | None = None
         if len(table):
             parts += [
                 f"<h2>{name.capitalize()} reproduced worst</h2>",
-                f"<p class='help'>The {name} whose observed value lies farthest from the replicates, in widths of their "
-                "interval.</p>",
+                f"<p class='help'>The {name} whose observed value lies farthest from the replicates, in widths of "
+                "their interval.</p>",
                 _table(worst(table)),
             ]
     return "\n".join([*parts, "</body></html>"])
@@ -142,8 +142,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 f"{title}: observed against replicated",
-                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: points above "
-                "the line have more in the data than the model expects, points below less.",
+                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: points "
+                "above the line have more in the data than the model expects, points below less.",
                 [_panel(check_plots.observed_against_replicated, table, name, level=check.level) for name in names],
             )
         )
@@ -151,8 +151,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
             found.append(
                 Picture(
                     f"{title}: p-values",
-                    "Level bars are right; a peak at 0 means that the data exceed the replicates, at 1 that they fall short, "
-                    "in the middle that the model is more scattered than the data.",
+                    "Level bars are right; a peak at 0 means that the data exceed the replicates, at 1 that they fall "
+                    "short, in the middle that the model is more scattered than the data.",
                     [_panel(check_plots.p_value_histogram, table, name) for name in names],
                 )
             )
@@ -160,8 +160,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 "Counts of genes: rootogram",
-                "Blue bars hang from the orange curve of the model and should end on the zero line: a bar that ends above it "
-                "is a count rarer in the data than in the model, one that reaches below is more frequent.",
+                "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends above it is "
+                "a count rarer in the data than in the model, one that reaches below is more frequent.",
                 [_panel(check_plots.rootogram, check.histogram)],
             )
         )
@@ -169,8 +169,9 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 "Is predicted accessibility reliable?",
-                "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the black line are "
-                "right, points below it too confident that regions are open. Hidden accessibility was predicted from RNA.",
+                "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the black line "
+                "are right, points below it too confident that regions are open. Hidden accessibility was predicted "
+                "from RNA.",
                 [_panel(check_plots.calibration_curve, check.reliability)],
             )
         )
@@ -187,8 +188,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 "Predicted from the other modality, against measured",
-                "On the line the level of a feature is right; the colour (yellow is good) says whether the prediction also "
-                "knows in which cells it is high.",
+                "On the line the level of a feature is right; the colour (yellow is good) says whether the prediction "
+                "also knows in which cells it is high.",
                 [
                     _panel(check_plots.imputed_against_measured, check.imputed, modality)
                     for modality in pd.unique(check.imputed["modality"])
@@ -222,8 +223,8 @@ def _about_training(model: CheckingModel, labels: str | None) -> Picture:
 
     return Picture(
         "Training and latent space",
-        "Curves that still fall say that training was too short, a validation curve that rises that it was too long; the "
-        "right picture shows all cells in the two widest directions of the latent space.",
+        "Curves that still fall say that training was too short, a validation curve that rises that it was too long; "
+        "the right picture shows all cells in the two widest directions of the latent space.",
         [history, scatter],
     )
 

@@ -63,8 +63,8 @@ def test_check_writes_tables_and_one_page(trained, tmp_path, capsys):
 
 
 def test_check_of_all_cells_with_the_prior_for_hidden_depth(trained, tmp_path, capsys):
-    arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path), "--n-samples", "40"]
-    assert main([*arguments, "--all-cells", "--hidden-depth", "prior"]) == 0
+    arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path)]
+    assert main([*arguments, "--n-samples", "40", "--all-cells", "--hidden-depth", "prior"]) == 0
     assert "40 replicates of 100 cells" in capsys.readouterr().out
 
 

@@ -53,7 +53,8 @@ def _compare_statistics(
     everyone = Grouping("all", np.zeros(n, dtype=np.int64), ("all",))
     groupings = [everyone, *request.groupings]
     width = {site: len(request.feature_names[site]) for site in sites}
-    needed = sum(stats.FeatureSums.bytes_needed(site, len(g.names), s, width[site]) for g in groupings for site in sites)
+    n_groups = sum(len(grouping.names) for grouping in groupings)
+    needed = sum(stats.FeatureSums.bytes_needed(site, n_groups, s, width[site]) for site in sites)
     check_memory(
         needed, f"Statistics of {s} replicates of {sum(width.values())} features",
         ["fewer n_samples", "some genes and regions", "fewer groups"],

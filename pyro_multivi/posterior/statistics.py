@@ -240,7 +240,8 @@ class UserStatistic:
             value = np.asarray(found, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"statistics[{self.name!r}] returned {type(found).__name__}: return a number or a flat array of numbers."
+                f"statistics[{self.name!r}] returned {type(found).__name__}: return a number or a flat array of "
+                "numbers."
             ) from error
         if value.ndim > 1 or value.size == 0:
             raise ValueError(

@@ -45,7 +45,8 @@ def fit_guide(program: MultiVIProgram, cells: Cells, n_steps: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(n_steps):
         lot = torch.from_numpy(rng.random(len(cells)))
-        loss = elbo.differentiable_loss(program.model, program.guide, cells.replace(has_rna=lot > 0.3, has_atac=lot < 0.7))
+        some = cells.replace(has_rna=lot > 0.3, has_atac=lot < 0.7)
+        loss = elbo.differentiable_loss(program.model, program.guide, some)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -181,7 +182,7 @@ def test_observed_statistics_are_those_of_the_data(truth, check):
     counts = truth.adata.X.toarray()[truth.validation_indices]
     x, y = counts[:, :N_GENES], counts[:, N_GENES:]
     for name, value in (("mean", x.mean(0)), ("zero_fraction", (x == 0).mean(0)), ("variance", x.var(0, ddof=1))):
-        np.testing.assert_allclose(check.genes.query("statistic == @name")["observed"], value, rtol=1e-5)
+        np.testing.assert_allclose(check.genes.query(f"statistic == {name!r}")["observed"], value, rtol=1e-5)
     np.testing.assert_allclose(check.regions["observed"], y.mean(0), rtol=1e-6)
     depth = check.cells.query("statistic == 'expression_depth'")
     assert depth["cell"].tolist() == list(truth.adata.obs_names[truth.validation_indices])

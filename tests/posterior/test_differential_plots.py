@@ -1,0 +1,63 @@
+"""Pictures of differential tests: what they draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pyro_multivi import plots
+
+figure = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture
+def ax():
+    return figure.Figure().subplots()
+
+
+def test_volcano_draws_each_feature_once_by_its_call(fitted, ax):
+    table = fitted.differential_expression(groupby="cell_type", n_samples=100)
+    assert plots.volcano(table, "type_1 vs Rest", ax, n_labels=2) is ax
+    rows = table[table["group1"] == "type_1"]
+    hit = rows["is_de_fdr_0.05"]
+    sizes = [len(points.get_offsets()) for points in ax.collections]
+    expected = [(~hit).sum(), (hit & (rows["lfc_mean"] > 0)).sum(), (hit & (rows["lfc_mean"] <= 0)).sum()]
+    assert sizes == expected
+    assert sum(sizes[1:]) > 1
+    written = {text.get_text() for text in ax.texts}
+    assert rows["lfc_mean"][hit].idxmax() in written
+    assert len(written) <= 2
+    assert "group 1 over group 2" in ax.get_xlabel()
+
+
+def test_volcano_of_cells_given_by_hand(fitted, ax):
+    table = fitted.differential_accessibility(idx1=np.arange(40), n_samples=100)
+    plots.volcano(table, ax=ax)
+    assert sum(len(points.get_offsets()) for points in ax.collections) == len(table)
+
+
+def test_top_features_draws_the_strongest_of_each_group(fitted, ax):
+    table = fitted.differential_expression(groupby="cell_type", n_samples=100)
+    assert plots.top_features(table, n=2, ax=ax) is ax
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    expected = []
+    for name in table["comparison"].unique():
+        rows = table[(table["comparison"] == name) & table["is_de_fdr_0.05"] & (table["lfc_mean"] > 0)]
+        expected += list(rows["lfc_mean"].nlargest(2).index)
+    assert labels == expected
+
+
+def test_what_cannot_be_drawn_is_said(fitted, ax):
+    table = fitted.differential_expression(groupby="cell_type", n_samples=100)
+    with pytest.raises(ValueError, match="comparison=None is not in the table: choose one of"):
+        plots.volcano(table, ax=ax)
+    with pytest.raises(ValueError, match="comparison='B vs T' is not in the table"):
+        plots.volcano(table, "B vs T", ax)
+    with pytest.raises(ValueError, match="holds a single one without a name"):
+        plots.volcano(table.drop(columns=["comparison"]), "B vs T", ax)
+    vanilla = fitted.differential_expression(groupby="cell_type", mode="vanilla", n_samples=100)
+    for draw in (plots.volcano, plots.top_features):
+        with pytest.raises(ValueError, match="table holds no changes and calls"):
+            draw(vanilla, ax=ax)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.top_features(table.assign(**{"is_de_fdr_0.05": False}), ax=ax)

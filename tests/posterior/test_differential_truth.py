@@ -1,0 +1,126 @@
+"""Differential tests against what is known: simulated truth, cells of one kind, markers of cell lines."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+import pyro_multivi as pm
+
+pytestmark = pytest.mark.slow
+
+N_GENES, N_REGIONS = 200, 400
+SEEDS = (0, 1, 2)
+DELTA = {"rho": 0.25, "p": 0.05}
+PROBABILITY = {"rho": "proba_de", "p": "prob_da"}
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Models of 400 paired, 100 RNA-only and 100 ATAC-only cells of four types, for three seeds."""
+    models = []
+    for seed in SEEDS:
+        adata = pm.simulate_multiome((400, 100, 100), N_GENES, N_REGIONS, seed=seed)
+        pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+        model = pm.MULTIVI(adata, n_hidden=32, n_latent=5, gene_likelihood="nb")
+        with torch.random.fork_rng():
+            model.train(80, lr=5e-3, batch_size=32, n_epochs_kl_warmup=10, progress_bar=False)
+        models.append(model)
+    return models
+
+
+def compare(model, site, **arguments):
+    if site == "rho":
+        return model.differential_expression(**arguments)
+    return model.differential_accessibility(**arguments)
+
+
+def true_change(adata, site, first, second):
+    truth = adata.obsm["true_rho" if site == "rho" else "true_p"]
+    means = truth[first].mean(0), truth[second].mean(0)
+    return np.log2(means[0]) - np.log2(means[1]) if site == "rho" else means[0] - means[1]
+
+
+def one_against_rest(model, site, **arguments):
+    """(probability, called, truly changed) of every feature, for each type against the rest."""
+    names = list(model.spec.gene_names if site == "rho" else model.spec.region_names)
+    types = model.adata.obs["cell_type"].to_numpy().astype(str)
+    table = compare(model, site, groupby="cell_type", **arguments)
+    for group, rows in table.groupby("group1"):
+        rows = rows.loc[names]
+        called = rows["is_de_fdr_0.05" if site == "rho" else "is_da_fdr"].to_numpy(dtype=bool)
+        changed = np.abs(true_change(model.adata, site, types == group, types != group)) >= DELTA[site]
+        yield rows[PROBABILITY[site]].to_numpy(), called, changed
+
+
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_false_discoveries_stay_near_the_target(simulated, site):
+    report, rates = [], []
+    for seed, model in zip(SEEDS, simulated, strict=True):
+        _, called, changed = (np.concatenate(part) for part in zip(*one_against_rest(model, site), strict=True))
+        rate, power = (called & ~changed).sum() / max(1, called.sum()), (called & changed).sum() / changed.sum()
+        report.append(f"seed {seed}: FDR {rate:.3f}, power {power:.3f}, {called.sum()} called")
+        rates.append(rate)
+        assert power > 0.2, report
+    print(site, *report, sep="\n")
+    assert np.mean(rates) <= 0.1, report
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_cells_of_one_kind_do_not_differ(simulated, site, unit):
+    for seed, model in zip(SEEDS, simulated, strict=True):
+        rng = np.random.default_rng(seed)
+        for group in ("type_0", "type_1"):
+            cells = rng.permutation(np.flatnonzero(model.adata.obs["cell_type"] == group))
+            half = len(cells) // 2
+            table = compare(model, site, idx1=cells[:half], idx2=cells[half:], unit=unit)
+            share = table["is_de_fdr_0.05" if site == "rho" else "is_da_fdr"].mean()
+            assert share <= 0.01, f"seed {seed}, {group}: {share:.3f} called"
+
+
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_probabilities_mean_what_they_say(simulated, site):
+    every = [part for model in simulated for part in one_against_rest(model, site)]
+    probability = np.concatenate([part[0] for part in every])
+    changed = np.concatenate([part[2] for part in every])
+    edges = np.linspace(0, 1, 6)
+    table, gaps = [], []
+    for low, high in zip(edges, edges[1:], strict=False):
+        rows = (probability >= low) & (probability <= high if high == 1 else probability < high)
+        if rows.sum() >= 50:
+            said, true = probability[rows].mean(), changed[rows].mean()
+            table.append(f"{low:.1f}-{high:.1f}: said {said:.3f}, true {true:.3f} of {rows.sum()}")
+            gaps.append((rows.sum(), abs(said - true)))
+    print(site, *table, sep="\n")
+    weight, gap = (np.array(part, dtype=float) for part in zip(*gaps, strict=True))
+    assert np.average(gap, weights=weight) <= 0.1, table
+
+
+MARKERS = {
+    "K562": ("HBG1", "HBZ"), "GM12878": ("MS4A1", "CD74"), "H1": ("L1TD1", "LIN28B"), "BJ": ("COL1A1", "COL1A2")
+}  # fmt: skip
+
+
+def test_known_markers_of_cell_lines(shared_data):
+    adata = anndata.read_h5ad(shared_data / "snare_cell_lines.h5ad")
+    detected = np.asarray((adata.X > 0).mean(0)).ravel() >= 0.01
+    genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    adata = adata[:, genes & detected].copy()
+    pm.MULTIVI.setup_anndata(adata)
+    model = pm.MULTIVI(adata)
+    with torch.random.fork_rng():
+        model.train(40, lr=2e-3, progress_bar=False)
+    table = model.differential_expression(groupby="cell_type")
+    report = []
+    for line, markers in MARKERS.items():
+        rows = table[(table["group1"] == line) & table["is_de_fdr_0.05"]].sort_values("lfc_mean", ascending=False)
+        for marker in markers:
+            if marker in adata.var_names:
+                rank = list(rows.index).index(marker) + 1 if marker in rows.index else None
+                report.append((line, marker, rank, len(rows)))
+    print(*report, sep="\n")
+    assert len(report) >= 6, report
+    assert all(rank is not None and rank <= 0.05 * adata.n_vars for _, _, rank, _ in report), report
