@@ -56,7 +56,8 @@ def main() -> None:
                     task = {"system": system, "data": f"{folder}/data", **vars(options), "out": None}
                     outcome = start([python, Path(__file__)], task, options)
                     records.append({"system": system, "n_regions": n_regions, "round": number, **outcome._asdict()})
-                    print(f"{n_regions} regions, round {number}, {system}: {outcome.result or outcome.detail}", flush=True)
+                    told = outcome.result or outcome.detail
+                    print(f"{n_regions} regions, round {number}, {system}: {told}", flush=True)
             print(render(records, n_regions), flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(records, indent=1), encoding="utf-8")
@@ -72,11 +73,15 @@ def render(records: list[dict[str, Any]], n_regions: int) -> str:
     """Medians over rounds, and the median of the ratios within rounds."""
     lines = [f"\n{n_regions} regions", "| | seconds | peak memory, MB | peer / it |", "|---|---|---|---|"]
     mine = [record for record in records if record["n_regions"] == n_regions]
-    peer = {record["round"]: record["result"] for record in mine if record["system"] == "peer" and record["result"]}
+
+    def results(system: str) -> dict[int, Any]:
+        return {one["round"]: one["result"] for one in mine if one["system"] == system and one["result"]}
+
+    peer = results("peer")
     for system in SYSTEMS:
-        found = {record["round"]: record["result"] for record in mine if record["system"] == system and record["result"]}
+        found = results(system)
         if not found:
-            why = next((record["failed"] for record in mine if record["system"] == system), "not run")
+            why = next((one["failed"] for one in mine if one["system"] == system), "not run")
             lines.append(f"| {system} | {why} | | |")
             continue
         ratios = [peer[number]["seconds"] / result["seconds"] for number, result in found.items() if number in peer]

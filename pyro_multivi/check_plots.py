@@ -36,7 +36,8 @@ def observed_against_replicated(
     level
         Probability of the table's intervals; points outside are orange triangles.
     log
-        Logarithmic axes; default: where values are positive and span more than a factor of 30.
+        Logarithmic axes, linear next to zero; default: where positive values span
+        more than a factor of 30.
 
     Raises
     ------
@@ -80,10 +81,13 @@ def observed_against_replicated(
     if both.size:
         positive = both[both > 0]
         if log is None:
-            log = bool(both.min() > 0 and both.max() > 30 * both.min())
+            log = bool(positive.size and both.min() >= 0 and positive.max() > 30 * positive.min())
         if log and positive.size:
-            ax.set(xscale="log", yscale="log")
-        ends = [positive.min() if log and positive.size else both.min(), both.max()]
+            # Zeros have a place of their own, a decade below all but the very smallest values.
+            least = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.02)))
+            ax.set_xscale("symlog", linthresh=least)
+            ax.set_yscale("symlog", linthresh=least)
+        ends = [both.min(), both.max()]
         ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
     small = {"fontsize": "small", "title_fontsize": "small"}
     ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
@@ -91,7 +95,7 @@ def observed_against_replicated(
     return _label(ax, f"{name}, replicated", f"{name}, observed")
 
 
-def rootogram(histogram: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -> Axes:
     """Hanging rootogram (Tukey): bars of observed counts hang from what the model expects.
 
     Parameters
@@ -100,8 +104,11 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ``histogram`` of a :class:`~pyro_multivi.posterior.check.PredictiveCheck`.
     ax
         Where to draw; default: a new figure.
+    start
+        Smallest count shown: zeros may dwarf all others.
     """
     ax = _axes(ax)
+    histogram = histogram[histogram["count"] >= start]
     count = histogram["count"].to_numpy()
     observed, expected, lower, upper = (
         np.sqrt(histogram[name].to_numpy()) for name in ("observed", "replicated", "lower", "upper")
@@ -110,11 +117,9 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.fill_between(count, lower, upper, color=_ORANGE, alpha=0.3, linewidth=0)
     ax.plot(count, expected, color=_ORANGE, marker="o", markersize=4, label="replicated")
     ax.axhline(0, color="black", linewidth=1)
-    ticks = count[::5] if len(count) > 10 else count
-    labels = [str(tick) for tick in ticks]
-    if count[-1] not in ticks:
-        ticks, labels = [*ticks, count[-1]], [*labels, f"{count[-1]}+"]
-    ax.set_xticks(ticks, labels)
+    every = 1 if len(count) <= 10 else 5
+    ticks = [tick for tick in count.tolist() if tick % every == 0 and tick + every / 2 < count[-1]]
+    ax.set_xticks([*ticks, count[-1]], [*map(str, ticks), f"{count[-1]}+"])
     ax.legend(frameon=False)
     return _label(ax, "count", "square root of how often it occurs")
 
@@ -149,7 +154,8 @@ def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: 
         )
     end = max(0.05, float(shown[["predicted", "observed"]].to_numpy().max()) if len(shown) else 1.0)
     ax.plot([0, end], [0, end], color="black", linewidth=1)
-    ax.legend(frameon=False)
+    if len(shown):
+        ax.legend(frameon=False)
     return _label(ax, "predicted probability of being open", "share open")
 
 
@@ -164,7 +170,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
         Where to draw; default: a new figure.
     """
     ax = _axes(ax)
-    for place, (setting, part) in enumerate(coverage.groupby("setting", sort=False)):
+    for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
         ax.plot(
             part["nominal"],
             part["covered"],
@@ -172,7 +178,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
             linestyle=_STYLES[place % 4],
             marker=_MARKERS[place % 4],
             markersize=4,
-            label=str(setting),
+            label=f"{setting}, {counts}",
         )
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
     ax.legend(frameon=False)
@@ -232,7 +238,7 @@ def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = Non
     ax = _axes(ax)
     p = table.loc[table["statistic"] == statistic, "p_value"].dropna()
     edges = np.linspace(0, 1, 21)
-    ax.hist(p, edges, color=PALETTE[4], edgecolor="white")
+    ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
     return _label(ax, f"p-value, {statistic.replace('_', ' ')}", "number")

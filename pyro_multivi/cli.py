@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     differential.add_argument("model", type=Path, help="folder of a saved model")
     differential.add_argument("data", nargs="?", help="file of the cells; not needed if the folder holds the data")
     differential.add_argument("--groupby", required=True, help="obs column of the groups")
-    differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: every group)")
+    differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")
     differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
     differential.add_argument(
         "--modality",
@@ -202,7 +202,7 @@ def _differential(options: argparse.Namespace) -> None:
         table.to_csv(out, index=False)
     else:
         table.to_parquet(out, index=False)
-    called = next((name for name in table if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
+    called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
     for comparison, rows in table.groupby("comparison", sort=False):
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
         print(f"  {comparison}, {len(rows)} features{found}")

@@ -105,13 +105,15 @@ def page(model: CheckingModel, check: PredictiveCheck, labels: str | None = None
         "<h2>Which statistics the model reproduces</h2>",
         f"<p class='help'>A replicate is what the model would have measured in the same cells; a good model puts "
         f"{check.level:.0%} of the observed values inside the central {check.level:.0%} of its replicates, and a "
-        f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside. Statistics of single "
-        "cells are easy to pass, because the depth and state of a cell are inferred from its own counts.</p>",
+        f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside, beyond "
+        "chance. Statistics of single cells are easy to pass, because the depth and "
+        "state of a cell are inferred from its own counts.</p>",
         _table(_readable(summary), summary["fails"].tolist() if len(summary) else []),
         "<h2>Calibration in numbers</h2>",
         "<p class='help'>ece is the mean gap between predicted and actual share of open regions, brier the mean "
         "squared error of the probabilities (it should be below brier_of_region_rates, what a constant rate per region "
-        "scores), coverage_90 the share of counts inside 90 % intervals.</p>",
+        "scores), coverage_90 the share of counts inside 90 % intervals, of all counts and of those whose "
+        "expectation is at least 1.</p>",
         _table(_scores(check.scores)),
     ]
     for picture in pictures(model, check, labels):
@@ -142,8 +144,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 f"{title}: observed against replicated",
-                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: points "
-                "above the line have more in the data than the model expects, points below less.",
+                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: "
+                "points above the line have more in the data than the model expects, points below less.",
                 [_panel(check_plots.observed_against_replicated, table, name, level=check.level) for name in names],
             )
         )
@@ -160,18 +162,18 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 "Counts of genes: rootogram",
-                "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends above it is "
-                "a count rarer in the data than in the model, one that reaches below is more frequent.",
-                [_panel(check_plots.rootogram, check.histogram)],
+                "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends "
+                "above it is a count rarer in the data than in the model, one that reaches below is more frequent.",
+                [_panel(check_plots.rootogram, check.histogram, start=start) for start in (0, 2)],
             )
         )
     if len(check.reliability):
         found.append(
             Picture(
                 "Is predicted accessibility reliable?",
-                "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the black line "
-                "are right, points below it too confident that regions are open. Hidden accessibility was predicted "
-                "from RNA.",
+                "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the "
+                "black line are right, points below it too confident that regions are open. Hidden accessibility was "
+                "predicted from RNA.",
                 [_panel(check_plots.calibration_curve, check.reliability)],
             )
         )
@@ -179,8 +181,8 @@ def pictures(model: CheckingModel, check: PredictiveCheck, labels: str | None = 
         found.append(
             Picture(
                 "Are intervals of expression wide enough?",
-                "A curve below the line means intervals that are too narrow, above it too wide; hidden expression was "
-                "predicted from accessibility.",
+                "A curve below the line means intervals that are too narrow, above it too wide; where most counts are "
+                "0 any model is right, so look at counts expected to be at least 1.",
                 [_panel(check_plots.coverage_curve, check.coverage)],
             )
         )
@@ -257,7 +259,7 @@ def _verdict(summary: pd.DataFrame) -> str:
     if not len(summary):
         return ""
     whole = summary[~summary["table"].str.contains(" by ")]
-    failed = [f"{row.statistic} ({row.table})" for row in whole.itertuples() if row.fails]
+    failed = [f"{row['statistic']} ({row['table']})" for row in whole.to_dict("records") if row["fails"]]
     if not failed:
         return "<strong>No statistic fails.</strong>"
     return f"<strong>{len(failed)} of {len(whole)} statistics fail:</strong> {html.escape(', '.join(failed))}."
@@ -276,9 +278,9 @@ def _readable(summary: pd.DataFrame) -> pd.DataFrame:
 def _scores(scores: pd.DataFrame) -> pd.DataFrame:
     if not len(scores):
         return scores
-    wide = scores.pivot(index="setting", columns="score", values="value")
-    order = list(pd.unique(scores["score"]))
-    return wide.reindex(index=pd.unique(scores["setting"]), columns=order).reset_index()
+    wide = scores.pivot(index="score", columns="setting", values="value")
+    wide = wide.reindex(index=pd.unique(scores["score"]), columns=pd.unique(scores["setting"]))
+    return wide.reset_index(names="score")
 
 
 def _table(frame: pd.DataFrame, shaded: Sequence[bool] = ()) -> str:

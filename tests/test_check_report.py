@@ -108,7 +108,7 @@ def test_pictures_draw_into_the_axes_given(ax):
     reliability = pd.DataFrame({"setting": ["a", "a", "b"], "n": [500, 5, 500], "predicted": [0.1, 0.2, 0.1],
                                 "observed": [0.1, 0.9, 0.2]})  # fmt: skip
     assert check_plots.calibration_curve(reliability, ax) is ax
-    coverage = pd.DataFrame({"setting": "a", "nominal": [0.5, 0.9], "covered": [0.6, 0.9]})
+    coverage = pd.DataFrame({"setting": "a", "counts": "all", "nominal": [0.5, 0.9], "covered": [0.6, 0.9]})
     assert check_plots.coverage_curve(coverage, ax) is ax
     assert check_plots.p_value_histogram(table([0.1, 0.9]), "mean", ax) is ax
     imputed = pd.DataFrame({"modality": "expression", "feature": ["g1", "g2"], "measured": [1.0, 2.0],
@@ -119,7 +119,7 @@ def test_pictures_draw_into_the_axes_given(ax):
 
 
 def test_settings_are_told_apart_without_colour(ax):
-    coverage = pd.DataFrame({"setting": ["a", "b", "c"], "nominal": 0.5, "covered": [0.4, 0.5, 0.6]})
+    coverage = pd.DataFrame({"setting": ["a", "b", "c"], "counts": "all", "nominal": 0.5, "covered": [0.4, 0.5, 0.6]})
     check_plots.coverage_curve(coverage, ax)
     looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:3]}
     assert len(looks) == 3

@@ -281,6 +281,31 @@ def test_training_again_goes_on(build):
     assert not np.array_equal(curves(model)["train_loss"][2:4], first["train_loss"])
 
 
+def test_order_and_noise_are_new_when_training_goes_on_and_under_another_seed(build, monkeypatch):
+    orders, seeds, whole = [], [], pm.MultiVIProgram.guide
+
+    def watched(program, cells):
+        if program.training:
+            orders.append(tuple(cells.index.tolist()))
+            seeds.append(torch.initial_seed())
+        return whole(program, cells)
+
+    monkeypatch.setattr(pm.MultiVIProgram, "guide", watched)
+    model = train(build(), 1, batch_size=60, train_size=1.0)
+    train(model, 1, batch_size=60)
+    train(build(), 1, batch_size=60, train_size=1.0, seed=5)
+    # The first minibatch of each call; all hold the same cells.
+    assert len(orders) == 3
+    assert len(set(orders)) == len(set(seeds)) == 3
+    assert len({frozenset(order) for order in orders}) == 1
+
+
+def test_a_warm_up_by_steps_goes_on_too(build):
+    model = train(build(), 2, n_steps_kl_warmup=16)  # 4 minibatches of 54 cells
+    train(model, 1, n_steps_kl_warmup=16)
+    np.testing.assert_allclose(curves(model)["kl_weight"], [3 / 16, 7 / 16, 11 / 16])
+
+
 def test_training_again_keeps_the_moments_and_takes_the_new_rate(build):
     model = train(build(), 2)
     steps = [state["step"].item() for state in model._optimizer_state["state"].values()]

@@ -12,6 +12,8 @@ from torch import Tensor
 EDGES = (np.arange(21) / 20) ** 2
 #: Nominal probabilities of the intervals of expression.
 LEVELS = tuple(round(0.05 * step, 2) for step in range(2, 20))
+#: Of which counts coverage is told.
+COUNTS = ("all", "expected at least 1")
 
 
 class Reliability:
@@ -69,28 +71,46 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self._covered = np.zeros(len(LEVELS))
-        self._n = 0
+        self._covered = {name: np.zeros(len(LEVELS)) for name in COUNTS}
+        self._n = dict.fromkeys(COUNTS, 0)
 
-    def add(self, below: NDArray[np.float64], equal: NDArray[np.float64], n_samples: int) -> None:
-        """Take numbers of replicates below and equal to measured counts, (B, G) each."""
+    def add(
+        self,
+        below: NDArray[np.float64],
+        equal: NDArray[np.float64],
+        n_samples: int,
+        expected: NDArray[np.float64],
+    ) -> None:
+        """Take numbers of replicates below and equal to measured counts, and expected counts, (B, G) each."""
         start, end = below / (n_samples + 1), (below + equal + 1) / (n_samples + 1)
+        # Chosen by the prediction, never by the count itself, which would spoil the probabilities.
+        chosen = dict(zip(COUNTS, (np.ones(below.shape, dtype=bool), expected >= 1), strict=True))
         for place, level in enumerate(LEVELS):
             inside = np.minimum(end, (1 + level) / 2) - np.maximum(start, (1 - level) / 2)
-            self._covered[place] += float((inside.clip(min=0) / (end - start)).sum())
-        self._n += below.size
+            share = inside.clip(min=0) / (end - start)
+            for name, which in chosen.items():
+                self._covered[name][place] += float(share[which].sum())
+        for name, which in chosen.items():
+            self._n[name] += int(which.sum())
 
     def curve(self) -> pd.DataFrame:
-        """Nominal probability and share covered."""
-        return pd.DataFrame({"nominal": LEVELS, "covered": self._covered / self._n, "n": self._n})
+        """Nominal probability and share covered, of all counts and of those expected to be at least 1."""
+        frames = [
+            pd.DataFrame({"counts": name, "nominal": LEVELS, "covered": self._covered[name] / n, "n": n})
+            for name, n in self._n.items()
+            if n
+        ]
+        return pd.concat(frames, ignore_index=True)
 
     def scores(self) -> dict[str, float]:
-        """Coverage of the 90 % interval, and the largest gap over all levels."""
-        covered = self._covered / self._n
-        return {
-            "coverage_90": float(covered[LEVELS.index(0.9)]),
-            "largest_coverage_gap": float(np.abs(covered - LEVELS).max()),
-        }
+        """Coverage of the 90 % interval, and the largest gap over all levels; also of counts that are not mostly 0."""
+        found = {}
+        for (name, n), suffix in zip(self._n.items(), ("", "_expected_1"), strict=True):
+            if n:
+                covered = self._covered[name] / n
+                found[f"coverage_90{suffix}"] = float(covered[LEVELS.index(0.9)])
+                found[f"largest_coverage_gap{suffix}"] = float(np.abs(covered - LEVELS).max())
+        return found
 
 
 class Imputation:
@@ -160,6 +180,6 @@ class Judge:
         self.n_cells += len(counts)
         self.imputation.add(mean, counts)
         if isinstance(self.scale, Coverage):
-            self.scale.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples)
+            self.scale.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples, mean)
         else:
             self.scale.add(mean, counts)

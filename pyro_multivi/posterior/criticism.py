@@ -128,17 +128,17 @@ def _tabulate(
             for code, name in enumerate(grouping.names):
                 if observed.n_cells[code] < 2:
                     continue
-                both = [
+                data, model = (
                     {key: value for key, value in part.statistics(code).items() if key in request.statistics}
                     for part in (observed, replicated)
-                ]
+                )
                 kind = stats.feature_kind(site)
                 names = list(request.feature_names[site])
                 if grouping.by == "all":
-                    setattr(check, f"{kind}s", stats.compare_all(*both, {kind: names}, request.level))
+                    setattr(check, f"{kind}s", stats.compare_all(data, model, {kind: names}, request.level))
                 else:
                     labels = {"by": grouping.by, "group": name, "feature": names}
-                    groups.append(stats.compare_all(*both, labels, request.level))
+                    groups.append(stats.compare_all(data, model, labels, request.level))
         rows = measured_n[site]
         observed_t, replicated_t = (
             {key: value[:, rows] for key, value in part.totals.items() if key in request.statistics}

@@ -33,7 +33,7 @@ _LEAST_PSEUDOCOUNT = 1e-10
 
 
 @dataclass(frozen=True)
-class Tested:
+class Comparison:
     """One comparison: statistics by name, each (f,), with what was estimated for it."""
 
     statistics: Statistics
@@ -139,7 +139,7 @@ def estimated_delta(change: NDArray[np.float64], least: float) -> float:
     return max(least, 0.6 * float(np.mean(np.abs([loc.min(), loc.max()]))))
 
 
-def _test(source: Source, contrast: Contrast, tallies: tuple[Tally, Tally], request: Request) -> Tested:
+def _test(source: Source, contrast: Contrast, tallies: tuple[Tally, Tally], request: Request) -> Comparison:
     batches1, batches2 = _decoded_in(source.table, contrast, request)
     pool1 = source.draw(contrast.index1, batches1, 1)
     pool2 = source.draw(contrast.index2, batches2, 2)
@@ -150,24 +150,25 @@ def _test(source: Source, contrast: Contrast, tallies: tuple[Tally, Tally], requ
         order = _order(source, request, batches1, batches2)
         pairs = Pairs(pool1, pool2, request.features, order)
         if request.mode == "vanilla":
-            return Tested(pairs.exceeding(), tallies, np.nan, pseudocounts)
+            return Comparison(pairs.exceeding(), tallies, np.nan, pseudocounts)
         delta = request.delta
         if delta is None:
             delta = estimated_delta(pairs.mean_change(request.change, pseudocounts), request.change.least_delta)
-        return Tested(pairs.changing(_question(request, delta, pseudocounts)), tallies, delta, pseudocounts)
+        return Comparison(pairs.changing(_question(request, delta, pseudocounts)), tallies, delta, pseudocounts)
     return _test_means(Pairs(pool1, pool2, None), contrast, tallies, request, pseudocounts)
 
 
 def _test_means(
     pairs: Pairs, contrast: Contrast, tallies: tuple[Tally, Tally], request: Request, pseudocounts: float
-) -> Tested:
+) -> Comparison:
     """Means of groups. All features are looked at, so that a result does not depend on which are asked for."""
     moments = pairs.moments()
     means = (moments["mean1"], moments["mean2"])
     least: tuple[Any, Any] = (0.0, 0.0)
     counts: tuple[Any, Any] = (0.0, 0.0)
     if request.calibrated:
-        support = count_support(*tallies, request.site, *means)
+        additive = request.mode == "vanilla" or request.change.name == "difference"
+        support = count_support(*tallies, request.site, *means, additive)
         least, counts = (support[0].mean, support[1].mean), (support[0].error, support[1].error)
     n_cells = (min(len(contrast.index1), request.n_samples), min(len(contrast.index2), request.n_samples))
     errors = mean_errors(moments, n_cells, counts)
@@ -184,7 +185,7 @@ def _test_means(
         question = _question(request, delta, pseudocounts)
         statistics = describe(changes, question, request.n_samples, rng)
     statistics = {"mean1": means[0], "mean2": means[1], **statistics}
-    return Tested({name: _asked(values, request) for name, values in statistics.items()}, tallies, delta, pseudocounts)
+    return Comparison({name: _asked(values, request) for name, values in statistics.items()}, tallies, delta, pseudocounts)
 
 
 def _question(request: Request, delta: float, pseudocounts: float) -> Question:
@@ -224,7 +225,7 @@ def _order(
         sizes = source.strata(len(batches1 or (0,))) if same else [n]
         ends = np.cumsum(sizes)
         stratum = rng.choice(len(sizes), request.n_pairs, p=np.array(sizes) / n)
-        low, high = (ends - sizes)[stratum], ends[stratum]
+        low, high = (ends - np.array(sizes))[stratum], ends[stratum]
         order = (rng.integers(low, high), rng.integers(low, high))
     first, second = (torch.from_numpy(part).to(source.device) for part in order)
     return first, second
@@ -268,7 +269,7 @@ def _verdict(statistics: Statistics, request: Request) -> tuple[Any, Any]:
     return m1, np.log(m1 + _RATIO_OFFSET) - np.log(1 - m1 + _RATIO_OFFSET)
 
 
-def _expression_table(tested: Tested, request: Request, names: Sequence[str]) -> pd.DataFrame:
+def _expression_table(tested: Comparison, request: Request, names: Sequence[str]) -> pd.DataFrame:
     found = tested.statistics
     m1, bayes_factor = _verdict(found, request)
     if request.mode == "vanilla":
@@ -294,7 +295,7 @@ def _expression_table(tested: Tested, request: Request, names: Sequence[str]) ->
     return pd.DataFrame(columns, index=pd.Index(list(names))).iloc[order]
 
 
-def _accessibility_table(tested: Tested, request: Request, names: Sequence[str]) -> pd.DataFrame:
+def _accessibility_table(tested: Comparison, request: Request, names: Sequence[str]) -> pd.DataFrame:
     found = tested.statistics
     m1, bayes_factor = _verdict(found, request)
     if request.mode == "vanilla":

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from pyro_multivi.posterior.exceedance import BLOCK, Change, Question, Statistics
+from pyro_multivi.posterior.exceedance import Change, Question, Statistics
+from pyro_multivi.posterior.normalization import BLOCK
 from pyro_multivi.posterior.shrinkage import Changes
 
 Array = NDArray[np.float64]

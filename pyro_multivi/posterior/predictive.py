@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, model_trace
@@ -170,27 +171,26 @@ def sample_replicates(
 
 
 def masked_replicates(
-    program: MultiVIProgram, minibatches: Iterable[Cells], n_samples: int, seed: int = 0
+    program: MultiVIProgram, minibatches: Minibatches, n_samples: int, seed: int = 0
 ) -> Iterator[sp.csr_matrix]:
     """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where nothing was measured."""
-    minibatches = list(minibatches)
     for number in range(n_samples):
-        rows = []
+        rows: list[sp.csr_matrix] = []
         for cells in minibatches:
             # One draw, of another seed each time, so that a single replicate is in memory.
             one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
             (_, found) = next(replicate(program, cells, 1, one))
             parts = [found[site].values[0] * counts_of(cells, site)[1][:, None] for site in found]
-            rows.append(sp.hstack([sp.csr_matrix(part.cpu().numpy()) for part in parts], format="csr"))
+            rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
         yield sp.vstack(rows, format="csr")
 
 
 def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp.csr_matrix:
     """Measured counts as :func:`masked_replicates` lays them out."""
-    rows = []
+    rows: list[sp.csr_matrix] = []
     for cells in minibatches:
         parts = [counts_of(cells, site)[0] for site in observed_sites(program)]
-        rows.append(sp.hstack([sp.csr_matrix(part.cpu().numpy()) for part in parts], format="csr"))
+        rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
     return sp.vstack(rows, format="csr")
 
 
@@ -224,8 +224,7 @@ def _dense(counts: Tensor) -> Tensor:
 def _with_site(latents: Latents, other: Latents, site: str) -> Latents:
     """The same latents but for one site."""
     trace = latents.trace.copy()
-    if site in trace.nodes:
-        node = dict(trace.nodes[site])
-        node["value"] = other.trace.nodes[site]["value"]
-        trace.nodes[site] = node
+    nodes: Any = trace.nodes
+    if site in nodes:
+        nodes[site] = {**nodes[site], "value": other.trace.nodes[site]["value"]}
     return Latents(trace, latents.n_samples)

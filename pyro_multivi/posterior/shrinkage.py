@@ -24,8 +24,6 @@ _ITERATIONS = 200
 # Stephens' penalty: as if so many features more had been seen not to change, which keeps the
 # share of those from being understated.
 _NULL_FEATURES = 10.0
-# Factors by which standard errors may turn out too small.
-_INFLATIONS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,11 @@ def as_estimated(change: Array, error: Array) -> Changes:
 def shrunk(change: Array, error: Array, rng: np.random.Generator) -> Changes:
     r"""Posteriors under a prior learnt from all features.
 
-    .. math:: \hat\Delta_j \sim Normal(\Delta_j, \lambda^2 s_j^2), \quad
+    .. math:: \hat\Delta_j \sim Normal(\Delta_j, s_j^2), \quad
         \Delta_j \sim \sum_k \pi_k Normal(0, \sigma_k^2)
 
     The weights come from expectation maximisation on a fixed grid of widths, the narrowest of which
-    stands for no change; the inflation of the errors, at least 1, is that of highest likelihood.
+    stands for no change.
 
     Parameters
     ----------
@@ -114,9 +112,8 @@ def shrunk(change: Array, error: Array, rng: np.random.Generator) -> Changes:
     seen, error_seen = change[usable], np.maximum(error[usable], 1e-12)
     widest = 2 * np.sqrt(max(float(np.mean(seen**2)) if len(seen) else 0.0, 1e-12))
     width = np.concatenate([[1e-3], np.geomspace(0.02, 1.0, _N_WIDTHS)]) * widest
-    fits = [(_learn(seen, factor * error_seen, width), factor) for factor in _INFLATIONS]
-    (_, share), factor = max(fits, key=lambda fit: fit[0][0])
-    error = np.maximum(factor * error, 1e-12)
+    share = _learn(seen, error_seen, width)
+    error = np.maximum(error, 1e-12)
     log_weight = np.log(share) + _log_density(change, error, width)
     log_weight -= log_weight.max(1, keepdims=True)
     weight = np.exp(log_weight)
@@ -126,8 +123,8 @@ def shrunk(change: Array, error: Array, rng: np.random.Generator) -> Changes:
     return Changes(weight, loc, np.sqrt(1 / precision))
 
 
-def _learn(change: Array, error: Array, width: Array) -> tuple[float, Array]:
-    """Log-likelihood and weights of the prior, penalised."""
+def _learn(change: Array, error: Array, width: Array) -> Array:
+    """Weights of the prior, (K,)."""
     log_density = _log_density(change, error, width)
     top = log_density.max(1, keepdims=True) if len(change) else np.zeros((0, 1))
     density = np.exp(log_density - top)
@@ -138,8 +135,7 @@ def _learn(change: Array, error: Array, width: Array) -> tuple[float, Array]:
         part = density * share
         part /= part.sum(1, keepdims=True)
         share = np.maximum((part.sum(0) + extra) / (len(change) + _NULL_FEATURES), 1e-300)
-    fit = float((np.log(density @ share) + top[:, 0]).sum() + _NULL_FEATURES * np.log(share[0]))
-    return fit, share
+    return share
 
 
 def _log_density(change: Any, error: Any, width: Any) -> Array:

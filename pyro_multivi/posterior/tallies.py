@@ -92,7 +92,9 @@ class Supported(NamedTuple):
     error: NDArray[np.float64]
 
 
-def count_support(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: Any) -> tuple[Supported, Supported]:
+def count_support(
+    tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: Any, additive: bool
+) -> tuple[Supported, Supported]:
     """How well its own counts determine the mean of each group.
 
     The decoder learnt the mean of a group from the counts of that group, so it knows it no better
@@ -101,8 +103,9 @@ def count_support(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: An
     that features never seen are not known exactly. The unit, which library sizes and cell and region
     factors set, is that in which the two groups together have the mean the model gives them.
 
-    A share of open cells has the variance that it would have if both groups shared one, where that
-    is larger: a group with few open cells by chance seems to be known too well.
+    For a difference, a share of open cells has the variance that it would have if both groups shared
+    one, where that is larger: a group with few open cells by chance seems to be known too well. On log
+    scales it is the other way round, and a group's own variance is kept.
 
     Parameters
     ----------
@@ -112,6 +115,8 @@ def count_support(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: An
         ``"rho"`` or ``"p"``.
     mean1, mean2
         Model's means, (F,).
+    additive
+        Whether their difference is asked for, rather than a ratio.
 
     Returns
     -------
@@ -120,13 +125,16 @@ def count_support(tally1: Tally, tally2: Tally, site: str, mean1: Any, mean2: An
     """
     tallies = (tally1, tally2)
     seen = [_with_half_a_count(found, site) for found in tallies]
-    if site == "p" and tally1.n_measured and tally2.n_measured:
+    if site == "p" and additive and tally1.n_measured and tally2.n_measured:
         common = (seen[0].mean + seen[1].mean) / 2
         errors = [np.sqrt(common * (1 - common) / found.n_measured) for found in tallies]
         seen = [Supported(one.mean, np.maximum(one.error, error)) for one, error in zip(seen, errors, strict=True)]
     modelled = sum(mean for mean, found in zip((mean1, mean2), tallies, strict=True) if found.n_measured)
     unit = modelled / np.maximum(seen[0].mean + seen[1].mean, 1e-300)
-    first, second = (Supported(unit * one.mean, unit * one.error) for one in seen)
+    # No higher than both groups' common mean, so that a probability stays one.
+    first, second = (
+        Supported(np.minimum(unit * one.mean, (mean1 + mean2) / 2), unit * one.error) for one in seen
+    )
     return first, second
 
 

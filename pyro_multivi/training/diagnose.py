@@ -10,7 +10,6 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 
-
 REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from pyro_multivi import simulate_multiome
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior import exceedance, shrinkage
 from pyro_multivi.posterior.differential import estimated_delta, expected_fdr_calls
@@ -15,7 +16,11 @@ from pyro_multivi.posterior.draws import draw
 from pyro_multivi.posterior.pools import _evenly
 
 N = 300
-IDX1, IDX2 = np.arange(0, 130, 2), np.arange(1, 170, 2)  # cells of all three kinds, in both batches
+# The cells of the fixture `fitted`: two groups of different types, measured in all three ways, in both batches.
+_TYPES = simulate_multiome(
+    (100, 50, 50), 40, 70, n_latent=3, n_batches=2, effect_size=2.0, differential_fraction=0.6, seed=0
+).obs["cell_type"]
+IDX1, IDX2 = np.flatnonzero(_TYPES == "type_0"), np.flatnonzero(_TYPES.isin(["type_1", "type_2"]))
 EPS = {"rho": 1e-6, "p": 1e-3}
 DELTA = {("rho", "log-fold"): 0.25, ("p", "difference"): 0.05, ("p", "log-fold"): 0.25, ("p", "log-odds"): 0.5}
 
@@ -39,7 +44,7 @@ def names(model, site):
     return list(model.spec.gene_names if site == "rho" else model.spec.region_names)
 
 
-def tested(model, site, **arguments):
+def compared(model, site, **arguments):
     asked = {"idx1": IDX1, "idx2": IDX2, "n_samples": N, **arguments}
     return method(model, site)(**asked).loc[names(model, site)]
 
@@ -80,7 +85,7 @@ def test_cells_agree_with_brute_force(fitted, site, change, test_mode):
     a, b = two_groups(fitted, site)
     r = CHANGE[change](a, b, EPS[site])
     delta = DELTA[site, change]
-    table = tested(
+    table = compared(
         fitted, site, unit="cell", change_fn=change, test_mode=test_mode, cred_interval_lvls=[0.5, 0.9]
     )
     probability = combined((r >= delta).mean(0), (r <= -delta).mean(0), test_mode)
@@ -110,12 +115,12 @@ def test_cells_agree_with_brute_force(fitted, site, change, test_mode):
 @pytest.mark.parametrize("site", ["rho", "p"])
 def test_vanilla_agrees_with_brute_force(fitted, site):
     a, b = two_groups(fitted, site)
-    table = tested(fitted, site, unit="cell", mode="vanilla")
+    table = compared(fitted, site, unit="cell", mode="vanilla")
     close(table["proba_m1"], (a > b).mean(0), atol=1.1 / N)
     close(table["proba_m1"] + table["proba_m2"], 1.0)
     ratio = np.log(table["proba_m1"] + 1e-8) - np.log(table["proba_m2"] + 1e-8)
     close(table["bayes_factor"], ratio)
-    means = tested(fitted, site, mode="vanilla", calibrated=False)
+    means = compared(fitted, site, mode="vanilla", calibrated=False)
     error = np.sqrt(a.var(0, ddof=1) / len(IDX1) + b.var(0, ddof=1) / len(IDX2))
     close(means["proba_m1"], norm.cdf((a.mean(0) - b.mean(0)) / error), atol=2e-3)
 
@@ -140,8 +145,9 @@ def test_means_agree_with_brute_force(fitted, site, change, test_mode):
     a, b = two_groups(fitted, site)
     eps, delta = EPS[site], DELTA[site, change]
     estimate = CHANGE[change](a.mean(0), b.mean(0), eps)
-    error = np.hypot(*(s * e for s, e in zip(slopes(change, a.mean(0), b.mean(0), eps), errors_of_means(a, b), strict=True)))
-    table = tested(fitted, site, change_fn=change, test_mode=test_mode, calibrated=False, cred_interval_lvls=[0.9])
+    steep = slopes(change, a.mean(0), b.mean(0), eps)
+    error = np.hypot(*(s * e for s, e in zip(steep, errors_of_means(a, b), strict=True)))
+    table = compared(fitted, site, change_fn=change, test_mode=test_mode, calibrated=False, cred_interval_lvls=[0.9])
     p = table["proba_de" if site == "rho" else "prob_da"]
     plus, minus = norm.sf(delta, estimate, error), norm.cdf(-delta, estimate, error)
     close(p, combined(plus, minus, test_mode), atol=5e-3)
@@ -153,7 +159,7 @@ def test_means_agree_with_brute_force(fitted, site, change, test_mode):
     assert (width / error).mean() == pytest.approx(2 * norm.ppf(0.95), rel=0.15)
 
 
-def support_of_counts(model, site, a, b):
+def support_of_counts(model, site, a, b, additive):
     """Means of the groups' counts with half a count added, and their standard errors, on the scale of the means."""
     cells = [model.minibatch(index) for index in (IDX1, IDX2)]
     seen = []
@@ -168,7 +174,7 @@ def support_of_counts(model, site, a, b):
             n, one = len(x), 1e4 / x.sum(1).mean()
             scaled = 1e4 * x / x.sum(1, keepdims=True)
             seen.append((scaled.mean(0) + 0.5 * one / n, np.sqrt((scaled.var(0) + 0.5 * one**2 / n) / n)))
-    if site == "p":
+    if site == "p" and additive:
         common = (seen[0][0] + seen[1][0]) / 2
         numbers = [int(group.has_atac.sum()) for group in cells]
         seen = [
@@ -176,30 +182,24 @@ def support_of_counts(model, site, a, b):
             for (rate, error), n in zip(seen, numbers, strict=True)
         ]
     unit = (a.mean(0) + b.mean(0)) / (seen[0][0] + seen[1][0])
-    return [(unit * mean, unit * error) for mean, error in seen]
+    half = (a.mean(0) + b.mean(0)) / 2
+    return [(np.minimum(unit * mean, half), unit * error) for mean, error in seen]
 
 
 def shrink(estimate, error, delta):
     """P(change >= delta), P(change <= -delta) under the prior learnt from all features, step by step."""
     grid = 2 * np.sqrt(np.mean(estimate**2)) * np.r_[1e-3, np.geomspace(0.02, 1, 14)]
-    best = -np.inf
-    for factor in (1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0):
-        s = factor * error
-        likelihood = np.stack([norm.pdf(estimate, 0, np.hypot(sd, s)) for sd in grid], 1)
-        share = np.full(15, 1 / 15)
-        for _ in range(200):
-            part = likelihood * share / (likelihood @ share)[:, None]
-            share = part.sum(0)
-            share[0] += 10
-            share /= share.sum()
-        fit = np.log(likelihood @ share).sum() + 10 * np.log(share[0])
-        if fit > best:
-            best = fit
-            part = likelihood * share / (likelihood @ share)[:, None]
-            keep = grid**2 / (grid**2 + s[:, None] ** 2)
-            loc, scale = keep * estimate[:, None], np.sqrt(keep) * s[:, None]
-            found = (part * norm.sf(delta, loc, scale)).sum(1), (part * norm.cdf(-delta, loc, scale)).sum(1)
-    return found
+    likelihood = np.stack([norm.pdf(estimate, 0, np.hypot(sd, error)) for sd in grid], 1)
+    share = np.full(15, 1 / 15)
+    for _ in range(200):
+        part = likelihood * share / (likelihood @ share)[:, None]
+        share = part.sum(0)
+        share[0] += 10
+        share /= share.sum()
+    part = likelihood * share / (likelihood @ share)[:, None]
+    keep = grid**2 / (grid**2 + error[:, None] ** 2)
+    loc, scale = keep * estimate[:, None], np.sqrt(keep) * error[:, None]
+    return (part * norm.sf(delta, loc, scale)).sum(1), (part * norm.cdf(-delta, loc, scale)).sum(1)
 
 
 @pytest.mark.parametrize(("site", "change"), CASES)
@@ -207,22 +207,22 @@ def test_calibrated_means_agree_with_brute_force(fitted, site, change):
     a, b = two_groups(fitted, site)
     eps, delta = EPS[site], DELTA[site, change]
     estimate = CHANGE[change](a.mean(0), b.mean(0), eps)
-    support = support_of_counts(fitted, site, a, b)
+    support = support_of_counts(fitted, site, a, b, change == "difference")
     errors = [np.hypot(own, error) for own, (_, error) in zip(errors_of_means(a, b), support, strict=True)]
     reached = [np.maximum(draws.mean(0), mean) for draws, (mean, _) in zip((a, b), support, strict=True)]
     error = np.hypot(*(s * e for s, e in zip(slopes(change, *reached, eps), errors, strict=True)))
-    table = tested(fitted, site, change_fn=change)
+    table = compared(fitted, site, change_fn=change)
     plus, minus = shrink(estimate, error, delta)
     p = table["proba_de" if site == "rho" else "prob_da"]
     close(p, np.maximum(plus, minus), atol=5e-3)
-    assert p.max() > 0.9
-    assert p.min() < 0.3
+    # Not all alike: there is something to agree on.
+    assert p.max() - p.min() > 0.4
 
 
 def test_functions_of_ones_own(fitted):
     a, b = two_groups(fitted, "p")
     r = log_odds(a) - log_odds(b)
-    table = tested(
+    table = compared(
         fitted, "p", unit="cell", change_fn=lambda p1, p2: log_odds(p1) - log_odds(p2), m1_domain_fn=lambda r: r > 1.5
     )
     close(table["prob_da"], (r > 1.5).mean(0), atol=2.1 / N)
@@ -234,24 +234,24 @@ def test_functions_of_ones_own(fitted):
         return p1 - p2 + 1000 * eps
 
     shifted = a - b + 1.0
-    table = tested(fitted, "p", unit="cell", change_fn=with_offset, m1_domain_fn=outside, test_mode="two")
+    table = compared(fitted, "p", unit="cell", change_fn=with_offset, m1_domain_fn=outside, test_mode="two")
     close(table["prob_da"], (shifted > 1.0).mean(0) + (shifted < -2.0).mean(0), atol=2.1 / N)
     close(table["change_mean"], shifted.mean(0))
     # Draws of means: the same change of the same posterior, counted instead of integrated.
-    exact, counted = tested(fitted, "p"), tested(fitted, "p", m1_domain_fn=lambda r: (r >= 0.05, r <= -0.05))
+    exact, counted = compared(fitted, "p"), compared(fitted, "p", m1_domain_fn=lambda r: (r >= 0.05, r <= -0.05))
     close(counted["prob_da"], exact["prob_da"], atol=0.08)
 
 
 def test_one_sided_counts_only_more_open(fitted):
     a, b = two_groups(fitted, "p")
-    table = tested(fitted, "p", unit="cell", two_sided=False)
+    table = compared(fitted, "p", unit="cell", two_sided=False)
     close(table["prob_da"], (a - b >= 0.05).mean(0), atol=2.1 / N)
 
 
 @pytest.mark.parametrize("named", [{}, {"batchid1": ["batch_0", "batch_1"], "batchid2": ["batch_0", "batch_1"]}])
 def test_batch_correction_decodes_both_groups_in_the_same_batches(fitted, named):
     a, b = two_groups(fitted, "p", (0, 1))
-    table = tested(fitted, "p", unit="cell", batch_correction=True, **named)
+    table = compared(fitted, "p", unit="cell", batch_correction=True, **named)
     close(table["est_prob1"], a.mean(0))
     close(table["change_std"], (a - b).std(0, ddof=1))
 
@@ -259,14 +259,14 @@ def test_batch_correction_decodes_both_groups_in_the_same_batches(fitted, named)
 def test_groups_of_different_batches_are_decoded_in_the_union(fitted):
     batch = fitted.adata.obs["batch"].to_numpy().astype(str)
     idx1, idx2 = np.flatnonzero(batch == "batch_0"), np.flatnonzero(batch == "batch_1")
-    corrected = tested(fitted, "p", idx1=idx1, idx2=idx2, batch_correction=True)
+    corrected = compared(fitted, "p", idx1=idx1, idx2=idx2, batch_correction=True)
     a, b = all_draws(fitted, "p", idx1, 1, (0, 1)), all_draws(fitted, "p", idx2, 2, (0, 1))
     close(corrected["effect_size"], a.mean(0) - b.mean(0))
     # One batch named stands for both groups.
-    one = tested(fitted, "p", idx1=idx1, idx2=idx2, batch_correction=True, batchid1="batch_1")
+    one = compared(fitted, "p", idx1=idx1, idx2=idx2, batch_correction=True, batchid1="batch_1")
     a, b = all_draws(fitted, "p", idx1, 1, (1,)), all_draws(fitted, "p", idx2, 2, (1,))
     close(one["effect_size"], a.mean(0) - b.mean(0))
-    different = tested(
+    different = compared(
         fitted, "p", unit="cell", idx1=idx1, idx2=idx2, batch_correction=True, batchid1="batch_0", batchid2="batch_1"
     )
     close(different["est_prob1"], all_draws(fitted, "p", idx1, 1, (0,)).mean(0))
@@ -275,7 +275,7 @@ def test_groups_of_different_batches_are_decoded_in_the_union(fitted):
 
 def test_random_pairs_share_a_batch(fitted):
     a, b = two_groups(fitted, "rho", (0, 1))
-    table = tested(
+    table = compared(
         fitted, "rho", unit="cell", batch_correction=True, use_permutation=True, m_permutation=20_000
     )
     half = [slice(0, N // 2), slice(N // 2, N)]
@@ -309,14 +309,14 @@ def test_importance_weights_follow_the_posterior_of_the_model(continuum):
 
 
 def test_estimated_pseudocounts(fitted):
-    threshold = float(np.median(tested(fitted, "rho")["raw_mean1"]))
-    table = tested(fitted, "rho", unit="cell", pseudocounts=None, threshold_counts=threshold)
+    threshold = float(np.median(compared(fitted, "rho")["raw_mean1"]))
+    table = compared(fitted, "rho", unit="cell", pseudocounts=None, threshold_counts=threshold)
     a, b = two_groups(fitted, "rho")
     low1, low2 = (table["raw_mean1"] < threshold).to_numpy(), (table["raw_mean2"] < threshold).to_numpy()
     expected = max(np.quantile(a.max(0)[low1], 0.9), np.quantile(b.max(0)[low2], 0.9))
     close(table["pseudocounts"], expected, atol=1e-6)
     close(table["lfc_mean"], CHANGE["log-fold"](a, b, expected).mean(0))
-    assert (tested(fitted, "rho", pseudocounts=None, threshold_counts=0)["pseudocounts"] == 1e-10).all()
+    assert (compared(fitted, "rho", pseudocounts=None, threshold_counts=0)["pseudocounts"] == 1e-10).all()
 
 
 def test_estimated_delta_lies_between_the_modes(fitted):
@@ -326,7 +326,7 @@ def test_estimated_delta_lies_between_the_modes(fitted):
     assert estimated_delta(rng.normal(0, 1e-3, 100), 0.1) == 0.1
     assert estimated_delta(np.full(5, 2.0), 0.1) == 0.1
     for unit in ("cell", "group"):
-        delta = tested(fitted, "rho", unit=unit, delta=None)["delta"]
+        delta = compared(fitted, "rho", unit=unit, delta=None)["delta"]
         assert delta.nunique() == 1
         assert 0.1 < delta.iloc[0] < 3
 
@@ -341,7 +341,7 @@ def test_fdr_calls_are_the_largest_prefix_within_the_target():
 @pytest.mark.parametrize("unit", ["group", "cell"])
 @pytest.mark.parametrize("site", ["rho", "p"])
 def test_statistics_of_counts_are_of_measured_cells(fitted, site, unit):
-    table = tested(fitted, site, unit=unit)
+    table = compared(fitted, site, unit=unit)
     for number, index in ((1, IDX1), (2, IDX2)):
         cells = fitted.minibatch(index)
         x = cells.x.to_dense()[cells.has_rna].double().numpy()
@@ -359,7 +359,7 @@ def test_statistics_of_counts_are_of_measured_cells(fitted, site, unit):
 
 def test_without_measured_cells_counts_are_nan_and_it_is_said(fitted, caplog):
     atac_only = np.arange(150, 200)
-    table = tested(fitted, "rho", idx1=atac_only, idx2=np.arange(100))
+    table = compared(fitted, "rho", idx1=atac_only, idx2=np.arange(100))
     assert "Group 1 has no cell with RNA" in caplog.text
     assert table[["raw_mean1", "non_zeros_proportion1", "raw_normalized_mean1"]].isna().all(axis=None)
     assert table["raw_mean2"].notna().all()
@@ -393,7 +393,7 @@ def test_columns_and_order_are_those_scvi_users_know(fitted):
 @pytest.mark.parametrize("site", ["rho", "p"])
 def test_sign_is_group_1_over_group_2(fitted, site, unit):
     change = "lfc_mean" if site == "rho" else "change_mean"
-    table, turned = tested(fitted, site, unit=unit), tested(fitted, site, unit=unit, idx1=IDX2, idx2=IDX1)
+    table, turned = compared(fitted, site, unit=unit), compared(fitted, site, unit=unit, idx1=IDX2, idx2=IDX1)
     first, second = ("scale1", "scale2") if site == "rho" else ("est_prob1", "est_prob2")
     sure = (table[change].abs() > 0.1).to_numpy()
     assert sure.sum() > 3
@@ -433,7 +433,7 @@ def test_cells_without_a_group_are_in_no_rest(fitted):
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_a_feature_list_gives_the_same_probabilities(fitted, unit):
-    table = tested(fitted, "rho", unit=unit)
+    table = compared(fitted, "rho", unit=unit)
     some = fitted.differential_expression(
         idx1=IDX1, idx2=IDX2, n_samples=N, unit=unit, gene_list=["gene_07", "gene_30"], batch_size=7
     )
@@ -471,10 +471,10 @@ def test_no_tensor_holds_all_features_of_all_draws(fitted, site, unit, monkeypat
     monkeypatch.setattr(exceedance, "_LEAST_WIDTH", 1)
     monkeypatch.setattr(exceedance, "BLOCK", 8 * N)
     monkeypatch.setattr("pyro_multivi.distributions.readout.STREAM_WIDTH", 8)
-    whole = tested(fitted, site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    whole = compared(fitted, site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
     assert max(widths) == 8
     monkeypatch.undo()
-    again = tested(fitted, site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    again = compared(fitted, site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
     pd.testing.assert_frame_equal(whole, again, rtol=1e-3, atol=1e-5)
 
 
@@ -493,14 +493,6 @@ def test_shrinkage_controls_false_discoveries_where_a_flat_prior_does_not():
             realised[kind].append((called & (np.abs(truth) < 0.05)).sum() / called.sum())
     assert np.mean(realised["shrunk"]) < 0.06
     assert np.mean(realised["flat"]) > 0.12
-
-
-def test_shrinkage_notices_errors_that_are_too_small():
-    rng = np.random.default_rng(0)
-    error = np.full(3000, 0.1)
-    estimate = 1.5 * error * rng.standard_normal(3000)
-    changes = shrinkage.shrunk(estimate, error, rng)
-    assert not expected_fdr_calls(np.maximum(changes.above(0.05), changes.below(-0.05)), 0.05).any()
 
 
 def test_draws_of_a_posterior_follow_it():

@@ -50,11 +50,13 @@ def test_draws_do_not_depend_on_their_number_nor_on_where_blocks_end(make_progra
     torch.testing.assert_close(drawn(program, cells, 10)["x"][1], many[:10])
 
 
-def test_same_seed_same_replicates_and_no_global_state(make_program, make_cells, global_rng_untouched):
+def test_same_seed_same_replicates_and_no_global_state(make_program, make_cells):
     program, cells = make_program(), make_cells()
+    before = torch.get_rng_state()
     first, again, other = (drawn(program, cells, 5, seed=seed)["x"][0] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
 
 
@@ -146,14 +148,17 @@ def test_coverage_of_the_right_model_is_nominal_even_for_mostly_zero_counts():
     coverage = Coverage()
     for mean in (0.05, 1.0, 30.0):
         counts, replicates = rng.poisson(mean, 20_000), rng.poisson(mean, (19, 20_000))
-        coverage.add((replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None], 19)
+        below, equal = (replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None]
+        coverage.add(below, equal, 19, np.full(below.shape, mean))
     curve = coverage.curve()
-    assert curve["nominal"].tolist() == list(LEVELS)
+    assert curve["nominal"].tolist() == 2 * list(LEVELS)
+    assert curve["n"].unique().tolist() == [60_000, 40_000]
     assert curve["covered"].to_numpy() == pytest.approx(curve["nominal"].to_numpy(), abs=0.01)
     narrow = Coverage()
     counts, replicates = rng.negative_binomial(1, 0.1, 20_000), rng.poisson(9.0, (99, 20_000))
-    narrow.add((replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None], 99)
-    assert narrow.scores()["coverage_90"] < 0.5
+    below, equal = (replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None]
+    narrow.add(below, equal, 99, np.full(below.shape, 9.0))
+    assert narrow.scores()["coverage_90"] == narrow.scores()["coverage_90_expected_1"] < 0.5
 
 
 def test_reliability_of_right_and_of_wrong_probabilities():
@@ -188,8 +193,6 @@ def test_imputation_correlates_feature_by_feature():
 
 
 def test_observed_matrix_is_the_data_as_the_model_sees_them(fitted):
-
-
     matrix = observed_matrix(fitted.program, Minibatches(fitted._table, batch_size=64)).toarray()
     counts = fitted.adata.X.toarray()
     n_genes = fitted.spec.n_genes
