@@ -185,7 +185,8 @@ def _test_means(
         question = _question(request, delta, pseudocounts)
         statistics = describe(changes, question, request.n_samples, rng)
     statistics = {"mean1": means[0], "mean2": means[1], **statistics}
-    return Comparison({name: _asked(values, request) for name, values in statistics.items()}, tallies, delta, pseudocounts)
+    asked = {name: _asked(values, request) for name, values in statistics.items()}
+    return Comparison(asked, tallies, delta, pseudocounts)
 
 
 def _question(request: Request, delta: float, pseudocounts: float) -> Question:
