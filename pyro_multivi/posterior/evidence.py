@@ -75,7 +75,7 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
         measured = {"x": cells.has_rna, "y": cells.has_atac}
         with evaluating(program):
             latents = draw_latents(program, cells, n_particles, seed)
-            model, guide = _scored(program, cells, latents)
+            model, guide = scored_traces(program, cells, latents)
             for name, site in _sites(model):
                 if site["is_observed"]:
                     add("log_likelihood", name, site["unscaled_log_prob"].double().mean(0))
@@ -123,7 +123,7 @@ def marginal_likelihood(
             size = min(_DRAWS_AT_A_TIME, n_samples - first)
             with evaluating(program):
                 latents = draw_latents(program, cells, size, seed, first)
-                weights.append(_log_weights(*_scored(program, cells, latents)))
+                weights.append(log_weights(*scored_traces(program, cells, latents)))
         log_w = torch.cat(weights)  # (S, B)
         log_mean = log_w.logsumexp(0) - math.log(n_samples)
         relative = (log_w - log_mean).exp()
@@ -138,7 +138,8 @@ def cells_for_likelihood(batch_size: int, n_samples: int) -> int:
     return min(batch_size, max(1, LIKELIHOOD_ROWS // min(n_samples, _DRAWS_AT_A_TIME)))
 
 
-def _scored(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Trace, Trace]:
+def scored_traces(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Trace, Trace]:
+    """Traces of model and guide at the same draws, with their log probabilities."""
     model = model_trace(program.model, cells, latents)
     model.compute_log_prob()
     latents.trace.compute_log_prob()
@@ -159,7 +160,7 @@ def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
         yield name, site
 
 
-def _log_weights(model: Trace, guide: Trace) -> Tensor:
+def log_weights(model: Trace, guide: Trace) -> Tensor:
     """log p(counts, latents) - log q(latents), (S, B), in double precision: S terms of like size are added."""
     total = torch.zeros((), dtype=torch.float64)
     for _, site in _sites(model):

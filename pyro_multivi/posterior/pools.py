@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.draws import cells_at_a_time, evaluating
-from pyro_multivi.posterior.evidence import LIKELIHOOD_ROWS, _log_weights, _scored
+from pyro_multivi.posterior.evidence import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.posterior.normalization import Average, decode
 from pyro_multivi.program import MultiVIProgram
 
@@ -98,7 +98,7 @@ class Source:
                 decoded = decode(self.program, cells, average, (self.site,))
                 draw = number[rows]
                 if by_weight:
-                    scored = _log_weights(*_scored(self.program, cells, decoded.latents))
+                    scored = log_weights(*scored_traces(self.program, cells, decoded.latents))
                     draw = _by_weight(rng, scored.cpu().numpy(), place)
                 for code, sites in enumerate(decoded.sites):
                     mine = stratum[rows] == code

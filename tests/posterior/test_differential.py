@@ -291,12 +291,12 @@ def test_random_pairs_share_a_batch(fitted):
 def test_importance_weights_follow_the_posterior_of_the_model(continuum):
     """Means under importance weights agree with self-normalised importance sampling, and move from the guide's."""
     from pyro_multivi.posterior.draws import draw_latents, evaluating
-    from pyro_multivi.posterior.evidence import _log_weights, _scored
+    from pyro_multivi.posterior.evidence import log_weights, scored_traces
 
     index = np.arange(0, 20)
     cells, n = continuum.minibatch(index), 64
     with evaluating(continuum.program):
-        log_w = _log_weights(*_scored(continuum.program, cells, draw_latents(continuum.program, cells, n))).numpy()
+        log_w = log_weights(*scored_traces(continuum.program, cells, draw_latents(continuum.program, cells, n))).numpy()
     values = (draw(continuum.program, cells, ("rho",), n)["rho"] + 0).numpy()
     share = np.exp(log_w - log_w.max(0))
     share /= share.sum(0)
