@@ -257,6 +257,8 @@ def test_a_modality_alone_is_nan_where_it_was_not_measured(shared):
     _, of_rna = shared.get_latent_representation(modality="expression", return_dist=True)
     _, of_atac = shared.get_latent_representation(modality="accessibility", return_dist=True)
     np.testing.assert_allclose(variance[PAIRED], (of_rna + of_atac)[PAIRED] / 4, rtol=1e-5)
+    for moment in shared.get_latent_representation(modality="expression", return_dist=True):
+        np.testing.assert_array_equal(np.isnan(moment).all(1), np.arange(60) >= 45)
     draws = shared.get_latent_representation(modality="expression", give_mean=False, n_samples=3)
     assert np.isnan(draws[:, ATAC_ONLY]).all()
     assert np.isfinite(draws[:, :45]).all()
