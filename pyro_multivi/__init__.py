@@ -14,11 +14,12 @@ from pyro_multivi.io import BrokenModelError
 from pyro_multivi.model import NotTrainedError
 from pyro_multivi.model_comparison import compare_models
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.training import TrainingDiverged
+from pyro_multivi.training import ContractError, TrainingDiverged
 
 __all__ = [
     "MULTIVI",
     "BrokenModelError",
+    "ContractError",
     "MultiVIProgram",
     "NotTrainedError",
     "ProgramConfig",

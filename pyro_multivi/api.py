@@ -7,14 +7,15 @@ differential tests in comparing.py, the constructor here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pyro_multivi.comparing import ComparingModel
-from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.setup import setup_anndata, setup_mudata
 from pyro_multivi.data.spec import DataSpec
+from pyro_multivi.own_program import configure
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -40,6 +41,8 @@ class MULTIVI(ComparingModel):
         Of the initial weights.
     program_class
         A subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
+    program_options
+        Values of the choices that the ``config_class`` of that class has beyond those above.
 
     Examples
     --------
@@ -58,7 +61,7 @@ class MULTIVI(ComparingModel):
         n_genes: int | None = None,
         n_regions: int | None = None,
         modality_weights: str = "equal",
-        modality_penalty: str | None = "Jeffreys",
+        modality_penalty: str | None = "contrastive",
         n_hidden: int | None = None,
         n_latent: int | None = None,
         n_layers_encoder: int = 2,
@@ -76,6 +79,7 @@ class MULTIVI(ComparingModel):
         library: str = "latent",
         seed: int = 0,
         program_class: type[MultiVIProgram] = MultiVIProgram,
+        program_options: Mapping[str, Any] | None = None,
     ) -> None:
         spec = DataSpec.of(adata)
         for name, given, known in (("n_genes", n_genes, spec.n_genes), ("n_regions", n_regions, spec.n_regions)):
@@ -93,7 +97,9 @@ class MULTIVI(ComparingModel):
                 "library='size_factor' needs size factors in the data: give size_factor_key to setup_anndata or "
                 "setup_mudata, or choose 'latent' or 'observed'."
             )
-        config = ProgramConfig(
+        config = configure(
+            program_class,
+            program_options or {},
             n_genes=spec.n_genes,
             n_regions=spec.n_regions,
             n_batch=spec.n_batch,
@@ -115,6 +121,7 @@ class MULTIVI(ComparingModel):
             use_batch_norm=use_batch_norm,
             use_layer_norm=use_layer_norm,
             library="size_factor" if table.rna_size is not None else library,
+            further={name: len(known) for name, known in spec.further.items()},
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -61,13 +61,13 @@ def observed_against_replicated(
         (outside, _ORANGE, "^", f"outside ({n_outside})"),
     ):
         points = part[chosen]
+        columns = ("replicated", "observed", "lower", "upper")
+        # Arrays: matplotlib takes the float of a Series that holds a single point, which pandas deprecates.
+        replicated, observed, lower, upper = (points[name].to_numpy() for name in columns)
         ax.errorbar(
-            points["replicated"],
-            points["observed"],
-            xerr=[
-                (points["replicated"] - points["lower"]).clip(lower=0),
-                (points["upper"] - points["replicated"]).clip(lower=0),
-            ],
+            replicated,
+            observed,
+            xerr=[(replicated - lower).clip(min=0), (upper - replicated).clip(min=0)],
             fmt=marker,
             color=colour,
             markersize=4,

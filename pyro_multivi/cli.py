@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
     differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
     differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
-    differential.add_argument("--delta", type=float, help="least change that counts (default: 0.25 log2; 0.05 of p)")
+    differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
     differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
     differential.add_argument("--batch-correction", action="store_true", help="decode both groups in the same batches")
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")

@@ -99,8 +99,8 @@ class ComparingModel(CheckingModel):
             ``"group"``: do the *means* of the groups differ? ``"cell"``: does *a random cell* of
             group 1 differ from a random cell of group 2? See Notes.
         calibrated
-            With ``unit="group"``, also count the error of what the decoder learnt, and shrink. See
-            Notes. Default: True with ``unit="group"``.
+            With ``unit="group"``, correct the decoder by the counts, account for their error, and
+            shrink. See Notes. Default: True with ``unit="group"``.
         test_mode
             ``"three"``: probability of the likelier direction, max(P(change >= delta),
             P(change <= -delta)). ``"two"``: of either, their sum. Between cells, ``"two"`` also
@@ -161,20 +161,33 @@ class ComparingModel(CheckingModel):
 
         Notes
         -----
-        **Means of groups** (``unit="group"``). The mean of a group is known up to (a) the spread of
-        its n cells and of the posterior of each: variance of a draw / n; and (b) what the decoder
-        learnt. The decoder's weights are one estimate without a posterior of their own, learnt from
-        the same counts, and reproduce the chance in these: between simulated groups of 100 cells,
-        genes that do not change appear to, by as much as the means of their counts do. So the
-        variance of the mean count of the group, over its cells, is added (which counts the sampling
-        of cells twice: on the safe side). Then the changes of all
-        genes are shrunk together: their prior is a mixture of Normals around 0 that is learnt from
-        all genes (adaptive shrinkage), which makes the probabilities hold also for the genes picked
-        as largest. ``calibrated=False`` leaves (b) and the shrinkage out.
+        **Means of groups** (``unit="group"``). ``scale1`` and ``scale2`` are means of the model. Its
+        decoder has one set of weights without a posterior of their own, learnt from the same
+        counts. It smooths, so that large changes come out too small, and reproduces the chance in
+        the counts. ``calibrated=True`` answers both, and all that is said of the change includes it:
+
+        - Each mean is multiplied by what the counts of the group's measured cells are to what the
+          model expects of them, each in its own batch (half a count added to both). The cells of a
+          group that were not measured share in it.
+        - The error of a mean is the spread of its n cells and of the posterior of each (variance of
+          a draw / n) plus the error of its mean count. That counts the sampling of cells twice: on
+          the safe side.
+        - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt
+          from all genes (adaptive shrinkage), so that the probabilities hold also for the genes
+          picked as largest. Where a few genes take a larger share of the counts, all others have a
+          smaller one: of log-fold changes the centre of the prior is learnt too. Is it further from
+          0 than ``delta``, the others have changed, and are called.
+
+        ``calibrated=False`` compares the means of the model as they are, known up to variance of a
+        draw / n, without a prior. In simulation that calls far too much.
 
         **Cells** (``unit="cell"``, as in scvi-tools). The probability speaks of pairs of cells as the
-        model has learnt them. It holds neither (b) nor a prior: with few cells, its
-        ``is_de_fdr`` understates the false discoveries.
+        model has learnt them. It knows neither the error of the decoder nor a prior: with few cells,
+        its ``is_de_fdr`` understates the false discoveries.
+
+        **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
+        groups, each with its share of the cells. Asked for alone, a group against the rest is a
+        comparison of two groups, with other draws.
 
         **Donors and replicates.** The probability accounts for the posterior of each cell and for
         the sampling of cells, within the donors at hand. It does *not* account for how donors
@@ -218,7 +231,7 @@ class ComparingModel(CheckingModel):
             "rho", adata, (groupby, group1, group2, idx1, idx2), gene_list, silent,
             mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
             batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=True, change_fn=change_fn,
+            calibrated=calibrated, test_mode=test_mode, two_sided=True, probability="accessible", change_fn=change_fn,
             m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
             n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
             threshold_counts=threshold_counts, weights=weights, seed=seed,
@@ -255,11 +268,12 @@ class ComparingModel(CheckingModel):
         use_permutation: bool = False,
         m_permutation: int = 10_000,
         threshold_counts: float = 0.01,
+        probability: str = "detected",
         weights: str = "uniform",
         region_list: Any = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        r"""Regions whose accessibility p differs between two groups of cells.
+        """Regions whose accessibility p differs between two groups of cells.
 
         Every change and sign is **group 1 over group 2** (``effect_size`` of scvi-tools is the
         opposite).
@@ -271,18 +285,22 @@ class ComparingModel(CheckingModel):
         n_samples_overall, use_permutation, m_permutation, weights, seed
             As in :meth:`differential_expression`.
         delta
-            Least change that counts, on the scale of ``change_fn``. Default: 0.05, five percentage
-            points, for ``"difference"``; 0.25 and 0.5 in log2 units for ``"log-fold"`` and
-            ``"log-odds"``. None estimates it, as in :meth:`differential_expression`, but at least
-            0.02 for ``"difference"``.
+            Least change that counts, on the scale of ``change_fn`` and ``probability``. Default: 0.05,
+            five percentage points, for ``"difference"``; 0.25 and 0.5 in log2 units for
+            ``"log-fold"`` and ``"log-odds"``. None estimates it, as in
+            :meth:`differential_expression`, but at least 0.02 for ``"difference"``.
         two_sided
             False counts only regions that are more open in group 1.
         pseudocounts, threshold_counts
-            As in :meth:`differential_expression`, in units of p, with the share of open cells in
-            place of the mean count. ``"difference"`` adds nothing.
+            As in :meth:`differential_expression`, in units of the probability, with the share of open
+            cells in place of the mean count. ``"difference"`` adds nothing.
         change_fn
-            ``"difference"`` of p, ``"log-fold"`` (log2 ratio of p), ``"log-odds"`` (log2 ratio of
-            odds), or a function as in :meth:`differential_expression`.
+            ``"difference"`` of probabilities, ``"log-fold"`` (log2 of their ratio), ``"log-odds"``
+            (log2 of the ratio of odds), or a function as in :meth:`differential_expression`.
+        probability
+            Of what. ``"detected"``: that the region is found open in a cell of mean depth, p r times
+            the mean of d over the cells of both groups with ATAC: what depth and batches leave of
+            ``emp_prob``. ``"accessible"``: that it is open, p. See Notes.
         region_list
             Names, positions or a mask: test these only.
 
@@ -297,11 +315,11 @@ class ComparingModel(CheckingModel):
             ``bayes_factor``                                log of prob_da / (1 - prob_da) (natural)
             ``effect_size``                                 est_prob1 - est_prob2
             ``emp_effect``                                  emp_prob1 - emp_prob2
-            ``est_prob1/2``                                 mean of p in each group
+            ``est_prob1/2``                                 mean of p in each group, whatever ``probability``
             ``emp_prob1/2``                                 share of cells in which the region is open, over
                                                             those with ATAC; NaN without any
             ``change_mean``, ``change_std``, ``delta``      posterior of the change on the scale of
-                                                            ``change_fn``; the bound used
+                                                            ``change_fn`` and ``probability``; the bound
             ``change_confidence_interval_{level}_min/max``  with ``cred_interval_lvls``
             ``comparison``, ``group1``, ``group2``          with ``groupby``
             ==============================================  =================================================
@@ -317,9 +335,14 @@ class ComparingModel(CheckingModel):
         Notes
         -----
         What is called, what the probabilities account for, and what they do not (donors), is said in
-        the notes of :meth:`differential_expression`. The model's p is known up to the factors d of a
-        cell and r of a region: it is larger than the share of open cells, and differences and
-        ``delta`` are on its scale.
+        the notes of :meth:`differential_expression`.
+
+        Counts determine the product p d r, and hardly how it splits: a region that is found in few
+        cells may be open in few or be hard to see. In simulation the p of one region is off by a
+        factor of 1.7 in either direction, for all cells alike. A ratio does not mind; whether a
+        difference of p exceeds ``delta`` is then anyone's guess. Probabilities of detection are
+        determined by the data. As d and r are at most 1, a region whose detection differs by
+        ``delta`` differs by no less in p.
 
         Examples
         --------
@@ -341,8 +364,8 @@ class ComparingModel(CheckingModel):
             "p", adata, (groupby, group1, group2, idx1, idx2), region_list, silent,
             mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
             batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=two_sided, change_fn=change_fn,
-            m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
+            calibrated=calibrated, test_mode=test_mode, two_sided=two_sided, probability=probability,
+            change_fn=change_fn, m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
             n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
             threshold_counts=threshold_counts, weights=weights, seed=seed,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -12,7 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
     "latent_distribution": ("normal", "ln"),
     "modality_weights": ("equal", "universal", "cell"),
-    "modality_penalty": ("Jeffreys", "MMD", "None"),
+    "modality_penalty": ("contrastive", "Jeffreys", "MMD", "None"),
     "use_batch_norm": ("none", "encoder", "decoder", "both"),
     "use_layer_norm": ("none", "encoder", "decoder", "both"),
     "library": ("latent", "observed", "size_factor"),
@@ -32,7 +32,8 @@ class ProgramConfig:
     n_covariates
         Width of the design s: batches, then categorical, then continuous covariates.
     n_hidden
-        Width of hidden layers. Default: the square root of M (of G without regions), at most 128.
+        Width of hidden layers. Default: 128. (In scvi-tools the square root of M, which is narrow for few
+        regions; a prior on the loadings keeps a wide model from overfitting.)
     n_latent
         Dimension K of the state. Default: the square root of ``n_hidden``.
     n_layers_encoder, n_layers_decoder
@@ -48,7 +49,10 @@ class ProgramConfig:
     modality_weights
         Weights of the average of the experts: equal, learned, or learned for each cell.
     modality_penalty
-        What draws the experts of a paired cell together. ``None`` is accepted for ``"None"``.
+        What draws the experts of a paired cell together in training: ``"Jeffreys"``, their symmetric
+        Kullback-Leibler divergence; ``"contrastive"``, that and a term by which they must find each
+        other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
+        :mod:`pyro_multivi.networks.alignment`.
     region_factors
         Whether regions have a factor r_j; without, it is 1.
     encode_covariates, deeply_inject_covariates
@@ -58,6 +62,8 @@ class ProgramConfig:
     library
         ``"latent"``: l has a LogNormal prior and its own guide. ``"observed"``: l is the total
         count. ``"size_factor"``: l comes with the data, and rho is only non-negative.
+    further
+        Number of features of each further measurement by name, for a model of your own.
 
     Raises
     ------
@@ -79,13 +85,14 @@ class ProgramConfig:
     dispersion: str = "gene"
     latent_distribution: str = "normal"
     modality_weights: str = "equal"
-    modality_penalty: str | None = "Jeffreys"
+    modality_penalty: str | None = "contrastive"
     region_factors: bool = True
     encode_covariates: bool = False
     deeply_inject_covariates: bool = False
     use_batch_norm: str = "none"
     use_layer_norm: str = "both"
     library: str = "latent"
+    further: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.modality_penalty is None:
@@ -99,8 +106,7 @@ class ProgramConfig:
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
             )
         if self.n_hidden is None:
-            width = min(128, math.isqrt(self.n_regions or self.n_genes))
-            object.__setattr__(self, "n_hidden", max(width, 1))
+            object.__setattr__(self, "n_hidden", 128)
         _check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", max(math.isqrt(self.hidden), 1))

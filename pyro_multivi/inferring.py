@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from pyro_multivi.model import TrainableModel
 from pyro_multivi.posterior.asked import check_draws
+from pyro_multivi.posterior.draws import region_factors
 from pyro_multivi.posterior.evidence import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
-from pyro_multivi.posterior.latent import MODALITIES, depth_factors, latent_state
+from pyro_multivi.posterior.latent import MODALITIES, depth_factors, latent_draws, latent_state
 
 #: Cells at a time in prediction: more than in training, nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
@@ -38,7 +39,8 @@ class InferringModel(TrainableModel):
             Other cells; default: those of training.
         modality
             ``"joint"``: given everything measured in a cell. ``"expression"`` or
-            ``"accessibility"``: given that modality alone; NaN for cells that lack it.
+            ``"accessibility"``: given that modality alone; NaN for cells that lack it. Further
+            measurements of which a model of your own makes an expert, by their name.
         indices
             Positions, names or a mask of cells.
         give_mean
@@ -63,21 +65,20 @@ class InferringModel(TrainableModel):
         ValueError
             If the modality is unknown, not modelled, or measured in none of the cells.
         """
-        if modality not in MODALITIES:
-            raise ValueError(f"modality={modality!r} is not allowed: choose one of {', '.join(map(repr, MODALITIES))}.")
+        known = (*MODALITIES, *self.spec.further)
+        if modality not in known:
+            raise ValueError(f"modality={modality!r} is not allowed: choose one of {', '.join(map(repr, known))}.")
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         cells = self._cells(adata, indices, batch_size)
         measured = {"expression": cells.table.has_rna, "accessibility": cells.table.has_atac}.get(modality)
         if measured is not None and not bool(measured[cells.index].any()):
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
-        state = latent_state(self.program, cells, modality, 0 if give_mean or return_dist else n_samples, seed)
-        if return_dist:
-            return state.mean, state.variance
-        if give_mean:
-            return state.point
-        assert state.samples is not None
-        return state.samples if n_samples > 1 else state.samples[0]
+        if not give_mean and not return_dist:
+            draws = latent_draws(self.program, cells, modality, n_samples, seed)
+            return draws if n_samples > 1 else draws[0]
+        state = latent_state(self.program, cells, modality)
+        return (state.mean, state.variance) if return_dist else state.point
 
     def get_library_size_factors(
         self, adata: Any = None, indices: Any = None, batch_size: int = PREDICTION_BATCH
@@ -96,10 +97,10 @@ class InferringModel(TrainableModel):
         """Factor r_j in (0, 1) of each region, (M,)."""
         self._check_trained()
         self._check_modality("get_region_factors", "accessibility")
-        factors = self.program.region_factors()
+        factors = region_factors(self.program)
         if factors is None:
             raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
-        return cast("NDArray[np.float32]", factors.detach().cpu().numpy())
+        return cast("NDArray[np.float32]", factors.cpu().numpy())
 
     # ------------------------------------------------------------------ how well cells are explained
 

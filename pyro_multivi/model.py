@@ -16,16 +16,17 @@ from torch import Tensor
 
 from pyro_multivi import io
 from pyro_multivi._optional import require
-from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.readers import read
+from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.own_program import find_program, import_path
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.training import EarlyStopping, FitOptions, History, fit
+from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit
 from pyro_multivi.training.fit import Callback
 
 Model = TypeVar("Model", bound="TrainableModel")
@@ -83,6 +84,11 @@ class TrainableModel:
         progress_bar: bool = True,
         elbo: ELBO | None = None,
         precision: str = "fp32",
+        effect_sd: float | None = 1.0,
+        adversarial_mixing: bool | None = None,
+        adversarial_target: str = "modality",
+        adversarial_weight: float = 1.0,
+        adversarial_schedule: str = "warmup",
     ) -> None:
         """Fit the model; call again to go on.
 
@@ -120,11 +126,28 @@ class TrainableModel:
         precision
             ``"fp32"``, or ``"bf16"``: the decoders' large matrix products in bfloat16, everything else
             in float32. Faster where the processor has bfloat16 arithmetic (AVX512-BF16, AMX, GPU).
+        effect_sd
+            Before any data are seen, cells differ by about this much in the logit (nats) of a feature: it sets the
+            Normal prior of the loadings, the weights of the decoders' last layers, to whose posterior mode
+            the model is fitted. It keeps features of which the data say little near their mean over all
+            cells, and matters less the more cells there are. None: no prior.
+        adversarial_mixing
+            True: a classifier tries to tell the origin of a cell from its latent state, and the model is
+            penalised for what it can tell. None is False. The classifier belongs to this call: it is not
+            saved, and a later call starts a new one.
+        adversarial_target
+            The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
+            scvi-tools is always its batch.)
+        adversarial_weight, adversarial_schedule
+            Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
+            terms, or ``"constant"``.
 
         Raises
         ------
         ValueError
-            If an argument is out of range.
+            If an argument is out of range, or all training cells are of the origin to be mixed.
+        ContractError
+            If model and guide of a program of your own do not fit together.
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
@@ -142,13 +165,19 @@ class TrainableModel:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is not allowed: give at least {least}.")
+        if effect_sd is not None and not effect_sd > 0:
+            raise ValueError(
+                f"effect_sd={effect_sd} is not allowed: give a standard deviation above 0, or None for no prior."
+            )
         if gradient_clip is not None and not gradient_clip > 0:
             raise ValueError(f"gradient_clip={gradient_clip} is not allowed: give a norm above 0, or None.")
+        adversary = AdversaryOptions(adversarial_target, adversarial_weight, adversarial_schedule)
         split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
         if self._split is None or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are asked for.
             self._split = split
-        batches = partial(Minibatches, table, batch_size=batch_size, device=device)
+        source = resident_if_it_fits(table, device)
+        batches = partial(Minibatches, source, batch_size=batch_size, device=device)
         validation = batches(self._split.validation) if len(self._split.validation) else None
         stopping = EarlyStopping(
             early_stopping_monitor,
@@ -170,9 +199,11 @@ class TrainableModel:
             progress_bar=progress_bar,
             elbo=elbo,
             precision=precision,
+            effect_sd=effect_sd,
+            adversary=adversary if adversarial_mixing else None,
         )
         order_seed = seed + self._history.n_epochs
-        train = batches(self._split.train, shuffle=True, seed=order_seed, for_training=True)
+        train = batches(self._split.train, shuffle=True, seed=order_seed)
         try:
             self._history, self._optimizer_state = fit(
                 self.program, train, validation, options, self._history, self._optimizer_state
@@ -210,10 +241,9 @@ class TrainableModel:
         save_anndata
             Also write the data, so that :meth:`load` needs nothing else.
         """
-        program_class = type(self.program)
         description = {
             "config": self.program.config.to_dict(),
-            "program_class": f"{program_class.__module__}:{program_class.__qualname__}",
+            "program_class": import_path(type(self.program)),
             "spec": self.spec.to_dict(),
             "history": self._history.rows,
             "split": None if self._split is None else self._split.to_dict(),
@@ -232,7 +262,7 @@ class TrainableModel:
         dir_path: str | os.PathLike[str],
         adata: Any = None,
         device: str | torch.device = "cpu",
-        program_class: type[MultiVIProgram] = MultiVIProgram,
+        program_class: type[MultiVIProgram] | str = MultiVIProgram,
     ) -> Model:
         """Read a saved model. Nothing in the folder is executed.
 
@@ -246,20 +276,24 @@ class TrainableModel:
         device
             Where to put the program.
         program_class
-            The class of a model of your own: it is imported by you, never by the file.
+            The class of a model of your own, or where to import it, ``"module:name"``. The file says
+            which class it needs, and nothing is imported unless you name that class here.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no saved model.
+        BrokenModelError
+            If it is damaged.
+        ValueError
+            If it is of another class than ``program_class``, or that cannot be imported.
         """
         state, description = io.read_model(dir_path, _DESCRIBED)
-        wanted = description["program_class"]
-        given = f"{program_class.__module__}:{program_class.__qualname__}"
-        if wanted != given:
-            raise ValueError(
-                f"dir_path={str(dir_path)!r} holds a program of class {wanted}, not {given}: "
-                "import that class and give it as program_class."
-            )
+        found = find_program(program_class, description["program_class"], f"dir_path={str(dir_path)!r}")
         spec = DataSpec.from_dict(description["spec"])
         # The random start that the weights replace leaves torch's generator alone.
         with torch.random.fork_rng(devices=[]):
-            program = program_class(ProgramConfig(**description["config"]))
+            program = found(found.config_class(**description["config"]))
         try:
             program.load_state_dict(state)
         except RuntimeError as error:

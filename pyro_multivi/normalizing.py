@@ -11,7 +11,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.inferring import PREDICTION_BATCH, InferringModel
 from pyro_multivi.posterior.asked import average_over, check_threshold, library_factor, select_features
 from pyro_multivi.posterior.deliver import deliver
-from pyro_multivi.posterior.draws import cells_at_a_time
+from pyro_multivi.posterior.draws import cells_at_a_time, region_factors
 from pyro_multivi.posterior.imputation import impute
 from pyro_multivi.posterior.normalization import Average, Quantity
 
@@ -228,7 +228,7 @@ class NormalizingModel(InferringModel):
         silent: bool | None = None,
         seed: int = 0,
     ) -> Any:
-        r"""Fill the gaps of a mosaic: expression of ATAC-only cells, accessibility of RNA-only cells.
+        """Fill the gaps of a mosaic: expression of ATAC-only cells, accessibility of RNA-only cells.
 
         Parameters
         ----------
@@ -254,8 +254,8 @@ class NormalizingModel(InferringModel):
             ``X``                                           measured counts, csr; empty where not measured
             ``layers["imputed"]``                           estimates of what was not measured (with
                                                             ``measured_too`` of everything), csr; else empty
-            ``layers["imputed_sd"]``, ``["imputed_lower"]``,  with ``return_interval``
-            ``["imputed_upper"]``
+            ``layers["imputed_sd"]``, ``"imputed_lower"``,  with ``return_interval``
+            ``"imputed_upper"``
             ``obs["expression_source"]``,                   "measured" or "imputed": where a cell's entries
             ``obs["accessibility_source"]``                 of a modality come from
             ``uns["imputation"]``                           the arguments, as JSON
@@ -313,9 +313,9 @@ class NormalizingModel(InferringModel):
     def _accessibility(
         self, regions: Tensor | None, threshold: float | None, normalize_cells: bool, normalize_regions: bool
     ) -> Quantity:
-        factors = self.program.region_factors() if normalize_regions else None
-        if factors is not None:
-            factors = factors.detach() if regions is None else factors.detach()[regions]
+        factors = region_factors(self.program) if normalize_regions else None
+        if factors is not None and regions is not None:
+            factors = factors[regions]
         return Quantity("p", regions, "d" if normalize_cells else 1.0, factors, threshold)
 
     def _deliver(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class ProgramParts(nn.Module):
 
     Attributes
     ----------
+    config_class
+        What ``config`` must be. A model with choices of its own names a subclass of
+        :class:`~pyro_multivi.config.ProgramConfig` here.
     config
         Sizes and modelling choices.
     uid
@@ -31,6 +34,8 @@ class ProgramParts(nn.Module):
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
     """
+
+    config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
 
     _uid = itertools.count()
 
@@ -124,13 +129,18 @@ class ProgramParts(nn.Module):
 
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
         share of each gene, and p d r starts at the detection rate of each region for a cell of
-        typical depth (d = 1/2).
+        typical depth (d = 1/2). Loadings start at zero, so that this profile is that of every cell: from
+        random ones each feature would first have to unlearn differences that are not in the data.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
         self.library_log_mean.copy_(marginals.library_log_mean)
         self.library_log_var.copy_(marginals.library_log_var)
         if self.config.n_genes:
+            decoder = self.expression_decoder
+            for layer in (decoder.rho, decoder.pi, decoder.theta):
+                if layer is not None:
+                    layer.weight.zero_()
             share = marginals.gene_share
             if self.config.library == "size_factor":
                 # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
@@ -143,6 +153,7 @@ class ProgramParts(nn.Module):
                 # Few dropouts to begin with: 5 %.
                 self.expression_decoder.pi.bias.fill_(-3.0)
         if self.config.n_regions:
+            self.accessibility_decoder.p.weight.zero_()
             wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.

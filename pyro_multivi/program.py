@@ -6,7 +6,7 @@ Nothing here knows AnnData, files or training.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -21,11 +21,16 @@ from pyro_multivi.distributions import (
     PoissonCounts,
     ScaledBernoulli,
     ZeroInflatedNegativeBinomialCounts,
+    measured_only,
 )
+from pyro_multivi.networks.alignment import PENALTIES
 from pyro_multivi.networks.decoders import Decoded
 from pyro_multivi.networks.encoders import Reading
-from pyro_multivi.networks.experts import Expert, average, jeffreys, mixing_weights, mmd
+from pyro_multivi.networks.experts import Expert, average, mixing_weights
 from pyro_multivi.parts import ProgramParts
+
+#: Name of the plate of cells.
+CELLS = "cells"
 
 # A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
 _LARGEST_FACTOR = 1 - 1e-6
@@ -59,6 +64,9 @@ class MultiVIProgram(ProgramParts):
     The program trains under :func:`pyro_multivi.training.fit` and under a plain
     ``pyro.infer.SVI(program.model, program.guide, ...)``; it never enters Pyro's global
     parameter store.
+
+    A latent that an override adds needs a site of the same name in the guide: one of each cell in
+    :meth:`guide_further`, one that all cells share in :meth:`guide_shared`, in the model's order.
 
     References
     ----------
@@ -107,20 +115,22 @@ class MultiVIProgram(ProgramParts):
         same statements impute them.
         """
         announce_parameters(self, self.uid)
-        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+        log_theta = self.log_dispersions() if self.config.n_genes else None
+        r = self.region_factors() if self.config.n_regions else None
+        with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
             s = pyro.deterministic("s", cells.design, event_dim=1)
             z = pyro.sample("z", self.z_prior(s))
             if self.config.n_genes:
                 l = pyro.sample("l", self.library_prior(cells, s))
                 decoded = self.expression(z, s)
                 rho = pyro.deterministic("rho", decoded.rho, event_dim=1)
-                x = self.expression_dist(l, rho, self.theta(cells, s, decoded), decoded.pi_logits)
-                pyro.sample("x", x.mask(cells.has_rna), obs=cells.x)
+                x = self.expression_dist(l, rho, self.theta(cells, s, decoded, log_theta), decoded.pi_logits)
+                pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows), obs=cells.x)
             if self.config.n_regions:
                 p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
                 d = pyro.sample("d", self.cell_factor_prior(cells))
-                y = self.accessibility_dist(p, d, self.region_factors())
-                pyro.sample("y", y.mask(cells.has_atac), obs=cells.y)
+                y = self.accessibility_dist(p, d, r)
+                pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows), obs=cells.y)
             self.observe_further(cells, z, s)
 
     def guide(self, cells: Cells) -> None:
@@ -136,7 +146,8 @@ class MultiVIProgram(ProgramParts):
         the average of what each modality says. Where nothing was measured the prior stands in.
         """
         announce_parameters(self, self.uid)
-        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+        self.guide_shared()
+        with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
             s = cells.design
             read = self.read(cells, s)
             experts = self.experts(cells, s, read)
@@ -169,18 +180,28 @@ class MultiVIProgram(ProgramParts):
         decoded: Decoded = self.expression_decoder(self.transform(z), s)
         return decoded
 
-    def theta(self, cells: Cells, s: Tensor, decoded: Decoded) -> Tensor | None:
+    def log_dispersions(self) -> Tensor | None:
+        """Log inverse dispersions, (sets, G): one row, or one per batch or label. None where cells share none.
+
+        Called above the plate of cells: an override may draw them by a sample statement.
+        """
+        return getattr(self, "log_theta", None)
+
+    def theta(self, cells: Cells, s: Tensor, decoded: Decoded, log_theta: Tensor | None) -> Tensor | None:
         """Inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
         if decoded.theta_logits is not None:
             return decoded.theta_logits.exp()
-        if self.config.gene_likelihood == "poisson":
+        if log_theta is None:
             return None
+        if self.config.dispersion == "gene":
+            return log_theta[..., 0, :].exp()
+        if log_theta.dim() > 2:
+            # Draws of random dispersions are (S, 1, sets, G): the 1 stands where cells do.
+            log_theta = log_theta.squeeze(-3)
         if self.config.dispersion == "gene-batch":
-            return (s[..., : self.config.n_batch] @ self.log_theta).exp()
-        if self.config.dispersion == "gene-label":
-            assert cells.label is not None, "gene-label dispersion needs Cells.label"
-            return self.log_theta[cells.label].exp()
-        return self.log_theta[0].exp()
+            return (s[..., : self.config.n_batch] @ log_theta).exp()
+        assert cells.label is not None, "gene-label dispersion needs Cells.label"
+        return log_theta[..., cells.label, :].exp()
 
     def expression_dist(
         self, l: Tensor, rho: Tensor, theta: Tensor | None, pi_logits: Tensor | None
@@ -205,12 +226,20 @@ class MultiVIProgram(ProgramParts):
         return dist.Uniform(zero, torch.ones_like(zero))
 
     def region_factors(self) -> Tensor | None:
-        """r, (M,), in (0, 1); None stands for 1."""
+        """r, (M,), in (0, 1); None stands for 1.
+
+        Called above the plate of cells: an override may draw them by a sample statement.
+        """
         return self.region_logit.sigmoid() if self.config.region_factors else None
 
     def accessibility_dist(self, p: Tensor, d: Tensor, r: Tensor | None) -> dist.TorchDistribution:
         """y ~ Bernoulli(p d r), event shape (M,)."""
         return ScaledBernoulli(p, d, r)
+
+    def open_probability(self, y: dist.TorchDistribution) -> Tensor:
+        """P(y > 0) of each region under :meth:`accessibility_dist`, (..., M): the mean of a Bernoulli."""
+        mean: Tensor = y.mean
+        return mean
 
     def transform(self, z: Tensor) -> Tensor:
         """What the decoders read of z: z itself, or softmax(z) for ``latent_distribution="ln"``."""
@@ -230,7 +259,7 @@ class MultiVIProgram(ProgramParts):
     def atac_input(self, y: Tensor) -> Tensor:
         """What the ATAC encoder reads: 1 where a region is open."""
         if isinstance(y, SparseCounts):
-            return y.with_values(torch.ones_like(y.val))
+            return y.binary()
         return (y > 0).to(y.dtype)
 
     def read(self, cells: Cells, s: Tensor) -> Readings:
@@ -238,10 +267,10 @@ class MultiVIProgram(ProgramParts):
         rna = atac = None
         if self.config.n_genes:
             depth = rna_totals(cells).clamp(min=1.0).log()
-            rna = self.rna_reader(self.rna_input(cells.x), cells.has_rna, s, depth)
+            rna = self.rna_reader(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
         if self.config.n_regions:
             depth = open_regions(cells).log1p()
-            atac = self.atac_reader(self.atac_input(cells.y), cells.has_atac, s, depth)
+            atac = self.atac_reader(self.atac_input(cells.y), cells.has_atac, s, depth, cells.atac_rows)
         return Readings(rna, atac)
 
     def experts(self, cells: Cells, s: Tensor, read: Readings) -> dict[str, Expert]:
@@ -309,19 +338,15 @@ class MultiVIProgram(ProgramParts):
 
     def alignment(self, experts: dict[str, Expert]) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
-        pairs = list(itertools.combinations(experts.values(), 2))
         penalty = next(iter(experts.values())).loc.new_zeros(len(next(iter(experts.values())).loc))
-        if self.config.modality_penalty == "None":
-            return penalty
-        for a, b in pairs:
-            both = a.measured & b.measured
-            if self.config.modality_penalty == "Jeffreys":
-                penalty = penalty + torch.where(both, jeffreys(a, b), penalty.new_zeros(()))
-            else:
-                paired = both.nonzero().squeeze(-1)
-                gap = mmd(_rows(a, paired), _rows(b, paired))
-                penalty = penalty + both * gap
+        draw_together = PENALTIES.get(str(self.config.modality_penalty))
+        if draw_together is not None:
+            for a, b in itertools.combinations(experts.values(), 2):
+                penalty = penalty + draw_together(a, b)
         return penalty
+
+    def guide_shared(self) -> None:
+        """Hook: sample statements for latents that all cells share, above the plate of cells."""
 
     def guide_further(self, cells: Cells, s: Tensor) -> None:
         """Hook: sample statements for latents that :meth:`observe_further` introduced."""
@@ -345,6 +370,11 @@ class MultiVIProgram(ProgramParts):
         return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
 
 
+def is_of_cells(site: Any) -> bool:
+    """Whether a site of a trace lies in the plate of cells, rather than being shared by all of them."""
+    return any(frame.name == CELLS for frame in site["cond_indep_stack"])
+
+
 def rna_totals(cells: Cells) -> Tensor:
     """Total gene count of each cell, (B,)."""
     return cells.x.row_sums() if isinstance(cells.x, SparseCounts) else cells.x.sum(-1)
@@ -355,7 +385,3 @@ def open_regions(cells: Cells) -> Tensor:
     if isinstance(cells.y, SparseCounts):
         return cells.y.crow.diff().to(cells.y.dtype)
     return (cells.y > 0).to(cells.y.dtype).sum(-1)
-
-
-def _rows(expert: Expert, rows: Tensor) -> Expert:
-    return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])

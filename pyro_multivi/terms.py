@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Sites that are terms of training, not of the model.
 TRAINING_SITES = ("alignment",)
@@ -23,6 +23,8 @@ TRAINING_SITES = ("alignment",)
 class Terms:
     """Sums over cells of each term, in nats, and over how many cells each was summed.
 
+    The sums are scalars (float64) on the device that made them. It is only waited for when one of them is read.
+
     Attributes
     ----------
     log_likelihood
@@ -31,14 +33,16 @@ class Terms:
         Sum of KL(q | prior) for each latent site (``"z"``, ``"l"``, ``"d"``).
     training
         Sum of each training-only term (``"alignment"``).
+    n_measured
+        Number of cells in which an observed site was measured.
     n_cells
-        Number of cells; ``n_measured`` counts those in which an observed site was measured.
+        Number of cells.
     """
 
-    log_likelihood: dict[str, float] = field(default_factory=dict)
-    kl: dict[str, float] = field(default_factory=dict)
-    training: dict[str, float] = field(default_factory=dict)
-    n_measured: dict[str, int] = field(default_factory=dict)
+    log_likelihood: dict[str, Tensor] = field(default_factory=dict)
+    kl: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Tensor] = field(default_factory=dict)
+    n_measured: dict[str, Tensor] = field(default_factory=dict)
     n_cells: int = 0
 
     def __iadd__(self, other: Terms) -> Terms:
@@ -52,7 +56,15 @@ class Terms:
     @property
     def elbo(self) -> float:
         """Evidence lower bound summed over cells, in nats."""
-        return sum(self.log_likelihood.values()) - sum(self.kl.values())
+        log_likelihood, kl, _, _ = self._read()
+        return sum(log_likelihood.values()) - sum(kl.values())
+
+    def _read(self) -> tuple[dict[str, float], ...]:
+        """All sums as numbers: log_likelihood, kl, training, n_measured. They come from the device in one go."""
+        groups = (self.log_likelihood, self.kl, self.training, self.n_measured)
+        values = [value for group in groups for value in group.values()]
+        numbers = iter(torch.stack(values).tolist() if values else [])
+        return tuple({name: next(numbers) for name in group} for group in groups)
 
     def per_cell(self) -> dict[str, float]:
         """Named losses (lower is better) in nats per cell.
@@ -62,31 +74,33 @@ class Terms:
         ``reconstruction_accessibility`` are per *measured* cell, everything else is per cell.
         """
         n = max(self.n_cells, 1)
+        log_likelihood, kl, training, n_measured = self._read()
         row = {
-            "elbo": -self.elbo / n,
-            "reconstruction_loss": -sum(self.log_likelihood.values()) / n,
-            "kl_local": sum(self.kl.values()) / n,
+            "elbo": (sum(kl.values()) - sum(log_likelihood.values())) / n,
+            "reconstruction_loss": -sum(log_likelihood.values()) / n,
+            "kl_local": sum(kl.values()) / n,
         }
-        for site, value in self.log_likelihood.items():
+        for site, value in log_likelihood.items():
             name = {"x": "expression", "y": "accessibility"}.get(site, site)
-            row[f"reconstruction_{name}"] = -value / max(self.n_measured[site], 1)
-        row.update({f"kl_{site}": value / n for site, value in self.kl.items()})
-        row.update({site: value / n for site, value in self.training.items()})
+            row[f"reconstruction_{name}"] = -value / max(n_measured[site], 1)
+        row.update({f"kl_{site}": value / n for site, value in kl.items()})
+        row.update({site: value / n for site, value in training.items()})
         return row
 
 
 def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
     """Read the terms off a pair of traces whose log probabilities have been computed."""
     terms = Terms(n_cells=len(cells))
-    measured = {"x": cells.has_rna, "y": cells.has_atac}
     for name, site in model_trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         if not site["is_observed"]:
-            terms.kl[name] = _total(_kl(guide_trace.nodes[name], site), site)
+            # A latent that all cells share belongs to each of them in equal parts: summed over a pass, once.
+            share = 1.0 if is_of_cells(site) else len(cells) / cells.n_total
+            terms.kl[name] = share * _total(_kl(guide_trace.nodes[name], site), site)
         elif not (site["infer"] or {}).get("_deterministic", False):
             terms.log_likelihood[name] = _total(site["unscaled_log_prob"], site)
-            terms.n_measured[name] = int(measured[name].sum()) if name in measured else len(cells)
+            terms.n_measured[name] = cells.measured(name).sum().double()
     for name in TRAINING_SITES:
         if name in guide_trace.nodes:
             # A factor in the guide counts as minus log q: adding it raises the loss.
@@ -105,10 +119,10 @@ def measure(program: MultiVIProgram, cells: Cells) -> Terms:
     return terms_of(cells, model_trace, guide_trace)
 
 
-def _total(values: Tensor, site: Any) -> float:
+def _total(values: Tensor, site: Any) -> Tensor:
     """Sum over cells; the mean over the particles of a vectorised ELBO."""
     particles = {frame.size for frame in site["cond_indep_stack"] if frame.name == "num_particles_vectorized"}
-    return values.sum().item() / max(particles, default=1)
+    return values.detach().sum().double() / max(particles, default=1)
 
 
 def _kl(guide_site: Any, model_site: Any) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +134,27 @@ def test_prediction_alone():
     assert "forget its peak" in module("table").render(CASE, records)
 
 
+@pytest.fixture
+def differential(monkeypatch):
+    """The benchmark of differential tests, whose neighbours are found as when it is run as a script."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return module("differential")
+
+
+def test_differential_ratios_are_paired_within_rounds(differential):
+    def tested(system, number, seconds, megabytes):
+        sizes = {"working_bytes": megabytes * 1_000_000, "table_bytes": 5_000_000}
+        return {**record(system, number, {"seconds": seconds, **sizes}), "n_regions": 10}
+
+    records = [tested("peer", n, seconds, 900) for n, seconds in enumerate((8.0, 12.0, 40.0))]
+    records += [tested("ours group", n, seconds, 30) for n, seconds in enumerate((4.0, 3.0, 20.0))]
+    records.append({**record("ours cell", 0, None, failed="out of memory"), "n_regions": 10})
+    table = rows(differential.render(records, 10))
+    assert table["peer"] == ["12.0", "900", "5", "1.0 (1.0–1.0)", "1.0 (1.0–1.0)"]
+    assert table["ours group"] == ["4.0", "30", "5", "2.0 (2.0–4.0)", "30.0 (30.0–30.0)"]
+    assert table["ours cell"][0] == "out of memory"
+
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the benchmarks read /proc")
 
 
@@ -165,3 +189,18 @@ def test_a_worker_is_stopped_at_its_limits(limits, failed):
     outcome = module("launch").launch([sys.executable, "-c", "import time; time.sleep(60)"], **limits)
     assert (outcome.result, outcome.failed) == (None, failed)
     assert "stopped" in outcome.detail
+
+
+@linux
+@pytest.mark.slow
+def test_differential_runs_without_the_peer(tmp_path):
+    sizes = {"regions": 300, "genes": 30, "cells": 80, "groups": 3, "samples": 50, "rounds": 1, "threads": 1}
+    asked = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    out = tmp_path / "records.json"
+    env = {name: value for name, value in os.environ.items() if name != "PYRO_MULTIVI_PEER_PYTHON"}
+    command = [sys.executable, str(BENCHMARKS / "differential.py"), *asked, "--out", str(out)]
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    records = json.loads(out.read_text())
+    assert [one["system"] for one in records] == ["ours cell", "ours group"]
+    assert all(one["result"]["table_bytes"] > 0 for one in records), records
+    assert rows(printed[printed.index("| |") :])["peer"][0] == "not run"

@@ -97,6 +97,12 @@ def test_observed_against_replicated_marks_what_lies_outside(ax):
         check_plots.observed_against_replicated(genes, "cv", ax)
 
 
+def test_observed_against_replicated_draws_a_single_point_outside(ax):
+    # Warnings are errors: a Series of one number is one to matplotlib.
+    check_plots.observed_against_replicated(table([0.5, 0.4, 0.999]), "mean", ax)
+    assert ax.get_legend().get_texts()[1].get_text() == "outside (1)"
+
+
 def test_pictures_draw_into_the_axes_given(ax):
     histogram = pd.DataFrame({"count": range(4), "observed": [90, 9, 1, 0], "replicated": [80.0, 16.0, 4.0, 1.0]})
     histogram = histogram.assign(lower=histogram["replicated"] * 0.9, upper=histogram["replicated"] * 1.1)

@@ -100,8 +100,17 @@ class Oracle:
             "z": (loc, np.sqrt(var)),
             "l": (l_loc, l_sd),
             "d": special.expit(factor[:, 0] - self.w["atac_log_depth"]) if self.atac_size is None else self.atac_size,
-            "alignment": np.where(paired, (forth + back).sum(1), 0.0),
+            "alignment": np.where(paired, (forth + back).sum(1) + self.contrast(loc_x, loc_y, paired), 0.0),
         }
+
+    @staticmethod
+    def contrast(loc_x, loc_y, paired):
+        """Three times the mean surprisal at finding a cell's other expert among those of the paired cells."""
+        surprisal = np.zeros(len(paired))
+        score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
+        both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
+        surprisal[paired] = both_ways / 2 - np.diag(score)
+        return 3.0 * surprisal
 
     def log_x(self, z, l):
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z

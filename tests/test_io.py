@@ -161,7 +161,7 @@ def test_a_subclass_is_imported_by_the_user_and_never_by_the_file(mosaic, tmp_pa
     model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2, program_class=OwnProgram)
     model.train(1, progress_bar=False)
     model.save(tmp_path / "model")
-    with pytest.raises(ValueError, match="OwnProgram, not .*MultiVIProgram.*give it as program_class"):
+    with pytest.raises(ValueError, match="OwnProgram, not .*MultiVIProgram.*give program_class=OwnProgram"):
         pm.MULTIVI.load(tmp_path / "model", mosaic)
     loaded = pm.MULTIVI.load(tmp_path / "model", mosaic, program_class=OwnProgram)
     assert type(loaded.program) is OwnProgram

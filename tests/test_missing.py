@@ -86,7 +86,7 @@ def test_a_missing_modality_is_an_absent_modality(make_program, make_cells, chos
 
 @pytest.mark.parametrize(("chosen", "site"), ONLY)
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
-@pytest.mark.parametrize("penalty", ["Jeffreys", "MMD", "None"])
+@pytest.mark.parametrize("penalty", ["contrastive", "Jeffreys", "MMD", "None"])
 def test_a_missing_modality_has_no_value_and_no_gradient(make_program, make_cells, chosen, site, elbo, penalty):
     program = make_program(modality_weights="cell", modality_penalty=penalty)
     cells = rows(make_cells(), chosen)

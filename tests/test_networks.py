@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.networks import layers
 from pyro_multivi.networks.encoders import LibraryHead, ModalityReader, NormalHead, Reading
 from pyro_multivi.networks.layers import BatchNorm, CountsLinear, CovariateStack, NormActivate
 
@@ -19,6 +20,18 @@ def sparse_and_dense(n, features, density=0.3):
     return SparseCounts.from_dense(dense), dense
 
 
+@pytest.fixture(params=["at random", "in order"])
+def way(request, monkeypatch):
+    """How the weight of a first layer is read: a wide one feature by feature."""
+    monkeypatch.setattr("pyro_multivi.networks.layers._CACHED", 0 if request.param == "in order" else 2**30)
+    calls = []
+    whole = layers._in_order
+    monkeypatch.setattr(layers, "_in_order", lambda *args: calls.append(1) or whole(*args))
+    yield
+    assert bool(calls) == (request.param == "in order")
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sparse_counts_pass_a_first_layer_as_dense_ones_do(shape):
     layer, (sparse, dense) = CountsLinear(shape[1], 7), sparse_and_dense(*shape)
@@ -34,6 +47,7 @@ def test_sparse_counts_pass_a_first_layer_as_dense_ones_do(shape):
     torch.testing.assert_close(found[0][0], dense @ layer.weight.detach() + layer.bias.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dense", [torch.zeros(3, 5), torch.zeros(0, 5)], ids=["empty rows", "no rows"])
 def test_a_first_layer_takes_cells_without_counts(dense):
     layer = CountsLinear(5, 2)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pyro_multivi as pm
-from pyro_multivi.networks.experts import Expert, average, mmd
+from pyro_multivi.networks.alignment import mmd
+from pyro_multivi.networks.experts import Expert, average
 
 
 @pytest.fixture

@@ -277,11 +277,12 @@ def config(**changes):
     return ProgramConfig(**{"n_genes": 100, "n_regions": 400, **changes})
 
 
-def test_default_widths_are_square_roots():
-    assert (config().hidden, config().latent) == (20, 4)
+def test_default_widths():
+    # Not the square root of the regions: that is too narrow for few of them.
+    assert (config().hidden, config().latent) == (128, 11)
     assert (config(n_regions=10**6).hidden, config(n_regions=10**6).latent) == (128, 11)
-    assert config(n_regions=0).hidden == 10
-    assert config(n_genes=0, n_regions=1).latent == 1
+    assert (config(n_hidden=30).hidden, config(n_hidden=30).latent) == (30, 5)
+    assert config(n_hidden=1).latent == 1
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_a_weight_of_zero_leaves_likelihood_and_alignment(make_program, make_cel
     assert all(torch.isfinite(p.grad).all() for p in program.parameters() if p.grad is not None)
     terms = objective.last_terms(cells)
     rest = terms.training["alignment"] - sum(terms.log_likelihood.values())
-    assert loss.item() == pytest.approx(rest / 12, rel=1e-10)
+    assert loss.item() == pytest.approx(float(rest) / 12, rel=1e-10)
     assert terms.kl["z"] > 0
 
 
@@ -246,5 +246,5 @@ def test_reported_terms_know_nothing_of_annealing_or_particles(make_program, mak
     assert found[0] == found[1] == found[2]
     # Without annealing the loss is these terms.
     rest = found[2].training["alignment"] - found[2].elbo
-    assert loss.item() == pytest.approx(rest / 12, rel=1e-9)
+    assert loss.item() == pytest.approx(float(rest) / 12, rel=1e-9)
     assert found[2].n_cells == 12

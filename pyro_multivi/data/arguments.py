@@ -40,6 +40,8 @@ class Setup:
         Names of the modalities of a MuData, or None where there is none.
     obs_modalities
         For arguments whose columns lie in the obs of one modality of a MuData: its name.
+    further
+        Names of further measurements: keys of obsm, or modalities of a MuData.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Setup:
     rna_modality: str | None = None
     atac_modality: str | None = None
     obs_modalities: dict[str, str] = field(default_factory=dict)
+    further: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""

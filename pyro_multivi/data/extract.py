@@ -11,6 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pyro_multivi.data.checks import check_values, first_names
 from pyro_multivi.data.opened import Counts
@@ -18,7 +19,7 @@ from pyro_multivi.data.sparse import SparseCounts
 
 # A block of a dense matrix stays under 64 MB in float32; one of a sparse matrix is far smaller.
 _BLOCK_ENTRIES = 2**24
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def survey(counts: Counts, n_cells: int) -> Survey:
 def read(counts: Counts, names: tuple[str, ...]) -> SparseCounts:
     """The counts of the features ``names``, in that order, for every cell of the data set.
 
-    Columns are int32, values float32. Cells without a row in the matrix get an empty one.
+    Columns are int32. Values are as small as they may be without being changed: one byte each for counts
+    up to 255, no memory if all of them are 1. Cells without a row in the matrix get an empty one.
 
     Raises
     ------
@@ -67,22 +69,53 @@ def read(counts: Counts, names: tuple[str, ...]) -> SparseCounts:
         If features are missing or values are no counts.
     """
     take = match_features(counts.features, names, counts.modality, counts.where)
-    sizes, cols, vals = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    sizes, col, val = [np.zeros(1, np.int64)], np.zeros(0, np.int32), np.zeros(0, np.uint8)
     for block in _blocks(counts, take):
         sizes.append(np.diff(block.indptr).astype(np.int64))
-        cols.append(block.indices.astype(np.int32))
-        vals.append(block.data.astype(np.float32))
-    crow, col, val = np.cumsum(np.concatenate(sizes)), np.concatenate(cols), np.concatenate(vals)
-    shape = (len(crow) - 1, len(names))
+        col, val = _extended(col, block.indices), _extended(val, block.data, smallest(block.data))
+    crow = np.cumsum(np.concatenate(sizes))
+    n, width = len(crow) - 1, len(names)
+    parts = torch.from_numpy(col), _ones_once(torch.from_numpy(val))
     if counts.rows is None:
-        return SparseCounts(torch.from_numpy(crow), torch.from_numpy(col), torch.from_numpy(val), shape)
+        return SparseCounts(torch.from_numpy(crow), *parts, (n, width))
     # An empty row at the end, for the cells without one (-1).
-    crow = np.append(crow, crow[-1])
-    rows = np.where(counts.rows < 0, shape[0], counts.rows)
-    padded = SparseCounts(
-        torch.from_numpy(crow), torch.from_numpy(col), torch.from_numpy(val), (shape[0] + 1, shape[1])
-    )
+    padded = SparseCounts(torch.from_numpy(np.append(crow, crow[-1])), *parts, (n + 1, width))
+    rows = np.where(counts.rows < 0, n, counts.rows)
     return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
+
+
+def smallest(values: NDArray[Any]) -> np.dtype[Any]:
+    """The smallest of uint8, int16 and float32 that holds all these counts as they are.
+
+    Examples
+    --------
+    >>> smallest(np.array([1.0, 255.0])), smallest(np.array([256.0])), smallest(np.array([0.5]))
+    (dtype('uint8'), dtype('int16'), dtype('float32'))
+    """
+    largest = values.max(initial=0)
+    for kind in (np.uint8, np.int16):
+        if largest <= np.iinfo(kind).max:
+            if values.dtype.kind != "f" or bool((values == np.floor(values)).all()):
+                return np.dtype(kind)
+            break
+    return np.dtype(np.float32)
+
+
+def _extended(values: NDArray[Any], more: NDArray[Any], least: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """The values and some more behind them, in a type that holds both; memory grows in place."""
+    kind = values.dtype if least is None else np.result_type(values.dtype, least)
+    extended = values.astype(kind, copy=False)
+    n = len(extended)
+    extended.resize(n + len(more), refcheck=False)
+    extended[n:] = more
+    return extended
+
+
+def _ones_once(values: Tensor) -> Tensor:
+    """One 1 for all, where all are 1: as most accessibility is."""
+    if len(values) == 0 or not bool((values == 1).all()):
+        return values
+    return values[:1].clone().expand(len(values))
 
 
 def match_features(found: pd.Index[Any], names: tuple[str, ...], modality: str, where: str) -> NDArray[np.intp] | None:

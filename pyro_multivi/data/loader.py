@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
 
@@ -30,6 +31,10 @@ def default_batch_size(n_cells: int) -> int:
 class Minibatches:
     """Iterate over some cells of a table, again and again.
 
+    The next minibatch is cut in a thread of its own while the current one is used. For a GPU it is
+    also copied there meanwhile, by way of page-locked memory; a table that already lies on a device
+    is cut there, which is no work for the host.
+
     Parameters
     ----------
     table
@@ -44,9 +49,7 @@ class Minibatches:
     seed
         Of the order.
     device
-        Where the minibatches go.
-    for_training
-        Also prepare what the backward pass needs, ahead of the step.
+        Where the minibatches go; those of a table that lies on a device stay there.
 
     Examples
     --------
@@ -60,23 +63,23 @@ class Minibatches:
 
     def __init__(
         self,
-        table: CellTable,
+        table: CellTable | ResidentTable,
         index: Tensor | None = None,
         *,
         batch_size: int = 128,
         shuffle: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        for_training: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not allowed: give at least 1.")
-        self.table = table
+        #: Where the cells lie on the host, whatever the minibatches are cut from.
+        self.table: CellTable = table.table if isinstance(table, ResidentTable) else table
+        self._source = table
         self.index = torch.arange(len(table)) if index is None else index
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.device = torch.device(device)
-        self.for_training = for_training
+        self.device = table.device if isinstance(table, ResidentTable) else torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -101,18 +104,42 @@ class Minibatches:
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self._generator)]
         parts = order.split(self._sizes()) if len(order) else ()
+        if isinstance(self._source, ResidentTable):
+            yield from map(self.cut, parts)
+        else:
+            yield from self._ahead(parts, torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
+
+    def cut(self, index: Tensor) -> Cells:
+        """The cells at ``index``, positions in the table, as a minibatch on the device."""
+        return self._prepared(self._source.batch(index, n_total=self.n_cells).to(self.device))
+
+    def _ahead(self, parts: Sequence[Tensor], copies: torch.cuda.Stream | None) -> Iterator[Cells]:
+        """Minibatches, each cut (and copied, in a stream beside the step) while the one before is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="minibatch") as pool:
-            ahead = [pool.submit(self._cut, part) for part in parts[:1]]
+            ahead = [pool.submit(self._cut, part, copies) for part in parts[:1]]
             for place in range(len(parts)):
                 cells = ahead.pop().result()
+                if copies is not None:
+                    # Before the next copy begins, so that only this one is waited for: by the device, not the host.
+                    step = torch.cuda.current_stream(self.device)
+                    step.wait_stream(copies)
+                    for part in cells.parts():
+                        part.record_stream(step)
                 if place + 1 < len(parts):
-                    ahead.append(pool.submit(self._cut, parts[place + 1]))
+                    ahead.append(pool.submit(self._cut, parts[place + 1], copies))
                 yield cells
 
-    def _cut(self, index: Tensor) -> Cells:
-        cells = self.table.batch(index, n_total=self.n_cells)
-        if self.for_training:
-            for counts in (cells.x, cells.y):
-                if isinstance(counts, SparseCounts):
-                    counts.by_feature()
-        return cells if self.device.type == "cpu" else cells.to(self.device, non_blocking=True)
+    def _cut(self, index: Tensor, copies: torch.cuda.Stream | None) -> Cells:
+        if copies is None:
+            return self.cut(index)
+        cells = self._source.batch(index, n_total=self.n_cells).pin_memory()
+        with torch.cuda.stream(copies):
+            return self._prepared(cells.to(self.device, non_blocking=True))
+
+    @staticmethod
+    def _prepared(cells: Cells) -> Cells:
+        """With the order by feature, which encoders, likelihoods and the backward pass need, found ahead of them."""
+        for counts in (cells.x, cells.y):
+            if isinstance(counts, SparseCounts):
+                counts.order_by_feature()
+        return cells

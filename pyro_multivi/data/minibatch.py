@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_multivi.data.sparse import SparseCounts
+
+
+class Measurement(NamedTuple):
+    """What was measured of some cells besides RNA and ATAC.
+
+    Attributes
+    ----------
+    values
+        Shape (B, F), float32; rows of cells without this measurement hold zeros.
+    measured
+        Which cells have it, shape (B,), bool.
+    """
+
+    values: Tensor
+    measured: Tensor
+
+    def at(self, index: Tensor) -> Measurement:
+        """That of the cells at ``index``, int64."""
+        return Measurement(self.values[index], self.measured[index])
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,13 @@ class Cells:
         Fixed RNA size factor, shape (B,), or None to infer the library.
     atac_size
         Fixed accessibility size factor in (0, 1), shape (B,), or None to infer it.
+    further
+        Other measurements by name, such as protein counts. The program reads none of them: they are
+        for the hooks of a model of your own.
+    rna_rows, atac_rows
+        Positions of the cells with RNA (with ATAC), shape (b,), int64, ascending; counts of the others
+        are promised to be zero. Whoever cuts minibatches knows them; None: they are looked up where
+        they are needed, for which a GPU has to be waited for.
     """
 
     index: Tensor
@@ -47,6 +76,9 @@ class Cells:
     label: Tensor | None = None
     rna_size: Tensor | None = None
     atac_size: Tensor | None = None
+    further: Mapping[str, Measurement] = field(default_factory=dict)
+    rna_rows: Tensor | None = None
+    atac_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,12 +90,45 @@ class Cells:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cells:
         """The same cells on another device."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-        return Cells(**moved)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Cells:
+        """The same cells in page-locked memory, from which a GPU copies while others work."""
+        return self._map(lambda part: part.pin_memory())
+
+    def parts(self) -> list[Tensor]:
+        """All tensors that the cells are made of; those inside of sparse counts rather than the counts."""
+        found: list[Tensor] = []
+
+        def add(part: Tensor) -> Tensor:
+            found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
+            return part
+
+        self._map(add)
+        return found
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Cells:
+        changed: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            changed[entry.name] = change(value) if isinstance(value, Tensor) else value
+        changed["further"] = {name: Measurement(*map(change, part)) for name, part in self.further.items()}
+        return Cells(**changed)
+
+    def measured(self, site: str) -> Tensor:
+        """Whether an observed site was measured in each cell, (B,), bool.
+
+        ``"x"`` and ``"y"`` are the counts, a name of ``further`` is that measurement; a site of any
+        other name is observed in every cell.
+        """
+        if site in self.further:
+            return self.further[site].measured
+        return {"x": self.has_rna, "y": self.has_atac}.get(site, torch.ones_like(self.has_rna))
 
     def replace(self, **changes: Any) -> Cells:
-        """A copy with some fields exchanged."""
+        """A copy with some fields exchanged; what is known of other fields from these is looked up anew."""
+        if {"x", "has_rna"} & changes.keys():
+            changes.setdefault("rna_rows", None)
+        if {"y", "has_atac"} & changes.keys():
+            changes.setdefault("atac_rows", None)
         return replace(self, **changes)

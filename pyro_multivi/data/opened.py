@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.arguments import Setup, is_mudata
 from pyro_multivi.data.checks import check_unique, counts_hint, first_names, unknown_key
+from pyro_multivi.data.further import FurtherSource
 from pyro_multivi.data.spelling import spelled
 from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION
 
@@ -74,6 +75,8 @@ class Opened:
         Number of features of each other type.
     type_key, kept_types
         The column of var, and its values that are genes or regions, in an AnnData.
+    further
+        Further measurements by name, those that are there.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Opened:
     ignored: dict[str, int] = field(default_factory=dict)
     type_key: str = ""
     kept_types: tuple[str, ...] = ()
+    further: dict[str, FurtherSource] = field(default_factory=dict)
 
     def only(self, rna: bool, atac: bool) -> Opened:
         """The same without a modality that is not wanted."""
@@ -168,6 +172,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         type_key=setup.feature_type_key,
         kept_types=(*setup.gene_types, *setup.region_types),
+        further=_in_obsm(adata, "adata", setup),
     )
 
 
@@ -211,7 +216,26 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
         # An object without that modality is asked for the column in its main table.
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
+        further={**_in_obsm(mdata, "mdata", setup), **_in_modalities(mdata, setup)},
     )
+
+
+def _in_obsm(data: Any, owner: str, setup: Setup) -> dict[str, FurtherSource]:
+    return {
+        name: FurtherSource(f"{owner}.obsm[{name!r}]", data.obsm[name], data.obs_names)
+        for name in setup.further
+        if name in data.obsm
+    }
+
+
+def _in_modalities(mdata: Any, setup: Setup) -> dict[str, FurtherSource]:
+    found = {}
+    for name in setup.further:
+        if name in mdata.mod:
+            part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
+            rows = _rows_of(mdata, part, owner)
+            found[name] = FurtherSource(f"{owner}.X", part.X, part.obs_names, part.var_names, rows)
+    return found
 
 
 def _obs_of(modality: str) -> str:

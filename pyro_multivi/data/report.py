@@ -76,6 +76,9 @@ class SetupReport:
                 notes.append(f"No cell was measured for {modality}: nothing can be learned about its features.")
             if modality == "ATAC" and not found.whole:
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
+        for name, size in seen.further.items():
+            width = len(spec.further[name])
+            notes.append(f"{name!r}: {width} features measured in {size} cells, for a model of your own.")
         notes += [f"{size} features of type {kind!r} are ignored." for kind, size in seen.opened.ignored.items()]
         return cls(
             kind=spec.kind,

@@ -44,6 +44,7 @@ def setup_anndata(
     labels_key: str | None = None,
     modality_values: Mapping[str, str] | None = None,
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
+    further_obsm_keys: Sequence[str] | None = None,
 ) -> SetupReport:
     """Say where counts, batches and covariates lie in an AnnData, and check them.
 
@@ -81,6 +82,10 @@ def setup_anndata(
     feature_type_values
         Words of the ``feature_type_key`` column: ``{"genes": "Gene Expression", "regions": ["Peaks",
         "Chromatin Accessibility"]}`` by default. Features of other types are ignored and reported.
+    further_obsm_keys
+        Keys of ``obsm`` with further measurements, such as protein counts: arrays, sparse matrices or
+        frames, a row of NaN for a cell that was not measured. A model of your own finds them in
+        ``cells.further[key]``.
 
     Returns
     -------
@@ -120,6 +125,7 @@ def setup_anndata(
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=_modality_values(modality_values),
         feature_type_key=feature_type_key,
+        further=name_list("further_obsm_keys", further_obsm_keys),
     )
     return _set_up(adata, _with_feature_types(setup, feature_type_values))
 
@@ -136,6 +142,7 @@ def setup_mudata(
     modality_key: str | None = None,
     modalities: Mapping[str, str] | None = None,
     modality_values: Mapping[str, str] | None = None,
+    further_modalities: Sequence[str] | None = None,
 ) -> SetupReport:
     """Say where counts, batches and covariates lie in a MuData, and check them.
 
@@ -162,6 +169,9 @@ def setup_mudata(
         "rna" and "atac"; columns of arguments that are not listed are in ``mdata.obs``.
     modality_values
         What other words of the ``modality_key`` column mean, ``{"both assays": "paired"}``.
+    further_modalities
+        Names of further modalities (their ``.X``), or keys of ``mdata.obsm``, for a model of your own:
+        see ``further_obsm_keys`` of :func:`setup_anndata`.
 
     Returns
     -------
@@ -188,6 +198,7 @@ def setup_mudata(
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=_modality_values(modality_values),
+        further=name_list("further_modalities", further_modalities),
     )
     return _set_up(mdata, _with_modalities(setup, mdata, modalities))
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.arguments import Setup
-from pyro_multivi.data.checks import nearest
+from pyro_multivi.data.checks import nearest, unknown_key
 from pyro_multivi.data.covariates import categories, codes, numbers, size_factors
 from pyro_multivi.data.extract import Survey, read, survey
 from pyro_multivi.data.measured import Measured, find_measured
+from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.opened import Opened, open_data
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
@@ -51,6 +52,8 @@ class DataSpec:
         Sorted as strings; empty without ``labels_key``.
     n_cells
         Number of cells that are "paired", have "expression" only, "accessibility" only.
+    further
+        Names of the features of each further measurement.
 
     Examples
     --------
@@ -71,6 +74,7 @@ class DataSpec:
     continuous_sd: tuple[float, ...] = ()
     label_categories: tuple[str, ...] = ()
     n_cells: dict[str, int] = field(default_factory=dict)
+    further: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Any) -> DataSpec:
@@ -127,7 +131,8 @@ class DataSpec:
         """As JSON-ready values."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         values["setup"] = self.setup.to_dict()
-        values["categorical"] = {key: list(known) for key, known in self.categorical.items()}
+        for name in ("categorical", "further"):
+            values[name] = {key: list(known) for key, known in getattr(self, name).items()}
         return values
 
     @classmethod
@@ -135,10 +140,13 @@ class DataSpec:
         """The inverse of :meth:`to_dict`, also after JSON."""
         read: dict[str, Any] = {}
         for entry in fields(cls):
+            if entry.name == "further" and entry.name not in values:
+                continue  # models saved before there was such a thing
             value = values[entry.name]
             read[entry.name] = tuple(value) if isinstance(value, list) else value
         read["setup"] = Setup.from_dict(values["setup"])
-        read["categorical"] = {key: tuple(known) for key, known in values["categorical"].items()}
+        for name in ("categorical", "further"):
+            read[name] = {key: tuple(known) for key, known in read.get(name, {}).items()}
         return cls(**read)
 
     def batch_code(self, batch: str | int) -> int:
@@ -216,7 +224,15 @@ class DataSpec:
             label=self._labels(opened),
             rna_size=None if sizes[0] is None else torch.from_numpy(sizes[0]).float(),
             atac_size=None if sizes[1] is None else torch.from_numpy(sizes[1]).float(),
+            further={name: self._further(opened, name) for name in self.further},
         )
+
+    def _further(self, opened: Opened, name: str) -> Measurement:
+        if name in opened.further:
+            return opened.further[name].read(self.further[name])
+        logger.info("There is no %r: its cells count as not measured for it.", name)
+        n = len(opened.cells)
+        return Measurement(torch.zeros(n, len(self.further[name])), torch.zeros(n, dtype=torch.bool))
 
     def _batch_codes(self, opened: Opened, missing_ok: bool) -> NDArray[np.int64]:
         key = self.setup.batch_key
@@ -252,6 +268,7 @@ class Description:
     measured: Measured
     rna: Survey | None
     atac: Survey | None
+    further: dict[str, int]
 
 
 def describe(data: Any, setup: Setup) -> Description:
@@ -270,6 +287,11 @@ def describe(data: Any, setup: Setup) -> Description:
     counted = [none if seen is None else seen.nnz > 0 for seen in (rna, atac)]
     measured = find_measured(opened, setup, counted[0], counted[1], key_needed=True)
     size_factors(opened, setup.size_factor_keys, measured.has_rna, measured.has_atac)
+    for name in setup.further:
+        if name not in opened.further:
+            argument, place = ("modalities", "mod") if opened.name == "mdata" else ("obsm_keys", "obsm")
+            raise unknown_key(f"further_{argument}", name, f"{opened.name}.{place}", getattr(data, place))
+    further = {name: opened.further[name].feature_names() for name in setup.further}
     columns = [numbers(opened, "continuous_covariate_keys", key) for key in setup.continuous_covariate_keys]
     spec = DataSpec(
         setup=setup,
@@ -285,8 +307,10 @@ def describe(data: Any, setup: Setup) -> Description:
         continuous_sd=tuple(float(values.std()) if np.ptp(values) > 0 else 1.0 for values in columns),
         label_categories=_categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
+        further=further,
     )
-    return Description(spec, opened, measured, rna, atac)
+    sizes = {name: int(opened.further[name].read().measured.sum()) for name in further}
+    return Description(spec, opened, measured, rna, atac, sizes)
 
 
 def _categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:

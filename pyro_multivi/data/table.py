@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.data.sparse import SparseCounts
 
 # Cells read at a time for statistics: large enough to be fast, small beside any table.
@@ -23,8 +24,8 @@ class CellTable:
     Attributes
     ----------
     x
-        Gene counts, shape (n, G), or None if no cell has RNA. Columns may be int32 here to
-        save memory; minibatches carry int64.
+        Gene counts, shape (n, G), or None if no cell has RNA. Values may be small integers here to
+        save memory; those of minibatches are floating.
     y
         Peak counts, shape (n, M), or None if no cell has ATAC.
     has_rna, has_atac
@@ -43,12 +44,14 @@ class CellTable:
         Label code of each cell, shape (n,), int64, or None.
     rna_size, atac_size
         Fixed size factors, shape (n,), or None.
+    further
+        Other measurements of the n cells by name.
 
     Raises
     ------
     ValueError
-        If the parts do not belong together: a shape that does not fit, or cells marked as
-        measured for a modality the table does not hold.
+        If the parts do not belong together: a shape that does not fit, cells marked as measured for a
+        modality the table does not hold, or counts of a cell that is marked as not measured.
 
     Examples
     --------
@@ -73,6 +76,7 @@ class CellTable:
     label: Tensor | None = None
     rna_size: Tensor | None = None
     atac_size: Tensor | None = None
+    further: Mapping[str, Measurement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.n_batch == 0:
@@ -94,6 +98,17 @@ class CellTable:
                 )
             if part is None and bool(measured.any()):
                 raise ValueError(f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it.")
+            if part is not None and bool((surplus := (part.crow.diff() > 0) & ~measured).any()):
+                raise ValueError(
+                    f"{name} holds counts of {int(surplus.sum())} cells that are marked as not measured for it, the "
+                    f"first at position {int(surplus.int().argmax())}: empty these rows, or correct the mark."
+                )
+        for name, measurement in self.further.items():
+            if any(len(part) != len(self) for part in measurement):
+                raise ValueError(
+                    f"further[{name!r}] holds {len(measurement.values)} and {len(measurement.measured)} cells and "
+                    f"batch_code {len(self)}: they must be the same."
+                )
 
     def __len__(self) -> int:
         return len(self.batch_code)
@@ -109,29 +124,45 @@ class CellTable:
             Number of cells the minibatch stands for; all of the table by default. Give the
             number of training cells when only those are fitted.
         """
+        rna_rows, atac_rows = self.measured_rows(index)
+        x, y = _cut(self.x, index, self.n_genes), _cut(self.y, index, self.n_regions)
+        return self.cells(index, n_total, x, y, rna_rows, atac_rows)
+
+    def measured_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the cells at ``index`` have RNA, and which have ATAC: positions in ``index``, int64."""
+        return self.has_rna[index].nonzero().squeeze(-1), self.has_atac[index].nonzero().squeeze(-1)
+
+    def cells(
+        self, index: Tensor, n_total: int | None, x: Tensor, y: Tensor, rna_rows: Tensor, atac_rows: Tensor
+    ) -> Cells:
+        """A minibatch of given counts of the cells at ``index`` and of all else that the table knows of them."""
         return Cells(
             index=index,
             n_total=len(self) if n_total is None else n_total,
-            x=_cut(self.x, index, self.n_genes),
-            y=_cut(self.y, index, self.n_regions),
+            x=x,
+            y=y,
             has_rna=self.has_rna[index],
             has_atac=self.has_atac[index],
             design=self.design[index],
             label=_take(self.label, index),
             rna_size=_take(self.rna_size, index),
             atac_size=_take(self.atac_size, index),
+            further={name: measurement.at(index) for name, measurement in self.further.items()},
+            rna_rows=rna_rows,
+            atac_rows=atac_rows,
         )
 
     def subset(self, index: Tensor) -> CellTable:
         """A table of the cells at ``index`` (int64), in that order, with the same features and batches."""
         taken: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if isinstance(value, SparseCounts):
                 value = value.select_rows(index)
             elif isinstance(value, Tensor):
                 value = value[index]
-            taken[field.name] = value
+            taken[entry.name] = value
+        taken["further"] = {name: measurement.at(index) for name, measurement in self.further.items()}
         return CellTable(**taken)
 
     def marginals(self, index: Tensor | None = None) -> Marginals:
@@ -143,10 +174,19 @@ class CellTable:
 
 def _cut(counts: SparseCounts | None, index: Tensor, width: int) -> SparseCounts:
     if counts is None:
-        crow = torch.zeros(len(index) + 1, dtype=torch.long)
-        return SparseCounts(crow, torch.zeros(0, dtype=torch.long), torch.zeros(0), (len(index), width))
-    rows = counts.select_rows(index)
-    return SparseCounts(rows.crow, rows.col.long(), rows.val, (len(index), width))
+        return no_counts(len(index), width, index.device)
+    return floating(counts.select_rows(index))
+
+
+def no_counts(n: int, width: int, device: torch.device) -> SparseCounts:
+    """Empty rows of n cells, for a modality that no cell has."""
+    crow = torch.zeros(n + 1, dtype=torch.int32, device=device)
+    return SparseCounts(crow, crow[:0], torch.zeros(0, device=device), (n, width))
+
+
+def floating(counts: SparseCounts) -> SparseCounts:
+    """The same counts as networks read them: float32 unless they are floating already."""
+    return counts if counts.val.is_floating_point() else counts.to(torch.float32)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Likelihoods over a cell's whole feature vector, evaluated block by block."""
 
 from pyro_multivi.distributions.accessibility import ScaledBernoulli
+from pyro_multivi.distributions.base import measured_only
 from pyro_multivi.distributions.buffers import BufferPool
 from pyro_multivi.distributions.counts import (
     NegativeBinomialCounts,
@@ -16,4 +17,5 @@ __all__ = [
     "Readout",
     "ScaledBernoulli",
     "ZeroInflatedNegativeBinomialCounts",
+    "measured_only",
 ]

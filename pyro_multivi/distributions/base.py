@@ -53,6 +53,8 @@ class CellDistribution(TorchDistribution):
     links: ClassVar[dict[str, tuple[Link, ...]]]
 
     _mask: Tensor | bool
+    # Where the mask is true along the cells, where that is known.
+    _rows: Tensor | None
 
     def __init__(self, parameters: Mapping[str, Tensor | None], validate_args: bool | None = None) -> None:
         batch_shapes: list[torch.Size] = []
@@ -76,7 +78,7 @@ class CellDistribution(TorchDistribution):
                     f"where parameters before it have {n_features}"
                 )
             n_features = max(n_features, value.shape[-1])
-        self._mask = True
+        self._mask, self._rows = True, None
         batch_shape = torch.Size(broadcast_shape(*batch_shapes))
         super().__init__(batch_shape, torch.Size([n_features]), validate_args=validate_args)
 
@@ -93,14 +95,24 @@ class CellDistribution(TorchDistribution):
             new._mask = self._mask.expand(shape)
         return new
 
-    def mask(self, mask: Tensor | bool) -> CellDistribution:
-        """Count only cells where ``mask`` (broadcastable to the batch shape) is true."""
+    def mask(self, mask: Tensor | bool, rows: Tensor | None = None) -> CellDistribution:
+        """Count only cells where ``mask`` (broadcastable to the batch shape) is true.
+
+        Parameters
+        ----------
+        mask
+            Which cells count.
+        rows
+            Where a mask of shape (B,) is true, (b,), int64, ascending, if that is known. It is not checked,
+            and neither is that sparse values are zero elsewhere: an accelerator is not waited for.
+        """
         if isinstance(mask, bool):
             new = copy.copy(self)
             new._mask = self._mask if mask else False
             return new
         new = copy.copy(self.expand(broadcast_shape(mask.shape, self.batch_shape)))
         chosen = mask.bool().expand(new.batch_shape)
+        new._rows = rows if self._mask is True and mask.shape == new.batch_shape[-1:] else None
         if isinstance(self._mask, Tensor):
             new._mask = new._mask & chosen
         elif self._mask:
@@ -150,22 +162,36 @@ class CellDistribution(TorchDistribution):
         if self._mask is False:
             zero = torch.zeros((), dtype=reference.dtype, device=reference.device)
             return track_provenance(zero.expand(shape), provenance)
-        # Positions of the evaluated cells among all, or None for all. Knowing how many there are
-        # makes an accelerator wait; evaluating cells that do not count would cost it more.
-        index: Tensor | None = None
-        if isinstance(self._mask, Tensor):
-            index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
-            index = None if len(index) == shape.numel() else index
+        index = self._evaluated(shape)
         rows = {
-            name: None if parameter is None else self._rows(parameter, name, shape, index)
+            name: None if parameter is None else self._rows_of(parameter, name, shape, index)
             for name, parameter in zip(names, given, strict=True)
         }
-        result = self._log_prob_rows(ValueRows.of(value, shape, index), rows)
+        if index is not None and self._rows is index and isinstance(value, SparseCounts):
+            values = ValueRows(value.without_empty(index), None)
+        else:
+            values = ValueRows.of(value, shape, index)
+        result = self._log_prob_rows(values, rows)
         if index is not None:
             result = result.new_zeros(shape.numel()).index_copy(0, index, result)
         return track_provenance(result.reshape(shape), provenance)
 
-    def _rows(self, value: Tensor, name: str, shape: torch.Size, index: Tensor | None) -> Tensor:
+    def _evaluated(self, shape: torch.Size) -> Tensor | None:
+        """Positions of the evaluated cells among all of a batch of some shape; None for all."""
+        if not isinstance(self._mask, Tensor):
+            return None
+        if self._rows is None:
+            # Knowing how many there are makes an accelerator wait; evaluating cells that do not count
+            # would cost it more.
+            index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
+        elif len(shape) == 1:
+            index = self._rows
+        else:
+            first = torch.arange(0, shape.numel(), shape[-1], device=self._rows.device)
+            index = (first[:, None] + self._rows).reshape(-1)
+        return None if len(index) == shape.numel() else index
+
+    def _rows_of(self, value: Tensor, name: str, shape: torch.Size, index: Tensor | None) -> Tensor:
         """One row per evaluated cell, shape (n,) or (n, F); (F,) where all cells share it."""
         if name in self.cell_parameters:
             flat = value.expand(shape).reshape(-1)
@@ -181,7 +207,7 @@ class CellDistribution(TorchDistribution):
         return flat if index is None else flat.index_select(0, index)
 
     def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
-        """Log-probability of n cells, shape (n,), from :meth:`_rows` and as many rows of the value."""
+        """Log-probability of n cells, shape (n,), from :meth:`_rows_of` and as many rows of the value."""
         raise NotImplementedError
 
 
@@ -224,3 +250,8 @@ nonnegative_vector = _Vector(constraints.nonnegative)
 positive_vector = _Vector(constraints.positive)
 unit_vector = _Vector(constraints.unit_interval)
 real_vector = _Vector(constraints.real)
+
+
+def measured_only(fn: TorchDistribution, measured: Tensor, rows: Tensor | None) -> TorchDistribution:
+    """``fn.mask(measured)``, with the positions of the measured cells for a distribution that has use for them."""
+    return fn.mask(measured, rows) if isinstance(fn, CellDistribution) else fn.mask(measured)

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.buffers import POOL
 
 # Elements of one block buffer, by measurement (128 cells: 4096 features). Half of it is as fast in
-# float32 and 8 % slower in bfloat16, a quarter 10-20 % slower. An accelerator wants few, large launches.
+# float32 and 8 % slower in bfloat16, a quarter 10-20 % slower. An accelerator wants few, large launches, and
+# is waited for where there is more than one block (512 cells: 131 072 features, 256 MB of float32).
 CPU_BLOCK_ELEMENTS = 2**19
-DEVICE_BLOCK_ELEMENTS = 2**23
+DEVICE_BLOCK_ELEMENTS = 2**26
 MIN_WIDTH = 256  # below this the matrix products become inefficient
 
 _promise: ContextVar[float | None] = ContextVar("equal_weights", default=None)
@@ -79,14 +81,13 @@ def block_width(n_rows: int, n_features: int, device: torch.device) -> int:
 class Block:
     """Features ``start`` to ``stop`` and the stored entries among them.
 
-    ``entry`` says where an entry is stored, ``row`` its cell, ``flat`` its position in a
-    contiguous (cells, stop - start) buffer; each of shape (entries in the block,).
+    ``entries`` says where these lie in the arrays of :class:`Entries`, ``flat`` their positions in
+    a contiguous (stop - start, cells) buffer, shape (entries in the block,).
     """
 
     start: int
     stop: int
-    entry: Tensor
-    row: Tensor
+    entries: slice
     flat: Tensor
 
     @property
@@ -96,7 +97,7 @@ class Block:
 
 
 class Entries:
-    """Stored entries of some rows, found block by block without sorting or copying them.
+    """Stored entries of some rows, ordered by feature, so that those of a block are one slice.
 
     Held apart from :class:`SparseCounts` so that autograd does not take it for a tensor.
 
@@ -106,34 +107,84 @@ class Entries:
         Compressed rows.
     source
         Which rows are meant, in which order, possibly repeated, shape (n,), int64; None for all.
+
+    Attributes
+    ----------
+    n_rows, n_features
+        Cells and features.
+    start
+        Where each feature's entries begin, shape (features + 1,).
+    row, feature
+        Of each entry, shape (entries,).
+    place
+        Position of each entry in a contiguous (features, cells) buffer, shape (entries,), int64.
     """
 
     def __init__(self, counts: SparseCounts, source: Tensor | None = None) -> None:
-        self.crow, self.col, self.val = counts.crow, counts.col, counts.val
-        self.source, self.n_features = source, counts.shape[1]
+        self._counts = counts
+        self._entry: Tensor | None = None
+        self.n_rows, self.n_features = counts.shape[0] if source is None else len(source), counts.shape[1]
+        order = counts.order_by_feature()
+        self.start, self.row = order.start, order.row
+        if source is not None:
+            self._choose(source)
+        device = self.row.device
+        self.feature = torch.repeat_interleave(
+            torch.arange(self.n_features, device=device), self.start.diff(), output_size=len(self.row)
+        )
+        self.place = torch.add(self.row, self.feature, alpha=self.n_rows)
+
+    def _choose(self, source: Tensor) -> None:
+        """Go from the stored rows to the chosen ones; the order by feature stays."""
+        device = source.device
+        times = source.new_zeros(self._counts.shape[0]).index_add_(0, source, torch.ones_like(source))
+        first = times.cumsum(0) - times  # where a stored row's places among the chosen ones begin
+        by_stored = torch.argsort(source, stable=True)
+        repeats = times.index_select(0, self.row)
+        ends = repeats.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        entry = torch.repeat_interleave(torch.arange(len(ends), device=device), repeats, output_size=total)
+        nth = torch.arange(total, device=device) - (ends - repeats).index_select(0, entry)
+        self.row = by_stored.index_select(0, first.index_select(0, self.row).index_select(0, entry) + nth)
+        self._entry = entry
+        self.start = torch.cat([ends.new_zeros(1), ends]).index_select(0, self.start)
+
+    def values(self) -> Tensor:
+        """The entries themselves, shape (entries,)."""
+        val = self._counts.by_feature().val
+        return val if self._entry is None else val.index_select(0, self._entry)
 
     def blocks(self, width: int) -> Iterator[Block]:
         """Blocks of ``width`` features in order."""
-        device, n_features = self.col.device, self.n_features
-        starts = list(range(0, n_features, width))
-        # Entries are ordered by (row, column): that key is ascending, so one search finds where
-        # every block begins in every row.
-        stored = torch.arange(len(self.crow) - 1, device=device)
-        key = torch.repeat_interleave(stored * n_features, self.crow.diff(), output_size=len(self.col))
-        key += self.col
-        source = stored if self.source is None else self.source
-        rows = torch.arange(len(source), device=device)
-        edges = torch.tensor([*starts, n_features], device=device).unsqueeze(1) + source * n_features
-        bounds = torch.searchsorted(key, edges)  # (blocks + 1, rows)
-        lengths = bounds.diff(dim=0)
-        before = lengths.cumsum(1) - lengths  # entries of the block in earlier rows
-        shifts = bounds[:-1] - before
-        for k, (start, total) in enumerate(zip(starts, lengths.sum(1).tolist(), strict=True)):
-            stop = min(start + width, n_features)
-            row = torch.repeat_interleave(rows, lengths[k], output_size=total)
-            entry = torch.arange(total, device=device).add_(shifts[k].index_select(0, row))
-            flat = self.col.index_select(0, entry).add_(row, alpha=stop - start).sub_(start)
-            yield Block(start, stop, entry, row, flat)
+        n_features = self.n_features
+        # In one block the entries are all: an accelerator need not be asked.
+        edges = [0] if n_features <= width else self.start[:-1:width].tolist()
+        edges.append(len(self.row))
+        for k, start in enumerate(range(0, n_features, width)):
+            entries = slice(edges[k], edges[k + 1])
+            yield Block(start, min(start + width, n_features), entries, self.place[entries] - start * self.n_rows)
+
+
+def sum_of_logs(factors_mn: Tensor) -> Tensor | None:
+    """Sum over features of log |factor|, shape (n,), for factors of at most 1; they are overwritten.
+
+    A logarithm costs several times a product, so it is taken of products of eight. None if one of
+    these came near to underflow: then take the logarithms one by one.
+    """
+    if not factors_mn.numel():
+        return factors_mn.new_zeros(factors_mn.shape[1])
+    m = len(factors_mn)
+    for _ in range(3):
+        half = m // 2
+        factors_mn[:half].mul_(factors_mn[m - half : m])
+        m -= half
+    products = factors_mn[:m].abs_()
+    return products.log_().sum(0) if float(products.amin()) > smallest_product(factors_mn.dtype) else None
+
+
+def smallest_product(dtype: torch.dtype) -> float:
+    """What a product of probabilities must exceed to be trusted: 1e-26 in float32."""
+    return float(torch.finfo(dtype).tiny ** 0.7)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -204,41 +255,64 @@ def backward(ctx: Any, upstream: Tensor) -> Gradients:
 
 
 class Products:
-    """Matrix products of one readout, in its precision, over blocks of its features."""
+    """Matrix products of one readout, in its precision, over blocks of its features.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, gemm_dtype: torch.dtype | None) -> None:
+    Blocks lie feature by feature, (m, n) for m features and n cells: all products run fast that
+    way, and the entries of a block lie in order.
+
+    Parameters
+    ----------
+    hidden, weight
+        Factors of the readout, shapes (n, H) and (F, H).
+    gemm_dtype
+        Precision of the products; None means that of ``hidden``.
+    width
+        Largest m.
+    scale
+        Unit of the logits.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, gemm_dtype: torch.dtype | None, width: int, scale: float = 1.0
+    ) -> None:
         self.dtype = None if gemm_dtype in (None, hidden.dtype) else gemm_dtype
-        self.hidden = hidden if self.dtype is None else hidden.to(self.dtype)
         self.weight = weight
-
-    def block(self, features: slice) -> Tensor:
-        """Weights of a block as the products take them; cast once, used for all its products."""
-        weight = self.weight[features]
-        return weight if self.dtype is None else weight.to(self.dtype)
-
-    def logits(self, weight: Tensor, bias: Tensor, out: Tensor, scale: float = 1.0) -> None:
-        """Write scale * (hidden @ weight.T + bias), shape (n, m)."""
-        if self.dtype is None:
-            torch.addmm(bias, self.hidden, weight.t(), beta=scale, alpha=scale, out=out)
-        else:
-            torch.add(bias, self.hidden @ weight.t(), out=out)
-            if scale != 1.0:
-                out.mul_(scale)
-
-    def add_to_hidden(self, total: Tensor, residual: Tensor, weight: Tensor) -> None:
-        """Add residual @ weight to ``total``, shape (n, H)."""
-        if self.dtype is None:
-            total.addmm_(residual, weight)
-        else:
-            total += residual @ weight
-
-    def to_weight(self, residual: Tensor, weighted_hidden: Tensor, out: Tensor) -> None:
-        """Write residual.T @ weighted_hidden, shape (m, H)."""
-        if self.dtype is None:
-            torch.mm(residual.t(), weighted_hidden, out=out)
-        else:
-            out.copy_(residual.t() @ weighted_hidden)
+        self._hidden = self.operand(hidden * scale if scale != 1.0 else hidden)
+        if self.dtype is not None:
+            shapes = [(width, len(hidden)), (width, hidden.shape[1]), (width, hidden.shape[1])]
+            self._cast = [POOL.take(shape, self.dtype, hidden.device) for shape in shapes]
 
     def operand(self, tensor: Tensor) -> Tensor:
         """``tensor`` in the precision of the products."""
         return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def block(self, features: slice) -> Tensor:
+        """Weights of a block as the products take them; good until the next block."""
+        weight = self.weight[features]
+        return weight if self.dtype is None else self._cast[1][: len(weight)].copy_(weight)
+
+    def residual(self, residual_mn: Tensor) -> Tensor:
+        """The derivative by a block of logits as the products take it; good until the next block."""
+        return residual_mn if self.dtype is None else self._cast[0][: len(residual_mn)].copy_(residual_mn)
+
+    def logits(self, weight_mh: Tensor, bias_m: Tensor, out: Tensor) -> None:
+        """Write ``scale * weight @ hidden.T + bias``, shape (m, n)."""
+        if self.dtype is None:
+            torch.addmm(bias_m.unsqueeze(1), weight_mh, self._hidden.t(), out=out)
+        else:
+            product = torch.mm(weight_mh, self._hidden.t(), out=self._cast[0][: len(out)])
+            out.copy_(product).add_(bias_m.unsqueeze(1))  # in two steps: mixed dtypes are slow
+
+    def add_to_hidden(self, total_hn: Tensor, residual_mn: Tensor, weight_mh: Tensor) -> None:
+        """Add ``weight.T @ residual`` to ``total``."""
+        if self.dtype is None:
+            total_hn.addmm_(weight_mh.t(), residual_mn)
+        else:
+            total_hn += weight_mh.t() @ residual_mn
+
+    def to_weight(self, residual_mn: Tensor, weighted_hidden_nh: Tensor, out: Tensor) -> None:
+        """Write ``residual @ weighted_hidden``, shape (m, H)."""
+        if self.dtype is None:
+            torch.mm(residual_mn, weighted_hidden_nh, out=out)
+        else:
+            out.copy_(torch.mm(residual_mn, weighted_hidden_nh, out=self._cast[2][: len(out)]))

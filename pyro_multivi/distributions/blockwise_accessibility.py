@@ -1,20 +1,23 @@
 r"""Exact log-likelihood of binary accessibility, block by block over regions.
 
-With a the logit, d the cell factor and r the region factor, q = d r / (1 + e), e = exp(-a):
+With a the logit, d the cell factor and r the region factor, let E = exp(-a) / r. Then
 
-    1 - q = (e + (1 - d) + d (1 - r)) / (1 + e) = num / den,
+    q = d r / (1 + exp(-a)) = d / den,    1 - q = num / den,
+    den = E + 1/r,                        num = E + (1 - r)/r + (1 - d),
 
-a quotient of sums of positive terms, so nothing cancels however close q comes to 0 or 1.
-The walk treats every region as closed, and then corrects the few that are open:
+sums of positive terms, so nothing cancels however close q comes to 0 or 1. With T the derivative
+of log p by log d, which is also that by log r:
 
-    closed   log p = log(num / den)               dlog p / dlog d = dlog p / dlog r = T = -d r / num
-    open     log p = log d + log r - log(1 + e)   T = 1
-    both     dlog p / da = T e / den
+    closed   log p = log(num / den)     T = -d / num
+    open     log p = log(d / den)       T = 1
+    both     dlog p / da = T E / den
+
+so that an open region is a closed one whose num is -d, but for the sign of num / den: one walk
+over all regions does for both, once that is written where regions are open.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions.blockwise import Entries, Gradients, Pending, Products, backward, block_width
+from pyro_multivi.distributions.blockwise import (
+    Block,
+    Entries,
+    Gradients,
+    Pending,
+    Products,
+    backward,
+    block_width,
+    sum_of_logs,
+)
+from pyro_multivi.distributions.blockwise_layer import LOG2_E
 from pyro_multivi.distributions.buffers import POOL
 from pyro_multivi.distributions.readout import Readout
-
-# exp2 runs at more than twice the speed of exp here; the factor goes into the matrix product for nothing.
-_LOG2_E = math.log2(math.e)
 
 
 def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tensor | None, entries: Entries) -> Tensor:
@@ -81,75 +91,129 @@ class _Sweep:
 
     def __call__(self, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
         """Value (if wanted) and gradients (if weights are given)."""
-        hidden, weight, bias = self.hidden_nh, self.weight_mh, self.bias_m
-        region_factor = self.region_factor_m
-        n, n_regions = len(hidden), len(weight)
-        forms = weights_n is not None
-        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (forms and x for x in self.needs)
-        # A factor that underflowed to 0 must not turn log d or 1 / d into infinities.
+        return _Walk(self, weights_n, want_value).run()
+
+
+class _Walk:
+    """The state of one sweep."""
+
+    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool) -> None:
+        hidden, weight, region_factor = sweep.hidden_nh, sweep.weight_mh, sweep.region_factor_m
+        self.sweep, self.weights_n = sweep, weights_n
+        self.n = len(hidden)
+        # A factor that underflowed to 0 must not turn log d or 1 / r into infinities.
         floor = 1e-30
-        d = self.cell_factor_n.clamp_min(floor)
-        log_d, minus_inverse_d = d.log(), -d.reciprocal()
-        d_column, rest_column = d.unsqueeze(1), (1 - d).unsqueeze(1)
-        # Beyond this logit the probability of the unlikely outcome is nil; sums stay in range.
-        limit = _LOG2_E * (70.0 if hidden.dtype == torch.float32 else 600.0)
+        self.d = sweep.cell_factor_n.clamp_min(floor)
+        self.minus_d, self.rest_row = -self.d, (1 - self.d).unsqueeze(0)
+        bias = sweep.bias_m * -LOG2_E
+        if region_factor is not None:
+            self.r = region_factor.clamp_min(floor)
+            self.log2_r, self.inverse_r = self.r.log2(), self.r.reciprocal()
+            self.rest_r = (1 - self.r) * self.inverse_r
+            bias -= self.log2_r
+        self.bias_m = bias
+        # Beyond this the probability of the unlikely outcome is nil; sums stay in range.
+        self.limit = 100.0 if hidden.dtype == torch.float32 else 860.0
+        # Asking whether a product underflowed would make an accelerator wait, to which logarithms are cheap.
+        self.by_products = hidden.device.type == "cpu"
 
-        products = Products(hidden, weight, self.gemm_dtype)
-        value = hidden.new_zeros(n) if want_value else None
-        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
-        d_bias = torch.empty_like(bias) if needs_bias else None
-        d_cell = torch.zeros_like(d) if needs_cell else None
-        d_region = torch.empty_like(region_factor) if needs_region and region_factor is not None else None
+        width = block_width(self.n, len(weight), hidden.device)
+        self.blocks = sweep.entries.blocks(width)
+        self.products = Products(hidden, weight, sweep.gemm_dtype, width, scale=-LOG2_E)
+        self.buffers = [POOL.take((width * self.n,), hidden.dtype, hidden.device) for _ in range(3)]
+        self.value = hidden.new_zeros(self.n) if want_value else None
+        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (
+            weights_n is not None and need for need in sweep.needs
+        )
+        self.d_hidden_hn = hidden.new_zeros(hidden.shape[1], len(hidden)) if needs_hidden else None
+        self.d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
+        self.d_bias = torch.empty_like(bias) if needs_bias else None
+        self.d_cell = torch.zeros_like(self.d) if needs_cell else None
+        self.d_region: Tensor | None = None
+        if needs_region and region_factor is not None:
+            self.d_region = torch.empty_like(region_factor)
         if weights_n is not None:
-            cell_weight = -d * weights_n  # d and the sign are left out of the blocks
-            weighted_hidden = products.operand(hidden * cell_weight.unsqueeze(1))
+            self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
+            self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
 
-        width = block_width(n, n_regions, hidden.device)
-        buffers = [POOL.take((n * width,), hidden.dtype, hidden.device) for _ in range(3)]
-        for block in self.entries.blocks(width):
-            features, flat, m = block.features, block.flat, block.stop - block.start
-            e, num, den = (buffer[: n * m].view(n, m) for buffer in buffers)
-            w = products.block(features)
-            products.logits(w, bias[features], out=e, scale=-_LOG2_E)
-            minus_log2_open = e.view(-1).index_select(0, flat)
-            e.clamp_(-limit, limit).exp2_()
-            if region_factor is None:
-                torch.add(e, rest_column, out=num)
-            else:
-                r = region_factor[features].clamp_min(floor)
-                torch.addcmul(e, d_column, 1 - r, out=num).add_(rest_column)
+    def run(self) -> tuple[Tensor | None, Gradients]:
+        for block in self.blocks:
+            weight_mh = self.products.block(block.features)
+            e, num, den = self.views(block)
+            log_open = self.fill(block, weight_mh, exactly=not self.by_products)
+            if self.weights_n is not None:
+                e.div_(den)  # 1 - p from here on
+            logs: Tensor | None = None
+            if self.value is not None:
+                ratio = torch.div(num, den, out=den)
+                logs = sum_of_logs(ratio) if log_open is None else _replaced(ratio.log_(), block, log_open).sum(0)
+            if self.weights_n is not None:
+                self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
+            if self.value is not None:
+                self.value += self.logs_exactly(block, weight_mh) if logs is None else logs
+        if self.weights_n is not None:
+            if self.d_hidden_hn is not None:
+                self.d_hidden_hn.mul_(self.cell_weight)
+            if self.d_cell is not None:
+                self.d_cell.mul_(self.weights_n)
+        d_hidden = None if self.d_hidden_hn is None else self.d_hidden_hn.t()
+        return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
+
+    def views(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        m = block.stop - block.start
+        e, num, den = (buffer[: m * self.n].view(m, self.n) for buffer in self.buffers)
+        return e, num, den
+
+    def fill(self, block: Block, weight_mh: Tensor, exactly: bool) -> Tensor | None:
+        """Fill the buffers with E, num and den; return log p at the open regions, in any range, if asked to."""
+        e, num, den = self.views(block)
+        features, row = block.features, self.sweep.entries.row[block.entries]
+        has_region = self.sweep.region_factor_m is not None
+        self.products.logits(weight_mh, self.bias_m[features], out=e)
+        log_open: Tensor | None = None
+        if exactly:
+            log2_e = e.view(-1).index_select(0, block.flat)
+            log_open = self.d.log().index_select(0, row)
+            if has_region:
+                log2_r = self.log2_r.index_select(0, self.sweep.entries.feature[block.entries])
+                log2_e += log2_r
+                log_open += log2_r / LOG2_E
+            log_open -= softplus(log2_e / LOG2_E, threshold=40.0)
+        e.clamp_(-self.limit, self.limit).exp2_()
+        if has_region:
+            torch.add(e, self.inverse_r[features].unsqueeze(1), out=den)
+            torch.add(e, self.rest_r[features].unsqueeze(1), out=num).add_(self.rest_row)
+        else:
             torch.add(e, 1.0, out=den)
-            if forms:
-                e.div_(den)  # e / (1 + e) from here on
-            if value is not None:
-                closed = torch.div(num, den, out=den).log_()
-                log_open = log_d.index_select(0, block.row)
-                log_open -= softplus(minus_log2_open / _LOG2_E, threshold=40.0)
-                if region_factor is not None:
-                    region = self.entries.col.index_select(0, block.entry) - block.start
-                    log_open += r.log().index_select(0, region)
-                value += closed.view(-1).scatter_(0, flat, log_open).view(n, m).sum(1)
-            if not forms:
-                continue
-            # T / (-d), up to the cell's factor which the products carry.
-            t = num.reciprocal_() if region_factor is None else torch.div(r, num, out=num)
-            t.view(-1).scatter_(0, flat, minus_inverse_d.index_select(0, block.row))
-            if d_cell is not None:
-                d_cell -= t.sum(1)
-            if d_region is not None:
-                torch.mv(t.t(), cell_weight, out=d_region[features]).div_(r)
-            residual = e.mul_(t)
-            if d_bias is not None:
-                torch.mv(residual.t(), cell_weight, out=d_bias[features])
-            residual = products.operand(residual)
-            if d_weight is not None:
-                products.to_weight(residual, weighted_hidden, out=d_weight[features])
-            if d_hidden is not None:
-                products.add_to_hidden(d_hidden, residual, w)
-        if weights_n is not None:
-            if d_hidden is not None:
-                d_hidden.mul_(cell_weight.unsqueeze(1))
-            if d_cell is not None:
-                d_cell.mul_(weights_n)
-        return value, (d_hidden, d_weight, d_bias, d_cell, d_region)
+            torch.add(e, self.rest_row, out=num)
+        num.view(-1).scatter_(0, block.flat, self.minus_d.index_select(0, row))
+        return log_open
+
+    def logs_exactly(self, block: Block, weight_mh: Tensor) -> Tensor:
+        """Value of a block whose products underflow, logarithm by logarithm."""
+        _, num, den = self.views(block)
+        log_open = self.fill(block, weight_mh, exactly=True)
+        assert log_open is not None
+        return _replaced(num.div_(den).log_(), block, log_open).sum(0)
+
+    def add_gradients(self, block: Block, weight_mh: Tensor, one_minus_p: Tensor, t: Tensor) -> None:
+        """Take in T / (-d), up to the cell's factor which the products carry; both arguments are overwritten."""
+        features = block.features
+        if self.d_cell is not None:
+            self.d_cell -= t.sum(0)
+        if self.d_region is not None:
+            torch.mv(t, self.cell_weight, out=self.d_region[features]).mul_(self.inverse_r[features])
+        residual = one_minus_p.mul_(t)
+        if self.d_bias is not None:
+            torch.mv(residual, self.cell_weight, out=self.d_bias[features])
+        residual = self.products.residual(residual)
+        if self.d_weight is not None:
+            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[features])
+        if self.d_hidden_hn is not None:
+            self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
+
+
+def _replaced(logs_mn: Tensor, block: Block, log_open: Tensor) -> Tensor:
+    """``logs`` with those of the open regions in their places."""
+    logs_mn.view(-1).scatter_(0, block.flat, log_open)
+    return logs_mn

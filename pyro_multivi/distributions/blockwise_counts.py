@@ -1,16 +1,15 @@
 r"""Exact log-likelihoods of counts, block by block over genes.
 
-With m = log(mean), u = m - log(theta) and sp(u) = log(1 + exp(u)), every gene is first treated
-as a zero count, which needs no gamma function:
+With m = log(mean), u = m - log(theta), sp = log(1 + exp(u)) and sig its slope, every gene is first
+treated as a zero count, which needs no gamma function:
 
     Poisson   log p(0) = -exp(m)           d/dm = -exp(m)
-    NB        log p(0) = -theta sp(u)      d/dm = -theta sig(u)     d/dtheta = sig(u) - sp(u)
-    ZINB      log p(0) = log(sig(h) + sig(-h) NB(0)) for gate logit h; its slopes are those of the NB
-              times 1 - w, and d/dh = w - sig(h), where w = sig(h - log NB(0)) is the posterior
-              probability of a dropout
+    NB        log p(0) = -theta sp         d/dm = -theta sig        d/dtheta = sig - sp
+    ZINB      as NB, and what :mod:`blockwise_inflation` makes of it
 
 What log p(x) - log p(0) adds is then computed at the few non-zero counts, and is the same for NB
 and ZINB. A softmax is differentiated through last: dA = D - rho sum(D) with D = d/dm.
+Logits and m are in units of log(2), since 2^x is had at half the price of exp(x).
 """
 
 from __future__ import annotations
@@ -22,18 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions.blockwise import (
-    Block,
-    Entries,
-    Gradients,
-    Pending,
-    Products,
-    backward,
-    block_width,
-)
+from pyro_multivi.distributions.blockwise import Block, Entries, Gradients, Pending, backward, block_width
+from pyro_multivi.distributions.blockwise_inflation import inflate, inflate_in_logs
+from pyro_multivi.distributions.blockwise_layer import LOG2_E, Layer
 from pyro_multivi.distributions.buffers import POOL
-from pyro_multivi.distributions.gamma_ratio import log_rising, log_rising_slope
+from pyro_multivi.distributions.gamma_ratio import gamma_functions, log_rising_and_slope
 from pyro_multivi.distributions.readout import Readout
+
+# Bound of log2(mean / theta), far from overflow and from where anything depends on it.
+_LARGEST_LOG2 = 126.0
 
 
 def counts_log_prob(
@@ -95,52 +91,18 @@ class _CountsLogProb(torch.autograd.Function):
         return *backward(ctx, upstream), None, None, None
 
 
-class _Layer:
-    """A readout's factors, and their gradients as blocks of residuals come in."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor, gemm_dtype: torch.dtype | None,
-        weights_n: Tensor | None, needs: tuple[bool, ...],
-    ) -> None:  # fmt: skip
-        self.products = Products(hidden, weight, gemm_dtype)
-        self.bias, self.weights_n = bias, weights_n
-        needs_hidden, needs_weight, needs_bias = (weights_n is not None and need for need in needs)
-        self.d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        self.d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
-        self.d_bias = torch.empty_like(bias) if needs_bias else None
-        self.needs_grad = needs_hidden or needs_weight or needs_bias
-        if weights_n is not None:
-            self.weighted_hidden = self.products.operand(hidden * weights_n.unsqueeze(1))
-
-    def logits(self, features: slice, out: Tensor) -> None:
-        self.products.logits(self.products.block(features), self.bias[features], out)
-
-    def add(self, features: slice, residual_nm: Tensor) -> None:
-        """Take in the derivative of each cell's log-probability by a block of logits."""
-        assert self.weights_n is not None
-        if self.d_bias is not None:
-            torch.mv(residual_nm.t(), self.weights_n, out=self.d_bias[features])
-        residual = self.products.operand(residual_nm)
-        if self.d_weight is not None:
-            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[features])
-        if self.d_hidden is not None:
-            self.products.add_to_hidden(self.d_hidden, residual, self.products.block(features))
-
-    def gradients(self) -> Gradients:
-        if self.d_hidden is not None and self.weights_n is not None:
-            self.d_hidden.mul_(self.weights_n.unsqueeze(1))
-        return self.d_hidden, self.d_weight, self.d_bias
-
-
-def _nonzero_terms(x: Tensor, u: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a count x > 0 adds to a zero's log-probability, and to its slopes by m and theta."""
-    rising, is_large = log_rising(x, theta)
+def _nonzero_terms(
+    x: Tensor, u: Tensor, theta: Tensor, log_theta: Tensor, gamma_of_theta: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a count x > 0 adds to a zero's log-probability, and to its slopes by m and theta; and softplus(u)."""
+    rising, is_large, slope = log_rising_and_slope(x, theta, gamma_of_theta)
     sp = softplus(u, threshold=40.0)
     # x log(theta) is inside `rising` for small theta and left out of both parts for large theta.
-    per_count = torch.where(is_large, theta.log() + u - sp, -softplus(-u, threshold=40.0))
-    value = rising + x * per_count - torch.lgamma(x + 1)
-    slope_theta = (log_rising_slope(x, theta) + x * torch.sigmoid(u)) / theta
-    return value, x * torch.sigmoid(-u), slope_theta
+    per_count = torch.where(is_large, log_theta + u - sp, -softplus(-u, threshold=40.0))
+    value = rising.addcmul_(x, per_count).sub_(torch.lgamma(x + 1))
+    sigmoid = torch.sigmoid(u)
+    slope_theta = slope.addcmul_(x, sigmoid).div_(theta)
+    return value, x * torch.sigmoid(-u), slope_theta, sp
 
 
 @dataclass(frozen=True)
@@ -168,48 +130,55 @@ class _Walk:
     """The state of one sweep."""
 
     def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool) -> None:
-        hidden, theta = sweep.hidden_nh, sweep.theta
+        hidden, theta, family = sweep.hidden_nh, sweep.theta, sweep.family
         self.sweep, self.weights_n = sweep, weights_n
         self.n, n_genes = len(hidden), len(sweep.weight_gh)
-        self.layer = _Layer(hidden, sweep.weight_gh, sweep.bias_g, sweep.family.gemm_dtype, weights_n, sweep.needs[:3])
-        self.gate: _Layer | None = None
+        width = block_width(self.n, n_genes, hidden.device)
+        self.layer = Layer(
+            hidden, sweep.weight_gh, sweep.bias_g, family.gemm_dtype, weights_n, sweep.needs[:3], width,
+            scale=LOG2_E if family.is_softmax else 1.0,
+        )  # fmt: skip
+        self.gate: Layer | None = None
         if sweep.gate_hidden is not None and sweep.gate_weight is not None and sweep.gate_bias is not None:
-            self.gate = _Layer(
+            self.gate = Layer(
                 sweep.gate_hidden, sweep.gate_weight, sweep.gate_bias,
-                sweep.family.gate_gemm_dtype, weights_n, sweep.needs[5:8],
+                family.gate_gemm_dtype, weights_n, sweep.needs[5:8], width, scale=LOG2_E,
             )  # fmt: skip
+        self.gates_at_entries: list[Tensor] = []
         self.library = sweep.library_n.clamp_min(1e-30)  # a library that underflowed to 0 has a logarithm
         self.value = hidden.new_zeros(self.n) if want_value else None
+        self.is_theta_shared = theta is not None and theta.dim() == 1  # by the cells
         self.d_theta: Tensor | None = None
         if weights_n is not None and theta is not None and sweep.needs[4]:
             self.d_theta = POOL.take(theta.shape, theta.dtype, theta.device)
+        # Asking whether a probability underflowed would make an accelerator wait, to which logarithms are cheap.
+        self.is_quick = hidden.device.type == "cpu"
 
-        width = block_width(self.n, n_genes, hidden.device)
         self.blocks = list(sweep.entries.blocks(width))
-        self.scratch = [POOL.take((self.n * width,), hidden.dtype, hidden.device) for _ in range(4)]
-        # log(mean) and d/dm of all genes: a block is a contiguous (n, m) piece of each.
-        self.log_mean, self.slope = (POOL.take((self.n * n_genes,), hidden.dtype, hidden.device) for _ in range(2))
-        self.zero = hidden.new_zeros(())
+        self.scratch = [POOL.take((width * self.n,), hidden.dtype, hidden.device) for _ in range(4)]
+        # log2(mean) and d/dm of all genes, feature by feature as the blocks are.
+        self.log2_mean, self.slope = (POOL.take((n_genes * self.n,), hidden.dtype, hidden.device) for _ in range(2))
+        self.total_slope = hidden.new_zeros(self.n)
 
     def piece(self, buffer: Tensor, block: Block) -> Tensor:
-        """The block's (n, m) part of a buffer of all genes."""
-        return buffer[self.n * block.start : self.n * block.stop].view(self.n, block.stop - block.start)
+        """The block's (m, n) part of a buffer of all genes."""
+        return buffer[self.n * block.start : self.n * block.stop].view(block.stop - block.start, self.n)
 
     def scratch_of(self, block: Block) -> list[Tensor]:
         m = block.stop - block.start
-        return [buffer[: self.n * m].view(self.n, m) for buffer in self.scratch]
-
-    def theta_of(self, block: Block) -> Tensor:
-        assert self.sweep.theta is not None
-        return self.sweep.theta[..., block.features]
+        return [buffer[: m * self.n].view(m, self.n) for buffer in self.scratch]
 
     def run(self) -> tuple[Tensor | None, Gradients]:
-        self.find_log_mean()
+        self.find_log2_mean()
         for block in self.blocks:
             if self.sweep.theta is None:
                 self.poisson_zeros(block)
             else:
-                self.negative_binomial_zeros(block)
+                theta = self.sweep.theta[..., block.features]
+                # One per gene, or one per gene and cell.
+                self.negative_binomial_zeros(block, theta.unsqueeze(1) if self.is_theta_shared else theta.t())
+            if self.weights_n is not None:
+                self.total_slope += self.piece(self.slope, block).sum(0)
         self.add_nonzeros()
         if self.weights_n is None:
             return self.value, ()
@@ -217,113 +186,136 @@ class _Walk:
         gate = (None, None, None) if self.gate is None else self.gate.gradients()
         return self.value, (*self.layer.gradients(), d_library, self.d_theta, *gate)
 
-    def find_log_mean(self) -> None:
-        """Fill log_mean with log(library) + log(rho)."""
-        log_library = self.library.log()
+    def find_log2_mean(self) -> None:
+        """Fill log2_mean with log2(library) + log2(rho)."""
+        log2_library = self.library.log2()
         if not self.sweep.family.is_softmax:
             # Below this logit softplus underflows, and its logarithm is the logit itself.
-            underflow = -80.0 if self.log_mean.dtype == torch.float32 else -700.0
+            underflow = -80.0 if self.log2_mean.dtype == torch.float32 else -700.0
+            zero = self.library.new_zeros(())
             for block in self.blocks:
-                logits, other = self.scratch_of(block)[0], self.piece(self.log_mean, block)
-                self.layer.logits(block.features, out=logits)
-                torch.logaddexp(logits, self.zero, out=other).log_()
+                logits, other = self.scratch_of(block)[0], self.piece(self.log2_mean, block)
+                self.layer.logits(block, out=logits)
+                torch.logaddexp(logits, zero, out=other).log_()
                 torch.maximum(other, logits.clamp_(max=underflow), out=other)
-                other += log_library.unsqueeze(1)
+                other.mul_(LOG2_E).add_(log2_library)
             return
-        normalizer: Tensor | None = None
+        normalizer = torch.full_like(log2_library, -torch.inf)
         for block in self.blocks:
-            logits = self.piece(self.log_mean, block)
-            self.layer.logits(block.features, out=logits)
-            part = logits.logsumexp(1)
-            normalizer = part if normalizer is None else torch.logaddexp(normalizer, part)
-        assert normalizer is not None
-        shift = (log_library - normalizer).unsqueeze(1)
+            logits, scratch = self.piece(self.log2_mean, block), self.scratch_of(block)[0]
+            self.layer.logits(block, out=logits)
+            largest = logits.amax(0)
+            part = torch.sub(logits, largest, out=scratch).exp2_().sum(0).log2_().add_(largest)
+            normalizer = torch.logaddexp2(normalizer, part)
+        shift = log2_library - normalizer
         for block in self.blocks:
-            self.piece(self.log_mean, block).add_(shift)
+            self.piece(self.log2_mean, block).add_(shift)
 
     def poisson_zeros(self, block: Block) -> None:
-        slope = torch.exp(self.piece(self.log_mean, block), out=self.piece(self.slope, block)).neg_()
+        slope = torch.exp2(self.piece(self.log2_mean, block), out=self.piece(self.slope, block)).neg_()
         if self.value is not None:
-            self.value += slope.sum(1)
+            self.value += slope.sum(0)
 
-    def negative_binomial_zeros(self, block: Block) -> None:
-        theta = self.theta_of(block)
-        sp, scratch, gate_logits, dropout = self.scratch_of(block)
-        slope = self.piece(self.slope, block)
-        u = torch.sub(self.piece(self.log_mean, block), theta.log(), out=slope)
-        torch.logaddexp(u, self.zero, out=sp)
-        log_zero = torch.mul(sp, theta, out=scratch).neg_()
-        if self.gate is not None:
-            self.gate.logits(block.features, out=gate_logits)
-            # log(sig(h) + sig(-h) NB(0)) = log NB(0) + softplus(h - log NB(0)) - softplus(h)
-            torch.sub(gate_logits, log_zero, out=dropout)
-            if self.value is not None:
-                inflation = torch.logaddexp(dropout, self.zero)
-                inflation.view(-1).index_fill_(0, block.flat, 0.0)  # only a zero can be a dropout
-                log_zero += inflation.sub_(torch.logaddexp(gate_logits, self.zero))
-            dropout.sigmoid_().view(-1).index_fill_(0, block.flat, 0.0)
-        if self.value is not None:
-            self.value += log_zero.sum(1)
+    def negative_binomial_zeros(self, block: Block, theta: Tensor) -> None:
+        """Value and slopes as if all counts were zero; ``theta`` is (m, 1) or (m, n)."""
+        sp, *scratch = self.scratch_of(block)
+        # exp(u); past this bound theta is so small that theta sp is nil.
+        ratio = torch.sub(self.piece(self.log2_mean, block), theta.log2(), out=self.piece(self.slope, block))
+        ratio.clamp_(max=_LARGEST_LOG2).exp2_()
+        torch.log1p(ratio, out=sp)
+        sig = ratio.div_(torch.add(ratio, 1.0, out=scratch[0]))
+        kept = None if self.gate is None else self.inflate(block, theta, sp, scratch)
+        if self.value is not None and self.gate is None:
+            self.value -= torch.mv(sp.t(), theta[:, 0]) if self.is_theta_shared else (sp * theta).sum(0)
         if self.weights_n is None:
             return
-        sigmoid = u.sigmoid_()
         if self.d_theta is not None:
-            by_theta = torch.sub(sigmoid, sp, out=sp)
-            if self.gate is not None:
-                by_theta.addcmul_(by_theta, dropout, value=-1.0)
-            if self.d_theta.dim() == 1:
-                torch.mv(by_theta.t(), self.weights_n, out=self.d_theta[block.features])
+            by_theta = torch.sub(sig, sp, out=sp)
+            if kept is not None:
+                by_theta.mul_(kept)
+            if self.is_theta_shared:
+                torch.mv(by_theta, self.weights_n, out=self.d_theta[block.features])
             else:
-                torch.mul(by_theta, self.weights_n.unsqueeze(1), out=self.d_theta[:, block.features])
-        slope = sigmoid.mul_(theta).neg_()
-        if self.gate is not None:
-            slope.addcmul_(slope, dropout, value=-1.0)
-            if self.gate.needs_grad:
-                self.gate.add(block.features, dropout.sub_(gate_logits.sigmoid_()))
+                self.d_theta[:, block.features] = by_theta.mul_(self.weights_n).t()
+        slope = sig.mul_(-theta)
+        if kept is not None:
+            slope.mul_(kept)
+
+    def inflate(self, block: Block, theta: Tensor, sp: Tensor, scratch: list[Tensor]) -> Tensor:
+        """Make the NB of zeros a ZINB; return the posterior probability that a zero is no dropout."""
+        assert self.gate is not None
+        log2_nb, gate, spare = scratch
+
+        def prepare() -> None:
+            torch.mul(sp, theta * -LOG2_E, out=log2_nb)
+            assert self.gate is not None
+            self.gate.logits(block, out=gate)
+
+        prepare()
+        if self.value is not None:
+            self.gates_at_entries.append(gate.view(-1).index_select(0, block.flat))
+        inflated = inflate(block, gate, log2_nb, spare) if self.is_quick else None
+        if inflated is None:
+            if self.is_quick:
+                prepare()
+            inflated = inflate_in_logs(block, gate, log2_nb, spare)
+        value, kept, by_gate = inflated
+        if self.value is not None:
+            self.value += value
+        if self.weights_n is not None and self.gate.needs_grad:
+            self.gate.add(block, by_gate)
+        return kept
 
     def add_nonzeros(self) -> None:
         """Correct value and slopes at the non-zero counts, all blocks in one go."""
-        x, col = self.sweep.entries.val, self.sweep.entries.col
-        entry = torch.cat([block.entry for block in self.blocks])
-        row = torch.cat([block.row for block in self.blocks])
-        # Position in the buffers of all genes, where a block begins after n entries per earlier gene.
-        flat = torch.cat([block.flat.add_(self.n * block.start) for block in self.blocks])
-        x = x.index_select(0, entry).to(self.log_mean.dtype)
-        gene = col.index_select(0, entry)
-        log_mean = self.log_mean.index_select(0, flat)
+        entries = self.sweep.entries
+        row, gene, place = entries.row, entries.feature, entries.place
+        x = entries.values().to(self.log2_mean.dtype)
+        log_mean = self.log2_mean.index_select(0, place).div_(LOG2_E)
         if self.sweep.theta is None:
             value, slope = x * log_mean - torch.lgamma(x + 1), x
         else:
-            theta = self.sweep.theta
-            theta = theta.index_select(0, gene) if theta.dim() == 1 else theta[row, gene]
-            value, slope, by_theta = _nonzero_terms(x, log_mean - theta.log(), theta)
+            theta, log_theta, *of_theta = self.theta_at_entries()
+            u = log_mean - log_theta
+            value, slope, by_theta, sp = _nonzero_terms(x, u, theta, log_theta, (of_theta[0], of_theta[1]))
+            if self.gates_at_entries:
+                # The sum over zeros of a ZINB has left these out.
+                gates = torch.cat(self.gates_at_entries).div_(LOG2_E)
+                value.sub_(softplus(gates, threshold=40.0)).addcmul_(theta, sp, value=-1.0)
             if self.d_theta is not None and self.weights_n is not None:
                 by_theta *= self.weights_n.index_select(0, row)
-                if self.d_theta.dim() == 1:
+                if self.is_theta_shared:
                     self.d_theta.index_add_(0, gene, by_theta)
                 else:
                     self.d_theta.index_put_((row, gene), by_theta, accumulate=True)
         if self.value is not None:
             self.value.index_add_(0, row, value)
         if self.weights_n is not None:
-            self.slope.index_add_(0, flat, slope)
+            self.slope.index_add_(0, place, slope)
+            self.total_slope.index_add_(0, row, slope)
+
+    def theta_at_entries(self) -> list[Tensor]:
+        """Theta, its logarithm and :func:`gamma_functions` at the non-zero counts."""
+        theta, entries = self.sweep.theta, self.sweep.entries
+        assert theta is not None
+        if not self.is_theta_shared:
+            theta = theta[entries.row, entries.feature]
+            return [theta, theta.log(), *gamma_functions(theta)]
+        return [part.index_select(0, entries.feature) for part in (theta, theta.log(), *gamma_functions(theta))]
 
     def through_link(self) -> Tensor | None:
         """Turn d/dm into d/dlogits and hand it to the layer; return d/dlibrary."""
         assert self.weights_n is not None
-        total = torch.zeros_like(self.library)
-        for block in self.blocks:
-            total += self.piece(self.slope, block).sum(1)
-        by_library = (total / self.library).unsqueeze(1)
+        by_library = self.total_slope / self.library
         if self.layer.needs_grad:
             for block in self.blocks:
                 slope = self.piece(self.slope, block)
-                mean = self.piece(self.log_mean, block).exp_()
+                mean = self.piece(self.log2_mean, block).exp2_()
                 if self.sweep.family.is_softmax:
-                    slope -= mean.mul_(by_library)
+                    slope.addcmul_(mean, by_library, value=-1.0)
                 else:
                     # dlog softplus(a) / da = (1 - exp(-s)) / s for s = softplus(a)
-                    s = mean.div_(self.library.unsqueeze(1)).clamp_min_(torch.finfo(mean.dtype).tiny)
+                    s = mean.div_(self.library).clamp_min_(torch.finfo(mean.dtype).tiny)
                     slope.mul_(torch.expm1(s.neg(), out=self.scratch_of(block)[0])).div_(s).neg_()
-                self.layer.add(block.features, slope)
-        return total / self.library * self.weights_n if self.sweep.needs[3] else None
+                self.layer.add(block, slope)
+        return by_library * self.weights_n if self.sweep.needs[3] else None

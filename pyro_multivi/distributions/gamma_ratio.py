@@ -23,6 +23,26 @@ def _stirling_tail_slope(z: Tensor) -> Tensor:
     return -square * (1 / 12 - square * (3 / 360 - square * (5 / 1260 - square * (7 / 1680))))
 
 
+# Terms of the recurrence that lead to where the series of the digamma function is exact to 1e-12.
+_SHIFT = 8
+
+
+def digamma(z: Tensor) -> Tensor:
+    """Digamma function of z > 0, without derivative; several times faster than torch's on a CPU.
+
+    digamma(z) = digamma(z + 8) - sum of 1 / (z + k) over k < 8, and a series (Abramowitz & Stegun
+    6.3.5 and 6.3.18).
+    """
+    total, large = z.reciprocal(), torch.empty_like(z)
+    for k in range(1, _SHIFT):
+        total += torch.add(z, k, out=large).reciprocal_()
+    torch.add(z, _SHIFT, out=large)
+    inverse = large.reciprocal()
+    square = inverse * inverse
+    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square / 132))))
+    return large.log_().sub_(inverse, alpha=0.5).sub_(series).sub_(total)
+
+
 def log_rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Split lgamma(x + theta) - lgamma(theta) where it is accurate to.
 
@@ -43,16 +63,43 @@ def log_rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_large, series, difference), is_large
 
 
-def log_rising_slope(x: Tensor, theta: Tensor) -> Tensor:
-    """Derivative of lgamma(x + theta) - lgamma(theta) - x log(theta) by log(theta).
+def gamma_functions(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """lgamma and digamma as :func:`log_rising_and_slope` wants them: of what counts as small."""
+    small = torch.where(theta >= STIRLING_FROM, 1.0, theta)
+    return torch.lgamma(small), digamma(small)
 
-    Goes to 1 - x as theta goes to 0 (for x >= 1) and to 0 as theta goes to infinity.
+
+def log_rising_and_slope(x: Tensor, theta: Tensor, of_theta: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`log_rising` and a derivative, without autograd.
+
+    Parameters
+    ----------
+    x, theta
+        Counts above 0 and inverse dispersions, of one shape.
+    of_theta
+        :func:`gamma_functions` of ``theta``, which often are those of few different values.
+
+    Returns
+    -------
+    ratio, is_large
+        See :func:`log_rising`.
+    slope
+        Derivative of lgamma(x + theta) - lgamma(theta) - x log(theta) by log(theta). Goes to 1 - x as
+        theta goes to 0 (for x >= 1) and to 0 as theta goes to infinity.
     """
     is_large = theta >= STIRLING_FROM
     small = torch.where(is_large, 1.0, theta)
     large = torch.where(is_large, theta, STIRLING_FROM)
-    difference = small * (torch.digamma(x + small) - torch.digamma(small)) - x
+    total = x + small
+    difference = torch.lgamma(total).sub_(of_theta[0])
+    difference_slope = digamma(total).sub_(of_theta[1]).mul_(small).sub_(x)
     total = x + large
+    log_growth = torch.log1p(x / large)
+    series = (total - 0.5) * log_growth - x + _stirling_tail(total) - _stirling_tail(large)
     tails = _stirling_tail_slope(total) - _stirling_tail_slope(large)
-    series = large * (torch.log1p(x / large) + tails) - x * (1 - 0.5 / total)
-    return torch.where(is_large, series, difference)
+    series_slope = large * (log_growth + tails) - x * (1 - 0.5 / total)
+    return (
+        torch.where(is_large, series, difference),
+        is_large,
+        torch.where(is_large, series_slope, difference_slope),
+    )

@@ -76,7 +76,9 @@ class ModalityReader(nn.Module):
             dropout_rate=dropout_rate,
         )
 
-    def forward(self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor) -> Reading:
+    def forward(
+        self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor, rows: Tensor | None = None
+    ) -> Reading:
         """Read the measured cells.
 
         Parameters
@@ -89,11 +91,19 @@ class ModalityReader(nn.Module):
             Covariates, shape (B, n_covariates); ignored when the encoder does not take them.
         log_depth
             Shape (B,).
+        rows
+            Positions of the measured cells where they are known already, shape (b,), int64, ascending;
+            sparse counts of the others are then taken to be empty.
         """
-        rows = None
-        if not bool(measured.all()):
-            rows = measured.nonzero().squeeze(-1)
-            counts = counts.select_rows(rows) if isinstance(counts, SparseCounts) else counts[rows]
+        known = rows is not None
+        rows = measured.nonzero().squeeze(-1) if rows is None else rows
+        if len(rows) == len(measured):
+            rows = None
+        else:
+            if not isinstance(counts, SparseCounts):
+                counts = counts[rows]
+            else:
+                counts = counts.without_empty(rows) if known else counts.select_rows(rows)
             s, log_depth = s[rows], log_depth[rows]
         hidden = self.counts(counts)
         if self.covariates is None:

@@ -72,30 +72,3 @@ def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
     nothing = (weights.sum(-1, keepdim=True) == 0).expand_as(variance)
     variance = torch.where(nothing, torch.ones_like(variance), variance)
     return loc, variance.sqrt()
-
-
-def jeffreys(a: Expert, b: Expert) -> Tensor:
-    """Symmetric Kullback-Leibler divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
-    va, vb = a.scale.square(), b.scale.square()
-    gap = (a.loc - b.loc).square()
-    return 0.5 * ((va + gap) / vb + (vb + gap) / va - 2.0).sum(-1)
-
-
-def mmd(a: Expert, b: Expert) -> Tensor:
-    """Squared maximum mean discrepancy between two sets of cells, a scalar.
-
-    Unbiased estimate (Gretton et al. 2012, equation 3), so its expectation does not depend on
-    the number of cells, with Gaussian kernels of five bandwidths around the median distance.
-    Cells are represented by their means. Fewer than two cells give zero.
-    """
-    n = len(a.loc)
-    if n < 2:
-        return (a.loc.sum() + b.loc.sum()) * 0.0
-    both = torch.cat([a.loc, b.loc])
-    squared = (both[:, None] - both[None]).square().sum(-1)
-    bandwidth = squared.detach().median().clamp(min=1e-12)
-    kernel = torch.stack([torch.exp(-squared / (bandwidth * factor)) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
-    off = ~torch.eye(n, dtype=torch.bool, device=both.device)
-    within = kernel[:n, :n][off].mean() + kernel[n:, n:][off].mean()
-    # The cells are paired: the diagonal between the sets is left out as it is within them.
-    return within - 2.0 * kernel[:n, n:][off].mean()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.buffers import BufferPool
+from pyro_multivi.distributions.buffers import POOL
 
 # A cell has hundreds of non-zero features out of many thousand, so the fan-in is theirs, not that of
 # nn.Linear. Ten times larger weights also learn relatively slower under Adam, whose steps do not depend
 # on them: rare features are not learned by heart (3 nats per held-out cell on the cell lines).
 _START = 0.1
+# A weight of more elements (8 MB in float32) does not stay in the cache, where cells read it at random. Feature by
+# feature takes a third of the time then, on one thread; so many threads make up for it.
+_CACHED = 2**21
+_THREADS_THAT_MAKE_UP = 4
 # Features of the weight gradient formed at a time: 4 096 x 128 floats (2 MB) stay in the cache.
 _FEATURES_AT_A_TIME = 4096
 
@@ -128,23 +133,27 @@ class CovariateStack(nn.Module):
 class _SparseMatmul(torch.autograd.Function):
     """counts @ weight for compressed rows; the gradient of the weight runs over compressed columns.
 
-    Both directions are sums of few rows of a small dense matrix, which ``embedding_bag`` does
-    faster than a sparse or (below some 10 % of non-zeros) dense matrix product.
+    Both directions are sums of few rows of a dense matrix. While that stays in the cache ``embedding_bag``
+    does it faster than a sparse or (below some 10 % of non-zeros) dense matrix product.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, counts: SparseCounts, pool: BufferPool | None) -> Tensor:
-        ctx.counts, ctx.shape, ctx.pool = counts, weight.shape, pool
+    def forward(ctx: Any, weight: Tensor, counts: SparseCounts) -> Tensor:
+        ctx.counts, ctx.shape = counts, weight.shape
+        if weight.device.type == "cpu" and weight.numel() > _CACHED and torch.get_num_threads() < _THREADS_THAT_MAKE_UP:
+            return _in_order(weight, counts)
         return _bag(weight, counts.col, counts.crow, counts.val)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         by_feature = ctx.counts.by_feature()
-        pool: BufferPool | None = ctx.pool
-        shape = tuple(ctx.shape)
-        made = pool.take(shape, grad.dtype, grad.device) if pool is not None else grad.new_empty(shape)
         grad = grad.contiguous()
+        if grad.device.type != "cpu":
+            # In one go: a GPU would have to be asked where the blocks begin.
+            return _bag(grad, by_feature.row, by_feature.start, by_feature.val), None
+        shape = tuple(ctx.shape)
+        made = POOL.take(shape, grad.dtype, grad.device)
         edges = by_feature.start[:: _FEATURES_AT_A_TIME].tolist()
         for block, first in enumerate(range(0, shape[0], _FEATURES_AT_A_TIME)):
             last = min(first + _FEATURES_AT_A_TIME, shape[0])
@@ -152,7 +161,7 @@ class _SparseMatmul(torch.autograd.Function):
             end = edges[block + 1] if block + 1 < len(edges) else len(by_feature.row)
             start = by_feature.start[first : last + 1] - begin
             made[first:last] = _bag(grad, by_feature.row[begin:end], start, by_feature.val[begin:end])
-        return made, None, None
+        return made, None
 
 
 def _bag(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
@@ -160,8 +169,18 @@ def _bag(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
     if len(index) == 0:
         return table.new_zeros(len(start) - 1, table.shape[1])
     return F.embedding_bag(
-        index, table, start, mode="sum", per_sample_weights=weight.to(table.dtype), include_last_offset=True
-    )
+        # Not a repeated value, for which the bag takes a slower way.
+        index, table, start, mode="sum", per_sample_weights=weight.to(table.dtype).contiguous(),
+        include_last_offset=True,
+    )  # fmt: skip
+
+
+def _in_order(weight: Tensor, counts: SparseCounts) -> Tensor:
+    """counts @ weight by SciPy on one thread, feature after feature: each row of the weight is read once."""
+    start, row, val = counts.by_feature()
+    entries = (val.to(weight.dtype).contiguous().numpy(), row.numpy(), start.numpy())
+    product = scipy.sparse.csc_array(entries, shape=(counts.shape[0], counts.shape[1])) @ weight.detach().numpy()
+    return torch.from_numpy(product)
 
 
 class CountsLinear(nn.Module):
@@ -184,11 +203,10 @@ class CountsLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out))
         nn.init.uniform_(self.weight, -_START, _START)
         nn.init.zeros_(self.bias)
-        self._pool = BufferPool()
 
     def forward(self, counts: Tensor) -> Tensor:
         """Map counts (B, n_features) to (B, n_out)."""
         if isinstance(counts, SparseCounts):
-            product: Tensor = _SparseMatmul.apply(self.weight, counts, self._pool)
+            product: Tensor = _SparseMatmul.apply(self.weight, counts)
             return product + self.bias
         return counts @ self.weight + self.bias

@@ -111,7 +111,7 @@ def request_of(
     tensors += [table.has_rna[index], table.has_atac[index], table.label, table.rna_size, table.atac_size]
     for counts in (table.x, table.y):
         if isinstance(counts, SparseCounts):
-            tensors += [counts.crow, counts.val.double().sum()[None]]
+            tensors += [counts.crow, counts.val.sum(dtype=torch.float64)[None]]
     asked: Mapping[str, Any] = {
         "version": __version__,
         "program": f"{type(program).__module__}:{type(program).__qualname__}",

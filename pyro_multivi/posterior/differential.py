@@ -1,10 +1,11 @@
-"""Differential expression and accessibility: tables of features, group against group."""
+"""Differential expression and accessibility: group against group, many comparisons from the same draws."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,31 +16,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.posterior.exceedance import Pairs, Question, Statistics
+from pyro_multivi.posterior.differential_tables import Comparison, arrange
+from pyro_multivi.posterior.draws import region_factors
+from pyro_multivi.posterior.exceedance import Question, Statistics
 from pyro_multivi.posterior.groups import Contrast
-from pyro_multivi.posterior.pools import Source
+from pyro_multivi.posterior.pairs import Collected, Pairs, Side, pair_order
+from pyro_multivi.posterior.parts import Parts
+from pyro_multivi.posterior.pools import Key, Moments, Pool, Source, blocks_of
 from pyro_multivi.posterior.population import change_of_means, describe, mean_errors, probably_larger
-from pyro_multivi.posterior.shrinkage import as_estimated, shrunk
-from pyro_multivi.posterior.tallies import Tally, count_support, tally
+from pyro_multivi.posterior.shrinkage import Changes, Prior, as_estimated
+from pyro_multivi.posterior.tallies import Sums, Tally, count_support, observed_to_expected
 from pyro_multivi.posterior.testing import Request
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
 
-# Added to both sides of a ratio of probabilities, which draws may make 0.
-_RATIO_OFFSET = 1e-8
+Array = NDArray[np.float64]
+
 # Least pseudocount that is estimated: far below the share of any gene that was seen.
 _LEAST_PSEUDOCOUNT = 1e-10
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One comparison: statistics by name, each (f,), with what was estimated for it."""
-
-    statistics: Statistics
-    tallies: tuple[Tally, Tally]
-    delta: float
-    pseudocounts: float
 
 
 def compare_groups(
@@ -51,7 +46,7 @@ def compare_groups(
     device: torch.device,
     silent: bool = True,
 ) -> pd.DataFrame:
-    """Compare groups one after the other.
+    """Compare groups. The cells that all comparisons take together are drawn and decoded once.
 
     Parameters
     ----------
@@ -76,47 +71,14 @@ def compare_groups(
     source = Source(
         program, table, request.site, request.n_samples, request.weights, request.batch_size, device, request.seed
     )
-    known: dict[bytes, Tally] = {}
-
-    def tally_of(index: Tensor) -> Tally:
-        key = index.numpy().tobytes()
-        if key not in known:
-            known[key] = tally(table, index, request.site)
-        return known[key]
-
-    arrange = _expression_table if request.site == "rho" else _accessibility_table
-    frames = []
-    for contrast in tqdm(contrasts, desc="comparisons", disable=silent):
-        tallies = (tally_of(contrast.index1), tally_of(contrast.index2))
-        _note_unmeasured(contrast, tallies, request)
-        frame = arrange(_test(source, contrast, tallies, request), request, names)
-        if contrast.group1:
-            frame = frame.assign(comparison=contrast.comparison, group1=contrast.group1, group2=contrast.group2)
-        frames.append(frame)
-    return pd.concat(frames)
+    plan = _Plan(source, contrasts, request)
+    for number, contrast in enumerate(contrasts):
+        _note_unmeasured(contrast, plan.tallies(number), request)
+    compare = _compare_means if request.unit == "group" else _compare_cells
+    return arrange(compare(plan, silent), contrasts, request, names)
 
 
-def expected_fdr_calls(probability: NDArray[np.float64], target: float) -> NDArray[np.bool_]:
-    """The largest set of features whose posterior expected false discovery rate stays within a target.
-
-    Features are taken in descending order of probability as long as the mean of (1 - probability)
-    of those taken is at most the target. NaN is never taken.
-
-    Examples
-    --------
-    >>> expected_fdr_calls(np.array([0.5, 0.99, np.nan, 0.93]), 0.05).tolist()
-    [False, True, False, True]
-    """
-    known = np.flatnonzero(~np.isnan(probability))
-    order = known[np.argsort(-probability[known], kind="stable")]
-    expected = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
-    called = np.zeros(len(probability), dtype=bool)
-    # The running mean of ascending numbers ascends: those within the target come first.
-    called[order[expected <= target]] = True
-    return called
-
-
-def estimated_delta(change: NDArray[np.float64], least: float) -> float:
+def estimated_delta(change: Array, least: float) -> float:
     """A bound that separates features that change from those that do not.
 
     Three Normals are fitted to the mean changes of the features; the bound is 0.6 times the mean
@@ -139,41 +101,217 @@ def estimated_delta(change: NDArray[np.float64], least: float) -> float:
     return max(least, 0.6 * float(np.mean(np.abs([loc.min(), loc.max()]))))
 
 
-def _test(source: Source, contrast: Contrast, tallies: tuple[Tally, Tally], request: Request) -> Comparison:
-    batches1, batches2 = _decoded_in(source.table, contrast, request)
-    pool1 = source.draw(contrast.index1, batches1, 1)
-    pool2 = source.draw(contrast.index2, batches2, 2)
-    pseudocounts = request.pseudocounts
-    if pseudocounts is None:
-        pseudocounts = _estimated_pseudocounts(pool1, pool2, tallies, request.threshold_counts)
-    if request.unit == "cell":
-        order = _order(source, request, batches1, batches2)
-        pairs = Pairs(pool1, pool2, request.features, order)
-        if request.mode == "vanilla":
-            return Comparison(pairs.exceeding(), tallies, np.nan, pseudocounts)
-        delta = request.delta
-        if delta is None:
-            delta = estimated_delta(pairs.mean_change(request.change, pseudocounts), request.change.least_delta)
-        return Comparison(pairs.changing(_question(request, delta, pseudocounts)), tallies, delta, pseudocounts)
-    return _test_means(Pairs(pool1, pool2, None), contrast, tallies, request, pseudocounts)
+@dataclass(frozen=True)
+class _Plan:
+    """Which draws the comparisons need, and what is common to them."""
+
+    source: Source
+    contrasts: Sequence[Contrast]
+    request: Request
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts.of(self.contrasts)
+
+    @cached_property
+    def sums(self) -> list[Sums]:
+        """Of the counts of each part."""
+        return [Sums.count(self.source.table, cells, self.request.site) for cells in self.parts.cells]
+
+    @cached_property
+    def sides(self) -> list[tuple[tuple[Key, ...], tuple[Key, ...]]]:
+        """Of each comparison, what its groups consist of."""
+        found = []
+        for contrast, (parts1, parts2) in zip(self.contrasts, self.parts.sides, strict=True):
+            batches1, batches2 = self._decoded_in(contrast)
+            found.append((tuple(Key(part, batches1) for part in parts1), tuple(Key(part, batches2) for part in parts2)))
+        return found
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        """All that has to be drawn."""
+        return list(dict.fromkeys(key for sides in self.sides for side in sides for key in side))
+
+    @cached_property
+    def region_factors(self) -> Tensor | None:
+        return region_factors(self.source.program)
+
+    def draw(self, key: Key) -> Pool:
+        return self.source.draw(self.parts.cells[key.part], key.batches)
+
+    def sizes(self, keys: Sequence[Key]) -> list[int]:
+        """Numbers of cells."""
+        return [len(self.parts.cells[key.part]) for key in keys]
+
+    def tallies(self, number: int) -> tuple[Tally, Tally]:
+        """Of a comparison's groups."""
+        first, second = (Sums.tally([self.sums[key.part] for key in side]) for side in self.sides[number])
+        return first, second
+
+    def scale(self, number: int, cell_factors: dict[Key, float]) -> Tensor | None:
+        """What a comparison multiplies all values of each region with, (F,); None for 1."""
+        if self.request.probability != "detected":
+            return None
+        keys = [key for side in self.sides[number] for key in side]
+        sizes = [self.sums[key.part].n_measured for key in keys]
+        factors = [cell_factors[key] for key in keys]
+        # Without any cell with ATAC, d follows its prior.
+        factor = np.average(factors, weights=sizes if sum(sizes) else self.sizes(keys))
+        if np.isnan(factor):
+            factor = np.float64(1.0)
+        r = self.region_factors
+        ones = torch.ones(self.source.table.n_regions, device=self.source.device)
+        return float(factor) * (ones if r is None else r)
+
+    def pseudocounts(self, number: int, largest: Sequence[Array], scale: Tensor | None) -> float:
+        """As given, or what the model makes of features that a group hardly has.
+
+        That is the 0.9 quantile of their largest draws, (F,) of each group.
+        """
+        if self.request.pseudocounts is not None:
+            return self.request.pseudocounts
+        factor = 1.0 if scale is None else scale.double().cpu().numpy()
+        low = [found.mean < self.request.threshold_counts for found in self.tallies(number)]
+        found = [
+            float(np.quantile((factor * most)[few], 0.9)) for most, few in zip(largest, low, strict=True) if few.any()
+        ]
+        return max(_LEAST_PSEUDOCOUNT, *found) if found else _LEAST_PSEUDOCOUNT
+
+    def question(self, delta: float, pseudocounts: float) -> Question:
+        request = self.request
+        return Question(
+            request.change, delta, pseudocounts, request.test_mode, request.two_sided, request.m1_domain_fn,
+            request.levels, in_full=request.site == "rho",
+        )  # fmt: skip
+
+    def _decoded_in(self, contrast: Contrast) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Batches that the groups are decoded in."""
+        if not self.request.batch_correction:
+            return None, None
+        if self.request.batches1 is not None:
+            return self.request.batches1, self.request.batches2
+        seen = torch.unique(self.source.table.batch_code[torch.cat([contrast.index1, contrast.index2])])
+        both = tuple(int(code) for code in seen if code >= 0)
+        n = self.request.n_samples
+        if len(both) > n:
+            raise ValueError(f"n_samples={n} is fewer than the {len(both)} batches: give more draws.")
+        return both, both
 
 
-def _test_means(
-    pairs: Pairs, contrast: Contrast, tallies: tuple[Tally, Tally], request: Request, pseudocounts: float
-) -> Comparison:
+# --------------------------------------------------------------------- cells
+
+
+def _compare_cells(plan: _Plan, silent: bool) -> list[Comparison]:
+    """Random cells of the groups with each other; all comparisons in each block of features."""
+    request = plan.request
+    pools = {key: plan.draw(key) for key in tqdm(plan.keys, desc="decoding", disable=silent)}
+    largest: dict[Key, Array] = {}
+    if request.pseudocounts is None:
+        largest = {key: pool.moments(largest=True).largest for key, pool in pools.items()}
+    factors = {key: pool.cell_factor for key, pool in pools.items()}
+    pairs, pseudocounts = [], []
+    for number, sides in enumerate(plan.sides):
+        scale = plan.scale(number, factors)
+        most = [np.maximum.reduce([largest[key] for key in side]) for side in sides] if largest else []
+        pseudocounts.append(plan.pseudocounts(number, most, scale))
+        if scale is not None and request.features is not None:
+            scale = scale[request.features]
+        pairs.append(_pairs(plan, number, scale))
+    delta = [np.nan if request.delta is None or request.mode == "vanilla" else request.delta for _ in pairs]
+    n_features = pools[plan.keys[0]].values.shape[-1] if request.features is None else len(request.features)
+    if request.delta is None and request.mode == "change":
+        changes = [Collected(n_features) for _ in pairs]
+        for block, values in blocks_of(pools, request.features):
+            for both, found, offset in zip(pairs, changes, pseudocounts, strict=True):
+                change = both.change(block, both.scales(values), request.change, offset)
+                found.put(block, {"mean": change.mean(0)})
+        delta = [estimated_delta(found.statistics["mean"], request.change.least_delta) for found in changes]
+    questions = [plan.question(bound, offset) for bound, offset in zip(delta, pseudocounts, strict=True)]
+    results = [Collected(n_features) for _ in pairs]
+    with tqdm(total=n_features, desc="features", disable=silent) as bar:
+        for block, values in blocks_of(pools, request.features):
+            for both, question, found in zip(pairs, questions, results, strict=True):
+                scales = both.scales(values)
+                vanilla = request.mode == "vanilla"
+                found.put(block, both.exceeding(scales) if vanilla else both.changing(block, scales, question))
+            bar.update(block.stop - block.start)
+    return [
+        Comparison(found.statistics, plan.tallies(number), delta[number], pseudocounts[number])
+        for number, found in enumerate(results)
+    ]
+
+
+def _pairs(plan: _Plan, number: int, scale: Tensor | None) -> Pairs:
+    source, request, sides = plan.source, plan.request, plan.sides[number]
+    rng = np.random.default_rng([request.seed, 4])
+    strata = [source.strata(side[0].batches) for side in sides]
+    first, second = (
+        Side.of(rng, side, plan.sizes(side), which) for side, which in zip(sides, strata, strict=True)
+    )
+    same = sides[0][0].batches == sides[1][0].batches
+    order = pair_order(rng, request.n_samples, request.n_pairs, strata[0] if same else None, source.device)
+    return Pairs(first, second, order, scale)
+
+
+# --------------------------------------------------------------------- means of groups
+
+
+def _compare_means(plan: _Plan, silent: bool) -> list[Comparison]:
     """Means of groups. All features are looked at, so that a result does not depend on which are asked for."""
-    moments = pairs.moments()
-    means = (moments["mean1"], moments["mean2"])
+    largest = plan.request.pseudocounts is None
+    keys = plan.keys
+    if plan.request.calibrated:
+        # What counts are expected to be depends on the batch that they were seen in.
+        keys = list(dict.fromkeys([*keys, *(Key(key.part, None) for key in keys)]))
+    moments: dict[Key, Moments] = {}
+    factors: dict[Key, float] = {}
+    for key in tqdm(keys, desc="decoding", disable=silent):
+        pool = plan.draw(key)
+        moments[key], factors[key] = pool.moments(largest), pool.cell_factor
+    return [_compare_two_means(plan, number, moments, factors) for number in range(len(plan.sides))]
+
+
+def _corrected(plan: _Plan, keys: Sequence[Key], moments: dict[Key, Moments]) -> Array:
+    """The mean of a group, of which its counts have corrected what the decoder smoothed away, (F,)."""
+    means = []
+    for key in keys:
+        expected = moments[Key(key.part, None)].expected
+        if plan.request.site == "p" and plan.region_factors is not None:
+            expected = expected * plan.region_factors.double().cpu().numpy()
+        seen = Sums.tally([plan.sums[key.part]])
+        means.append(moments[key].mean * observed_to_expected(seen, expected, plan.request.site))
+    mean: Array = np.average(means, axis=0, weights=plan.sizes(keys))
+    return mean
+
+
+def _compare_two_means(
+    plan: _Plan, number: int, moments: dict[Key, Moments], factors: dict[Key, float]
+) -> Comparison:
+    request, sides, tallies = plan.request, plan.sides[number], plan.tallies(number)
+    groups = [Moments.of_union([moments[key] for key in side], plan.sizes(side)) for side in sides]
+    scale = plan.scale(number, factors)
+    factor: Any = 1.0 if scale is None else scale.double().cpu().numpy()
+    first, second = (group.mean * factor for group in groups)
+    if request.calibrated:
+        first, second = (_corrected(plan, side, moments) * factor for side in sides)
+        if request.site == "p":
+            # Probabilities, which a factor above 1 may take beyond it.
+            limits = (1 - 0.5 / (seen.n_measured + 1) if seen.n_measured else 1.0 for seen in tallies)
+            first, second = (np.minimum(mean, most) for mean, most in zip((first, second), limits, strict=True))
+    means = (first, second)
+    pseudocounts = plan.pseudocounts(number, [group.largest for group in groups], scale)
     least: tuple[Any, Any] = (0.0, 0.0)
     counts: tuple[Any, Any] = (0.0, 0.0)
     if request.calibrated:
         additive = request.mode == "vanilla" or request.change.name == "difference"
         support = count_support(*tallies, request.site, *means, additive)
         least, counts = (support[0].mean, support[1].mean), (support[0].error, support[1].error)
-    n_cells = (min(len(contrast.index1), request.n_samples), min(len(contrast.index2), request.n_samples))
-    errors = mean_errors(moments, n_cells, counts)
+    n_cells = [sum(min(size, request.n_samples) for size in plan.sizes(side)) for side in sides]
+    variances = (groups[0].var * factor**2, groups[1].var * factor**2)
+    errors = mean_errors(variances, (n_cells[0], n_cells[1]), counts)
     rng = np.random.default_rng([request.seed, 3])
     delta: float | None
+    statistics: Statistics
     if request.mode == "vanilla":
         delta, statistics = np.nan, {"m1": probably_larger(means, errors)}
     else:
@@ -181,72 +319,22 @@ def _test_means(
         delta = request.delta
         if delta is None:
             delta = estimated_delta(change, request.change.least_delta)
-        changes = shrunk(change, error, rng) if request.calibrated else as_estimated(change, error)
-        question = _question(request, delta, pseudocounts)
-        statistics = describe(changes, question, request.n_samples, rng)
-    statistics = {"mean1": means[0], "mean2": means[1], **statistics}
-    asked = {name: _asked(values, request) for name, values in statistics.items()}
-    return Comparison(asked, tallies, delta, pseudocounts)
+        # Of a whole, as rho is, what some genes take too much in the estimate all others lack.
+        shares = request.site == "rho" and request.change.name == "log-fold"
+        common = float(np.linalg.norm(np.concatenate(errors)) / np.log(2)) if shares else None
+        prior = Prior.learn(change, error, rng, common) if request.calibrated else None
 
+        def posterior(block: slice) -> Changes:
+            if prior is None:
+                return as_estimated(change[block], error[block])
+            return prior.posterior(change[block], error[block])
 
-def _question(request: Request, delta: float, pseudocounts: float) -> Question:
-    return Question(
-        request.change, delta, pseudocounts, request.test_mode, request.two_sided, request.m1_domain_fn,
-        request.levels, in_full=request.site == "rho",
-    )  # fmt: skip
-
-
-def _decoded_in(
-    table: CellTable, contrast: Contrast, request: Request
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Batches that the groups are decoded in."""
-    if not request.batch_correction:
-        return None, None
-    if request.batches1 is not None:
-        return request.batches1, request.batches2
-    seen = torch.unique(table.batch_code[torch.cat([contrast.index1, contrast.index2])])
-    both = tuple(int(code) for code in seen if code >= 0)
-    if len(both) > request.n_samples:
-        raise ValueError(f"n_samples={request.n_samples} is fewer than the {len(both)} batches: give more draws.")
-    return both, both
-
-
-def _order(
-    source: Source, request: Request, batches1: tuple[int, ...] | None, batches2: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor] | None:
-    """Which draws are paired: those of one batch with one another wherever the groups share batches."""
-    rng = np.random.default_rng([request.seed, 4])
-    n = request.n_samples
-    same = batches1 == batches2
-    if request.n_pairs is None:
-        if same:
-            return None
-        order = (np.arange(n), rng.permutation(n))
-    else:
-        sizes = source.strata(len(batches1 or (0,))) if same else [n]
-        ends = np.cumsum(sizes)
-        stratum = rng.choice(len(sizes), request.n_pairs, p=np.array(sizes) / n)
-        low, high = (ends - np.array(sizes))[stratum], ends[stratum]
-        order = (rng.integers(low, high), rng.integers(low, high))
-    first, second = (torch.from_numpy(part).to(source.device) for part in order)
-    return first, second
-
-
-def _estimated_pseudocounts(
-    first: Tensor, second: Tensor, tallies: tuple[Tally, Tally], threshold: float
-) -> float:
-    """What the model makes of features that a group hardly has: the 0.9 quantile of their largest draws."""
-    low = [found.mean < threshold for found in tallies]
-    features = np.flatnonzero(low[0] | low[1])
-    if not len(features):
-        return _LEAST_PSEUDOCOUNT
-    largest = Pairs(first, second, torch.from_numpy(features).to(first.device)).largest()
-    found = [
-        float(np.quantile(largest[f"max{number}"][chosen[features]], 0.9))
-        for number, chosen in zip((1, 2), low, strict=True)
-        if chosen.any()
-    ]
-    return max(_LEAST_PSEUDOCOUNT, *found)
+        statistics = describe(posterior, len(change), plan.question(delta, pseudocounts), request.n_samples, rng)
+    statistics = {"mean1": groups[0].mean, "mean2": groups[1].mean, **statistics}
+    if request.features is not None:
+        asked = request.features.cpu().numpy()
+        statistics = {name: values[asked] for name, values in statistics.items()}
+    return Comparison(statistics, tallies, delta, pseudocounts)
 
 
 def _note_unmeasured(contrast: Contrast, tallies: tuple[Tally, Tally], request: Request) -> None:
@@ -258,67 +346,3 @@ def _note_unmeasured(contrast: Contrast, tallies: tuple[Tally, Tally], request: 
                 "not known, and statistics of counts are NaN.",
                 number, f" ({name})" if name else "", what,
             )  # fmt: skip
-
-
-def _asked(values: Any, request: Request) -> Any:
-    return values if request.features is None else values[request.features.cpu().numpy()]
-
-
-def _verdict(statistics: Statistics, request: Request) -> tuple[Any, Any]:
-    """Probability of what is tested and its log ratio to that of the contrary."""
-    m1 = statistics["m1"]
-    return m1, np.log(m1 + _RATIO_OFFSET) - np.log(1 - m1 + _RATIO_OFFSET)
-
-
-def _expression_table(tested: Comparison, request: Request, names: Sequence[str]) -> pd.DataFrame:
-    found = tested.statistics
-    m1, bayes_factor = _verdict(found, request)
-    if request.mode == "vanilla":
-        columns: dict[str, Any] = {"proba_m1": m1, "proba_m2": 1 - m1, "bayes_factor": bayes_factor}
-        columns |= {"scale1": found["mean1"], "scale2": found["mean2"]}
-    else:
-        columns = {"proba_de": m1, "proba_not_de": 1 - m1, "bayes_factor": bayes_factor}
-        columns |= {"scale1": found["mean1"], "scale2": found["mean2"]}
-        columns |= {"pseudocounts": tested.pseudocounts, "delta": tested.delta}
-        columns |= {f"lfc_{name}": found[name] for name in ("mean", "median", "std", "min", "max")}
-        columns |= _intervals("lfc", found, request)
-    if request.all_stats:
-        for column, of in (
-            ("raw_mean", "mean"), ("non_zeros_proportion", "nonzero"), ("raw_normalized_mean", "normalized")
-        ):  # fmt: skip
-            for number, seen in enumerate(tested.tallies, 1):
-                columns[f"{column}{number}"] = _asked(getattr(seen, of), request)
-    if request.mode == "change":
-        columns[f"is_de_fdr_{request.fdr_target}"] = expected_fdr_calls(m1, request.fdr_target)
-        order = np.lexsort((-np.abs(found["mean"]), -m1))
-    else:
-        order = np.argsort(-m1, kind="stable")
-    return pd.DataFrame(columns, index=pd.Index(list(names))).iloc[order]
-
-
-def _accessibility_table(tested: Comparison, request: Request, names: Sequence[str]) -> pd.DataFrame:
-    found = tested.statistics
-    m1, bayes_factor = _verdict(found, request)
-    if request.mode == "vanilla":
-        columns: dict[str, Any] = {"proba_m1": m1, "proba_m2": 1 - m1}
-    else:
-        columns = {"prob_da": m1, "is_da_fdr": expected_fdr_calls(m1, request.fdr_target)}
-    columns |= {"bayes_factor": bayes_factor, "effect_size": found["mean1"] - found["mean2"]}
-    opened = [_asked(seen.nonzero, request) for seen in tested.tallies]
-    if request.all_stats:
-        columns["emp_effect"] = opened[0] - opened[1]
-    columns |= {"est_prob1": found["mean1"], "est_prob2": found["mean2"]}
-    if request.all_stats:
-        columns |= {"emp_prob1": opened[0], "emp_prob2": opened[1]}
-    if request.mode == "change":
-        columns |= {"change_mean": found["mean"], "change_std": found["std"], "delta": tested.delta}
-        columns |= _intervals("change", found, request)
-    return pd.DataFrame(columns, index=pd.Index(list(names)))
-
-
-def _intervals(prefix: str, found: Statistics, request: Request) -> dict[str, Any]:
-    return {
-        f"{prefix}_confidence_interval_{level}_{end}": found[f"{side} {level}"]
-        for level in request.levels
-        for side, end in (("lower", "min"), ("upper", "max"))
-    }

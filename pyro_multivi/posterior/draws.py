@@ -24,15 +24,13 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.noise import CellNoise
-from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
 #: width at which a softmax is summed), take 2 and 64 MB in float32.
 ROWS = 4096
 #: Entries of sparse rows collected together: 128 MB, and twice that while they are joined.
 ENTRIES = 2**24
-#: Sites that are observed, and drawn only if asked for.
-COUNTS = frozenset({"x", "y"})
 
 
 @contextmanager
@@ -93,7 +91,7 @@ def draw(
         B cells.
     sites
         Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
-        extension, or ``"x"`` and ``"y"`` for predicted counts, measured or not.
+        extension, or ``"x"`` and ``"y"`` (and other observed sites) for predicted counts, measured or not.
     n_samples
         Number of draws S.
     intervene
@@ -107,8 +105,9 @@ def draw(
     Returns
     -------
     dict
-        By site, (S, B, ...). ``rho`` and ``p`` are not evaluated yet: take ``.select(features)`` of
-        some features, ``.blocks()`` of all, or any tensor operation for the dense values.
+        By site, (S, B, ...), or (S, 1, ...) where all cells share it. ``rho`` and ``p`` are not
+        evaluated yet: take ``.select(features)`` of some features, ``.blocks()`` of all, or any tensor
+        operation for the dense values.
 
     Raises
     ------
@@ -163,17 +162,19 @@ def replay(
 ) -> dict[str, Tensor]:
     """Values of sites of the model at given latents, (S, B, ...). Call it within :func:`evaluating`."""
     forced: dict[str, Any] = dict(intervene or {})
-    model: Any = program.model
-    if COUNTS & set(sites):
-        model = poutine.uncondition(model)
-        torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
-    if forced:
-        model = poutine.do(model, forced)
-    nodes: dict[str, Any] = dict(model_trace(model, cells, latents).nodes)
+
+    def trace(model: Any) -> dict[str, Any]:
+        return dict(model_trace(poutine.do(model, forced) if forced else model, cells, latents).nodes)
+
+    nodes = trace(program.model)
     known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
     for name in (*sites, *forced):
         if name not in known:
             raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
+    if any(is_measured(nodes[name]) for name in sites):
+        # Nothing wide was evaluated so far: the second trace is what costs.
+        torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
+        nodes = trace(poutine.uncondition(program.model))
     values = {}
     for name in sites:
         fn = nodes[name]["fn"]
@@ -183,10 +184,41 @@ def replay(
     return values
 
 
+def is_measured(site: Any) -> bool:
+    """Whether a site of the model holds data, rather than a latent or what follows from latents."""
+    return bool(site["is_observed"]) and not (site["infer"] or {}).get("_deterministic", False)
+
+
 def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
     """The trace of a model at given latents. Call it within :func:`evaluating`."""
     # The plate lies inside the replay: a handler that gives values hides sites from plates around it.
     return poutine.trace(poutine.replay(_drawn(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
+
+
+def mean_of(name: str, fn: Any) -> Tensor:
+    """Mean of a site of the guide.
+
+    Raises
+    ------
+    ValueError
+        If it is not known, as that of a normalising flow.
+    """
+    try:
+        mean: Tensor = fn.mean
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The guide's distribution of {name!r} has no mean: ask for draws (n_samples above 1, use_z_mean=False or "
+            "give_mean=False)."
+        ) from error
+    return mean
+
+
+def region_factors(program: MultiVIProgram) -> Tensor | None:
+    """r of each region, (M,), at the mean of what the guide says of it; None where the model has none."""
+    with evaluating(program), _Fill(program, None, None):
+        guide = poutine.trace(program.guide_shared).get_trace()
+        factors: Tensor | None = poutine.replay(program.region_factors, trace=guide)()
+    return factors
 
 
 def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
@@ -246,7 +278,7 @@ class _Fill(Messenger):
     cells follows its prior, as every latent does of which nothing was measured.
     """
 
-    def __init__(self, program: MultiVIProgram, cells: Cells, noise: CellNoise | None) -> None:
+    def __init__(self, program: MultiVIProgram, cells: Cells | None, noise: CellNoise | None) -> None:
         super().__init__()
         self.program, self.cells, self.noise = program, cells, noise
 
@@ -254,22 +286,17 @@ class _Fill(Messenger):
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
         name, fn, cells = msg["name"], msg["fn"], self.cells
-        of_cells = any(frame.dim == -1 for frame in msg["cond_indep_stack"])
+        of_cells = is_of_cells(msg)
         value = self._value(name, fn, of_cells)
-        if name == "d" and isinstance(fn, dist.Delta) and cells.atac_size is None and not bool(cells.has_atac.all()):
+        if name == "d" and isinstance(fn, dist.Delta) and cells is not None and _guesses_factor(cells):
             prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)
             value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))
             msg["fn"] = dist.Delta(value)
         msg["value"] = value
 
     def _value(self, name: str, fn: Any, of_cells: bool) -> Tensor:
-        if self.noise is not None:
-            return self.noise.draw(name, fn, of_cells)
-        try:
-            mean: Tensor = fn.mean
-        except NotImplementedError as error:
-            raise ValueError(
-                f"The guide's distribution of {name!r} has no mean: ask for draws (n_samples above 1, or "
-                "use_z_mean=False)."
-            ) from error
-        return mean
+        return mean_of(name, fn) if self.noise is None else self.noise.draw(name, fn, of_cells)
+
+
+def _guesses_factor(cells: Cells) -> bool:
+    return cells.atac_size is None and not bool(cells.has_atac.all())

@@ -17,7 +17,7 @@ from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, model_trace
-from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.terms import TRAINING_SITES
 
 #: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
@@ -72,14 +72,13 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
         parts[kind].setdefault(site, []).append(values.cpu().numpy())
 
     for cells in minibatches:
-        measured = {"x": cells.has_rna, "y": cells.has_atac}
         with evaluating(program):
             latents = draw_latents(program, cells, n_particles, seed)
             model, guide = scored_traces(program, cells, latents)
             for name, site in _sites(model):
                 if site["is_observed"]:
                     add("log_likelihood", name, site["unscaled_log_prob"].double().mean(0))
-                    add("measured", name, measured.get(name, torch.ones_like(cells.has_rna)))
+                    add("measured", name, cells.measured(name))
                 else:
                     add("kl", name, _kl(guide.nodes[name], site).double().mean(0))
     joined = {
@@ -152,7 +151,7 @@ def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
     for name, site in nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic", False):
             continue
-        if not any(frame.dim == -1 for frame in site["cond_indep_stack"]):
+        if not is_of_cells(site):
             raise ValueError(
                 f"The model shares {name!r} among cells, so that cells have no evidence of their own: evaluate a "
                 "Pyro ELBO of program.model and program.guide."

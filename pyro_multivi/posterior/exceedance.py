@@ -1,9 +1,9 @@
-"""How large a change is, and how probably it exceeds a bound: statistics of draws, block by block of features."""
+"""How large a change is, and how probably it exceeds a bound: statistics of draws."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.posterior.draws import feature_blocks
-from pyro_multivi.posterior.normalization import BLOCK
-
 Array = NDArray[np.float64]
 Statistics = dict[str, Array]
 
-# Narrower blocks would cost more in calls than in arithmetic.
-_LEAST_WIDTH = 128
 TEST_MODES = ("two", "three")
 
 
@@ -197,89 +192,6 @@ def shortest_interval(ordered: NDArray[Any], level: float) -> tuple[NDArray[Any]
     start = (ordered[:, span:] - ordered[:, : n - span]).argmin(1)
     row = np.arange(len(ordered))
     return ordered[row, start], ordered[row, start + span]
-
-
-class Pairs:
-    """Draws of two groups beside each other, evaluated a block of features at a time.
-
-    Parameters
-    ----------
-    first, second
-        Draws, (n, F), lazy or dense.
-    features
-        Positions of those asked for; None for all.
-    order
-        Which draw of each group makes a pair; None pairs the i-th with the i-th.
-    """
-
-    def __init__(
-        self, first: Tensor, second: Tensor, features: Tensor | None, order: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        self.first, self.second, self.features, self.order = first, second, features, order
-        self.n_features = first.shape[-1] if features is None else len(features)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each block of features, and the values of both groups in it, (n, f)."""
-        longest = max(len(self.first), 0 if self.order is None else len(self.order[0]))
-        width = max(_LEAST_WIDTH, BLOCK // longest)
-        blocks = (feature_blocks(values, self.features, width) for values in (self.first, self.second))
-        for (block, first), (_, second) in zip(*blocks, strict=True):
-            yield block, first, second
-
-    def paired(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of a block in the order of the pairs."""
-        return (first, second) if self.order is None else (first[self.order[0]], second[self.order[1]])
-
-    def collect(self, statistics: Callable[[Tensor, Tensor], dict[str, Any]]) -> Statistics:
-        """Statistics of all blocks, each (F,)."""
-        found: Statistics = {}
-        for block, first, second in self.blocks():
-            for name, values in statistics(first, second).items():
-                if name not in found:
-                    found[name] = np.empty(self.n_features)
-                found[name][block] = values.cpu().numpy() if isinstance(values, Tensor) else values
-        return found
-
-    def moments(self) -> Statistics:
-        """Mean and variance of each group's draws."""
-        return self.collect(
-            lambda first, second: {
-                "mean1": first.mean(0), "mean2": second.mean(0), "var1": first.var(0), "var2": second.var(0)
-            }
-        )  # fmt: skip
-
-    def largest(self) -> Statistics:
-        """Largest draw of each group."""
-        return self.collect(lambda first, second: {"max1": first.amax(0), "max2": second.amax(0)})
-
-    def mean_change(self, change: Change, pseudocounts: float) -> Array:
-        """Mean over the pairs, (F,)."""
-        return self.collect(lambda *scales: {"mean": change(*self.paired(*scales), pseudocounts).mean(0)})["mean"]
-
-    def exceeding(self) -> Statistics:
-        """``m1``: how often the first of a pair is larger; means of both groups."""
-
-        def statistics(first: Tensor, second: Tensor) -> dict[str, Any]:
-            a, b = self.paired(first, second)
-            return {"mean1": first.mean(0), "mean2": second.mean(0), "m1": (a > b).double().mean(0)}
-
-        return self.collect(statistics)
-
-    def changing(self, question: Question) -> Statistics:
-        """``m1``: how probable a change is; statistics of the change; means of both groups."""
-
-        def statistics(first: Tensor, second: Tensor) -> dict[str, Any]:
-            change = question.change(*self.paired(first, second), question.pseudocounts)
-            return {
-                "mean1": first.mean(0),
-                "mean2": second.mean(0),
-                "m1": question.counted(change),
-                "mean": change.mean(0),
-                "std": change.std(0),
-                **question.described(change),
-            }
-
-        return self.collect(statistics)
 
 
 def _positional(function: Callable[..., Any]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.networks.experts import Expert
-from pyro_multivi.posterior.draws import evaluating
+from pyro_multivi.posterior.draws import evaluating, mean_of
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 
@@ -24,14 +24,12 @@ MODALITIES = ("joint", "expression", "accessibility")
 
 @dataclass(frozen=True)
 class LatentState:
-    """q(z) of each cell.
+    """Moments of q(z) of each cell.
 
     Attributes
     ----------
     mean, variance
-        Moments of the Normal over z, (n, K).
-    samples
-        Draws of what the decoders read of z, (S, n, K); None unless asked for.
+        Those of z, (n, K).
     point
         What the decoders read of the posterior mean of z, (n, K).
     """
@@ -39,32 +37,49 @@ class LatentState:
     mean: NDArray[np.float32]
     variance: NDArray[np.float32]
     point: NDArray[np.float32]
-    samples: NDArray[np.float32] | None
 
 
-def latent_state(
-    program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint", n_samples: int = 0, seed: int = 0
-) -> LatentState:
+def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint") -> LatentState:
     """q(z) given all measured modalities of a cell, or one of them.
 
-    The draws are those that every other posterior quantity of the same seed is made of. Rows of
-    cells in which ``modality`` was not measured are NaN.
+    Rows of cells in which ``modality`` was not measured are NaN.
+
+    Raises
+    ------
+    ValueError
+        If there is no expert of that modality, or q(z) has no mean.
     """
-    means, variances, points, draws = [], [], [], []
+    means, variances, points = [], [], []
     for minibatch in cells:
         with evaluating(program):
-            q, measured = _joint(program, minibatch) if modality == "joint" else _single(program, minibatch, modality)
-            hole = torch.where(measured, 0.0, torch.nan)[:, None]
-            means.append(q.mean + hole)
+            q, hole = _posterior(program, minibatch, modality)
+            mean = mean_of("z", q)
+            means.append(mean + hole)
             variances.append(q.variance + hole)
-            points.append(program.transform(q.mean) + hole)
-            if n_samples:
-                many = q.expand((n_samples, len(minibatch)))
-                z_sbk = CellNoise(minibatch.index, seed).draw("z", many)
-                draws.append(program.transform(z_sbk) + hole)
-    return LatentState(
-        _gather(means), _gather(variances), _gather(points), _gather(draws, 1) if n_samples else None
-    )
+            points.append(program.transform(mean) + hole)
+    return LatentState(_gather(means), _gather(variances), _gather(points))
+
+
+def latent_draws(
+    program: MultiVIProgram, cells: Iterable[Cells], modality: str, n_samples: int, seed: int = 0
+) -> NDArray[np.float32]:
+    """Draws of what the decoders read of z, (S, n, K): those that every posterior quantity of that seed is made of.
+
+    Rows of cells in which ``modality`` was not measured are NaN.
+    """
+    draws = []
+    for minibatch in cells:
+        with evaluating(program):
+            q, hole = _posterior(program, minibatch, modality)
+            z_sbk = CellNoise(minibatch.index, seed).draw("z", q.expand((n_samples, len(minibatch))))
+            draws.append(program.transform(z_sbk) + hole)
+    return _gather(draws, 1)
+
+
+def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
+    """q(z) of each cell, and NaN where the modality was not measured, (B, 1)."""
+    q, measured = _joint(program, cells) if modality == "joint" else _single(program, cells, modality)
+    return q, torch.where(measured, 0.0, torch.nan)[:, None]
 
 
 def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Any, Tensor]:
@@ -73,7 +88,11 @@ def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Any, Tensor]:
 
 
 def _single(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
-    expert: Expert = program.experts(cells, cells.design, program.read(cells, cells.design))[modality]
+    experts = program.experts(cells, cells.design, program.read(cells, cells.design))
+    if modality not in experts:
+        known = ", ".join(map(repr, ("joint", *experts)))
+        raise ValueError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
+    expert: Expert = experts[modality]
     return dist.Normal(expert.loc, expert.scale).to_event(1), expert.measured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,19 @@ from scipy.special import ndtr
 
 from pyro_multivi.posterior.exceedance import Change, Question, Statistics
 from pyro_multivi.posterior.normalization import BLOCK
+from pyro_multivi.posterior.pairs import Collected
 from pyro_multivi.posterior.shrinkage import Changes
 
 Array = NDArray[np.float64]
 
 # Relative step of a slope: the cube root of double precision, where its error is least.
 _STEP = 1e-5
+# Features whose posteriors are evaluated together: a few mixtures of this length take some MB.
+_EXACT_WIDTH = 4096
 
 
 def mean_errors(
-    moments: Statistics, n_cells: tuple[int, int], counts: tuple[Any, Any]
+    variances: tuple[Array, Array], n_cells: tuple[int, int], counts: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     """Standard errors of both groups' means, (F,).
 
@@ -29,16 +33,15 @@ def mean_errors(
 
     Parameters
     ----------
-    moments
-        Means and variances of draws.
+    variances
+        Of the draws of each group, (F,).
     n_cells
         Cells of each group that were drawn.
     counts
         Error that the counts leave in each mean, (F,) each, or zeros.
     """
     first, second = (
-        np.sqrt(moments[f"var{number}"] / n + error**2)
-        for number, n, error in zip((1, 2), n_cells, counts, strict=True)
+        np.sqrt(variance / n + error**2) for variance, n, error in zip(variances, n_cells, counts, strict=True)
     )
     return first, second
 
@@ -74,27 +77,42 @@ def probably_larger(means: tuple[Array, Array], errors: tuple[Array, Array]) -> 
     return larger
 
 
-def describe(changes: Changes, question: Question, n_draws: int, rng: np.random.Generator) -> Statistics:
+def describe(
+    posterior: Callable[[slice], Changes], n_features: int, question: Question, n_draws: int, rng: np.random.Generator
+) -> Statistics:
     """``m1``: how probable a change is; statistics of the change, (F,) each.
 
-    Probabilities, means and deviations are exact; the rest comes from draws of the posterior,
-    made for a block of features at a time.
+    Probabilities, means and deviations are exact; the rest comes from draws of the posterior.
+    All is done for a block of features at a time.
+
+    Parameters
+    ----------
+    posterior
+        Gives the posterior of the change of some features.
+    n_features
+        Their number F.
+    question
+        What to tell.
+    n_draws
+        Draws where there have to be some.
+    rng
+        Gives the seed of the draws.
     """
-    found = {"mean": changes.mean(), "std": changes.std()}
-    if question.m1_domain_fn is None:
-        found["m1"] = question.probability(changes.above(question.delta), changes.below(-question.delta))
-    if not (question.in_full or question.levels or question.m1_domain_fn is not None):
-        return found
-    n_features = len(changes.weight)
-    width = max(1, BLOCK // n_draws)
+    found = Collected(n_features)
+    drawing = question.in_full or bool(question.levels) or question.m1_domain_fn is not None
+    width = max(1, BLOCK // n_draws) if drawing else _EXACT_WIDTH
     seed = int(rng.integers(2**63))
     for start in range(0, n_features, width):
         block = slice(start, min(start + width, n_features))
-        # The same random numbers in every block: a feature's draws do not depend on its place.
-        draws = torch.from_numpy(changes.draws(n_draws, np.random.default_rng(seed), block))
-        drawn = question.described(draws)
-        if question.m1_domain_fn is not None:
-            drawn["m1"] = question.counted(draws)
-        for name, values in drawn.items():
-            found.setdefault(name, np.empty(n_features))[block] = values
-    return found
+        changes = posterior(block)
+        told = {"mean": changes.mean(), "std": changes.std()}
+        if question.m1_domain_fn is None:
+            told["m1"] = question.probability(changes.above(question.delta), changes.below(-question.delta))
+        if drawing:
+            # The same random numbers in every block: a feature's draws do not depend on its place.
+            draws = torch.from_numpy(changes.draws(n_draws, np.random.default_rng(seed)))
+            told |= question.described(draws)
+            if question.m1_domain_fn is not None:
+                told["m1"] = question.counted(draws)
+        found.put(block, told)
+    return found.statistics

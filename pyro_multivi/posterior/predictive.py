@@ -6,7 +6,7 @@ from the guide. A modality can be hidden from the guide first, so that it is pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +44,18 @@ class Replicate:
         Replicated counts, (S, B, F); accessibility is 0 or 1.
     fn
         The distribution they were drawn from, one per draw of the latents.
+    expected
+        What that distribution expects of them: counts, or the probability of a region to be open.
     """
 
     values: Tensor
     fn: Any
+    expected: Callable[[Any], Tensor]
 
     def mean(self) -> Tensor:
-        """Expected counts given each draw of the latents, (S, B, F)."""
+        """Expected values given each draw of the latents, (S, B, F)."""
         with torch.no_grad():
-            return self.fn.mean.expand(self.values.shape)
+            return self.expected(self.fn).expand(self.values.shape)
 
 
 def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
@@ -66,8 +69,7 @@ def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
     """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
     if site == "x":
         return _dense(cells.x), cells.has_rna
-    opened = _dense(cells.y)
-    return (opened > 0).to(opened.dtype), cells.has_atac
+    return _opened(_dense(cells.y)), cells.has_atac
 
 
 def hide(cells: Cells, site: str) -> Cells:
@@ -135,8 +137,10 @@ def replicate(
             nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, latents).nodes)
             found = {}
             for site in observed_sites(program):
-                fn, value = nodes[site]["fn"], nodes[site]["value"]
-                found[site] = Replicate(value.detach().expand(n, len(cells), value.shape[-1]), fn)
+                fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
+                # A likelihood of counts may say more of a region than open or closed: that much is compared.
+                value, expected = (value, _mean) if site == "x" else (_opened(value), program.open_probability)
+                found[site] = Replicate(value.expand(n, len(cells), value.shape[-1]), fn, expected)
         # Outside, so that no state of torch is held while the caller is at work.
         yield draws, found
 
@@ -215,6 +219,15 @@ def check_memory(n_bytes: float, what: str, alternatives: Sequence[str]) -> None
             f"{what} would take about {n_bytes / 1e9:.1f} GB, more than the limit of {MEMORY_LIMIT / 1e9:.1f} GB: "
             f"ask for {', or '.join(alternatives)}."
         )
+
+
+def _opened(counts: Tensor) -> Tensor:
+    return (counts > 0).to(counts.dtype)
+
+
+def _mean(fn: Any) -> Tensor:
+    mean: Tensor = fn.mean
+    return mean
 
 
 def _dense(counts: Tensor) -> Tensor:

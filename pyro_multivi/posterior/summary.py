@@ -63,7 +63,8 @@ def summarise(values: Tensor, level: float | None = None, keep_draws: bool = Fal
     """
     if keep_draws:
         return {"draws": values.cpu().numpy()}
-    found = {"mean": values.mean(0)}
+    # A single draw is its own mean.
+    found = {"mean": values.mean(0) if len(values) > 1 else values[0]}
     if level is None:
         return {"mean": found["mean"].cpu().numpy()}
     found["sd"] = values.std(0)

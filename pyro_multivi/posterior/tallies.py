@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.table import CellTable
+
+Array = NDArray[np.float64]
 
 # Cells whose stored counts are looked at together.
 _BLOCK = 4096
@@ -33,48 +36,74 @@ class Tally:
     """
 
     n_measured: int
-    mean: NDArray[np.float64]
-    nonzero: NDArray[np.float64]
-    normalized: NDArray[np.float64]
-    normalized_var: NDArray[np.float64]
+    mean: Array
+    nonzero: Array
+    normalized: Array
+    normalized_var: Array
 
 
-def tally(table: CellTable, index: Tensor, site: str) -> Tally:
-    """Statistics of some cells from their stored counts alone.
+@dataclass(frozen=True)
+class Sums:
+    """What is summed up over the measured cells of a part; the sums of a group are those of its parts.
 
-    Parameters
+    Attributes
     ----------
-    table
-        The data.
-    index
-        Positions of the cells, int64.
-    site
-        ``"rho"`` for genes, ``"p"`` for regions.
+    n_measured
+        Number of those cells.
+    totals
+        Of ones, and for genes also of counts, of scaled counts and of their squares: (1 or 4, F).
     """
-    counts = table.x if site == "rho" else table.y
-    measured = table.has_rna if site == "rho" else table.has_atac
-    n_features = table.n_genes if site == "rho" else table.n_regions
-    index = index[measured[index]]
-    n = len(index)
-    if n == 0 or counts is None:
-        nothing = np.full(n_features, np.nan)
-        return Tally(0, nothing, nothing, nothing, nothing)
-    # Sums of counts, of ones, of scaled counts and of their squares.
-    sums = torch.zeros(4, n_features, dtype=torch.float64)
-    for part in index.split(_BLOCK):
-        rows = counts.select_rows(part)
-        column, value = rows.col.long(), rows.val.double()
-        sums[1] += torch.bincount(column, minlength=n_features)
-        if site == "rho":
-            total = rows.row_sums().double().clamp(min=1.0)
-            scaled = value * (SCALED_TOTAL / total)[rows.rows()]
-            for number, weight in ((0, value), (2, scaled), (3, scaled.square())):
-                sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
-    if site == "p":
-        # Of regions only open or not is known to the model.
-        sums[0] = sums[2] = sums[3] = sums[1]
-    mean, nonzero, normalized, square = (sums / n).numpy()
-    return Tally(n, mean, nonzero, normalized, np.maximum(square - normalized**2, 0.0))
+
+    n_measured: int
+    totals: Array
+
+    @classmethod
+    def count(cls, table: CellTable, index: Tensor, site: str) -> Sums:
+        """Go through the stored counts of some cells.
+
+        Parameters
+        ----------
+        table
+            The data.
+        index
+            Positions of the cells, int64.
+        site
+            ``"rho"`` for genes, ``"p"`` for regions, of which only open or not is known to the model.
+        """
+        counts = table.x if site == "rho" else table.y
+        measured = table.has_rna if site == "rho" else table.has_atac
+        n_features = table.n_genes if site == "rho" else table.n_regions
+        index = index[measured[index]]
+        sums = torch.zeros(4 if site == "rho" else 1, n_features, dtype=torch.float64)
+        if counts is None:
+            return cls(0, sums.numpy())
+        for part in index.split(_BLOCK):
+            rows = counts.select_rows(part)
+            # Before anything is summed: a table may hold small integers.
+            rows = rows.with_values(rows.val.double())
+            column = rows.col.long()
+            sums[0] += torch.bincount(column, minlength=n_features)
+            if site == "rho":
+                value, total = rows.val, rows.row_sums().clamp(min=1.0)
+                scaled = value * (SCALED_TOTAL / total)[rows.rows()]
+                for number, weight in enumerate((value, scaled, scaled.square()), 1):
+                    sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
+        return cls(len(index), sums.numpy())
+
+    @staticmethod
+    def tally(parts: Sequence[Sums]) -> Tally:
+        """Of the cells of all these parts together."""
+        n = sum(one.n_measured for one in parts)
+        totals = np.sum([one.totals for one in parts], axis=0)
+        if n == 0:
+            nothing = np.full(parts[0].totals.shape[1], np.nan)
+            return Tally(0, nothing, nothing, nothing, nothing)
+        averages: Array = totals / n
+        if len(averages) == 1:
+            rate = averages[0]
+            return Tally(n, rate, rate, rate, rate - rate**2)
+        nonzero, mean, normalized, square = averages
+        return Tally(n, mean, nonzero, normalized, np.maximum(square - normalized**2, 0.0))
 
 
 class Supported(NamedTuple):
@@ -88,8 +117,8 @@ class Supported(NamedTuple):
         Standard error of the mean.
     """
 
-    mean: NDArray[np.float64]
-    error: NDArray[np.float64]
+    mean: Array
+    error: Array
 
 
 def count_support(
@@ -136,6 +165,33 @@ def count_support(
         Supported(np.minimum(unit * one.mean, (mean1 + mean2) / 2), unit * one.error) for one in seen
     )
     return first, second
+
+
+def observed_to_expected(seen: Tally, expected: Array, site: str) -> Array:
+    """By what factor the counts of a part exceed what the model expects of them, (F,).
+
+    A decoder is smooth and its weights are held back: it draws the means of groups together, by no less
+    than the error of the counts where groups differ much. The mean it gives a group, times this factor,
+    is no longer biased by that. Half a count is added to both sides, so that features of which next to
+    nothing was seen stay with the model; where nothing was measured the factor is 1.
+
+    Parameters
+    ----------
+    seen
+        Of the part.
+    expected
+        What its counts are expected to be: of regions the probability of being found open, of genes
+        a number in proportion to the mean count, (F,).
+    site
+        ``"rho"`` or ``"p"``.
+    """
+    n = seen.n_measured
+    if n == 0:
+        return np.ones_like(expected)
+    if site == "p":
+        return (seen.nonzero * n + 0.5) / (expected * n + 0.5)
+    half = 0.5 / (n * max(float(seen.mean.sum()), 1.0))
+    return (seen.normalized / SCALED_TOTAL + half) / (expected / max(float(expected.sum()), 1e-300) + half)
 
 
 def _with_half_a_count(found: Tally, site: str) -> Supported:

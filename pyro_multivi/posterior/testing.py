@@ -16,6 +16,8 @@ from pyro_multivi.posterior.pools import WEIGHTS
 
 MODES = ("change", "vanilla")
 UNITS = ("group", "cell")
+#: That a region is found open in a cell of mean depth, p d r; that it is open, p.
+PROBABILITIES = ("detected", "accessible")
 #: Bounds that are meant if none is named, by what is compared and on which scale: 0.25 and 0.5 in
 #: log2 units, five percentage points of accessibility.
 DEFAULT_DELTA = {
@@ -38,6 +40,8 @@ class Request:
         None where they are to be estimated.
     n_pairs
         Pairs drawn anew at random from the draws; None pairs each draw once.
+    probability
+        For accessibility: ``"detected"`` or ``"accessible"``; of which of them changes are.
     batches1, batches2
         Batches that the groups are decoded in, if ``batch_correction``; None for those of their cells.
     features
@@ -59,6 +63,7 @@ class Request:
     weights: str
     n_samples: int
     n_pairs: int | None
+    probability: str
     batch_correction: bool
     batches1: tuple[int, ...] | None
     batches2: tuple[int, ...] | None
@@ -90,6 +95,7 @@ class Request:
         n_samples_overall: int | None,
         use_permutation: bool,
         m_permutation: int,
+        probability: str,
         batch_correction: bool,
         batchid1: Any,
         batchid2: Any,
@@ -108,7 +114,7 @@ class Request:
         """
         for name, value, known in (
             ("mode", mode, MODES), ("test_mode", test_mode, TEST_MODES), ("unit", unit, UNITS),
-            ("weights", weights, WEIGHTS),
+            ("weights", weights, WEIGHTS), ("probability", probability, PROBABILITIES),
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not allowed: choose {' or '.join(map(repr, known))}.")
@@ -142,9 +148,9 @@ class Request:
             threshold_counts=threshold_counts, test_mode=test_mode, two_sided=two_sided, m1_domain_fn=m1_domain_fn,
             levels=_levels(cred_interval_lvls), unit=unit,
             calibrated=unit == "group" if calibrated is None else calibrated,
-            weights=weights, n_samples=n_draws, n_pairs=n_pairs, batch_correction=batch_correction,
-            batches1=batches1, batches2=batches2, fdr_target=fdr_target, all_stats=all_stats, features=features,
-            batch_size=batch_size, seed=seed,
+            weights=weights, n_samples=n_draws, n_pairs=n_pairs, probability=probability,
+            batch_correction=batch_correction, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
+            all_stats=all_stats, features=features, batch_size=batch_size, seed=seed,
         )  # fmt: skip
 
 

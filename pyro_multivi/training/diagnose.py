@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
 
@@ -34,6 +34,11 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
             if site["type"] != "sample" or name == "cells" or (site["infer"] or {}).get("_deterministic", False):
                 continue
             bad = _bad_cells(site["unscaled_log_prob"])
+            if len(bad) and not is_of_cells(site):
+                return TrainingDiverged(
+                    f"Training diverged in {where}: site {name!r} of the {role}, which all cells share, is not "
+                    f"finite. {REMEDY}"
+                )
             if len(bad):
                 which = cells.index.cpu()[bad.cpu()].tolist()
                 return TrainingDiverged(

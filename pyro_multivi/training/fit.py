@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -21,10 +20,15 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import Terms, measure
-from pyro_multivi.training.diagnose import REMEDY, TrainingDiverged, diagnose
+from pyro_multivi.training.adversary import Adversary, AdversaryOptions
+from pyro_multivi.training.contract import check_contract, warn_of_unlearned
+from pyro_multivi.training.diagnose import TrainingDiverged, diagnose
+from pyro_multivi.training.early import EarlySteps
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
+from pyro_multivi.training.optimizer import make_optimizer
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
+from pyro_multivi.training.watch import Watch
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -35,8 +39,6 @@ Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
 
 # The noise of the validation pass: the same each epoch, so that epochs can be compared.
 _VALIDATION_SEED = 20_230_629
-# Parameters of more elements are not looked at in every step.
-_WIDE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class FitOptions:
     ----------
     max_epochs
         Passes over the training cells, counted from this call.
-    lr, weight_decay, eps
-        AdamW. Decay applies to weight matrices only: shrinking biases, dispersions or region factors
-        would pull them away from the data's marginals.
+    lr, weight_decay, effect_sd, eps
+        See :func:`~pyro_multivi.training.optimizer.make_optimizer`.
     n_epochs_kl_warmup, n_steps_kl_warmup
         Length of the linear KL warm-up; steps take precedence, None for both switches it off.
     early_stopping
@@ -68,11 +69,15 @@ class FitOptions:
         A Pyro ELBO in place of ``TraceMeanField_ELBO``.
     precision
         See :meth:`~pyro_multivi.program.MultiVIProgram.use_precision`; prediction is in fp32 again.
+    adversary
+        What a classifier of z must not be able to tell, see
+        :class:`~pyro_multivi.training.adversary.Adversary`; None trains without.
     """
 
     max_epochs: int = 500
     lr: float = 1e-3
     weight_decay: float = 1e-3
+    effect_sd: float | None = 1.0
     eps: float = 1e-8
     n_epochs_kl_warmup: int | None = 50
     n_steps_kl_warmup: int | None = None
@@ -84,6 +89,7 @@ class FitOptions:
     progress_bar: bool = True
     elbo: ELBO | None = None
     precision: str = "fp32"
+    adversary: AdversaryOptions | None = None
 
 
 def fit(
@@ -116,6 +122,8 @@ def fit(
 
     Raises
     ------
+    ContractError
+        If model and guide do not fit together: checked on the first minibatch.
     TrainingDiverged
         If the loss is not finite; the message names the site and the cells. The program goes back to
         its best weights (without validation cells, it stays at the last finite ones).
@@ -124,14 +132,29 @@ def fit(
     history = history if history is not None else History()
     first = history.n_epochs
     program.to(train.device)
-    optimizer = _optimizer(program, options, optimizer_state)
-    objective = NegativeELBO(program, options.elbo)
+    optimizer = make_optimizer(
+        program,
+        len(train.index),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        effect_sd=options.effect_sd,
+        eps=options.eps,
+        state=optimizer_state,
+    )
+    adversary = None if options.adversary is None else Adversary(program, train, options.adversary, options.seed)
+    objective = NegativeELBO(program, options.elbo, adversary)
     stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
     # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
     best = None if validation is None else _Snapshot(program)
     if first and validation is not None:
         # Going on must not end worse than it began: the weights of now are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
+    # Without weights to go back to there is no way back from a step that is not a number.
+    watch = Watch(program, optimizer, train, check_gradients=best is None)
+    early: EarlySteps | None = None
+    # Clipping needs all gradients at once, a modeler's own program may want to see them, and a GPU has room for them.
+    if options.gradient_clip is None and type(program) is MultiVIProgram and train.device.type == "cpu":
+        early = EarlySteps(program, optimizer)
     interrupted = False
     program.use_precision(options.precision)
     step = first * len(train)
@@ -143,13 +166,16 @@ def fit(
             for epoch in bar:
                 started = time.perf_counter()
                 program.train()
-                terms, losses = Terms(), []
+                terms, sizes = Terms(), []
+                watch.begin(epoch)
                 for place, cells in enumerate(train):
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
                     validate = epoch == first and place == 0
                     # Before the loss: the likelihoods write their gradients into the memory this frees.
                     optimizer.zero_grad(set_to_none=True)
+                    if validate:
+                        check_contract(program, cells, options.elbo)
                     try:
                         with pyro.validation_enabled(validate), _no_nan_warning():
                             loss = objective(cells, weight)
@@ -158,24 +184,24 @@ def fit(
                         if validate and not _is_finite(objective, cells, weight):
                             raise diagnose(program, cells, epoch, place) from error
                         raise
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise diagnose(program, cells, epoch, place)
+                    watch.loss(loss, cells, place)
                     loss.backward()
-                    if best is None:
-                        # There is no way back from a step that is not a number.
-                        _refuse_bad_gradient(program, epoch, place)
+                    if validate:
+                        warn_of_unlearned(program)
+                    watch.gradients()
                     if options.gradient_clip is not None:
                         torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
                     optimizer.step()
+                    if adversary is not None:
+                        adversary.learn()
                     terms += objective.last_terms(cells)
-                    losses.append((value, len(cells)))
+                    sizes.append(len(cells))
                     step += 1
-                # The last step may have spoiled what no loss has seen yet.
-                if not all(math.isfinite(torch.linalg.vector_norm(p.detach())) for p in program.parameters()):
-                    raise diagnose(program, cells, epoch, place)
-                row = {"train_loss": sum(v * n for v, n in losses) / sum(n for _, n in losses), "kl_weight": weight}
+                losses = zip(watch.end(), sizes, strict=True)
+                row = {"train_loss": sum(v * n for v, n in losses) / sum(sizes), "kl_weight": weight}
                 row.update(_named(terms, "train"))
+                if adversary is not None:
+                    row.update(adversary.pop_record())
                 is_due = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == first + options.max_epochs
                 if validation is not None and is_due:
                     row.update(_named(evaluate(program, validation), "validation"))
@@ -203,6 +229,8 @@ def fit(
         finally:
             # Also after an error: the program must never stay at weights that diverged. Only what was
             # learned in an interrupted first epoch is kept, for want of anything better.
+            if early is not None:
+                early.remove()
             state = optimizer.state_dict()
             optimizer.zero_grad(set_to_none=True)
             if best is not None and (history.n_epochs > first or not interrupted):
@@ -242,18 +270,6 @@ class _Snapshot:
         program.load_state_dict(self._state)
 
 
-def _refuse_bad_gradient(program: MultiVIProgram, epoch: int, place: int) -> None:
-    for name, parameter in program.named_parameters():
-        # Whatever spoils a gradient of a wide layer's weights also spoils that of its bias, a thousandth of the size.
-        if parameter.numel() > _WIDE:
-            continue
-        if parameter.grad is not None and not math.isfinite(torch.linalg.vector_norm(parameter.grad)):
-            raise TrainingDiverged(
-                f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: the gradient of parameter {name!r} "
-                f"is not finite. {REMEDY}"
-            )
-
-
 def _any_stops(callbacks: tuple[Callback, ...], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:
     # Every callback is called, also after one that stops.
     answers = [callback(epoch, row, program) for callback in callbacks]
@@ -262,25 +278,6 @@ def _any_stops(callbacks: tuple[Callback, ...], epoch: int, row: dict[str, float
 
 def _named(terms: Terms, split: str) -> dict[str, float]:
     return {f"{name}_{split}": value for name, value in terms.per_cell().items()}
-
-
-def _optimizer(
-    program: MultiVIProgram, options: FitOptions, state: dict[str, Any] | None
-) -> torch.optim.Optimizer:
-    decayed = [p for name, p in program.named_parameters() if p.requires_grad and name.endswith("weight")]
-    known = {id(p) for p in decayed}
-    rest = [p for p in program.parameters() if p.requires_grad and id(p) not in known]
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, eps=options.eps, fused=True)
-    if state is not None:
-        # A copy: a run that diverges must not spoil the moments that the caller keeps.
-        optimizer.load_state_dict(copy.deepcopy(state))
-        for group, wanted in zip(optimizer.param_groups, groups, strict=True):
-            group.update(lr=options.lr, eps=options.eps, weight_decay=wanted["weight_decay"])
-    return optimizer
 
 
 @torch.no_grad()

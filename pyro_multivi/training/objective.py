@@ -6,14 +6,16 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.blockwise import equal_weights
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.terms import Terms, terms_of
+from pyro_multivi.terms import Terms, measure, terms_of
+from pyro_multivi.training.adversary import Adversary
+from pyro_multivi.training.elbo import MeanFieldELBO
 from pyro_multivi.training.schedules import AnnealLatents
 
 
@@ -30,13 +32,29 @@ class NegativeELBO(nn.Module):
     elbo
         A Pyro ELBO. Default: ``TraceMeanField_ELBO``, with KL terms in closed form. A guide that
         is not mean-field needs ``Trace_ELBO()``.
+    adversary
+        Adds its penalty to the loss. It is no part of the module: its classifier is not trained by
+        this loss.
+
+    Raises
+    ------
+    TypeError
+        If the ELBO has no differentiable loss.
     """
 
-    def __init__(self, program: MultiVIProgram, elbo: ELBO | None = None) -> None:
+    def __init__(
+        self, program: MultiVIProgram, elbo: ELBO | None = None, adversary: Adversary | None = None
+    ) -> None:
         super().__init__()
         self.program = program
+        self.adversary = adversary
+        if elbo is not None and not hasattr(elbo, "differentiable_loss"):
+            raise TypeError(
+                f"elbo={type(elbo).__name__} has no differentiable_loss(model, guide, cells): use Trace_ELBO, "
+                "TraceMeanField_ELBO or a class of your own that has one, or train with pyro.infer.SVI."
+            )
         # A copy: an ELBO object remembers the first model it sees, and ours also keeps its traces.
-        self.elbo: Any = copy.copy(elbo if elbo is not None else TraceMeanField_ELBO())
+        self.elbo: Any = copy.copy(elbo if elbo is not None else MeanFieldELBO())
         self._traces: tuple[Trace, Trace] | None = None
         make_traces = self.elbo._get_trace
 
@@ -50,19 +68,38 @@ class NegativeELBO(nn.Module):
         """Loss of a minibatch, an unbiased estimate of the loss of all ``cells.n_total`` cells."""
         with AnnealLatents(kl_weight), self._weights(cells):
             loss: Tensor = self.elbo.differentiable_loss(self.program.model, self.program.guide, cells)
-        return loss / cells.n_total
+        loss = loss / cells.n_total
+        return loss if self.adversary is None else loss + self._confusion(self.adversary, cells, kl_weight)
+
+    def _confusion(self, adversary: Adversary, cells: Cells, kl_weight: float) -> Tensor:
+        if self._traces is None:
+            raise TypeError(
+                f"adversarial_mixing=True reads z from the traces of the ELBO, and elbo={type(self.elbo).__name__} "
+                "keeps none: derive it from Trace_ELBO, or leave adversarial_mixing out."
+            )
+        site: Any = self._traces[1].nodes["z"]
+        z = self.program.transform(site["value"])
+        weight = adversary.options.weight * (kl_weight if adversary.options.schedule == "warmup" else 1.0)
+        return weight * adversary.penalty(z, cells)
 
     def _weights(self, cells: Cells) -> AbstractContextManager[None]:
         # Knowing that a cell's likelihood will enter with -1 / B, the block-wise likelihoods form final
         # gradients on the way. On the CPU they check it; elsewhere checking would stall the device, so the
-        # promise is only made for a program without weights of its own.
-        if cells.device.type != "cpu" and type(self.program) is not MultiVIProgram:
+        # promise is only made for a program and an ELBO without weights of their own.
+        plain = (Trace_ELBO, TraceMeanField_ELBO, MeanFieldELBO)
+        equal = type(self.program) is MultiVIProgram and type(self.elbo) in plain
+        if cells.device.type != "cpu" and not equal:
             return nullcontext()
         return equal_weights(-1.0 / len(cells))
 
     def last_terms(self, cells: Cells) -> Terms:
-        """Terms of the latest minibatch, without evaluating anything again; frees its traces."""
-        assert self._traces is not None, "last_terms() follows forward()"
+        """Terms of the latest minibatch, without evaluating anything again; frees its traces.
+
+        An ELBO of one's own that does not make its traces by ``_get_trace`` leaves none: then the terms are
+        those of another draw.
+        """
+        if self._traces is None:
+            return measure(self.program, cells)
         model_trace, guide_trace = self._traces
         self._traces = None
         return terms_of(cells, model_trace, guide_trace)

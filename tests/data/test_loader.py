@@ -68,6 +68,15 @@ def test_a_seed_gives_one_sequence_of_orders(table, global_rng_untouched):
     assert first[0] != visited(three)
 
 
+def test_the_order_of_a_seed_is_that_of_torch(table):
+    """Which cells meet in a minibatch is part of a run that can be repeated, from version to version."""
+    generator = torch.Generator().manual_seed(1)
+    batches = Minibatches(table, torch.arange(3, 11), batch_size=4, shuffle=True, seed=1)
+    for _ in range(2):
+        order = torch.arange(3, 11)[torch.randperm(8, generator=generator)]
+        assert visited(batches) == [order[:4].tolist(), order[4:].tolist()]
+
+
 def test_a_loop_may_be_left_early_and_begun_again(table):
     batches = Minibatches(table, batch_size=2)
     threads = threading.active_count()
@@ -83,9 +92,11 @@ def test_an_error_in_cutting_is_raised_where_the_cells_are_asked_for(table):
         list(Minibatches(table, torch.tensor([0, 1, 2, 99]), batch_size=2))
 
 
-def test_what_the_backward_pass_needs_is_made_ahead(table):
-    assert not next(iter(Minibatches(table))).x._order
-    assert next(iter(Minibatches(table, for_training=True))).x._order
+def test_the_order_by_feature_is_found_ahead(table):
+    cells = next(iter(Minibatches(table)))
+    assert cells.x._order
+    assert cells.y._order
+    assert not table.batch(cells.index).x._order
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

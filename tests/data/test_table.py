@@ -54,7 +54,7 @@ def test_batch_is_the_dense_rows_in_the_asked_order(table, dense):
     index = torch.tensor([7, 0, 7, 3])
     cells = table.batch(index)
     assert cells.n_total == N
-    assert cells.x.col.dtype == torch.int64
+    assert cells.x.col.dtype == cells.x.crow.dtype == torch.int32
     for name in ("x", "y", "has_rna", "has_atac", "design"):
         got = getattr(cells, name)
         got = got.to_dense() if isinstance(got, SparseCounts) else got
@@ -175,6 +175,7 @@ def test_marginals_need_cells():
         ({"design": torch.ones(3, 1)}, "design holds 3 cells and batch_code 12"),
         ({"n_genes": 6}, "x has 5 columns and n_genes is 6"),
         ({"y": None}, "y is None, yet 10 cells are marked"),
+        ({"has_rna": torch.zeros(N, dtype=torch.bool)}, "x holds counts of 8 cells that are marked as not measured"),
     ],
 )
 def test_parts_that_do_not_belong_together(table, change, message):

@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions import Readout, ScaledBernoulli, blockwise
+from pyro_multivi.distributions import (
+    Readout,
+    ScaledBernoulli,
+    blockwise,
+    blockwise_accessibility,
+    blockwise_inflation,
+)
 from pyro_multivi.distributions.blockwise import Entries, equal_weights
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -23,6 +29,10 @@ UPSTREAM = {
     "zero": lambda shape: torch.zeros(shape),
     "random": lambda shape: torch.randn(shape),
 }
+
+
+# Those that take logarithms of products.
+FOLDED = ["accessibility", "accessibility-no-region", "zinb", "zinb-cell", "zinb-softplus"]
 
 
 def gradients(output: Tensor, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
@@ -221,27 +231,40 @@ def test_equal_weights_refuses(weight: float) -> None:
         pass
 
 
-def test_entries_are_found_block_by_block() -> None:
+@pytest.mark.parametrize("source", [None, [3, 0, 0], [2], [1, 1], [3, 2, 1, 0, 3, 2, 1, 0], []], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 4, 11, 20])
+def test_entries_are_found_block_by_block(source: list[int] | None, width: int) -> None:
     x = torch.poisson(torch.full((4, 11), 0.8))
     x[1] = 0
-    for width in (1, 3, 4, 11, 20):
-        rebuilt = torch.zeros(4, 11)
-        entries = Entries(SparseCounts.from_dense(x))
-        for block in entries.blocks(width):
-            part = torch.zeros(4, block.stop - block.start)
-            part.view(-1)[block.flat] = entries.val[block.entry]
-            rebuilt[:, block.features] = part
-            assert torch.equal(block.row, block.flat // part.shape[1])
-        assert torch.equal(rebuilt, x)
+    x[0, -1] = 3
+    chosen = None if source is None else torch.tensor(source, dtype=torch.long)
+    entries = Entries(SparseCounts.from_dense(x), chosen)
+    expected = x if chosen is None else x[chosen]
+    rebuilt, whole = torch.zeros_like(expected), torch.zeros(11, len(expected))
+    for block in entries.blocks(width):
+        part = torch.zeros(block.stop - block.start, len(expected))
+        part.view(-1)[block.flat] = entries.values()[block.entries]
+        rebuilt[:, block.features] = part.t()
+        assert torch.equal(entries.row[block.entries], block.flat % max(1, len(expected)))
+        assert torch.equal(entries.feature[block.entries], block.flat // max(1, len(expected)) + block.start)
+    assert torch.equal(rebuilt, expected)
+    whole.view(-1)[entries.place] = entries.values()
+    assert torch.equal(whole.t(), expected)
 
 
-def test_entries_of_chosen_rows() -> None:
-    x = torch.poisson(torch.full((4, 11), 0.8))
-    source, rebuilt = torch.tensor([3, 0, 0]), torch.zeros(3, 11)
-    entries = Entries(SparseCounts.from_dense(x), source)
-    for block in entries.blocks(4):
-        rebuilt[block.row, entries.col[block.entry]] = entries.val[block.entry]
-    assert torch.equal(rebuilt, x[source])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 9, 40])
+def test_sum_of_logs_is_the_sum_of_logarithms_or_says_that_it_cannot(m: int, dtype: torch.dtype) -> None:
+    factors = torch.rand(m, 5, dtype=dtype) + 1e-3
+    factors[::2] *= -1
+    expected = factors.double().abs().log().sum(0)
+    found = blockwise.sum_of_logs(factors.clone())
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
+    if m:
+        for bad in (0.0, torch.finfo(dtype).tiny, torch.nan):
+            factors[m // 2, 1] = bad
+            assert blockwise.sum_of_logs(factors.clone()) is None
 
 
 class _LargestResult(TorchDispatchMode):
@@ -288,6 +311,60 @@ def test_away_from_the_cpu_nothing_is_checked(
     by_input = gradients(found, inputs, g)
     monkeypatch.undo()
     assert_gradients(by_input, gradients(case.plain(inputs, x), inputs, g.double()))
+
+
+def unlikely(case: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and a value under which products of a few probabilities underflow, in the second block of features."""
+    inputs, x = case.inputs(B, dtype=dtype), case.value(B, dtype=dtype)
+    size = 40.0 if dtype == torch.float32 else 300.0
+    with torch.no_grad():
+        if case.family == "accessibility":
+            inputs["bias"][5:10] -= size  # open regions that should not be
+            x[:, 5:10] = 1
+        else:
+            inputs["library"].mul_(1e4)  # zeros that should not be, neither as counts nor as dropouts
+            inputs["theta"].clamp_(min=1e3)
+            inputs["gate_bias"][5:10] -= size
+            x[:, 5:10] = 0
+    return inputs, x
+
+
+@pytest.mark.parametrize("case", FOLDED, indirect=True)
+@pytest.mark.parametrize("upstream", ["constant", "random"])
+def test_where_products_of_probabilities_underflow(case: Any, upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is too unlikely for the quick way takes the other; the rest of the blocks do not."""
+    answers: list[bool] = []
+
+    def watched(factors: Tensor) -> Tensor | None:
+        found = blockwise.sum_of_logs(factors)
+        answers.append(found is None)
+        return found
+
+    for module in (blockwise_accessibility, blockwise_inflation):
+        monkeypatch.setattr(module, "sum_of_logs", watched)
+    g = UPSTREAM[upstream]((B,))
+    inputs, x = unlikely(case, torch.float32)
+    exact = {n: value.detach().double().requires_grad_() for n, value in inputs.items()}
+    expected = case.plain(exact, x.double())
+    assert expected.isfinite().all()
+    found = case.build(inputs).log_prob(SparseCounts.from_dense(x))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    by_input = {n: gradient.double() for n, gradient in gradients(found, inputs, g).items()}
+    assert_gradients(by_input, gradients(expected, exact, g.double()), rtol=1e-4)
+    assert True in answers
+    assert False in answers
+
+
+@pytest.mark.parametrize("case", FOLDED, indirect=True)
+def test_both_ways_to_a_value_agree(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.ones(B)
+    inputs, x = case.inputs(B), SparseCounts.from_dense(case.value(B))
+    quick = case.build(inputs).log_prob(x)
+    for module in (blockwise_accessibility, blockwise_inflation):
+        monkeypatch.setattr(module, "sum_of_logs", lambda factors: None)
+    slow = case.build(inputs).log_prob(x)
+    torch.testing.assert_close(quick, slow, rtol=1e-12, atol=0)
+    assert_gradients(gradients(quick, inputs, one), gradients(slow, inputs, one), rtol=1e-10)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pyro_multivi.distributions import (
     Readout,
     ZeroInflatedNegativeBinomialCounts,
 )
-from pyro_multivi.distributions.gamma_ratio import log_rising, log_rising_slope
+from pyro_multivi.distributions.gamma_ratio import digamma, gamma_functions, log_rising, log_rising_and_slope
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 B, G = 5, 17
@@ -168,11 +169,21 @@ def test_rising_gamma_meets_at_the_switch_and_has_its_slope() -> None:
     reference = torch.lgamma(x + theta) - torch.lgamma(theta)
     whole = rising + torch.where(is_large, x * theta.log(), 0.0)
     torch.testing.assert_close(whole, reference, rtol=1e-7, atol=1e-9)
-    slope = log_rising_slope(x, theta)
+    with torch.no_grad():
+        again, large_again, slope = log_rising_and_slope(*torch.broadcast_tensors(x, theta), gamma_functions(theta))
+    torch.testing.assert_close(again, rising.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(large_again.expand_as(again), is_large.expand_as(again))
     (by_theta,) = torch.autograd.grad(whole.sum(), theta)
     torch.testing.assert_close(slope.sum(0), (by_theta * theta - x.sum()).detach(), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(slope[:, 0], 1 - x[:, 0], rtol=1e-5, atol=1e-5)
     assert slope[0, -1].abs() < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_digamma_against_scipy(dtype: torch.dtype) -> None:
+    z = torch.cat([torch.logspace(-8, 6, 500), torch.linspace(0.5, 30, 500)]).to(dtype)
+    close = {"rtol": 2e-6, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    np.testing.assert_allclose(digamma(z).numpy(), scipy.special.digamma(z.double().numpy()), **close)
 
 
 @pytest.mark.parametrize("family", ["poisson", "nb", "zinb"])

@@ -72,6 +72,8 @@ def test_refused_for_one_of_them(fitted):
         fitted.differential_expression(**TYPE, change_fn="difference")
     with pytest.raises(ValueError, match="gene_list holds 'gene_x': no gene of the model"):
         fitted.differential_expression(**TYPE, gene_list=["gene_x"])
+    with pytest.raises(ValueError, match="probability='p' is not allowed: choose 'detected' or 'accessible'"):
+        fitted.differential_accessibility(**TYPE, probability="p")
     with pytest.raises(ValueError, match="region_list selects no region"):
         fitted.differential_accessibility(**TYPE, region_list=[])
 

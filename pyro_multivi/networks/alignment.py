@@ -1,0 +1,99 @@
+"""Penalties that draw the experts of a cell together: terms of training, not of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_multivi.networks.experts import Expert
+
+#: Weight of :func:`contrast` beside :func:`jeffreys` in the penalty ``"contrastive"``.
+CONTRAST_WEIGHT = 3.0
+
+
+def jeffreys(a: Expert, b: Expert) -> Tensor:
+    """Symmetric Kullback-Leibler divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
+    va, vb = a.scale.square(), b.scale.square()
+    gap = (a.loc - b.loc).square()
+    return 0.5 * ((va + gap) / vb + (vb + gap) / va - 2.0).sum(-1)
+
+
+def mmd(a: Expert, b: Expert) -> Tensor:
+    """Squared maximum mean discrepancy between two sets of cells, a scalar.
+
+    Unbiased estimate (Gretton et al. 2012, equation 3), so its expectation does not depend on
+    the number of cells, with Gaussian kernels of five bandwidths around the median distance.
+    Cells are represented by their means. Fewer than two cells give zero.
+    """
+    n = len(a.loc)
+    if n < 2:
+        return (a.loc.sum() + b.loc.sum()) * 0.0
+    both = torch.cat([a.loc, b.loc])
+    squared = (both[:, None] - both[None]).square().sum(-1)
+    bandwidth = squared.detach().median().clamp(min=1e-12)
+    kernel = torch.stack([torch.exp(-squared / (bandwidth * factor)) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
+    off = ~torch.eye(n, dtype=torch.bool, device=both.device)
+    within = kernel[:n, :n][off].mean() + kernel[n:, n:][off].mean()
+    # The cells are paired: the diagonal between the sets is left out as it is within them.
+    return within - 2.0 * kernel[:n, n:][off].mean()
+
+
+def contrast(a: Expert, b: Expert) -> Tensor:
+    r"""How badly the experts of a cell find each other among those of the other paired cells, in nats, (B,).
+
+    .. math:: -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_n - b_m\|^2}}
+              -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_m - b_n\|^2}}
+
+    over the means, m running over the paired cells of the minibatch: InfoNCE (van den Oord et al. 2018),
+    both ways. A divergence alone is also small when no expert says anything; this is not. Rows that are
+    not paired hold a number without meaning.
+
+    Examples
+    --------
+    >>> measured = torch.tensor([True, True])
+    >>> apart = Expert(torch.tensor([[0.0], [9.0]]), torch.ones(2, 1), measured)
+    >>> silent = Expert(torch.zeros(2, 1), torch.ones(2, 1), measured)
+    >>> contrast(apart, apart), contrast(silent, silent)
+    (tensor([-0., -0.]), tensor([0.6931, 0.6931]))
+    """
+    score_nn = -(a.loc[:, None] - b.loc[None]).square().sum(-1)
+    # Others that are not paired are left out; the cell itself stays, so that no row is empty.
+    paired = a.measured & b.measured
+    own = torch.eye(len(paired), dtype=torch.bool, device=paired.device)
+    left_out = -torch.inf
+    by_row = score_nn.masked_fill(~(paired[None] | own), left_out).log_softmax(1).diagonal()
+    by_column = score_nn.masked_fill(~(paired[:, None] | own), left_out).log_softmax(0).diagonal()
+    return -0.5 * (by_row + by_column)
+
+
+def _jeffreys(a: Expert, b: Expert) -> Tensor:
+    return _where_paired(jeffreys(a, b), a, b)
+
+
+def _contrastive(a: Expert, b: Expert) -> Tensor:
+    return _where_paired(jeffreys(a, b) + CONTRAST_WEIGHT * contrast(a, b), a, b)
+
+
+def _mmd(a: Expert, b: Expert) -> Tensor:
+    rows = (a.measured & b.measured).nonzero().squeeze(-1)
+    gap = mmd(_rows(a, rows), _rows(b, rows))
+    return _where_paired(gap.expand(len(a.loc)), a, b)
+
+
+def _where_paired(penalty: Tensor, a: Expert, b: Expert) -> Tensor:
+    return torch.where(a.measured & b.measured, penalty, penalty.new_zeros(()))
+
+
+def _rows(expert: Expert, rows: Tensor) -> Expert:
+    return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
+
+
+#: By the name that ``modality_penalty`` gives them: from two experts to the penalty of each cell, (B,), zero
+#: unless both were measured.
+PENALTIES: dict[str, Callable[[Expert, Expert], Tensor]] = {
+    "contrastive": _contrastive,
+    "Jeffreys": _jeffreys,
+    "MMD": _mmd,
+}

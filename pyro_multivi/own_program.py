@@ -1,0 +1,98 @@
+"""Programs of a modeler's own: their choices, and how a saved one is found again."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.program import MultiVIProgram
+
+
+def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], **choices: Any) -> ProgramConfig:
+    """The configuration of a program: its own options on top of the choices every program has.
+
+    Raises
+    ------
+    TypeError
+        If ``program_class`` is no program.
+    ValueError
+        If an option is not one of its ``config_class``, or is set by an argument already.
+    """
+    check_program(program_class)
+    config_class = program_class.config_class
+    own = [entry.name for entry in fields(config_class) if entry.name not in ProgramConfig.__dataclass_fields__]
+    for name in options:
+        if name in ProgramConfig.__dataclass_fields__:
+            raise ValueError(f"program_options has {name!r}, a choice of every program: set it as that argument.")
+        if name not in own:
+            raise ValueError(
+                f"program_options has {name!r}, which {config_class.__name__} does not know; it adds "
+                f"{first_names(own) if own else 'nothing'}. A choice of your own is a field of a subclass of "
+                f"ProgramConfig that {program_class.__name__} names as config_class."
+            )
+    return config_class(**choices, **options)
+
+
+def check_program(program_class: object) -> None:
+    """Refuse anything but a class of programs."""
+    if not (isinstance(program_class, type) and issubclass(program_class, MultiVIProgram)):
+        raise TypeError(f"program_class must be a subclass of MultiVIProgram, got {program_class!r}.")
+
+
+def import_path(program_class: type[MultiVIProgram]) -> str:
+    """How a saved model names its class: ``"module:name"``.
+
+    Examples
+    --------
+    >>> import_path(MultiVIProgram)
+    'pyro_multivi.program:MultiVIProgram'
+    """
+    return f"{program_class.__module__}:{program_class.__qualname__}"
+
+
+def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> type[MultiVIProgram]:
+    """The class of a saved program, which only the user can name: a file imports nothing.
+
+    Parameters
+    ----------
+    given
+        The class, or its import path ``"module:name"``: naming it is trusting it.
+    wanted
+        What the saved model says its class is.
+    where
+        The saved model, for messages.
+
+    Raises
+    ------
+    ValueError
+        If the two differ, or there is no such class.
+    """
+    named = given if isinstance(given, str) else import_path(given)
+    # A class defined in a notebook or script is of module __main__ there, and of another one anywhere else.
+    same_name = named.partition(":")[2] == wanted.partition(":")[2]
+    if named != wanted and not (wanted.startswith("__main__:") and same_name):
+        raise ValueError(
+            f"{where} holds a program of class {wanted}, not {named}. If you trust that class, import it and give "
+            f"program_class={wanted.rpartition('.')[2].rpartition(':')[2]}, or let it be imported: "
+            f"program_class={wanted!r}."
+        )
+    if not isinstance(given, str):
+        check_program(given)
+        return given
+    module, _, name = given.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"program_class={given!r} cannot be imported ({error}). Give the class itself, or put its module where "
+            "Python finds it."
+        ) from error
+    check_program(found)
+    program: type[MultiVIProgram] = found
+    return program

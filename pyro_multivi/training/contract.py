@@ -1,0 +1,226 @@
+"""What model and guide owe each other, checked on the first minibatch in a modeler's words."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.program import CELLS, MultiVIProgram, is_of_cells
+
+# Pyro's words when a distribution does not fit into the plate it is sampled in.
+_MISFIT = re.compile(
+    r"Shape mismatch inside plate\('(?P<plate>[^']*)'\) at site (?P<site>\S+) dim -\d+, \d+ vs (?P<n>\d+)"
+)
+_HOOKS = "guide_further(cells, s), or guide_shared() if all cells share it"
+
+
+class ContractError(ValueError):
+    """Model and guide do not fit together."""
+
+
+def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = None) -> None:
+    """Refuse a model and a guide that no ELBO would be right for.
+
+    Nothing is learned from it and no random state moves: it costs one trace of each, without likelihoods.
+
+    Parameters
+    ----------
+    program
+        Model and guide.
+    cells
+        A minibatch.
+    elbo
+        What will be optimised; None is ``TraceMeanField_ELBO``.
+
+    Raises
+    ------
+    ContractError
+        If a latent of the model is missing in the guide or the other way round, if they come in another
+        order where that matters, if their plates or shapes differ, if a distribution is not one per cell
+        inside the plate of cells or one in all outside, or if a latent is not reparameterised where the
+        ELBO needs it. The message names the site, what was found, what is expected and the fix.
+    """
+    mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
+    with _looking(program):
+        guide = _trace("guide", program.guide, cells)
+        model = _trace("model", poutine.replay(program.model, trace=guide), cells)
+    latents, guided = _latents(model), _latents(guide)
+    _check_names(list(latents), guided)
+    for role, trace in (("guide", guide), ("model", model)):
+        for name, site in _sites(trace).items():
+            _check_batch(role, name, site, len(cells))
+    for name, site in latents.items():
+        _check_agreement(name, site, guided[name])
+    for name, site in _sites(model).items():
+        _check_observed(name, site)
+    _check_order(list(guided), list(latents), mean_field)
+    if mean_field:
+        for name, site in guided.items():
+            if not site["fn"].has_rsample:
+                raise ContractError(
+                    f"Site {name!r} of the guide is drawn from {_kind(site['fn'])}, whose draws are not "
+                    "reparameterised: TraceMeanField_ELBO would return gradients without it. Use a distribution "
+                    "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO() or TraceGraph_ELBO()."
+                )
+
+
+def warn_of_unlearned(program: MultiVIProgram) -> None:
+    """Name parameters of a modeler's own program that a backward pass did not reach, in a UserWarning."""
+    if type(program) is MultiVIProgram:
+        return
+    learning = {name: parameter for name, parameter in program.named_parameters() if parameter.requires_grad}
+    missed = [name for name, parameter in learning.items() if parameter.grad is None]
+    if missed:
+        shown = ", ".join(map(repr, missed[:5])) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
+        warnings.warn(
+            f"Parameters of {type(program).__name__} that got no gradient from the first minibatch, and stay as they "
+            f"are: {shown}. A parameter learns if the model or the guide computes with it, not with a copy of its "
+            "values (.data, .detach(), torch.tensor(...)). If it is not meant to learn, say so: "
+            "requires_grad_(False).",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _looking(program: MultiVIProgram) -> Iterator[None]:
+    """No gradient, no validation; modes and random states as before afterwards."""
+    modes = [(module, module.training) for module in program.modules()]
+    device = next(program.parameters()).device
+    # Batch statistics must not see these cells twice.
+    program.eval()
+    try:
+        with (
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trace:
+    try:
+        return poutine.trace(statements).get_trace(cells)
+    except ValueError as error:
+        misfit = _MISFIT.search(str(error))
+        if misfit is None:
+            raise
+        raise ContractError(
+            f"Site {misfit['site']!r} of the {role} has a batch shape that ends in {misfit['n']} inside the plate "
+            f"{misfit['plate']!r} of {len(cells)} cells: expected ({len(cells)},), one distribution per cell. A "
+            "vector of each cell is one event: add .to_event(1)."
+        ) from error
+
+
+def _sites(trace: Trace) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not (site["infer"] or {}).get("_deterministic")
+    }
+
+
+def _latents(trace: Trace) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in _sites(trace).items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
+
+
+def _check_names(latents: list[str], guided: dict[str, Any]) -> None:
+    for name in latents:
+        if name not in guided:
+            raise ContractError(
+                f"Site {name!r} of the model is a latent that the guide does not have; it has {_names(guided)}. "
+                f"Expected: one statement of that name in each. Add pyro.sample({name!r}, ...) to {_HOOKS}, or "
+                "observe it in the model (obs=...)."
+            )
+    for name in guided:
+        if name not in latents:
+            raise ContractError(
+                f"Site {name!r} of the guide is no latent of the model, whose latents are {_names(latents)}. Expected: "
+                "one statement of that name in each. Rename or delete it, or, if it only helps the guide, give it "
+                'infer={"is_auxiliary": True}.'
+            )
+
+
+def _check_order(guided: list[str], latents: list[str], mean_field: bool) -> None:
+    if mean_field and guided != latents:
+        name = next(name for name, other in zip(guided, latents, strict=True) if name != other)
+        raise ContractError(
+            f"Site {name!r} comes in another order: the guide draws {_names(guided)}, the model {_names(latents)}. "
+            "TraceMeanField_ELBO is right if both have the order of the model. Move the statement, or use "
+            "elbo=Trace_ELBO()."
+        )
+
+
+def _check_batch(role: str, name: str, site: Any, n_cells: int) -> None:
+    where, batch = f"Site {name!r} of the {role}", tuple(site["fn"].batch_shape)
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    if not is_of_cells(site):
+        if len(batch) > len(frames):
+            raise ContractError(
+                f"{where} has batch shape {batch} outside of the plate {CELLS!r}: expected (), as all cells share it. "
+                "Add .to_event(...) for what belongs to one draw, or move the statement into the plate of cells."
+            )
+    elif batch != (n_cells,) and len(frames) == 1:
+        raise ContractError(
+            f"{where} has batch shape {batch} inside the plate {CELLS!r}: expected ({n_cells},), one distribution per "
+            "cell. A vector of each cell is one event: add .to_event(1)."
+        )
+
+
+def _check_observed(name: str, site: Any) -> None:
+    fn, value = site["fn"], site["value"]
+    batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
+    if site["is_observed"] and isinstance(value, Tensor) and event and tuple(value.shape[-len(event) :]) != event:
+        raise ContractError(
+            f"Site {name!r} of the model is observed with shape {tuple(value.shape)}, and its distribution {_kind(fn)} "
+            f"has batch shape {batch} and event shape {event}: expected a value of shape {batch + event}. Compare the "
+            "number of features of the data with that of the decoder."
+        )
+
+
+def _check_agreement(name: str, model: Any, guide: Any) -> None:
+    plates = [{frame.name for frame in site["cond_indep_stack"]} for site in (model, guide)]
+    if plates[0] != plates[1]:
+        raise ContractError(
+            f"Site {name!r} lies in {_plates(plates[0])} in the model and in {_plates(plates[1])} in the guide: "
+            f"expected the same plates. A latent of each cell belongs into guide_further(cells, s), one that all "
+            "cells share into guide_shared()."
+        )
+    shapes = [tuple(site["fn"].event_shape) for site in (model, guide)]
+    if shapes[0] != shapes[1]:
+        raise ContractError(
+            f"Site {name!r} has event shape {shapes[0]} in the model and {shapes[1]} in the guide: expected the same. "
+            "Compare their widths and their .to_event(...)."
+        )
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _plates(names: set[str]) -> str:
+    return f"the plate {', '.join(map(repr, sorted(names)))}" if names else "no plate"
+
+
+def _kind(fn: Any) -> str:
+    while type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+        fn = fn.base_dist
+    return type(fn).__name__

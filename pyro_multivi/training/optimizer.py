@@ -1,0 +1,88 @@
+"""The optimiser, and the priors on weights that it applies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_multivi.program import MultiVIProgram
+
+
+def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
+    """Weights of the decoders' last layers by name: what a hidden unit does to each feature.
+
+    Examples
+    --------
+    >>> from pyro_multivi import ProgramConfig
+    >>> list(loadings(MultiVIProgram(ProgramConfig(n_genes=3, n_regions=4, gene_likelihood="nb"))))
+    ['expression_decoder.rho.weight', 'accessibility_decoder.p.weight']
+    """
+    last = {
+        f"{decoder}.{layer}.weight"
+        for decoder, layers in (("expression_decoder", ("rho", "pi", "theta")), ("accessibility_decoder", ("p",)))
+        for layer in layers
+    }
+    return {name: parameter for name, parameter in program.named_parameters() if name in last}
+
+
+def make_optimizer(
+    program: MultiVIProgram,
+    n_train: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    effect_sd: float | None,
+    eps: float,
+    state: dict[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    r"""Adam with a Normal prior on loadings.
+
+    A prior :math:`w \sim \mathrm{Normal}(0, \sigma^2 / H)` of the loadings of H hidden units adds
+    :math:`w H / (\sigma^2 N)` to the gradient of the loss per cell, N the number of training cells. Adam
+    takes it in as weight decay, at no cost. It decides where the data say little: Adam's steps do not depend on
+    the size of a gradient, so without it the loadings of a rare feature grow as fast as those of a common
+    one, from noise.
+
+    Parameters
+    ----------
+    program
+        What is trained.
+    n_train
+        N.
+    lr, eps
+        Of Adam.
+    weight_decay
+        Of the weight matrices other than loadings. Biases, dispersions and region factors have none: it would
+        pull them away from the data's marginals.
+    effect_sd
+        :math:`\sigma`: about how far cells differ in the logit of a feature before any data are seen, whatever
+        the width. None for a flat prior.
+    state
+        Moments to go on from.
+    """
+    last = loadings(program)
+    chosen = {id(parameter) for parameter in last.values()}
+    weights: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in program.named_parameters():
+        if parameter.requires_grad and id(parameter) not in chosen:
+            (weights if name.endswith("weight") else rest).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameter for parameter in last.values() if parameter.requires_grad],
+            "weight_decay": 0.0 if effect_sd is None else program.config.hidden / (effect_sd**2 * max(n_train, 1)),
+        },
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True)
+    if state is not None:
+        # A copy: a run that diverges must not spoil the moments that the caller keeps.
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+            group.update(lr=lr, eps=eps, weight_decay=wanted["weight_decay"])
+    return optimizer

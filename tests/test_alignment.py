@@ -1,0 +1,176 @@
+"""What draws the experts of a cell together in training, and is hidden from every ELBO."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from torch.distributions import Normal, kl_divergence
+
+import pyro_multivi as pm
+from pyro_multivi.networks.alignment import CONTRAST_WEIGHT, PENALTIES, contrast, jeffreys, mmd
+from pyro_multivi.networks.experts import Expert
+from pyro_multivi.terms import measure
+
+
+def expert(n=6, k=3, seed=0, measured=None):
+    noise = torch.Generator().manual_seed(seed)
+    loc = torch.randn(n, k, generator=noise, dtype=torch.float64)
+    scale = torch.rand(n, k, generator=noise, dtype=torch.float64) + 0.3
+    return Expert(loc, scale, torch.ones(n, dtype=torch.bool) if measured is None else torch.tensor(measured))
+
+
+def points(loc):
+    return Expert(loc, torch.ones_like(loc), torch.ones(len(loc), dtype=torch.bool))
+
+
+# ---------------------------------------------------------------------- Jeffreys
+
+
+def test_jeffreys_is_both_kl_divergences_per_cell():
+    a, b = expert(seed=1), expert(seed=2)
+    p, q = Normal(a.loc, a.scale), Normal(b.loc, b.scale)
+    expected = (kl_divergence(p, q) + kl_divergence(q, p)).sum(-1)
+    torch.testing.assert_close(jeffreys(a, b), expected)
+    torch.testing.assert_close(jeffreys(b, a), expected)
+    assert (jeffreys(a, a).abs() < 1e-12).all()
+
+
+# ---------------------------------------------------------------------- MMD
+
+
+def test_mmd_of_a_set_with_itself_is_zero():
+    a = points(torch.randn(20, 3))
+    assert mmd(a, a).abs() < 1e-6
+
+
+def test_mmd_of_two_samples_of_one_distribution_is_zero_on_average():
+    values = torch.stack([mmd(points(torch.randn(16, 2)), points(torch.randn(16, 2))) for _ in range(400)])
+    # Unbiased: the biased estimate would stand near 0.05.
+    assert abs(values.mean()) < 4 * values.std() / 20
+    assert values.min() < 0 < values.max()
+    assert values.std() < 0.06
+
+
+def test_mmd_does_not_depend_on_the_number_of_cells():
+    means = {
+        n: torch.stack([mmd(points(torch.randn(n, 2)), points(torch.randn(n, 2) + 1.5)) for _ in range(300)])
+        for n in (4, 16, 64)
+    }
+    assert means[64].mean() > 0.1
+    for n in (4, 16):
+        # The bandwidth is a median of the minibatch, hence the few percent beside the sampling error.
+        error = 4 * means[n].std() / 300**0.5
+        assert abs(means[n].mean() - means[64].mean()) < error + 0.1 * means[64].mean()
+
+
+def test_mmd_grows_with_the_distance_and_pulls_together():
+    base = torch.randn(30, 2)
+    values = [mmd(points(base), points(torch.randn(30, 2) + shift)) for shift in (0.0, 1.0, 3.0)]
+    assert values[0] < values[1] < values[2]
+    other = (torch.randn(30, 2) + 1.0).requires_grad_()
+    mmd(points(base), points(other)).backward()
+    # A step against the gradient moves the set back.
+    assert (other.grad.sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_mmd_of_fewer_than_two_cells_is_zero_with_a_gradient(n):
+    loc = torch.randn(n, 2, requires_grad=True)
+    value = mmd(points(loc), points(loc * 2))
+    value.backward()
+    assert value == 0
+    assert not loc.grad.any()
+
+
+def test_identical_points_give_no_nan():
+    loc = torch.zeros(5, 2, requires_grad=True)
+    value = mmd(points(loc), points(loc + 0.0))
+    value.backward()
+    assert value.abs() < 1e-6
+    assert torch.isfinite(loc.grad).all()
+
+
+# ---------------------------------------------------------------------- contrast
+
+
+def contrast_by_hand(a, b):
+    """For each row its mean surprisal of finding its partner, by numpy."""
+    score = -((a[:, None] - b[None]) ** 2).sum(-1)
+    there = np.diag(score) - logsumexp(score, axis=1)
+    back = np.diag(score) - logsumexp(score, axis=0)
+    return -(there + back) / 2
+
+
+def test_contrast_by_hand_among_paired_cells_only():
+    a = expert(seed=1, measured=[True, True, True, False, True, False])
+    b = expert(seed=2, measured=[True, False, True, True, True, False])
+    paired = [0, 2, 4]
+    expected = contrast_by_hand(a.loc.numpy()[paired], b.loc.numpy()[paired])
+    np.testing.assert_allclose(contrast(a, b)[paired].numpy(), expected, rtol=1e-12)
+    penalty = PENALTIES["contrastive"](a, b)
+    np.testing.assert_allclose(
+        penalty[paired].numpy(), jeffreys(a, b)[paired].numpy() + CONTRAST_WEIGHT * expected, rtol=1e-12
+    )
+
+
+def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
+    a = expert(4, 2, seed=1, measured=[True, True, True, False])
+    b = expert(4, 2, seed=2, measured=[True, True, False, False])
+    loc = a.loc.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda means: PENALTIES["contrastive"](Expert(means, a.scale, a.measured), b), (loc,)
+    )
+    PENALTIES["contrastive"](Expert(loc, a.scale, a.measured), b).sum().backward()
+    assert loc.grad[:2].any()
+    assert not loc.grad[2:].any()
+
+
+@pytest.mark.parametrize("measured", [[False, False], [True, False]])
+def test_contrast_without_others_to_tell_from_is_zero(measured):
+    a, b = expert(2, seed=1, measured=measured), expert(2, seed=2, measured=measured)
+    assert not contrast(a, b)[torch.tensor(measured)].any()
+    assert torch.isfinite(PENALTIES["contrastive"](a, b)).all()
+
+
+def test_contrast_does_not_reward_silence():
+    told, silent = points(10 * torch.randn(8, 3)), points(torch.zeros(8, 3))
+    assert jeffreys(silent, silent).sum() == 0
+    torch.testing.assert_close(contrast(silent, silent), torch.full((8,), 8.0).log())
+    assert contrast(told, told).max() < 0.1
+
+
+# ---------------------------------------------------------------------- the term of training
+
+
+@pytest.mark.parametrize("penalty", ["contrastive", "Jeffreys", "MMD"])
+def test_only_paired_cells_are_drawn_together(make_program, make_cells, penalty):
+    program, cells = make_program(modality_penalty=penalty), make_cells()
+    penalties = program.alignment(program.experts(cells, cells.design, program.read(cells, cells.design)))
+    assert penalties.shape == (12,)
+    assert (penalties[:5] != 0).all()
+    assert not penalties[5:].any()
+
+
+@pytest.mark.parametrize("penalty", ["None", None])
+def test_no_alignment_is_zero(make_program, make_cells, penalty):
+    program, cells = make_program(modality_penalty=penalty), make_cells()
+    terms = measure(program, cells)
+    assert terms.training == {"alignment": 0.0}
+    assert torch.isfinite(torch.tensor(terms.elbo))
+
+
+def test_elbos_that_are_reported_hide_the_alignment(mosaic):
+    """Two models of the same weights that differ in the penalty alone."""
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    penalties = ("contrastive", "Jeffreys", "MMD", None)
+    models = [pm.MULTIVI(mosaic, n_hidden=6, n_latent=2, modality_penalty=penalty) for penalty in penalties]
+    for model in models:
+        model.program.load_state_dict(models[0].program.state_dict())
+        model.is_trained = True
+    elbos = {model.get_elbo() for model in models}
+    assert len(elbos) == 1
+    alignment = [measure(model.program, next(iter(model._cells(None, None, 60)))).training for model in models]
+    assert alignment[0]["alignment"] > 0
+    assert alignment[-1]["alignment"] == 0

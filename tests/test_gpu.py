@@ -1,0 +1,118 @@
+"""Training on a GPU: the same model as on a CPU, and a host that never waits within a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import pyro_multivi as pm
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.resident import ResidentTable
+from pyro_multivi.training.objective import NegativeELBO
+from pyro_multivi.training.watch import Watch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def build(mosaic):
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+    return lambda: pm.MULTIVI(mosaic, n_hidden=16, n_latent=3)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_it_learns_what_a_cpu_learns(build, monkeypatch, resident):
+    """Noise differs between devices, so curves agree in the mean."""
+    if not resident:
+        monkeypatch.setattr("pyro_multivi.model.resident_if_it_fits", lambda table, device: table)
+    curves = []
+    for accelerator in ("cpu", "gpu"):
+        model = build()
+        model.train(30, lr=0.01, accelerator=accelerator, batch_size=16, progress_bar=False)
+        assert model.device.type == ("cuda" if accelerator == "gpu" else "cpu")
+        curves.append(model.history["elbo_train"]["elbo_train"].to_numpy())
+        assert np.isfinite(model.get_latent_representation()).all()
+    np.testing.assert_allclose(curves[1][0], curves[0][0], rtol=0.05)
+    np.testing.assert_allclose(curves[1][-5:].mean(), curves[0][-5:].mean(), rtol=0.05)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_minibatches_are_those_of_a_cpu(build, resident):
+    table = build()._training_table()
+    there = ResidentTable(table, "cuda") if resident else table
+    options = {"batch_size": 7, "shuffle": True, "seed": 1}
+    pairs = zip(Minibatches(table, **options), Minibatches(there, device="cuda", **options), strict=True)
+    for here, cells in pairs:
+        assert cells.device.type == "cuda"
+        assert all(part.device.type == "cuda" for part in cells.parts())
+        for name in ("x", "y"):
+            one, other = getattr(here, name), getattr(cells, name).to("cpu")
+            assert torch.equal(one.to_dense(), other.to_dense())
+            by_feature = getattr(cells, name).by_feature()
+            assert torch.equal(one.by_feature().row, by_feature.row.cpu())
+            assert torch.equal(one.by_feature().start, by_feature.start.cpu())
+            assert torch.equal(one.by_feature().val, by_feature.val.cpu())
+        assert torch.equal(here.index, cells.index.cpu())
+        assert torch.equal(here.rna_rows, cells.rna_rows.cpu())
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nobody_waits_within_a_step(build, precision):
+    model = build()
+    program = model.program.to("cuda").train()
+    program.use_precision(precision)
+    table = ResidentTable(model._training_table(), "cuda")
+    train = Minibatches(table, batch_size=16, shuffle=True)
+    optimizer = torch.optim.AdamW(program.parameters(), lr=1e-3, fused=True)
+    objective = NegativeELBO(program)
+    watch = Watch(program, optimizer, train, check_gradients=True)
+    watch.begin(0)
+
+    def step(place, cells):
+        optimizer.zero_grad(set_to_none=True)
+        with pyro.validation_enabled(False):
+            loss = objective(cells, 0.5)
+        watch.loss(loss, cells, place)
+        loss.backward()
+        watch.gradients()
+        torch.nn.utils.clip_grad_norm_(program.parameters(), 10.0)
+        optimizer.step()
+        return objective.last_terms(cells)
+
+    with pytest.raises(RuntimeError, match="synchronizing"), waiting_is_an_error():
+        torch.ones(1, device="cuda").item()
+    terms = None
+    batches = iter(train)
+    terms = step(0, next(batches))  # what is set up on the first call may wait
+    with waiting_is_an_error():
+        for place, cells in enumerate(batches, 1):
+            terms += step(place, cells)
+    assert len(watch.end()) == len(train)
+    assert np.isfinite(list(terms.per_cell().values())).all()
+
+
+def test_a_loss_that_is_not_a_number_names_the_cells(build):
+    model = build()
+
+    def spoil(epoch, row, program):
+        with torch.no_grad():
+            program.library_log_var[0] = torch.nan
+
+    with pytest.raises(pm.TrainingDiverged, match="site 'l'"):
+        model.train(5, accelerator="gpu", callbacks=[spoil], progress_bar=False)
+    assert all(torch.isfinite(parameter).all() for parameter in model.program.parameters())
