@@ -319,8 +319,9 @@ def _compare_two_means(
         delta = request.delta
         if delta is None:
             delta = estimated_delta(change, request.change.least_delta)
-        # Of a whole, as rho is, what some genes take too much in the estimate all others lack.
-        shares = request.site == "rho" and request.change.name == "log-fold"
+        # What some genes take too much of a whole, all others lack. With size factors rho is none.
+        whole = request.site == "rho" and plan.source.program.config.library != "size_factor"
+        shares = whole and request.change.name == "log-fold"
         common = float(np.linalg.norm(np.concatenate(errors)) / np.log(2)) if shares else None
         prior = Prior.learn(change, error, rng, common) if request.calibrated else None
 
