@@ -86,12 +86,15 @@ class Pairs:
     def changing(self, block: slice, scales: tuple[Tensor, Tensor], question: Question) -> dict[str, Any]:
         """``m1``: how probable a change is; statistics of the change; means of both groups."""
         change = self.change(block, scales, question.change, question.pseudocounts)
+        mean = change.mean(0)
+        # By hand: torch's own deviation along this axis takes ten times longer on a CPU.
+        variance = (change - mean).square_().sum(0) / (len(change) - 1)
         return {
             "mean1": scales[0].mean(0),
             "mean2": scales[1].mean(0),
             "m1": question.counted(change),
-            "mean": change.mean(0),
-            "std": change.std(0),
+            "mean": mean,
+            "std": variance.sqrt(),
             **question.described(change),
         }
 
