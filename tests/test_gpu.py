@@ -16,7 +16,7 @@ from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.watch import Watch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
 
 @pytest.fixture
