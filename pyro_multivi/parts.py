@@ -128,9 +128,10 @@ class ProgramParts(nn.Module):
         """Set priors and initial parameters from the data's marginals.
 
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
-        share of each gene, and p d r starts at the detection rate of each region for a cell of
-        typical depth (d = 1/2). Loadings start at zero, so that this profile is that of every cell: from
-        random ones each feature would first have to unlearn differences that are not in the data.
+        share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
+        of each region for a cell of typical depth (d = 1/2). Loadings start at zero, so that this
+        profile is that of every cell: from random ones each feature would first have to unlearn
+        differences that are not in the data.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
@@ -152,6 +153,11 @@ class ProgramParts(nn.Module):
             if self.expression_decoder.pi is not None:
                 # Few dropouts to begin with: 5 %.
                 self.expression_decoder.pi.bias.fill_(-3.0)
+            log_theta = marginals.inverse_dispersion.log()
+            if decoder.theta is not None:
+                decoder.theta.bias.copy_(log_theta)
+            elif hasattr(self, "log_theta"):
+                self.log_theta.copy_(log_theta.expand_as(self.log_theta))
         if self.config.n_regions:
             self.accessibility_decoder.p.weight.zero_()
             wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2

@@ -15,6 +15,11 @@ from pyro_multivi.data.sparse import SparseCounts
 #: real library, so that a batch of one cell (variance 0) still gives a proper LogNormal prior.
 LIBRARY_LOG_VAR_FLOOR = 0.01
 
+# Overdispersion of a gene is pulled to 1 as if its cells had this many more squared expected counts with it: where
+# they have only a few, its estimate is noise (its standard error is sqrt(2 / sum of squared expected counts)).
+_PRIOR_SQUARED_COUNTS = 10.0
+_LEAST_DISPERSION, _MOST_DISPERSION = 0.01, 100.0
+
 
 @dataclass(frozen=True)
 class Marginals:
@@ -25,6 +30,10 @@ class Marginals:
     gene_share
         Share of each gene among all RNA counts, shape (G,); half a count is added to every gene.
         Sums to 1; uniform without RNA cells.
+    inverse_dispersion
+        Moment estimate of theta of each gene, shape (G,): its counts have variance mu + mu^2 / theta around the mean
+        mu = depth of the cell x gene_share. What cells really differ by counts as dispersion here, so theta given
+        the state of a cell is larger. In [0.01, 100]; 1 without RNA cells.
     detection_rate
         Share of ATAC cells in which a region is open, shape (M,), smoothed:
         (cells + 0.5) / (ATAC cells + 1). 0.5 without ATAC cells.
@@ -48,6 +57,7 @@ class Marginals:
     """
 
     gene_share: Tensor
+    inverse_dispersion: Tensor
     detection_rate: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
@@ -82,6 +92,7 @@ class Marginals:
         mean_k, var_k = _library_prior(rna.depth, rna.batch)
         return cls(
             gene_share=(share_g / share_g.sum()).float(),
+            inverse_dispersion=rna.inverse_dispersion(share_g / share_g.sum()).float(),
             detection_rate=rate_m.float(),
             library_log_mean=mean_k.float(),
             library_log_var=var_k.float(),
@@ -95,6 +106,9 @@ class _Tally:
 
     def __init__(self) -> None:
         self.feature_sum: Tensor | None = None
+        # Of each feature, over cells: the squared value, and the value times the depth of its cell.
+        self._squared: Tensor | float = 0.0
+        self._with_depth: Tensor | float = 0.0
         self._depths: list[Tensor] = []
         self._batches: list[Tensor] = []
 
@@ -111,8 +125,23 @@ class _Tally:
         feature_sum = torch.bincount(col[kept], weights=val[kept], minlength=rows.shape[1]).double()
         self.feature_sum = feature_sum if self.feature_sum is None else self.feature_sum + feature_sum
         depth = torch.bincount(row_index, weights=val, minlength=rows.shape[0]).double()
+        if not binary:
+            n, (g, x) = rows.shape[1], (col[kept], val[kept])
+            self._squared = self._squared + torch.bincount(g, weights=x.square(), minlength=n).double()
+            weights = x * depth[row_index[kept]]
+            self._with_depth = self._with_depth + torch.bincount(g, weights=weights, minlength=n).double()
         self._depths.append(depth[measured])
         self._batches.append(batch_nk[measured])
+
+    def inverse_dispersion(self, share_g: Tensor) -> Tensor:
+        """Theta of each feature from sum((x - mu)^2 - x) = sum(mu^2) / theta, shape (features,)."""
+        assert self.feature_sum is not None
+        squared_depth = self.depth.square().sum()
+        expected = share_g.square() * squared_depth
+        excess = self._squared - 2 * share_g * self._with_depth + expected - self.feature_sum
+        prior = _PRIOR_SQUARED_COUNTS
+        dispersion = (excess + prior) / (expected + prior)
+        return dispersion.clamp(_LEAST_DISPERSION, _MOST_DISPERSION).reciprocal()
 
     @property
     def depth(self) -> Tensor:

@@ -105,6 +105,9 @@ def test_marginals_are_the_plain_formulas(table, dense, monkeypatch):
     x, y = dense["x"][dense["has_rna"]], dense["y"][dense["has_atac"]]
     share = (x.sum(0) + 0.5) / (x.sum() + 0.5 * G)
     np.testing.assert_allclose(marginals.gene_share, share, rtol=1e-6)
+    mu = x.sum(1, keepdims=True) * share
+    inverse = (((x - mu) ** 2 - x).sum(0) + 10) / ((mu**2).sum(0) + 10)
+    np.testing.assert_allclose(marginals.inverse_dispersion, 1 / np.clip(inverse, 0.01, 100), rtol=1e-5)
     np.testing.assert_allclose(marginals.detection_rate, ((y > 0).sum(0) + 0.5) / (len(y) + 1), rtol=1e-6)
     log_library = np.log(np.maximum(x.sum(1), 1))
     batch = dense["batch"][dense["has_rna"]]
@@ -162,6 +165,23 @@ def test_empty_observed_cell_has_log_library_zero_and_variance_is_floored():
     assert marginals.library_log_var.tolist() == pytest.approx([LIBRARY_LOG_VAR_FLOOR])
     assert marginals.detection_rate.tolist() == [0.5, 0.5]
     assert marginals.atac_log_depth_mean == 0.0
+
+
+def test_dispersion_is_that_of_the_counts():
+    n, theta = 4000, np.array([0.5, 2.0, 8.0, 8.0])
+    rng = np.random.default_rng(0)
+    # Poisson, with a depth that varies by itself, for the last; 0.001 counts a cell say nothing of the first.
+    mu = rng.lognormal(0, 0.5, n)[:, None] * np.array([0.001, 5.0, 10.0, 20.0])
+    x = np.concatenate([rng.poisson(rng.gamma(theta, mu / theta)), rng.poisson(4000 * mu[:, :1] / 0.001)], 1)
+    cells = Cells(
+        index=torch.arange(n), n_total=n, x=torch.from_numpy(x).float(), y=torch.zeros(n, 1),
+        has_rna=torch.ones(n, dtype=torch.bool), has_atac=torch.zeros(n, dtype=torch.bool), design=torch.ones(n, 1),
+    )  # fmt: skip
+    found = Marginals.of([cells], n_batch=1).inverse_dispersion.numpy()
+    assert found[0] == pytest.approx(1, abs=0.01)
+    # Over 4000 cells the moment estimate has a standard error of about 5 %; depth is itself estimated from counts.
+    np.testing.assert_allclose(found[1:4], theta[1:], rtol=0.15)
+    assert found[4] > 90
 
 
 def test_marginals_need_cells():
