@@ -1,4 +1,4 @@
-"""Minibatches of a data set, the next one cut while the current one is used."""
+"""Minibatches of a data set."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ def default_batch_size(n_cells: int) -> int:
 class Minibatches:
     """Iterate over some cells of a table, again and again.
 
-    The next minibatch is cut in a thread of its own while the current one is used. For a GPU it is
-    also copied there meanwhile, by way of page-locked memory; a table that already lies on a device
-    is cut there, which is no work for the host.
+    For a GPU the next minibatch is cut, and copied by way of page-locked memory, in a thread of its own while
+    the current one is used; a table that already lies on a device is cut there, which is no work for the host.
 
     Parameters
     ----------
@@ -104,34 +103,33 @@ class Minibatches:
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self._generator)]
         parts = order.split(self._sizes()) if len(order) else ()
-        if isinstance(self._source, ResidentTable):
-            yield from map(self.cut, parts)
+        if self.device.type == "cuda" and not isinstance(self._source, ResidentTable):
+            yield from self._ahead(parts, torch.cuda.Stream(self.device))
         else:
-            yield from self._ahead(parts, torch.cuda.Stream(self.device) if self.device.type == "cuda" else None)
+            # On a CPU not ahead of the step: with another thread's OpenMP team there are more threads than cores, and
+            # the step's own threads then wait for each other by sleeping, which costs ten times what cutting does.
+            yield from map(self.cut, parts)
 
     def cut(self, index: Tensor) -> Cells:
         """The cells at ``index``, positions in the table, as a minibatch on the device."""
         return self._prepared(self._source.batch(index, n_total=self.n_cells).to(self.device))
 
-    def _ahead(self, parts: Sequence[Tensor], copies: torch.cuda.Stream | None) -> Iterator[Cells]:
-        """Minibatches, each cut (and copied, in a stream beside the step) while the one before is used."""
+    def _ahead(self, parts: Sequence[Tensor], copies: torch.cuda.Stream) -> Iterator[Cells]:
+        """Minibatches, each cut and copied, in a stream beside the step, while the one before is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="minibatch") as pool:
             ahead = [pool.submit(self._cut, part, copies) for part in parts[:1]]
             for place in range(len(parts)):
                 cells = ahead.pop().result()
-                if copies is not None:
-                    # Before the next copy begins, so that only this one is waited for: by the device, not the host.
-                    step = torch.cuda.current_stream(self.device)
-                    step.wait_stream(copies)
-                    for part in cells.parts():
-                        part.record_stream(step)
+                # Before the next copy begins, so that only this one is waited for: by the device, not the host.
+                step = torch.cuda.current_stream(self.device)
+                step.wait_stream(copies)
+                for part in cells.parts():
+                    part.record_stream(step)
                 if place + 1 < len(parts):
                     ahead.append(pool.submit(self._cut, parts[place + 1], copies))
                 yield cells
 
-    def _cut(self, index: Tensor, copies: torch.cuda.Stream | None) -> Cells:
-        if copies is None:
-            return self.cut(index)
+    def _cut(self, index: Tensor, copies: torch.cuda.Stream) -> Cells:
         cells = self._source.batch(index, n_total=self.n_cells).pin_memory()
         with torch.cuda.stream(copies):
             return self._prepared(cells.to(self.device, non_blocking=True))
