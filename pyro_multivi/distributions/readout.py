@@ -10,6 +10,8 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_multivi.distributions.buffers import POOL
+
 Link = Literal["softmax", "sigmoid", "softplus", "identity"]
 
 # Features per block when a readout is streamed. At 1000 cells a block of float32 takes 16 MB.
@@ -160,8 +162,21 @@ class Readout(torch.Tensor):
         """Dense values of ``width`` features at a time, as (features, values of shape (..., width))."""
         normalizer = self.log_normalizer().unsqueeze(-1) if self.link == "softmax" else None
         for features in self._slices(width):
-            logits = self._logits_at(features)
-            yield features, self._apply_link(logits) if normalizer is None else (logits - normalizer).exp()
+            if torch.is_grad_enabled() or self.gemm_dtype is not None:
+                logits = self._logits_at(features)
+                yield features, self._apply_link(logits) if normalizer is None else (logits - normalizer).exp()
+            else:
+                yield features, self._evaluate(features, normalizer)
+
+    def _evaluate(self, features: slice, normalizer: Tensor | None) -> Tensor:
+        """Dense values of a block in memory that is used again once nobody refers to them."""
+        hidden, weight, bias = self.hidden, self.weight[features], self.bias[features]
+        values = POOL.take((*hidden.shape[:-1], len(bias)), hidden.dtype, hidden.device)
+        flat = values.view(-1, len(bias))
+        torch.addmm(bias, hidden.reshape(-1, hidden.shape[-1]), weight.t(), out=flat)
+        if normalizer is not None:
+            return values.sub_(normalizer).exp_()
+        return values.sigmoid_() if self.link == "sigmoid" else self._apply_link(values)
 
     def _slices(self, width: int) -> Iterator[slice]:
         n_features = self.weight.shape[0]

@@ -94,6 +94,15 @@ def test_select_and_blocks_stream_to_the_dense_values(link: str, width: int, mon
 
 
 @pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("lead", [(), (4,), (3, 1, 4)])
+def test_blocks_without_gradients_are_in_memory_of_their_own(link: str, lead: tuple[int, ...]) -> None:
+    readout = make(link, lead)
+    with torch.no_grad():
+        pieces = list(readout.blocks(2))
+        torch.testing.assert_close(torch.cat([values for _, values in pieces], -1), by_hand(readout))
+
+
+@pytest.mark.parametrize("link", LINKS)
 def test_select_is_differentiable(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STREAM_WIDTH", 2)
     readout, features = make(link), torch.tensor([1, 5])
