@@ -146,7 +146,7 @@ def test_watching_ours_changes_nothing_and_is_not_timed(module, hidden, monkeypa
 
 
 def test_unknown_settings_are_refused(module, hidden):
-    with pytest.raises(ValueError, match=r"settings has \['trian'\]: allowed are setup, model, train and results"):
+    with pytest.raises(ValueError, match=r"settings has \['trian'\]: allowed are setup, model"):
         module("ours").fit(hidden.seen, hidden.n_genes, hidden.has_rna, hidden.has_atac, 1, 0, {"trian": {}})
 
 
