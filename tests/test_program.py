@@ -13,6 +13,7 @@ from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.inspect import get_model_relations
 
 from pyro_multivi import MultiVIProgram, ProgramConfig
+from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.terms import measure
 
 CHOICES = [
@@ -319,3 +320,23 @@ def test_a_config_survives_json():
     assert ProgramConfig(**json.loads(json.dumps(one.to_dict()))) == one
     assert one.gene_likelihood == "nb"
     assert one.modality_penalty == "None"
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
+def test_a_program_starts_at_the_marginals(make_program, make_cells, dispersion):
+    program, cells = make_program(dispersion=dispersion).eval(), make_cells()
+    marginals = Marginals.of([cells], n_batch=2)
+    assert marginals.inverse_dispersion.std() > 0.01
+    program.start_from(marginals)
+    z, s = torch.randn(len(cells), program.config.latent), cells.design
+    with torch.no_grad():
+        decoded = program.expression(z, s)
+        theta = program.theta(cells, s, decoded, program.log_dispersions())
+        p, r = program.accessibility(z, s).dense(), program.region_factors()
+    # Whatever the state: every cell starts at the mean profile.
+    torch.testing.assert_close(decoded.rho.dense(), marginals.gene_share.expand(len(cells), -1))
+    torch.testing.assert_close(theta.expand(len(cells), -1), marginals.inverse_dispersion.expand(len(cells), -1))
+    rate = marginals.detection_rate.clamp(max=0.47)  # at d = 1/2 more is out of reach
+    torch.testing.assert_close(0.5 * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
+    torch.testing.assert_close(program.library_log_mean, marginals.library_log_mean)
+    torch.testing.assert_close(program.library_log_var, marginals.library_log_var)
