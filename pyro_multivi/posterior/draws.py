@@ -8,7 +8,6 @@ a feature that is not asked for, and nothing of size cells x features x draws is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
+from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
@@ -31,24 +31,6 @@ from pyro_multivi.program import MultiVIProgram, is_of_cells
 ROWS = 4096
 #: Entries of sparse rows collected together: 128 MB, and twice that while they are joined.
 ENTRIES = 2**24
-
-
-@contextmanager
-def evaluating(program: MultiVIProgram) -> Iterator[None]:
-    """No gradients, no dropout, no validation; every state, also torch's random one, as before afterwards."""
-    modes = [(module, module.training) for module in program.modules()]
-    device = next(program.parameters()).device
-    program.eval()
-    try:
-        with (
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def cells_at_a_time(batch_size: int, n_samples: int, whole_rows: int = 0) -> int:
@@ -143,12 +125,12 @@ class Latents:
 def draw_latents(
     program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0
 ) -> Latents:
-    """Draw every latent of the guide S times, numbered from ``first``. Call it within :func:`evaluating`."""
+    """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluating``."""
     return Latents(_guided(program, cells, n_samples, CellNoise(cells.index, seed, first)), n_samples)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
-    """Every latent at the mean of its posterior, as one draw. Call it within :func:`evaluating`."""
+    """Every latent at the mean of its posterior, as one draw. For use within ``evaluating``."""
     return Latents(_guided(program, cells, 1, None), 1)
 
 
@@ -160,7 +142,7 @@ def replay(
     intervene: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Values of sites of the model at given latents, (S, B, ...). Call it within :func:`evaluating`."""
+    """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluating``."""
     forced: dict[str, Any] = dict(intervene or {})
 
     def trace(model: Any) -> dict[str, Any]:
@@ -190,7 +172,7 @@ def is_measured(site: Any) -> bool:
 
 
 def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
-    """The trace of a model at given latents. Call it within :func:`evaluating`."""
+    """The trace of a model at given latents. For use within ``evaluating``."""
     # The plate lies inside the replay: a handler that gives values hides sites from plates around it.
     return poutine.trace(poutine.replay(_drawn(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
 

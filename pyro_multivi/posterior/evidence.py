@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, model_trace
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import Latents, draw_latents, model_trace
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.terms import TRAINING_SITES
 

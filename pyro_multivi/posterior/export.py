@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_multivi._optional import require
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.posterior.draws import draw_latents, evaluating, model_trace
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import draw_latents, model_trace
 from pyro_multivi.posterior.evidence import cells_for_likelihood
 from pyro_multivi.posterior.predictive import check_memory, counts_of, replicate
 from pyro_multivi.program import MultiVIProgram

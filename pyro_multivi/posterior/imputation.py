@@ -21,8 +21,8 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.vocabulary import GENES, PEAKS
+from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.deliver import remaining, request_of
-from pyro_multivi.posterior.draws import evaluating
 from pyro_multivi.posterior.normalization import Average, Quantity, blocks, compress, decode
 from pyro_multivi.posterior.sinks import Arrays, Sink
 from pyro_multivi.posterior.store import Store

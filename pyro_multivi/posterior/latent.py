@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.evaluating import evaluating
 from pyro_multivi.networks.experts import Expert
-from pyro_multivi.posterior.draws import evaluating, mean_of
+from pyro_multivi.posterior.draws import mean_of
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 

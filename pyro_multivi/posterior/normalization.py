@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, feature_blocks, mean_latents, replay
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import Latents, draw_latents, feature_blocks, mean_latents, replay
 from pyro_multivi.posterior.sinks import Sink
 from pyro_multivi.posterior.summary import summarise
 from pyro_multivi.program import MultiVIProgram
@@ -100,7 +101,7 @@ class Decoded:
 
 
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> Decoded:
-    """Decode the latents of some cells. Call it within :func:`~pyro_multivi.posterior.draws.evaluating`."""
+    """Decode the latents of some cells. Call it within :func:`~pyro_multivi.evaluating.evaluating`."""
     if average.use_mean and average.n_samples == 1:
         latents = mean_latents(program, cells)
     else:

@@ -15,7 +15,8 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.draws import cells_at_a_time, evaluating, feature_blocks, model_trace
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.evidence import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.posterior.normalization import BLOCK, Average, Decoded, decode
 from pyro_multivi.program import MultiVIProgram

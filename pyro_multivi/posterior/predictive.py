@@ -18,7 +18,8 @@ from torch import Tensor
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.posterior.draws import Latents, draw_latents, evaluating, model_trace
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import Latents, draw_latents, model_trace
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 

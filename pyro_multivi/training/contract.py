@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
-import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.evaluating import evaluating
 from pyro_multivi.program import CELLS, MultiVIProgram, is_of_cells
 
 # Pyro's words when a distribution does not fit into the plate it is sampled in.
@@ -53,7 +51,8 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
         ELBO needs it. The message names the site, what was found, what is expected and the fix.
     """
     mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
-    with _looking(program):
+    # In evaluation mode: batch statistics must not see these cells twice.
+    with evaluating(program):
         guide = _trace("guide", program.guide, cells)
         model = _trace("model", poutine.replay(program.model, trace=guide), cells)
     latents, guided = _latents(model), _latents(guide)
@@ -91,25 +90,6 @@ def warn_of_unlearned(program: MultiVIProgram) -> None:
             "requires_grad_(False).",
             stacklevel=2,
         )
-
-
-@contextmanager
-def _looking(program: MultiVIProgram) -> Iterator[None]:
-    """No gradient, no validation; modes and random states as before afterwards."""
-    modes = [(module, module.training) for module in program.modules()]
-    device = next(program.parameters()).device
-    # Batch statistics must not see these cells twice.
-    program.eval()
-    try:
-        with (
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trace:

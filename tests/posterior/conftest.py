@@ -13,7 +13,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi import MULTIVI, simulate_multiome
-from pyro_multivi.posterior.draws import draw, draw_latents, evaluating, model_trace
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import draw, draw_latents, model_trace
 from pyro_multivi.posterior.normalization import Average, Quantity, estimate
 from pyro_multivi.posterior.pools import _evenly
 from pyro_multivi.posterior.sinks import Arrays

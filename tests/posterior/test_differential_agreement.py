@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.differential import estimated_delta
-from pyro_multivi.posterior.draws import draw, draw_latents, evaluating
+from pyro_multivi.posterior.draws import draw, draw_latents
 from pyro_multivi.posterior.evidence import log_weights, scored_traces
 
 EPS = {"rho": 1e-6, "p": 1e-3}

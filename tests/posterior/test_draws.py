@@ -11,7 +11,8 @@ from pyro_multivi import MultiVIProgram
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
-from pyro_multivi.posterior.draws import draw, draw_latents, evaluating, feature_blocks, mean_latents, replay
+from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.draws import draw, draw_latents, feature_blocks, mean_latents, replay
 
 RNA_ONLY = slice(5, 8)  # of make_cells' 5 paired, 3 RNA-only, 4 ATAC-only cells
 
