@@ -18,6 +18,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "library": ("latent", "observed", "size_factor"),
 }
 
+#: Default ``mixing_weight`` beside the penalty "contrastive".
+MIXING_WEIGHT = 4.0
+
 
 @dataclass(frozen=True)
 class ProgramConfig:
@@ -53,6 +56,11 @@ class ProgramConfig:
         Kullback-Leibler divergence; ``"contrastive"``, that and a term by which they must find each
         other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
         :mod:`pyro_multivi.networks.alignment`.
+    mixing_weight
+        Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
+        the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. Weak enough
+        that the counts decide where cells of one kind have no match among the others. 0: no penalty. Default: 4
+        with ``modality_penalty="contrastive"``, 0 with any other, which then is all there is.
     region_factors
         Whether regions have a factor r_j; without, it is 1.
     encode_covariates, deeply_inject_covariates
@@ -86,6 +94,7 @@ class ProgramConfig:
     latent_distribution: str = "normal"
     modality_weights: str = "equal"
     modality_penalty: str | None = "contrastive"
+    mixing_weight: float | None = None
     region_factors: bool = True
     encode_covariates: bool = False
     deeply_inject_covariates: bool = False
@@ -99,6 +108,10 @@ class ProgramConfig:
             object.__setattr__(self, "modality_penalty", "None")
         for name, allowed in CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
+        if self.mixing_weight is None:
+            object.__setattr__(self, "mixing_weight", MIXING_WEIGHT if self.modality_penalty == "contrastive" else 0.0)
+        if not 0 <= self.mixing < math.inf:
+            raise ValueError(f"mixing_weight={self.mixing_weight!r} is not allowed: give a finite number, 0 for none.")
         if self.gene_likelihood == "negative_binomial":
             object.__setattr__(self, "gene_likelihood", "nb")
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
@@ -133,6 +146,12 @@ class ProgramConfig:
         """Dimension of the latent state, resolved."""
         assert self.n_latent is not None
         return self.n_latent
+
+    @property
+    def mixing(self) -> float:
+        """Weight of the mixing penalty, resolved."""
+        assert self.mixing_weight is not None
+        return self.mixing_weight
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

@@ -23,10 +23,10 @@ from pyro_multivi.distributions import (
     ZeroInflatedNegativeBinomialCounts,
     measured_only,
 )
-from pyro_multivi.networks.alignment import PENALTIES
+from pyro_multivi.networks.alignment import PENALTIES, kinds_apart
 from pyro_multivi.networks.decoders import Decoded
 from pyro_multivi.networks.encoders import Reading
-from pyro_multivi.networks.experts import Expert, average, mixing_weights
+from pyro_multivi.networks.experts import Expert, average, kinds, mixing_weights
 from pyro_multivi.parts import ProgramParts
 
 #: Name of the plate of cells.
@@ -156,8 +156,9 @@ class MultiVIProgram(ProgramParts):
                 pyro.sample("l", self.library_posterior(cells, s, read))
             if self.config.n_regions:
                 pyro.sample("d", dist.Delta(self.cell_factor(cells, read)))
-            # A training term, not part of the model: hidden whenever an ELBO is reported.
+            # Terms of training, not of the model: hidden whenever an ELBO is reported.
             pyro.factor("alignment", self.alignment(experts), has_rsample=True)
+            pyro.factor("mixing", self.mixing(experts), has_rsample=True)
             self.guide_further(cells, s)
 
     # ------------------------------------------------------------------ edges of the model
@@ -251,10 +252,11 @@ class MultiVIProgram(ProgramParts):
     # ------------------------------------------------------------------ edges of the guide
 
     def rna_input(self, x: Tensor) -> Tensor:
-        """What the RNA encoder reads: log(1 + count)."""
+        """What the RNA encoder reads: log(1 + count), the count being that of a cell of typical depth."""
+        per_count = self.rna_log_depth.exp() / rna_totals(x).clamp(min=1.0)
         if isinstance(x, SparseCounts):
-            return x.with_values(x.val.log1p())
-        return x.log1p()
+            return x.with_values((x.val * per_count.index_select(0, x.rows())).log1p())
+        return (x * per_count.unsqueeze(-1)).log1p()
 
     def atac_input(self, y: Tensor) -> Tensor:
         """What the ATAC encoder reads: 1 where a region is open."""
@@ -266,7 +268,7 @@ class MultiVIProgram(ProgramParts):
         """Pass the measured counts through the first layer of each modality."""
         rna = atac = None
         if self.config.n_genes:
-            depth = rna_totals(cells).clamp(min=1.0).log()
+            depth = rna_totals(cells.x).clamp(min=1.0).log()
             rna = self.rna_reader(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
         if self.config.n_regions:
             depth = open_regions(cells).log1p()
@@ -298,12 +300,15 @@ class MultiVIProgram(ProgramParts):
         logit: Tensor = self.weight_net[place](torch.cat([expert.loc, expert.scale.log()], -1))
         return logit.squeeze(-1)
 
-    def mix(self, experts: dict[str, Expert]) -> dist.TorchDistribution:
-        """z ~ the average of the measured experts, event shape (K,)."""
+    def averaged(self, experts: dict[str, Expert]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the average of the measured experts, (B, K) each."""
         measured = torch.stack([expert.measured for expert in experts.values()], -1)
         logits = torch.stack([self.weight_logit(name, expert) for name, expert in experts.items()], -1)
-        loc, scale = average(list(experts.values()), mixing_weights(logits, measured))
-        return dist.Normal(loc, scale).to_event(1)
+        return average(list(experts.values()), mixing_weights(logits, measured))
+
+    def mix(self, experts: dict[str, Expert]) -> dist.TorchDistribution:
+        """z ~ the average of the measured experts, event shape (K,)."""
+        return dist.Normal(*self.averaged(experts)).to_event(1)
 
     def depth_reading(self, reading: Reading) -> Reading:
         """What the depth heads read: the shared first layer, which they do not shape.
@@ -345,6 +350,14 @@ class MultiVIProgram(ProgramParts):
                 penalty = penalty + draw_together(a, b)
         return penalty
 
+    def mixing(self, experts: dict[str, Expert]) -> Tensor:
+        """Penalty in nats for kinds of cells (by what was measured) whose posterior means lie apart, (B,)."""
+        loc, _ = self.averaged(experts)
+        if not self.config.mixing:
+            return loc.new_zeros(len(loc))
+        # A property of all cells together: each bears the whole of it.
+        return self.config.mixing * kinds_apart(loc, kinds(list(experts.values()))).expand(len(loc))
+
     def guide_shared(self) -> None:
         """Hook: sample statements for latents that all cells share, above the plate of cells."""
 
@@ -362,7 +375,7 @@ class MultiVIProgram(ProgramParts):
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
             return cells.rna_size
         if self.config.library == "observed":
-            return torch.where(cells.has_rna, rna_totals(cells).clamp(min=1.0), self._library_moments(s)[0].exp())
+            return torch.where(cells.has_rna, rna_totals(cells.x).clamp(min=1.0), self._library_moments(s)[0].exp())
         return None
 
     def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,9 +388,9 @@ def is_of_cells(site: Any) -> bool:
     return any(frame.name == CELLS for frame in site["cond_indep_stack"])
 
 
-def rna_totals(cells: Cells) -> Tensor:
+def rna_totals(x: Tensor) -> Tensor:
     """Total gene count of each cell, (B,)."""
-    return cells.x.row_sums() if isinstance(cells.x, SparseCounts) else cells.x.sum(-1)
+    return x.row_sums() if isinstance(x, SparseCounts) else x.sum(-1)
 
 
 def open_regions(cells: Cells) -> Tensor:

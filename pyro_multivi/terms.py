@@ -16,7 +16,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Sites that are terms of training, not of the model.
-TRAINING_SITES = ("alignment",)
+TRAINING_SITES = ("alignment", "mixing")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Terms:
     kl
         Sum of KL(q | prior) for each latent site (``"z"``, ``"l"``, ``"d"``).
     training
-        Sum of each training-only term (``"alignment"``).
+        Sum of each training-only term (``"alignment"``, ``"mixing"``).
     n_measured
         Number of cells in which an observed site was measured.
     n_cells

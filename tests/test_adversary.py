@@ -169,7 +169,7 @@ def test_no_elbo_holds_it(model):
     )  # fmt: skip
     rows = {name: frame[name].to_numpy() for name, frame in model.history.items()}
     assert (rows["adversary_train"] > 0).all()
-    penalties = rows["alignment_train"] + 7 * rows["adversary_train"]
+    penalties = rows["alignment_train"] + rows["mixing_train"] + 7 * rows["adversary_train"]
     np.testing.assert_allclose(rows["train_loss"], rows["elbo_train"] + penalties, rtol=1e-5)
     assert not any("adversary" in name or "classifier" in name for name in rows if name.endswith("validation"))
 
@@ -182,7 +182,8 @@ def test_schedules(model, schedule, expected):
     rows = model._history.rows
     for row, weight in zip(rows, expected, strict=True):
         kl = row["kl_weight"] * row["kl_local_train"]
-        rest = row["train_loss"] - row["reconstruction_loss_train"] - kl - row["alignment_train"]
+        of_training = row["alignment_train"] + row["mixing_train"]
+        rest = row["train_loss"] - row["reconstruction_loss_train"] - kl - of_training
         assert rest == pytest.approx(1e4 * weight * row["adversary_train"], rel=1e-2, abs=1e-2)
 
 

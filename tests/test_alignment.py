@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import KDTree
 from scipy.special import logsumexp
 from torch.distributions import Normal, kl_divergence
 
 import pyro_multivi as pm
-from pyro_multivi.networks.alignment import CONTRAST_WEIGHT, PENALTIES, contrast, jeffreys, mmd
-from pyro_multivi.networks.experts import Expert
+from pyro_multivi.config import MIXING_WEIGHT
+from pyro_multivi.networks.alignment import CONTRAST_WEIGHT, PENALTIES, contrast, jeffreys, kinds_apart, mmd
+from pyro_multivi.networks.experts import Expert, kinds
 from pyro_multivi.terms import measure
 
 
@@ -97,7 +99,7 @@ def test_identical_points_give_no_nan():
 
 def contrast_by_hand(a, b):
     """For each row its mean surprisal of finding its partner, by numpy."""
-    score = -((a[:, None] - b[None]) ** 2).sum(-1)
+    score = -9 * ((a[:, None] - b[None]) ** 2).sum(-1)
     there = np.diag(score) - logsumexp(score, axis=1)
     back = np.diag(score) - logsumexp(score, axis=0)
     return -(there + back) / 2
@@ -108,10 +110,10 @@ def test_contrast_by_hand_among_paired_cells_only():
     b = expert(seed=2, measured=[True, False, True, True, True, False])
     paired = [0, 2, 4]
     expected = contrast_by_hand(a.loc.numpy()[paired], b.loc.numpy()[paired])
-    np.testing.assert_allclose(contrast(a, b)[paired].numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(contrast(a, b)[paired].numpy(), expected, rtol=1e-9, atol=1e-12)
     penalty = PENALTIES["contrastive"](a, b)
     np.testing.assert_allclose(
-        penalty[paired].numpy(), jeffreys(a, b)[paired].numpy() + CONTRAST_WEIGHT * expected, rtol=1e-12
+        penalty[paired].numpy(), jeffreys(a, b)[paired].numpy() + CONTRAST_WEIGHT * expected, rtol=1e-9, atol=1e-12
     )
 
 
@@ -141,6 +143,103 @@ def test_contrast_does_not_reward_silence():
     assert contrast(told, told).max() < 0.1
 
 
+# ---------------------------------------------------------------------- kinds of cells
+
+
+def one_hot(*sizes):
+    return torch.eye(len(sizes), dtype=torch.long).repeat_interleave(torch.tensor(sizes), 0)
+
+
+def apart_by_hand(loc, kinds_nc):
+    """Sum over pairs of kinds of the unbiased squared discrepancy, cell by cell."""
+    squared = ((loc[:, None] - loc[None]) ** 2).sum(-1)
+    median = np.sort(squared, axis=None)[(squared.size - 1) // 2]
+
+    def kernel(i, j):
+        return np.mean([np.exp(-squared[i, j] / (width * median)) for width in (0.25, 0.5, 1, 2, 4)])
+
+    sets = [np.flatnonzero(column) for column in kinds_nc.T]
+    sets = [cells for cells in sets if len(cells) > 1]
+    total = 0.0
+    for k, a in enumerate(sets):
+        for b in sets[:k]:
+            total += np.mean([kernel(i, j) for i in a for j in a if i != j])
+            total += np.mean([kernel(i, j) for i in b for j in b if i != j])
+            total -= 2 * np.mean([kernel(i, j) for i in a for j in b])
+    return total
+
+
+@pytest.mark.parametrize("sizes", [(4, 3, 5), (6, 1, 5), (7, 5, 0), (12, 0, 0)], ids=str)
+def test_kinds_apart_by_hand(sizes):
+    loc, kind = torch.randn(12, 3, dtype=torch.float64), one_hot(*sizes)
+    kind[-1] = 0  # a cell in which nothing was measured takes no part
+    found = kinds_apart(loc, kind)
+    assert found.item() == pytest.approx(apart_by_hand(loc.numpy(), kind.numpy()), rel=1e-9, abs=1e-12)
+
+
+def test_kinds_of_one_distribution_are_not_apart_whatever_their_numbers():
+    values = torch.stack([kinds_apart(torch.randn(40, 2), one_hot(30, 4, 6)) for _ in range(400)])
+    assert abs(values.mean()) < 4 * values.std() / 20
+    assert values.min() < 0 < values.max()
+    shifted = one_hot(30, 4, 6)[:, :1] * 2.0
+    assert torch.stack([kinds_apart(torch.randn(40, 2) + shifted, one_hot(30, 4, 6)) for _ in range(100)]).mean() > 0.3
+
+
+def test_the_gradient_of_kinds_apart_brings_them_together():
+    kind = one_hot(20, 20)
+    loc = (torch.randn(40, 2) + 2.0 * kind[:, 1:]).requires_grad_()
+    kinds_apart(loc, kind).backward()
+    # A step against the gradient moves the second kind back and the first towards it.
+    assert (loc.grad[20:].sum(0) > 0).all()
+    assert (loc.grad[:20].sum(0) < 0).all()
+
+
+def test_kinds_of_a_mosaic(make_program, make_cells):
+    program, cells = make_program(), make_cells()
+    experts = program.experts(cells, cells.design, program.read(cells, cells.design))
+    both = cells.has_rna & cells.has_atac
+    expected = torch.stack([cells.has_rna & ~both, cells.has_atac & ~both, both], -1)
+    assert torch.equal(kinds(list(experts.values())).bool(), expected)
+    mixing = program.mixing(experts)
+    assert mixing.shape == (12,)
+    assert (mixing == mixing[0]).all()
+    assert mixing[0] != 0
+
+
+def test_mixing_is_weighed_as_asked_for_and_part_of_the_default_only():
+    weights = {
+        choices: pm.ProgramConfig(n_genes=3, n_regions=3, **dict(choices)).mixing
+        for choices in [
+            (), (("modality_penalty", "Jeffreys"),), (("modality_penalty", None),), (("mixing_weight", 0.0),),
+            (("mixing_weight", 2.0), ("modality_penalty", "MMD")),
+        ]
+    }  # fmt: skip
+    assert list(weights.values()) == [MIXING_WEIGHT, 0.0, 0.0, 0.0, 2.0]
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"mixing_weight=.* is not allowed: give a finite number"):
+            pm.ProgramConfig(n_genes=3, n_regions=3, mixing_weight=wrong)
+
+
+@pytest.mark.slow
+def test_kinds_that_hold_other_cell_types_are_not_forced_together():
+    """RNA-only cells of two types, ATAC-only cells of the other two: mixing must not cost what the counts say."""
+    adata = pm.simulate_multiome(
+        (200, 500, 500), n_genes=500, n_regions=1500, n_types=4, mean_library=500, mean_accessibility=0.1, seed=0
+    )
+    of_type, kind = adata.obs["cell_type"].cat.codes.to_numpy(), adata.obs["modality"].astype(str).to_numpy()
+    kept = (kind == "paired") | ((kind == "expression") == (of_type < 2))
+    adata, of_type = adata[kept].copy(), of_type[kept]
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    purity = {}
+    for weight in (0.0, None):
+        model = pm.MULTIVI(adata, mixing_weight=weight)
+        model.train(max_epochs=60, progress_bar=False)
+        near = KDTree(model.get_latent_representation()).query(model.get_latent_representation(), 31)[1][:, 1:]
+        purity[weight] = (of_type[near] == of_type[:, None]).mean()
+    assert purity[0.0] > 0.9
+    assert purity[None] > purity[0.0] - 0.03
+
+
 # ---------------------------------------------------------------------- the term of training
 
 
@@ -157,7 +256,7 @@ def test_only_paired_cells_are_drawn_together(make_program, make_cells, penalty)
 def test_no_alignment_is_zero(make_program, make_cells, penalty):
     program, cells = make_program(modality_penalty=penalty), make_cells()
     terms = measure(program, cells)
-    assert terms.training == {"alignment": 0.0}
+    assert terms.training == {"alignment": 0.0, "mixing": 0.0}
     assert torch.isfinite(torch.tensor(terms.elbo))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyro.poutine as poutine
 import pytest
@@ -9,6 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import special, stats
 
+from pyro_multivi.networks import alignment
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import measure
 
@@ -56,7 +59,9 @@ class Oracle:
 
     def encode(self, kind):
         """Mean and sd of the expert, arguments of the depth head; for every cell, measured or not."""
-        inputs = np.log1p(self.x) if kind == "rna" else (self.y > 0) * 1.0
+        inputs = (self.y > 0) * 1.0
+        if kind == "rna":
+            inputs = np.log1p(self.x / self.x.sum(1, keepdims=True).clip(1) * np.exp(self.w["rna_log_depth"]))
         h = inputs @ self.w[f"{kind}_reader.counts.weight"] + self.w[f"{kind}_reader.counts.bias"]
         s = None
         if self.config.encode_covariates:
@@ -101,16 +106,30 @@ class Oracle:
             "l": (l_loc, l_sd),
             "d": special.expit(factor[:, 0] - self.w["atac_log_depth"]) if self.atac_size is None else self.atac_size,
             "alignment": np.where(paired, (forth + back).sum(1) + self.contrast(loc_x, loc_y, paired), 0.0),
+            "mixing": np.full(len(paired), self.config.mixing * self.apart(loc)),
         }
+
+    def apart(self, loc):
+        """Squared discrepancy between cells of RNA alone, ATAC alone and both, summed over the three pairs."""
+        squared = ((loc[:, None] - loc[None]) ** 2).sum(-1)
+        median = np.sort(squared, axis=None)[(squared.size - 1) // 2]  # the lower one, as torch takes it
+        kernel = np.mean([np.exp(-squared / (median * width)) for width in (0.25, 0.5, 1, 2, 4)], axis=0)
+        kinds = ((True, False), (False, True), (True, True))
+        sets = [np.flatnonzero((self.has_rna == rna) & (self.has_atac == atac)) for rna, atac in kinds]
+        total = 0.0
+        for a, b in itertools.combinations([cells for cells in sets if len(cells) > 1], 2):
+            within = [(kernel[np.ix_(c, c)].sum() - len(c)) / (len(c) * (len(c) - 1)) for c in (a, b)]
+            total += sum(within) - 2 * kernel[np.ix_(a, b)].mean()
+        return total
 
     @staticmethod
     def contrast(loc_x, loc_y, paired):
-        """Three times the mean surprisal at finding a cell's other expert among those of the paired cells."""
+        """Twice the mean surprisal at finding a cell's other expert among those of the paired cells."""
         surprisal = np.zeros(len(paired))
-        score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
+        score = -9 * ((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
         both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
         surprisal[paired] = both_ways / 2 - np.diag(score)
-        return 3.0 * surprisal
+        return 2 * surprisal
 
     def log_x(self, z, l):
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z
@@ -179,6 +198,7 @@ def check(program, cells):
     np.testing.assert_allclose(d[oracle.has_atac], q["d"][oracle.has_atac], **close)
     # A factor of the guide counts as minus log q: positive, it raises the loss.
     np.testing.assert_allclose(of(guide, "alignment"), q["alignment"], **close)
+    np.testing.assert_allclose(of(guide, "mixing"), q["mixing"], **close)
     np.testing.assert_allclose(of(model, "z"), stats.norm.logpdf(z).sum(1), **close)
     if program.config.library == "latent":
         np.testing.assert_allclose(guide.nodes["l"]["fn"].loc.detach(), q["l"][0], **close)
@@ -258,7 +278,7 @@ def test_loss_of_an_elbo(make_program, make_cells, elbo):
     z, l, d = drawn(guide, "z", "l", "d")
     oracle = Oracle(program, cells)
     q, (kl_z, kl_l) = oracle.guide(), oracle.kl()
-    per_cell = q["alignment"] - oracle.log_x(z, l) - oracle.log_y(z, d)
+    per_cell = q["alignment"] + q["mixing"] - oracle.log_x(z, l) - oracle.log_y(z, d)
     if elbo is TraceMeanField_ELBO:
         per_cell = per_cell + kl_z + kl_l
     else:
@@ -282,7 +302,8 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
     log_x, log_y = oracle.log_x(z, l), oracle.log_y(z, d)
     assert terms.log_likelihood == pytest.approx({"x": log_x.sum(), "y": log_y.sum()})
     assert terms.kl == pytest.approx({"z": kl_z.sum(), "l": kl_l.sum(), "d": 0.0})
-    assert terms.training == pytest.approx({"alignment": oracle.guide()["alignment"].sum()})
+    q = oracle.guide()
+    assert terms.training == pytest.approx({name: q[name].sum() for name in ("alignment", "mixing")})
     assert terms.elbo == pytest.approx((log_x + log_y - kl_z - kl_l).sum())
     row = terms.per_cell()
     assert row["elbo"] == pytest.approx(-terms.elbo / 12)
@@ -298,7 +319,7 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
     [
         {},
         {"modality_weights": "cell", "encode_covariates": True, "deeply_inject_covariates": True},
-        # MMD is not here: its bandwidth is taken as given, on purpose.
+        {"modality_penalty": "MMD", "mixing_weight": 2.5},
         {"modality_penalty": "None", "dispersion": "gene-batch", "gene_likelihood": "nb"},
         {"dispersion": "gene-cell", "latent_distribution": "ln", "modality_weights": "universal"},
         {"use_batch_norm": "both", "gene_likelihood": "poisson", "region_factors": False},
@@ -309,9 +330,11 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
 def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, sparse, monkeypatch):
     """Slope along a random direction of all parameters, by finite differences of the loss itself.
 
-    The one place where the gradient stops on purpose is opened; the next test is about it.
+    Where the gradient stops on purpose, the depth heads and the bandwidth of kernels, it is opened or held; the next
+    test is about the first.
     """
     monkeypatch.setattr(MultiVIProgram, "depth_reading", lambda self, reading: reading)
+    monkeypatch.setattr(alignment, "_bandwidth", lambda squared: torch.tensor(0.7, dtype=torch.float64))
     program = make_program(torch.float64, **choices)
     cells = make_cells(dtype=torch.float64, sparse=sparse)
     parameters = list(program.parameters())

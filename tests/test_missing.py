@@ -58,6 +58,8 @@ def test_a_cell_does_not_notice_the_other_cells_of_a_mosaic(make_program, make_c
     together = log_probs(program, cells, latents)
     alone = log_probs(program, rows(cells, chosen), {name: value[chosen] for name, value in latents.items()})
     assert together.keys() == alone.keys()
+    # How kinds of cells lie to each other is about all of them.
+    alone = {site: value for site, value in alone.items() if site[1] != "mixing"}
     for site, value in alone.items():
         torch.testing.assert_close(together[site][chosen].expand_as(value), value, rtol=1e-10, atol=1e-10)
 

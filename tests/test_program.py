@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -14,6 +15,7 @@ from pyro.infer.inspect import get_model_relations
 
 from pyro_multivi import MultiVIProgram, ProgramConfig
 from pyro_multivi.data.marginals import Marginals
+from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.terms import measure
 
 CHOICES = [
@@ -340,3 +342,18 @@ def test_a_program_starts_at_the_marginals(make_program, make_cells, dispersion)
     torch.testing.assert_close(0.5 * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
     torch.testing.assert_close(program.library_log_mean, marginals.library_log_mean)
     torch.testing.assert_close(program.library_log_var, marginals.library_log_var)
+
+
+# ---------------------------------------------------------------------- what the encoders read
+
+
+def test_the_encoder_reads_expression_at_one_depth(make_program, make_cells):
+    """Twice the counts are the same expression, sparse or dense, and an empty cell is no division by zero."""
+    program, cells = make_program(), make_cells()
+    x = cells.x.to_dense()
+    x[1] = 0
+    read = program.rna_input(x)
+    assert torch.equal(program.rna_input(SparseCounts.from_dense(x)).to_dense(), read)
+    torch.testing.assert_close(program.rna_input(2 * x), read)
+    assert not read[1].any()
+    np.testing.assert_allclose(read[0].expm1().sum(), program.rna_log_depth.exp(), rtol=1e-5)

@@ -137,7 +137,7 @@ def test_another_elbo_may_be_given(build):
 def test_history_holds_every_term_of_every_epoch(build):
     model = train(build(), 3)
     names = {"elbo", "reconstruction_loss", "reconstruction_expression", "reconstruction_accessibility",
-             "kl_local", "kl_z", "kl_l", "kl_d", "alignment"}  # fmt: skip
+             "kl_local", "kl_z", "kl_l", "kl_d", "alignment", "mixing"}  # fmt: skip
     expected = {f"{name}_{split}" for name in names for split in ("train", "validation")}
     assert set(model.history) == expected | {"train_loss", "kl_weight", "seconds"}
     for name, frame in model.history.items():
@@ -154,8 +154,9 @@ def test_losses_are_per_cell_and_reconstructions_per_measured_cell(build):
     total = row["reconstruction_expression_train"] * has_rna + row["reconstruction_accessibility_train"] * has_atac
     assert row["reconstruction_loss_train"] == pytest.approx(total, rel=1e-5)
     assert row["elbo_train"] == pytest.approx(row["reconstruction_loss_train"] + row["kl_local_train"], rel=1e-6)
-    # In one minibatch without annealing the loss is these terms and the alignment.
-    assert row["train_loss"] == pytest.approx(row["elbo_train"] + row["alignment_train"], rel=1e-5)
+    # In one minibatch without annealing the loss is these terms and those of training.
+    of_training = row["alignment_train"] + row["mixing_train"]
+    assert row["train_loss"] == pytest.approx(row["elbo_train"] + of_training, rel=1e-5)
     errors = model.get_reconstruction_error()
     # Dropout and the draw of z differ between training and evaluation.
     assert errors["reconstruction_loss_expression"] == pytest.approx(row["reconstruction_expression_train"], rel=0.1)
@@ -176,7 +177,8 @@ def test_annealing_is_in_the_loss_and_not_in_the_elbo(build):
     found = curves(model)
     np.testing.assert_allclose(found["kl_weight"], [0, 0.25, 0.5, 0.75])
     annealed = found["reconstruction_loss_train"] + found["kl_weight"] * found["kl_local_train"]
-    np.testing.assert_allclose(found["train_loss"], annealed + found["alignment_train"], rtol=1e-5)
+    of_training = found["alignment_train"] + found["mixing_train"]
+    np.testing.assert_allclose(found["train_loss"], annealed + of_training, rtol=1e-5)
     np.testing.assert_allclose(found["elbo_train"], found["reconstruction_loss_train"] + found["kl_local_train"])
     by_steps = train(build(), 3, n_steps_kl_warmup=8, batch_size=16)  # 4 minibatches of 54 cells
     np.testing.assert_allclose(curves(by_steps)["kl_weight"], [3 / 8, 7 / 8, 1])

@@ -72,3 +72,20 @@ def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
     nothing = (weights.sum(-1, keepdim=True) == 0).expand_as(variance)
     variance = torch.where(nothing, torch.ones_like(variance), variance)
     return loc, variance.sqrt()
+
+
+def kinds(experts: list[Expert]) -> Tensor:
+    """Which of the modalities were measured in each cell, one-hot over the ways to measure any, (B, 2^E - 1).
+
+    Examples
+    --------
+    >>> flags = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    >>> kinds([Expert(torch.zeros(4, 1), torch.ones(4, 1), measured) for measured in flags])
+    tensor([[0, 0, 1],
+            [1, 0, 0],
+            [0, 1, 0],
+            [0, 0, 0]])
+    """
+    code = sum(2**place * expert.measured.long() for place, expert in enumerate(experts))
+    assert isinstance(code, Tensor)
+    return torch.nn.functional.one_hot(code, 2 ** len(experts))[:, 1:]

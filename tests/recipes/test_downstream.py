@@ -17,6 +17,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 import pyro_multivi as pm
 from pyro_multivi.posterior.draws import draw
 from pyro_multivi.posterior.evidence import elbo_parts
+from pyro_multivi.terms import TRAINING_SITES
 from pyro_multivi.training.contract import check_contract
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +141,7 @@ def test_an_elbo_without_differentiable_loss_is_refused(fitted):
 
 def test_handlers_compose_with_an_extended_program(recipes, randomised, stained):
     program = randomised(recipes.Protein)
-    hidden = poutine.block(program.guide, hide=["l", "alignment"])
+    hidden = poutine.block(program.guide, hide=["l", *TRAINING_SITES])
     known = pyro.condition(program.model, {"l": torch.full((12,), 9.0, dtype=torch.float64)})
 
     def loss(model):
