@@ -124,12 +124,12 @@ class Oracle:
 
     @staticmethod
     def contrast(loc_x, loc_y, paired):
-        """Twice the mean surprisal at finding a cell's other expert among those of the paired cells."""
+        """Three times the mean surprisal at finding a cell's other expert among those of the paired cells."""
         surprisal = np.zeros(len(paired))
-        score = -9 * ((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
+        score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
         both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
         surprisal[paired] = both_ways / 2 - np.diag(score)
-        return 2 * surprisal
+        return 3.0 * surprisal
 
     def log_x(self, z, l):
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z

@@ -13,10 +13,7 @@ from pyro_multivi.networks.experts import Expert
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 #: Weight of :func:`contrast` beside :func:`jeffreys` in the penalty ``"contrastive"``.
-CONTRAST_WEIGHT = 2.0
-#: Distance at which :func:`contrast` tells cells apart, in standard deviations of the prior of z. With 1 it spreads
-#: them so far along directions that mean nothing to the decoders that cell types suffer.
-RESOLUTION = 1 / 3
+CONTRAST_WEIGHT = 3.0
 
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
@@ -93,12 +90,12 @@ def _bandwidth(squared_nn: Tensor) -> Tensor:
 def contrast(a: Expert, b: Expert) -> Tensor:
     r"""How badly the experts of a cell find each other among those of the other paired cells, in nats, (B,).
 
-    .. math:: -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2/h^2}}{\sum_m e^{-\|a_n - b_m\|^2/h^2}}
-              -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2/h^2}}{\sum_m e^{-\|a_m - b_n\|^2/h^2}}
+    .. math:: -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_n - b_m\|^2}}
+              -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_m - b_n\|^2}}
 
-    over the means, h being :data:`RESOLUTION`, m running over the paired cells of the minibatch: InfoNCE (van den
-    Oord et al. 2018), both ways. A divergence alone is also small when no expert says anything; this is not. Rows
-    that are not paired hold a number without meaning.
+    over the means, m running over the paired cells of the minibatch: InfoNCE (van den Oord et al. 2018),
+    both ways. A divergence alone is also small when no expert says anything; this is not. Rows that are
+    not paired hold a number without meaning.
 
     Examples
     --------
@@ -108,7 +105,7 @@ def contrast(a: Expert, b: Expert) -> Tensor:
     >>> contrast(apart, apart), contrast(silent, silent)
     (tensor([-0., -0.]), tensor([0.6931, 0.6931]))
     """
-    score_nn = -((a.loc[:, None] - b.loc[None]) / RESOLUTION).square().sum(-1)
+    score_nn = -(a.loc[:, None] - b.loc[None]).square().sum(-1)
     # Others that are not paired are left out; the cell itself stays, so that no row is empty.
     paired = a.measured & b.measured
     own = torch.eye(len(paired), dtype=torch.bool, device=paired.device)
