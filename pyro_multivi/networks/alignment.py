@@ -41,7 +41,7 @@ def mmd(a: Expert, b: Expert) -> Tensor:
 
 
 def kinds_apart(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
-    r"""How far kinds of cells lie apart: the sum of :func:`mmd` squared over pairs of kinds, a scalar.
+    r"""How far kinds of cells lie apart: the squared maximum mean discrepancy, summed over pairs of kinds, a scalar.
 
     .. math:: \sum_{b < c} \left(k_{bb} + k_{cc} - 2 k_{bc}\right)
 

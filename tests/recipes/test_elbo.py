@@ -72,12 +72,15 @@ def test_a_prior_without_closed_form_enters_at_the_draw(recipes, randomised, sta
 
 def test_vamp_prior_is_the_mixture_of_what_the_guide_says_of_pseudo_cells(recipes, randomised, stained):
     program = randomised(recipes.VampPrior)
+    # Counts of a cell of typical depth: the encoder reads them as they are.
+    counts = torch.rand(4, 7, dtype=torch.float64)
+    counts *= program.rna_log_depth.exp() / counts.sum(1, keepdim=True)
     with torch.no_grad():
-        program.pseudo_x.copy_(torch.rand(4, 7))
+        program.pseudo_x.copy_(counts.log1p())
         program.pseudo_y.copy_((torch.rand(4, 9) < 0.5).double())
     yes = torch.ones(4, dtype=torch.bool)
     pseudo = stained.replace(
-        index=torch.arange(4), x=program.pseudo_x.detach().expm1(), y=program.pseudo_y.detach(), has_rna=yes,
+        index=torch.arange(4), x=counts, y=program.pseudo_y.detach(), has_rna=yes,
         has_atac=yes, design=torch.zeros(4, 3, dtype=torch.float64), label=yes.long(), further={},
     )  # fmt: skip
     q = poutine.trace(program.guide).get_trace(pseudo).nodes["z"]["fn"]
