@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 #: Default ``mixing_weight`` beside the penalty "contrastive".
-MIXING_WEIGHT = 2.0
+MIXING_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ProgramConfig:
     mixing_weight
         Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
         the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. Weak enough
-        that the counts decide where cells of one kind have no match among the others. 0: no penalty. Default: 2
+        that the counts decide where cells of one kind have no match among the others. 0: no penalty. Default: 3
         with ``modality_penalty="contrastive"``, 0 with any other, which then is all there is.
     region_factors
         Whether regions have a factor r_j; without, it is 1.
