@@ -58,8 +58,8 @@ class ProgramConfig:
         :mod:`pyro_multivi.networks.alignment`.
     mixing_weight
         Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
-        the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. Weak enough
-        that the counts decide where cells of one kind have no match among the others. 0: no penalty. Default: 3
+        the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. It takes
+        kinds of cells for samples of one population: where they hold other types of cells, say 0. Default: 3
         with ``modality_penalty="contrastive"``, 0 with any other, which then is all there is.
     region_factors
         Whether regions have a factor r_j; without, it is 1.

@@ -221,8 +221,8 @@ def test_mixing_is_weighed_as_asked_for_and_part_of_the_default_only():
 
 
 @pytest.mark.slow
-def test_kinds_that_hold_other_cell_types_are_not_forced_together():
-    """RNA-only cells of two types, ATAC-only cells of the other two: mixing must not cost what the counts say."""
+def test_counts_outweigh_the_mixing_of_kinds_that_hold_other_cell_types():
+    """RNA-only cells of two types, ATAC-only cells of the other two: mixing blurs them a little, and 0 does not."""
     adata = pm.simulate_multiome(
         (200, 500, 500), n_genes=500, n_regions=1500, n_types=4, mean_library=500, mean_accessibility=0.1, seed=0
     )
@@ -236,8 +236,8 @@ def test_kinds_that_hold_other_cell_types_are_not_forced_together():
         model.train(max_epochs=60, progress_bar=False)
         near = KDTree(model.get_latent_representation()).query(model.get_latent_representation(), 31)[1][:, 1:]
         purity[weight] = (of_type[near] == of_type[:, None]).mean()
-    assert purity[0.0] > 0.9
-    assert purity[None] > purity[0.0] - 0.03
+    assert purity[0.0] > 0.96
+    assert 0.9 < purity[None] < purity[0.0]
 
 
 # ---------------------------------------------------------------------- the term of training
