@@ -74,7 +74,7 @@ class TrainableModel:
         early_stopping: bool = True,
         check_val_every_n_epoch: int = 1,
         n_steps_kl_warmup: int | None = None,
-        n_epochs_kl_warmup: int | None = 15,
+        n_epochs_kl_warmup: int | None = 1,
         early_stopping_monitor: str = "elbo_validation",
         early_stopping_patience: int = 30,
         early_stopping_min_delta: float = 0.0,
@@ -85,6 +85,7 @@ class TrainableModel:
         elbo: ELBO | None = None,
         precision: str = "fp32",
         effect_sd: float | None = 1.0,
+        average_steps: int | None = 100,
         adversarial_mixing: bool | None = None,
         adversarial_target: str = "modality",
         adversarial_weight: float = 1.0,
@@ -112,13 +113,15 @@ class TrainableModel:
         check_val_every_n_epoch
             How often the validation cells are scored; the last epoch always is.
         n_epochs_kl_warmup, n_steps_kl_warmup
-            Length of the linear KL warm-up; steps take precedence.
+            Length of the linear KL warm-up; steps take precedence. By default the first epoch goes without KL
+            terms and the others have them whole.
         gradient_clip
             Largest gradient norm; None does not clip.
         seed
             Of the split, the order of cells and the noise: same seed, same curve.
         callbacks
-            Functions ``(epoch, row, program)``, called after each epoch; True stops training.
+            Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
+            would have if training ended; True stops training.
         progress_bar
             Show a bar.
         elbo
@@ -131,6 +134,11 @@ class TrainableModel:
             Normal prior of the loadings, the weights of the decoders' last layers, to whose posterior mode
             the model is fitted. It keeps features of which the data say little near their mean over all
             cells, and matters less the more cells there are. None: no prior.
+        average_steps
+            The model has the average of the weights after so many of the latest steps (of the last tenth of them
+            while that is less), which fits and holds still better than the latest weights; validation cells are
+            scored with it. From the 100th step on it takes the memory of one more copy of the weights. None: the
+            latest weights.
         adversarial_mixing
             True: a classifier tries to tell the origin of a cell from its latent state, and the model is
             penalised for what it can tell. None is False. The classifier belongs to this call: it is not
@@ -160,6 +168,7 @@ class TrainableModel:
             ("batch_size", batch_size, 1),
             ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
             ("early_stopping_patience", early_stopping_patience, 1),
+            ("average_steps", 1 if average_steps is None else average_steps, 1),
             ("n_epochs_kl_warmup", n_epochs_kl_warmup or 0, 0),
             ("n_steps_kl_warmup", n_steps_kl_warmup or 0, 0),
         ):
@@ -194,6 +203,7 @@ class TrainableModel:
             early_stopping=stopping,
             check_val_every_n_epoch=check_val_every_n_epoch,
             gradient_clip=gradient_clip,
+            average_steps=average_steps,
             seed=seed,
             callbacks=tuple(callbacks),
             progress_bar=progress_bar,

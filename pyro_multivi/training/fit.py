@@ -21,6 +21,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import Terms, measure
 from pyro_multivi.training.adversary import Adversary, AdversaryOptions
+from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
 from pyro_multivi.training.diagnose import TrainingDiverged, diagnose
 from pyro_multivi.training.early import EarlySteps
@@ -34,7 +35,8 @@ logger = logging.getLogger("pyro_multivi")
 
 __all__ = ["FitOptions", "TrainingDiverged", "fit"]
 
-#: Called after each epoch with its number, its row of the history and the program; True stops training.
+#: Called after each epoch with its number, its row of the history and the program, which has the weights that it would
+#: have if training ended now; True stops training.
 Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
 
 # The noise of the validation pass: the same each epoch, so that epochs can be compared.
@@ -59,6 +61,9 @@ class FitOptions:
         How often the validation cells are scored; the last epoch always is.
     gradient_clip
         Largest norm of the gradient; None does not clip.
+    average_steps
+        The program's weights are the average over at most so many of the latest steps, see
+        :class:`~pyro_multivi.training.averaging.RunningAverage`; None: the latest ones.
     seed
         Of the noise. Same seed, same device, same torch: same curve.
     callbacks
@@ -79,11 +84,12 @@ class FitOptions:
     weight_decay: float = 1e-3
     effect_sd: float | None = 1.0
     eps: float = 1e-8
-    n_epochs_kl_warmup: int | None = 50
+    n_epochs_kl_warmup: int | None = 1
     n_steps_kl_warmup: int | None = None
     early_stopping: EarlyStopping | None = None
     check_val_every_n_epoch: int = 1
     gradient_clip: float | None = None
+    average_steps: int | None = 100
     seed: int = 0
     callbacks: tuple[Callback, ...] = field(default=())
     progress_bar: bool = True
@@ -146,6 +152,7 @@ def fit(
     stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
     # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
     best = None if validation is None else _Snapshot(program)
+    average = RunningAverage(program, options.average_steps)
     if first and validation is not None:
         # Going on must not end worse than it began: the weights of now are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
@@ -197,32 +204,34 @@ def fit(
                     terms += objective.last_terms(cells)
                     sizes.append(len(cells))
                     step += 1
+                    average.update(step)
                 losses = zip(watch.end(), sizes, strict=True)
                 row = {"train_loss": sum(v * n for v, n in losses) / sum(sizes), "kl_weight": weight}
                 row.update(_named(terms, "train"))
                 if adversary is not None:
                     row.update(adversary.pop_record())
                 is_due = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == first + options.max_epochs
-                if validation is not None and is_due:
-                    row.update(_named(evaluate(program, validation), "validation"))
-                    if stopping.monitor not in row:
-                        raise ValueError(
-                            f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
-                            f"{', '.join(row)}."
-                        )
-                row["seconds"] = time.perf_counter() - started
-                history.add(row)
-                bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
-                scored = validation is not None and stopping.monitor in row
-                is_better = scored and stopping.update(row[stopping.monitor])
-                # Until there is a score, the latest weights are the best known.
-                if best is not None and (is_better or stopping.best == math.inf):
-                    best.take(program)
-                if _any_stops(options.callbacks, epoch, row, program):
-                    break
-                if stopping.exhausted:
-                    logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
-                    break
+                with average.in_place():
+                    if validation is not None and is_due:
+                        row.update(_named(evaluate(program, validation), "validation"))
+                        if stopping.monitor not in row:
+                            raise ValueError(
+                                f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
+                                f"{', '.join(row)}."
+                            )
+                    row["seconds"] = time.perf_counter() - started
+                    history.add(row)
+                    bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
+                    scored = validation is not None and stopping.monitor in row
+                    is_better = scored and stopping.update(row[stopping.monitor])
+                    # Until there is a score, the latest weights are the best known.
+                    if best is not None and (is_better or stopping.best == math.inf):
+                        best.take(program)
+                    if _any_stops(options.callbacks, epoch, row, program):
+                        break
+                    if stopping.exhausted:
+                        logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
+                        break
         except KeyboardInterrupt:
             interrupted = True
             logger.warning("interrupted in epoch %d; the model is usable", history.n_epochs + 1)
@@ -235,6 +244,8 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             if best is not None and (history.n_epochs > first or not interrupted):
                 best.restore(program)
+            else:
+                average.settle()
             program.use_precision("fp32")
             program.eval()
     return history, state

@@ -25,7 +25,7 @@ N_GENES, N_REGIONS = 40, 70
 def _trained(adata: AnnData, epochs: int, **choices: Any) -> MULTIVI:
     MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = MULTIVI(adata, **choices)
-    model.train(max_epochs=epochs, batch_size=32, lr=1e-2, n_epochs_kl_warmup=5, progress_bar=False)
+    model.train(max_epochs=epochs, batch_size=32, lr=1e-2, progress_bar=False)
     return model
 
 
