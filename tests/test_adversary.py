@@ -61,7 +61,7 @@ def test_training_with_it_mixes_batches():
     for mixing in (False, True):
         model = pm.MULTIVI(adata, program_class=BlindDecoders, **SMALL)
         model.train(
-            max_epochs=25, lr=5e-3, batch_size=16, n_epochs_kl_warmup=10, train_size=1.0, progress_bar=False,
+            max_epochs=80, lr=1e-2, batch_size=16, train_size=1.0, progress_bar=False,
             adversarial_mixing=mixing, adversarial_target="batch", adversarial_weight=200.0,
         )  # fmt: skip
         found[mixing] = told_apart(model.get_latent_representation(give_mean=False), of_first)
