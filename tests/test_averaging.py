@@ -9,7 +9,9 @@ from anndata import AnnData
 from torch import nn
 
 import pyro_multivi as pm
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.training.averaging import RunningAverage
+from pyro_multivi.training.fit import evaluate
 
 
 def walk(n_steps: int) -> np.ndarray:
@@ -48,8 +50,8 @@ def test_the_average_by_a_formula_written_as_a_sum(steps):
 def test_it_lies_closer_to_where_noise_is_around_than_the_latest_weights():
     noise = np.random.default_rng(1).standard_normal((40, 2000))
     errors = np.array([averaged(values, 100) for values in noise])
-    # An exponential average of N values has a variance of about 1 / (2 N - 1) of one of them.
-    assert 0.03 < errors.std() < 0.35
+    # Every tenth value enters with a weight of 1/10: a variance of (1/10) / (2 - 1/10) of that of one value.
+    assert errors.std() == pytest.approx((1 / 19) ** 0.5, rel=0.3)
     assert noise[:, -1].std() > 0.8
 
 
@@ -137,6 +139,8 @@ def test_callbacks_see_the_weights_that_training_would_end_with(build):
 def test_the_weights_kept_are_those_that_scored_best(build):
     model = build(train_size=0.8)
     scores = model.history["elbo_validation"]["elbo_validation"]
+    held_out = Minibatches(model._training_table(), model._split.validation, batch_size=8)
+    assert evaluate(model.program, held_out).per_cell()["elbo"] == scores.min()
     # Going on scores the weights of now first, so the next best can only be as good or better.
     kept = {name: value.clone() for name, value in model.program.state_dict().items()}
     model.train(1, batch_size=8, lr=0.5, progress_bar=False)

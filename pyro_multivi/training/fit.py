@@ -224,7 +224,7 @@ def fit(
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
                     scored = validation is not None and stopping.monitor in row
                     is_better = scored and stopping.update(row[stopping.monitor])
-                    # Until there is a score, the latest weights are the best known.
+                    # Until there is a score, the weights of now are the best known.
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
                     if _any_stops(options.callbacks, epoch, row, program):
