@@ -25,6 +25,7 @@ from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.own_program import find_program, import_path
+from pyro_multivi.posterior.choosing_temper import choose_tempers
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit
 from pyro_multivi.training.fit import Callback
@@ -92,6 +93,9 @@ class TrainableModel:
         adversarial_schedule: str = "warmup",
     ) -> None:
         """Fit the model; call again to go on.
+
+        At the end, held-out cells of both modalities tell how far one of them is trusted about the other: see
+        *What is imputed* in the documents, and :mod:`pyro_multivi.posterior.tempering`.
 
         Parameters
         ----------
@@ -219,6 +223,8 @@ class TrainableModel:
                 self.program, train, validation, options, self._history, self._optimizer_state
             )
             self.is_trained = True
+            if validation is not None:
+                choose_tempers(self.program, validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 

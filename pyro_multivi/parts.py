@@ -33,6 +33,9 @@ class ProgramParts(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    rna_temper, atac_temper
+        How far what was measured of a cell counts where expression (accessibility) is decoded that was
+        not, scalars in (0, 1]: see :mod:`pyro_multivi.posterior.tempering`. The model itself reads neither.
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
@@ -43,6 +46,8 @@ class ProgramParts(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
+    rna_temper: Tensor
+    atac_temper: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
@@ -108,6 +113,14 @@ class ProgramParts(nn.Module):
         self.register_buffer("atac_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
+        self.register_buffer("rna_temper", torch.tensor(1.0))
+        self.register_buffer("atac_temper", torch.tensor(1.0))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A model saved before these were chosen trusts its evidence whole.
+        for name in ("rna_temper", "atac_temper"):
+            state_dict.setdefault(prefix + name, torch.tensor(1.0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def use_precision(self, precision: str) -> None:
         """Multiply the decoders' last layers out in ``"fp32"`` or ``"bf16"``.

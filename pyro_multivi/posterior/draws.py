@@ -7,7 +7,7 @@ a feature that is not asked for, and nothing of size cells x features x draws is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.noise import CellNoise
+from pyro_multivi.posterior.tempering import normal_in, tempered
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
@@ -121,6 +122,13 @@ class Latents:
     trace: Trace
     n_samples: int
 
+    def at(self, site: str, value: Tensor) -> Latents:
+        """The same latents but for the value of one site."""
+        trace = self.trace.copy()
+        nodes: Any = trace.nodes
+        nodes[site] = {**nodes[site], "value": value}
+        return Latents(trace, self.n_samples)
+
 
 def draw_latents(
     program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0
@@ -144,26 +152,56 @@ def replay(
 ) -> dict[str, Tensor]:
     """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluating``."""
     forced: dict[str, Any] = dict(intervene or {})
-
-    def trace(model: Any) -> dict[str, Any]:
-        return dict(model_trace(poutine.do(model, forced) if forced else model, cells, latents).nodes)
-
-    nodes = trace(program.model)
-    known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
-    for name in (*sites, *forced):
-        if name not in known:
-            raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
-    if any(is_measured(nodes[name]) for name in sites):
-        # Nothing wide was evaluated so far: the second trace is what costs.
-        torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
-        nodes = trace(poutine.uncondition(program.model))
     values = {}
-    for name in sites:
-        fn = nodes[name]["fn"]
-        # A trace holds the factual value of a site that was intervened on.
-        value = forced.get(name, nodes[name]["value"])
-        values[name] = value.detach().expand(fn.batch_shape + value.shape[value.dim() - fn.event_dim :])
-    return values
+    for names, trusted in by_trust(program, cells, latents, sites):
+
+        def trace(model: Any, trusted: Latents = trusted) -> dict[str, Any]:
+            return dict(model_trace(poutine.do(model, forced) if forced else model, cells, trusted).nodes)
+
+        nodes = trace(program.model)
+        known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
+        for name in (*names, *forced):
+            if name not in known:
+                raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
+        if any(is_measured(nodes[name]) for name in names):
+            # Nothing wide was evaluated so far: the second trace is what costs.
+            torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
+            nodes = trace(poutine.uncondition(program.model))
+        for name in names:
+            fn = nodes[name]["fn"]
+            # A trace holds the factual value of a site that was intervened on.
+            value = forced.get(name, nodes[name]["value"])
+            values[name] = value.detach().expand(fn.batch_shape + value.shape[value.dim() - fn.event_dim :])
+    return {name: values[name] for name in sites}
+
+
+def by_trust(
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Iterable[str]
+) -> list[tuple[list[str], Latents]]:
+    """Sites that are decoded from the same latents, and these. For use within ``evaluating``.
+
+    Where a cell lacks the modality that a site belongs to, z is tempered, by :func:`tempered` with
+    ``program.rna_temper`` or ``atac_temper``. Without such cells, at a weight of 1, and where posterior or prior is
+    no Normal, all sites have the latents that the guide drew.
+    """
+    plain: list[str] = []
+    found = [(plain, latents)]
+    for names, has, weight in (
+        (("rho", "x"), cells.has_rna, float(program.rna_temper)),
+        (("p", "y"), cells.has_atac, float(program.atac_temper)),
+    ):
+        wanted = [name for name in sites if name in names]
+        if not wanted:
+            continue
+        node: Any = latents.trace.nodes["z"]
+        posterior, prior = normal_in(node["fn"]), normal_in(program.z_prior(cells.design))
+        if weight == 1 or bool(has.all()) or posterior is None or prior is None:
+            plain.extend(wanted)
+            continue
+        z = node["value"]
+        found.append((wanted, latents.at("z", torch.where(has[:, None], z, tempered(z, posterior, prior, weight)))))
+    plain.extend(name for name in sites if name not in ("rho", "x", "p", "y"))
+    return found if plain else found[1:]
 
 
 def is_measured(site: Any) -> bool:

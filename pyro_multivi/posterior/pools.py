@@ -16,7 +16,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
-from pyro_multivi.posterior.draws import cells_at_a_time, feature_blocks, model_trace
+from pyro_multivi.posterior.draws import by_trust, cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.evidence import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.posterior.normalization import BLOCK, Average, Decoded, decode
 from pyro_multivi.program import MultiVIProgram
@@ -260,7 +260,8 @@ def _cell_factors(decoded: Decoded) -> Array:
 
 def _gate_logits(program: MultiVIProgram, cells: Cells, decoded: Decoded) -> Tensor | None:
     """Logits of dropping a count, (S, B, G); None if the observation model has no such gate."""
-    nodes: dict[str, Any] = dict(model_trace(program.model, cells, decoded.latents).nodes)
+    [(_, trusted)] = by_trust(program, cells, decoded.latents, ["x"])
+    nodes: dict[str, Any] = dict(model_trace(program.model, cells, trusted).nodes)
     fn = nodes["x"]["fn"]
     gate: Tensor | None = getattr(getattr(fn, "base_dist", fn), "gate_logits", None)
     if gate is None:

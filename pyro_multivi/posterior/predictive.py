@@ -19,7 +19,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.evaluating import evaluating
-from pyro_multivi.posterior.draws import Latents, draw_latents, model_trace
+from pyro_multivi.posterior.draws import Latents, by_trust, draw_latents, model_trace
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 
@@ -123,27 +123,67 @@ def replicate(
     slice, dict
         Which of the draws, and their counts by site.
     """
-    width = max(program.config.n_genes, program.config.n_regions)
-    size = max(1, _BLOCK // max(1, len(cells) * width))
     seen = cells if hidden is None else hide(cells, hidden)
-    for first in range(0, n_samples, size):
-        draws = slice(first, min(first + size, n_samples))
+    for draws in _draws_at_a_time(program, cells, n_samples):
         with evaluating(program):
             n = draws.stop - draws.start
-            latents = draw_latents(program, seen, n, seed, first)
-            if hidden is not None and hidden_depth == "observed":
-                whole = draw_latents(program, cells, n, seed, first)
-                latents = _with_site(latents, whole, _DEPTH_SITE[hidden])
-            torch.manual_seed(CellNoise(cells.index, seed, first).torch_seed("replicates"))
-            nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, latents).nodes)
-            found = {}
-            for site in observed_sites(program):
-                fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
-                # A likelihood of counts may say more of a region than open or closed: that much is compared.
-                value, expected = (value, _mean) if site == "x" else (_opened(value), program.open_probability)
-                found[site] = Replicate(value.expand(n, len(cells), value.shape[-1]), fn, expected)
+            latents = _latents(program, cells, draws, seed, hidden, hidden_depth)
+            drawn = {}
+            for sites, trusted in by_trust(program, seen, latents, observed_sites(program)):
+                torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
+                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, trusted).nodes)
+                for site in sites:
+                    fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
+                    # A likelihood of counts may say more of a region than open or closed: that much is compared.
+                    value = value if site == "x" else _opened(value)
+                    shape = (n, len(cells), value.shape[-1])
+                    drawn[site] = Replicate(value.expand(shape), fn, expected_by(program, site))
         # Outside, so that no state of torch is held while the caller is at work.
-        yield draws, found
+        yield draws, {site: drawn[site] for site in observed_sites(program)}
+
+
+def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples: int, seed: int = 0) -> Tensor:
+    """What is expected of a hidden site, (B, F): counts, or probabilities to be open, averaged over draws.
+
+    The depth is known from the hidden counts, as :func:`replicate` has it by default.
+    """
+    seen = hide(cells, site)
+    total: Tensor | None = None
+    for draws in _draws_at_a_time(program, cells, n_samples):
+        with evaluating(program):
+            latents = _latents(program, cells, draws, seed, site, "observed")
+            [(_, trusted)] = by_trust(program, seen, latents, [site])
+            fn: Any = model_trace(program.model, seen, trusted).nodes[site]["fn"]
+            part = expected_by(program, site)(fn).sum(0)
+            total = part if total is None else total + part
+    assert total is not None
+    return total / n_samples
+
+
+def _draws_at_a_time(program: MultiVIProgram, cells: Cells, n_samples: int) -> Iterator[slice]:
+    width = max(program.config.n_genes, program.config.n_regions)
+    size = max(1, _BLOCK // max(1, len(cells) * width))
+    for first in range(0, n_samples, size):
+        yield slice(first, min(first + size, n_samples))
+
+
+def _latents(
+    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: str | None, hidden_depth: str
+) -> Latents:
+    n = draws.stop - draws.start
+    if hidden is None:
+        return draw_latents(program, cells, n, seed, draws.start)
+    latents = draw_latents(program, hide(cells, hidden), n, seed, draws.start)
+    depth = _DEPTH_SITE[hidden]
+    if hidden_depth == "prior" or depth not in latents.trace.nodes:
+        return latents
+    known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[depth]
+    return latents.at(depth, known["value"])
+
+
+def expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
+    """What a distribution at a site of counts expects of them: counts, or the probability of a region to be open."""
+    return _mean if site == "x" else program.open_probability
 
 
 def sample_replicates(
@@ -233,12 +273,3 @@ def _mean(fn: Any) -> Tensor:
 
 def _dense(counts: Tensor) -> Tensor:
     return counts.to_dense() if isinstance(counts, SparseCounts) else counts
-
-
-def _with_site(latents: Latents, other: Latents, site: str) -> Latents:
-    """The same latents but for one site."""
-    trace = latents.trace.copy()
-    nodes: Any = trace.nodes
-    if site in nodes:
-        nodes[site] = {**nodes[site], "value": other.trace.nodes[site]["value"]}
-    return Latents(trace, latents.n_samples)
