@@ -94,8 +94,9 @@ class TrainableModel:
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end, held-out cells of both modalities tell how far one of them is trusted about the other: see
-        *What is imputed* in the documents, and :mod:`pyro_multivi.posterior.tempering`.
+        At the end, held-out cells of both modalities (ten at least) tell how far one of them is trusted about the
+        other wherever something is imputed: ``program.rna_temper`` and ``atac_temper``, 1 for whole trust. See
+        :mod:`pyro_multivi.posterior.tempering`.
 
         Parameters
         ----------

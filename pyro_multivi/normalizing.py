@@ -40,8 +40,8 @@ class NormalizingModel(InferringModel):
     ) -> Any:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not. With a zero-inflated likelihood it
-        is the expression before dropout.
+        Denoised where RNA was measured, imputed where it was not; :meth:`train` finds how far other evidence is
+        trusted there. With a zero-inflated likelihood it is the expression before dropout.
 
         Parameters
         ----------
@@ -144,8 +144,8 @@ class NormalizingModel(InferringModel):
     ) -> Any:
         r"""Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`.
 
-        Denoised where ATAC was measured, imputed where it was not. Also available as
-        ``get_normalized_accessibility``.
+        Denoised where ATAC was measured, imputed where it was not; :meth:`train` finds how far other evidence is
+        trusted there. Also available as ``get_normalized_accessibility``.
 
         Parameters
         ----------

@@ -75,6 +75,8 @@ def draw(
     sites
         Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
         extension, or ``"x"`` and ``"y"`` (and other observed sites) for predicted counts, measured or not.
+        Expression of cells without RNA and accessibility of cells without ATAC are those of a z that
+        :func:`by_trust` tempers; ``"z"`` itself is the guide's.
     n_samples
         Number of draws S.
     intervene
