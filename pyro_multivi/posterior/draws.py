@@ -24,7 +24,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.noise import CellNoise
-from pyro_multivi.posterior.tempering import normal_in, tempered
+from pyro_multivi.posterior.tempering import normal_in, temper
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
@@ -151,30 +151,39 @@ def replay(
     sites: Sequence[str],
     intervene: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    *,
+    tempered: bool = True,
 ) -> dict[str, Tensor]:
-    """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluating``."""
-    forced: dict[str, Any] = dict(intervene or {})
-    values = {}
-    for names, trusted in by_trust(program, cells, latents, sites):
-
-        def trace(model: Any, trusted: Latents = trusted) -> dict[str, Any]:
-            return dict(model_trace(poutine.do(model, forced) if forced else model, cells, trusted).nodes)
-
-        nodes = trace(program.model)
-        known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
-        for name in (*names, *forced):
-            if name not in known:
-                raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
-        if any(is_measured(nodes[name]) for name in names):
-            # Nothing wide was evaluated so far: the second trace is what costs.
-            torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
-            nodes = trace(poutine.uncondition(program.model))
-        for name in names:
-            fn = nodes[name]["fn"]
-            # A trace holds the factual value of a site that was intervened on.
-            value = forced.get(name, nodes[name]["value"])
-            values[name] = value.detach().expand(fn.batch_shape + value.shape[value.dim() - fn.event_dim :])
+    """Values of sites of the model at given latents, tempered or not, (S, B, ...). For use within ``evaluating``."""
+    parts = by_trust(program, cells, latents, sites) if tempered else [(list(sites), latents)]
+    values: dict[str, Tensor] = {}
+    for names, trusted in parts:
+        values |= _values(program, cells, trusted, names, dict(intervene or {}), seed)
     return {name: values[name] for name in sites}
+
+
+def _values(
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Sequence[str], forced: dict[str, Any], seed: int
+) -> dict[str, Tensor]:
+    def trace(model: Any) -> dict[str, Any]:
+        return dict(model_trace(poutine.do(model, forced) if forced else model, cells, latents).nodes)
+
+    nodes = trace(program.model)
+    known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
+    for name in (*sites, *forced):
+        if name not in known:
+            raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
+    if any(is_measured(nodes[name]) for name in sites):
+        # Nothing wide was evaluated so far: the second trace is what costs.
+        torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
+        nodes = trace(poutine.uncondition(program.model))
+    values = {}
+    for name in sites:
+        fn = nodes[name]["fn"]
+        # A trace holds the factual value of a site that was intervened on.
+        value = forced.get(name, nodes[name]["value"])
+        values[name] = value.detach().expand(fn.batch_shape + value.shape[value.dim() - fn.event_dim :])
+    return values
 
 
 def by_trust(
@@ -182,9 +191,10 @@ def by_trust(
 ) -> list[tuple[list[str], Latents]]:
     """Sites that are decoded from the same latents, and these. For use within ``evaluating``.
 
-    Where a cell lacks the modality that a site belongs to, z is tempered, by :func:`tempered` with
-    ``program.rna_temper`` or ``atac_temper``. Without such cells, at a weight of 1, and where posterior or prior is
-    no Normal, all sites have the latents that the guide drew.
+    Where a cell lacks the modality that a site belongs to, z is tempered
+    (:mod:`~pyro_multivi.posterior.tempering`) by ``program.rna_temper`` or ``atac_temper``. Without
+    such cells, at a weight of 1, and where posterior or prior is no Normal, all sites have
+    the latents that the guide drew.
     """
     plain: list[str] = []
     found = [(plain, latents)]
@@ -201,7 +211,7 @@ def by_trust(
             plain.extend(wanted)
             continue
         z = node["value"]
-        found.append((wanted, latents.at("z", torch.where(has[:, None], z, tempered(z, posterior, prior, weight)))))
+        found.append((wanted, latents.at("z", torch.where(has[:, None], z, temper(z, posterior, prior, weight)))))
     plain.extend(name for name in sites if name not in ("rho", "x", "p", "y"))
     return found if plain else found[1:]
 

@@ -49,6 +49,9 @@ class Average:
         Return all draws instead of their average.
     seed
         Of the draws.
+    tempered
+        Decode what was not measured of a cell from a tempered posterior
+        (:mod:`~pyro_multivi.posterior.tempering`), which estimates that cell best.
     """
 
     n_samples: int = 1
@@ -57,6 +60,7 @@ class Average:
     level: float | None = None
     keep_draws: bool = False
     seed: int = 0
+    tempered: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,11 +110,11 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         latents = mean_latents(program, cells)
     else:
         latents = draw_latents(program, cells, average.n_samples, average.seed)
-    if average.batches is None:
-        return Decoded(latents, [replay(program, cells, latents, sites)])
-    designs = [_in_batch(cells.design, code, program.config.n_batch) for code in average.batches]
-    # The guide has spoken under the observed design: only the model is asked what would be elsewhere.
-    return Decoded(latents, [replay(program, cells, latents, sites, {"s": design}) for design in designs])
+    asked: list[dict[str, Tensor]] = [{}]
+    if average.batches is not None:
+        # The guide has spoken under the observed design: only the model is asked what would be elsewhere.
+        asked = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
+    return Decoded(latents, [replay(program, cells, latents, sites, s, tempered=average.tempered) for s in asked])
 
 
 def blocks(

@@ -16,7 +16,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
-from pyro_multivi.posterior.draws import by_trust, cells_at_a_time, feature_blocks, model_trace
+from pyro_multivi.posterior.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.evidence import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.posterior.normalization import BLOCK, Average, Decoded, decode
 from pyro_multivi.program import MultiVIProgram
@@ -177,7 +177,8 @@ class Source:
         at_once = cells_at_a_time(self.batch_size, n_draws)
         if by_weight:
             at_once = min(at_once, LIKELIHOOD_ROWS // _CANDIDATES)
-        average = Average(n_samples=n_draws, use_mean=False, batches=batches, seed=self.seed)
+        # In the mean of a group what is too sure of each cell averages out; what is drawn to the mean of all would not.
+        average = Average(n_samples=n_draws, use_mean=False, batches=batches, seed=self.seed, tempered=False)
         cells_drawn = np.unique(chosen)
         gathered, gates = _Rows(self.n_samples), _Rows(self.n_samples)
         factor_n, measured_n = np.full(self.n_samples, np.nan), np.zeros(self.n_samples, dtype=bool)
@@ -260,8 +261,7 @@ def _cell_factors(decoded: Decoded) -> Array:
 
 def _gate_logits(program: MultiVIProgram, cells: Cells, decoded: Decoded) -> Tensor | None:
     """Logits of dropping a count, (S, B, G); None if the observation model has no such gate."""
-    [(_, trusted)] = by_trust(program, cells, decoded.latents, ["x"])
-    nodes: dict[str, Any] = dict(model_trace(program.model, cells, trusted).nodes)
+    nodes: dict[str, Any] = dict(model_trace(program.model, cells, decoded.latents).nodes)
     fn = nodes["x"]["fn"]
     gate: Tensor | None = getattr(getattr(fn, "base_dist", fn), "gate_logits", None)
     if gate is None:

@@ -7,8 +7,10 @@ cell without ATAC, is decoded,
 
 .. math:: q_t(z) \propto q(z)^t\, p(z)^{1-t}
 
-stands for q: with t = 1 all is as the guide has it, with t = 0 nothing is known of the cell. t belongs to the
-program (``rna_temper``, ``atac_temper``) and is chosen by :mod:`pyro_multivi.posterior.choosing_temper`.
+stands for q: with t = 1 all is as the guide has it, with t = 0 nothing is known of the cell. Comparisons of groups
+leave q as it is: in the mean of many cells the errors of each average out, a pull towards the mean of all does
+not. t belongs to the program (``rna_temper``, ``atac_temper``) and is chosen by
+:mod:`pyro_multivi.posterior.choosing_temper`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def normal_in(fn: Any) -> torchdist.Normal | None:
     return fn if isinstance(fn, torchdist.Normal) else None
 
 
-def tempered(z: Tensor, posterior: torchdist.Normal, prior: torchdist.Normal, weight: float) -> Tensor:
+def temper(z: Tensor, posterior: torchdist.Normal, prior: torchdist.Normal, weight: float) -> Tensor:
     """Draws of a posterior, moved to where its ``weight``-th power times what is left of the prior has them.
 
     Parameters
@@ -43,7 +45,7 @@ def tempered(z: Tensor, posterior: torchdist.Normal, prior: torchdist.Normal, we
     --------
     >>> import torch
     >>> posterior, prior = torchdist.Normal(3.0, 0.5), torchdist.Normal(0.0, 1.0)
-    >>> [round(tempered(torch.tensor(3.0), posterior, prior, t).item(), 2) for t in (1.0, 0.25, 0.01)]
+    >>> [round(temper(torch.tensor(3.0), posterior, prior, t).item(), 2) for t in (1.0, 0.25, 0.01)]
     [3.0, 1.71, 0.12]
     """
     told, known = weight / posterior.scale.square(), (1 - weight) / prior.scale.square()

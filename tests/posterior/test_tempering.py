@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import scipy.sparse as sp
@@ -18,7 +19,7 @@ from pyro_multivi.posterior import choosing_temper
 from pyro_multivi.posterior.choosing_temper import GRID, choose_tempers, scores
 from pyro_multivi.posterior.draws import by_trust, draw, draw_latents
 from pyro_multivi.posterior.predictive import hide, replicate
-from pyro_multivi.posterior.tempering import normal_in, tempered
+from pyro_multivi.posterior.tempering import normal_in, temper
 
 LACKS_RNA, LACKS_ATAC = slice(8, 12), slice(5, 8)  # of make_cells' 5 paired, 3 RNA-only, 4 ATAC-only cells
 
@@ -33,7 +34,7 @@ def test_tempered_draws_have_the_moments_of_the_powers(weight):
     share /= share.sum()
     mean = (share * grid).sum()
     sd = np.sqrt((share * (grid - mean) ** 2).sum())
-    at_mean, above = (tempered(torch.tensor(1.7 + 0.4 * step), posterior, prior, weight) for step in (0.0, 1.0))
+    at_mean, above = (temper(torch.tensor(1.7 + 0.4 * step), posterior, prior, weight) for step in (0.0, 1.0))
     assert at_mean.item() == pytest.approx(mean, abs=1e-5)
     assert (above - at_mean).item() == pytest.approx(sd, rel=1e-5)
 
@@ -51,7 +52,7 @@ def test_only_what_was_not_measured_is_decoded_from_tempered_latents(make_progra
     assert torch.equal(found["rho"].dense()[:, :8], plain["rho"].dense()[:, :8])
     with evaluating(program):
         posterior = normal_in(draw_latents(program, cells).trace.nodes["z"]["fn"])
-        moved = tempered(found["z"], posterior, normal_in(program.z_prior(cells.design)), 0.3)
+        moved = temper(found["z"], posterior, normal_in(program.z_prior(cells.design)), 0.3)
         expected = program.expression(moved, cells.design).rho.dense()[:, LACKS_RNA]
     torch.testing.assert_close(found["rho"].dense()[:, LACKS_RNA], expected)
     assert not torch.allclose(expected, plain["rho"].dense()[:, LACKS_RNA])
@@ -121,6 +122,16 @@ def test_all_results_impute_the_same(tempered_model):
     model.program.rna_temper.fill_(1.0)
     whole = model.get_normalized_expression(indices=lacks_rna, return_numpy=True)
     assert np.abs(np.log(at_mean / profile)).mean() < 0.8 * np.abs(np.log(whole / profile)).mean()
+
+
+def test_groups_are_compared_without(tempered_model):
+    model = tempered_model
+    types, kind = (model.adata.obs[name].astype(str).to_numpy() for name in ("cell_type", "modality"))
+    first = (types == "type_0") & (kind == "accessibility")
+    asked = {"idx1": first, "idx2": types == "type_1", "seed": 2, "silent": True}
+    with_weights = model.differential_expression(**asked)
+    model.program.rna_temper.fill_(1.0)
+    pd.testing.assert_frame_equal(with_weights, model.differential_expression(**asked))
 
 
 def test_scores_are_the_log_probabilities_of_hidden_counts(make_program, make_cells):
