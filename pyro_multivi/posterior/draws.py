@@ -131,6 +131,15 @@ class Latents:
         nodes[site] = {**nodes[site], "value": value}
         return Latents(trace, self.n_samples)
 
+    def some(self, draws: slice) -> Latents:
+        """Some of the draws; of the guide's distributions nothing is known any more."""
+        trace = Trace()
+        nodes: dict[str, Any] = dict(self.trace.nodes)
+        for name, node in nodes.items():
+            if node["type"] == "sample" and not site_is_subsample(node):
+                trace.add_node(name, **{**node, "value": node["value"][draws], "fn": None})
+        return Latents(trace, len(range(self.n_samples)[draws]))
+
 
 def draw_latents(
     program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0

@@ -124,7 +124,7 @@ def replicate(
         Which of the draws, and their counts by site.
     """
     seen = cells if hidden is None else hide(cells, hidden)
-    for draws in _draws_at_a_time(program, cells, n_samples):
+    for draws in _draws_at_a_time(n_samples, len(cells) * max(program.config.n_genes, program.config.n_regions)):
         with evaluating(program):
             n = draws.stop - draws.start
             latents = _latents(program, cells, draws, seed, hidden, hidden_depth)
@@ -149,20 +149,20 @@ def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples:
     """
     seen = hide(cells, site)
     total: Tensor | None = None
-    for draws in _draws_at_a_time(program, cells, n_samples):
-        with evaluating(program):
-            latents = _latents(program, cells, draws, seed, site, "observed")
-            [(_, trusted)] = by_trust(program, seen, latents, [site])
-            fn: Any = model_trace(program.model, seen, trusted).nodes[site]["fn"]
+    with evaluating(program):
+        latents = _latents(program, cells, slice(0, n_samples), seed, site, "observed")
+        [(_, trusted)] = by_trust(program, seen, latents, [site])
+        for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
+            fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
             part = expected_by(program, site)(fn).sum(0)
             total = part if total is None else total + part
     assert total is not None
     return total / n_samples
 
 
-def _draws_at_a_time(program: MultiVIProgram, cells: Cells, n_samples: int) -> Iterator[slice]:
-    width = max(program.config.n_genes, program.config.n_regions)
-    size = max(1, _BLOCK // max(1, len(cells) * width))
+def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
+    """Slices of the draws, so small that their counts, of ``n_numbers`` each, stay within bounds."""
+    size = max(1, _BLOCK // max(1, n_numbers))
     for first in range(0, n_samples, size):
         yield slice(first, min(first + size, n_samples))
 
