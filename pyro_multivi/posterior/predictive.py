@@ -137,7 +137,7 @@ def replicate(
                     # A likelihood of counts may say more of a region than open or closed: that much is compared.
                     value = value if site == "x" else _opened(value)
                     shape = (n, len(cells), value.shape[-1])
-                    drawn[site] = Replicate(value.expand(shape), fn, expected_by(program, site))
+                    drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, site))
         # Outside, so that no state of torch is held while the caller is at work.
         yield draws, {site: drawn[site] for site in observed_sites(program)}
 
@@ -154,7 +154,7 @@ def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples:
         [(_, trusted)] = by_trust(program, seen, latents, [site])
         for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
             fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
-            part = expected_by(program, site)(fn).sum(0)
+            part = _expected_by(program, site)(fn).sum(0)
             total = part if total is None else total + part
     assert total is not None
     return total / n_samples
@@ -181,7 +181,7 @@ def _latents(
     return latents.at(depth, known["value"])
 
 
-def expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
+def _expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
     """What a distribution at a site of counts expects of them: counts, or the probability of a region to be open."""
     return _mean if site == "x" else program.open_probability
 
