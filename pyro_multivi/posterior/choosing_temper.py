@@ -46,13 +46,16 @@ def choose_tempers(program: MultiVIProgram, held_out: Minibatches) -> None:
     pairs = index[(table.has_rna & table.has_atac)[index]]
     if len(pairs) < _TOO_FEW:
         return
-    try:
-        for site in observed_sites(program):
+    for site in observed_sites(program):
+        try:
             getattr(program, _TEMPER[site]).fill_(_best(program, held_out, pairs, site))
-    except NotImplementedError:
-        logger.info("evidence is trusted whole: the likelihood at %r has no mean to be scored", site)
-    except KeyboardInterrupt:
-        logger.warning("interrupted after training; %s is imputed with whole trust in its evidence", MODALITY[site])
+        except NotImplementedError:
+            # Of a model of one's own; what torch and Pyro raise for a mean that is not known.
+            reason = f"the likelihood at {site!r} has no mean to be scored"
+            logger.warning("%s is imputed with whole trust in what else was measured: %s", MODALITY[site], reason)
+        except KeyboardInterrupt:
+            logger.warning("interrupted after training: %s is imputed with whole trust", MODALITY[site])
+            break
 
 
 def _best(program: MultiVIProgram, held_out: Minibatches, pairs: torch.Tensor, site: str) -> float:

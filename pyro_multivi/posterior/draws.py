@@ -205,24 +205,23 @@ def by_trust(
     such cells, at a weight of 1, and where posterior or prior is no Normal, all sites have
     the latents that the guide drew.
     """
-    plain: list[str] = []
-    found = [(plain, latents)]
+    found: list[tuple[list[str], Latents]] = []
+    plain = list(sites)
     for names, has, weight in (
         (("rho", "x"), cells.has_rna, float(program.rna_temper)),
         (("p", "y"), cells.has_atac, float(program.atac_temper)),
     ):
-        wanted = [name for name in sites if name in names]
-        if not wanted:
+        wanted = [name for name in plain if name in names]
+        if not wanted or weight == 1 or bool(has.all()):
             continue
         node: Any = latents.trace.nodes["z"]
         posterior, prior = normal_in(node["fn"]), normal_in(program.z_prior(cells.design))
-        if weight == 1 or bool(has.all()) or posterior is None or prior is None:
-            plain.extend(wanted)
+        if posterior is None or prior is None:
             continue
-        z = node["value"]
-        found.append((wanted, latents.at("z", torch.where(has[:, None], z, temper(z, posterior, prior, weight)))))
-    plain.extend(name for name in sites if name not in ("rho", "x", "p", "y"))
-    return found if plain else found[1:]
+        z = torch.where(has[:, None], node["value"], temper(node["value"], posterior, prior, weight))
+        found.append((wanted, latents.at("z", z)))
+        plain = [name for name in plain if name not in wanted]
+    return [*found, (plain, latents)] if plain else found
 
 
 def is_measured(site: Any) -> bool:
