@@ -46,7 +46,7 @@ class CheckingModel(NormalizingModel):
         """Counts as the model would have measured them in the same cells.
 
         The latents of each cell are drawn from its posterior, counts from the likelihood. A modality
-        that was not measured is drawn as well; its depth then follows the prior.
+        that was not measured is drawn as well; its depth is then what the other says of it, or follows the prior.
 
         Parameters
         ----------
@@ -148,9 +148,9 @@ class CheckingModel(NormalizingModel):
             Also hide each modality of the paired cells in turn, predict it from the other and score
             the prediction.
         hidden_depth
-            How deeply a hidden modality was sequenced cannot be told from the other. ``"observed"``:
-            l or d is inferred from the hidden counts, and they serve for nothing else. ``"prior"``:
-            it follows its prior.
+            How deeply a hidden modality was sequenced is told by the other only roughly. ``"observed"``:
+            l or d is inferred from the hidden counts, and they serve for nothing else. ``"predicted"``: what the
+            other modality says of it, as where a modality was not measured. ``"prior"``: it follows its prior.
         level
             Probability of the intervals of replicates.
         batch_size

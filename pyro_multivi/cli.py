@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
     check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
     check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
-    check.add_argument("--hidden-depth", default="observed", help="observed or prior: depth of a hidden modality")
+    check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
     check.add_argument("--seed", type=int, default=0)
 
     differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")

@@ -26,6 +26,7 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.own_program import find_program, import_path
 from pyro_multivi.posterior.choosing_temper import choose_tempers
+from pyro_multivi.posterior.learning_depth import learn_depths
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit
 from pyro_multivi.training.fit import Callback
@@ -94,9 +95,9 @@ class TrainableModel:
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end, held-out cells of both modalities (ten at least) tell how far one of them is trusted about the
-        other wherever something is imputed: ``program.rna_temper`` and ``atac_temper``, 1 for whole trust. See
-        :mod:`pyro_multivi.posterior.tempering`.
+        At the end, cells of both modalities (ten at least of those held out) tell what one says where the other is
+        imputed: how far it is trusted (``program.rna_temper`` and ``atac_temper``, 1 for whole trust; see
+        :mod:`pyro_multivi.posterior.tempering`), and how deep the other is (:mod:`pyro_multivi.posterior.depth`).
 
         Parameters
         ----------
@@ -225,6 +226,7 @@ class TrainableModel:
             )
             self.is_trained = True
             if validation is not None:
+                learn_depths(self.program, batches(self._split.train), validation)
                 choose_tempers(self.program, validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0

@@ -72,7 +72,8 @@ class NormalizingModel(InferringModel):
         library_size
             :math:`\ell'`: 1 (shares of a cell's expression), a number, one number per cell, or
             ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA that
-            is the prior of its own batch, also under ``transform_batch``.
+            is what its accessibility says of it (:meth:`train` learns that from paired cells; without such,
+            the prior of its own batch), also under ``transform_batch``.
         return_interval
             Probability of a central interval, such as 0.9: also return standard deviation and ends
             of the interval. It is of the expectation's z-driven part (and l with
@@ -159,8 +160,9 @@ class NormalizingModel(InferringModel):
         threshold
             In [0, 1]: estimates below it (after any scaling) become 0 and the result is sparse.
         normalize_cells
-            Multiply with the cell factor d. For a cell without ATAC d follows its prior, uniform on
-            (0, 1) with mean 1/2, independently of z.
+            Multiply with the cell factor d. For a cell without ATAC d is what its expression says of
+            it: :meth:`train` learns that from paired cells. Without such cells d follows its prior, uniform
+            on (0, 1).
         normalize_regions
             Multiply with the region factor r. With both factors the result is the expected
             detection of a region in a cell.

@@ -36,6 +36,10 @@ class ProgramParts(nn.Module):
     rna_temper, atac_temper
         How far what was measured of a cell counts where expression (accessibility) is decoded that was
         not, scalars in (0, 1]: see :mod:`pyro_multivi.posterior.tempering`. The model itself reads neither.
+    rna_depth_link, atac_depth_link
+        What the depth of a modality that was not measured is predicted by, (1 + 1 + K + n_batch,): standard
+        deviation of the errors (0 before it was learned), coefficients; see
+        :mod:`pyro_multivi.posterior.depth`. The model itself reads neither.
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
@@ -48,6 +52,8 @@ class ProgramParts(nn.Module):
     library_log_var: Tensor
     rna_temper: Tensor
     atac_temper: Tensor
+    rna_depth_link: Tensor
+    atac_depth_link: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
@@ -115,11 +121,15 @@ class ProgramParts(nn.Module):
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         self.register_buffer("rna_temper", torch.tensor(1.0))
         self.register_buffer("atac_temper", torch.tensor(1.0))
+        self.register_buffer("rna_depth_link", torch.zeros(2 + latent + config.n_batch))
+        self.register_buffer("atac_depth_link", torch.zeros(2 + latent + config.n_batch))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A model saved before these were chosen trusts its evidence whole.
+        # A model saved before there were these trusts its evidence whole, and depths keep their priors.
         for name in ("rna_temper", "atac_temper"):
             state_dict.setdefault(prefix + name, torch.tensor(1.0))
+        for name in ("rna_depth_link", "atac_depth_link"):
+            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def use_precision(self, precision: str) -> None:

@@ -40,21 +40,25 @@ def fit(
         At most; None is the package's default.
     settings
         Arguments by what takes them, all optional: ``{"setup": {...}, "model": {...}, "train": {...},
-        "results": {...}, "latent": {...}}``, of ``setup_anndata``, ``MULTIVI``, ``train``, the two imputations
-        (``n_samples``) and the joint ``get_latent_representation`` (``give_mean``). Default: the JSON in the
-        environment variable :data:`VARIABLE`, if there is one.
+        "results": {...}, "accessibility": {...}, "latent": {...}}``, of ``setup_anndata``, ``MULTIVI``, ``train``, the
+        two imputations (``n_samples``), that of accessibility (``normalize_cells``) and the joint
+        ``get_latent_representation`` (``give_mean``). Default: the JSON in the environment variable
+        :data:`VARIABLE`, if there is one.
     watch, watched
         Called after these epochs. What it takes does not count as training.
     """
     asked = json.loads(os.environ.get(VARIABLE, "{}")) if settings is None else settings
-    unknown = asked.keys() - {"setup", "model", "train", "results", "latent"}
+    known = ("setup", "model", "train", "results", "accessibility", "latent")
+    unknown = asked.keys() - set(known)
     if unknown:
-        raise ValueError(f"settings has {sorted(unknown)}: allowed are setup, model, train, results and latent.")
+        raise ValueError(f"settings has {sorted(unknown)}: allowed are {', '.join(known)}.")
     adata = adata.copy()
     adata.obs["modality"] = np.select([has_rna & has_atac, has_rna], ["paired", "expression"], "accessibility")
     pm.MULTIVI.setup_anndata(adata, **{"modality_key": "modality", **asked.get("setup", {})})
     model = pm.MULTIVI(adata, **{"seed": seed, **asked.get("model", {})})
     draws, latent = asked.get("results", {}), asked.get("latent", {})
+    # What would be detected in a cell: how deep it would be belongs to it.
+    detection = {"normalize_cells": True, **asked.get("accessibility", {})}
     watching = 0.0
     n_epochs = 0
 
@@ -67,7 +71,7 @@ def fit(
         # The model may be asked before train() returns; the noise of training goes on as if it had not been.
         model.is_trained = True
         with torch.random.fork_rng(devices=[]):
-            watch(n_epochs, stopped - started - watching, results(model, draws, latent))
+            watch(n_epochs, stopped - started - watching, results(model, draws, detection, latent))
         watching += time.perf_counter() - stopped
 
     options = {"progress_bar": False, "seed": seed, **asked.get("train", {})}
@@ -77,10 +81,12 @@ def fit(
     started = time.perf_counter()
     model.train(**options)
     seconds = time.perf_counter() - started - watching
-    return {**results(model, draws, latent), "seconds": seconds, "epochs": n_epochs}
+    return {**results(model, draws, detection, latent), "seconds": seconds, "epochs": n_epochs}
 
 
-def results(model: pm.MULTIVI, draws: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+def results(
+    model: pm.MULTIVI, draws: dict[str, Any], detection: dict[str, Any], latent: dict[str, Any]
+) -> dict[str, Any]:
     """What the protocol scores."""
     return {
         "latent": model.get_latent_representation(**latent),
@@ -88,6 +94,6 @@ def results(model: pm.MULTIVI, draws: dict[str, Any], latent: dict[str, Any]) ->
         "z_atac": model.get_latent_representation(modality="accessibility"),
         "rho": lambda cells: model.get_normalized_expression(indices=cells, return_numpy=True, **draws),
         "p": lambda cells: model.get_accessibility_estimates(
-            indices=cells, return_numpy=True, normalize_regions=True, **draws
+            indices=cells, return_numpy=True, normalize_regions=True, **draws, **detection
         ),
     }

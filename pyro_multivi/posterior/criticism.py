@@ -181,8 +181,8 @@ def _predict_hidden(
                 chosen = request.features[site]
                 judge.take(_chosen(found[site].values, chosen, at), _chosen(found[site].mean(), chosen, at))
             judge.end()
-        depth = "" if request.hidden_depth == "observed" else ", depth from its prior"
-        setting = f"hidden {MODALITY[site]}{depth}"
+        depth = {"observed": "", "predicted": ", depth from the other", "prior": ", depth from its prior"}
+        setting = f"hidden {MODALITY[site]}{depth[request.hidden_depth]}"
         _add_scores(check, setting, judge)
         imputed = judge.imputation.table()
         imputed.insert(0, "feature", list(request.feature_names[site]))

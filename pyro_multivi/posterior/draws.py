@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
+from pyro_multivi.posterior.depth import TRANSFORM, is_inferred, mean_depth, predicted
 from pyro_multivi.posterior.noise import CellNoise
 from pyro_multivi.posterior.tempering import normal_in, temper
 from pyro_multivi.program import MultiVIProgram, is_of_cells
@@ -75,8 +76,8 @@ def draw(
     sites
         Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
         extension, or ``"x"`` and ``"y"`` (and other observed sites) for predicted counts, measured or not.
-        Expression of cells without RNA and accessibility of cells without ATAC are those of a z that
-        :func:`by_trust` tempers; ``"z"`` itself is the guide's.
+        Expression and library size of cells without RNA, accessibility and cell factor of cells without ATAC
+        are those of :func:`by_trust`; ``"z"`` itself is the guide's.
     n_samples
         Number of draws S.
     intervene
@@ -119,17 +120,21 @@ def draw(
 
 @dataclass(frozen=True)
 class Latents:
-    """What the guide says of some cells: a trace whose latent sites hold S draws, (S, B, ...)."""
+    """What the guide says of some cells: a trace whose latent sites hold S draws, (S, B, ...).
+
+    ``noise`` is what they were drawn with; None where they are the means of their posteriors.
+    """
 
     trace: Trace
     n_samples: int
+    noise: CellNoise | None
 
     def at(self, site: str, value: Tensor) -> Latents:
         """The same latents but for the value of one site."""
         trace = self.trace.copy()
         nodes: Any = trace.nodes
         nodes[site] = {**nodes[site], "value": value}
-        return Latents(trace, self.n_samples)
+        return Latents(trace, self.n_samples, self.noise)
 
     def some(self, draws: slice) -> Latents:
         """Some of the draws; of the guide's distributions nothing is known any more."""
@@ -138,19 +143,20 @@ class Latents:
         for name, node in nodes.items():
             if node["type"] == "sample" and not site_is_subsample(node):
                 trace.add_node(name, **{**node, "value": node["value"][draws], "fn": None})
-        return Latents(trace, len(range(self.n_samples)[draws]))
+        return Latents(trace, len(range(self.n_samples)[draws]), self.noise)
 
 
 def draw_latents(
     program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0
 ) -> Latents:
     """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluating``."""
-    return Latents(_guided(program, cells, n_samples, CellNoise(cells.index, seed, first)), n_samples)
+    noise = CellNoise(cells.index, seed, first)
+    return Latents(_guided(program, cells, n_samples, noise), n_samples, noise)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
     """Every latent at the mean of its posterior, as one draw. For use within ``evaluating``."""
-    return Latents(_guided(program, cells, 1, None), 1)
+    return Latents(_guided(program, cells, 1, None), 1, None)
 
 
 def replay(
@@ -196,32 +202,54 @@ def _values(
 
 
 def by_trust(
-    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Iterable[str]
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Iterable[str], known_depth: str | None = None
 ) -> list[tuple[list[str], Latents]]:
     """Sites that are decoded from the same latents, and these. For use within ``evaluating``.
 
     Where a cell lacks the modality that a site belongs to, z is tempered
-    (:mod:`~pyro_multivi.posterior.tempering`) by ``program.rna_temper`` or ``atac_temper``. Without
-    such cells, at a weight of 1, and where posterior or prior is no Normal, all sites have
+    (:mod:`~pyro_multivi.posterior.tempering`) by ``program.rna_temper`` or ``atac_temper``, and l or d is what
+    the other modality says of it (:mod:`~pyro_multivi.posterior.depth`), unless it is ``known_depth``. Without
+    such cells, where neither was chosen, and where posterior or prior is no Normal, all sites have
     the latents that the guide drew.
     """
     found: list[tuple[list[str], Latents]] = []
     plain = list(sites)
-    for names, has, weight in (
-        (("rho", "x"), cells.has_rna, float(program.rna_temper)),
-        (("p", "y"), cells.has_atac, float(program.atac_temper)),
+    for names, depth, has, other, weight in (
+        (("rho", "x", "l"), "l", cells.has_rna, cells.has_atac, float(program.rna_temper)),
+        (("p", "y", "d"), "d", cells.has_atac, cells.has_rna, float(program.atac_temper)),
     ):
         wanted = [name for name in plain if name in names]
-        if not wanted or weight == 1 or bool(has.all()):
+        if not wanted or bool(has.all()):
             continue
-        node: Any = latents.trace.nodes["z"]
-        posterior, prior = normal_in(node["fn"]), normal_in(program.z_prior(cells.design))
-        if posterior is None or prior is None:
+        posterior, prior = normal_in(_node(latents, "z")["fn"]), normal_in(program.z_prior(cells.design))
+        if posterior is None:
             continue
-        z = torch.where(has[:, None], node["value"], temper(node["value"], posterior, prior, weight))
-        found.append((wanted, latents.at("z", z)))
-        plain = [name for name in plain if name not in wanted]
+        trusted = latents
+        if weight != 1 and prior is not None:
+            z = _node(latents, "z")["value"]
+            trusted = trusted.at("z", torch.where(has[:, None], z, temper(z, posterior, prior, weight)))
+        if depth != known_depth and is_inferred(program, cells, depth, dict(latents.trace.nodes)):
+            normal = predicted(program, cells, depth, posterior.loc)
+            if normal is not None:
+                told = _told(depth, normal, latents, len(cells))
+                trusted = trusted.at(depth, torch.where(~has & other, told, _node(latents, depth)["value"]))
+        if trusted is not latents:
+            found.append((wanted, trusted))
+            plain = [name for name in plain if name not in wanted]
     return [*found, (plain, latents)] if plain else found
+
+
+def _told(depth: str, normal: dist.Normal, latents: Latents, n_cells: int) -> Tensor:
+    """l or d as the other modality tells it, (S, B): drawn, or its mean where the latents are means."""
+    normal = normal.expand((latents.n_samples, n_cells))
+    if latents.noise is None:
+        return mean_depth(depth, normal)
+    value: Tensor = TRANSFORM[depth](latents.noise.draw(f"{depth} told", normal))
+    return value
+
+
+def _node(latents: Latents, site: str) -> Any:
+    return latents.trace.nodes[site]
 
 
 def is_measured(site: Any) -> bool:

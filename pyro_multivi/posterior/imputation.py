@@ -114,7 +114,7 @@ def _fill(
 ) -> None:
     """Stream counts and estimates, as sparse rows, into a sink that may hold the first of them already."""
     start = sink.n_done
-    sites = [quantity.site for quantity in quantities]
+    sites = [site for quantity in quantities for site in quantity.sites]
     for cells in minibatches:
         rows: dict[str, list[sp.csr_matrix]] = {name: [] for name in ("counts", *average.names)}
         with evaluating(program):

@@ -95,6 +95,11 @@ class Quantity:
     by_feature: Tensor | None = None
     threshold: float | None = None
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites of the model that it is made of."""
+        return (self.site, self.by_cell) if isinstance(self.by_cell, str) else (self.site,)
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -105,7 +110,7 @@ class Decoded:
 
 
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> Decoded:
-    """Decode the latents of some cells. Call it within :func:`~pyro_multivi.evaluating.evaluating`."""
+    """Decode sites of some cells. Call it within :func:`~pyro_multivi.evaluating.evaluating`."""
     if average.use_mean and average.n_samples == 1:
         latents = mean_latents(program, cells)
     else:
@@ -162,7 +167,7 @@ def estimate(
         rows = slice(start, start + len(cells))
         pieces = []
         with evaluating(program):
-            for block, found in blocks(decode(program, cells, average, (quantity.site,)), quantity, average, start):
+            for block, found in blocks(decode(program, cells, average, quantity.sites), quantity, average, start):
                 if quantity.threshold is None:
                     for name, values in found.items():
                         sink.put(name, rows, block, values)
@@ -202,8 +207,7 @@ def _cell_factor(decoded: Decoded, quantity: Quantity, start: int, rows: Tensor 
     """What each draw of each cell is multiplied with, (S, B, 1) or (B, 1); None for 1."""
     by_cell = quantity.by_cell
     if isinstance(by_cell, str):
-        value: Any = decoded.latents.trace.nodes[by_cell]["value"]
-        return _of_cells(value[..., None], rows)
+        return _of_cells(decoded.sites[0][by_cell][..., None], rows)
     if isinstance(by_cell, Tensor):
         n_cells = decoded.sites[0][quantity.site].shape[-2]
         factor = by_cell[start : start + n_cells, None]

@@ -25,8 +25,8 @@ from pyro_multivi.program import MultiVIProgram
 
 #: What is measured in each modality, by site.
 MODALITY = {"x": "expression", "y": "accessibility"}
-#: How the depth of a hidden modality is known: inferred from the hidden counts, or from the prior.
-DEPTHS = ("observed", "prior")
+#: How the depth of a hidden modality is known: from the hidden counts, from the other modality, or from the prior.
+DEPTHS = ("observed", "predicted", "prior")
 #: Bytes that replicates kept in memory may take.
 MEMORY_LIMIT = 4 * 2**30
 # Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
@@ -116,7 +116,7 @@ def replicate(
     hidden_depth
         How the depth of the hidden modality (l or d) is known. ``"observed"``: the guide is shown
         the hidden counts for it, and only for it, so that what is judged is the profile of a cell.
-        ``"prior"``: not at all.
+        ``"predicted"``: what the other modality says of it. ``"prior"``: not at all.
 
     Yields
     ------
@@ -124,12 +124,13 @@ def replicate(
         Which of the draws, and their counts by site.
     """
     seen = cells if hidden is None else hide(cells, hidden)
+    known_depth = None if hidden is None or hidden_depth == "predicted" else _DEPTH_SITE[hidden]
     for draws in _draws_at_a_time(n_samples, len(cells) * max(program.config.n_genes, program.config.n_regions)):
         with evaluating(program):
             n = draws.stop - draws.start
             latents = _latents(program, cells, draws, seed, hidden, hidden_depth)
             drawn = {}
-            for sites, trusted in by_trust(program, seen, latents, observed_sites(program)):
+            for sites, trusted in by_trust(program, seen, latents, observed_sites(program), known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
                 nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, trusted).nodes)
                 for site in sites:
@@ -151,7 +152,7 @@ def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples:
     total: Tensor | None = None
     with evaluating(program):
         latents = _latents(program, cells, slice(0, n_samples), seed, site, "observed")
-        [(_, trusted)] = by_trust(program, seen, latents, [site])
+        [(_, trusted)] = by_trust(program, seen, latents, [site], _DEPTH_SITE[site])
         for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
             fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
             part = _expected_by(program, site)(fn).sum(0)
@@ -175,7 +176,7 @@ def _latents(
         return draw_latents(program, cells, n, seed, draws.start)
     latents = draw_latents(program, hide(cells, hidden), n, seed, draws.start)
     depth = _DEPTH_SITE[hidden]
-    if hidden_depth == "prior" or depth not in latents.trace.nodes:
+    if hidden_depth != "observed" or depth not in latents.trace.nodes:
         return latents
     known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[depth]
     return latents.at(depth, known["value"])

@@ -257,7 +257,7 @@ def test_statistic_of_the_wrong_shape_is_refused(fitted, function, error, messag
     ({"statistics": {"mean": np.sum}}, "statistics holds 'mean', the name of a built-in"),
     ({"n_samples": 10}, "n_samples=10 is too few for level=0.95: give at least 40"),
     ({"level": 1.5}, "level=1.5 is not allowed"),
-    ({"hidden_depth": "none"}, "hidden_depth='none' is not allowed: choose one of 'observed', 'prior'"),
+    ({"hidden_depth": "none"}, "hidden_depth='none' is not allowed: choose one of 'observed', 'predicted', 'prior'"),
     ({"groupby": "cell_typ"}, "groupby='cell_typ' is no column of obs"),
 ])  # fmt: skip
 def test_check_refuses(fitted, arguments, message):

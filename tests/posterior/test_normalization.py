@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -190,6 +192,20 @@ def test_a_few_features_never_cost_the_rest(fitted, method, monkeypatch):
         assert set(seen) == {2, n_features}
 
 
+@contextmanager
+def without_links(program):
+    """As if nothing had been learned of depths that were not measured."""
+    links = [program.rna_depth_link, program.atac_depth_link]
+    kept = [link.clone() for link in links]
+    for link in links:
+        link.zero_()
+    try:
+        yield
+    finally:
+        for link, before in zip(links, kept, strict=True):
+            link.copy_(before)
+
+
 def test_library_sizes_scale_expression(fitted):
     get = fitted.get_normalized_expression
     rho = get(indices=SOME, n_samples=40, return_mean=False, seed=1)
@@ -201,12 +217,16 @@ def test_library_sizes_scale_expression(fitted):
     drawn = draw(fitted.program, fitted.minibatch(SOME), ("l",), n_samples=40, seed=1)["l"].numpy()
     found = get(indices=SOME, library_size="latent", n_samples=40, seed=1, return_mean=False)
     np.testing.assert_allclose(found, drawn[..., None] * rho, rtol=1e-4)
-    # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior.
-    l = get(indices=SOME, library_size="latent").sum(1)
+    # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior, or what ATAC says of it.
+    told = get(indices=SOME, library_size="latent").sum(1)
     expected = fitted.get_library_size_factors(indices=SOME)["expression"]
-    np.testing.assert_allclose(l[:3], expected[:3], rtol=1e-4)
+    np.testing.assert_allclose(told[:3], expected[:3], rtol=1e-4)
+    with without_links(fitted.program):
+        l = get(indices=SOME, library_size="latent").sum(1)
     prior = fitted.program.library_prior(fitted.minibatch(SOME), fitted.minibatch(SOME).design)
+    np.testing.assert_allclose(l[:3], told[:3], rtol=1e-6)
     np.testing.assert_allclose(l.iloc[3], prior.mean[3], rtol=1e-4)
+    assert abs(told.iloc[3] / l.iloc[3] - 1) > 1e-3
 
 
 def test_factors_scale_accessibility(fitted):
@@ -215,14 +235,15 @@ def test_factors_scale_accessibility(fitted):
     d = fitted.get_library_size_factors()["accessibility"]
     np.testing.assert_allclose(get(normalize_regions=True), p * r, rtol=1e-5)
     np.testing.assert_allclose(get(normalize_regions=True, region_list=[7, 3]), (p * r)[:, [7, 3]], rtol=1e-5)
-    # Without ATAC, d has its prior, of mean 1/2.
+    # Without ATAC, and without pairs to learn from, d has its prior, of mean 1/2.
     d = np.where(np.isnan(d), 0.5, d)
-    np.testing.assert_allclose(get(normalize_cells=True), p * d[:, None], rtol=1e-5)
-    both = get(normalize_cells=True, normalize_regions=True)
-    np.testing.assert_allclose(both, p * d[:, None] * r, rtol=1e-5)
-    some = get(indices=[120], n_samples=2000, normalize_cells=True, return_mean=False)
-    plain = get(indices=[120], n_samples=2000, return_mean=False)
-    assert abs((some / plain).std() - 12**-0.5) < 0.01
+    with without_links(fitted.program):
+        np.testing.assert_allclose(get(normalize_cells=True), p * d[:, None], rtol=1e-5)
+        both = get(normalize_cells=True, normalize_regions=True)
+        np.testing.assert_allclose(both, p * d[:, None] * r, rtol=1e-5)
+        some = get(indices=[120], n_samples=2000, normalize_cells=True, return_mean=False)
+        plain = get(indices=[120], n_samples=2000, return_mean=False)
+        assert abs((some / plain).std() - 12**-0.5) < 0.01
 
 
 def test_a_threshold_makes_it_sparse(fitted):
