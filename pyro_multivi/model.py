@@ -95,9 +95,8 @@ class TrainableModel:
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end, cells of both modalities (ten at least of those held out) tell what one says where the other is
-        imputed: how far it is trusted (``program.rna_temper`` and ``atac_temper``, 1 for whole trust; see
-        :mod:`pyro_multivi.posterior.tempering`), and how deep the other is (:mod:`pyro_multivi.posterior.depth`).
+        At the end, cells of both modalities (ten held out at least) tell how far one is trusted where the other is
+        imputed (:mod:`pyro_multivi.posterior.tempering`), and how deep that is (:mod:`pyro_multivi.posterior.depth`).
 
         Parameters
         ----------

@@ -13,7 +13,8 @@ stand for the priors, with s the batch, t the log depth of the modality that *wa
 :math:`\bar z` the mean of the posterior. The coefficients belong to the program (``rna_depth_link``,
 ``atac_depth_link``) and are learned from cells of both modalities by
 :mod:`pyro_multivi.posterior.learning_depth`; before that, and for cells of which nothing was measured, the priors stay.
-Densities and the ELBO never see any of this.
+Set them to zero to have the priors everywhere, as a model with a prior of its own for depth may want. Densities and
+the ELBO never see any of this.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Average:
         Of the draws.
     tempered
         Decode what was not measured of a cell from a tempered posterior
-        (:mod:`~pyro_multivi.posterior.tempering`), which estimates that cell best.
+        (:mod:`~pyro_multivi.posterior.tempering`) and a predicted depth (:mod:`~pyro_multivi.posterior.depth`),
+        which estimates that cell best.
     """
 
     n_samples: int = 1
