@@ -12,7 +12,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.depth import LINK, TRANSFORM, Link, features, is_inferred
 from pyro_multivi.posterior.draws import draw_latents
-from pyro_multivi.posterior.predictive import MODALITY, hide, observed_sites
+from pyro_multivi.posterior.predictive import DEPTH_SITE, MODALITY, hide, observed_sites
 from pyro_multivi.posterior.tempering import normal_in
 from pyro_multivi.program import MultiVIProgram
 
@@ -26,7 +26,6 @@ _WEAK = 1.0
 # Cells that are read, and fewest that say something.
 _MOST, _TOO_FEW = 4096, 10
 _AT_ONCE = 512
-_SITE = {"l": "x", "d": "y"}
 
 
 def learn_depths(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
@@ -51,9 +50,9 @@ def learn_depths(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
     pairs = [_pairs(cells) for cells in (train, held_out)]
     if min(map(len, pairs)) < _TOO_FEW:
         return
-    for site in LINK:
+    for counts, site in DEPTH_SITE.items():
         try:
-            known = [_read(program, cells, index, site) for cells, index in zip((train, held_out), pairs, strict=True)]
+            known = [_read(program, cells, at, counts) for cells, at in zip((train, held_out), pairs, strict=True)]
         except KeyboardInterrupt:
             logger.warning("interrupted after training: depths of what was not measured keep their priors")
             return
@@ -61,7 +60,7 @@ def learn_depths(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
             continue
         link, explained = regress(*known[0], *known[1], n_latent=program.config.latent)
         link.store(program, site)
-        logger.info("depth of %s: %.0f %% of its variance is told by the other", MODALITY[_SITE[site]], 100 * explained)
+        logger.info("depth of %s: %.0f %% of its variance is told by the other", MODALITY[counts], 100 * explained)
 
 
 def regress(
@@ -113,22 +112,26 @@ def _pairs(cells: Minibatches) -> Tensor:
     return pairs[torch.linspace(0, len(pairs) - 1, _MOST).long()]
 
 
-def _read(program: MultiVIProgram, minibatches: Minibatches, pairs: Tensor, site: str) -> tuple[Tensor, Tensor] | None:
+def _read(
+    program: MultiVIProgram, minibatches: Minibatches, pairs: Tensor, hidden: str
+) -> tuple[Tensor, Tensor] | None:
     """What the depth of a hidden modality is predicted from, (n, F), and a draw of it given the modality, (n,).
 
     None where it is not inferred, or z has no Normal posterior.
     """
+    site = DEPTH_SITE[hidden]
     found, targets = [], []
     for index in pairs.split(_AT_ONCE):
         cells = minibatches.cut(index)
+        rest = hide(cells, hidden)
         with evaluating(program):
-            seen: dict[str, Any] = dict(draw_latents(program, hide(cells, _SITE[site])).trace.nodes)
+            seen: dict[str, Any] = dict(draw_latents(program, rest).trace.nodes)
             both: dict[str, Any] = dict(draw_latents(program, cells).trace.nodes)
         posterior = normal_in(seen["z"]["fn"])
         if posterior is None or not is_inferred(program, cells, site, both):
             return None
         loc = posterior.loc.expand(1, len(cells), -1)[0]
-        found.append(features(program, hide(cells, _SITE[site]), site, loc).cpu())
+        found.append(features(program, rest, site, loc).cpu())
         # A draw, so that what the counts leave open counts among the errors.
         value = both[site]["value"].expand(1, len(cells))[0]
         targets.append(TRANSFORM[site].inv(value).cpu())

@@ -31,8 +31,8 @@ DEPTHS = ("observed", "predicted", "prior")
 MEMORY_LIMIT = 4 * 2**30
 # Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
 _BLOCK = 2**22
-# The latent site that says how deeply a modality was sequenced.
-_DEPTH_SITE = {"x": "l", "y": "d"}
+#: The latent site that says how deeply a modality was sequenced, by site of its counts.
+DEPTH_SITE = {"x": "l", "y": "d"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def replicate(
         Which of the draws, and their counts by site.
     """
     seen = cells if hidden is None else hide(cells, hidden)
-    known_depth = None if hidden is None or hidden_depth == "predicted" else _DEPTH_SITE[hidden]
+    known_depth = None if hidden is None or hidden_depth == "predicted" else DEPTH_SITE[hidden]
     for draws in _draws_at_a_time(n_samples, len(cells) * max(program.config.n_genes, program.config.n_regions)):
         with evaluating(program):
             n = draws.stop - draws.start
@@ -152,7 +152,7 @@ def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples:
     total: Tensor | None = None
     with evaluating(program):
         latents = _latents(program, cells, slice(0, n_samples), seed, site, "observed")
-        [(_, trusted)] = by_trust(program, seen, latents, [site], _DEPTH_SITE[site])
+        [(_, trusted)] = by_trust(program, seen, latents, [site], DEPTH_SITE[site])
         for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
             fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
             part = _expected_by(program, site)(fn).sum(0)
@@ -175,7 +175,7 @@ def _latents(
     if hidden is None:
         return draw_latents(program, cells, n, seed, draws.start)
     latents = draw_latents(program, hide(cells, hidden), n, seed, draws.start)
-    depth = _DEPTH_SITE[hidden]
+    depth = DEPTH_SITE[hidden]
     if hidden_depth != "observed" or depth not in latents.trace.nodes:
         return latents
     known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[depth]

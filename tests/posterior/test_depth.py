@@ -323,8 +323,8 @@ def test_interrupted_learning_leaves_a_usable_model(monkeypatch, caplog):
 def test_it_is_learned_from_pairs_of_the_right_cells(monkeypatch, fitted):
     read = []
 
-    def recorded(program, cells, pairs, site):
-        read.append((site, pairs.tolist()))
+    def recorded(program, cells, pairs, hidden):
+        read.append((hidden, pairs.tolist()))
 
     monkeypatch.setattr(learning_depth, "_read", recorded)
     monkeypatch.setattr(learning_depth, "_MOST", 25)
@@ -332,7 +332,7 @@ def test_it_is_learned_from_pairs_of_the_right_cells(monkeypatch, fitted):
     both = set((table.has_rna & table.has_atac).nonzero().squeeze(-1).tolist())
     train, held_out = (Minibatches(table, torch.arange(*ends), batch_size=16) for ends in ((0, 60), (60, 100)))
     learn_depths(MultiVIProgram(fitted.program.config), train, held_out)
-    assert [site for site, _ in read] == ["l", "l", "d", "d"]
+    assert [hidden for hidden, _ in read] == ["x", "x", "y", "y"]
     for (_, pairs), (first, last) in zip(read, [(0, 60), (60, 100)] * 2, strict=True):
         allowed = both & set(range(first, last))
         assert set(pairs) <= allowed
