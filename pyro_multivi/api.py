@@ -30,8 +30,8 @@ class MULTIVI(ComparingModel):
     n_genes, n_regions
         Checked against the data if given; scvi-tools needs them, here they are known.
     n_hidden, n_latent, n_layers_encoder, n_layers_decoder, dropout_rate, gene_likelihood, \
-    dispersion, latent_distribution, modality_weights, modality_penalty, mixing_weight, \
-    region_factors, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm
+    dispersion, latent_distribution, modality_weights, modality_penalty, contrast_weight, \
+    mixing_weight, region_factors, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm
         See :class:`~pyro_multivi.config.ProgramConfig`.
     fully_paired
         State that every cell has both modalities; an error is raised if one has not.
@@ -81,6 +81,7 @@ class MULTIVI(ComparingModel):
         program_class: type[MultiVIProgram] = MultiVIProgram,
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
+        contrast_weight: float | None = None,
     ) -> None:
         spec = DataSpec.of(adata)
         for name, given, known in (("n_genes", n_genes, spec.n_genes), ("n_regions", n_regions, spec.n_regions)):
@@ -116,6 +117,7 @@ class MULTIVI(ComparingModel):
             latent_distribution=latent_distribution,
             modality_weights=modality_weights,
             modality_penalty=modality_penalty,
+            contrast_weight=contrast_weight,
             mixing_weight=mixing_weight,
             region_factors=region_factors,
             encode_covariates=encode_covariates,

@@ -18,7 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "library": ("latent", "observed", "size_factor"),
 }
 
-#: Default ``mixing_weight`` beside the penalty "contrastive".
+#: Defaults of ``contrast_weight`` and ``mixing_weight`` with the penalty "contrastive".
+CONTRAST_WEIGHT = 3.0
 MIXING_WEIGHT = 3.0
 
 
@@ -56,6 +57,11 @@ class ProgramConfig:
         Kullback-Leibler divergence; ``"contrastive"``, that and a term by which they must find each
         other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
         :mod:`pyro_multivi.networks.alignment`.
+    contrast_weight
+        Weight of the term by which the experts of a paired cell must find each other among those of the other
+        paired cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves
+        of a cell are matched less closely, but types of cells are purer and kinds mix better in shallow data.
+        Default: 3 with ``modality_penalty="contrastive"``, 0 with any other.
     mixing_weight
         Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
         the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. It takes
@@ -94,6 +100,7 @@ class ProgramConfig:
     latent_distribution: str = "normal"
     modality_weights: str = "equal"
     modality_penalty: str | None = "contrastive"
+    contrast_weight: float | None = None
     mixing_weight: float | None = None
     region_factors: bool = True
     encode_covariates: bool = False
@@ -108,10 +115,13 @@ class ProgramConfig:
             object.__setattr__(self, "modality_penalty", "None")
         for name, allowed in CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
-        if self.mixing_weight is None:
-            object.__setattr__(self, "mixing_weight", MIXING_WEIGHT if self.modality_penalty == "contrastive" else 0.0)
-        if not 0 <= self.mixing < math.inf:
-            raise ValueError(f"mixing_weight={self.mixing_weight!r} is not allowed: give a finite number, 0 for none.")
+        for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not allowed: give a finite number, 0 or more; 0 for none."
+                )
         if self.gene_likelihood == "negative_binomial":
             object.__setattr__(self, "gene_likelihood", "nb")
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
@@ -146,6 +156,12 @@ class ProgramConfig:
         """Dimension of the latent state, resolved."""
         assert self.n_latent is not None
         return self.n_latent
+
+    @property
+    def contrast(self) -> float:
+        """Weight of the contrast, resolved."""
+        assert self.contrast_weight is not None
+        return self.contrast_weight
 
     @property
     def mixing(self) -> float:

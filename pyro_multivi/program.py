@@ -23,7 +23,7 @@ from pyro_multivi.distributions import (
     ZeroInflatedNegativeBinomialCounts,
     measured_only,
 )
-from pyro_multivi.networks.alignment import PENALTIES, kinds_apart
+from pyro_multivi.networks.alignment import kinds_apart, penalty
 from pyro_multivi.networks.decoders import Decoded
 from pyro_multivi.networks.encoders import Reading
 from pyro_multivi.networks.experts import Expert, average, kinds, mixing_weights
@@ -343,12 +343,11 @@ class MultiVIProgram(ProgramParts):
 
     def alignment(self, experts: dict[str, Expert]) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
-        penalty = next(iter(experts.values())).loc.new_zeros(len(next(iter(experts.values())).loc))
-        draw_together = PENALTIES.get(str(self.config.modality_penalty))
-        if draw_together is not None:
-            for a, b in itertools.combinations(experts.values(), 2):
-                penalty = penalty + draw_together(a, b)
-        return penalty
+        loc = next(iter(experts.values())).loc
+        drawn = loc.new_zeros(len(loc))
+        for a, b in itertools.combinations(experts.values(), 2):
+            drawn = drawn + penalty(a, b, str(self.config.modality_penalty), self.config.contrast)
+        return drawn
 
     def mixing(self, experts: dict[str, Expert]) -> Tensor:
         """Penalty in nats for kinds of cells (by what was measured) whose posterior means lie apart, (B,)."""

@@ -10,8 +10,8 @@ from scipy.special import logsumexp
 from torch.distributions import Normal, kl_divergence
 
 import pyro_multivi as pm
-from pyro_multivi.config import MIXING_WEIGHT
-from pyro_multivi.networks.alignment import CONTRAST_WEIGHT, PENALTIES, contrast, jeffreys, kinds_apart, mmd
+from pyro_multivi.config import CONTRAST_WEIGHT, MIXING_WEIGHT
+from pyro_multivi.networks.alignment import contrast, jeffreys, kinds_apart, mmd, penalty
 from pyro_multivi.networks.experts import Expert, kinds
 from pyro_multivi.terms import measure
 
@@ -111,10 +111,10 @@ def test_contrast_by_hand_among_paired_cells_only():
     paired = [0, 2, 4]
     expected = contrast_by_hand(a.loc.numpy()[paired], b.loc.numpy()[paired])
     np.testing.assert_allclose(contrast(a, b)[paired].numpy(), expected, rtol=1e-12)
-    penalty = PENALTIES["contrastive"](a, b)
-    np.testing.assert_allclose(
-        penalty[paired].numpy(), jeffreys(a, b)[paired].numpy() + CONTRAST_WEIGHT * expected, rtol=1e-12
-    )
+    for divergence, plain in (("contrastive", jeffreys(a, b)[paired].numpy()), ("None", 0.0)):
+        found = penalty(a, b, divergence, contrast_weight=1.7)
+        np.testing.assert_allclose(found[paired].numpy(), plain + 1.7 * expected, rtol=1e-12)
+        assert not np.delete(found.numpy(), paired).any()
 
 
 def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
@@ -122,9 +122,9 @@ def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
     b = expert(4, 2, seed=2, measured=[True, True, False, False])
     loc = a.loc.clone().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda means: PENALTIES["contrastive"](Expert(means, a.scale, a.measured), b), (loc,)
+        lambda means: penalty(Expert(means, a.scale, a.measured), b, "contrastive", 3.0), (loc,)
     )
-    PENALTIES["contrastive"](Expert(loc, a.scale, a.measured), b).sum().backward()
+    penalty(Expert(loc, a.scale, a.measured), b, "contrastive", 3.0).sum().backward()
     assert loc.grad[:2].any()
     assert not loc.grad[2:].any()
 
@@ -133,7 +133,7 @@ def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
 def test_contrast_without_others_to_tell_from_is_zero(measured):
     a, b = expert(2, seed=1, measured=measured), expert(2, seed=2, measured=measured)
     assert not contrast(a, b)[torch.tensor(measured)].any()
-    assert torch.isfinite(PENALTIES["contrastive"](a, b)).all()
+    assert torch.isfinite(penalty(a, b, "contrastive", 3.0)).all()
 
 
 def test_contrast_does_not_reward_silence():
@@ -206,18 +206,34 @@ def test_kinds_of_a_mosaic(make_program, make_cells):
     assert mixing[0] != 0
 
 
-def test_mixing_is_weighed_as_asked_for_and_part_of_the_default_only():
-    weights = {
-        choices: pm.ProgramConfig(n_genes=3, n_regions=3, **dict(choices)).mixing
-        for choices in [
-            (), (("modality_penalty", "Jeffreys"),), (("modality_penalty", None),), (("mixing_weight", 0.0),),
-            (("mixing_weight", 2.0), ("modality_penalty", "MMD")),
-        ]
-    }  # fmt: skip
-    assert list(weights.values()) == [MIXING_WEIGHT, 0.0, 0.0, 0.0, 2.0]
-    for wrong in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"mixing_weight=.* is not allowed: give a finite number"):
-            pm.ProgramConfig(n_genes=3, n_regions=3, mixing_weight=wrong)
+def test_weights_are_those_asked_for_and_part_of_the_default_only():
+    choices = [{}, {"modality_penalty": "Jeffreys"}, {"modality_penalty": None}]
+    choices += [{"modality_penalty": "MMD", "contrast_weight": 1.0, "mixing_weight": 2.0}]
+    choices += [{"contrast_weight": 0.0, "mixing_weight": 0}]
+    configs = [pm.ProgramConfig(n_genes=3, n_regions=3, **choice) for choice in choices]
+    assert [config.contrast for config in configs] == [CONTRAST_WEIGHT, 0.0, 0.0, 1.0, 0.0]
+    assert [config.mixing for config in configs] == [MIXING_WEIGHT, 0.0, 0.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["contrast_weight", "mixing_weight"])
+@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_none(name, wrong):
+    with pytest.raises(ValueError, match=rf"{name}={wrong} is not allowed: give a finite number"):
+        pm.ProgramConfig(n_genes=3, n_regions=3, **{name: wrong})
+
+
+@pytest.mark.parametrize("divergence", ["contrastive", "Jeffreys", "MMD", "None"])
+def test_the_alignment_of_a_program_is_its_divergence_and_its_contrast(make_program, make_cells, divergence):
+    cells, found = make_cells(), []
+    for weight in (0.0, 0.5, 2.0):
+        program = make_program(modality_penalty=divergence, contrast_weight=weight)
+        experts = program.experts(cells, cells.design, program.read(cells, cells.design))
+        found.append(program.alignment(experts))
+    paired = cells.has_rna & cells.has_atac
+    apart = torch.where(paired, contrast(experts["expression"], experts["accessibility"]), 0.0)
+    assert (apart[paired] > 0).all()
+    torch.testing.assert_close(found[1], found[0] + 0.5 * apart)
+    torch.testing.assert_close(found[2], found[0] + 2.0 * apart)
 
 
 @pytest.mark.slow

@@ -122,14 +122,13 @@ class Oracle:
             total += sum(within) - 2 * kernel[np.ix_(a, b)].mean()
         return total
 
-    @staticmethod
-    def contrast(loc_x, loc_y, paired):
-        """Three times the mean surprisal at finding a cell's other expert among those of the paired cells."""
+    def contrast(self, loc_x, loc_y, paired):
+        """Weight (three unless asked otherwise) times the mean surprisal at finding a cell's other expert among those of the paired cells."""
         surprisal = np.zeros(len(paired))
         score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
         both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
         surprisal[paired] = both_ways / 2 - np.diag(score)
-        return 3.0 * surprisal
+        return self.config.contrast_weight * surprisal
 
     def log_x(self, z, l):
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z
@@ -233,6 +232,8 @@ def test_likelihoods_and_dispersions(make_program, make_cells, likelihood, dispe
         {"use_layer_norm": "decoder"},
         {"n_layers_encoder": 1, "n_layers_decoder": 1},
         {"dropout_rate": 0.5},
+        {"contrast_weight": 0.7, "mixing_weight": 2.0},
+        {"modality_penalty": "Jeffreys", "contrast_weight": 0.7},
     ],
     ids=str,
 )
@@ -319,7 +320,7 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
     [
         {},
         {"modality_weights": "cell", "encode_covariates": True, "deeply_inject_covariates": True},
-        {"modality_penalty": "MMD", "mixing_weight": 2.5},
+        {"modality_penalty": "MMD", "contrast_weight": 0.7, "mixing_weight": 2.5},
         {"modality_penalty": "None", "dispersion": "gene-batch", "gene_likelihood": "nb"},
         {"dispersion": "gene-cell", "latent_distribution": "ln", "modality_weights": "universal"},
         {"use_batch_norm": "both", "gene_likelihood": "poisson", "region_factors": False},

@@ -12,9 +12,6 @@ from pyro_multivi.networks.experts import Expert
 # Bandwidths of the kernels of a maximum mean discrepancy, in units of the median squared distance.
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-#: Weight of :func:`contrast` beside :func:`jeffreys` in the penalty ``"contrastive"``.
-CONTRAST_WEIGHT = 3.0
-
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
     """Symmetric Kullback-Leibler divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
@@ -115,32 +112,48 @@ def contrast(a: Expert, b: Expert) -> Tensor:
     return -0.5 * (by_row + by_column)
 
 
-def _jeffreys(a: Expert, b: Expert) -> Tensor:
-    return _where_paired(jeffreys(a, b), a, b)
-
-
-def _contrastive(a: Expert, b: Expert) -> Tensor:
-    return _where_paired(jeffreys(a, b) + CONTRAST_WEIGHT * contrast(a, b), a, b)
-
-
-def _mmd(a: Expert, b: Expert) -> Tensor:
+def mmd_of_paired(a: Expert, b: Expert) -> Tensor:
+    """:func:`mmd` of the paired cells of a minibatch, borne whole by each cell, (B,)."""
     rows = (a.measured & b.measured).nonzero().squeeze(-1)
-    gap = mmd(_rows(a, rows), _rows(b, rows))
-    return _where_paired(gap.expand(len(a.loc)), a, b)
-
-
-def _where_paired(penalty: Tensor, a: Expert, b: Expert) -> Tensor:
-    return torch.where(a.measured & b.measured, penalty, penalty.new_zeros(()))
+    return mmd(_rows(a, rows), _rows(b, rows)).expand(len(a.loc))
 
 
 def _rows(expert: Expert, rows: Tensor) -> Expert:
     return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
 
 
-#: By the name that ``modality_penalty`` gives them: from two experts to the penalty of each cell, (B,), zero
-#: unless both were measured.
-PENALTIES: dict[str, Callable[[Expert, Expert], Tensor]] = {
-    "contrastive": _contrastive,
-    "Jeffreys": _jeffreys,
-    "MMD": _mmd,
+#: By the name that ``modality_penalty`` gives them: how far two experts of a cell lie apart, in nats, (B,).
+DIVERGENCES: dict[str, Callable[[Expert, Expert], Tensor]] = {
+    "contrastive": jeffreys,
+    "Jeffreys": jeffreys,
+    "MMD": mmd_of_paired,
 }
+
+
+def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float) -> Tensor:
+    """What draws two experts of a cell together, in nats, (B,); zero unless both were measured.
+
+    Parameters
+    ----------
+    a, b
+        Experts of the same cells.
+    divergence
+        One of :data:`DIVERGENCES`, or ``"None"``.
+    contrast_weight
+        Weight of :func:`contrast` beside it.
+
+    Examples
+    --------
+    >>> paired, single = torch.tensor([True, True]), torch.tensor([True, False])
+    >>> a = Expert(torch.tensor([[0.0], [1.0]]), torch.ones(2, 1), paired)
+    >>> b = Expert(torch.tensor([[0.5], [0.0]]), torch.ones(2, 1), single)
+    >>> penalty(a, b, "Jeffreys", contrast_weight=0.0)
+    tensor([0.2500, 0.0000])
+    """
+    total = a.loc.new_zeros(len(a.loc))
+    if divergence in DIVERGENCES:
+        total = total + DIVERGENCES[divergence](a, b)
+    if contrast_weight:
+        total = total + contrast_weight * contrast(a, b)
+    # Rows that are not paired may hold anything, also what is not a number.
+    return torch.where(a.measured & b.measured, total, total.new_zeros(()))
