@@ -236,6 +236,20 @@ def test_the_alignment_of_a_program_is_its_divergence_and_its_contrast(make_prog
     torch.testing.assert_close(found[2], found[0] + 2.0 * apart)
 
 
+def test_every_two_of_three_experts_are_drawn_together(make_program):
+    program = make_program(contrast_weight=0.5, modality_penalty="Jeffreys")
+    experts = {name: expert(5, 3, seed=seed) for seed, name in enumerate(("expression", "accessibility", "protein"))}
+    pairs = [("expression", "accessibility"), ("expression", "protein"), ("accessibility", "protein")]
+    expected = sum(penalty(experts[a], experts[b], "Jeffreys", 0.5) for a, b in pairs)
+    torch.testing.assert_close(program.alignment(experts), expected)
+
+
+def test_the_weights_given_to_a_model_are_those_of_its_program(mosaic):
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    config = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2, contrast_weight=0.25, mixing_weight=0.75).program.config
+    assert (config.contrast, config.mixing) == (0.25, 0.75)
+
+
 @pytest.mark.slow
 def test_counts_outweigh_the_mixing_of_kinds_that_hold_other_cell_types():
     """RNA-only cells of two types, ATAC-only cells of the other two: mixing blurs them a little, and 0 does not."""

@@ -123,7 +123,7 @@ class Oracle:
         return total
 
     def contrast(self, loc_x, loc_y, paired):
-        """Weight (three unless asked otherwise) times the mean surprisal at finding a cell's other expert among those of the paired cells."""
+        """Mean surprisal at finding a cell's other expert among those of the paired cells, weighed as asked for."""
         surprisal = np.zeros(len(paired))
         score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
         both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
