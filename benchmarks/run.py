@@ -17,7 +17,7 @@ from typing import Any
 
 from cases import CASES, Case
 from launch import Outcome, available_memory, launch
-from table import render
+from table import arithmetic, render
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"data": "make_data.py", "peer": "worker_peer.py", "ours": "worker_ours.py", "floor": "floor.py"}
@@ -62,7 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often everyone runs")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of training; the first is not counted")
     parser.add_argument(
-        "--precision", action="append", choices=["fp32", "bf16"], help="of ours; may be repeated (default: fp32)"
+        "--precision", action="append", choices=["fp32", "fp32+compile", "bf16", "bf16+compile"],
+        help="of ours, with compile=True if it ends so; may be repeated (default: fp32)",
     )
     parser.add_argument("--part", nargs="+", choices=["train", "predict"], default=["train", "predict"])
     parser.add_argument("--threads", type=int, default=2, help="threads of every worker")
@@ -130,8 +131,12 @@ def rounds(name: str, tasks: dict[str, dict[str, Any]], options: argparse.Namesp
     gave_up: set[tuple[str, str, str]] = set()
     for part, task in tasks.items():
         runs: list[tuple[str, str]] = [("peer", "fp32")] if options.peer_python else []
+        floors = set()
         for precision in options.precision:
-            runs += [("ours", precision)] + ([("floor", precision)] if part == "train" else [])
+            runs.append(("ours", precision))
+            if part == "train" and arithmetic(precision) not in floors:
+                floors.add(arithmetic(precision))
+                runs.append(("floor", arithmetic(precision)))
         for number in range(options.rounds):
             for system, precision in runs if number % 2 == 0 else reversed(runs):
                 if (part, system, precision) in gave_up:

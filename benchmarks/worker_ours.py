@@ -29,8 +29,9 @@ def main() -> None:
     def epoch_ended(*_: Any) -> None:
         ends.append(time.perf_counter())
 
-    # Not named for fp32, so that the benchmark also runs on versions that know nothing else.
-    precision = {} if asked["precision"] == "fp32" else {"precision": asked["precision"]}
+    # Defaults are not named, so that the benchmark also runs on versions that know nothing else.
+    precision, _, compiled = asked["precision"].partition("+")
+    how = {**({} if precision == "fp32" else {"precision": precision}), **({"compile": True} if compiled else {})}
     model.train(
         max_epochs=asked["epochs"],
         lr=asked["lr"],
@@ -41,7 +42,7 @@ def main() -> None:
         early_stopping=False,
         callbacks=[epoch_ended],
         progress_bar=False,
-        **precision,
+        **how,
     )
     result: dict[str, Any] = {
         "versions": {"pyro_multivi": pm.__version__, "torch": torch.__version__},

@@ -99,6 +99,16 @@ def test_each_precision_has_columns_and_its_own_floor():
     assert table["floor without encoders, training step, s"] == ["", "0.750", "", "0.375", ""]
 
 
+def test_compiled_training_is_measured_against_the_same_floor():
+    names = ("decoder_seconds", "encoder_seconds", "optimizer_seconds")
+    records = [record("floor", 0, dict(zip(names, (0.25, 0.125, 0.125), strict=True)), "bf16")]
+    records += [record("ours", 0, training(9.0, 2.0), "bf16+compile"), record("ours", 0, training(9.0, 4.0), "bf16")]
+    records += [record("ours", 0, training(9.0, 8.0), "fp32")]
+    table = rows(module("table").render(CASE, records))
+    assert table[""] == ["ours, fp32", "ours, bf16", "ours, bf16+compile"]
+    assert table["ours / floor"] == ["–", "**2.00** (2.00–2.00)", "**1.00** (1.00–1.00)"]
+
+
 def test_a_peer_out_of_memory_is_shown():
     records = [
         record("peer", 0, None, failed="out of memory", detail="stopped at 21.0 GB"),

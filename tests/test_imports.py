@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "pyro_multivi"
 
 #: Third parties that only an extra installs.
-OPTIONAL = {"mudata", "matplotlib", "arviz", "zarr", "sklearn", "scanpy", "scvi", "xarray", "seaborn"}
+OPTIONAL = {"mudata", "matplotlib", "arviz", "zarr", "numba", "sklearn", "scanpy", "scvi", "xarray", "seaborn"}
+#: What Numba compiles has to be written beside it; whoever wants it imports this module late, as if it were Numba.
+COMPILED = "distributions.compiled"
 #: Third parties that read or hold a user's tables; the tensors' side knows none of them.
 TABLES = {"anndata", "pandas", "mudata"}
 #: The tensors' side: what a modeler uses without AnnData.
@@ -94,7 +96,8 @@ def violations(root: Path) -> list[str]:
                 wrong.append(f"{full} imports {target}")
             if is_within(target, others):
                 wrong.append(f"{full} imports {target}")
-            if imported.at_top and target.split(".")[0] in OPTIONAL:
+            optional = target.split(".")[0] in OPTIONAL or is_within(local, (COMPILED,))
+            if imported.at_top and optional and (name, target) != (COMPILED, "numba"):
                 wrong.append(f"{full} imports the optional {target} at the top")
     return wrong
 
@@ -155,6 +158,7 @@ def test_third_parties_are_declared():
         for name in [module_name(path, ROOT)]
         for imported in imports_of(path, name)
         if imported.at_top and imported.target.split(".")[0] not in declared | sys.stdlib_module_names
+        if (name, imported.target) != (f"{PACKAGE}.{COMPILED}", "numba")
     }
     assert wrong == set()
 
@@ -172,6 +176,11 @@ def test_third_parties_are_declared():
         ("posterior/draws.py", "import pyro_multivi.api", "imports pyro_multivi.api"),
         ("io.py", "from pyro_multivi.api import MULTIVI", "pyro_multivi.io imports pyro_multivi.api.MULTIVI"),
         ("plots.py", "import matplotlib.pyplot", "imports the optional matplotlib.pyplot at the top"),
+        ("distributions/loops.py", "import numba", "imports the optional numba at the top"),
+        (
+            "distributions/loops.py", "from pyro_multivi.distributions import compiled",
+            "imports the optional pyro_multivi.distributions.compiled at the top",
+        ),
         ("plots.py", "try:\n    import arviz\nexcept ImportError:\n    pass", "imports the optional arviz"),
     ],
 )
@@ -190,6 +199,8 @@ def test_a_violation_is_found(tmp_path, file, source, message):
         ("plots.py", "def plot():\n    import matplotlib"),
         ("plots.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mudata import MuData"),
         ("data/readers.py", "import pandas, anndata"),
+        ("distributions/compiled.py", "import numba"),
+        ("distributions/loops.py", "def loops():\n    from pyro_multivi.distributions import compiled"),
         ("posterior/tables.py", "import pandas"),
     ],
 )

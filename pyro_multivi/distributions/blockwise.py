@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,14 +82,18 @@ def block_width(n_rows: int, n_features: int, device: torch.device) -> int:
 class Block:
     """Features ``start`` to ``stop`` and the stored entries among them.
 
-    ``entries`` says where these lie in the arrays of :class:`Entries`, ``flat`` their positions in
-    a contiguous (stop - start, cells) buffer, shape (entries in the block,).
+    ``entries`` says where these lie in the arrays of ``all_entries``.
     """
 
     start: int
     stop: int
     entries: slice
-    flat: Tensor
+    all_entries: Entries
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Positions of the entries in a contiguous (stop - start, cells) buffer, shape (entries in the block,)."""
+        return self.all_entries.place[self.entries] - self.start * self.all_entries.n_rows
 
     @property
     def features(self) -> slice:
@@ -114,10 +119,8 @@ class Entries:
         Cells and features.
     start
         Where each feature's entries begin, shape (features + 1,).
-    row, feature
+    row
         Of each entry, shape (entries,).
-    place
-        Position of each entry in a contiguous (features, cells) buffer, shape (entries,), int64.
     """
 
     def __init__(self, counts: SparseCounts, source: Tensor | None = None) -> None:
@@ -128,11 +131,17 @@ class Entries:
         self.start, self.row = order.start, order.row
         if source is not None:
             self._choose(source)
-        device = self.row.device
-        self.feature = torch.repeat_interleave(
-            torch.arange(self.n_features, device=device), self.start.diff(), output_size=len(self.row)
-        )
-        self.place = torch.add(self.row, self.feature, alpha=self.n_rows)
+
+    @cached_property
+    def feature(self) -> Tensor:
+        """Of each entry, shape (entries,)."""
+        index = torch.arange(self.n_features, device=self.row.device)
+        return torch.repeat_interleave(index, self.start.diff(), output_size=len(self.row))
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Position of each entry in a contiguous (features, cells) buffer, shape (entries,), int64."""
+        return torch.add(self.row, self.feature, alpha=self.n_rows)
 
     def _choose(self, source: Tensor) -> None:
         """Go from the stored rows to the chosen ones; the order by feature stays."""
@@ -161,8 +170,7 @@ class Entries:
         edges = [0] if n_features <= width else self.start[:-1:width].tolist()
         edges.append(len(self.row))
         for k, start in enumerate(range(0, n_features, width)):
-            entries = slice(edges[k], edges[k + 1])
-            yield Block(start, min(start + width, n_features), entries, self.place[entries] - start * self.n_rows)
+            yield Block(start, min(start + width, n_features), slice(edges[k], edges[k + 1]), self)
 
 
 def sum_of_logs(factors_mn: Tensor) -> Tensor | None:
@@ -171,15 +179,19 @@ def sum_of_logs(factors_mn: Tensor) -> Tensor | None:
     A logarithm costs several times a product, so it is taken of products of eight. None if one of
     these came near to underflow: then take the logarithms one by one.
     """
-    if not factors_mn.numel():
-        return factors_mn.new_zeros(factors_mn.shape[1])
     m = len(factors_mn)
     for _ in range(3):
         half = m // 2
         factors_mn[:half].mul_(factors_mn[m - half : m])
         m -= half
-    products = factors_mn[:m].abs_()
-    return products.log_().sum(0) if float(products.amin()) > smallest_product(factors_mn.dtype) else None
+    return sum_of_logs_of_products(factors_mn[:m].abs_())
+
+
+def sum_of_logs_of_products(products_gn: Tensor) -> Tensor | None:
+    """The latter half of :func:`sum_of_logs`, of absolute products; they are overwritten."""
+    if not products_gn.numel():
+        return products_gn.new_zeros(products_gn.shape[1])
+    return products_gn.log_().sum(0) if float(products_gn.amin()) > smallest_product(products_gn.dtype) else None
 
 
 def smallest_product(dtype: torch.dtype) -> float:
@@ -293,15 +305,25 @@ class Products:
 
     def residual(self, residual_mn: Tensor) -> Tensor:
         """The derivative by a block of logits as the products take it; good until the next block."""
-        return residual_mn if self.dtype is None else self._cast[0][: len(residual_mn)].copy_(residual_mn)
+        if self.dtype in (None, residual_mn.dtype):
+            return residual_mn
+        return self._cast[0][: len(residual_mn)].copy_(residual_mn)
 
     def logits(self, weight_mh: Tensor, bias_m: Tensor, out: Tensor) -> None:
         """Write ``scale * weight @ hidden.T + bias``, shape (m, n)."""
         if self.dtype is None:
             torch.addmm(bias_m.unsqueeze(1), weight_mh, self._hidden.t(), out=out)
         else:
-            product = torch.mm(weight_mh, self._hidden.t(), out=self._cast[0][: len(out)])
-            out.copy_(product).add_(bias_m.unsqueeze(1))  # in two steps: mixed dtypes are slow
+            # In two steps: mixed dtypes are slow.
+            out.copy_(self.logits_less_bias(weight_mh, out)).add_(bias_m.unsqueeze(1))
+
+    def logits_less_bias(self, weight_mh: Tensor, out: Tensor) -> Tensor:
+        """``scale * weight @ hidden.T``, shape (m, n), in the products' precision, in ``out`` if it has that.
+
+        It is good until the next block.
+        """
+        place = out if self.dtype is None else self._cast[0][: len(out)]
+        return torch.mm(weight_mh, self._hidden.t(), out=place)
 
     def add_to_hidden(self, total_hn: Tensor, residual_mn: Tensor, weight_mh: Tensor) -> None:
         """Add ``weight.T @ residual`` to ``total``."""

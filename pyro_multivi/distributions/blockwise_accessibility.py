@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -34,9 +35,11 @@ from pyro_multivi.distributions.blockwise import (
     backward,
     block_width,
     sum_of_logs,
+    sum_of_logs_of_products,
 )
 from pyro_multivi.distributions.blockwise_layer import LOG2_E
 from pyro_multivi.distributions.buffers import POOL
+from pyro_multivi.distributions.loops import loops_for
 from pyro_multivi.distributions.readout import Readout
 
 
@@ -135,29 +138,71 @@ class _Walk:
         if weights_n is not None:
             self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
             self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
+        self.loops = loops_for(hidden)
+        if self.loops is not None:
+            self.prepare_loops()
+
+    def prepare_loops(self) -> None:
+        """Vectors that the loop reads and writes, as it takes them; what is not wanted is written all the same."""
+        inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
+        if self.sweep.region_factor_m is not None:
+            inverse_r, rest_r = self.inverse_r, self.rest_r
+        weight = torch.zeros_like(self.d) if self.weights_n is None else self.cell_weight
+        sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
+        self.of_regions = [vector.detach().numpy() for vector in (self.bias_m, inverse_r, rest_r)]
+        self.of_cells = [vector.detach().numpy() for vector in (self.rest_row[0], self.minus_d, weight)]
+        self.sums = [vector.numpy() for vector in sums]
+        self.d_cell_cn = torch.zeros(torch.get_num_threads(), self.n)
 
     def run(self) -> tuple[Tensor | None, Gradients]:
+        step = self.step if self.loops is None else self.compiled_step
         for block in self.blocks:
             weight_mh = self.products.block(block.features)
-            e, num, den = self.views(block)
-            log_open = self.fill(block, weight_mh, exactly=not self.by_products)
-            if self.weights_n is not None:
-                e.div_(den)  # 1 - p from here on
-            logs: Tensor | None = None
-            if self.value is not None:
-                ratio = torch.div(num, den, out=den)
-                logs = sum_of_logs(ratio) if log_open is None else _replaced(ratio.log_(), block, log_open).sum(0)
-            if self.weights_n is not None:
-                self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
+            logs = step(block, weight_mh)
             if self.value is not None:
                 self.value += self.logs_exactly(block, weight_mh) if logs is None else logs
         if self.weights_n is not None:
             if self.d_hidden_hn is not None:
                 self.d_hidden_hn.mul_(self.cell_weight)
             if self.d_cell is not None:
+                if self.loops is not None:
+                    self.d_cell += self.d_cell_cn.sum(0)
                 self.d_cell.mul_(self.weights_n)
         d_hidden = None if self.d_hidden_hn is None else self.d_hidden_hn.t()
         return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
+
+    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+        """Take in a block's gradients; return its value, None if it is not wanted or has to be found exactly."""
+        e, num, den = self.views(block)
+        log_open = self.fill(block, weight_mh, exactly=not self.by_products)
+        if self.weights_n is not None:
+            e.div_(den)  # 1 - p from here on
+        logs: Tensor | None = None
+        if self.value is not None:
+            ratio = torch.div(num, den, out=den)
+            logs = sum_of_logs(ratio) if log_open is None else _replaced(ratio.log_(), block, log_open).sum(0)
+        if self.weights_n is not None:
+            self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
+        return logs
+
+    def compiled_step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+        """:meth:`step` in one loop."""
+        assert self.loops is not None
+        features, entries = block.features, self.sweep.entries
+        out, spare, _ = self.views(block)
+        products = spare[: self.loops.n_folds(len(spare))]
+        # Logits until the loop has made residuals of them.
+        residual = self.products.logits_less_bias(weight_mh, out)
+        halves = None if residual.dtype == out.dtype else residual.view(torch.uint16).numpy()
+        self.loops.regions(
+            out.numpy(), halves, *(vector[features] for vector in self.of_regions), *self.of_cells,
+            np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
+            entries.row[block.entries].numpy(), products.numpy(), self.d_cell_cn.numpy(),
+            *(vector[features] for vector in self.sums),
+        )  # fmt: skip
+        if self.weights_n is not None:
+            self.contract(block, weight_mh, residual)
+        return None if self.value is None else sum_of_logs_of_products(products)
 
     def views(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         m = block.stop - block.start
@@ -206,9 +251,13 @@ class _Walk:
         residual = one_minus_p.mul_(t)
         if self.d_bias is not None:
             torch.mv(residual, self.cell_weight, out=self.d_bias[features])
+        self.contract(block, weight_mh, residual)
+
+    def contract(self, block: Block, weight_mh: Tensor, residual: Tensor) -> None:
+        """Multiply a block of residuals with the readout's factors."""
         residual = self.products.residual(residual)
         if self.d_weight is not None:
-            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[features])
+            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[block.features])
         if self.d_hidden_hn is not None:
             self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
 

@@ -15,21 +15,33 @@ Logits and m are in units of log(2), since 2^x is had at half the price of exp(x
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions.blockwise import Block, Entries, Gradients, Pending, backward, block_width
+from pyro_multivi.distributions.blockwise import (
+    Block,
+    Entries,
+    Gradients,
+    Pending,
+    backward,
+    block_width,
+    sum_of_logs_of_products,
+)
 from pyro_multivi.distributions.blockwise_inflation import inflate, inflate_in_logs
 from pyro_multivi.distributions.blockwise_layer import LOG2_E, Layer
 from pyro_multivi.distributions.buffers import POOL
 from pyro_multivi.distributions.gamma_ratio import gamma_functions, log_rising_and_slope
+from pyro_multivi.distributions.loops import loops_for
 from pyro_multivi.distributions.readout import Readout
 
 # Bound of log2(mean / theta), far from overflow and from where anything depends on it.
 _LARGEST_LOG2 = 126.0
+# The compiled loops take mean / theta for 2^-126 at least.
+_LARGEST_LOOP_THETA = 1e20
 
 
 def counts_log_prob(
@@ -159,6 +171,23 @@ class _Walk:
         # log2(mean) and d/dm of all genes, feature by feature as the blocks are.
         self.log2_mean, self.slope = (POOL.take((n_genes * self.n,), hidden.dtype, hidden.device) for _ in range(2))
         self.total_slope = hidden.new_zeros(self.n)
+        self.loops: ModuleType | None = None
+        if theta is not None and theta.dim() == 1:
+            self.loops = loops_for(hidden)
+        if self.loops is not None and theta is not None:
+            self.prepare_loops(theta)
+
+    def prepare_loops(self, theta: Tensor) -> None:
+        """What the loops read and write; what is not wanted is written all the same."""
+        x_e = self.sweep.entries.values().to(theta.dtype)
+        if not bool((x_e == x_e.floor()).all()) or not bool((theta < _LARGEST_LOOP_THETA).all()):
+            self.loops = None
+            return
+        self.x_e, self.theta_g = x_e.numpy(), theta.detach().contiguous().numpy()
+        self.weight_n = (torch.zeros(self.n) if self.weights_n is None else self.weights_n.contiguous()).numpy()
+        self.by_theta = torch.empty_like(theta) if self.d_theta is None else self.d_theta
+        self.value_cn = torch.zeros(torch.get_num_threads(), self.n)
+        self.gate_e = torch.empty(len(x_e))
 
     def piece(self, buffer: Tensor, block: Block) -> Tensor:
         """The block's (m, n) part of a buffer of all genes."""
@@ -173,13 +202,16 @@ class _Walk:
         for block in self.blocks:
             if self.sweep.theta is None:
                 self.poisson_zeros(block)
-            else:
+            elif self.loops is None or not self.compiled_zeros(block):
                 theta = self.sweep.theta[..., block.features]
                 # One per gene, or one per gene and cell.
                 self.negative_binomial_zeros(block, theta.unsqueeze(1) if self.is_theta_shared else theta.t())
             if self.weights_n is not None:
                 self.total_slope += self.piece(self.slope, block).sum(0)
-        self.add_nonzeros()
+        if self.loops is None:
+            self.add_nonzeros()
+        else:
+            self.compiled_nonzeros()
         if self.weights_n is None:
             return self.value, ()
         d_library = self.through_link()
@@ -265,6 +297,46 @@ class _Walk:
         if self.weights_n is not None and self.gate.needs_grad:
             self.gate.add(block, by_gate)
         return kept
+
+    def compiled_zeros(self, block: Block) -> bool:
+        """:meth:`negative_binomial_zeros` in one loop; False if some probability is too small, and nothing is done."""
+        assert self.loops is not None
+        entries = self.sweep.entries
+        gate, spare, *_ = self.scratch_of(block)
+        products = spare[: self.loops.n_folds(len(spare))]
+        if self.gate is not None:
+            self.gate.logits(block, out=gate)
+        self.loops.zeros(
+            self.piece(self.log2_mean, block).numpy(), self.theta_g[block.features],
+            None if self.gate is None else gate.numpy(), self.weight_n,
+            entries.start[block.start : block.stop + 1].numpy(), entries.row[block.entries].numpy(),
+            self.piece(self.slope, block).numpy(), products.numpy(), self.value_cn.numpy(),
+            self.by_theta[block.features].numpy(), self.gate_e[block.entries].numpy(),
+        )  # fmt: skip
+        if self.gate is None:
+            return True
+        value = sum_of_logs_of_products(products)
+        if value is None:
+            return False
+        if self.value is not None:
+            self.value += value
+        if self.weights_n is not None and self.gate.needs_grad:
+            self.gate.add(block, gate)
+        return True
+
+    def compiled_nonzeros(self) -> None:
+        """:meth:`add_nonzeros` in one loop."""
+        assert self.loops is not None
+        entries, slope_cn = self.sweep.entries, torch.zeros_like(self.value_cn)
+        log2_mean_gn, slope_gn = (buffer.view(len(self.theta_g), self.n) for buffer in (self.log2_mean, self.slope))
+        self.loops.nonzeros(
+            self.x_e, entries.start.numpy(), entries.row.numpy(), log2_mean_gn.numpy(),
+            self.theta_g, None if self.gate is None else self.gate_e.numpy(), self.weight_n,
+            slope_gn.numpy(), self.value_cn.numpy(), slope_cn.numpy(), self.by_theta.numpy(),
+        )  # fmt: skip
+        if self.value is not None:
+            self.value += self.value_cn.sum(0)
+        self.total_slope += slope_cn.sum(0)
 
     def add_nonzeros(self) -> None:
         """Correct value and slopes at the non-zero counts, all blocks in one go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import scipy.sparse
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.buffers import POOL
+from pyro_multivi.distributions.loops import loops_for
 
 # A cell has hundreds of non-zero features out of many thousand, so the fan-in is theirs, not that of
 # nn.Linear. Ten times larger weights also learn relatively slower under Adam, whose steps do not depend
@@ -140,6 +142,9 @@ class _SparseMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, counts: SparseCounts) -> Tensor:
         ctx.counts, ctx.shape = counts, weight.shape
+        loops = loops_for(weight)
+        if loops is not None:
+            return _by_loops(loops, weight, counts)
         if weight.device.type == "cpu" and weight.numel() > _CACHED and torch.get_num_threads() < _THREADS_THAT_MAKE_UP:
             return _in_order(weight, counts)
         return _bag(weight, counts.col, counts.crow, counts.val)
@@ -181,6 +186,14 @@ def _in_order(weight: Tensor, counts: SparseCounts) -> Tensor:
     entries = (val.to(weight.dtype).contiguous().numpy(), row.numpy(), start.numpy())
     product = scipy.sparse.csc_array(entries, shape=(counts.shape[0], counts.shape[1])) @ weight.detach().numpy()
     return torch.from_numpy(product)
+
+
+def _by_loops(loops: ModuleType, weight: Tensor, counts: SparseCounts) -> Tensor:
+    """counts @ weight in a compiled loop."""
+    product_cnh = weight.new_empty(torch.get_num_threads(), counts.shape[0], weight.shape[1])
+    entries = (part.contiguous().numpy() for part in (counts.crow, counts.col, counts.val))
+    loops.sparse_product(weight.detach().numpy(), *entries, product_cnh.numpy())
+    return product_cnh.sum(0)
 
 
 class CountsLinear(nn.Module):

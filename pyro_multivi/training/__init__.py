@@ -2,6 +2,7 @@
 
 from pyro_multivi.training.adversary import Adversary, AdversaryOptions
 from pyro_multivi.training.contract import ContractError, check_contract
+from pyro_multivi.training.device import resolve_device
 from pyro_multivi.training.fit import FitOptions, TrainingDiverged, fit
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
@@ -20,4 +21,5 @@ __all__ = [
     "check_contract",
     "fit",
     "kl_weight",
+    "resolve_device",
 ]

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.distributions.loops import compiled_loops
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.terms import Terms, measure
 from pyro_multivi.training.adversary import Adversary, AdversaryOptions
@@ -74,6 +75,8 @@ class FitOptions:
         A Pyro ELBO in place of ``TraceMeanField_ELBO``.
     precision
         See :meth:`~pyro_multivi.program.MultiVIProgram.use_precision`; prediction is in fp32 again.
+    compile
+        Run under :func:`~pyro_multivi.distributions.loops.compiled_loops`.
     adversary
         What a classifier of z must not be able to tell, see
         :class:`~pyro_multivi.training.adversary.Adversary`; None trains without.
@@ -95,6 +98,7 @@ class FitOptions:
     progress_bar: bool = True
     elbo: ELBO | None = None
     precision: str = "fp32"
+    compile: bool = False
     adversary: AdversaryOptions | None = None
 
 
@@ -163,12 +167,13 @@ def fit(
     if options.gradient_clip is None and type(program) is MultiVIProgram and train.device.type == "cpu":
         early = EarlySteps(program, optimizer)
     interrupted = False
-    program.use_precision(options.precision)
     step = first * len(train)
     bar = tqdm(
         range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
     )
-    with _seeded(options.seed + first, train.device), bar:
+    loops = compiled_loops() if options.compile else nullcontext()
+    with _seeded(options.seed + first, train.device), loops, bar:
+        program.use_precision(options.precision)
         try:
             for epoch in bar:
                 started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,7 @@ from pyro_multivi.distributions import (
     ZeroInflatedNegativeBinomialCounts,
     blockwise,
 )
+from pyro_multivi.distributions.loops import compiled_loops
 
 Inputs = dict[str, Tensor]
 N_FEATURES, N_HIDDEN = 23, 3
@@ -38,6 +40,16 @@ def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a readout was multiplied out")
 
     monkeypatch.setattr(Readout, "dense", dense)
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Operation by operation, then as compiled loops where there are any."""
+    if request.param == "eager":
+        yield request.param
+        return
+    with compiled_loops():
+        yield request.param
 
 
 @dataclass(frozen=True)

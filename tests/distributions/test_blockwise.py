@@ -17,6 +17,7 @@ from pyro_multivi.distributions import (
     ScaledBernoulli,
     blockwise,
     blockwise_accessibility,
+    blockwise_counts,
     blockwise_inflation,
 )
 from pyro_multivi.distributions.blockwise import Entries, equal_weights
@@ -142,6 +143,7 @@ def test_gradcheck(case: Any) -> None:
     assert torch.autograd.gradcheck(log_prob, tuple(inputs.values()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_float32(case: Any) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), case.value(B, dtype=torch.float32)
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
@@ -152,6 +154,7 @@ def test_float32(case: Any) -> None:
     assert_gradients(by_input, gradients(expected, exact, torch.ones(B)), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_bfloat16_products(case: Any) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))
     exact = case.build(inputs).log_prob(x)
@@ -331,17 +334,19 @@ def unlikely(case: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("case", FOLDED, indirect=True)
 @pytest.mark.parametrize("upstream", ["constant", "random"])
+@pytest.mark.usefixtures("way")
 def test_where_products_of_probabilities_underflow(case: Any, upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that is too unlikely for the quick way takes the other; the rest of the blocks do not."""
     answers: list[bool] = []
+    answer = blockwise.sum_of_logs_of_products
 
-    def watched(factors: Tensor) -> Tensor | None:
-        found = blockwise.sum_of_logs(factors)
+    def watched(products: Tensor) -> Tensor | None:
+        found = answer(products)
         answers.append(found is None)
         return found
 
-    for module in (blockwise_accessibility, blockwise_inflation):
-        monkeypatch.setattr(module, "sum_of_logs", watched)
+    for module in (blockwise, blockwise_accessibility, blockwise_counts):
+        monkeypatch.setattr(module, "sum_of_logs_of_products", watched)
     g = UPSTREAM[upstream]((B,))
     inputs, x = unlikely(case, torch.float32)
     exact = {n: value.detach().double().requires_grad_() for n, value in inputs.items()}

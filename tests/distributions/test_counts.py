@@ -88,6 +88,7 @@ def test_rho_and_gate_may_share_their_hidden_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("theta", [1e-8, 1e-3, 29.9, 30.1, 1e4, 1e8])
+@pytest.mark.usefixtures("way")
 def test_extreme_dispersion(theta: float, dtype: torch.dtype, lazy: bool) -> None:
     parts, library, x = factors(dtype), torch.full((B,), 20.0, dtype=dtype), counts(dtype)
     leaf = torch.full((G,), theta, dtype=dtype, requires_grad=True)
@@ -121,6 +122,7 @@ def test_poisson_limit_of_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("link", ["softmax", "softplus"])
 @pytest.mark.parametrize("family", ["poisson", "nb", "zinb"])
+@pytest.mark.usefixtures("way")
 def test_extreme_logits(family: str, link: str, dtype: torch.dtype) -> None:
     """Logits from -150 to 100, and library sizes from 0 on: finite value and gradient."""
     hidden, weight, bias = factors(dtype)

@@ -1,0 +1,63 @@
+"""Whether likelihoods and first layers run as compiled loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pyro_multivi._optional import require
+
+_LOOPS: ContextVar[ModuleType | None] = ContextVar("compiled_loops", default=None)
+
+
+@contextmanager
+def compiled_loops() -> Iterator[None]:
+    """Run the element-wise part of likelihoods as compiled loops, where there are any: float32 on a CPU.
+
+    They have torch's number of threads, and Numba has its own again afterwards. Counts with a dispersion
+    per cell, Poisson counts, and blocks in which a probability underflows go on without.
+
+    Raises
+    ------
+    ImportError
+        Without Numba, which the extra ``compile`` installs.
+
+    Examples
+    --------
+    >>> with compiled_loops():
+    ...     pass
+    """
+    numba = require("numba", "compile")
+    from pyro_multivi.distributions import compiled
+
+    threads, before = torch.get_num_threads(), _start_threads(numba)
+    # Where they are OpenMP's, starting Numba's threads has changed torch's number.
+    torch.set_num_threads(threads)
+    token = _LOOPS.set(compiled)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        _LOOPS.reset(token)
+        numba.set_num_threads(before)
+
+
+def _start_threads(numba: ModuleType) -> int:
+    """Start Numba's threads unless it has them, OpenMP's if it can be: those are torch's own, which else would spin."""
+    priority = numba.config.THREADING_LAYER_PRIORITY
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    try:
+        return int(numba.get_num_threads())
+    finally:
+        numba.config.THREADING_LAYER_PRIORITY = priority
+
+
+def loops_for(tensor: Tensor) -> ModuleType | None:
+    """The module of loops if they are wanted and can take ``tensor``."""
+    fits = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return _LOOPS.get() if fits else None
