@@ -37,16 +37,17 @@ def test_the_history_is_that_of_eager_training(build, choices, precision, rtol):
     eager, loops = (train(build(**choices), precision=precision, compile=on) for on in (False, True))
     assert list(loops.history) == list(eager.history)
     for name in set(eager.history) - {"seconds"}:
-        np.testing.assert_allclose(loops.history[name], eager.history[name], rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(loops.history[name], eager.history[name], rtol=rtol, atol=5 * rtol, err_msg=name)
 
 
 def test_the_loops_are_run_in_training_only(build, monkeypatch):
     calls = []
-    for name in ("regions", "zeros", "nonzeros", "sparse_product"):
+    names = {"regions", "softmax", "zeros", "nonzeros", "softmax_slopes", "sparse_product"}
+    for name in names:
         loop = getattr(compiled, name)
         monkeypatch.setattr(compiled, name, lambda *args, name=name, loop=loop: (calls.append(name), loop(*args)))
     model = train(build(), 1, compile=True)
-    assert set(calls) == {"regions", "zeros", "nonzeros", "sparse_product"}
+    assert set(calls) == names
     calls.clear()
     model.get_latent_representation()
     model.get_elbo()

@@ -305,9 +305,12 @@ class Products:
 
     def residual(self, residual_mn: Tensor) -> Tensor:
         """The derivative by a block of logits as the products take it; good until the next block."""
-        if self.dtype in (None, residual_mn.dtype):
-            return residual_mn
-        return self._cast[0][: len(residual_mn)].copy_(residual_mn)
+        place = self.place(residual_mn)
+        return place if place is residual_mn else place.copy_(residual_mn)
+
+    def place(self, block_mn: Tensor) -> Tensor:
+        """Where logits and derivatives are in the precision of the products: ``block_mn`` itself if it has that."""
+        return block_mn if self.dtype is None else self._cast[0][: len(block_mn)]
 
     def logits(self, weight_mh: Tensor, bias_m: Tensor, out: Tensor) -> None:
         """Write ``scale * weight @ hidden.T + bias``, shape (m, n)."""
@@ -318,12 +321,8 @@ class Products:
             out.copy_(self.logits_less_bias(weight_mh, out)).add_(bias_m.unsqueeze(1))
 
     def logits_less_bias(self, weight_mh: Tensor, out: Tensor) -> Tensor:
-        """``scale * weight @ hidden.T``, shape (m, n), in the products' precision, in ``out`` if it has that.
-
-        It is good until the next block.
-        """
-        place = out if self.dtype is None else self._cast[0][: len(out)]
-        return torch.mm(weight_mh, self._hidden.t(), out=place)
+        """``scale * weight @ hidden.T`` in :meth:`place`, shape (m, n)."""
+        return torch.mm(weight_mh, self._hidden.t(), out=self.place(out))
 
     def add_to_hidden(self, total_hn: Tensor, residual_mn: Tensor, weight_mh: Tensor) -> None:
         """Add ``weight.T @ residual`` to ``total``."""

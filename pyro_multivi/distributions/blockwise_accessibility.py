@@ -39,7 +39,7 @@ from pyro_multivi.distributions.blockwise import (
 )
 from pyro_multivi.distributions.blockwise_layer import LOG2_E
 from pyro_multivi.distributions.buffers import POOL
-from pyro_multivi.distributions.loops import loops_for
+from pyro_multivi.distributions.loops import can_read, halves, loops_for
 from pyro_multivi.distributions.readout import Readout
 
 
@@ -138,7 +138,7 @@ class _Walk:
         if weights_n is not None:
             self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
             self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
-        self.loops = loops_for(hidden)
+        self.loops = loops_for(hidden) if can_read(sweep.gemm_dtype) else None
         if self.loops is not None:
             self.prepare_loops()
 
@@ -193,9 +193,8 @@ class _Walk:
         products = spare[: self.loops.n_folds(len(spare))]
         # Logits until the loop has made residuals of them.
         residual = self.products.logits_less_bias(weight_mh, out)
-        halves = None if residual.dtype == out.dtype else residual.view(torch.uint16).numpy()
         self.loops.regions(
-            out.numpy(), halves, *(vector[features] for vector in self.of_regions), *self.of_cells,
+            out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,
             np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
             entries.row[block.entries].numpy(), products.numpy(), self.d_cell_cn.numpy(),
             *(vector[features] for vector in self.sums),
@@ -251,11 +250,10 @@ class _Walk:
         residual = one_minus_p.mul_(t)
         if self.d_bias is not None:
             torch.mv(residual, self.cell_weight, out=self.d_bias[features])
-        self.contract(block, weight_mh, residual)
+        self.contract(block, weight_mh, self.products.residual(residual))
 
     def contract(self, block: Block, weight_mh: Tensor, residual: Tensor) -> None:
-        """Multiply a block of residuals with the readout's factors."""
-        residual = self.products.residual(residual)
+        """Multiply a block of residuals, in the precision of the products, with the readout's factors."""
         if self.d_weight is not None:
             self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[block.features])
         if self.d_hidden_hn is not None:

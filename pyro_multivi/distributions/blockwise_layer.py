@@ -53,14 +53,17 @@ class Layer:
     def add(self, block: Block, residual_mn: Tensor) -> None:
         """Take in the derivative of each cell's log-probability by a block of logits (of unit 1)."""
         assert self.weights_n is not None
-        features = block.features
         if self.d_bias is not None:
-            torch.mv(residual_mn, self.weights_n, out=self.d_bias[features])
-        residual = self.products.residual(residual_mn)
+            torch.mv(residual_mn, self.weights_n, out=self.d_bias[block.features])
+        self.contract(block, self.products.residual(residual_mn))
+
+    def contract(self, block: Block, residual_mn: Tensor) -> None:
+        """:meth:`add` without the bias; the derivative is in the precision of the products."""
+        features = block.features
         if self.d_weight is not None:
-            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[features])
+            self.products.to_weight(residual_mn, self.weighted_hidden, out=self.d_weight[features])
         if self.d_hidden_hn is not None:
-            self.products.add_to_hidden(self.d_hidden_hn, residual, self.products.block(features))
+            self.products.add_to_hidden(self.d_hidden_hn, residual_mn, self.products.block(features))
 
     def gradients(self) -> Gradients:
         """Of hidden, weight and bias."""

@@ -16,104 +16,29 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.polynomial import Chebyshev, Polynomial
 
-Array = np.ndarray[Any, Any]
+from pyro_multivi.distributions.compiled_functions import (
+    FAST,
+    LN_2,
+    LOG2_E,
+    ONE,
+    Array,
+    dot,
+    exp2,
+    log1p,
+    of_half,
+    rising,
+    softplus,
+    to_half,
+)
 
 # Features whose probabilities are multiplied before a logarithm is taken.
 FOLD = 8
-
-# A product may be contracted with a sum. What else is fast would take NaN for impossible, or reorder factors, of which
-# two together may underflow.
-_FAST = {"contract"}
-_LN_2 = np.float32(math.log(2))
-_LOG2_E = np.float32(1 / math.log(2))
-_ONE = np.float32(1)
-_ONE_BITS = _ONE.view(np.int32)
-# Terms of a rising factorial that are added up one by one.
-_TERMS = 64
 _LOG_FACTORIAL = np.array([math.lgamma(x + 1) for x in range(256)])
 # Features of a first layer's weight that are read at a time: half a megabyte of 128 columns.
 _AT_A_TIME = 1024
-# Added to a small number it leaves a sum whose last bits are that number, rounded.
-_ROUND = np.float32(1.5 * 2**23)
-_SQRT_HALF_BITS = np.float32(math.sqrt(0.5)).view(np.int32)
-# 2^x within +-1/2 and log(1 + f) / f within sqrt(1/2) - 1 .. sqrt(2) - 1, better than float32 can tell.
-_EXP2 = tuple(Chebyshev.interpolate(np.exp2, 6, [-0.5, 0.5]).convert(kind=Polynomial).coef.astype(np.float32))
-_LOG1P = tuple(
-    Chebyshev.interpolate(lambda f: np.log1p(f) / f, 10, [math.sqrt(0.5) - 1, math.sqrt(2) - 1])
-    .convert(kind=Polynomial).coef.astype(np.float32)
-)  # fmt: skip
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-def exp2(x: Any) -> Any:
-    """2^x, to which x beyond +-126 is drawn; NaN stays."""
-    x = np.float32(126) if x > np.float32(126) else x
-    x = np.float32(-126) if x < np.float32(-126) else x
-    rounded = np.float32(x + _ROUND)
-    f = x - (rounded - _ROUND)
-    power = _EXP2[6]
-    power = power * f + _EXP2[5]
-    power = power * f + _EXP2[4]
-    power = power * f + _EXP2[3]
-    power = power * f + _EXP2[2]
-    power = power * f + _EXP2[1]
-    power = power * f + _EXP2[0]
-    bits = np.float32(rounded).view(np.int32)
-    return power * np.int32((bits << np.int32(23)) + _ONE_BITS).view(np.float32)
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-def log1p(u: Any) -> Any:
-    """log(1 + u) for u >= 0, to rounding also for small u."""
-    w = np.float32(_ONE + u)
-    bits = np.float32(w).view(np.int32)
-    whole = np.int32((bits - _SQRT_HALF_BITS) >> np.int32(23))
-    f = np.int32(bits - (whole << np.int32(23))).view(np.float32) - _ONE
-    ratio = _LOG1P[10]
-    ratio = ratio * f + _LOG1P[9]
-    ratio = ratio * f + _LOG1P[8]
-    ratio = ratio * f + _LOG1P[7]
-    ratio = ratio * f + _LOG1P[6]
-    ratio = ratio * f + _LOG1P[5]
-    ratio = ratio * f + _LOG1P[4]
-    ratio = ratio * f + _LOG1P[3]
-    ratio = ratio * f + _LOG1P[2]
-    ratio = ratio * f + _LOG1P[1]
-    ratio = ratio * f + _LOG1P[0]
-    # What 1 + u has lost of u.
-    return np.float32(whole) * _LN_2 + ratio * f + (u - (w - _ONE)) / w
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-def _softplus(u: Any) -> Any:
-    """log(1 + 2^u)."""
-    rest = log1p(exp2(-abs(u)))
-    return rest if u < 0 else u * _LN_2 + rest
-
-
-@numba.njit(cache=True)
-def _of_half(half: Any) -> Any:
-    """float32 of a bfloat16, of which it is the first half."""
-    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
-
-
-@numba.njit(cache=True)
-def _to_half(x: Any) -> Any:
-    """The nearest bfloat16, of two the even one."""
-    bits = np.float32(x).view(np.uint32)
-    nearest = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-    return nearest if x == x else np.uint16(0x7FC0)
-
-
-@numba.njit(fastmath={"contract", "reassoc"}, cache=True)
-def _dot(a_n: Array, b_n: Array) -> Any:
-    """Sum of products, in any order."""
-    total = np.float32(0)
-    for j in range(len(a_n)):
-        total += a_n[j] * b_n[j]
-    return total
+# In elements of float32.
+_CACHE_LINE = 16
 
 
 @numba.njit(cache=True)
@@ -129,7 +54,7 @@ def _share(chunk: int, n_chunks: int, m: int) -> Any:
     return chunk * folds // n_chunks * FOLD, min((chunk + 1) * folds // n_chunks * FOLD, m)
 
 
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def regions(
     block_mn: Array, halves_mn: Any, bias_m: Array, inverse_r_m: Array, rest_r_m: Array, rest_n: Array,
     minus_d_n: Array, weight_n: Array, limit: Any, start_m: Array, row: Array, products_gn: Array, d_cell_cn: Array,
@@ -161,7 +86,7 @@ def regions(
         for i in range(first, last):
             bias, inverse_r, rest_r = bias_m[i], inverse_r_m[i], rest_r_m[i]
             for j in range(n):
-                logit = (block_mn[i, j] if halves_mn is None else _of_half(halves_mn[i, j])) + bias
+                logit = (block_mn[i, j] if halves_mn is None else of_half(halves_mn[i, j])) + bias
                 logit = limit if logit > limit else logit
                 logit = -limit if logit < -limit else logit
                 e[j] = exp2(logit)
@@ -169,28 +94,85 @@ def regions(
             for entry in range(start_m[i] - start_m[0], start_m[i + 1] - start_m[0]):
                 num[row[entry]] = minus_d_n[row[entry]]
             for j in range(n):
-                inverse_den, t = _ONE / (e[j] + inverse_r), _ONE / num[j]
+                inverse_den, t = ONE / (e[j] + inverse_r), ONE / num[j]
                 product[j] *= num[j] * inverse_den
                 residual = e[j] * inverse_den * t
                 if halves_mn is None:
                     block_mn[i, j] = residual
                 else:
-                    halves_mn[i, j] = _to_half(residual)
+                    halves_mn[i, j] = to_half(residual)
                 d_cell[j] -= t
                 e[j], num[j] = residual, t
-            d_region_m[i], d_bias_m[i] = _dot(num, weight_n) * inverse_r, _dot(e, weight_n)
+            d_region_m[i], d_bias_m[i] = dot(num, weight_n) * inverse_r, dot(e, weight_n)
             if i % FOLD == FOLD - 1 or i == last - 1:
                 for j in range(n):
                     products_gn[i // FOLD, j] = abs(product[j])
-                    product[j] = _ONE
+                    product[j] = ONE
         for j in range(n):
             d_cell_cn[chunk, j] += d_cell[j]
 
 
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def softmax(log2_mn: Array, halves_mn: Any, bias_m: Array, peak_cn: Array, sum_cn: Array) -> None:
+    """Add the bias to a block of a softmax's logits and find each thread's part of the normalizer.
+
+    Parameters
+    ----------
+    log2_mn
+        In: logits less their bias, in units of log(2), unless they stand in ``halves_mn``, see :func:`regions`; out:
+        logits.
+    peak_cn, sum_cn
+        Out: largest logit of the features of each thread, and the sum of 2^(logit - largest).
+    """
+    m, n = log2_mn.shape
+    n_chunks = len(peak_cn)
+    for chunk in numba.prange(n_chunks):
+        first, last = _share(chunk, n_chunks, m)
+        peak, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
+        for i in range(first, last):
+            for j in range(n):
+                logit = (log2_mn[i, j] if halves_mn is None else of_half(halves_mn[i, j])) + bias_m[i]
+                log2_mn[i, j] = logit
+                peak[j] = logit if logit > peak[j] else peak[j]
+        for i in range(first, last):
+            for j in range(n):
+                total[j] += exp2(log2_mn[i, j] - peak[j])
+        peak_cn[chunk], sum_cn[chunk] = peak, total
+
+
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def softmax_slopes(
+    log2_mean_mn: Array, slope_mn: Array, halves_mn: Any, by_library_n: Array, weight_n: Array, d_bias_m: Array,
+    n_chunks: int,
+) -> None:  # fmt: skip
+    """Derivatives by the logits of a softmax from those by log(mean), of which mean times ``by_library_n`` is taken.
+
+    Parameters
+    ----------
+    slope_mn, halves_mn
+        In: derivatives by log(mean), in the former. Out: by logits, in the latter if they are to be bfloat16.
+    d_bias_m
+        Out: their sums over cells times ``weight_n``.
+    """
+    m, n = slope_mn.shape
+    for chunk in numba.prange(n_chunks):
+        first, last = _share(chunk, n_chunks, m)
+        slope = np.empty(n, np.float32)
+        for i in range(first, last):
+            for j in range(n):
+                slope[j] = slope_mn[i, j] - exp2(log2_mean_mn[i, j]) * by_library_n[j]
+                if halves_mn is None:
+                    slope_mn[i, j] = slope[j]
+                else:
+                    halves_mn[i, j] = to_half(slope[j])
+            d_bias_m[i] = dot(slope, weight_n)
+
+
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def zeros(
-    log2_mean_mn: Array, theta_m: Array, gate_mn: Any, weight_n: Array, start_m: Array, row: Array, slope_mn: Array,
-    products_gn: Array, value_cn: Array, d_theta_m: Array, gate_e: Array,
+    log2_mean_mn: Array, theta_m: Array, gate_mn: Any, gate_halves_mn: Any, gate_bias_m: Any, d_gate_bias_m: Any,
+    weight_n: Array, start_m: Array, row: Array, slope_mn: Array, products_gn: Array, value_cn: Array,
+    d_theta_m: Array, gate_e: Array,
 ) -> None:  # fmt: skip
     """A block of counts as if all were zero: NB, or ZINB with a gate.
 
@@ -198,8 +180,9 @@ def zeros(
     ----------
     log2_mean_mn, theta_m
         Of the NB; the former in units of log(2).
-    gate_mn
-        In: logits of the zero inflation in units of log(2), out: derivatives by them (of unit 1). None: an NB.
+    gate_mn, gate_halves_mn
+        In: logits of the zero inflation less their bias, in units of log(2), out: derivatives by them (of unit 1). They
+        stand in the latter if they are bfloat16, see :func:`regions`. None: an NB.
     start_m, row
         Where a ZINB's non-zero counts are, see :func:`regions`: there a zero has probability 1.
     slope_mn
@@ -209,8 +192,8 @@ def zeros(
         worthless.
     value_cn
         Added to: log-probabilities of an NB, a row for each thread.
-    d_theta_m
-        Out: sums over cells of the derivatives by theta times ``weight_n``.
+    d_theta_m, d_gate_bias_m
+        Out: sums over cells of the derivatives by theta and by logits times ``weight_n``.
     gate_e
         Out: logits of the zero inflation at the non-zero counts.
     """
@@ -218,69 +201,55 @@ def zeros(
     n_chunks = len(value_cn)
     for chunk in numba.prange(n_chunks):
         first, last = _share(chunk, n_chunks, m)
-        sp, sig, kept = np.empty(n, np.float32), np.empty(n, np.float32), np.ones(n, np.float32)
-        probability, product, value = np.ones(n, np.float32), np.ones(n, np.float32), np.zeros(n, np.float32)
+        sp, sig, gate = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+        kept, probability, product = np.ones(n, np.float32), np.ones(n, np.float32), np.ones(n, np.float32)
+        value = np.zeros(n, np.float32)
         for i in range(first, last):
             theta = theta_m[i]
             log2_theta = np.float32(np.log2(theta))
             for j in range(n):
                 ratio = exp2(log2_mean_mn[i, j] - log2_theta)
                 sp[j] = log1p(ratio)
-                sig[j] = ratio / (_ONE + ratio)
+                sig[j] = ratio / (ONE + ratio)
             if gate_mn is None:
                 for j in range(n):
                     value[j] -= theta * sp[j]
             else:
-                for entry in range(start_m[i] - start_m[0], start_m[i + 1] - start_m[0]):
-                    gate_e[entry] = gate_mn[i, row[entry]]
+                bias = gate_bias_m[i]
                 for j in range(n):
-                    e, nb = exp2(gate_mn[i, j]), exp2(-theta * _LOG2_E * sp[j])
-                    rest = _ONE / (_ONE + e)
+                    gate[j] = (gate_mn[i, j] if gate_halves_mn is None else of_half(gate_halves_mn[i, j])) + bias
+                for entry in range(start_m[i] - start_m[0], start_m[i + 1] - start_m[0]):
+                    gate_e[entry] = gate[row[entry]]
+                for j in range(n):
+                    e, nb = exp2(gate[j]), exp2(-theta * LOG2_E * sp[j])
+                    rest = ONE / (ONE + e)
                     kept[j] = nb / (e + nb)
                     probability[j] = (e + nb) * rest
-                    gate_mn[i, j] = rest
+                    gate[j] = rest
                 for entry in range(start_m[i] - start_m[0], start_m[i + 1] - start_m[0]):
-                    kept[row[entry]] = _ONE
-                    probability[row[entry]] = _ONE
+                    kept[row[entry]] = ONE
+                    probability[row[entry]] = ONE
                 for j in range(n):
-                    gate_mn[i, j] -= kept[j]
+                    gate[j] -= kept[j]
+                    if gate_halves_mn is None:
+                        gate_mn[i, j] = gate[j]
+                    else:
+                        gate_halves_mn[i, j] = to_half(gate[j])
                     product[j] *= probability[j]
+                d_gate_bias_m[i] = dot(gate, weight_n)
                 if i % FOLD == FOLD - 1 or i == last - 1:
                     for j in range(n):
                         products_gn[i // FOLD, j] = product[j]
-                        product[j] = _ONE
+                        product[j] = ONE
             for j in range(n):
                 slope_mn[i, j] = -theta * sig[j] * kept[j]
                 sp[j] = (sig[j] - sp[j]) * kept[j]
-            d_theta_m[i] = _dot(sp, weight_n)
+            d_theta_m[i] = dot(sp, weight_n)
         for j in range(n):
             value_cn[chunk, j] += value[j]
 
 
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-def rising(x: Any, theta: Any) -> Any:
-    """Sums over k = 0 .. x - 1 of log(1 + k / theta) and of k / (theta + k), for whole x."""
-    logs, slopes, product = 0.0, 0.0, 1.0
-    for k in range(1, min(int(x), _TERMS)):
-        product *= 1.0 + k / theta
-        slopes += k / (theta + k)
-        if product > 1e200:
-            logs += math.log(product)
-            product = 1.0
-    if x > 1:
-        logs += math.log(product)
-    if x > _TERMS:
-        # The others by Stirling's series, from which lgamma(end) - lgamma(begin) and its derivative.
-        begin, end, rest = theta + _TERMS, theta + x, x - _TERMS
-        growth = math.log1p(rest / begin)
-        tails = (1 / end - 1 / begin) / 12 - (1 / end**3 - 1 / begin**3) / 360
-        logs += rest * math.log(begin / theta) + (end - 0.5) * growth - rest + tails
-        steps = growth - (1 / end - 1 / begin) / 2 - (1 / end**2 - 1 / begin**2) / 12
-        slopes += rest - theta * steps
-    return logs, slopes
-
-
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def nonzeros(
     x_e: Array, start_g: Array, row_e: Array, log2_mean_gn: Array, theta_g: Array, gate_e: Any, weight_n: Array,
     slope_gn: Array, value_cn: Array, slope_cn: Array, d_theta_g: Array,
@@ -310,12 +279,12 @@ def nonzeros(
                 u = log2_mean - log2_theta
                 # exp of -|u|, from which softplus(u) and log(mean) - softplus(u) are had without cancellation.
                 small = exp2(-abs(u))
-                log_small, less = log1p(small), _ONE / (_ONE + small)
+                log_small, less = log1p(small), ONE / (ONE + small)
                 logs, by_theta = rising(x, theta)
                 factorial = _LOG_FACTORIAL[np.int64(x)] if x < len(_LOG_FACTORIAL) else math.lgamma(x + 1)
-                value[cell] += logs - factorial + x * (min(log2_mean, log2_theta) * _LN_2 - log_small)
+                value[cell] += logs - factorial + x * (min(log2_mean, log2_theta) * LN_2 - log_small)
                 if gate_e is not None:
-                    value[cell] -= theta * (max(u, np.float32(0)) * _LN_2 + log_small) + _softplus(gate_e[entry])
+                    value[cell] -= theta * (max(u, np.float32(0)) * LN_2 + log_small) + softplus(gate_e[entry])
                 sig = small * less if u < 0 else less
                 slope = np.float32(x * (less if u < 0 else small * less))
                 slope_gn[gene, cell] += slope
@@ -327,30 +296,46 @@ def nonzeros(
             slope_cn[chunk, cell] += slopes[cell]
 
 
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def sparse_product(weight_fh: Array, crow: Array, col: Array, val: Array, product_cnh: Array) -> None:
+@numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def sparse_product(weight_fh: Array, crow: Array, col: Array, val: Array, product_cnh: Array, read_c: Array) -> None:
     """Compressed rows times a wide matrix, of which each thread has a share of the features and a product of its own.
 
-    A share is read in pieces that stay in the cache, for all cells: each row of the weight comes from memory once.
+    A share is taken in pieces that stay in the cache, for all cells: each row of the weight comes from memory once.
+    It comes in order, before cells look rows up at random, which memory is slow at. ``read_c`` receives the sum of
+    what was read for that purpose; without a use for it the compiler would leave it out.
     """
     n_chunks, n, n_hidden = product_cnh.shape
     n_features = len(weight_fh)
     for chunk in numba.prange(n_chunks):
         begin, end = chunk * n_features // n_chunks, (chunk + 1) * n_features // n_chunks
-        total = np.empty(n_hidden, np.float32)
+        total, read = np.empty(n_hidden, np.float32), np.float32(0)
         entry = np.empty(n, np.int64)
         for i in range(n):
             entry[i] = crow[i] + np.searchsorted(col[crow[i] : crow[i + 1]], begin)
             product_cnh[chunk, i] = 0
         for first in range(begin, end, _AT_A_TIME):
             stop = min(first + _AT_A_TIME, end)
+            for feature in range(first, stop):
+                for j in range(0, n_hidden, _CACHE_LINE):
+                    read += weight_fh[np.uint64(feature), np.uint64(j)]
             for i in range(n):
                 total[:] = product_cnh[chunk, i]
-                k = entry[i]
-                while k < crow[i + 1] and col[k] < stop:
-                    weight_h, value = weight_fh[np.uint64(col[k])], np.float32(val[k])
+                k, last = entry[i], entry[i]
+                while last < crow[i + 1] and col[last] < stop:
+                    last += 1
+                entry[i] = last
+                # Four at a time: the total is read and written once for them.
+                while k + 4 <= last:
+                    a, b = weight_fh[np.uint64(col[k])], weight_fh[np.uint64(col[k + 1])]
+                    c, d = weight_fh[np.uint64(col[k + 2])], weight_fh[np.uint64(col[k + 3])]
+                    by_a, by_b, by_c, by_d = val[k], val[k + 1], val[k + 2], val[k + 3]
                     for j in range(n_hidden):
-                        total[j] += value * weight_h[j]
+                        total[j] += by_a * a[j] + by_b * b[j] + by_c * c[j] + by_d * d[j]
+                    k += 4
+                while k < last:
+                    a, by_a = weight_fh[np.uint64(col[k])], val[k]
+                    for j in range(n_hidden):
+                        total[j] += by_a * a[j]
                     k += 1
-                entry[i] = k
                 product_cnh[chunk, i] = total
+        read_c[chunk] = read

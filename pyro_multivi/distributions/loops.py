@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,3 +63,13 @@ def loops_for(tensor: Tensor) -> ModuleType | None:
     """The module of loops if they are wanted and can take ``tensor``."""
     fits = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
     return _LOOPS.get() if fits else None
+
+
+def can_read(gemm_dtype: torch.dtype | None) -> bool:
+    """Whether products of this precision can be handed to the loops."""
+    return gemm_dtype in (None, torch.float32, torch.bfloat16)
+
+
+def halves(product: Tensor) -> np.ndarray[Any, Any] | None:
+    """A product in bfloat16 as the loops read and write it, whole numbers of that many bits; None in float32."""
+    return None if product.dtype == torch.float32 else product.view(torch.uint16).numpy()

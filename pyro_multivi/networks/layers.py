@@ -190,9 +190,10 @@ def _in_order(weight: Tensor, counts: SparseCounts) -> Tensor:
 
 def _by_loops(loops: ModuleType, weight: Tensor, counts: SparseCounts) -> Tensor:
     """counts @ weight in a compiled loop."""
-    product_cnh = weight.new_empty(torch.get_num_threads(), counts.shape[0], weight.shape[1])
-    entries = (part.contiguous().numpy() for part in (counts.crow, counts.col, counts.val))
-    loops.sparse_product(weight.detach().numpy(), *entries, product_cnh.numpy())
+    n_chunks = torch.get_num_threads()
+    product_cnh, read_c = weight.new_empty(n_chunks, counts.shape[0], weight.shape[1]), weight.new_empty(n_chunks)
+    entries = (part.numpy() for part in (counts.crow, counts.col, counts.val.to(weight.dtype).contiguous()))
+    loops.sparse_product(weight.detach().numpy(), *entries, product_cnh.numpy(), read_c.numpy())
     return product_cnh.sum(0)
 
 

@@ -121,3 +121,8 @@ def test_ones_are_held_once_through_all_that_is_done_to_them(counts):
     again = pickle.loads(pickle.dumps(ones))  # noqa: S301
     assert torch.equal(again.to_dense(), ones.to_dense())
     assert torch.equal(ones.to_dense(), (counts.to_dense() > 0).to(ones.dtype))
+
+
+def test_sums_of_rows(counts):
+    assert torch.equal(counts.row_sums(), counts.to_dense().sum(1, dtype=counts.dtype))
+    assert torch.equal(counts.select_rows(torch.tensor([0, 4])).row_sums(), torch.zeros(2, dtype=counts.dtype))

@@ -17,8 +17,8 @@ from pyro_multivi.distributions import (
     ScaledBernoulli,
     blockwise,
     blockwise_accessibility,
-    blockwise_counts,
     blockwise_inflation,
+    counts_walk_compiled,
 )
 from pyro_multivi.distributions.blockwise import Entries, equal_weights
 
@@ -345,7 +345,7 @@ def test_where_products_of_probabilities_underflow(case: Any, upstream: str, mon
         answers.append(found is None)
         return found
 
-    for module in (blockwise, blockwise_accessibility, blockwise_counts):
+    for module in (blockwise, blockwise_accessibility, counts_walk_compiled):
         monkeypatch.setattr(module, "sum_of_logs_of_products", watched)
     g = UPSTREAM[upstream]((B,))
     inputs, x = unlikely(case, torch.float32)

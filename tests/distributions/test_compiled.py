@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import compiled, loops
+from pyro_multivi.distributions import compiled_functions as functions
 from pyro_multivi.distributions.loops import compiled_loops, loops_for
 from pyro_multivi.networks.layers import CountsLinear
 
 B = 6
-LOOPS = {"accessibility": ["regions"], "nb": ["zeros", "nonzeros"], "zinb": ["zeros", "nonzeros"], "poisson": []}
+LOOPS = {"accessibility": {"regions"}, "nb": {"zeros", "nonzeros"}, "zinb": {"zeros", "nonzeros"}, "poisson": set()}
+OF_SOFTMAX = {"softmax", "softmax_slopes"}
 
 
 @pytest.fixture(params=[1, 3])
@@ -43,7 +45,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for name in ("regions", "zeros", "nonzeros", "sparse_product"):
+    for name in ("regions", "sparse_product", "zeros", "nonzeros", *OF_SOFTMAX):
         monkeypatch.setattr(compiled, name, watched(name, getattr(compiled, name)))
     return names
 
@@ -80,7 +82,8 @@ def test_value_and_gradients(
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=0)
     close(by_input, gradients(expected, plain, g.double()), rtol=2e-5)
     per_cell = case.per_cell_theta and lead != (1,)  # one cell's dispersions are those of all
-    assert set(runs) == (set() if per_cell else set(LOOPS[case.family]))
+    of_link = OF_SOFTMAX if case.link == "softmax" and case.family in ("nb", "zinb") else set()
+    assert set(runs) == (set() if per_cell else LOOPS[case.family] | of_link)
 
 
 @pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
@@ -128,7 +131,7 @@ def test_not_a_number_comes_through(case: Any) -> None:
 
 def test_large_counts_and_dispersions_against_scipy() -> None:
     x, theta = np.meshgrid([1, 2, 3, 63, 64, 65, 255, 256, 3000, 100_000], np.logspace(-12, 12, 25))
-    found = np.array([compiled.rising(*pair) for pair in zip(x.ravel() * 1.0, theta.ravel(), strict=True)])
+    found = np.array([functions.rising(*pair) for pair in zip(x.ravel() * 1.0, theta.ravel(), strict=True)])
     # In extended precision: lgamma(x + theta) - lgamma(theta) - x log(theta), term by term.
     for (n, t), (logs, slopes) in zip(zip(x.ravel(), theta.ravel(), strict=True), found, strict=True):
         k = np.arange(n, dtype=np.longdouble)
@@ -142,23 +145,23 @@ def apply(function: Any, *columns: np.ndarray) -> np.ndarray:
 
 def test_elementary_functions() -> None:
     x = np.linspace(-125.9, 125.9, 5001).astype(np.float32)
-    np.testing.assert_allclose(apply(compiled.exp2, x), np.exp2(x.astype(float)), rtol=2e-7)
+    np.testing.assert_allclose(apply(functions.exp2, x), np.exp2(x.astype(float)), rtol=2e-7)
     u = np.concatenate([[0], np.logspace(-37, 37, 5001)]).astype(np.float32)
-    np.testing.assert_allclose(apply(compiled.log1p, u), np.log1p(u.astype(float)), rtol=3e-7)
+    np.testing.assert_allclose(apply(functions.log1p, u), np.log1p(u.astype(float)), rtol=3e-7)
     softplus = scipy.special.log1p(np.exp2(x.astype(float)))
-    np.testing.assert_allclose(apply(compiled._softplus, x), softplus, rtol=3e-7)
+    np.testing.assert_allclose(apply(functions.softplus, x), softplus, rtol=3e-7)
     edges = np.array([np.nan, np.inf, -np.inf, 1000, -1000], np.float32)
-    np.testing.assert_array_equal(apply(compiled.exp2, edges), np.exp2([np.nan, 126, -126, 126, -126]).astype("f4"))
+    np.testing.assert_array_equal(apply(functions.exp2, edges), np.exp2([np.nan, 126, -126, 126, -126]).astype("f4"))
 
 
 def test_halves_are_those_of_torch() -> None:
     x = torch.cat([torch.randn(2000) * 10.0 ** torch.randint(-30, 30, (2000,)), torch.tensor([0, -0.0, torch.inf])])
     x = torch.cat([x, 1 + torch.arange(512) / 2**16, torch.tensor([torch.nan])])  # with ties
-    halves = apply(compiled._to_half, x.numpy()).astype(np.uint16)
+    halves = apply(functions.to_half, x.numpy()).astype(np.uint16)
     torch.testing.assert_close(
         torch.from_numpy(halves).view(torch.bfloat16), x.bfloat16(), rtol=0, atol=0, equal_nan=True
     )
-    back = torch.from_numpy(apply(compiled._of_half, halves).astype(np.float32))
+    back = torch.from_numpy(apply(functions.of_half, halves).astype(np.float32))
     torch.testing.assert_close(back, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -175,8 +178,9 @@ def test_first_layer(binary: bool, n_features: int, threads: int, runs: list[str
         by_weight, by_bias = torch.autograd.grad(found.square().sum(), [layer.weight, layer.bias])
     expected = layer(dense)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(by_weight, torch.autograd.grad(layer(dense).square().sum(), layer.weight)[0])
-    torch.testing.assert_close(by_bias, 2 * expected.sum(0))
+    by_dense_weight = torch.autograd.grad(expected.square().sum(), layer.weight)[0]
+    torch.testing.assert_close(by_weight, by_dense_weight, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(by_bias, 2 * expected.sum(0), rtol=1e-5, atol=1e-4)
     assert runs == ["sparse_product"]
 
 
