@@ -136,8 +136,8 @@ class TrainableModel:
             ``"fp32"``, or ``"bf16"``: the decoders' large matrix products in bfloat16, everything else
             in float32. Faster where the processor has bfloat16 arithmetic (AVX512-BF16, AMX, GPU).
         compile
-            True: on a CPU, the likelihoods and first layers are loops that Numba compiles (extra ``compile``), once
-            for all, in some 20 s. The same numbers to rounding, in about three quarters of the time.
+            True: on a CPU, likelihoods and first layers run as loops that Numba compiles (extra ``compile``), the
+            first time in some 15 s. The same numbers to rounding, in about four fifths of the time.
         effect_sd
             Before any data are seen, cells differ by about this much in the logit (nats) of a feature: it sets the
             Normal prior of the loadings, the weights of the decoders' last layers, to whose posterior mode

@@ -184,7 +184,7 @@ def simulate_multiome(
     ((50, 50), (50, 50))
     """
     arguments: dict[str, Any] = {key: value for key, value in locals().items() if key != "return_mudata"}
-    arguments["n_cells"] = [int(count) for count in n_cells]
+    arguments["n_cells"] = [int(count) for count in np.atleast_1d(n_cells)]
     _check(arguments)
     n_per_modality = arguments["n_cells"]
     n = sum(n_per_modality)

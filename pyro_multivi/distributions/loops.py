@@ -28,6 +28,8 @@ def compiled_loops() -> Iterator[None]:
     ------
     ImportError
         Without Numba, which the extra ``compile`` installs.
+    RuntimeError
+        If there is no folder in which Numba could keep what it compiles.
 
     Examples
     --------
@@ -35,7 +37,13 @@ def compiled_loops() -> Iterator[None]:
     ...     pass
     """
     numba = require("numba", "compile")
-    from pyro_multivi.distributions import compiled
+    try:
+        from pyro_multivi.distributions import compiled
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Numba cannot keep what it compiles ({error}): set the environment variable NUMBA_CACHE_DIR to a folder "
+            "that can be written, or train with compile=False."
+        ) from error
 
     threads, before = torch.get_num_threads(), _start_threads(numba)
     # Where they are OpenMP's, starting Numba's threads has changed torch's number.

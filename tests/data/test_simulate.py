@@ -197,6 +197,7 @@ def test_mudata_holds_measured_cells_only(mosaic):
     ("arguments", "message"),
     [
         ({"n_cells": (1, 2)}, r"n_cells is \(1, 2\); give three numbers"),
+        ({"n_cells": 300}, r"n_cells is \(300,\); give three numbers"),
         ({"n_cells": (0, 0, 0)}, "not all zero"),
         ({"n_genes": 0}, "n_genes is 0; it must be at least 1"),
         ({"n_batches": 0}, "n_batches is 0"),

@@ -14,6 +14,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from pyro_multivi import distributions
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import compiled, loops
 from pyro_multivi.distributions import compiled_functions as functions
@@ -202,4 +203,16 @@ def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ImportError, match=r"pyro-multivi\[compile\]"), compiled_loops():
         raise AssertionError("entered")
     assert isinstance(loops, ModuleType)
+    assert loops_for(torch.zeros(1)) is None
+
+
+def test_without_a_cache_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.delitem(sys.modules, compiled.__name__)
+    monkeypatch.delattr(distributions, "compiled")
+    monkeypatch.setattr(numba, "njit", refuse)
+    with pytest.raises(RuntimeError, match=r"no locator available.*NUMBA_CACHE_DIR.*compile=False"), compiled_loops():
+        raise AssertionError("entered")
     assert loops_for(torch.zeros(1)) is None
