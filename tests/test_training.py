@@ -100,6 +100,16 @@ def test_nothing_global_is_touched_by_a_training_that_fails(build, global_rng_un
     assert (*validation_flags(), torch.get_num_threads()) == before
 
 
+def test_bf16_is_a_precision_of_training(build):
+    """Its curve is another one, but near; and afterwards the decoders multiply in float32 again."""
+    plain, half = train(build()), train(build(), precision="bf16")
+    expected, found = (model.history["train_loss"].to_numpy() for model in (plain, half))
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    decoders = [half.program.expression_decoder, half.program.accessibility_decoder]
+    assert [decoder.gemm_dtype for decoder in decoders] == [None, None]
+
+
 # ---------------------------------------------------------------------- it learns
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -121,6 +123,15 @@ def test_what_the_loops_cannot_take_goes_the_other_way(case: Any, change: str, r
 
 
 @pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
+def test_other_halves_than_bfloat16_go_the_other_way(case: Any, runs: list[str]) -> None:
+    inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))
+    eager = case.build(inputs, gemm_dtype=torch.float16).log_prob(x)
+    with compiled_loops():
+        assert torch.equal(case.build(inputs, gemm_dtype=torch.float16).log_prob(x), eager)
+    assert runs == []
+
+
+@pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
 def test_not_a_number_comes_through(case: Any) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))
     with torch.no_grad():
@@ -196,6 +207,20 @@ def test_threads_and_settings_of_others_are_restored(threads: int) -> None:
     assert loops_for(torch.zeros(1)) is None
     assert (numba.get_num_threads(), torch.get_num_threads()) == (before, threads)
     assert numba.config.THREADING_LAYER_PRIORITY is priority
+
+
+def test_the_first_use_in_a_process_leaves_the_threads_of_torch() -> None:
+    code = """
+import torch
+from pyro_multivi.distributions.loops import compiled_loops
+torch.set_num_threads(1)
+with compiled_loops():
+    print(torch.get_num_threads())
+print(torch.get_num_threads())
+"""
+    asked = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    run = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1", "1"]
 
 
 def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
