@@ -22,7 +22,8 @@ def compiled_loops() -> Iterator[None]:
     """Run the element-wise part of likelihoods as compiled loops, where there are any: float32 on a CPU.
 
     They have torch's number of threads, and Numba has its own again afterwards. Counts with a dispersion
-    per cell, Poisson counts, and blocks in which a probability underflows go on without.
+    per cell, Poisson counts, and blocks in which a probability underflows go on without. Numba stops a process that
+    was forked after its threads were started and runs loops too: start such a process by ``spawn``.
 
     Raises
     ------
