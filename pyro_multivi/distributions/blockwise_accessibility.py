@@ -19,6 +19,7 @@ over all regions does for both, once that is written where regions are open.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,10 @@ class _Sweep:
 
     def __call__(self, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
         """Value (if wanted) and gradients (if weights are given)."""
-        return _Walk(self, weights_n, want_value).run()
+        loops = loops_for(self.hidden_nh) if can_read(self.gemm_dtype) else None
+        if loops is None:
+            return _Walk(self, weights_n, want_value).run()
+        return _CompiledWalk(self, weights_n, want_value, loops).run()
 
 
 class _Walk:
@@ -138,35 +142,17 @@ class _Walk:
         if weights_n is not None:
             self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
             self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
-        self.loops = loops_for(hidden) if can_read(sweep.gemm_dtype) else None
-        if self.loops is not None:
-            self.prepare_loops()
-
-    def prepare_loops(self) -> None:
-        """Vectors that the loop reads and writes, as it takes them; what is not wanted is written all the same."""
-        inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
-        if self.sweep.region_factor_m is not None:
-            inverse_r, rest_r = self.inverse_r, self.rest_r
-        weight = torch.zeros_like(self.d) if self.weights_n is None else self.cell_weight
-        sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
-        self.of_regions = [vector.detach().numpy() for vector in (self.bias_m, inverse_r, rest_r)]
-        self.of_cells = [vector.detach().numpy() for vector in (self.rest_row[0], self.minus_d, weight)]
-        self.sums = [vector.numpy() for vector in sums]
-        self.d_cell_cn = torch.zeros(torch.get_num_threads(), self.n)
 
     def run(self) -> tuple[Tensor | None, Gradients]:
-        step = self.step if self.loops is None else self.compiled_step
         for block in self.blocks:
             weight_mh = self.products.block(block.features)
-            logs = step(block, weight_mh)
+            logs = self.step(block, weight_mh)
             if self.value is not None:
                 self.value += self.logs_exactly(block, weight_mh) if logs is None else logs
         if self.weights_n is not None:
             if self.d_hidden_hn is not None:
                 self.d_hidden_hn.mul_(self.cell_weight)
             if self.d_cell is not None:
-                if self.loops is not None:
-                    self.d_cell += self.d_cell_cn.sum(0)
                 self.d_cell.mul_(self.weights_n)
         d_hidden = None if self.d_hidden_hn is None else self.d_hidden_hn.t()
         return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
@@ -184,24 +170,6 @@ class _Walk:
         if self.weights_n is not None:
             self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
         return logs
-
-    def compiled_step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
-        """:meth:`step` in one loop."""
-        assert self.loops is not None
-        features, entries = block.features, self.sweep.entries
-        out, spare, _ = self.views(block)
-        products = spare[: self.loops.n_folds(len(spare))]
-        # Logits until the loop has made residuals of them.
-        residual = self.products.logits_less_bias(weight_mh, out)
-        self.loops.regions(
-            out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,
-            np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
-            entries.row[block.entries].numpy(), products.numpy(), self.d_cell_cn.numpy(),
-            *(vector[features] for vector in self.sums),
-        )  # fmt: skip
-        if self.weights_n is not None:
-            self.contract(block, weight_mh, residual)
-        return None if self.value is None else sum_of_logs_of_products(products)
 
     def views(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         m = block.stop - block.start
@@ -258,6 +226,42 @@ class _Walk:
             self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[block.features])
         if self.d_hidden_hn is not None:
             self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
+
+
+class _CompiledWalk(_Walk):
+    """:class:`_Walk` in one loop per block; what is not wanted it writes all the same."""
+
+    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
+        super().__init__(sweep, weights_n, want_value)
+        inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
+        if sweep.region_factor_m is not None:
+            inverse_r, rest_r = self.inverse_r, self.rest_r
+        weight = torch.zeros_like(self.d) if weights_n is None else self.cell_weight
+        sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
+        self.loops = loops
+        self.of_regions = [vector.detach().numpy() for vector in (self.bias_m, inverse_r, rest_r)]
+        self.of_cells = [vector.detach().numpy() for vector in (self.rest_row[0], self.minus_d, weight)]
+        self.sums = [vector.numpy() for vector in sums]
+        self.d_cell_cn = torch.empty(torch.get_num_threads(), self.n)
+
+    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+        """See :meth:`_Walk.step`."""
+        features, entries = block.features, self.sweep.entries
+        out, spare, _ = self.views(block)
+        products = spare[: self.loops.n_folds(len(spare))]
+        # Logits until the loop has made residuals of them.
+        residual = self.products.logits_less_bias(weight_mh, out)
+        self.loops.regions(
+            out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,
+            np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
+            entries.row[block.entries].numpy(), products.numpy(), self.d_cell_cn.numpy(),
+            *(vector[features] for vector in self.sums),
+        )  # fmt: skip
+        if self.d_cell is not None:
+            self.d_cell += self.d_cell_cn.sum(0)
+        if self.weights_n is not None:
+            self.contract(block, weight_mh, residual)
+        return None if self.value is None else sum_of_logs_of_products(products)
 
 
 def _replaced(logs_mn: Tensor, block: Block, log_open: Tensor) -> Tensor:

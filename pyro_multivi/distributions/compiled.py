@@ -73,7 +73,7 @@ def regions(
     products_gn
         Out: (1 - p d r), or p d r of open regions, multiplied over :data:`FOLD` regions.
     d_cell_cn
-        Added to: sum of T / d over the regions, a row for each thread.
+        Out: sum of T / d over the regions, a row for each thread.
     d_region_m, d_bias_m
         Out: sums over cells of T / (-d), and of the residual, times ``weight_n``; the former also times 1 / r.
     """
@@ -108,8 +108,7 @@ def regions(
                 for j in range(n):
                     products_gn[i // FOLD, j] = abs(product[j])
                     product[j] = ONE
-        for j in range(n):
-            d_cell_cn[chunk, j] += d_cell[j]
+        d_cell_cn[chunk] = d_cell
 
 
 @numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
