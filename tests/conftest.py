@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -13,6 +14,7 @@ import pytest
 import torch
 from anndata import AnnData
 
+import pyro_multivi as pm
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.simulate import simulate_multiome
@@ -77,6 +79,17 @@ def _mosaic() -> AnnData:
 def mosaic(_mosaic: AnnData) -> AnnData:
     """A tiny mosaic: 30 paired, 15 RNA-only, 15 ATAC-only cells; 40 genes, 60 regions; 2 batches, 4 types."""
     return _mosaic.copy()
+
+
+@pytest.fixture
+def build(mosaic: AnnData) -> Callable[..., pm.MULTIVI]:
+    """Models of one small mosaic, alike unless told otherwise."""
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+
+    def make(**choices: Any) -> pm.MULTIVI:
+        return pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,6 @@ import pyro_multivi as pm
 from pyro_multivi.distributions import compiled
 
 
-@pytest.fixture
-def build(mosaic):
-    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
-
-    def make(**choices):
-        return pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
-
-    return make
-
-
 def train(model, max_epochs=4, **options):
     model.train(max_epochs, **{"progress_bar": False, "batch_size": 16, "early_stopping": False, **options})
     return model

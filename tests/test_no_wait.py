@@ -9,7 +9,6 @@ import pyro
 import pytest
 import torch
 
-import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.terms import Terms
@@ -18,12 +17,6 @@ from pyro_multivi.training.watch import Watch
 
 META = torch.device("meta")
 LOOKED = "meta|[Dd]ata.dependent"
-
-
-@pytest.fixture
-def build(mosaic):
-    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
-    return lambda **choices: pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
 
 
 def train(program, minibatches):

@@ -16,17 +16,6 @@ import pyro_multivi as pm
 from pyro_multivi.training import EarlyStopping, History, kl_weight
 
 
-@pytest.fixture
-def build(mosaic):
-    """Models of one small mosaic, alike unless told otherwise."""
-    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
-
-    def make(**choices):
-        return pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
-
-    return make
-
-
 def train(model, max_epochs=3, **options):
     model.train(max_epochs, **{"progress_bar": False, "batch_size": 16, **options})
     return model

@@ -11,16 +11,6 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.training import TrainingDiverged
 
 
-@pytest.fixture
-def build(mosaic):
-    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
-
-    def make(**choices):
-        return pm.MULTIVI(mosaic, **{"n_hidden": 6, "n_latent": 2, **choices})
-
-    return make
-
-
 def train(model, max_epochs=3, **options):
     model.train(max_epochs, **{"progress_bar": False, "batch_size": 16, **options})
     return model
