@@ -35,6 +35,15 @@ _LOG1P = tuple(
 )  # fmt: skip
 
 
+@numba.njit(fastmath=FAST, cache=True)
+def _polynomial(coefficients: Any, x: Any) -> Any:
+    """Sum of coefficients[k] x^k."""
+    total = coefficients[-1]
+    for k in range(len(coefficients) - 2, -1, -1):
+        total = total * x + coefficients[k]
+    return total
+
+
 @numba.njit(fastmath=FAST, error_model="numpy", cache=True)
 def exp2(x: Any) -> Any:
     """2^x, to which x beyond +-126 is drawn; NaN stays."""
@@ -42,13 +51,7 @@ def exp2(x: Any) -> Any:
     x = np.float32(-126) if x < np.float32(-126) else x
     rounded = np.float32(x + _ROUND)
     f = x - (rounded - _ROUND)
-    power = _EXP2[6]
-    power = power * f + _EXP2[5]
-    power = power * f + _EXP2[4]
-    power = power * f + _EXP2[3]
-    power = power * f + _EXP2[2]
-    power = power * f + _EXP2[1]
-    power = power * f + _EXP2[0]
+    power = _polynomial(_EXP2, f)
     bits = np.float32(rounded).view(np.int32)
     return power * np.int32((bits << np.int32(23)) + _ONE_BITS).view(np.float32)
 
@@ -60,17 +63,7 @@ def log1p(u: Any) -> Any:
     bits = np.float32(w).view(np.int32)
     whole = np.int32((bits - _SQRT_HALF_BITS) >> np.int32(23))
     f = np.int32(bits - (whole << np.int32(23))).view(np.float32) - ONE
-    ratio = _LOG1P[10]
-    ratio = ratio * f + _LOG1P[9]
-    ratio = ratio * f + _LOG1P[8]
-    ratio = ratio * f + _LOG1P[7]
-    ratio = ratio * f + _LOG1P[6]
-    ratio = ratio * f + _LOG1P[5]
-    ratio = ratio * f + _LOG1P[4]
-    ratio = ratio * f + _LOG1P[3]
-    ratio = ratio * f + _LOG1P[2]
-    ratio = ratio * f + _LOG1P[1]
-    ratio = ratio * f + _LOG1P[0]
+    ratio = _polynomial(_LOG1P, f)
     # What 1 + u has lost of u.
     return np.float32(whole) * LN_2 + ratio * f + (u - (w - ONE)) / w
 
