@@ -18,8 +18,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "library": ("latent", "observed", "size_factor"),
 }
 
+#: Defaults of ``n_hidden`` and ``n_latent``.
+N_HIDDEN = 128
+N_LATENT = 20
+
 #: Defaults of ``contrast_weight`` and ``mixing_weight`` with the penalty "contrastive".
-CONTRAST_WEIGHT = 3.0
+CONTRAST_WEIGHT = 2.5
 MIXING_WEIGHT = 3.0
 
 
@@ -39,7 +43,8 @@ class ProgramConfig:
         Width of hidden layers. Default: 128. (In scvi-tools the square root of M, which is narrow for few
         regions; a prior on the loadings keeps a wide model from overfitting.)
     n_latent
-        Dimension K of the state. Default: the square root of ``n_hidden``.
+        Dimension K of the state. Default: 20, or ``n_hidden`` where that is less. (In scvi-tools the square root of
+        ``n_hidden``, 11 of 128; with 20 kinds of cells mix better at the same purity of types.)
     n_layers_encoder, n_layers_decoder
         Hidden layers.
     dropout_rate
@@ -61,7 +66,7 @@ class ProgramConfig:
         Weight of the term by which the experts of a paired cell must find each other among those of the other
         paired cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves
         of a cell are matched less closely, but types of cells are purer and kinds mix better in shallow data.
-        Default: 3 with ``modality_penalty="contrastive"``, 0 with any other.
+        Default: 2.5 with ``modality_penalty="contrastive"``, 0 with any other.
     mixing_weight
         Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
         the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. It takes
@@ -129,10 +134,10 @@ class ProgramConfig:
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
             )
         if self.n_hidden is None:
-            object.__setattr__(self, "n_hidden", 128)
+            object.__setattr__(self, "n_hidden", N_HIDDEN)
         _check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
-            object.__setattr__(self, "n_latent", max(math.isqrt(self.hidden), 1))
+            object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
         _check_at_least("n_latent", self.latent, 1)
         _check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
         _check_at_least("n_layers_decoder", self.n_layers_decoder, 1)

@@ -156,7 +156,7 @@ def apart_by_hand(loc, kinds_nc):
     median = np.sort(squared, axis=None)[(squared.size - 1) // 2]
 
     def kernel(i, j):
-        return np.mean([np.exp(-squared[i, j] / (width * median)) for width in (0.25, 0.5, 1, 2, 4)])
+        return np.mean([np.exp(-squared[i, j] / (width * median)) for width in (0.05, 0.1, 0.25, 0.5, 1)])
 
     sets = [np.flatnonzero(column) for column in kinds_nc.T]
     sets = [cells for cells in sets if len(cells) > 1]

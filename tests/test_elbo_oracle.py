@@ -113,7 +113,7 @@ class Oracle:
         """Squared discrepancy between cells of RNA alone, ATAC alone and both, summed over the three pairs."""
         squared = ((loc[:, None] - loc[None]) ** 2).sum(-1)
         median = np.sort(squared, axis=None)[(squared.size - 1) // 2]  # the lower one, as torch takes it
-        kernel = np.mean([np.exp(-squared / (median * width)) for width in (0.25, 0.5, 1, 2, 4)], axis=0)
+        kernel = np.mean([np.exp(-squared / (median * width)) for width in (0.05, 0.1, 0.25, 0.5, 1)], axis=0)
         kinds = ((True, False), (False, True), (True, True))
         sets = [np.flatnonzero((self.has_rna == rna) & (self.has_atac == atac)) for rna, atac in kinds]
         total = 0.0

@@ -282,10 +282,11 @@ def config(**changes):
 
 def test_default_widths():
     # Not the square root of the regions: that is too narrow for few of them.
-    assert (config().hidden, config().latent) == (128, 11)
-    assert (config(n_regions=10**6).hidden, config(n_regions=10**6).latent) == (128, 11)
-    assert (config(n_hidden=30).hidden, config(n_hidden=30).latent) == (30, 5)
-    assert config(n_hidden=1).latent == 1
+    assert (config().hidden, config().latent) == (128, 20)
+    assert (config(n_regions=10**6).hidden, config(n_regions=10**6).latent) == (128, 20)
+    assert (config(n_hidden=30).hidden, config(n_hidden=30).latent) == (30, 20)
+    # Never wider than the layer that it is read from.
+    assert (config(n_hidden=12).latent, config(n_hidden=1).latent) == (12, 1)
 
 
 @pytest.mark.parametrize(

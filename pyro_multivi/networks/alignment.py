@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pyro_multivi.networks.experts import Expert
 
-# Bandwidths of the kernels of a maximum mean discrepancy, in units of the median squared distance.
-_BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Bandwidths of the kernels of a maximum mean discrepancy, in units of the median squared distance. Most pairs of cells
+# are of different types, so the median is a distance between types: wider kernels see little but how far the means of
+# two kinds lie apart, narrower ones how they lie within a type.
+_BANDWIDTHS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
@@ -24,7 +26,7 @@ def mmd(a: Expert, b: Expert) -> Tensor:
     """Squared maximum mean discrepancy between two sets of cells, a scalar.
 
     Unbiased estimate (Gretton et al. 2012, equation 3), so its expectation does not depend on
-    the number of cells, with Gaussian kernels of five bandwidths around the median distance.
+    the number of cells, with Gaussian kernels of five bandwidths up to the median squared distance.
     Cells are represented by their means. Fewer than two cells give zero.
     """
     n = len(a.loc)
@@ -73,7 +75,7 @@ def kinds_apart(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
 
 
 def _kernel(loc_nk: Tensor) -> Tensor:
-    """Mean of Gaussian kernels of five bandwidths around the median squared distance, (n, n)."""
+    """Mean of Gaussian kernels of five bandwidths up to the median squared distance, (n, n)."""
     squared = (loc_nk[:, None] - loc_nk[None]).square().sum(-1)
     bandwidth = _bandwidth(squared)
     return torch.stack([torch.exp(-squared / (bandwidth * factor)) for factor in _BANDWIDTHS]).mean(0)

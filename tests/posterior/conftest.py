@@ -41,11 +41,21 @@ def fitted() -> MULTIVI:
 @pytest.fixture(scope="session")
 def continuum() -> MULTIVI:
     """Few features, two continuous dimensions: what one cell says of its state leaves much open."""
+    return _continuum()
+
+
+@pytest.fixture(scope="session")
+def unmixed_continuum() -> MULTIVI:
+    """The same cells, with nothing in training that moves kinds of cells towards each other."""
+    return _continuum(mixing_weight=0)
+
+
+def _continuum(**further: Any) -> MULTIVI:
     adata = simulate_multiome(
         (120, 60, 60), 15, 30, n_latent=2, n_types=1, mean_library=100, differential_fraction=1.0, seed=1
     )
     return _trained(
-        adata, 40, n_hidden=32, n_latent=2, gene_likelihood="nb", n_layers_decoder=1, dropout_rate=0.0
+        adata, 40, n_hidden=32, n_latent=2, gene_likelihood="nb", n_layers_decoder=1, dropout_rate=0.0, **further
     )
 
 

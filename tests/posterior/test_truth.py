@@ -63,15 +63,18 @@ def reference(model, cells, n_draws=3000):
     return w / w.sum(1, keepdims=True), rho, p
 
 
-def test_intervals_cover_an_independent_posterior(continuum):
-    rows = np.r_[0:12, 120:132, 180:192]  # paired, RNA only, ATAC only
-    w, rho, p = reference(continuum, continuum.minibatch(rows))
+# Of 30 cells of a kind chance leaves a few per cent. Mixing moves the means of kinds of cells: with the default weight
+# the intervals of cells with ATAC alone cover 0.81 of the posterior here (see tutorials/choosing_options.md).
+@pytest.mark.parametrize(("name", "of_atac"), [("unmixed_continuum", 0.08), ("continuum", 0.12)])
+def test_intervals_cover_an_independent_posterior(name, of_atac, request):
+    model = request.getfixturevalue(name)
+    rows = np.r_[0:30, 120:150, 180:210]  # paired, RNA only, ATAC only
+    w, rho, p = reference(model, model.minibatch(rows))
     assert (1 / (w**2).sum(1)).min() > 50, "the reference itself rests on too few draws"
     for method, values in (("get_normalized_expression", rho), ("get_accessibility_estimates", p)):
-        found = getattr(continuum, method)(indices=rows, n_samples=400, return_interval=0.9, return_numpy=True)
+        found = getattr(model, method)(indices=rows, n_samples=400, return_interval=0.9, return_numpy=True)
         inside = (found.lower[:, None] <= values) & (values <= found.upper[:, None])
         covered = np.einsum("ns,nsg->n", w, inside) / values.shape[1]
         assert 0.85 < covered.mean() < 0.95, method
-        # Also of each kind of cell; twelve cells leave a few per cent of chance.
-        assert (np.abs(covered.reshape(3, 12).mean(1) - 0.9) < 0.08).all(), method
+        assert (np.abs(covered.reshape(3, 30).mean(1) - 0.9) < (0.08, 0.08, of_atac)).all(), method
         np.testing.assert_allclose(found.mean.mean(0), (w @ values).mean(0), atol=0.05)
