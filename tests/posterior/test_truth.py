@@ -64,8 +64,8 @@ def reference(model, cells, n_draws=3000):
 
 
 # Of 30 cells of a kind chance leaves a few per cent. Mixing moves the means of kinds of cells: with the default weight
-# the intervals of cells with ATAC alone cover 0.81 of the posterior here (see tutorials/choosing_options.md).
-@pytest.mark.parametrize(("name", "of_atac"), [("unmixed_continuum", 0.08), ("continuum", 0.12)])
+# the intervals of cells with ATAC alone are too narrow (see tutorials/choosing_options.md), here 0.81 of the posterior.
+@pytest.mark.parametrize(("name", "of_atac"), [("unmixed_continuum", 0.08), ("continuum", 0.10)])
 def test_intervals_cover_an_independent_posterior(name, of_atac, request):
     model = request.getfixturevalue(name)
     rows = np.r_[0:30, 120:150, 180:210]  # paired, RNA only, ATAC only
