@@ -25,8 +25,8 @@ from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.own_program import find_program, import_path
-from pyro_multivi.posterior.choosing_temper import choose_tempers
 from pyro_multivi.posterior.learning_depth import learn_depths
+from pyro_multivi.posterior.learning_trust import learn_trust
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit, resolve_device
 from pyro_multivi.training.fit import Callback
@@ -97,7 +97,7 @@ class TrainableModel:
         """Fit the model; call again to go on.
 
         At the end, cells of both modalities (ten held out at least) tell how far one is trusted where the other is
-        imputed (:mod:`pyro_multivi.posterior.tempering`), and how deep that is (:mod:`pyro_multivi.posterior.depth`).
+        imputed (:mod:`pyro_multivi.posterior.trust`), and how deep that is (:mod:`pyro_multivi.posterior.depth`).
 
         Parameters
         ----------
@@ -233,7 +233,7 @@ class TrainableModel:
             self.is_trained = True
             if validation is not None:
                 learn_depths(self.program, batches(self._split.train), validation)
-                choose_tempers(self.program, validation)
+                learn_trust(self.program, batches(self._split.train), validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 

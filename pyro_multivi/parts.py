@@ -16,6 +16,9 @@ from pyro_multivi.networks.encoders import LibraryHead, ModalityReader, NormalHe
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
+#: States of other cells that are kept of each modality.
+POPULATION_SIZE = 512
+
 
 class ProgramParts(nn.Module):
     """Encoders, decoders and parameters of :class:`~pyro_multivi.program.MultiVIProgram`.
@@ -33,9 +36,12 @@ class ProgramParts(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
-    rna_temper, atac_temper
+    rna_trust, atac_trust
         How far what was measured of a cell counts where expression (accessibility) is decoded that was
-        not, scalars in (0, 1]: see :mod:`pyro_multivi.posterior.tempering`. The model itself reads neither.
+        not, scalars in [0, 1]: see :mod:`pyro_multivi.posterior.trust`. The model itself reads neither.
+    rna_population, atac_population
+        States of training cells in which expression (accessibility) was measured, which stand for a cell as far as
+        it is not trusted, (P, 1 + K): code of the batch (-1 in rows without a cell), z. The model reads neither.
     rna_depth_link, atac_depth_link
         What the depth of a modality that was not measured is predicted by, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
@@ -50,8 +56,10 @@ class ProgramParts(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
-    rna_temper: Tensor
-    atac_temper: Tensor
+    rna_trust: Tensor
+    atac_trust: Tensor
+    rna_population: Tensor
+    atac_population: Tensor
     rna_depth_link: Tensor
     atac_depth_link: Tensor
 
@@ -119,15 +127,19 @@ class ProgramParts(nn.Module):
         self.register_buffer("atac_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
-        self.register_buffer("rna_temper", torch.tensor(1.0))
-        self.register_buffer("atac_temper", torch.tensor(1.0))
+        for name in ("rna", "atac"):
+            self.register_buffer(f"{name}_trust", torch.tensor(1.0))
+            self.register_buffer(f"{name}_population", torch.full((POPULATION_SIZE, 1 + latent), -1.0))
         self.register_buffer("rna_depth_link", torch.zeros(2 + latent + config.n_batch))
         self.register_buffer("atac_depth_link", torch.zeros(2 + latent + config.n_batch))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A model saved before there were these trusts its evidence whole, and depths keep their priors.
-        for name in ("rna_temper", "atac_temper"):
-            state_dict.setdefault(prefix + name, torch.tensor(1.0))
+        for name in ("rna", "atac"):
+            state_dict.pop(f"{prefix}{name}_temper", None)  # another way to the same end, of development versions
+            state_dict.setdefault(f"{prefix}{name}_trust", torch.tensor(1.0))
+            nobody = torch.full_like(getattr(self, f"{name}_population"), -1.0)
+            state_dict.setdefault(f"{prefix}{name}_population", nobody)
         for name in ("rna_depth_link", "atac_depth_link"):
             state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -215,6 +215,33 @@ def test_time_to_the_peers_quality(module):
     # Both at the same time, not each at its own.
     assert table["all of these at once"]["ours, s"] == "4.000"
     assert table["all of these at once"]["ours, epochs"] == "4.000"
+    # In the mean 0.9 is to be reached, and 1.2: at the end.
+    means = table["all at once, means over seeds"]
+    assert (means["ours, s"], means["ours, epochs"], means["reached"]) == ("5.000 ± 0.000", "9", "yes")
+    records[2]["result"]["scores"][purity] = 1.1
+    table = {row["to reach"]: row for row in rows(summary.render_times(records, [purity, nll]))}
+    assert table["all at once, means over seeds"]["reached"] == "no"
+
+
+def test_time_to_the_peers_mean_quality(module):
+    purity = "knn_celltype_purity"
+
+    def at(epochs, seconds, score):
+        return {"epochs": epochs, "seconds": seconds, "scores": {purity: score}}
+
+    records = [
+        # 0.85 in the mean: out of reach of ours in the second seed, where it ends after two epochs.
+        record("peer", 0, 90.0, **{purity: 0.8}),
+        record("peer", 1, 110.0, **{purity: 0.9}),
+        record("ours", 0, 9.0, [at(1, 1.0, 0.7), at(2, 2.0, 0.8), at(4, 4.0, 0.9), at(8, 9.0, 0.95)], **{purity: 0.95}),
+        record("ours", 1, 6.0, [at(1, 2.0, 0.7), at(2, 3.0, 0.8)], **{purity: 0.8}),
+    ]
+    for one, epochs in ((records[2], 8), (records[3], 3)):
+        one["result"]["epochs"] = epochs
+    table = {row["to reach"]: row for row in rows(module("summary").render_times(records, [purity]))}
+    found = table["all at once, means over seeds"]
+    assert (found["ours, s"], found["ours, epochs"]) == ("5.000 ± 1.414", "4")
+    assert (found["peer / ours"], found["reached"]) == ("20.00×", "yes")
 
 
 def test_failures_are_named(module):

@@ -142,6 +142,7 @@ def render_times(records: Sequence[Record], names: Sequence[str]) -> str:
             for system in (name for name, kind in systems.items() if kind == "ours"):
                 for wanted in [*([name] for name in names), list(names)]:
                     rows.append([f"{system} against {peer}", *_time_row(done, peer, system, wanted)])
+                rows.append([f"{system} against {peer}", *_mean_time_row(done, peer, system, names)])
         if len(rows) > 2:
             parts += [_heading(data, done), "", *_table(rows), ""]
     return "\n".join(parts)
@@ -162,9 +163,39 @@ def _time_row(done: Sequence[Record], peer: str, system: str, wanted: Sequence[s
     return [label, *times, _ratio(spent, seconds), f"{len(seconds)} of {len(seeds)}"]
 
 
+def _mean_time_row(done: Sequence[Record], peer: str, system: str, wanted: Sequence[str]) -> list[str]:
+    """The line of :func:`render_times` for scores that are means over the seeds, ours after the same epochs in each."""
+    theirs, mine = (_by_seed(done, name, lambda result: result) for name in (peer, system))
+    seeds = [seed for seed in mine if seed in theirs]
+    spent = [theirs[seed]["seconds"] for seed in seeds]
+    row = ["all at once, means over seeds", _spread(spent)]
+    targets = {name: _mean(theirs[seed]["scores"][name] for seed in seeds) for name in wanted}
+    for epochs in sorted({point["epochs"] for seed in seeds for point in _path(mine[seed])}):
+        points = [_after(mine[seed], epochs) for seed in seeds]
+        found = {name: _mean(point["scores"][name] for point in points) for name in wanted}
+        if all(METRICS[name].reaches(found[name], targets[name]) for name in wanted):
+            seconds = [point["seconds"] for point in points]
+            return [*row, _spread(seconds), str(epochs), f"{_spread([_mean(spent) / _mean(seconds)])}×", "yes"]
+    return [*row, "–", "–", "–", "no"]
+
+
+def _path(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A run during training and at its end."""
+    return [*result.get("checkpoints", []), result]
+
+
+def _after(result: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
+    """A run after so many epochs: as it was looked at last; one that has ended stays at its end."""
+    return [point for point in _path(result) if point["epochs"] <= epochs][-1]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(values)
+
+
 def first_reached(result: Mapping[str, Any], targets: Mapping[str, float]) -> Mapping[str, Any] | None:
     """The first checkpoint, or else the end, at which every target is reached; None if there is none."""
-    for point in [*result.get("checkpoints", []), result]:
+    for point in _path(result):
         if all(METRICS[name].reaches(point["scores"][name], value) for name, value in targets.items()):
             return point
     return None

@@ -25,7 +25,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.depth import TRANSFORM, is_inferred, mean_depth, predicted
 from pyro_multivi.posterior.noise import CellNoise
-from pyro_multivi.posterior.tempering import normal_in, temper
+from pyro_multivi.posterior.trust import TRUST, Population, mixed, normal_in
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
@@ -167,10 +167,13 @@ def replay(
     intervene: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     *,
-    tempered: bool = True,
+    plain: bool = False,
 ) -> dict[str, Tensor]:
-    """Values of sites of the model at given latents, tempered or not, (S, B, ...). For use within ``evaluating``."""
-    parts = by_trust(program, cells, latents, sites) if tempered else [(list(sites), latents)]
+    """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluating``.
+
+    ``plain`` leaves the latents as they are where :func:`by_trust` would change them.
+    """
+    parts = [(list(sites), latents)] if plain else by_trust(program, cells, latents, sites)
     values: dict[str, Tensor] = {}
     for names, trusted in parts:
         values |= _values(program, cells, trusted, names, dict(intervene or {}), seed)
@@ -206,30 +209,30 @@ def by_trust(
 ) -> list[tuple[list[str], Latents]]:
     """Sites that are decoded from the same latents, and these. For use within ``evaluating``.
 
-    Where a cell lacks the modality that a site belongs to, z is tempered
-    (:mod:`~pyro_multivi.posterior.tempering`) by ``program.rna_temper`` or ``atac_temper``, and l or d is what
-    the other modality says of it (:mod:`~pyro_multivi.posterior.depth`), unless it is ``known_depth``. Without
-    such cells, where neither was chosen, and where posterior or prior is no Normal, all sites have
-    the latents that the guide drew.
+    Where a cell lacks the modality that a site belongs to, z is that of the cell or of another one
+    (:mod:`~pyro_multivi.posterior.trust`), and l or d is what the other modality says of it
+    (:mod:`~pyro_multivi.posterior.depth`), unless it is ``known_depth`` or z has no Normal posterior. Without
+    such cells, and where neither was learned, all sites have the latents that the guide drew.
     """
     found: list[tuple[list[str], Latents]] = []
     plain = list(sites)
-    for names, depth, has, other, weight in (
-        (("rho", "x", "l"), "l", cells.has_rna, cells.has_atac, float(program.rna_temper)),
-        (("p", "y", "d"), "d", cells.has_atac, cells.has_rna, float(program.atac_temper)),
+    for names, site, depth, has, other in (
+        (("rho", "x", "l"), "x", "l", cells.has_rna, cells.has_atac),
+        (("p", "y", "d"), "y", "d", cells.has_atac, cells.has_rna),
     ):
         wanted = [name for name in plain if name in names]
         if not wanted or bool(has.all()):
             continue
-        posterior, prior = normal_in(_node(latents, "z")["fn"]), normal_in(program.z_prior(cells.design))
-        if posterior is None:
-            continue
         trusted = latents
-        if weight != 1 and prior is not None:
+        trust, population = float(getattr(program, TRUST[site])), Population.of(program, site)
+        if trust != 1 and population is not None:
             z = _node(latents, "z")["value"]
-            trusted = trusted.at("z", torch.where(has[:, None], z, temper(z, posterior, prior, weight)))
+            batch = cells.design[:, : program.config.n_batch].argmax(1)
+            some_of_others = mixed(z, population, trust, batch, latents.noise)
+            trusted = trusted.at("z", torch.where(has[:, None], z, some_of_others))
         if depth != known_depth and is_inferred(program, cells, depth, dict(latents.trace.nodes)):
-            normal = predicted(program, cells, depth, posterior.loc)
+            posterior = normal_in(_node(latents, "z")["fn"])
+            normal = None if posterior is None else predicted(program, cells, depth, posterior.loc)
             if normal is not None:
                 told = _told(depth, normal, latents, len(cells))
                 trusted = trusted.at(depth, torch.where(~has & other, told, _node(latents, depth)["value"]))

@@ -13,7 +13,7 @@ from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.depth import LINK, TRANSFORM, Link, features, is_inferred
 from pyro_multivi.posterior.draws import draw_latents
 from pyro_multivi.posterior.predictive import DEPTH_SITE, MODALITY, hide, observed_sites
-from pyro_multivi.posterior.tempering import normal_in
+from pyro_multivi.posterior.trust import normal_in
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")

@@ -49,10 +49,10 @@ class Average:
         Return all draws instead of their average.
     seed
         Of the draws.
-    tempered
-        Decode what was not measured of a cell from a tempered posterior
-        (:mod:`~pyro_multivi.posterior.tempering`) and a predicted depth (:mod:`~pyro_multivi.posterior.depth`),
-        which estimates that cell best.
+    plain
+        Decode the posterior as the guide has it, also what was not measured of a cell. Otherwise that is trusted as
+        far as it predicts (:mod:`~pyro_multivi.posterior.trust`) and has a predicted depth
+        (:mod:`~pyro_multivi.posterior.depth`), which estimates the cell best.
     """
 
     n_samples: int = 1
@@ -61,7 +61,7 @@ class Average:
     level: float | None = None
     keep_draws: bool = False
     seed: int = 0
-    tempered: bool = True
+    plain: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
     if average.batches is not None:
         # The guide has spoken under the observed design: only the model is asked what would be elsewhere.
         asked = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
-    return Decoded(latents, [replay(program, cells, latents, sites, s, tempered=average.tempered) for s in asked])
+    return Decoded(latents, [replay(program, cells, latents, sites, s, plain=average.plain) for s in asked])
 
 
 def blocks(

@@ -178,7 +178,7 @@ class Source:
         if by_weight:
             at_once = min(at_once, LIKELIHOOD_ROWS // _CANDIDATES)
         # In the mean of a group what is too sure of each cell averages out; what is drawn to the mean of all would not.
-        average = Average(n_samples=n_draws, use_mean=False, batches=batches, seed=self.seed, tempered=False)
+        average = Average(n_samples=n_draws, use_mean=False, batches=batches, seed=self.seed, plain=True)
         cells_drawn = np.unique(chosen)
         gathered, gates = _Rows(self.n_samples), _Rows(self.n_samples)
         factor_n, measured_n = np.full(self.n_samples, np.nan), np.zeros(self.n_samples, dtype=bool)

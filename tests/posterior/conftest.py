@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi import MULTIVI, simulate_multiome
 from pyro_multivi.evaluating import evaluating
-from pyro_multivi.posterior.draws import draw, draw_latents, model_trace
+from pyro_multivi.posterior.draws import draw_latents, model_trace, replay
 from pyro_multivi.posterior.normalization import Average, Quantity, estimate
 from pyro_multivi.posterior.pools import _evenly
 from pyro_multivi.posterior.sinks import Arrays
@@ -36,6 +36,18 @@ def fitted() -> MULTIVI:
         (100, 50, 50), N_GENES, N_REGIONS, n_latent=3, n_batches=2, effect_size=2.0, differential_fraction=0.6, seed=0
     )
     return _trained(adata, 35, n_hidden=32, n_latent=3)
+
+
+@pytest.fixture
+def whole_trust(fitted: MULTIVI) -> Iterator[MULTIVI]:
+    """:func:`fitted`, of which everything is decoded from the posterior as the guide has it."""
+    buffers = (fitted.program.rna_trust, fitted.program.atac_trust)
+    before = [float(buffer) for buffer in buffers]
+    for buffer in buffers:
+        buffer.fill_(1.0)
+    yield fitted
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.fill_(value)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +124,10 @@ class TwoGroups:
             design = cells.design.clone()
             if code is not None:
                 design[:, : self.model.spec.n_batch] = torch.eye(self.model.spec.n_batch)[code]
-            drawn = draw(self.model.program, cells, (site,), int(number.max()) + 1, {"s": design})[site]
+            with evaluating(self.model.program):
+                latents = draw_latents(self.model.program, cells, int(number.max()) + 1)
+                # Groups are compared by what the guide says.
+                drawn = replay(self.model.program, cells, latents, (site,), {"s": design}, plain=True)[site]
             values.append((drawn + 0).double().numpy())
         sizes = [len(part) for part in np.array_split(np.arange(self.n), len(batches))]
         return np.stack(values)[np.repeat(np.arange(len(batches)), sizes), number, chosen]

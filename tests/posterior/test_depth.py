@@ -20,7 +20,7 @@ from pyro_multivi.posterior.evidence import elbo_parts, marginal_likelihood
 from pyro_multivi.posterior.learning_depth import GRID, learn_depths, regress
 from pyro_multivi.posterior.normalization import Average, Quantity, blocks, decode
 from pyro_multivi.posterior.predictive import hide, replicate
-from pyro_multivi.posterior.tempering import normal_in
+from pyro_multivi.posterior.trust import normal_in
 
 PAIRED, LACKS_ATAC, LACKS_RNA = slice(0, 5), slice(5, 8), slice(8, 12)  # of make_cells' cells
 
@@ -122,7 +122,7 @@ def test_estimates_are_multiplied_with_the_mean_or_the_draws(make_program, make_
         np.testing.assert_allclose(estimate(Quantity(site, by_cell=depth), many), expected, rtol=1e-4)
     # Groups are compared by what was measured of their cells.
     with evaluating(program):
-        plain = decode(program, cells, Average(n_samples=50, tempered=False), ("p", "d")).sites[0]["d"]
+        plain = decode(program, cells, Average(n_samples=50, plain=True), ("p", "d")).sites[0]["d"]
         guide = draw_latents(program, cells, 50).trace.nodes["d"]["value"]
     assert torch.equal(plain, guide.expand(plain.shape))
 

@@ -30,26 +30,26 @@ def features(method):
 # ---------------------------------------------------------------------- what is computed
 
 
-def test_one_sample_at_the_mean_decodes_the_mean(fitted):
-    cells, program = fitted.minibatch(), fitted.program
-    z = torch.from_numpy(fitted.get_latent_representation())
+def test_one_sample_at_the_mean_decodes_the_mean(whole_trust):
+    cells, program = whole_trust.minibatch(), whole_trust.program
+    z = torch.from_numpy(whole_trust.get_latent_representation())
     with torch.no_grad():
         rho = program.expression(z, cells.design).rho.dense().numpy()
         p = program.accessibility(z, cells.design).dense().numpy()
-    np.testing.assert_allclose(fitted.get_normalized_expression(return_numpy=True), rho, rtol=1e-5)
-    np.testing.assert_allclose(fitted.get_accessibility_estimates(return_numpy=True), p, rtol=1e-5)
+    np.testing.assert_allclose(whole_trust.get_normalized_expression(return_numpy=True), rho, rtol=1e-5)
+    np.testing.assert_allclose(whole_trust.get_accessibility_estimates(return_numpy=True), p, rtol=1e-5)
     np.testing.assert_allclose(rho.sum(1), 1, rtol=1e-5)
     # One draw is something else.
-    assert np.abs(fitted.get_normalized_expression(use_z_mean=False, return_numpy=True) - rho).max() > 1e-3
+    assert np.abs(whole_trust.get_normalized_expression(use_z_mean=False, return_numpy=True) - rho).max() > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(fitted, method):
-    get = getattr(fitted, method)
+def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(whole_trust, method):
+    get = getattr(whole_trust, method)
     draws = get(indices=SOME, n_samples=30, return_mean=False, seed=4)
     assert isinstance(draws, np.ndarray)
-    z = torch.from_numpy(fitted.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
-    cells, program = fitted.minibatch(SOME), fitted.program
+    z = torch.from_numpy(whole_trust.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
+    cells, program = whole_trust.minibatch(SOME), whole_trust.program
     with torch.no_grad():
         decode = (lambda: program.expression(z, cells.design).rho) if method == METHODS[0] else None
         expected = (decode() if decode else program.accessibility(z, cells.design)).dense().numpy()
