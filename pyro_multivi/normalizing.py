@@ -60,7 +60,7 @@ class NormalizingModel(InferringModel):
             With ``n_samples=1``: decode the posterior mean of z instead of a draw.
         n_samples
             Draws from the posterior of each cell that are averaged. With more than one they are
-            always real draws.
+            always real draws; of a cell without RNA some are states of other cells, as :meth:`train` found.
         batch_size
             Cells at a time, fewer if many draws are asked for. It does not change the result.
         return_mean
@@ -154,7 +154,7 @@ class NormalizingModel(InferringModel):
             As in :meth:`get_normalized_expression`.
         n_samples_overall, n_samples
             Two names of the number of draws from the posterior of each cell that are averaged. With
-            more than one they are always real draws.
+            more than one they are always real draws; of a cell without ATAC some are states of other cells.
         region_list
             Names, positions or a mask of regions; only these are computed.
         threshold

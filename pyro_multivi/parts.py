@@ -16,8 +16,8 @@ from pyro_multivi.networks.encoders import LibraryHead, ModalityReader, NormalHe
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
-#: States of other cells that are kept of each modality.
-POPULATION_SIZE = 512
+# States of other cells that are kept of each modality: at least so many, and so many for each batch.
+_POPULATION, _POPULATION_OF_A_BATCH = 512, 32
 
 
 class ProgramParts(nn.Module):
@@ -127,9 +127,10 @@ class ProgramParts(nn.Module):
         self.register_buffer("atac_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
+        n_others = max(_POPULATION, _POPULATION_OF_A_BATCH * config.n_batch)
         for name in ("rna", "atac"):
             self.register_buffer(f"{name}_trust", torch.tensor(1.0))
-            self.register_buffer(f"{name}_population", torch.full((POPULATION_SIZE, 1 + latent), -1.0))
+            self.register_buffer(f"{name}_population", torch.full((n_others, 1 + latent), -1.0))
         self.register_buffer("rna_depth_link", torch.zeros(2 + latent + config.n_batch))
         self.register_buffer("atac_depth_link", torch.zeros(2 + latent + config.n_batch))
 

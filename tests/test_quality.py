@@ -242,6 +242,14 @@ def test_time_to_the_peers_mean_quality(module):
     found = table["all at once, means over seeds"]
     assert (found["ours, s"], found["ours, epochs"]) == ("5.000 ± 1.414", "4")
     assert (found["peer / ours"], found["reached"]) == ("20.00×", "yes")
+    # A run that was only looked at at its end counts from there: two epochs of the other are not held against it.
+    records[3]["result"]["checkpoints"] = []
+    table = {row["to reach"]: row for row in rows(module("summary").render_times(records, [purity]))}
+    assert table["all at once, means over seeds"]["ours, epochs"] == "4"
+    # Without a seed of both there is nothing to compare.
+    apart = [records[0], records[3]]
+    table = {row["to reach"]: row for row in rows(module("summary").render_times(apart, [purity]))}
+    assert (table["all at once, means over seeds"]["ours, s"], found["reached"]) == ("–", "yes")
 
 
 def test_failures_are_named(module):

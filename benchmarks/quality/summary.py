@@ -169,8 +169,13 @@ def _mean_time_row(done: Sequence[Record], peer: str, system: str, wanted: Seque
     seeds = [seed for seed in mine if seed in theirs]
     spent = [theirs[seed]["seconds"] for seed in seeds]
     row = ["all at once, means over seeds", _spread(spent)]
+    if not seeds:
+        return [*row, "–", "–", "–", "no"]
     targets = {name: _mean(theirs[seed]["scores"][name] for seed in seeds) for name in wanted}
-    for epochs in sorted({point["epochs"] for seed in seeds for point in _path(mine[seed])}):
+    looked = {point["epochs"] for seed in seeds for point in _path(mine[seed])}
+    # From where all have been looked at.
+    start = max(_path(mine[seed])[0]["epochs"] for seed in seeds)
+    for epochs in sorted(epoch for epoch in looked if epoch >= start):
         points = [_after(mine[seed], epochs) for seed in seeds]
         found = {name: _mean(point["scores"][name] for point in points) for name in wanted}
         if all(METRICS[name].reaches(found[name], targets[name]) for name in wanted):

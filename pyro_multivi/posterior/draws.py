@@ -209,7 +209,7 @@ def by_trust(
 ) -> list[tuple[list[str], Latents]]:
     """Sites that are decoded from the same latents, and these. For use within ``evaluating``.
 
-    Where a cell lacks the modality that a site belongs to, z is that of the cell or of another one
+    Where a cell has only the other modality than a site belongs to, z is that of the cell or of another one
     (:mod:`~pyro_multivi.posterior.trust`), and l or d is what the other modality says of it
     (:mod:`~pyro_multivi.posterior.depth`), unless it is ``known_depth`` or z has no Normal posterior. Without
     such cells, and where neither was learned, all sites have the latents that the guide drew.
@@ -223,19 +223,20 @@ def by_trust(
         wanted = [name for name in plain if name in names]
         if not wanted or bool(has.all()):
             continue
-        trusted = latents
-        trust, population = float(getattr(program, TRUST[site])), Population.of(program, site)
-        if trust != 1 and population is not None:
+        trusted, told_by_other = latents, ~has & other
+        trust = float(getattr(program, TRUST[site]))
+        population = Population.of(program, site) if trust != 1 else None
+        if population is not None:
             z = _node(latents, "z")["value"]
             batch = cells.design[:, : program.config.n_batch].argmax(1)
             some_of_others = mixed(z, population, trust, batch, latents.noise)
-            trusted = trusted.at("z", torch.where(has[:, None], z, some_of_others))
+            trusted = trusted.at("z", torch.where(told_by_other[:, None], some_of_others, z))
         if depth != known_depth and is_inferred(program, cells, depth, dict(latents.trace.nodes)):
             posterior = normal_in(_node(latents, "z")["fn"])
             normal = None if posterior is None else predicted(program, cells, depth, posterior.loc)
             if normal is not None:
                 told = _told(depth, normal, latents, len(cells))
-                trusted = trusted.at(depth, torch.where(~has & other, told, _node(latents, depth)["value"]))
+                trusted = trusted.at(depth, torch.where(told_by_other, told, _node(latents, depth)["value"]))
         if trusted is not latents:
             found.append((wanted, trusted))
             plain = [name for name in plain if name not in wanted]

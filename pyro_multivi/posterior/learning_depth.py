@@ -28,6 +28,12 @@ _MOST, _TOO_FEW = 4096, 10
 _AT_ONCE = 512
 
 
+def forget_depths(program: MultiVIProgram) -> None:
+    """Leave depths to their priors."""
+    for name in LINK.values():
+        getattr(program, name).zero_()
+
+
 def learn_depths(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
     """Set ``rna_depth_link`` and ``atac_depth_link`` of a program.
 
@@ -43,8 +49,7 @@ def learn_depths(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
     train, held_out
         Cells that it was and was not trained on; those of both modalities count.
     """
-    for name in LINK.values():
-        getattr(program, name).zero_()
+    forget_depths(program)
     if len(observed_sites(program)) < 2:
         return
     pairs = [_pairs(cells) for cells in (train, held_out)]

@@ -15,7 +15,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.evaluating import evaluating
 from pyro_multivi.posterior.draws import draw_latents
 from pyro_multivi.posterior.predictive import MODALITY, counts_of, expected_counts, observed_sites
-from pyro_multivi.posterior.trust import POPULATION, TRUST
+from pyro_multivi.posterior.trust import POPULATION, TRUST, Population
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
@@ -34,13 +34,20 @@ _TOO_FEW = 10
 _AT_ONCE = 512
 
 
+def forget_trust(program: MultiVIProgram) -> None:
+    """Trust each modality wholly and know nobody: states of other cells mean nothing to other weights."""
+    for site in TRUST:
+        getattr(program, TRUST[site]).fill_(1.0)
+        getattr(program, POPULATION[site]).fill_(-1.0)
+
+
 def learn_trust(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
     """Set ``rna_trust`` and ``atac_trust`` of a program, and the populations they need.
 
     Held-out pairs are predicted with every t on a grid. Of those that are worse than the best by less than one standard
     error, the one nearest to 1/2 is taken: few pairs do not decide for an extreme. Without enough pairs,
-    without one of the modalities, and where a likelihood of one's own has no mean, t is 1. Ctrl-C leaves 1 where
-    nothing was learned yet.
+    without one of the modalities, and where a likelihood of one's own has no mean or scores that are no numbers, t is
+    1. Ctrl-C leaves 1 where nothing was learned yet.
 
     Parameters
     ----------
@@ -49,9 +56,7 @@ def learn_trust(program: MultiVIProgram, train: Minibatches, held_out: Minibatch
     train, held_out
         Cells that it was and was not trained on. The first make the populations, pairs among the others decide.
     """
-    for site in TRUST:
-        getattr(program, TRUST[site]).fill_(1.0)
-        getattr(program, POPULATION[site]).fill_(-1.0)
+    forget_trust(program)
     table, index = held_out.table, held_out.index
     pairs = index[(table.has_rna & table.has_atac)[index]]
     if len(pairs) < _TOO_FEW:
@@ -59,10 +64,12 @@ def learn_trust(program: MultiVIProgram, train: Minibatches, held_out: Minibatch
     for site in observed_sites(program):
         try:
             gather(program, train, site)
-            getattr(program, TRUST[site]).fill_(_best(program, held_out, pairs, site))
-        except NotImplementedError:
-            # Of a model of one's own; what torch and Pyro raise for a mean that is not known.
-            reason = f"the likelihood at {site!r} has no mean to be scored"
+            if Population.of(program, site) is not None:
+                getattr(program, TRUST[site]).fill_(_best(program, held_out, pairs, site))
+        except (NotImplementedError, FloatingPointError) as error:
+            # Of a model of one's own. The first is what torch and Pyro raise for a mean that is not known.
+            unknown = isinstance(error, NotImplementedError)
+            reason = f"the likelihood at {site!r} has no mean to be scored" if unknown else str(error)
             logger.warning("%s is imputed with whole trust in what else was measured: %s", MODALITY[site], reason)
         except KeyboardInterrupt:
             logger.warning("interrupted after training: %s is imputed with whole trust", MODALITY[site])
@@ -89,7 +96,7 @@ def gather(program: MultiVIProgram, train: Minibatches, site: str) -> None:
         z = torch.cat([_states(program, train.cut(part)) for part in members.split(_AT_ONCE)])
         rows = stored[first : first + len(members)]
         rows[:, 0] = batch
-        rows[:, 1:] = z[_along_main_axis(z)]
+        rows[:, 1:] = z
         first += len(members)
 
 
@@ -99,13 +106,6 @@ def _states(program: MultiVIProgram, cells: Cells) -> Tensor:
         nodes: dict[str, Any] = dict(draw_latents(program, cells).trace.nodes)
     z: Tensor = nodes["z"]["value"]
     return z.expand(1, len(cells), -1)[0]
-
-
-def _along_main_axis(z: Tensor) -> Tensor:
-    """An order in which neighbours are alike, so that evenly spread places are a fair sample."""
-    centred = z - z.mean(0)
-    axis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-    return (centred @ axis).argsort()
 
 
 def _best(program: MultiVIProgram, held_out: Minibatches, pairs: Tensor, site: str) -> float:
@@ -123,6 +123,8 @@ def _best(program: MultiVIProgram, held_out: Minibatches, pairs: Tensor, site: s
     own, others = expected
     # Expectations are linear in t: no further draws, and none of their noise.
     found_tn = np.stack([scores(cells, site, t * own + (1 - t) * others) for t in GRID])
+    if not np.isfinite(found_tn).all():
+        raise FloatingPointError(f"held-out counts at {site!r} have scores that are no numbers")
     best = nearest_to_neutral(found_tn)
     logger.info("%s of %d held-out pairs: %.0f %% of trust in the other modality", MODALITY[site], n, 100 * best)
     return best

@@ -1,7 +1,8 @@
 """Noise that belongs to a cell: the same however the cells are cut into minibatches.
 
 Every number is a hash of the seed, the site, the cell's position in its data set, the number of
-the draw and the component (a counter-based generator). So a cell's draws depend neither on
+the draw and the component (a counter-based generator); those of :meth:`CellNoise.evenly`, which are spread over
+the draws of a cell, follow from such a hash and the number of the draw. So a cell's draws depend neither on
 ``batch_size`` nor on which other cells are asked for, the first draws of many are those of few,
 and no global random state is read or moved.
 """

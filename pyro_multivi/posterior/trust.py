@@ -7,12 +7,16 @@ cell without ATAC, is decoded,
 
 .. math:: q_t(z_n) = t\, q(z_n) + (1-t)\, \frac{1}{|P_n|} \sum_{m \in P_n} q(z_m)
 
-stands for q, with :math:`P_n` the training cells of the same batch in which that modality was measured: with
-probability t the cell is what its own counts say, else it is a random one of those. With t = 1 all is as the guide has
-it; the smaller t, the nearer the estimate is to the mean of the batch. Comparisons of groups leave q as it is: in the
-mean of many cells the errors of each average out, a pull towards the mean of all does not. t belongs to the program
-(``rna_trust``, ``atac_trust``), as do states drawn from the posteriors of the others (``rna_population``,
-``atac_population``); both are learned by :mod:`pyro_multivi.posterior.learning_trust`.
+stands for q, with :math:`P_n` the training cells of the same batch in which that modality was measured, or those
+of all batches where fewer than ten are known: with probability t the cell is what its own counts say, else it is
+a random one of those. With t = 1 all is as the guide has it; the smaller t, the nearer the estimate is to the mean
+of the others. Comparisons of groups leave q as it is: in the mean of many cells the errors of each average out, a
+pull towards the mean of all does not. Cells in which nothing was measured keep their prior.
+
+t belongs to the program (``rna_trust``, ``atac_trust``), as does one draw from the posteriors of some of the others
+(``rna_population``, ``atac_population``: 512 in all, or 32 of each batch if that is more). Both are learned by
+:mod:`pyro_multivi.posterior.learning_trust`, t from cells of both modalities: it speaks of these, and less of a batch
+that lacks a modality altogether.
 """
 
 from __future__ import annotations
@@ -77,11 +81,9 @@ class Population(NamedTuple):
 
     def mean(self, batch: Tensor) -> Tensor:
         """Mean state of a batch's cells, (B, K)."""
-        of_batches = [
-            self.z[start : start + size].mean(0)
-            for start, size in zip(self.start.tolist(), self.size.tolist(), strict=True)
-        ]
-        return torch.stack(of_batches)[batch]
+        codes, place = batch.unique(return_inverse=True)
+        ends = zip(self.start[codes].tolist(), self.size[codes].tolist(), strict=True)
+        return torch.stack([self.z[start : start + size].mean(0) for start, size in ends])[place]
 
 
 def mixed(z: Tensor, population: Population, trust: float, batch: Tensor, noise: CellNoise | None) -> Tensor:
