@@ -25,8 +25,9 @@ from pyro_multivi.data.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.own_program import find_program, import_path
-from pyro_multivi.posterior.learning_depth import forget_depths, learn_depths
-from pyro_multivi.posterior.learning_trust import forget_trust, learn_trust
+from pyro_multivi.posterior.learned import learning_anew
+from pyro_multivi.posterior.learning_depth import learn_depths
+from pyro_multivi.posterior.learning_trust import learn_trust
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit, resolve_device
 from pyro_multivi.training.fit import Callback
@@ -226,12 +227,11 @@ class TrainableModel:
         )
         order_seed = seed + self._history.n_epochs
         train = batches(self._split.train, shuffle=True, seed=order_seed)
-        forget_depths(self.program)
-        forget_trust(self.program)
         try:
-            self._history, self._optimizer_state = fit(
-                self.program, train, validation, options, self._history, self._optimizer_state
-            )
+            with learning_anew(self.program, lambda: self._history.n_epochs):
+                self._history, self._optimizer_state = fit(
+                    self.program, train, validation, options, self._history, self._optimizer_state
+                )
             self.is_trained = True
             if validation is not None:
                 learn_depths(self.program, batches(self._split.train), validation)

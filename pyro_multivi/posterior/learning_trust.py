@@ -66,11 +66,9 @@ def learn_trust(program: MultiVIProgram, train: Minibatches, held_out: Minibatch
             gather(program, train, site)
             if Population.of(program, site) is not None:
                 getattr(program, TRUST[site]).fill_(_best(program, held_out, pairs, site))
-        except (NotImplementedError, FloatingPointError) as error:
-            # Of a model of one's own. The first is what torch and Pyro raise for a mean that is not known.
-            unknown = isinstance(error, NotImplementedError)
-            reason = f"the likelihood at {site!r} has no mean to be scored" if unknown else str(error)
-            logger.warning("%s is imputed with whole trust in what else was measured: %s", MODALITY[site], reason)
+        except NotImplementedError:
+            # Of a model of one's own; what torch and Pyro raise for a mean that is not known.
+            _warn(site, f"the likelihood at {site!r} has no mean to be scored")
         except KeyboardInterrupt:
             logger.warning("interrupted after training: %s is imputed with whole trust", MODALITY[site])
             break
@@ -124,10 +122,15 @@ def _best(program: MultiVIProgram, held_out: Minibatches, pairs: Tensor, site: s
     # Expectations are linear in t: no further draws, and none of their noise.
     found_tn = np.stack([scores(cells, site, t * own + (1 - t) * others) for t in GRID])
     if not np.isfinite(found_tn).all():
-        raise FloatingPointError(f"held-out counts at {site!r} have scores that are no numbers")
+        _warn(site, f"held-out counts at {site!r} have scores that are no numbers")
+        return 1.0
     best = nearest_to_neutral(found_tn)
     logger.info("%s of %d held-out pairs: %.0f %% of trust in the other modality", MODALITY[site], n, 100 * best)
     return best
+
+
+def _warn(site: str, reason: str) -> None:
+    logger.warning("%s is imputed with whole trust in what else was measured: %s", MODALITY[site], reason)
 
 
 def nearest_to_neutral(scores_tn: NDArray[np.float64]) -> float:
