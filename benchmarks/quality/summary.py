@@ -171,16 +171,17 @@ def _mean_time_row(done: Sequence[Record], peer: str, system: str, wanted: Seque
     row = ["all at once, means over seeds", _spread(spent)]
     if not seeds:
         return [*row, "–", "–", "–", "no"]
-    targets = {name: _mean(theirs[seed]["scores"][name] for seed in seeds) for name in wanted}
+    targets = {name: statistics.mean(theirs[seed]["scores"][name] for seed in seeds) for name in wanted}
     looked = {point["epochs"] for seed in seeds for point in _path(mine[seed])}
     # From where all have been looked at.
     start = max(_path(mine[seed])[0]["epochs"] for seed in seeds)
     for epochs in sorted(epoch for epoch in looked if epoch >= start):
         points = [_after(mine[seed], epochs) for seed in seeds]
-        found = {name: _mean(point["scores"][name] for point in points) for name in wanted}
+        found = {name: statistics.mean(point["scores"][name] for point in points) for name in wanted}
         if all(METRICS[name].reaches(found[name], targets[name]) for name in wanted):
             seconds = [point["seconds"] for point in points]
-            return [*row, _spread(seconds), str(epochs), f"{_spread([_mean(spent) / _mean(seconds)])}×", "yes"]
+            ratio = statistics.mean(spent) / statistics.mean(seconds)
+            return [*row, _spread(seconds), str(epochs), f"{_spread([ratio])}×", "yes"]
     return [*row, "–", "–", "–", "no"]
 
 
@@ -192,10 +193,6 @@ def _path(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _after(result: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
     """A run after so many epochs: as it was looked at last; one that has ended stays at its end."""
     return [point for point in _path(result) if point["epochs"] <= epochs][-1]
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
 
 
 def first_reached(result: Mapping[str, Any], targets: Mapping[str, float]) -> Mapping[str, Any] | None:
