@@ -33,7 +33,7 @@ TO_REACH = (
     "rna_imputed_poisson_nll_per_count",
 )
 # Between two looks at ours, the number of epochs grows by this factor (at least by one).
-_STRIDE = 1.2
+_STRIDE = 1.1
 
 
 def main() -> None:
