@@ -62,7 +62,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often everyone runs")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of training; the first is not counted")
     parser.add_argument(
-        "--precision", action="append", choices=["fp32", "fp32+compile", "bf16", "bf16+compile"],
+        "--precision",
+        action="append",
+        choices=["fp32", "fp32+compile", "bf16", "bf16+compile"],
         help="of ours, with compile=True if it ends so; may be repeated (default: fp32)",
     )
     parser.add_argument("--part", nargs="+", choices=["train", "predict"], default=["train", "predict"])

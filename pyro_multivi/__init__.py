@@ -4,15 +4,15 @@ The analyst's door is :class:`MULTIVI`; the modeler's is :class:`MultiVIProgram`
 """
 
 from pyro_multivi._version import __version__
-from pyro_multivi.api import MULTIVI
+from pyro_multivi.api.base import NotTrainedError
+from pyro_multivi.api.compare_models import compare_models
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.api.saving import BrokenModelError
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.examples import cell_lines
-from pyro_multivi.data.organize import organize_multiome_anndatas
-from pyro_multivi.data.readers import read, read_10x_h5, read_10x_mtx
-from pyro_multivi.data.simulate import simulate_multiome
-from pyro_multivi.io import BrokenModelError
-from pyro_multivi.model import NotTrainedError
-from pyro_multivi.model_comparison import compare_models
+from pyro_multivi.datasets.examples import cell_lines
+from pyro_multivi.datasets.organize import organize_multiome_anndatas
+from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
+from pyro_multivi.datasets.simulate import simulate_multiome
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import ContractError, TrainingDiverged
 

@@ -16,11 +16,11 @@ from anndata import AnnData
 
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
-from pyro_multivi.api import MULTIVI
-from pyro_multivi.data.examples import cell_lines
-from pyro_multivi.data.readers import read
-from pyro_multivi.posterior.neighbours import neighbour_purity
-from pyro_multivi.report import check_and_report
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.datasets.examples import cell_lines
+from pyro_multivi.datasets.readers import read
+from pyro_multivi.plots.report import check_and_report
+from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

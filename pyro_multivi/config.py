@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pyro_multivi.data.checks import check_at_least, check_choice
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
@@ -81,7 +82,7 @@ class ProgramConfig:
     library
         ``"latent"``: l has a LogNormal prior and its own guide. ``"observed"``: l is the total
         count. ``"size_factor"``: l comes with the data, and rho is only non-negative.
-    further
+    extra
         Number of features of each further measurement by name, for a model of your own.
 
     Raises
@@ -113,13 +114,13 @@ class ProgramConfig:
     use_batch_norm: str = "none"
     use_layer_norm: str = "both"
     library: str = "latent"
-    further: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.modality_penalty is None:
             object.__setattr__(self, "modality_penalty", "None")
         for name, allowed in CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)
@@ -135,13 +136,13 @@ class ProgramConfig:
             )
         if self.n_hidden is None:
             object.__setattr__(self, "n_hidden", N_HIDDEN)
-        _check_at_least("n_hidden", self.hidden, 1)
+        check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        _check_at_least("n_latent", self.latent, 1)
-        _check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
-        _check_at_least("n_layers_decoder", self.n_layers_decoder, 1)
-        _check_at_least("n_batch", self.n_batch, 1)
+        check_at_least("n_latent", self.latent, 1)
+        check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
+        check_at_least("n_layers_decoder", self.n_layers_decoder, 1)
+        check_at_least("n_batch", self.n_batch, 1)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
         if self.dispersion == "gene-label" and self.n_labels < 1:
@@ -177,15 +178,3 @@ class ProgramConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
-
-
-def _check_choice(name: str, found: object, allowed: tuple[str, ...]) -> None:
-    if found not in allowed:
-        near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={found!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
-
-
-def _check_at_least(name: str, found: object, least: int) -> None:
-    if not isinstance(found, int) or isinstance(found, bool) or found < least:
-        raise ValueError(f"{name}={found!r} is not a whole number of at least {least}.")

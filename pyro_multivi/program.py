@@ -13,7 +13,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_multivi.announce import announce_parameters
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
@@ -23,11 +22,12 @@ from pyro_multivi.distributions import (
     ZeroInflatedNegativeBinomialCounts,
     measured_only,
 )
-from pyro_multivi.networks.alignment import kinds_apart, penalty
-from pyro_multivi.networks.decoders import Decoded
-from pyro_multivi.networks.encoders import Reading
-from pyro_multivi.networks.experts import Expert, average, kinds, mixing_weights
-from pyro_multivi.parts import ProgramParts
+from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
+from pyro_multivi.networks.decoders import DecodedExpression
+from pyro_multivi.networks.encoders import HiddenState
+from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights
+from pyro_multivi.networks.modules import ProgramModules
+from pyro_multivi.networks.param_sites import register_param_sites
 
 #: Name of the plate of cells.
 CELLS = "cells"
@@ -40,14 +40,14 @@ _MAX_LOG_LIBRARY = 30.0
 _MAX_LOG_LIBRARY_SD = 2.0
 
 
-class Readings(NamedTuple):
-    """What the encoders read of each modality; None where the model has no features of it."""
+class HiddenStates(NamedTuple):
+    """First hidden layer of each modality's encoder; None where the model has no features of it."""
 
-    rna: Reading | None
-    atac: Reading | None
+    rna: HiddenState | None
+    atac: HiddenState | None
 
 
-class MultiVIProgram(ProgramParts):
+class MultiVIProgram(ProgramModules):
     """The generative model of MultiVI and its amortised posterior.
 
     Parameters
@@ -66,7 +66,7 @@ class MultiVIProgram(ProgramParts):
     parameter store.
 
     A latent that an override adds needs a site of the same name in the guide: one of each cell in
-    :meth:`guide_further`, one that all cells share in :meth:`guide_shared`, in the model's order.
+    :meth:`guide_extra`, one that all cells share in :meth:`guide_shared`, in the model's order.
 
     References
     ----------
@@ -114,7 +114,7 @@ class MultiVIProgram(ProgramParts):
         Unmeasured modalities are masked out of the density; sampling ignores the mask, so the
         same statements impute them.
         """
-        announce_parameters(self, self.uid)
+        register_param_sites(self, self.uid)
         log_theta = self.log_dispersions() if self.config.n_genes else None
         r = self.region_factors() if self.config.n_regions else None
         with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
@@ -131,7 +131,7 @@ class MultiVIProgram(ProgramParts):
                 d = pyro.sample("d", self.cell_factor_prior(cells))
                 y = self.accessibility_dist(p, d, r)
                 pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows), obs=cells.y)
-            self.observe_further(cells, z, s)
+            self.observe_extra(cells, z, s)
 
     def guide(self, cells: Cells) -> None:
         r"""The amortised posterior.
@@ -145,21 +145,21 @@ class MultiVIProgram(ProgramParts):
         k runs over the measured modalities of the cell and the weights sum to one over them: z is
         the average of what each modality says. Where nothing was measured the prior stands in.
         """
-        announce_parameters(self, self.uid)
+        register_param_sites(self, self.uid)
         self.guide_shared()
         with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
             s = cells.design
-            read = self.read(cells, s)
-            experts = self.experts(cells, s, read)
+            hidden = self.encode(cells, s)
+            experts = self.experts(cells, s, hidden)
             pyro.sample("z", self.mix(experts))
             if self.config.n_genes:
-                pyro.sample("l", self.library_posterior(cells, s, read))
+                pyro.sample("l", self.library_posterior(cells, s, hidden))
             if self.config.n_regions:
-                pyro.sample("d", dist.Delta(self.cell_factor(cells, read)))
+                pyro.sample("d", dist.Delta(self.cell_factor(cells, hidden)))
             # Terms of training, not of the model: hidden whenever an ELBO is reported.
             pyro.factor("alignment", self.alignment(experts), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
-            self.guide_further(cells, s)
+            self.guide_extra(cells, s)
 
     # ------------------------------------------------------------------ edges of the model
 
@@ -176,9 +176,9 @@ class MultiVIProgram(ProgramParts):
         loc, scale = self._library_moments(s)
         return dist.LogNormal(loc, scale)
 
-    def expression(self, z: Tensor, s: Tensor) -> Decoded:
+    def expression(self, z: Tensor, s: Tensor) -> DecodedExpression:
         """rho = f_w(z, s), pi = f_h(z, s)."""
-        decoded: Decoded = self.expression_decoder(self.transform(z), s)
+        decoded: DecodedExpression = self.expression_decoder(self.transform(z), s)
         return decoded
 
     def log_dispersions(self) -> Tensor | None:
@@ -188,7 +188,7 @@ class MultiVIProgram(ProgramParts):
         """
         return getattr(self, "log_theta", None)
 
-    def theta(self, cells: Cells, s: Tensor, decoded: Decoded, log_theta: Tensor | None) -> Tensor | None:
+    def theta(self, cells: Cells, s: Tensor, decoded: DecodedExpression, log_theta: Tensor | None) -> Tensor | None:
         """Inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
         if decoded.theta_logits is not None:
             return decoded.theta_logits.exp()
@@ -246,7 +246,7 @@ class MultiVIProgram(ProgramParts):
         """What the decoders read of z: z itself, or softmax(z) for ``latent_distribution="ln"``."""
         return z.softmax(-1) if self.config.latent_distribution == "ln" else z
 
-    def observe_further(self, cells: Cells, z: Tensor, s: Tensor) -> None:
+    def observe_extra(self, cells: Cells, z: Tensor, s: Tensor) -> None:
         """Hook: sample statements of further modalities, inside the plate of cells."""
 
     # ------------------------------------------------------------------ edges of the guide
@@ -264,29 +264,29 @@ class MultiVIProgram(ProgramParts):
             return y.binary()
         return (y > 0).to(y.dtype)
 
-    def read(self, cells: Cells, s: Tensor) -> Readings:
+    def encode(self, cells: Cells, s: Tensor) -> HiddenStates:
         """Pass the measured counts through the first layer of each modality."""
         rna = atac = None
         if self.config.n_genes:
             depth = rna_totals(cells.x).clamp(min=1.0).log()
-            rna = self.rna_reader(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
+            rna = self.rna_first_layer(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
         if self.config.n_regions:
             depth = open_regions(cells).log1p()
-            atac = self.atac_reader(self.atac_input(cells.y), cells.has_atac, s, depth, cells.atac_rows)
-        return Readings(rna, atac)
+            atac = self.atac_first_layer(self.atac_input(cells.y), cells.has_atac, s, depth, cells.atac_rows)
+        return HiddenStates(rna, atac)
 
-    def experts(self, cells: Cells, s: Tensor, read: Readings) -> dict[str, Expert]:
+    def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
         """One Normal over z per modality, by modality name; extend the dict for a further modality."""
         experts: dict[str, Expert] = {}
         zero = s.new_zeros(len(cells), self.config.latent)
         for name, reading, head, measured in (
-            ("expression", read.rna, getattr(self, "rna_expert", None), cells.has_rna),
-            ("accessibility", read.atac, getattr(self, "atac_expert", None), cells.has_atac),
+            ("expression", hidden.rna, getattr(self, "rna_expert", None), cells.has_rna),
+            ("accessibility", hidden.atac, getattr(self, "atac_expert", None), cells.has_atac),
         ):
             if reading is not None and head is not None:
                 loc, scale = head(reading)
                 experts[name] = Expert(
-                    reading.spread(loc, zero), reading.spread(scale, torch.ones_like(zero)), measured
+                    reading.scatter(loc, zero), reading.scatter(scale, torch.ones_like(zero)), measured
                 )
         return experts
 
@@ -310,7 +310,7 @@ class MultiVIProgram(ProgramParts):
         """z ~ the average of the measured experts, event shape (K,)."""
         return dist.Normal(*self.averaged(experts)).to_event(1)
 
-    def depth_reading(self, reading: Reading) -> Reading:
+    def depth_hidden_state(self, reading: HiddenState) -> HiddenState:
         """What the depth heads read: the shared first layer, which they do not shape.
 
         The gradient stops here: on the cell lines a first layer that also served the depth cost 3 nats
@@ -318,28 +318,30 @@ class MultiVIProgram(ProgramParts):
         """
         return reading._replace(hidden=reading.hidden.detach())
 
-    def library_posterior(self, cells: Cells, s: Tensor, read: Readings) -> dist.TorchDistribution:
+    def library_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
         """q(l | x): LogNormal around the observed depth; the prior for cells without RNA."""
         known = self.known_library(cells, s)
         if known is not None:
             return dist.Delta(known)
-        assert read.rna is not None
+        assert hidden.rna is not None
         loc, scale = self._library_moments(s)
-        arguments = self.library_head(self.depth_reading(read.rna), self.rna_log_depth)
-        loc = read.rna.spread(arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY), loc)
-        return dist.LogNormal(loc, read.rna.spread(arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp(), scale))
+        arguments = self.library_head(self.depth_hidden_state(hidden.rna), self.rna_log_depth)
+        loc = hidden.rna.scatter(arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY), loc)
+        return dist.LogNormal(loc, hidden.rna.scatter(arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp(), scale))
 
-    def cell_factor(self, cells: Cells, read: Readings) -> Tensor:
+    def cell_factor(self, cells: Cells, hidden: HiddenStates) -> Tensor:
         """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""
         if cells.atac_size is not None:
             return cells.atac_size
-        assert read.atac is not None
+        assert hidden.atac is not None
         elsewhere = cells.design.new_empty(len(cells))
-        if read.atac.rows is not None:
+        if hidden.atac.rows is not None:
             elsewhere.uniform_()
         # Depth enters the logit as it is: a cell of typical depth starts at d = 1/2.
-        logit = self.cell_factor_head(self.depth_reading(read.atac), self.atac_log_depth)[:, 0] - self.atac_log_depth
-        return read.atac.spread(logit.sigmoid(), elsewhere).clamp(max=_LARGEST_FACTOR)
+        logit = (
+            self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0] - self.atac_log_depth
+        )
+        return hidden.atac.scatter(logit.sigmoid(), elsewhere).clamp(max=_LARGEST_FACTOR)
 
     def alignment(self, experts: dict[str, Expert]) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
@@ -355,13 +357,15 @@ class MultiVIProgram(ProgramParts):
         if not self.config.mixing:
             return loc.new_zeros(len(loc))
         # A property of all cells together: each bears the whole of it.
-        return self.config.mixing * kinds_apart(loc, kinds(list(experts.values()))).expand(len(loc))
+        return self.config.mixing * mmd_between_patterns(loc, measurement_patterns(list(experts.values()))).expand(
+            len(loc)
+        )
 
     def guide_shared(self) -> None:
         """Hook: sample statements for latents that all cells share, above the plate of cells."""
 
-    def guide_further(self, cells: Cells, s: Tensor) -> None:
-        """Hook: sample statements for latents that :meth:`observe_further` introduced."""
+    def guide_extra(self, cells: Cells, s: Tensor) -> None:
+        """Hook: sample statements for latents that :meth:`observe_extra` introduced."""
 
     # ------------------------------------------------------------------ parameters and data
 

@@ -17,8 +17,8 @@ from anndata import AnnData
 import pyro_multivi as pm
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.simulate import simulate_multiome
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.datasets.simulate import simulate_multiome
 from pyro_multivi.program import MultiVIProgram
 
 

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from pyro_multivi.networks import alignment
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.terms import measure
+from pyro_multivi.traces import measure
 
 LIKELIHOODS = ("zinb", "nb", "negative_binomial", "poisson")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
@@ -62,10 +62,10 @@ class Oracle:
         inputs = (self.y > 0) * 1.0
         if kind == "rna":
             inputs = np.log1p(self.x / self.x.sum(1, keepdims=True).clip(1) * np.exp(self.w["rna_log_depth"]))
-        h = inputs @ self.w[f"{kind}_reader.counts.weight"] + self.w[f"{kind}_reader.counts.bias"]
+        h = inputs @ self.w[f"{kind}_first_layer.counts.weight"] + self.w[f"{kind}_first_layer.counts.bias"]
         s = None
         if self.config.encode_covariates:
-            h = h + self.s @ self.w[f"{kind}_reader.covariates.weight"].T
+            h = h + self.s @ self.w[f"{kind}_first_layer.covariates.weight"].T
             s = self.s if self.config.deeply_inject_covariates else None
         h = leaky(self.norm(h, "encoder"))
         top = self.stack(f"{kind}_expert.stack", h, s, leaky, "encoder", self.config.n_layers_encoder - 1)
@@ -244,15 +244,11 @@ def test_other_choices(make_program, make_cells, choices, sparse):
 
 @pytest.mark.parametrize("dispersion", DISPERSIONS)
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
-def test_size_factors_make_rho_a_softplus_and_stand_in_for_l_and_d(
-    make_program, make_cells, likelihood, dispersion
-):
+def test_size_factors_make_rho_a_softplus_and_stand_in_for_l_and_d(make_program, make_cells, likelihood, dispersion):
     cells = make_cells(dtype=torch.float64)
     sizes = torch.linspace(0.5, 2.0, len(cells), dtype=torch.float64)
     cells = cells.replace(rna_size=sizes, atac_size=sizes.flip(0) / 3)
-    program = make_program(
-        torch.float64, library="size_factor", gene_likelihood=likelihood, dispersion=dispersion
-    )
+    program = make_program(torch.float64, library="size_factor", gene_likelihood=likelihood, dispersion=dispersion)
     check(program, cells)
     _, guide = traces(program, cells)
     assert torch.equal(guide.nodes["l"]["value"], cells.rna_size)
@@ -334,7 +330,7 @@ def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, spar
     Where the gradient stops on purpose, the depth heads and the bandwidth of kernels, it is opened or held; the next
     test is about the first.
     """
-    monkeypatch.setattr(MultiVIProgram, "depth_reading", lambda self, reading: reading)
+    monkeypatch.setattr(MultiVIProgram, "depth_hidden_state", lambda self, reading: reading)
     monkeypatch.setattr(alignment, "_bandwidth", lambda squared: torch.tensor(0.7, dtype=torch.float64))
     program = make_program(torch.float64, **choices)
     cells = make_cells(dtype=torch.float64, sparse=sparse)
@@ -361,9 +357,11 @@ def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, spar
 
 def test_depth_does_not_shape_the_shared_first_layer(make_program, make_cells):
     program, cells = make_program(torch.float64), make_cells(dtype=torch.float64)
-    read = program.read(cells, cells.design)
+    read = program.encode(cells, cells.design)
     depth = program.library_posterior(cells, cells.design, read).mean.sum() + program.cell_factor(cells, read).sum()
     depth.backward()
     assert program.library_head.out.weight.grad.abs().sum() > 0
     assert program.cell_factor_head.out.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for reader in (program.rna_reader, program.atac_reader) for p in reader.parameters())
+    assert all(
+        p.grad is None for reader in (program.rna_first_layer, program.atac_first_layer) for p in reader.parameters()
+    )

@@ -13,8 +13,8 @@ import torch
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.resident import ResidentTable
+from pyro_multivi.training.divergence import DivergenceMonitor
 from pyro_multivi.training.objective import NegativeELBO
-from pyro_multivi.training.watch import Watch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
@@ -29,7 +29,7 @@ def build(mosaic):
 def test_it_learns_what_a_cpu_learns(build, monkeypatch, resident):
     """Noise differs between devices, so curves agree in the mean."""
     if not resident:
-        monkeypatch.setattr("pyro_multivi.model.resident_if_it_fits", lambda table, device: table)
+        monkeypatch.setattr("pyro_multivi.api.base.resident_if_it_fits", lambda table, device: table)
     curves = []
     for accelerator in ("cpu", "gpu"):
         model = build()
@@ -80,7 +80,7 @@ def test_nobody_waits_within_a_step(build, precision):
     train = Minibatches(table, batch_size=16, shuffle=True)
     optimizer = torch.optim.AdamW(program.parameters(), lr=1e-3, fused=True)
     objective = NegativeELBO(program)
-    watch = Watch(program, optimizer, train, check_gradients=True)
+    watch = DivergenceMonitor(program, optimizer, train, check_gradients=True)
     watch.begin(0)
 
     def step(place, cells):

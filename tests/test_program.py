@@ -16,7 +16,7 @@ from pyro.infer.inspect import get_model_relations
 from pyro_multivi import MultiVIProgram, ProgramConfig
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.terms import measure
+from pyro_multivi.traces import measure
 
 CHOICES = [
     {},
@@ -241,12 +241,12 @@ def test_pyro_can_draw_the_graph(make_program, make_cells, choices, sparse):
 class ProteinProgram(MultiVIProgram):
     """A third modality and its own latent, by the two hooks alone."""
 
-    def observe_further(self, cells, z, s):
+    def observe_extra(self, cells, z, s):
         background = pyro.sample("background", dist.LogNormal(torch.zeros(len(cells)), 1.0))
         rate = (background + z.exp().sum(-1)).unsqueeze(-1).expand(*z.shape[:-1], 2)
         pyro.sample("proteins", dist.Poisson(rate).to_event(1), obs=torch.ones(len(cells), 2))
 
-    def guide_further(self, cells, s):
+    def guide_extra(self, cells, s):
         pyro.sample("background", dist.LogNormal(torch.zeros(len(cells)), 0.5))
 
 

@@ -65,9 +65,7 @@ def fit(
         "z_rna": model.get_latent_representation(modality="expression"),
         "z_atac": model.get_latent_representation(modality="accessibility"),
         "rho": lambda cells: model.get_normalized_expression(indices=cells, return_numpy=True),
-        "p": lambda cells: model.get_normalized_accessibility(
-            indices=cells, return_numpy=True, normalize_regions=True
-        ),
+        "p": lambda cells: model.get_normalized_accessibility(indices=cells, return_numpy=True, normalize_regions=True),
         "seconds": seconds,
         "epochs": len(model.history["elbo_train"]),
     }

@@ -73,9 +73,7 @@ def render(records: Sequence[Record]) -> str:
         done = [r for r in here if r.get("result")]
         if done:
             parts += [_heading(data, done), "", *_scores(done), "", *_gaps(done)]
-        parts += [
-            f"- {r['system']}, seed {r['seed']}: {r['failed']} ({r['detail']})" for r in here if r.get("failed")
-        ]
+        parts += [f"- {r['system']}, seed {r['seed']}: {r['failed']} ({r['detail']})" for r in here if r.get("failed")]
         parts.append("")
     return "\n".join(parts)
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-from numpy.typing import NDArray
 
 # Names shown in a message: enough to recognise a pattern, few enough to read.
 _SHOWN = 5
 # Of the names one can choose from, more: the right one should be among them.
 _SHOWN_CHOICES = 12
-# Rows looked at when searching for the layer that holds counts.
-_PEEK = 200
 
 
 def first_names(names: Iterable[object], limit: int = _SHOWN) -> str:
@@ -43,7 +38,7 @@ def unknown_key(argument: str, key: object, where: str, known: Iterable[object])
     return ValueError(f"{argument}={key!r} is not in {where}. {nearest(key, known)}")
 
 
-def check_unique(names: pd.Index, where: str, fix: str) -> None:
+def check_unique(names: Any, where: str, fix: str) -> None:
     """Names must be unique, for rows and columns are found by them.
 
     Raises
@@ -54,87 +49,6 @@ def check_unique(names: pd.Index, where: str, fix: str) -> None:
     if not names.is_unique:
         repeated = names[names.duplicated()].unique()
         raise ValueError(f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}.")
-
-
-def check_values(
-    block: sp.csr_array,
-    modality: str,
-    where: str,
-    cells: pd.Index,
-    features: pd.Index,
-    hint: Callable[[], str],
-) -> None:
-    """Refuse stored values that are no counts.
-
-    Parameters
-    ----------
-    block
-        Some rows of a matrix.
-    modality
-        ``"RNA"``: whole numbers are needed. ``"ATAC"``: any value that is not negative will do,
-        since only zero or not is used.
-    where
-        How the user would write the matrix.
-    cells, features
-        Names of the rows and columns of the block.
-    hint
-        Says what to do about it: the end of the sentence "Raw counts are needed".
-
-    Raises
-    ------
-    ValueError
-        At the first wrong value, with its cell and feature.
-    """
-    values = block.data
-    rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
-    if modality == "RNA":
-        rules.append(("not a whole number", values != np.floor(values)))
-    for what, wrong in rules:
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            row = int(np.searchsorted(block.indptr, at, side="right")) - 1
-            feature = features[int(block.indices[at])]
-            raise ValueError(
-                f"{where} holds {modality} values that are {what}, for instance {values[at]!s} for cell "
-                f"{str(cells[row])!r} and {'gene' if modality == 'RNA' else 'region'} {str(feature)!r}. "
-                f"Raw counts are needed{hint()}"
-            )
-
-
-def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
-    """Where raw counts seem to be: the end of the sentence "Raw counts are needed".
-
-    Parameters
-    ----------
-    owner
-        The AnnData that holds the matrix in question.
-    layer
-        The layer that was wrong; None for ``.X``.
-    name
-        How the user would write ``owner``.
-    argument
-        The setup argument that chooses the layer.
-    """
-    for other in owner.layers:
-        if other != layer and _looks_like_counts(owner.layers[other]):
-            return f": {name}.layers[{other!r}] looks like counts, give {argument}={other!r}."
-    if layer is not None and owner.X is not None and _looks_like_counts(owner.X):
-        return f": {name}.X looks like counts, give {argument}=None."
-    if owner.raw is not None and _looks_like_counts(owner.raw.X):
-        return (
-            f": {name}.raw looks like counts, copy it to a layer ({name}.layers['counts'] = "
-            f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
-        )
-    return f", for instance from a layer: {argument}='counts'."
-
-
-def _looks_like_counts(matrix: Any) -> bool:
-    block: Any = matrix[:_PEEK]
-    # A compressed block has its stored values in .data; NumPy's .data is a buffer.
-    values: NDArray[Any] = np.asarray(getattr(block, "data", block) if sp.issparse(block) else block)
-    if values.size == 0 or values.dtype.kind not in "buif":
-        return False
-    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all())
 
 
 def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -152,3 +66,77 @@ def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ..
         if not isinstance(name, str):
             raise TypeError(f"{argument} must be a list of strings; {name!r} is not a string.")
     return names
+
+
+def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
+    """One number of draws out of two names for it.
+
+    Raises
+    ------
+    ValueError
+        If either is below 1, or they differ.
+    """
+    found = check_draws("n_samples", n_samples)
+    if n_samples_overall is None:
+        return found
+    overall = check_draws("n_samples_overall", n_samples_overall)
+    if found not in (1, overall):
+        raise ValueError(
+            f"n_samples={n_samples} and n_samples_overall={n_samples_overall} both mean the number of draws "
+            "averaged: give one of them."
+        )
+    return overall
+
+
+def check_draws(argument: str, value: Any, least: int = 1) -> int:
+    """A number of draws.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number of at least ``least``.
+    """
+    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value % 1 == 0
+    if not whole or value < least:
+        raise ValueError(f"{argument}={value!r} is not allowed: give a whole number of at least {least}.")
+    return int(value)
+
+
+def check_number(argument: str, value: Any) -> float:
+    """A finite number.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not numeric or not np.isfinite(value):
+        raise ValueError(f"{argument}={value!r} is not a number.")
+    return float(value)
+
+
+def check_choice(name: str, found: object, allowed: Sequence[str]) -> None:
+    """Refuse what is not one of some words.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, the words allowed, and the nearest of them.
+    """
+    if found not in allowed:
+        near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={found!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def check_at_least(name: str, found: object, least: int) -> None:
+    """Refuse what is not a whole number, or too small.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument and the least value.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < least:
+        raise ValueError(f"{name}={found!r} is not a whole number of at least {least}.")

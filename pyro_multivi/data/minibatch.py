@@ -57,7 +57,7 @@ class Cells:
         Fixed RNA size factor, shape (B,), or None to infer the library.
     atac_size
         Fixed accessibility size factor in (0, 1), shape (B,), or None to infer it.
-    further
+    extra
         Other measurements by name, such as protein counts. The program reads none of them: they are
         for the hooks of a model of your own.
     rna_rows, atac_rows
@@ -76,7 +76,7 @@ class Cells:
     label: Tensor | None = None
     rna_size: Tensor | None = None
     atac_size: Tensor | None = None
-    further: Mapping[str, Measurement] = field(default_factory=dict)
+    extra: Mapping[str, Measurement] = field(default_factory=dict)
     rna_rows: Tensor | None = None
     atac_rows: Tensor | None = None
 
@@ -112,17 +112,17 @@ class Cells:
         for entry in fields(self):
             value = getattr(self, entry.name)
             changed[entry.name] = change(value) if isinstance(value, Tensor) else value
-        changed["further"] = {name: Measurement(*map(change, part)) for name, part in self.further.items()}
+        changed["extra"] = {name: Measurement(*map(change, part)) for name, part in self.extra.items()}
         return Cells(**changed)
 
     def measured(self, site: str) -> Tensor:
         """Whether an observed site was measured in each cell, (B,), bool.
 
-        ``"x"`` and ``"y"`` are the counts, a name of ``further`` is that measurement; a site of any
+        ``"x"`` and ``"y"`` are the counts, a name of ``extra`` is that measurement; a site of any
         other name is observed in every cell.
         """
-        if site in self.further:
-            return self.further[site].measured
+        if site in self.extra:
+            return self.extra[site].measured
         return {"x": self.has_rna, "y": self.has_atac}.get(site, torch.ones_like(self.has_rna))
 
     def replace(self, **changes: Any) -> Cells:

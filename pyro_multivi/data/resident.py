@@ -111,6 +111,6 @@ def _map(table: CellTable, change: Callable[[Tensor], Tensor]) -> CellTable:
         value = getattr(table, entry.name)
         if isinstance(value, Tensor):
             object.__setattr__(changed, entry.name, change(value))
-    further = {name: Measurement(*map(change, part)) for name, part in table.further.items()}
-    object.__setattr__(changed, "further", further)
+    extra = {name: Measurement(*map(change, part)) for name, part in table.extra.items()}
+    object.__setattr__(changed, "extra", extra)
     return changed

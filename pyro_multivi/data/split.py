@@ -18,9 +18,7 @@ class Split:
     validation: Tensor
 
     @classmethod
-    def of(
-        cls, n: int, train_size: float | None, validation_size: float | None, shuffle: bool, seed: int
-    ) -> Split:
+    def of(cls, n: int, train_size: float | None, validation_size: float | None, shuffle: bool, seed: int) -> Split:
         """Divide n cells.
 
         Parameters

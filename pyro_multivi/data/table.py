@@ -44,7 +44,7 @@ class CellTable:
         Label code of each cell, shape (n,), int64, or None.
     rna_size, atac_size
         Fixed size factors, shape (n,), or None.
-    further
+    extra
         Other measurements of the n cells by name.
 
     Raises
@@ -76,7 +76,7 @@ class CellTable:
     label: Tensor | None = None
     rna_size: Tensor | None = None
     atac_size: Tensor | None = None
-    further: Mapping[str, Measurement] = field(default_factory=dict)
+    extra: Mapping[str, Measurement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.n_batch == 0:
@@ -103,10 +103,10 @@ class CellTable:
                     f"{name} holds counts of {int(surplus.sum())} cells that are marked as not measured for it, the "
                     f"first at position {int(surplus.int().argmax())}: empty these rows, or correct the mark."
                 )
-        for name, measurement in self.further.items():
+        for name, measurement in self.extra.items():
             if any(len(part) != len(self) for part in measurement):
                 raise ValueError(
-                    f"further[{name!r}] holds {len(measurement.values)} and {len(measurement.measured)} cells and "
+                    f"extra[{name!r}] holds {len(measurement.values)} and {len(measurement.measured)} cells and "
                     f"batch_code {len(self)}: they must be the same."
                 )
 
@@ -147,7 +147,7 @@ class CellTable:
             label=_take(self.label, index),
             rna_size=_take(self.rna_size, index),
             atac_size=_take(self.atac_size, index),
-            further={name: measurement.at(index) for name, measurement in self.further.items()},
+            extra={name: measurement.at(index) for name, measurement in self.extra.items()},
             rna_rows=rna_rows,
             atac_rows=atac_rows,
         )
@@ -162,7 +162,7 @@ class CellTable:
             elif isinstance(value, Tensor):
                 value = value[index]
             taken[entry.name] = value
-        taken["further"] = {name: measurement.at(index) for name, measurement in self.further.items()}
+        taken["extra"] = {name: measurement.at(index) for name, measurement in self.extra.items()}
         return CellTable(**taken)
 
     def marginals(self, index: Tensor | None = None) -> Marginals:

@@ -2,13 +2,13 @@
 
 from pyro_multivi.distributions.accessibility import ScaledBernoulli
 from pyro_multivi.distributions.base import measured_only
-from pyro_multivi.distributions.buffers import BufferPool
 from pyro_multivi.distributions.counts import (
     NegativeBinomialCounts,
     PoissonCounts,
     ZeroInflatedNegativeBinomialCounts,
 )
-from pyro_multivi.distributions.readout import Readout
+from pyro_multivi.distributions.kernels.buffers import BufferPool
+from pyro_multivi.distributions.kernels.readout import Readout
 
 __all__ = [
     "BufferPool",

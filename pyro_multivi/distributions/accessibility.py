@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_multivi.distributions.base import CellDistribution, Rows, ValueRows, dense_rows, unit_vector
-from pyro_multivi.distributions.blockwise_accessibility import accessibility_log_prob
-from pyro_multivi.distributions.readout import Link, Readout
+from pyro_multivi.distributions.kernels.accessibility import accessibility_log_prob
+from pyro_multivi.distributions.kernels.readout import Link, Readout
 
 
 class ScaledBernoulli(CellDistribution):

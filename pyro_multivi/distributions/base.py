@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.blockwise import Entries
-from pyro_multivi.distributions.readout import Link, Readout
+from pyro_multivi.distributions.kernels.blocks import Entries
+from pyro_multivi.distributions.kernels.readout import Link, Readout
 
 Rows = dict[str, Any]  # a parameter's name -> its value for the evaluated cells
 
@@ -181,7 +181,7 @@ class CellDistribution(TorchDistribution):
         if not isinstance(self._mask, Tensor):
             return None
         if self._rows is None:
-            # Knowing how many there are makes an accelerator wait; evaluating cells that do not count
+            # Knowing how many there are makes an accelerator wait; evaluation_mode cells that do not count
             # would cost it more.
             index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
         elif len(shape) == 1:

@@ -18,9 +18,9 @@ from pyro_multivi.distributions.base import (
     positive_vector,
     real_vector,
 )
-from pyro_multivi.distributions.blockwise_counts import counts_log_prob
-from pyro_multivi.distributions.gamma_ratio import log_rising
-from pyro_multivi.distributions.readout import Link, Readout
+from pyro_multivi.distributions.kernels.counts import counts_log_prob
+from pyro_multivi.distributions.kernels.log_gamma import log_rising
+from pyro_multivi.distributions.kernels.readout import Link, Readout
 
 
 def _poisson(x: Tensor, mu: Tensor) -> Tensor:

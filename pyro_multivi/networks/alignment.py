@@ -39,7 +39,7 @@ def mmd(a: Expert, b: Expert) -> Tensor:
     return within - 2.0 * kernel[:n, n:][off].mean()
 
 
-def kinds_apart(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
+def mmd_between_patterns(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
     r"""How far kinds of cells lie apart: the squared maximum mean discrepancy, summed over pairs of kinds, a scalar.
 
     .. math:: \sum_{b < c} \left(k_{bb} + k_{cc} - 2 k_{bc}\right)
@@ -59,7 +59,7 @@ def kinds_apart(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
     --------
     >>> kind = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     >>> near, far = torch.tensor([[0.0], [1.0], [1.0], [0.0]]), torch.tensor([[0.0], [1.0], [9.0], [8.0]])
-    >>> bool(kinds_apart(near, kind) < 0 < kinds_apart(far, kind))
+    >>> bool(mmd_between_patterns(near, kind) < 0 < mmd_between_patterns(far, kind))
     True
     """
     kernel_nn = _kernel(loc_nk)

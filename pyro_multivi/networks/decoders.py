@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.distributions import Readout
-from pyro_multivi.distributions.readout import Link
+from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.networks.layers import CovariateStack
 
 
-class Decoded(NamedTuple):
+class DecodedExpression(NamedTuple):
     """Arguments of a cell's expression.
 
     Attributes
@@ -80,7 +80,7 @@ class ExpressionDecoder(nn.Module):
         self.theta = nn.Linear(self.stack.n_out, n_genes) if cell_dispersion else None
         self.gemm_dtype: torch.dtype | None = None
 
-    def forward(self, z: Tensor, s: Tensor) -> Decoded:
+    def forward(self, z: Tensor, s: Tensor) -> DecodedExpression:
         """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
         hidden = self.stack(z, s)
 
@@ -91,7 +91,7 @@ class ExpressionDecoder(nn.Module):
             return Readout(hidden, layer.weight, layer.bias, "identity", self.gemm_dtype)
 
         rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
-        return Decoded(rho, read(self.pi), read(self.theta))
+        return DecodedExpression(rho, read(self.pi), read(self.theta))
 
 
 class AccessibilityDecoder(nn.Module):

@@ -14,7 +14,7 @@ from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActiv
 _MAX_LOG_VARIANCE = 20.0
 
 
-class Reading(NamedTuple):
+class HiddenState(NamedTuple):
     """What one modality says of the cells in which it was measured.
 
     Attributes
@@ -34,14 +34,14 @@ class Reading(NamedTuple):
     s: Tensor
     log_depth: Tensor
 
-    def spread(self, values: Tensor, elsewhere: Tensor) -> Tensor:
+    def scatter(self, values: Tensor, elsewhere: Tensor) -> Tensor:
         """Put ``values`` (b, ...) of the read cells into ``elsewhere`` (B, ...), which the others keep."""
         if self.rows is None:
             return values
         return elsewhere.index_copy(0, self.rows, values.to(elsewhere.dtype))
 
 
-class ModalityReader(nn.Module):
+class SharedFirstLayer(nn.Module):
     """First layer of a modality, shared by its state encoder and its depth encoder.
 
     One pass over the counts, by far the widest thing an encoder does, serves both. Only cells in
@@ -78,7 +78,7 @@ class ModalityReader(nn.Module):
 
     def forward(
         self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor, rows: Tensor | None = None
-    ) -> Reading:
+    ) -> HiddenState:
         """Read the measured cells.
 
         Parameters
@@ -110,7 +110,7 @@ class ModalityReader(nn.Module):
             s = s[..., :0]
         else:
             hidden = hidden + self.covariates(s)
-        return Reading(rows, self.after(hidden), s, log_depth)
+        return HiddenState(rows, self.after(hidden), s, log_depth)
 
 
 class NormalHead(nn.Module):
@@ -143,7 +143,7 @@ class NormalHead(nn.Module):
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
-    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def forward(self, reading: HiddenState) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (b, n_latent)."""
         hidden = self.stack(reading.hidden, reading.s)
         scale = (0.5 * self.log_variance(hidden).clamp(max=_MAX_LOG_VARIANCE)).exp()
@@ -175,7 +175,7 @@ class LibraryHead(nn.Module):
             self.out.bias.fill_(start)
             self.out.bias[0] = 0.0
 
-    def forward(self, reading: Reading, centre: Tensor) -> Tensor:
+    def forward(self, reading: HiddenState, centre: Tensor) -> Tensor:
         """Arguments, shape (b, n_out); ``centre`` is the typical log depth of the data."""
         depth = (reading.log_depth - centre)[:, None]
         hidden = nn.functional.leaky_relu(self.hidden(torch.cat([reading.hidden, depth], -1)))

@@ -74,13 +74,13 @@ def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
     return loc, variance.sqrt()
 
 
-def kinds(experts: list[Expert]) -> Tensor:
+def measurement_patterns(experts: list[Expert]) -> Tensor:
     """Which of the modalities were measured in each cell, one-hot over the ways to measure any, (B, 2^E - 1).
 
     Examples
     --------
     >>> flags = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
-    >>> kinds([Expert(torch.zeros(4, 1), torch.ones(4, 1), measured) for measured in flags])
+    >>> measurement_patterns([Expert(torch.zeros(4, 1), torch.ones(4, 1), measured) for measured in flags])
     tensor([[0, 0, 1],
             [1, 0, 0],
             [0, 1, 0],

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.buffers import POOL
-from pyro_multivi.distributions.loops import loops_for
+from pyro_multivi.distributions.kernels.buffers import POOL
+from pyro_multivi.distributions.kernels.numba.switch import loops_for
 
 # A cell has hundreds of non-zero features out of many thousand, so the fan-in is theirs, not that of
 # nn.Linear. Ten times larger weights also learn relatively slower under Adam, whose steps do not depend
@@ -159,7 +159,7 @@ class _SparseMatmul(torch.autograd.Function):
             return _bag(grad, by_feature.row, by_feature.start, by_feature.val), None
         shape = tuple(ctx.shape)
         made = POOL.take(shape, grad.dtype, grad.device)
-        edges = by_feature.start[:: _FEATURES_AT_A_TIME].tolist()
+        edges = by_feature.start[::_FEATURES_AT_A_TIME].tolist()
         for block, first in enumerate(range(0, shape[0], _FEATURES_AT_A_TIME)):
             last = min(first + _FEATURES_AT_A_TIME, shape[0])
             begin = edges[block]

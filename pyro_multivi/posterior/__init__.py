@@ -1,6 +1,6 @@
 """What a trained program says of cells: tensors in, arrays out."""
 
-from pyro_multivi.posterior.draws import draw
-from pyro_multivi.posterior.summary import Estimate
+from pyro_multivi.posterior.engine.draws import draw
+from pyro_multivi.posterior.quantities.summary import Estimate
 
 __all__ = ["Estimate", "draw"]

@@ -10,18 +10,17 @@ from typing import Any
 import pyro.poutine as poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.evaluating import evaluating
 from pyro_multivi.program import CELLS, MultiVIProgram, is_of_cells
+from pyro_multivi.traces import evaluation_mode, random_sites
 
 # Pyro's words when a distribution does not fit into the plate it is sampled in.
 _MISFIT = re.compile(
     r"Shape mismatch inside plate\('(?P<plate>[^']*)'\) at site (?P<site>\S+) dim -\d+, \d+ vs (?P<n>\d+)"
 )
-_HOOKS = "guide_further(cells, s), or guide_shared() if all cells share it"
+_HOOKS = "guide_extra(cells, s), or guide_shared() if all cells share it"
 
 
 class ContractError(ValueError):
@@ -52,17 +51,17 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     """
     mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
     # In evaluation mode: batch statistics must not see these cells twice.
-    with evaluating(program):
+    with evaluation_mode(program):
         guide = _trace("guide", program.guide, cells)
         model = _trace("model", poutine.replay(program.model, trace=guide), cells)
     latents, guided = _latents(model), _latents(guide)
     _check_names(list(latents), guided)
     for role, trace in (("guide", guide), ("model", model)):
-        for name, site in _sites(trace).items():
+        for name, site in random_sites(trace).items():
             _check_batch(role, name, site, len(cells))
     for name, site in latents.items():
         _check_agreement(name, site, guided[name])
-    for name, site in _sites(model).items():
+    for name, site in random_sites(model).items():
         _check_observed(name, site)
     _check_order(list(guided), list(latents), mean_field)
     if mean_field:
@@ -106,18 +105,10 @@ def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trac
         ) from error
 
 
-def _sites(trace: Trace) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not (site["infer"] or {}).get("_deterministic")
-    }
-
-
 def _latents(trace: Trace) -> dict[str, Any]:
     return {
         name: site
-        for name, site in _sites(trace).items()
+        for name, site in random_sites(trace).items()
         if not site["is_observed"] and not site["infer"].get("is_auxiliary")
     }
 
@@ -181,7 +172,7 @@ def _check_agreement(name: str, model: Any, guide: Any) -> None:
     if plates[0] != plates[1]:
         raise ContractError(
             f"Site {name!r} lies in {_plates(plates[0])} in the model and in {_plates(plates[1])} in the guide: "
-            f"expected the same plates. A latent of each cell belongs into guide_further(cells, s), one that all "
+            f"expected the same plates. A latent of each cell belongs into guide_extra(cells, s), one that all "
             "cells share into guide_shared()."
         )
     shapes = [tuple(site["fn"].event_shape) for site in (model, guide)]

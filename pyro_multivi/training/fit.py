@@ -18,19 +18,18 @@ from tqdm.auto import tqdm
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.distributions.loops import compiled_loops
+from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.terms import Terms, measure
+from pyro_multivi.traces import Terms, measure
 from pyro_multivi.training.adversary import Adversary, AdversaryOptions
 from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
-from pyro_multivi.training.diagnose import TrainingDiverged, diagnose
-from pyro_multivi.training.early import EarlySteps
+from pyro_multivi.training.divergence import DivergenceMonitor, TrainingDiverged, diagnose
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
+from pyro_multivi.training.optimizer_in_backward import OptimizerInBackward
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
-from pyro_multivi.training.watch import Watch
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -76,7 +75,7 @@ class FitOptions:
     precision
         See :meth:`~pyro_multivi.program.MultiVIProgram.use_precision`; prediction is in fp32 again.
     compile
-        Run under :func:`~pyro_multivi.distributions.loops.compiled_loops`.
+        Run under :func:`~pyro_multivi.distributions.kernels.numba.switch.compiled_loops`.
     adversary
         What a classifier of z must not be able to tell, see
         :class:`~pyro_multivi.training.adversary.Adversary`; None trains without.
@@ -161,11 +160,11 @@ def fit(
         # Going on must not end worse than it began: the weights of now are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
     # Without weights to go back to there is no way back from a step that is not a number.
-    watch = Watch(program, optimizer, train, check_gradients=best is None)
-    early: EarlySteps | None = None
+    watch = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
+    early: OptimizerInBackward | None = None
     # Clipping needs all gradients at once, a modeler's own program may want to see them, and a GPU has room for them.
     if options.gradient_clip is None and type(program) is MultiVIProgram and train.device.type == "cpu":
-        early = EarlySteps(program, optimizer)
+        early = OptimizerInBackward(program, optimizer)
     interrupted = False
     step = first * len(train)
     bar = tqdm(

@@ -11,8 +11,8 @@ import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.resident import ResidentTable, n_bytes, resident_if_it_fits
+from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.spec import DataSpec
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def filled(table):
         label=torch.arange(n) % 3,
         rna_size=torch.rand(n),
         atac_size=torch.rand(n),
-        further={"protein": Measurement(torch.rand(n, 4), torch.arange(n) % 2 == 0)},
+        extra={"protein": Measurement(torch.rand(n, 4), torch.arange(n) % 2 == 0)},
     )
 
 
@@ -39,7 +39,7 @@ def same(one, other):
     left, right = one.parts(), other.parts()
     assert len(left) == len(right)
     assert one.n_total == other.n_total
-    assert one.further.keys() == other.further.keys()
+    assert one.extra.keys() == other.extra.keys()
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -76,7 +76,7 @@ def test_a_loop_visits_the_same_cells_in_the_same_order(table):
 
 
 def train(mosaic, monkeypatch, place):
-    monkeypatch.setattr("pyro_multivi.model.resident_if_it_fits", place)
+    monkeypatch.setattr("pyro_multivi.api.base.resident_if_it_fits", place)
     pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2)
     model.train(3, progress_bar=False, batch_size=16)

@@ -16,9 +16,9 @@ from pyro_multivi.distributions import (
     Readout,
     ScaledBernoulli,
     ZeroInflatedNegativeBinomialCounts,
-    blockwise,
 )
-from pyro_multivi.distributions.loops import compiled_loops
+from pyro_multivi.distributions.kernels import blocks
+from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 
 Inputs = dict[str, Tensor]
 N_FEATURES, N_HIDDEN = 23, 3
@@ -27,9 +27,9 @@ N_FEATURES, N_HIDDEN = 23, 3
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few features, so that tiny tensors take several, the last of them shorter."""
-    monkeypatch.setattr(blockwise, "CPU_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(blockwise, "DEVICE_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(blockwise, "MIN_WIDTH", 5)
+    monkeypatch.setattr(blocks, "CPU_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "DEVICE_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "MIN_WIDTH", 5)
 
 
 @pytest.fixture

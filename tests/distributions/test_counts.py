@@ -17,7 +17,7 @@ from pyro_multivi.distributions import (
     Readout,
     ZeroInflatedNegativeBinomialCounts,
 )
-from pyro_multivi.distributions.gamma_ratio import digamma, gamma_functions, log_rising, log_rising_and_slope
+from pyro_multivi.distributions.kernels.log_gamma import digamma, gamma_functions, log_rising, log_rising_and_slope
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 B, G = 5, 17

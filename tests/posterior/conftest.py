@@ -13,11 +13,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi import MULTIVI, simulate_multiome
-from pyro_multivi.evaluating import evaluating
-from pyro_multivi.posterior.draws import draw_latents, model_trace, replay
-from pyro_multivi.posterior.normalization import Average, Quantity, estimate
-from pyro_multivi.posterior.pools import _evenly
-from pyro_multivi.posterior.sinks import Arrays
+from pyro_multivi.posterior.differential.group_draws import _evenly
+from pyro_multivi.posterior.engine.decode import Average
+from pyro_multivi.posterior.engine.draws import draw_latents, model_trace, replay
+from pyro_multivi.posterior.quantities.array_sink import Arrays
+from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
+from pyro_multivi.traces import evaluation_mode
 
 N_GENES, N_REGIONS = 40, 70
 
@@ -41,7 +42,7 @@ def fitted() -> MULTIVI:
 @pytest.fixture
 def whole_trust(fitted: MULTIVI) -> Iterator[MULTIVI]:
     """:func:`fitted`, of which everything is decoded from the posterior as the guide has it."""
-    buffers = (fitted.program.rna_trust, fitted.program.atac_trust)
+    buffers = (fitted.program.rna_mixture_weight, fitted.program.atac_mixture_weight)
     before = [float(buffer) for buffer in buffers]
     for buffer in buffers:
         buffer.fill_(1.0)
@@ -124,7 +125,7 @@ class TwoGroups:
             design = cells.design.clone()
             if code is not None:
                 design[:, : self.model.spec.n_batch] = torch.eye(self.model.spec.n_batch)[code]
-            with evaluating(self.model.program):
+            with evaluation_mode(self.model.program):
                 latents = draw_latents(self.model.program, cells, int(number.max()) + 1)
                 # Groups are compared by what the guide says.
                 drawn = replay(self.model.program, cells, latents, (site,), {"s": design}, plain=True)[site]
@@ -136,7 +137,7 @@ class TwoGroups:
         """rho times the probability that no count is dropped, every draw of every gene, (n, G)."""
         chosen, number = self.chosen(index)
         cells, program = self.model.minibatch(index), self.model.program
-        with evaluating(program):
+        with evaluation_mode(program):
             x = model_trace(program.model, cells, draw_latents(program, cells, int(number.max()) + 1)).nodes["x"]["fn"]
             mean: NDArray[np.float64] = (x.mean / x.library[..., None]).double().numpy()
         return mean[number, chosen]

@@ -60,7 +60,7 @@ def stained(make_cells) -> Cells:
     cells = make_cells(dtype=torch.float64, n_total=60)
     measured = torch.arange(len(cells)) % 3 > 0
     values = torch.poisson(torch.full((len(cells), 4), 6.0, dtype=torch.float64)) * measured[:, None]
-    return cells.replace(further={"protein": Measurement(values, measured)})
+    return cells.replace(extra={"protein": Measurement(values, measured)})
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def randomised() -> Callable[..., pm.MultiVIProgram]:
 
     def make(program_class: type[pm.MultiVIProgram], dtype: torch.dtype = torch.float64, **choices: object):
         sizes = {"n_genes": 7, "n_regions": 9, "n_hidden": 5, "n_latent": 3}
-        widths = {"n_batch": 2, "n_labels": 3, "n_covariates": 3, "further": {"protein": 4}}
+        widths = {"n_batch": 2, "n_labels": 3, "n_covariates": 3, "extra": {"protein": 4}}
         program = program_class(pm.ProgramConfig(**{**sizes, **widths, **choices})).to(dtype).eval()
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -91,7 +91,7 @@ def fitted(mosaic) -> Callable[..., pm.MULTIVI]:
     proteins = torch.poisson(rates[types], generator=generator)
     proteins[::3] = torch.nan
     mosaic.obsm["protein"] = proteins.numpy()
-    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality", further_obsm_keys=["protein"])
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality", extra_obsm_keys=["protein"])
 
     def make(program_class: type[pm.MultiVIProgram], epochs: int = 2, elbo=None, **choices: object) -> pm.MULTIVI:
         model = pm.MULTIVI(mosaic, n_hidden=8, n_latent=2, program_class=program_class, **choices)

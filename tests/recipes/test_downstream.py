@@ -15,9 +15,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_multivi as pm
-from pyro_multivi.posterior.draws import draw
-from pyro_multivi.posterior.evidence import elbo_parts
-from pyro_multivi.terms import TRAINING_SITES
+from pyro_multivi.posterior.engine.draws import draw
+from pyro_multivi.posterior.engine.likelihood import elbo_parts
+from pyro_multivi.traces import TRAINING_SITES
 from pyro_multivi.training.contract import check_contract
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_predicted_proteins_are_draws_of_the_likelihood(recipes, fitted):
     model = fitted(recipes.Protein)
     cells = model.minibatch()
     drawn = draw(model.program, cells, ("protein", "z"), n_samples=400)
-    values, measured = cells.further["protein"]
+    values, measured = cells.extra["protein"]
     assert drawn["protein"].shape == (400, len(cells), 4)
     assert not torch.equal(drawn["protein"][0], values)
     with torch.no_grad():

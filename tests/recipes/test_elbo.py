@@ -14,7 +14,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import special, stats
 
-from pyro_multivi.terms import TRAINING_SITES, measure
+from pyro_multivi.traces import TRAINING_SITES, measure
 from pyro_multivi.training import NegativeELBO
 
 
@@ -81,7 +81,7 @@ def test_vamp_prior_is_the_mixture_of_what_the_guide_says_of_pseudo_cells(recipe
     yes = torch.ones(4, dtype=torch.bool)
     pseudo = stained.replace(
         index=torch.arange(4), x=counts, y=program.pseudo_y.detach(), has_rna=yes,
-        has_atac=yes, design=torch.zeros(4, 3, dtype=torch.float64), label=yes.long(), further={},
+        has_atac=yes, design=torch.zeros(4, 3, dtype=torch.float64), label=yes.long(), extra={},
     )  # fmt: skip
     q = poutine.trace(program.guide).get_trace(pseudo).nodes["z"]["fn"]
     _, model = traced(program, stained)
@@ -166,14 +166,14 @@ def test_linear_decoder(recipes, randomised, stained):
 def test_protein_likelihood_and_expert(recipes, randomised, stained):
     program = randomised(recipes.Protein)
     guide, model = traced(program, stained)
-    values, measured = (part.numpy() for part in stained.further["protein"])
+    values, measured = (part.numpy() for part in stained.extra["protein"])
     z_s = np.column_stack([array(model["z"]["value"]), stained.design.numpy()])
     mean = np.exp(z_s @ array(program.protein_decoder.weight).T + array(program.protein_decoder.bias))
     theta = np.exp(array(program.protein_log_theta))
     expected = stats.nbinom.logpmf(values, theta, theta / (theta + mean)).sum(1) * measured
     np.testing.assert_allclose(log_density(model["protein"]), expected)
     # z is the average of the experts that were measured.
-    experts = program.experts(stained, stained.design, program.read(stained, stained.design))
+    experts = program.experts(stained, stained.design, program.encode(stained, stained.design))
     has = np.stack([stained.has_rna, stained.has_atac, measured], -1) * 1.0
     loc = np.stack([array(expert.loc) for expert in experts.values()], -1)
     scale = np.stack([array(expert.scale) for expert in experts.values()], -1)
@@ -185,9 +185,9 @@ def test_protein_likelihood_and_expert(recipes, randomised, stained):
 
 def test_proteins_that_were_not_measured_count_for_nothing(recipes, randomised, stained):
     program = randomised(recipes.Protein)
-    values, measured = stained.further["protein"]
-    garbage = type(stained.further["protein"])(values + ~measured[:, None], measured)
-    other = stained.replace(further={"protein": garbage})
+    values, measured = stained.extra["protein"]
+    garbage = type(stained.extra["protein"])(values + ~measured[:, None], measured)
+    other = stained.replace(extra={"protein": garbage})
     found = []
     for cells in (stained, other):
         torch.manual_seed(0)

@@ -1,0 +1,166 @@
+"""What an analyst asks for, checked: features, batches, draws, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.checks import check_number, first_names, nearest, number_of_draws
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.posterior.engine.decode import Average
+from pyro_multivi.posterior.quantities.summary import least_draws
+
+
+def select_features(
+    argument: str, wanted: Any, names: Sequence[str], what: str, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """Positions of the features meant by a list of names, positions or a mask.
+
+    Parameters
+    ----------
+    argument
+        Name of the argument, for messages.
+    wanted
+        Names, positions (negative ones count from the end), a boolean mask, one name, or None for all.
+    names
+        Names of all features of the modality.
+    what
+        ``"gene"`` or ``"region"``.
+    device
+        Where the positions are wanted.
+
+    Returns
+    -------
+    Tensor
+        int64, in the order given; None for all.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown or given twice, a position is out of range, or nothing is selected.
+
+    Examples
+    --------
+    >>> select_features("gene_list", ["CD4", "ACTB"], ["ACTB", "CD3E", "CD4"], "gene")
+    tensor([2, 0])
+    """
+    if wanted is None:
+        return None
+    chosen = np.atleast_1d(np.asarray(wanted))
+    if chosen.ndim != 1:
+        raise ValueError(f"{argument} has {chosen.ndim} dimensions: give a flat list of {what} names.")
+    if chosen.dtype == bool:
+        if len(chosen) != len(names):
+            raise ValueError(f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s.")
+        chosen = np.flatnonzero(chosen)
+    if chosen.size == 0:
+        raise ValueError(f"{argument} selects no {what}: give at least one, or None for all.")
+    if chosen.dtype.kind in "iu":
+        outside = chosen[(chosen < -len(names)) | (chosen >= len(names))]
+        if len(outside):
+            raise ValueError(f"{argument} holds position {outside[0]}, and the model has {len(names)} {what}s.")
+        places = np.where(chosen < 0, chosen + len(names), chosen)
+    else:
+        place = {name: number for number, name in enumerate(names)}
+        unknown = [str(name) for name in chosen.tolist() if name not in place]
+        if unknown:
+            raise ValueError(
+                f"{argument} holds {first_names(unknown)}: no {what} of the model. {nearest(unknown[0], names)}"
+            )
+        places = np.array([place[name] for name in chosen.tolist()])
+    found, count = np.unique(places, return_counts=True)
+    if (count > 1).any():
+        twice = first_names(names[number] for number in found[count > 1])
+        raise ValueError(f"{argument} holds {twice} more than once: give each {what} once.")
+    return torch.from_numpy(places.astype(np.int64)).to(device)
+
+
+def average_over(
+    spec: DataSpec,
+    transform_batch: Any,
+    n_samples: int,
+    n_samples_overall: int | None,
+    use_z_mean: bool,
+    return_mean: bool,
+    return_interval: float | None,
+    seed: int,
+) -> Average:
+    """The averaging that a method's arguments describe.
+
+    Raises
+    ------
+    ValueError
+        If they are out of range or contradict each other.
+    """
+    n_draws = number_of_draws(n_samples, n_samples_overall)
+    if return_interval is not None:
+        level = check_number("return_interval", return_interval)
+        if not 0 < level < 1:
+            raise ValueError(f"return_interval={return_interval!r} is not allowed: give a probability such as 0.9.")
+        if not return_mean:
+            raise ValueError("return_interval is a summary of the draws, return_mean=False asks for them: choose one.")
+        least = least_draws(level)
+        if n_draws < least:
+            raise ValueError(
+                f"return_interval={return_interval!r} needs at least {least} draws, n_samples is {n_draws}: "
+                f"give n_samples={max(100, least)}."
+            )
+    return Average(
+        n_samples=n_draws,
+        use_mean=use_z_mean,
+        batches=spec.batch_codes("transform_batch", transform_batch),
+        level=return_interval,
+        keep_draws=not return_mean,
+        seed=seed,
+    )
+
+
+def library_factor(library_size: Any, n_cells: int, device: torch.device) -> float | Tensor | str:
+    """What expression is multiplied with, from the argument ``library_size``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a positive number, nor one per cell, nor ``"latent"``.
+    """
+    if isinstance(library_size, str):
+        if library_size != "latent":
+            raise ValueError(
+                f"library_size={library_size!r} is not allowed: give 'latent', a number, or one number per cell."
+            )
+        return "l"
+    if np.ndim(library_size) == 0:
+        size = check_number("library_size", library_size)
+        if size <= 0:
+            raise ValueError(f"library_size={library_size!r} is not allowed: a library size is positive.")
+        return size
+    sizes = np.asarray(library_size, dtype=np.float32)
+    if sizes.shape != (n_cells,):
+        raise ValueError(
+            f"library_size has shape {sizes.shape} and {n_cells} cells are asked for: give one number per cell."
+        )
+    wrong = ~(np.isfinite(sizes) & (sizes > 0))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(f"library_size holds {sizes[at]} at position {at}: a library size is finite and positive.")
+    return torch.from_numpy(sizes.copy()).to(device)
+
+
+def check_threshold(threshold: float | None, average: Average) -> None:
+    """Refuse a threshold that no probability can be compared with, or that leaves no single sparse result.
+
+    Raises
+    ------
+    ValueError
+    """
+    if threshold is None:
+        return
+    if not 0 <= check_number("threshold", threshold) <= 1:
+        raise ValueError(f"threshold={threshold!r} is not allowed: accessibility lies between 0 and 1.")
+    if average.level is not None or average.keep_draws:
+        other = "return_mean=False" if average.keep_draws else f"return_interval={average.level}"
+        raise ValueError(f"threshold makes one sparse matrix of estimates, {other} asks for more: choose one.")

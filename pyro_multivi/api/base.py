@@ -1,0 +1,404 @@
+"""What every model has: data, training, files. The results are in api.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from anndata import AnnData
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_multivi._optional import require
+from pyro_multivi.api import saving as io
+from pyro_multivi.api.custom_program import find_program, import_path
+from pyro_multivi.data.loader import Minibatches, default_batch_size
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.resident import resident_if_it_fits
+from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.split import Split
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.datasets.readers import read
+from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
+from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
+from pyro_multivi.posterior.calibration.refit import refit
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit, resolve_device
+from pyro_multivi.training.fit import Callback
+
+Model = TypeVar("Model", bound="ModelBase")
+
+#: Cells at a time in prediction: more than in training, nothing is kept for a backward pass.
+PREDICTION_BATCH = 512
+
+#: What the description of a saved model holds beside the file format's own entries.
+_DESCRIBED = ("config", "program_class", "spec", "history", "split", "is_trained")
+
+
+class NotTrainedError(RuntimeError):
+    """Results were asked of a model that was never trained."""
+
+
+class ModelBase:
+    """A program together with the data it was set up on, trained, saved and loaded."""
+
+    spec: DataSpec
+    program: MultiVIProgram
+    adata: Any
+    is_trained: bool
+
+    def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Any, table: CellTable | None) -> None:
+        self.spec = spec
+        self.program = program
+        self.adata = adata
+        self._table = table
+        self._history = History()
+        self._optimizer_state: dict[str, Any] | None = None
+        self._split: Split | None = None
+        self.is_trained = False
+
+    # ------------------------------------------------------------------ training
+
+    def train(
+        self,
+        max_epochs: int = 500,
+        lr: float = 1e-3,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int | None = None,
+        weight_decay: float = 1e-3,
+        eps: float = 1e-8,
+        early_stopping: bool = True,
+        check_val_every_n_epoch: int = 1,
+        n_steps_kl_warmup: int | None = None,
+        n_epochs_kl_warmup: int | None = 1,
+        early_stopping_monitor: str = "elbo_validation",
+        early_stopping_patience: int = 30,
+        early_stopping_min_delta: float = 0.0,
+        gradient_clip: float | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        progress_bar: bool = True,
+        elbo: ELBO | None = None,
+        precision: str = "fp32",
+        compile: bool = False,
+        effect_sd: float | None = 1.0,
+        average_steps: int | None = 100,
+        adversarial_mixing: bool | None = None,
+        adversarial_target: str = "modality",
+        adversarial_weight: float = 1.0,
+        adversarial_schedule: str = "warmup",
+    ) -> None:
+        """Fit the model; call again to go on.
+
+        At the end, cells of both modalities (ten held out at least) calibrate what is imputed of one modality from the
+        other: its mixture with the batch's aggregate posterior
+        (:mod:`pyro_multivi.posterior.engine.population_mixture`) and its sequencing depth
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells at most.
+        lr, weight_decay, eps
+            Of AdamW.
+        accelerator, devices
+            ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; which GPU.
+        train_size, validation_size
+            Shares of the cells; default 0.9 and the rest.
+        shuffle_set_split
+            Choose validation cells at random rather than the last ones.
+        batch_size
+            Cells per step. Default: 128, fewer for small data, so that an epoch has some 16 steps.
+        early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
+            Stop when a column of :attr:`history` no longer falls. Without validation cells there is
+            nothing to monitor and all epochs are run.
+        check_val_every_n_epoch
+            How often the validation cells are scored; the last epoch always is.
+        n_epochs_kl_warmup, n_steps_kl_warmup
+            Length of the linear KL warm-up; steps take precedence. By default the first epoch goes without KL
+            terms and the others have them whole.
+        gradient_clip
+            Largest gradient norm; None does not clip.
+        seed
+            Of the split, the order of cells and the noise: same seed, same curve.
+        callbacks
+            Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
+            would have if training ended; True stops training.
+        progress_bar
+            Show a bar.
+        elbo
+            A Pyro ELBO in place of ``TraceMeanField_ELBO``.
+        precision
+            ``"fp32"``, or ``"bf16"``: the decoders' large matrix products in bfloat16, everything else
+            in float32. Faster where the processor has bfloat16 arithmetic (AVX512-BF16, AMX, GPU).
+        compile
+            True: on a CPU, likelihoods and first layers run as loops that Numba compiles (extra ``compile``), the
+            first time in some 15 s. The same numbers to rounding, in about four fifths of the time.
+        effect_sd
+            Before any data are seen, cells differ by about this much in the logit (nats) of a feature: it sets the
+            Normal prior of the loadings, the weights of the decoders' last layers, to whose posterior mode
+            the model is fitted. It keeps features of which the data say little near their mean over all
+            cells, and matters less the more cells there are. None: no prior.
+        average_steps
+            The model has the average of the weights after so many of the latest steps (of the last tenth of them
+            while that is less), which fits and holds still better than the latest weights; validation cells are
+            scored with it. From the 100th step on it takes the memory of one more copy of the weights. None: the
+            latest weights.
+        adversarial_mixing
+            True: a classifier tries to tell the origin of a cell from its latent state, and the model is
+            penalised for what it can tell. None is False. The classifier belongs to this call: it is not
+            saved, and a later call starts a new one.
+        adversarial_target
+            The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
+            scvi-tools is always its batch.)
+        adversarial_weight, adversarial_schedule
+            Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
+            terms, or ``"constant"``.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, or all training cells are of the origin to be mixed.
+        ImportError
+            If ``compile=True`` and Numba is missing.
+        ContractError
+            If model and guide of a program of your own do not fit together.
+        TrainingDiverged
+            If the loss becomes NaN; the model goes back to its best weights.
+        """
+        table = self._training_table()
+        if batch_size is None:
+            batch_size = default_batch_size(len(table))
+        device = resolve_device(accelerator, devices)
+        for name, value, least in (
+            ("max_epochs", max_epochs, 1),
+            ("batch_size", batch_size, 1),
+            ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
+            ("early_stopping_patience", early_stopping_patience, 1),
+            ("average_steps", 1 if average_steps is None else average_steps, 1),
+            ("n_epochs_kl_warmup", n_epochs_kl_warmup or 0, 0),
+            ("n_steps_kl_warmup", n_steps_kl_warmup or 0, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} is not allowed: give at least {least}.")
+        if effect_sd is not None and not effect_sd > 0:
+            raise ValueError(
+                f"effect_sd={effect_sd} is not allowed: give a standard deviation above 0, or None for no prior."
+            )
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip={gradient_clip} is not allowed: give a norm above 0, or None.")
+        adversary = AdversaryOptions(adversarial_target, adversarial_weight, adversarial_schedule)
+        split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
+        if self._split is None or (train_size, validation_size) != (None, None):
+            # Going on keeps the cells held out so far, unless other sizes are asked for.
+            self._split = split
+        source = resident_if_it_fits(table, device)
+        batches = partial(Minibatches, source, batch_size=batch_size, device=device)
+        validation = batches(self._split.validation) if len(self._split.validation) else None
+        stopping = EarlyStopping(
+            early_stopping_monitor,
+            early_stopping_patience if early_stopping else max_epochs + 1,
+            early_stopping_min_delta,
+        )
+        options = FitOptions(
+            max_epochs=max_epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            early_stopping=stopping,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            gradient_clip=gradient_clip,
+            average_steps=average_steps,
+            seed=seed,
+            callbacks=tuple(callbacks),
+            progress_bar=progress_bar,
+            elbo=elbo,
+            precision=precision,
+            compile=compile,
+            effect_sd=effect_sd,
+            adversary=adversary if adversarial_mixing else None,
+        )
+        order_seed = seed + self._history.n_epochs
+        train = batches(self._split.train, shuffle=True, seed=order_seed)
+        try:
+            with refit(self.program, lambda: self._history.n_epochs):
+                self._history, self._optimizer_state = fit(
+                    self.program, train, validation, options, self._history, self._optimizer_state
+                )
+            self.is_trained = True
+            if validation is not None:
+                fit_depth_regressions(self.program, batches(self._split.train), validation)
+                fit_mixture(self.program, batches(self._split.train), validation)
+        finally:
+            self.is_trained = self.is_trained or self._history.n_epochs > 0
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better."""
+        epochs = pd.RangeIndex(self._history.n_epochs, name="epoch")
+        return {name: pd.DataFrame({name: self._history[name]}, index=epochs) for name in self._history.names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program is."""
+        return next(self.program.parameters()).device
+
+    def to_device(self, device: str | torch.device) -> None:
+        """Move the program."""
+        self.program.to(device)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
+        """Write the model to a folder, as a whole or not at all.
+
+        Parameters
+        ----------
+        dir_path
+            The folder; its parent must exist.
+        overwrite
+            Replace a model that is there.
+        save_anndata
+            Also write the data, so that :meth:`load` needs nothing else.
+        """
+        description = {
+            "config": self.program.config.to_dict(),
+            "program_class": import_path(type(self.program)),
+            "spec": self.spec.to_dict(),
+            "history": self._history.rows,
+            "split": None if self._split is None else self._split.to_dict(),
+            "is_trained": self.is_trained,
+        }
+        extra: dict[str, Any] = {}
+        if save_anndata:
+            if self.adata is None:
+                raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
+            extra["adata.h5ad" if isinstance(self.adata, AnnData) else "mdata.h5mu"] = partial(_write_data, self.adata)
+        io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
+
+    @classmethod
+    def load(
+        cls: type[Model],
+        dir_path: str | os.PathLike[str],
+        adata: Any = None,
+        device: str | torch.device = "cpu",
+        program_class: type[MultiVIProgram] | str = MultiVIProgram,
+    ) -> Model:
+        """Read a saved model. Nothing in the folder is executed.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Data to use by default, with the features of training; without it (and without saved
+            data) give ``adata`` to each method.
+        device
+            Where to put the program.
+        program_class
+            The class of a model of your own, or where to import it, ``"module:name"``. The file says
+            which class it needs, and nothing is imported unless you name that class here.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no saved model.
+        BrokenModelError
+            If it is damaged.
+        ValueError
+            If it is of another class than ``program_class``, or that cannot be imported.
+        """
+        state, description = io.read_model(dir_path, _DESCRIBED)
+        found = find_program(program_class, description["program_class"], f"dir_path={str(dir_path)!r}")
+        spec = DataSpec.from_dict(description["spec"])
+        # The random start that the weights replace leaves torch's generator alone.
+        with torch.random.fork_rng(devices=[]):
+            program = found(found.config_class(**description["config"]))
+        try:
+            program.load_state_dict(state)
+        except RuntimeError as error:
+            raise io.BrokenModelError(
+                f"dir_path={str(dir_path)!r}: the weights do not fit the model: {error}"
+            ) from error
+        program.to(device).eval()
+        if adata is None:
+            adata = _saved_data(Path(dir_path))
+        model = cls.__new__(cls)
+        model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
+        model._history = History(description["history"])
+        # The cells held out are known by position, which means nothing in other cells.
+        same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
+        if description["split"] is not None and same_cells:
+            model._split = Split.from_dict(description["split"])
+        model.is_trained = description["is_trained"]
+        return model
+
+    # ------------------------------------------------------------------ what the methods share
+
+    def minibatch(self, indices: Any = None, adata: Any = None) -> Cells:
+        """Some cells as the program sees them: tensors only.
+
+        Parameters
+        ----------
+        indices
+            Positions, names or a mask of cells; default all of them.
+        adata
+            Other cells; default: those of training.
+        """
+        table, data = self._table_of(adata)
+        return table.batch(select_cells(indices, self.spec.cell_names(data))).to(self.device)
+
+    def _check_trained(self) -> None:
+        if not self.is_trained:
+            raise NotTrainedError("This model is not trained: call model.train() first.")
+
+    def _training_table(self) -> CellTable:
+        if self._table is None:
+            raise ValueError("adata is not given and the model was loaded without data: give adata.")
+        return self._table
+
+    def _table_of(self, adata: Any) -> tuple[CellTable, Any]:
+        if adata is None or adata is self.adata:
+            return self._training_table(), self.adata
+        return self.spec.table(adata), adata
+
+    def _cells(self, adata: Any, indices: Any, batch_size: int) -> Minibatches:
+        """The cells a method is asked about, as minibatches on the program's device."""
+        self._check_trained()
+        table, data = self._table_of(adata)
+        index: Tensor = select_cells(indices, self.spec.cell_names(data))
+        return Minibatches(table, index, batch_size=batch_size, device=self.device)
+
+    def _check_modality(self, argument: str, modality: str) -> None:
+        missing = {"expression": self.spec.n_genes == 0, "accessibility": self.spec.n_regions == 0}
+        if missing.get(modality, False):
+            feature = "genes" if modality == "expression" else "regions"
+            raise ValueError(f"{argument}: this model has no {feature}, so it knows nothing of {modality}.")
+
+
+def _write_data(data: Any, path: Path) -> None:
+    if isinstance(data, AnnData):
+        data.write_h5ad(path)
+        return
+    # Otherwise writing would copy the modalities' obs columns into those of the MuData.
+    with require("mudata", "mudata").set_options(pull_on_update=False):
+        data.write(path)
+
+
+def _saved_data(folder: Path) -> Any:
+    for name in io.DATA:
+        if (folder / name).is_file():
+            return read(folder / name)
+    return None

@@ -1,0 +1,169 @@
+"""Which of several models explains held-out cells best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from pyro_multivi.api.base import PREDICTION_BATCH
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.sparse import SparseCounts
+
+
+def compare_models(
+    models: Mapping[str, MULTIVI],
+    adata: Any = None,
+    indices: Any = None,
+    n_mc_samples: int = 200,
+    batch_size: int = PREDICTION_BATCH,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare models by the log-likelihood of the same held-out cells.
+
+    The marginal likelihood of each cell, log p(x, y | s), by importance sampling, as in
+    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`; the cell factor of accessibility is
+    held at the guide's value. Cells differ far more than models do, so the error that counts is
+    that of the differences between models within cells.
+
+    Parameters
+    ----------
+    models
+        Trained models by name.
+    adata
+        Other cells to compare on; default: the data of training, which all models must share.
+    indices
+        Which cells. Default: those that training held out, which must be the same for all models
+        (train them with the same ``seed`` and sizes); with ``adata`` all of its cells.
+    n_mc_samples
+        Draws per cell.
+    batch_size
+        Cells at a time.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    DataFrame
+        One row per model, best first, in nats per cell:
+
+        ========================================= =========================================================
+        ``log_likelihood``, ``standard_error``    mean over cells, and its error from the choice of cells
+        ``monte_carlo_error``                     part of the error that more draws would remove
+        ``difference``, ``difference_error``      from the best model, with the paired standard error
+        ``n_cells``                               number of cells
+        ``gene_likelihood``, ``n_hidden``,        what the model is
+        ``n_latent``, ``n_parameters``
+        ========================================= =========================================================
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two models, they hold out different cells or none, have other features
+        or counts, or do not score the same thing: a model with ``library="observed"`` reads the depth
+        that others predict.
+
+    Examples
+    --------
+    >>> import pyro_multivi as pm
+    >>> adata = pm.simulate_multiome((60, 20, 20), n_genes=30, n_regions=50, seed=0)
+    >>> report = pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    >>> models = {name: pm.MULTIVI(adata, gene_likelihood=name, n_hidden=16, n_latent=3) for name in ("nb", "poisson")}
+    >>> for model in models.values():
+    ...     model.train(max_epochs=2, progress_bar=False)
+    >>> table = pm.compare_models(models, n_mc_samples=20)
+    >>> table.index.tolist(), table["n_cells"].tolist()
+    (['nb', 'poisson'], [10, 10])
+    """
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise ValueError("models must be a mapping of at least two trained models, such as {'zinb': a, 'nb': b}.")
+    if adata is None and indices is None:
+        indices = _same_held_out(models)
+    index = None
+    reference: tuple[str, MULTIVI, Minibatches] | None = None
+    found: dict[str, NDArray[np.float64]] = {}
+    errors: dict[str, NDArray[np.float64]] = {}
+    for name, model in models.items():
+        cells = model._cells(adata, indices, batch_size)
+        if reference is None:
+            reference, index = (name, model, cells), cells.index
+        else:
+            _check_comparable(reference, (name, model, cells))
+        assert index is not None
+        value, error = model.get_marginal_ll(
+            adata, n_mc_samples, index.numpy(), return_mean=False, batch_size=batch_size, return_se=True, seed=seed
+        )
+        found[name], errors[name] = value, error
+    best = max(found, key=lambda name: float(found[name].mean()))
+    rows = []
+    for name, model in models.items():
+        n, config = len(found[name]), model.program.config
+        difference = found[name] - found[best]
+        rows.append(
+            {
+                "model": name,
+                "log_likelihood": found[name].mean(),
+                "standard_error": _error_of_mean(found[name]),
+                "monte_carlo_error": float(np.sqrt(np.square(errors[name]).sum()) / n),
+                "difference": difference.mean(),
+                "difference_error": _error_of_mean(difference),
+                "n_cells": n,
+                "gene_likelihood": config.gene_likelihood if config.n_genes else "",
+                "n_hidden": config.hidden,
+                "n_latent": config.latent,
+                "n_parameters": sum(part.numel() for part in model.program.parameters()),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model").sort_values("log_likelihood", ascending=False)
+
+
+def _same_held_out(models: Mapping[str, MULTIVI]) -> NDArray[np.int64]:
+    (first, one), *others = models.items()
+    held_out = one.validation_indices
+    if not len(held_out):
+        raise ValueError(
+            f"models[{first!r}] holds out no cell that is known: train with validation_size above 0, or give indices."
+        )
+    for name, model in others:
+        if not np.array_equal(held_out, model.validation_indices):
+            raise ValueError(
+                f"models[{first!r}] and models[{name!r}] hold out different cells: train both with the same seed, "
+                "train_size and validation_size, or give indices that neither was trained on."
+            )
+    return held_out
+
+
+def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, MULTIVI, Minibatches]) -> None:
+    (first, a, cells_a), (name, b, cells_b) = one, other
+    pair = f"models[{first!r}] and models[{name!r}]"
+    for what, left, right in (
+        ("genes", a.spec.gene_names, b.spec.gene_names),
+        ("regions", a.spec.region_names, b.spec.region_names),
+    ):
+        if set(left) != set(right):
+            raise ValueError(f"{pair} have different {what}: likelihoods of different counts cannot be compared.")
+    libraries = a.program.config.library, b.program.config.library
+    if libraries[0] != libraries[1]:
+        raise ValueError(
+            f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is told the depth that the other "
+            "must predict. Compare models with the same library."
+        )
+    known = [cells.table.atac_size is not None for cells in (cells_a, cells_b)]
+    same = known[0] == known[1] and len(cells_a.index) == len(cells_b.index)
+    for counts_a, counts_b in ((cells_a.table.x, cells_b.table.x), (cells_a.table.y, cells_b.table.y)):
+        same = same and torch.equal(_totals(counts_a, cells_a.index), _totals(counts_b, cells_b.index))
+    if not same:
+        raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
+
+
+def _totals(counts: SparseCounts | None, index: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(0) if counts is None else counts.select_rows(index).row_sums()
+
+
+def _error_of_mean(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

@@ -1,0 +1,387 @@
+"""Differential expression and accessibility between groups of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pyro_multivi.api.arguments import select_features
+from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.posterior.differential.compare import compare_groups
+from pyro_multivi.posterior.differential.contrasts import contrasts
+from pyro_multivi.posterior.differential.request import DifferentialRequest
+
+
+class DifferentialMixin(ModelBase):
+    """A model that tells in which genes and regions groups of cells differ."""
+
+    def differential_expression(
+        self,
+        adata: Any = None,
+        groupby: str | None = None,
+        group1: Any = None,
+        group2: Any = None,
+        idx1: Any = None,
+        idx2: Any = None,
+        mode: str = "change",
+        delta: float | str | None = "default",
+        batch_size: int = PREDICTION_BATCH,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Any = None,
+        batchid2: Any = None,
+        fdr_target: float = 0.05,
+        silent: bool = True,
+        pseudocounts: float | None = 1e-6,
+        *,
+        unit: str = "group",
+        calibrated: bool | None = None,
+        test_mode: str = "three",
+        change_fn: str | Callable[..., Any] = "log-fold",
+        m1_domain_fn: Callable[[Any], Any] | None = None,
+        cred_interval_lvls: Sequence[float] | float | None = None,
+        n_samples: int = 5000,
+        n_samples_overall: int | None = None,
+        use_permutation: bool = False,
+        m_permutation: int = 10_000,
+        threshold_counts: float = 0.01,
+        weights: str = "uniform",
+        gene_list: Any = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        r"""Genes whose normalized expression :math:`\rho` differs between two groups of cells.
+
+        Every change and sign is **group 1 over group 2**: positive means more in group 1.
+
+        Parameters
+        ----------
+        adata
+            Other cells; default: those of training. Nothing is written to them.
+        groupby
+            Column of ``obs``. Cells without a value are in no group and in no rest.
+        group1
+            A group, or a list of groups; default: every group in turn.
+        group2
+            The group to compare with; default: all other cells that have a value in ``groupby``.
+        idx1, idx2
+            In place of ``groupby``: masks, positions, names, or queries of ``obs`` such as
+            ``"cell_type == 'B' and batch == 'a'"``. Without ``idx2`` all other cells.
+        mode
+            ``"change"``: is the change larger than ``delta``? ``"vanilla"``: is group 1 higher?
+        delta
+            Least change that counts, on the scale of ``change_fn``. Default: 0.25 for ``"log-fold"``
+            (a ratio of 1.19). None estimates it: three Normals are fitted to the changes of all
+            genes, and 0.6 times the mean distance from 0 of the outer two is taken, at least 0.1.
+        batch_size
+            Most cells read at a time. It does not change the result.
+        all_stats
+            Also give statistics of the raw counts.
+        batch_correction
+            Decode both groups in the same batches: each draw is decoded in one batch, in equal
+            numbers, and pairs share it. The state z of a cell is inferred in its own batch. Default
+            batches: all that hold cells of either group. So a group is also decoded in batches where
+            it has no cell, which extrapolates if the groups share few batches.
+        batchid1, batchid2
+            Names of the batches to decode group 1 and 2 in, with ``batch_correction``. One of them
+            stands for both. If they differ, the change holds the difference of the batches too.
+        fdr_target
+            False discovery rate of the calls.
+        silent
+            Show no progress bar over comparisons.
+        pseudocounts
+            Added to both sides of log scales, in units of :math:`\rho`, whose sum over genes is 1.
+            None estimates it from the genes whose mean count is below ``threshold_counts`` in a
+            group: the 0.9 quantile of their largest draws, at least 1e-10.
+        unit
+            ``"group"``: do the *means* of the groups differ? ``"cell"``: does *a random cell* of
+            group 1 differ from a random cell of group 2? See Notes.
+        calibrated
+            With ``unit="group"``, correct the decoder by the counts, account for their error, and
+            shrink. See Notes. Default: True with ``unit="group"``.
+        test_mode
+            ``"three"``: probability of the likelier direction, max(P(change >= delta),
+            P(change <= -delta)). ``"two"``: of either, their sum. Between cells, ``"two"`` also
+            finds genes that merely vary among the cells of both groups.
+        change_fn
+            ``"log-fold"`` (log2 ratio), ``"difference"``, or a function of arrays (scale1, scale2) or
+            (scale1, scale2, pseudocounts), elementwise.
+        m1_domain_fn
+            In place of ``delta``: a function of draws of the change, (draws, genes), that returns a
+            boolean array of that shape, or a pair of them (upwards, downwards).
+        cred_interval_lvls
+            Probabilities of credible intervals of the change (the shortest that hold it).
+        n_samples, n_samples_overall
+            Draws of each group: a random cell, then its state from the posterior q(z | x, y).
+        use_permutation, m_permutation
+            With ``unit="cell"``: form this many random pairs of the draws instead of one pair each.
+        threshold_counts
+            See ``pseudocounts``.
+        weights
+            ``"importance"``: the draws of a cell are chosen from 64 by importance weights, so that
+            they follow the posterior of the model where the encoder reads a cell badly (an outlier).
+            Costs the likelihood of 64 draws per cell.
+        gene_list
+            Names, positions or a mask: test these only. Calls are then made among them.
+        seed
+            Of all draws: same seed, same table. No global random state is used.
+
+        Returns
+        -------
+        DataFrame
+            One row per gene, most probable first; of several groups one comparison below the other.
+
+            ===========================================  ====================================================
+            ``proba_de``, ``proba_not_de``               posterior probability of a change, and its contrary
+            ``bayes_factor``                             log of their ratio (natural)
+            ``scale1``, ``scale2``                       mean of rho in each group
+            ``pseudocounts``, ``delta``                  as used
+            ``lfc_mean``, ``_median``, ``_std``,         posterior of the change, on the scale of ``change_fn``
+            ``_min``, ``_max``                           (of draws: minimum and maximum)
+            ``lfc_confidence_interval_{level}_min/max``  with ``cred_interval_lvls``
+            ``raw_mean1/2``                              mean count
+            ``non_zeros_proportion1/2``                  share of cells with a count
+            ``raw_normalized_mean1/2``                   mean of counts scaled to 10 000 per cell
+            ``is_de_fdr_{target}``                       called: the genes of highest probability whose
+                                                         expected share of false ones is within the target
+            ``comparison``, ``group1``, ``group2``       with ``groupby``
+            ===========================================  ====================================================
+
+            Statistics of raw counts are over the cells in which RNA was measured; NaN without any.
+            With ``mode="vanilla"``: ``proba_m1``, ``proba_m2`` (that group 1 or 2 is higher),
+            ``bayes_factor``, scales, statistics and groups, in descending order of ``proba_m1``.
+
+        Raises
+        ------
+        ValueError
+            If the model has no genes, groups are unknown, empty or overlap, or an argument is
+            misspelt or out of range.
+
+        Notes
+        -----
+        **Means of groups** (``unit="group"``). ``scale1`` and ``scale2`` are means of the model. Its
+        decoder has one set of weights without a posterior of their own, learnt from the same
+        counts. It smooths, so that large changes come out too small, and reproduces the chance in
+        the counts. ``calibrated=True`` answers both, and all that is said of the change includes it:
+
+        - Each mean is multiplied by what the counts of the group's measured cells are to what the
+          model expects of them, each in its own batch (half a count added to both). The cells of a
+          group that were not measured share in it.
+        - The error of a mean is the spread of its n cells and of the posterior of each (variance of
+          a draw / n) plus the error of its mean count. That counts the sampling of cells twice: on
+          the safe side.
+        - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt
+          from all genes (adaptive shrinkage), so that the probabilities hold also for the genes
+          picked as largest. Where a few genes take a larger share of the counts, all others have a
+          smaller one: of log-fold changes the centre of the prior is learnt too. Is it further from
+          0 than ``delta``, the others have changed, and are called.
+
+        ``calibrated=False`` compares the means of the model as they are, known up to variance of a
+        draw / n, without a prior. In simulation that calls far too much.
+
+        **Cells** (``unit="cell"``, as in scvi-tools). The probability speaks of pairs of cells as the
+        model has learnt them. It knows neither the error of the decoder nor a prior: with few cells,
+        its ``is_de_fdr`` understates the false discoveries.
+
+        **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
+        groups, each with its share of the cells. Asked for alone, a group against the rest is a
+        comparison of two groups, with other draws.
+
+        **Donors and replicates.** The probability accounts for the posterior of each cell and for
+        the sampling of cells, within the donors at hand. It does *not* account for how donors
+        differ: cells of one donor are no replicates, and a difference between three patients and
+        three controls may be that of two donors. Compare within each donor and ask for agreement,
+        as below, or sum the counts of each donor and group (pseudobulk) and test these with a
+        method for bulk counts.
+
+        References
+        ----------
+        Lopez et al. (2018), Nature Methods 15; Boyeau et al. (2023), PNAS 120 (change of effect size and
+        expected FDR). Stephens (2017), Biostatistics 18 (adaptive shrinkage).
+
+        Examples
+        --------
+        >>> import pyro_multivi as pm
+        >>> adata = pm.simulate_multiome((40, 20, 20), n_genes=30, n_regions=50, n_batches=2, seed=0)
+        >>> report = pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+        >>> model = pm.MULTIVI(adata, n_hidden=16, n_latent=3)
+        >>> model.train(max_epochs=2, progress_bar=False)
+        >>> table = model.differential_expression(groupby="cell_type", n_samples=200)
+        >>> table.shape[0], table["comparison"].unique()[0]
+        (120, 'type_0 vs Rest')
+
+        Within each donor (here: batch), then the genes that change in the same direction in all:
+
+        >>> by_donor = [
+        ...     model.differential_expression(
+        ...         idx1=f"cell_type == 'type_0' and batch == '{donor}'",
+        ...         idx2=f"cell_type != 'type_0' and batch == '{donor}'",
+        ...         n_samples=200,
+        ...     ).sort_index()
+        ...     for donor in ("batch_0", "batch_1")
+        ... ]
+        >>> lfc = pd.concat([table["lfc_mean"] for table in by_donor], axis=1)
+        >>> called = pd.concat([table["is_de_fdr_0.05"] for table in by_donor], axis=1)
+        >>> agreed = called.all(axis=1) & ((lfc > 0).all(axis=1) | (lfc < 0).all(axis=1))
+        """
+        self._check_modality("differential_expression", "expression")
+        return self._compare(
+            "rho", adata, (groupby, group1, group2, idx1, idx2), gene_list, silent,
+            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
+            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
+            calibrated=calibrated, test_mode=test_mode, two_sided=True, probability="accessible", change_fn=change_fn,
+            m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
+            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
+            threshold_counts=threshold_counts, weights=weights, seed=seed,
+        )  # fmt: skip
+
+    def differential_accessibility(
+        self,
+        adata: Any = None,
+        groupby: str | None = None,
+        group1: Any = None,
+        group2: Any = None,
+        idx1: Any = None,
+        idx2: Any = None,
+        mode: str = "change",
+        delta: float | str | None = "default",
+        batch_size: int = PREDICTION_BATCH,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Any = None,
+        batchid2: Any = None,
+        fdr_target: float = 0.05,
+        silent: bool = True,
+        two_sided: bool = True,
+        *,
+        pseudocounts: float | None = 1e-3,
+        unit: str = "group",
+        calibrated: bool | None = None,
+        test_mode: str = "three",
+        change_fn: str | Callable[..., Any] = "difference",
+        m1_domain_fn: Callable[[Any], Any] | None = None,
+        cred_interval_lvls: Sequence[float] | float | None = None,
+        n_samples: int = 5000,
+        n_samples_overall: int | None = None,
+        use_permutation: bool = False,
+        m_permutation: int = 10_000,
+        threshold_counts: float = 0.01,
+        probability: str = "detected",
+        weights: str = "uniform",
+        region_list: Any = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Regions whose accessibility p differs between two groups of cells.
+
+        Every change and sign is **group 1 over group 2** (``effect_size`` of scvi-tools is the
+        opposite).
+
+        Parameters
+        ----------
+        adata, groupby, group1, group2, idx1, idx2, mode, batch_size, all_stats, batch_correction, batchid1, batchid2, \
+        fdr_target, silent, unit, calibrated, test_mode, m1_domain_fn, cred_interval_lvls, n_samples, \
+        n_samples_overall, use_permutation, m_permutation, weights, seed
+            As in :meth:`differential_expression`.
+        delta
+            Least change that counts, on the scale of ``change_fn`` and ``probability``. Default: 0.05,
+            five percentage points, for ``"difference"``; 0.25 and 0.5 in log2 units for
+            ``"log-fold"`` and ``"log-odds"``. None estimates it, as in
+            :meth:`differential_expression`, but at least 0.02 for ``"difference"``.
+        two_sided
+            False counts only regions that are more open in group 1.
+        pseudocounts, threshold_counts
+            As in :meth:`differential_expression`, in units of the probability, with the share of open
+            cells in place of the mean count. ``"difference"`` adds nothing.
+        change_fn
+            ``"difference"`` of probabilities, ``"log-fold"`` (log2 of their ratio), ``"log-odds"``
+            (log2 of the ratio of odds), or a function as in :meth:`differential_expression`.
+        probability
+            Of what. ``"detected"``: that the region is found open in a cell of mean depth, p r times
+            the mean of d over the cells of both groups with ATAC: what depth and batches leave of
+            ``emp_prob``. ``"accessible"``: that it is open, p. See Notes.
+        region_list
+            Names, positions or a mask: test these only.
+
+        Returns
+        -------
+        DataFrame
+            One row per region, in their order; of several groups one comparison below the other.
+
+            ==============================================  =================================================
+            ``prob_da``                                     posterior probability of a change
+            ``is_da_fdr``                                   called at ``fdr_target``
+            ``bayes_factor``                                log of prob_da / (1 - prob_da) (natural)
+            ``effect_size``                                 est_prob1 - est_prob2
+            ``emp_effect``                                  emp_prob1 - emp_prob2
+            ``est_prob1/2``                                 mean of p in each group, whatever ``probability``
+            ``emp_prob1/2``                                 share of cells in which the region is open, over
+                                                            those with ATAC; NaN without any
+            ``change_mean``, ``change_std``, ``delta``      posterior of the change on the scale of
+                                                            ``change_fn`` and ``probability``; the bound
+            ``change_confidence_interval_{level}_min/max``  with ``cred_interval_lvls``
+            ``comparison``, ``group1``, ``group2``          with ``groupby``
+            ==============================================  =================================================
+
+            With ``mode="vanilla"`` ``proba_m1`` and ``proba_m2`` take the place of the first two.
+
+        Raises
+        ------
+        ValueError
+            If the model has no regions, groups are unknown, empty or overlap, or an argument is
+            misspelt or out of range.
+
+        Notes
+        -----
+        What is called, what the probabilities account for, and what they do not (donors), is said in
+        the notes of :meth:`differential_expression`.
+
+        Counts determine the product p d r, and hardly how it splits: a region that is found in few
+        cells may be open in few or be hard to see. In simulation the p of one region is off by a
+        factor of 1.7 in either direction, for all cells alike. A ratio does not mind; whether a
+        difference of p exceeds ``delta`` is then anyone's guess. Probabilities of detection are
+        determined by the data. As d and r are at most 1, a region whose detection differs by
+        ``delta`` differs by no less in p.
+
+        Examples
+        --------
+        >>> import pyro_multivi as pm
+        >>> adata = pm.simulate_multiome((40, 20, 20), n_genes=30, n_regions=50, seed=0)
+        >>> report = pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+        >>> model = pm.MULTIVI(adata, n_hidden=16, n_latent=3)
+        >>> model.train(max_epochs=2, progress_bar=False)
+        >>> table = model.differential_accessibility(
+        ...     groupby="cell_type", group1="type_0", group2="type_1", cred_interval_lvls=[0.9], n_samples=200
+        ... )
+        >>> bool((table["effect_size"] == table["est_prob1"] - table["est_prob2"]).all())
+        True
+        >>> list(table.columns[-3:])
+        ['comparison', 'group1', 'group2']
+        """
+        self._check_modality("differential_accessibility", "accessibility")
+        return self._compare(
+            "p", adata, (groupby, group1, group2, idx1, idx2), region_list, silent,
+            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
+            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
+            calibrated=calibrated, test_mode=test_mode, two_sided=two_sided, probability=probability,
+            change_fn=change_fn, m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
+            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
+            threshold_counts=threshold_counts, weights=weights, seed=seed,
+        )  # fmt: skip
+
+    def _compare(
+        self, site: str, adata: Any, groups: tuple[Any, ...], features: Any, silent: bool, **asked: Any
+    ) -> pd.DataFrame:
+        self._check_trained()
+        table, data = self._table_of(adata)
+        argument, what, names = (
+            ("gene_list", "gene", self.spec.gene_names)
+            if site == "rho"
+            else ("region_list", "region", self.spec.region_names)
+        )
+        chosen = select_features(argument, features, names, what, self.device)
+        request = DifferentialRequest.of(self.spec, site, features=chosen, **asked)
+        found = contrasts(data.obs, self.spec.cell_names(data), *groups)
+        if chosen is not None:
+            names = tuple(names[place] for place in chosen.tolist())
+        return compare_groups(self.program, table, found, request, names, self.device, silent)

@@ -1,0 +1,245 @@
+"""What a model infers of cells: their state, their depth, and how well it explains them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.checks import check_draws
+from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
+from pyro_multivi.posterior.quantities.latent import MODALITIES, depth_factors, latent_draws, latent_state
+
+
+class LatentMixin(ModelBase):
+    """A trainable model that tells the latent variables of cells."""
+
+    def get_latent_representation(
+        self,
+        adata: Any = None,
+        modality: str = "joint",
+        indices: Any = None,
+        give_mean: bool = True,
+        batch_size: int = PREDICTION_BATCH,
+        return_dist: bool = False,
+        n_samples: int = 1,
+        seed: int = 0,
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Latent state of each cell.
+
+        Parameters
+        ----------
+        adata
+            Other cells; default: those of training.
+        modality
+            ``"joint"``: given everything measured in a cell. ``"expression"`` or
+            ``"accessibility"``: given that modality alone; NaN for cells that lack it. Further
+            measurements of which a model of your own makes an expert, by their name.
+        indices
+            Positions, names or a mask of cells.
+        give_mean
+            The posterior mean. With ``latent_distribution="ln"``, its softmax, as the decoders read
+            it. Otherwise draws.
+        batch_size
+            Cells at a time.
+        return_dist
+            Return mean and variance of the Normal over z instead.
+        n_samples
+            Draws per cell if ``give_mean=False``.
+        seed
+            Of the draws, which do not depend on ``batch_size`` or the other cells.
+
+        Returns
+        -------
+        ndarray
+            (cells, K); for several draws (n_samples, cells, K). With ``return_dist`` two of these.
+
+        Raises
+        ------
+        ValueError
+            If the modality is unknown, not modelled, or measured in none of the cells.
+        """
+        known = (*MODALITIES, *self.spec.extra)
+        if modality not in known:
+            raise ValueError(f"modality={modality!r} is not allowed: choose one of {', '.join(map(repr, known))}.")
+        n_samples = check_draws("n_samples", n_samples)
+        self._check_modality("modality", modality)
+        cells = self._cells(adata, indices, batch_size)
+        measured = {"expression": cells.table.has_rna, "accessibility": cells.table.has_atac}.get(modality)
+        if measured is not None and not bool(measured[cells.index].any()):
+            raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
+        if not give_mean and not return_dist:
+            draws = latent_draws(self.program, cells, modality, n_samples, seed)
+            return draws if n_samples > 1 else draws[0]
+        state = latent_state(self.program, cells, modality)
+        return (state.mean, state.variance) if return_dist else state.point
+
+    def get_library_size_factors(
+        self, adata: Any = None, indices: Any = None, batch_size: int = PREDICTION_BATCH
+    ) -> dict[str, NDArray[np.float32]]:
+        """Depth of each cell.
+
+        Returns
+        -------
+        dict
+            ``"expression"``: posterior mean of l in counts (scvi-tools returns a logarithm);
+            ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
+        """
+        return depth_factors(self.program, self._cells(adata, indices, batch_size))
+
+    def get_region_factors(self) -> NDArray[np.float32]:
+        """Factor r_j in (0, 1) of each region, (M,)."""
+        self._check_trained()
+        self._check_modality("get_region_factors", "accessibility")
+        factors = region_factors(self.program)
+        if factors is None:
+            raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
+        return cast("NDArray[np.float32]", factors.cpu().numpy())
+
+    # ------------------------------------------------------------------ how well cells are explained
+
+    def get_elbo(
+        self,
+        adata: Any = None,
+        indices: Any = None,
+        batch_size: int = PREDICTION_BATCH,
+        return_mean: bool = True,
+        n_particles: int = 1,
+        seed: int = 0,
+    ) -> Any:
+        """Evidence lower bound in nats per cell; higher is better.
+
+        The bound on log p(x, y | s) itself: the alignment of the modalities, a term of training
+        only, is no part of it (in scvi-tools it is).
+
+        Parameters
+        ----------
+        adata, indices
+            Which cells; default: all of training.
+        batch_size
+            Cells at a time.
+        return_mean
+            The mean over cells; otherwise one number per cell.
+        n_particles
+            Draws per cell over which the expected log-likelihood is averaged.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        float or ndarray
+            Nats per cell; with ``return_mean=False`` one value per cell, (cells,).
+
+        Examples
+        --------
+        >>> import pyro_multivi as pm
+        >>> adata = pm.simulate_multiome((40, 20, 20), n_genes=30, n_regions=50, seed=0)
+        >>> report = pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+        >>> model = pm.MULTIVI(adata, n_hidden=16, n_latent=3)
+        >>> model.train(max_epochs=2, progress_bar=False)
+        >>> model.get_elbo(return_mean=False).shape
+        (80,)
+        """
+        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
+        return float(parts.elbo.mean()) if return_mean else parts.elbo
+
+    def get_reconstruction_error(
+        self,
+        adata: Any = None,
+        indices: Any = None,
+        batch_size: int = PREDICTION_BATCH,
+        return_mean: bool = True,
+        n_particles: int = 1,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Minus the expected log-likelihood of the counts of each modality, in nats per measured cell.
+
+        Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter
+        as 0).
+
+        Parameters
+        ----------
+        adata, indices, batch_size, n_particles, seed
+            As in :meth:`get_elbo`.
+        return_mean
+            The mean over the measured cells; otherwise one number per cell, NaN where not measured.
+
+        Returns
+        -------
+        dict
+            ``"reconstruction_loss_expression"`` and ``"reconstruction_loss_accessibility"``, without
+            those that none of the cells was measured for.
+        """
+        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
+        names = {"x": "expression", "y": "accessibility"}
+        per_cell = {
+            f"reconstruction_loss_{names.get(site, site)}": np.where(parts.measured[site], -values, np.nan)
+            for site, values in parts.log_likelihood.items()
+            if parts.measured[site].any()
+        }
+        return {name: float(np.nanmean(values)) for name, values in per_cell.items()} if return_mean else per_cell
+
+    def get_marginal_ll(
+        self,
+        adata: Any = None,
+        n_mc_samples: int = 1000,
+        indices: Any = None,
+        return_mean: bool = True,
+        batch_size: int = PREDICTION_BATCH,
+        return_se: bool = False,
+        seed: int = 0,
+    ) -> Any:
+        r"""Log marginal likelihood log p(x, y | s) in nats per cell, by importance sampling.
+
+        The posterior is the proposal for z and the library size; their joint density with the
+        counts, divided by the proposal's, is averaged before the logarithm is taken. The cell factor
+        d of accessibility is not integrated out but held at f_l(y), as everywhere in this model;
+        the density of its uniform prior there is 1.
+
+        Parameters
+        ----------
+        adata, indices
+            Which cells; default: all of training.
+        n_mc_samples
+            Draws per cell.
+        return_mean
+            The mean over cells; otherwise one number per cell.
+        batch_size
+            Cells at a time.
+        return_se
+            Also return the Monte Carlo standard error.
+        seed
+            Of the draws.
+
+        Returns
+        -------
+        float or ndarray
+            Nats per cell. Its expectation is between the ELBO and the truth, which it approaches from
+            below as ``n_mc_samples`` grows. With ``return_se`` a pair of value and standard error: of
+            the mean over these cells, or of each cell. An error near 1 for a cell says that a few
+            draws carry all the weight and the value is not to be trusted.
+
+        Raises
+        ------
+        ValueError
+            If ``n_mc_samples`` is below 1, or below 2 with ``return_se``.
+        """
+        n_draws = check_draws("n_mc_samples", n_mc_samples, 2 if return_se else 1)
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        found = marginal_likelihood(self.program, cells, n_draws, seed)
+        if not return_mean:
+            return tuple(found) if return_se else found.log_likelihood
+        mean = float(found.log_likelihood.mean())
+        # Draws of different cells are independent.
+        error = float(np.sqrt(np.square(found.standard_error).sum()) / len(found.standard_error))
+        return (mean, error) if return_se else mean
+
+    # ------------------------------------------------------------------ what the methods share
+
+    def _elbo_parts(self, adata: Any, indices: Any, batch_size: int, n_particles: int, seed: int) -> ElboParts:
+        n_draws = check_draws("n_particles", n_particles)
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        return elbo_parts(self.program, cells, n_draws, seed)

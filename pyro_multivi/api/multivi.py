@@ -1,0 +1,147 @@
+"""The analyst's class: its constructor here, its methods in the siblings beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pyro_multivi.api.checks import ChecksMixin
+from pyro_multivi.api.custom_program import configure
+from pyro_multivi.api.differential import DifferentialMixin
+from pyro_multivi.api.estimates import EstimatesMixin
+from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.program import MultiVIProgram
+
+
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
+    """Joint model of gene expression and chromatin accessibility of single cells.
+
+    Parameters
+    ----------
+    adata
+        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read,
+        never changed.
+    n_genes, n_regions
+        Checked against the data if given; scvi-tools needs them, here they are known.
+    n_hidden, n_latent, n_layers_encoder, n_layers_decoder, dropout_rate, gene_likelihood, \
+    dispersion, latent_distribution, modality_weights, modality_penalty, contrast_weight, \
+    mixing_weight, region_factors, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm
+        See :class:`~pyro_multivi.config.ProgramConfig`.
+    fully_paired
+        State that every cell has both modalities; an error is raised if one has not.
+    library
+        ``"latent"`` or ``"observed"``; with a size factor in the data that is used.
+    seed
+        Of the initial weights.
+    program_class
+        A subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
+    program_options
+        Values of the choices that the ``config_class`` of that class has beyond those above.
+
+    Examples
+    --------
+    >>> import pyro_multivi as pm
+    >>> adata = pm.simulate_multiome((40, 20, 20), n_genes=30, n_regions=50, seed=0)
+    >>> report = pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    >>> model = pm.MULTIVI(adata, n_hidden=16, n_latent=3)
+    >>> model.train(max_epochs=2, progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (80, 3)
+    """
+
+    def __init__(
+        self,
+        adata: Any,
+        n_genes: int | None = None,
+        n_regions: int | None = None,
+        modality_weights: str = "equal",
+        modality_penalty: str | None = "contrastive",
+        n_hidden: int | None = None,
+        n_latent: int | None = None,
+        n_layers_encoder: int = 2,
+        n_layers_decoder: int = 2,
+        dropout_rate: float = 0.1,
+        region_factors: bool = True,
+        gene_likelihood: str = "zinb",
+        dispersion: str = "gene",
+        use_batch_norm: str = "none",
+        use_layer_norm: str = "both",
+        latent_distribution: str = "normal",
+        deeply_inject_covariates: bool = False,
+        encode_covariates: bool = False,
+        fully_paired: bool = False,
+        library: str = "latent",
+        seed: int = 0,
+        program_class: type[MultiVIProgram] = MultiVIProgram,
+        program_options: Mapping[str, Any] | None = None,
+        mixing_weight: float | None = None,
+        contrast_weight: float | None = None,
+    ) -> None:
+        spec = DataSpec.of(adata)
+        for name, given, known in (("n_genes", n_genes, spec.n_genes), ("n_regions", n_regions, spec.n_regions)):
+            if given is not None and given != known:
+                raise ValueError(f"{name}={given}, but the data set up has {known}: leave {name} out.")
+        table = spec.table(adata)
+        unpaired = int((~(table.has_rna & table.has_atac)).sum())
+        if fully_paired and unpaired:
+            raise ValueError(
+                f"fully_paired=True, but {unpaired} of {len(table)} cells lack a modality: leave it out or "
+                "keep paired cells only."
+            )
+        if library == "size_factor" and table.rna_size is None:
+            raise ValueError(
+                "library='size_factor' needs size factors in the data: give size_factor_key to setup_anndata or "
+                "setup_mudata, or choose 'latent' or 'observed'."
+            )
+        config = configure(
+            program_class,
+            program_options or {},
+            n_genes=spec.n_genes,
+            n_regions=spec.n_regions,
+            n_batch=spec.n_batch,
+            n_labels=spec.n_labels,
+            n_covariates=spec.design_width,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers_encoder=n_layers_encoder,
+            n_layers_decoder=n_layers_decoder,
+            dropout_rate=dropout_rate,
+            gene_likelihood=gene_likelihood,
+            dispersion=dispersion,
+            latent_distribution=latent_distribution,
+            modality_weights=modality_weights,
+            modality_penalty=modality_penalty,
+            contrast_weight=contrast_weight,
+            mixing_weight=mixing_weight,
+            region_factors=region_factors,
+            encode_covariates=encode_covariates,
+            deeply_inject_covariates=deeply_inject_covariates,
+            use_batch_norm=use_batch_norm,
+            use_layer_norm=use_layer_norm,
+            library="size_factor" if table.rna_size is not None else library,
+            extra={name: len(known) for name, known in spec.extra.items()},
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            program = program_class(config)
+        program.start_from(table.marginals())
+        program.eval()
+        self._assemble(spec, program, adata, table)
+
+    # ------------------------------------------------------------------ data
+
+    setup_anndata = staticmethod(setup_anndata)
+    setup_mudata = staticmethod(setup_mudata)
+
+    def __repr__(self) -> str:
+        config = self.program.config
+        trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
+        return (
+            f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
+            f"{config.n_regions} regions, {config.n_batch} batches; latent {config.latent}, hidden {config.hidden}; "
+            f"{trained}"
+        )

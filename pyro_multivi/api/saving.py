@@ -1,0 +1,193 @@
+"""Save and load: one folder, tensors and JSON, nothing that can run code.
+
+``weights.pt`` holds the program's tensors and is read with ``weights_only=True``; ``model.json``
+holds everything else, the format's version and the checksum of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_multivi._version import __version__
+
+FORMAT = 2
+WEIGHTS = "weights.pt"
+DESCRIPTION = "model.json"
+#: Data saved beside a model: an AnnData, a MuData.
+DATA = ("adata.h5ad", "mdata.h5mu")
+
+
+class BrokenModelError(ValueError):
+    """A saved model that cannot be read."""
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    description: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    extra_files: dict[str, Any] | None = None,
+) -> None:
+    """Write a model folder as a whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Where; its parent must exist.
+    state
+        Tensors of the program.
+    description
+        JSON-serialisable.
+    overwrite
+        Replace a model that is there. A folder with anything else in it is left alone.
+    extra_files
+        Further files by name, each a function that writes to the path it is given.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``folder`` that may not be replaced.
+    FileNotFoundError
+        If the parent folder does not exist.
+    """
+    target = Path(folder)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"dir_path={str(folder)!r}: the folder {str(target.parent)!r} does not exist.")
+    if target.exists():
+        if not overwrite:
+            raise FileExistsError(f"dir_path={str(folder)!r} exists: choose another path or give overwrite=True.")
+        # Replacing deletes what is there, so there must be a whole model and nothing of the user's.
+        found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+        if found and (not {DESCRIPTION, WEIGHTS} <= found or found - {DESCRIPTION, WEIGHTS, *DATA}):
+            raise FileExistsError(
+                f"dir_path={str(folder)!r} holds something other than a saved model and is not replaced: "
+                "choose another path."
+            )
+    # Written beside the target and renamed: a crash leaves the old model or none, never half of one.
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        torch.save(tensors, beside / WEIGHTS)
+        for name, write in (extra_files or {}).items():
+            write(beside / name)
+        text = {
+            "format": FORMAT,
+            "version": __version__,
+            "weights_sha256": _checksum(beside / WEIGHTS),
+            **description,
+        }
+        (beside / DESCRIPTION).write_text(json.dumps(text), encoding="utf-8")
+        beside.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old / target.name)
+            os.replace(beside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_model(folder: str | os.PathLike[str], needed: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify a model folder.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    needed
+        What the description must hold.
+
+    Returns
+    -------
+    state, description
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model at ``folder``.
+    BrokenModelError
+        If a file is missing, damaged or of a newer format.
+    """
+    source = Path(folder)
+    if not (source / DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"dir_path={str(folder)!r} is not a saved model: {DESCRIPTION} is missing. "
+            "Give the folder that MULTIVI.save wrote."
+        )
+    try:
+        description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+        version, expected = int(description["format"]), description["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {DESCRIPTION} is damaged ({error}). Save the model again."
+        ) from error
+    if version > FORMAT:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r} was saved in format {version} by version {description.get('version')}; "
+            f"this version reads up to format {FORMAT}. Upgrade pyro-multivi."
+        )
+    missing = [name for name in needed if name not in description]
+    if missing:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {DESCRIPTION} is damaged ({', '.join(missing)} missing). Save the model again."
+        )
+    if not (source / WEIGHTS).is_file():
+        raise BrokenModelError(f"dir_path={str(folder)!r}: {WEIGHTS} is missing. Save the model again.")
+    if _checksum(source / WEIGHTS) != expected:
+        raise BrokenModelError(
+            f"dir_path={str(folder)!r}: {WEIGHTS} is damaged or truncated (its checksum does not match). "
+            "Copy it again or save the model again."
+        )
+    # Torch's own error would advise to load the file in a way that runs the code in it.
+    refused = f"dir_path={str(folder)!r}: {WEIGHTS} holds something that is not a set of tensors and was not loaded."
+    try:
+        state = torch.load(source / WEIGHTS, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise BrokenModelError(refused) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BrokenModelError(refused)
+    return _renamed(state, description) if version < 2 else (state, description)
+
+
+#: Names of format 1 that are others now: beginnings of the tensors' names.
+_RENAMED = {
+    "rna_reader.": "rna_first_layer.",
+    "atac_reader.": "atac_first_layer.",
+    "rna_trust": "rna_mixture_weight",
+    "atac_trust": "atac_mixture_weight",
+    "rna_depth_link": "rna_depth_regression",
+    "atac_depth_link": "atac_depth_regression",
+}
+
+
+def _renamed(state: dict[str, Tensor], description: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A model of format 1 under the names of format 2."""
+    for old, new in _RENAMED.items():
+        state = {name.replace(old, new, 1) if name.startswith(old) else name: part for name, part in state.items()}
+    spec = description.get("spec")
+    for part in (description.get("config"), spec, spec.get("setup") if isinstance(spec, dict) else None):
+        if isinstance(part, dict) and "further" in part:
+            part["extra"] = part.pop("further")
+    return state, description
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

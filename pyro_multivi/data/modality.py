@@ -1,0 +1,157 @@
+"""Modality: one kind of measurement, and every name that it goes by.
+
+Tables, programs, sites, files and messages each have their own word for the same thing: RNA is ``rna`` in the name of
+a field, ``"expression"`` in ``obs["modality"]``, ``"x"``, ``"rho"`` and ``"l"`` among the sites of the model, a "gene"
+in a message. All translation between these words is here; code that treats modalities alike loops over
+:data:`MODALITIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of measurement of a cell.
+
+    Attributes
+    ----------
+    key
+        Prefix or suffix of fields and arguments: ``has_rna``, ``rna_layer``.
+    name
+        Word of the analyst's methods, of ``obs["modality"]`` (a cell with this modality alone) and of the encoder's
+        expert.
+    assay
+        Word of messages.
+    feature
+        One feature of it, in messages and arguments (``gene_list``).
+    feature_types
+        Values of ``var["feature_types"]``, the first as it is written.
+    counts
+        Observed site of the model, and field of the tables of cells.
+    decoded
+        Site of what the model decodes from the latent state.
+    depth
+        Latent site of a cell's sequencing depth.
+    binary
+        Whether the model only knows if a count is zero.
+
+    Examples
+    --------
+    >>> ATAC.features, ATAC.list_argument, modality_at("p") is ATAC
+    ('regions', 'region_list', True)
+    """
+
+    key: str
+    name: str
+    assay: str
+    feature: str
+    feature_types: tuple[str, ...]
+    counts: str
+    decoded: str
+    depth: str
+    binary: bool
+
+    @property
+    def features(self) -> str:
+        """Plural of :attr:`feature`."""
+        return f"{self.feature}s"
+
+    @property
+    def feature_type(self) -> str:
+        """Value of ``var["feature_types"]``, as Cell Ranger writes it."""
+        return self.feature_types[0]
+
+    @property
+    def list_argument(self) -> str:
+        """Argument that chooses some of the features."""
+        return f"{self.feature}_list"
+
+    @property
+    def source_column(self) -> str:
+        """Column of ``obs`` that says whether a cell's values were measured or imputed."""
+        return f"{self.name}_source"
+
+    @property
+    def sites(self) -> tuple[str, str, str]:
+        """All sites of the model that belong to it."""
+        return self.counts, self.decoded, self.depth
+
+    def counts_in(self, cells: Any) -> Any:
+        """Counts in a minibatch or table, (n, features); None in a table without any."""
+        return getattr(cells, self.counts)
+
+    def measured_in(self, cells: Any) -> Any:
+        """Whether each cell of a minibatch, a table or a setup was measured, (n,), bool."""
+        return getattr(cells, f"has_{self.key}")
+
+    def rows_in(self, cells: Any) -> Any:
+        """Positions of the measured cells of a minibatch, or None where they are not known."""
+        return getattr(cells, f"{self.key}_rows")
+
+    def size_factor_in(self, cells: Any) -> Any:
+        """Fixed size factors of a minibatch or table, (n,), or None."""
+        return getattr(cells, f"{self.key}_size")
+
+    def n_features_in(self, owner: Any) -> int:
+        """Number of features in a configuration, table or specification."""
+        number: int = getattr(owner, f"n_{self.features}")
+        return number
+
+    def feature_names_in(self, spec: Any) -> tuple[str, ...]:
+        """Names of the features in a specification."""
+        names: tuple[str, ...] = getattr(spec, f"{self.feature}_names")
+        return names
+
+
+RNA = Modality(
+    key="rna",
+    name="expression",
+    assay="RNA",
+    feature="gene",
+    feature_types=("Gene Expression",),
+    counts="x",
+    decoded="rho",
+    depth="l",
+    binary=False,
+)
+ATAC = Modality(
+    key="atac",
+    name="accessibility",
+    assay="ATAC",
+    feature="region",
+    feature_types=("Peaks", "Chromatin Accessibility"),
+    counts="y",
+    decoded="p",
+    depth="d",
+    binary=True,
+)
+
+#: In the order in which features of both stand beside each other.
+MODALITIES = (RNA, ATAC)
+
+_BY_SITE = {site: modality for modality in MODALITIES for site in modality.sites}
+_BY_NAME = {modality.name: modality for modality in MODALITIES}
+
+
+def modality_at(site: str) -> Modality:
+    """The modality that a site of the model belongs to.
+
+    Raises
+    ------
+    KeyError
+        For a site of all modalities or of none.
+    """
+    return _BY_SITE[site]
+
+
+def modality_named(name: str) -> Modality | None:
+    """The modality of an analyst's word, ``"expression"`` or ``"accessibility"``; None for any other."""
+    return _BY_NAME.get(name)
+
+
+def modelled(config: Any) -> tuple[Modality, ...]:
+    """The modalities of which a configuration, table or specification has features."""
+    return tuple(modality for modality in MODALITIES if modality.n_features_in(config))

@@ -1,0 +1,349 @@
+"""Where in an AnnData or MuData the things lie that setup was told about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import check_unique, first_names, unknown_key
+from pyro_multivi.data.setup.extra import ExtraSource
+from pyro_multivi.data.setup.options import Setup, is_mudata
+from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, spelled
+
+# Rows looked at when searching for the layer that holds counts.
+_PEEK = 200
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The counts of one modality, not read yet.
+
+    Attributes
+    ----------
+    modality
+        ``"RNA"`` or ``"ATAC"``.
+    matrix
+        (rows, all columns): sparse, dense, or lying in a file.
+    owner, where
+        How the user would write the AnnData that holds it, and the matrix.
+    features, columns
+        Names of this modality's features and their columns in ``matrix``.
+    cells
+        Names of the rows of ``matrix``.
+    rows
+        Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
+    hint
+        Says where raw counts may be found, should these be none.
+    """
+
+    modality: str
+    matrix: Any
+    owner: str
+    where: str
+    features: pd.Index[Any]
+    columns: NDArray[np.intp]
+    cells: pd.Index[Any]
+    rows: NDArray[np.intp] | None
+    hint: Callable[[], str]
+
+    def present(self, n_cells: int) -> NDArray[np.bool_]:
+        """Whether each cell of the data set has a row, shape (n_cells,)."""
+        return np.ones(n_cells, dtype=bool) if self.rows is None else self.rows >= 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An AnnData or MuData in one form.
+
+    Attributes
+    ----------
+    name
+        ``"adata"`` or ``"mdata"``, for messages.
+    cells
+        Names of the cells: the row order of everything made from the data.
+    rna, atac
+        Counts, or None where the object has no such features.
+    tables
+        Tables of cells by how the user would write them; the main one first.
+    table_of
+        For arguments whose columns lie in one modality of a MuData: the name of that table.
+    ignored
+        Number of features of each other type.
+    type_key, kept_types
+        The column of var, and its values that are genes or regions, in an AnnData.
+    extra
+        Further measurements by name, those that are there.
+    """
+
+    name: str
+    cells: pd.Index[Any]
+    rna: Counts | None
+    atac: Counts | None
+    tables: dict[str, pd.DataFrame]
+    table_of: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    type_key: str = ""
+    kept_types: tuple[str, ...] = ()
+    extra: dict[str, ExtraSource] = field(default_factory=dict)
+
+    def only(self, rna: bool, atac: bool) -> Opened:
+        """The same without a modality that is not wanted."""
+        return replace(self, rna=self.rna if rna else None, atac=self.atac if atac else None)
+
+    def has_column(self, argument: str, key: str) -> bool:
+        """Whether the column that an argument names is there."""
+        return key in self.tables[self._place(argument)]
+
+    def _place(self, argument: str) -> str:
+        return self.table_of.get(argument, next(iter(self.tables)))
+
+    def column(self, argument: str, key: str) -> pd.Series[Any]:
+        """The column that an argument names, one value per cell, indexed by cell.
+
+        Raises
+        ------
+        ValueError
+            If it is not there, or lies in a modality that does not have all cells.
+        """
+        where = self._place(argument)
+        table = self.tables[where]
+        if key not in table:
+            others = [place for place, other in self.tables.items() if key in other]
+            found = f" It is in {' and in '.join(others)}: say so by modalities." if others else ""
+            raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
+        rows = table.index.get_indexer(self.cells)
+        absent = rows < 0
+        if absent.any():
+            raise ValueError(
+                f"{argument}={key!r} lies in {where}, where {int(absent.sum())} of {len(absent)} cells are "
+                f"absent: {first_names(self.cells[absent])}. Put a column with a value for every cell into "
+                f"mdata.obs and leave {argument!r} out of modalities."
+            )
+        return pd.Series(table[key].array[rows], index=self.cells, name=key)
+
+
+def open_data(data: Any, setup: Setup) -> Opened:
+    """Find counts and columns in an AnnData or MuData, as setup described them.
+
+    Parameters
+    ----------
+    data
+        The object that was set up, or another one with the same features. It may lack a modality.
+    setup
+        The arguments of the setup. An object of the other kind is read by the same keys: modalities of
+        a MuData are then known by name, genes and peaks of an AnnData by ``var["feature_types"]``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither, or an AnnData without feature types where a MuData was set up.
+    ValueError
+        If something is not where setup says, or names of cells or features are not unique.
+    """
+    if is_mudata(data):
+        return _open_mudata(data, setup)
+    if isinstance(data, AnnData):
+        return _open_anndata(data, setup)
+    raise TypeError(f"An AnnData or a MuData is needed, got {type(data).__name__}.")
+
+
+def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
+    _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
+    types = _feature_types(adata, setup)
+    kinds = {"RNA": types.isin(setup.gene_types), "ATAC": types.isin(setup.region_types)}
+    found = {kind: np.flatnonzero(chosen) for kind, chosen in kinds.items() if chosen.any()}
+    if not found:
+        raise ValueError(
+            f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither genes "
+            f"({first_names(setup.gene_types)}) nor regions ({first_names(setup.region_types)}). Say which "
+            f"is which: feature_type_values={{'genes': ..., 'regions': ...}}."
+        )
+    other = types[~(kinds["RNA"] | kinds["ATAC"])]
+    return Opened(
+        name="adata",
+        cells=adata.obs_names,
+        rna=_counts(adata, "adata", "RNA", setup, found["RNA"]) if "RNA" in found else None,
+        atac=_counts(adata, "adata", "ATAC", setup, found["ATAC"]) if "ATAC" in found else None,
+        tables={"adata.obs": adata.obs},
+        ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
+        type_key=setup.feature_type_key,
+        kept_types=(*setup.gene_types, *setup.region_types),
+        extra=_in_obsm(adata, "adata", setup),
+    )
+
+
+def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
+    key = setup.feature_type_key
+    if key in adata.var:
+        return adata.var[key].astype(str)
+    if setup.kind == "mudata":
+        raise TypeError(
+            f"A MuData was set up and an AnnData was given whose var has no column {key!r}. Give a MuData, "
+            f"or say what each feature is: adata.var[{key!r}] = 'Gene Expression' (or 'Peaks')."
+        )
+    raise ValueError(
+        f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column tells genes "
+        f"from regions; if all features are of one kind, write adata.var[{key!r}] = 'Gene Expression' "
+        f"(or 'Peaks')."
+    )
+
+
+def _open_mudata(mdata: Any, setup: Setup) -> Opened:
+    if mdata.axis != 0:
+        raise ValueError(f"mdata.axis is {mdata.axis}: modalities must share cells (axis 0), not features.")
+    _check_cells(mdata.obs_names, "mdata.obs_names", "mdata.obs_names_make_unique()")
+    rna, atac = setup.rna_modality, setup.atac_modality
+    if setup.kind == "anndata":
+        rna, atac = known_modalities(mdata)
+    opened = {}
+    for modality, name in (("RNA", rna), ("ATAC", atac)):
+        if name in mdata.mod:
+            part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
+            rows = _rows_of(mdata, part, owner)
+            opened[modality] = _counts(part, owner, modality, setup, np.arange(part.n_vars), rows)
+    if not opened:
+        wanted = first_names(name for name in (rna, atac) if name is not None)
+        raise ValueError(f"mdata has none of the modalities {wanted}; it has {first_names(mdata.mod)}.")
+    return Opened(
+        name="mdata",
+        cells=mdata.obs_names,
+        rna=opened.get("RNA"),
+        atac=opened.get("ATAC"),
+        tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
+        # An object without that modality is asked for the column in its main table.
+        table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
+        extra={**_in_obsm(mdata, "mdata", setup), **_in_modalities(mdata, setup)},
+    )
+
+
+def _in_obsm(data: Any, owner: str, setup: Setup) -> dict[str, ExtraSource]:
+    return {
+        name: ExtraSource(f"{owner}.obsm[{name!r}]", data.obsm[name], data.obs_names)
+        for name in setup.extra
+        if name in data.obsm
+    }
+
+
+def _in_modalities(mdata: Any, setup: Setup) -> dict[str, ExtraSource]:
+    found = {}
+    for name in setup.extra:
+        if name in mdata.mod:
+            part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
+            rows = _rows_of(mdata, part, owner)
+            found[name] = ExtraSource(f"{owner}.X", part.X, part.obs_names, part.var_names, rows)
+    return found
+
+
+def _obs_of(modality: str) -> str:
+    return f"mdata.mod[{modality!r}].obs"
+
+
+def known_modalities(mdata: Any) -> tuple[str | None, str | None]:
+    """Names of the RNA and the ATAC modality of a MuData, told by their spelling; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        If there is neither, or more than one of a kind.
+    """
+    found = {kind: [name for name in mdata.mod if spelled(name) == kind] for kind in (EXPRESSION, ACCESSIBILITY)}
+    if not any(found.values()) or any(len(names) > 1 for names in found.values()):
+        raise ValueError(
+            f"Which modality of mdata is RNA and which ATAC cannot be told from their names: "
+            f"{first_names(mdata.mod)}. Give modalities={{'rna_layer': ..., 'atac_layer': ...}}."
+        )
+    rna, atac = (next(iter(names), None) for names in found.values())
+    return rna, atac
+
+
+def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
+    """Row in a modality of each cell of the MuData, by name: ``obsmap`` may be out of date."""
+    check_unique(part.obs_names, f"{owner}.obs_names", f"{owner}.obs_names_make_unique(); mdata.update()")
+    stray = ~part.obs_names.isin(mdata.obs_names)
+    if stray.any():
+        raise ValueError(
+            f"{int(stray.sum())} cells of {owner} are not in mdata.obs_names: "
+            f"{first_names(part.obs_names[stray])}. Call mdata.update()."
+        )
+    return None if part.obs_names.equals(mdata.obs_names) else part.obs_names.get_indexer(mdata.obs_names)
+
+
+def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
+    if len(names) == 0:
+        raise ValueError(f"{where} is empty: there are no cells.")
+    check_unique(names, where, fix)
+
+
+def _counts(
+    adata: AnnData,
+    owner: str,
+    modality: str,
+    setup: Setup,
+    columns: NDArray[np.intp],
+    rows: NDArray[np.intp] | None = None,
+) -> Counts:
+    layer = setup.rna_layer if modality == "RNA" else setup.atac_layer
+    argument = "layer" if setup.kind == "anndata" else f"{modality.lower()}_layer"
+    features = adata.var_names[columns]
+    what = "genes" if modality == "RNA" else "regions"
+    check_unique(features, f"{owner}.var_names ({what})", f"{owner}.var_names_make_unique()")
+    if layer is not None and layer not in adata.layers:
+        raise unknown_key(argument, layer, f"{owner}.layers", adata.layers)
+    matrix = adata.X if layer is None else adata.layers[layer]
+    where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
+    if matrix is None:
+        raise ValueError(f"{where} is empty. Give {argument}, one of {first_names(adata.layers)}.")
+    return Counts(
+        modality=modality,
+        matrix=matrix,
+        owner=owner,
+        where=where,
+        features=features,
+        columns=columns,
+        cells=adata.obs_names,
+        rows=rows,
+        hint=lambda: counts_hint(adata, layer, owner, argument),
+    )
+
+
+def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
+    """Where raw counts seem to be: the end of the sentence "Raw counts are needed".
+
+    Parameters
+    ----------
+    owner
+        The AnnData that holds the matrix in question.
+    layer
+        The layer that was wrong; None for ``.X``.
+    name
+        How the user would write ``owner``.
+    argument
+        The setup argument that chooses the layer.
+    """
+    for other in owner.layers:
+        if other != layer and _looks_like_counts(owner.layers[other]):
+            return f": {name}.layers[{other!r}] looks like counts, give {argument}={other!r}."
+    if layer is not None and owner.X is not None and _looks_like_counts(owner.X):
+        return f": {name}.X looks like counts, give {argument}=None."
+    if owner.raw is not None and _looks_like_counts(owner.raw.X):
+        return (
+            f": {name}.raw looks like counts, copy it to a layer ({name}.layers['counts'] = "
+            f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
+        )
+    return f", for instance from a layer: {argument}='counts'."
+
+
+def _looks_like_counts(matrix: Any) -> bool:
+    block: Any = matrix[:_PEEK]
+    # A compressed block has its stored values in .data; NumPy's .data is a buffer.
+    values: NDArray[Any] = np.asarray(getattr(block, "data", block) if sp.issparse(block) else block)
+    if values.size == 0 or values.dtype.kind not in "buif":
+        return False
+    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all())

@@ -1,0 +1,133 @@
+"""Observed covariates: categories, codes, standardised numbers, size factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.setup.adapter import Opened
+
+# Size factors of cells without the modality: never read by a likelihood, but must be valid numbers.
+_UNUSED_RNA_SIZE = 1.0
+_UNUSED_ATAC_SIZE = 0.5
+
+
+def categories(opened: Opened, argument: str, key: str) -> tuple[str, ...]:
+    """The distinct values of a column as strings, in the order of sorted strings."""
+    return tuple(sorted(set(_words(opened, argument, key))))
+
+
+def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> NDArray[np.int64]:
+    """Position of each cell's category among those known, shape (n,).
+
+    Raises
+    ------
+    ValueError
+        If a cell has a category that is not known, or none.
+    """
+    words = _words(opened, argument, key)
+    code = pd.Index(known, dtype=object).get_indexer(pd.Index(words))
+    unseen = code < 0
+    if unseen.any():
+        first = words[int(np.argmax(unseen))]
+        others = sorted(set(words[unseen]))
+        raise ValueError(
+            f"{argument}={key!r} holds {first_names(others)} ({int(unseen.sum())} cells), which the model "
+            f"has not seen. {nearest(first, known)}"
+        )
+    return code.astype(np.int64)
+
+
+def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
+    """A numeric column without gaps, shape (n,).
+
+    Raises
+    ------
+    ValueError
+        If it is not numeric or holds NaN or infinite values.
+    """
+    values = _numeric(opened, argument, key)
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        raise ValueError(
+            f"{argument}={key!r} holds NaN or infinite values for {int(wrong.sum())} cells: "
+            f"{first_names(opened.cells[wrong])}. Fill them, or drop the cells."
+        )
+    return values
+
+
+def size_factors(
+    opened: Opened,
+    keys: tuple[str | None, str | None],
+    has_rna: NDArray[np.bool_],
+    has_atac: NDArray[np.bool_],
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Fixed size factors of RNA (> 0) and of ATAC (between 0 and 1), shape (n,) or None where not given.
+
+    A cell without the modality may have NaN there, and a data set without it may lack the column; such
+    cells get 1 and 0.5, which nothing reads.
+
+    Raises
+    ------
+    ValueError
+        If a measured cell has no value or one out of range.
+    """
+    rna_key, atac_key = keys
+    rna = atac = None
+    if rna_key is not None:
+        rna = _size(opened, rna_key, has_rna, (0.0, np.inf), "RNA", _UNUSED_RNA_SIZE)
+    if atac_key is not None:
+        atac = _size(opened, atac_key, has_atac, (0.0, 1.0), "ATAC", _UNUSED_ATAC_SIZE)
+    return rna, atac
+
+
+def _size(
+    opened: Opened,
+    key: str,
+    measured: NDArray[np.bool_],
+    bounds: tuple[float, float],
+    modality: str,
+    unused: float,
+) -> NDArray[np.float64]:
+    filled = np.full(len(measured), unused)
+    if not measured.any() and not opened.has_column("size_factor_key", key):
+        return filled
+    values = _numeric(opened, "size_factor_key", key)
+    low, high = bounds
+    # NaN compares false, so that a measured cell without a value is caught too.
+    wrong = measured & ~((values > low) & (values < high))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        allowed = "above 0 and finite" if high == np.inf else "above 0 and below 1"
+        raise ValueError(
+            f"size_factor_key: the {modality} size factors {key!r} must be {allowed} for every cell with "
+            f"{modality}; {int(wrong.sum())} cells have others, for instance {values[at]!s} for cell "
+            f"{str(opened.cells[at])!r}."
+        )
+    filled[measured] = values[measured]
+    return filled
+
+
+def _words(opened: Opened, argument: str, key: str) -> NDArray[np.object_]:
+    column = opened.column(argument, key)
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise ValueError(
+            f"{argument}={key!r} has no value for {int(missing.sum())} cells: "
+            f"{first_names(opened.cells[missing])}. Give each a category, or drop the cells."
+        )
+    return column.astype(str).to_numpy(dtype=object)
+
+
+def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
+    column: pd.Series[Any] = opened.column(argument, key)
+    if not pd.api.types.is_numeric_dtype(column.dtype):
+        raise ValueError(
+            f"{argument}={key!r} must be numeric and is of type {column.dtype}, with values like "
+            f"{first_names(column.unique())}. Categories belong into categorical_covariate_keys."
+        )
+    return column.to_numpy(dtype=np.float64, na_value=np.nan)

@@ -1,0 +1,100 @@
+"""Measurements besides RNA and ATAC: a matrix of obsm, a further modality of a MuData."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.minibatch import Measurement
+
+
+@dataclass(frozen=True)
+class ExtraSource:
+    """A matrix of further measurements, not read yet.
+
+    Attributes
+    ----------
+    where
+        How the user would write it.
+    matrix
+        (rows, F): an array, a sparse matrix or a frame.
+    cells
+        Names of its rows.
+    names
+        Names of its columns where they are kept beside it; those of a frame are its own.
+    rows
+        Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
+    """
+
+    where: str
+    matrix: Any
+    cells: pd.Index[Any]
+    names: pd.Index[Any] | None = None
+    rows: NDArray[np.intp] | None = None
+
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the columns, "0", "1", ... where they have none."""
+        if self.names is not None:
+            return tuple(map(str, self.names))
+        if isinstance(self.matrix, pd.DataFrame):
+            return tuple(map(str, self.matrix.columns))
+        return tuple(map(str, range(self.matrix.shape[1] if self.matrix.ndim == 2 else 1)))
+
+    def read(self, wanted: tuple[str, ...] | None = None) -> Measurement:
+        """Values of each cell of the data set; rows that are NaN as a whole were not measured.
+
+        Parameters
+        ----------
+        wanted
+            Names of the features wanted, in this order; all as they lie by default.
+
+        Raises
+        ------
+        ValueError
+            If a feature is missing, values are no numbers, or a row is NaN in part or infinite.
+        """
+        values = self._numbers()
+        found = self.feature_names()
+        if wanted is not None and wanted != found:
+            take = pd.Index(found).get_indexer(pd.Index(wanted))
+            absent = [name for name, place in zip(wanted, take, strict=True) if place < 0]
+            if absent:
+                raise ValueError(
+                    f"{self.where} lacks {len(absent)} of the model's {len(wanted)} features: {first_names(absent)}. "
+                    f"It has {first_names(found)}. All are needed, by the same names in any order; or leave "
+                    "the whole of it out: then these cells count as not measured for it."
+                )
+            values = values[:, take]
+        missing = np.isnan(values)
+        measured = ~missing.all(1)
+        wrong: NDArray[np.bool_] = np.asarray((missing.any(1) & measured) | np.isinf(values).any(1))
+        if wrong.any():
+            raise ValueError(
+                f"{self.where} holds NaN or infinite values in {int(wrong.sum())} cells: "
+                f"{first_names(self.cells[wrong])}. A cell that was not measured is NaN in every column, any other "
+                "in none."
+            )
+        values[~measured] = 0.0
+        if self.rows is not None:
+            measured = np.append(measured, False)[self.rows]
+            values = np.vstack([values, np.zeros_like(values[:1], shape=(1, values.shape[1]))])[self.rows]
+        return Measurement(torch.from_numpy(values), torch.from_numpy(measured))
+
+    def _numbers(self) -> NDArray[np.float32]:
+        matrix: Any = self.matrix
+        if sp.issparse(matrix):
+            matrix = matrix.toarray()  # type: ignore[attr-defined,unused-ignore]
+        try:
+            values = np.array(matrix, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.where} holds values that are no numbers: {error}") from None
+        if values.ndim != 2:
+            raise ValueError(f"{self.where} has shape {values.shape} and must have shape (cells, features).")
+        return values

@@ -1,0 +1,107 @@
+"""What was said at setup, as it is kept with the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: Where it is kept: ``data.uns["pyro_multivi"]["setup"]``, a JSON string, which h5ad and h5mu carry as it is.
+UNS_KEY = "pyro_multivi"
+#: Version of that string's content.
+SETUP_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The arguments of ``setup_anndata`` or ``setup_mudata``, in one form for both.
+
+    Attributes
+    ----------
+    kind
+        ``"anndata"`` or ``"mudata"``.
+    rna_layer, atac_layer
+        Layer of the counts; None is ``.X``. The same for both in an AnnData.
+    batch_key, modality_key, labels_key
+        Columns of obs, or None.
+    size_factor_keys
+        Columns of obs for RNA and for ATAC, either None.
+    categorical_covariate_keys, continuous_covariate_keys
+        Columns of obs.
+    modality_values
+        Words of the ``modality_key`` column beyond the known ones, each for "paired",
+        "expression" or "accessibility".
+    feature_type_key
+        Column of var that tells genes from regions in an AnnData.
+    gene_types, region_types
+        Its values for genes and for regions.
+    rna_modality, atac_modality
+        Names of the modalities of a MuData, or None where there is none.
+    obs_modalities
+        For arguments whose columns lie in the obs of one modality of a MuData: its name.
+    extra
+        Names of further measurements: keys of obsm, or modalities of a MuData.
+    """
+
+    kind: str
+    rna_layer: str | None = None
+    atac_layer: str | None = None
+    batch_key: str | None = None
+    modality_key: str | None = None
+    labels_key: str | None = None
+    size_factor_keys: tuple[str | None, str | None] = (None, None)
+    categorical_covariate_keys: tuple[str, ...] = ()
+    continuous_covariate_keys: tuple[str, ...] = ()
+    modality_values: dict[str, str] = field(default_factory=dict)
+    feature_type_key: str = "feature_types"
+    gene_types: tuple[str, ...] = ("Gene Expression",)
+    region_types: tuple[str, ...] = ("Peaks", "Chromatin Accessibility")
+    rna_modality: str | None = None
+    atac_modality: str | None = None
+    obs_modalities: dict[str, str] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Setup:
+        """The inverse of :meth:`to_dict`."""
+        read: dict[str, Any] = {}
+        for key, value in values.items():
+            read[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**read)
+
+    def to_json(self) -> str:
+        """The string kept in ``uns``."""
+        return json.dumps({"version": SETUP_VERSION, **self.to_dict()}, ensure_ascii=False)
+
+    @classmethod
+    def of(cls, data: Any) -> Setup:
+        """Read what ``setup_anndata`` or ``setup_mudata`` kept in ``data.uns``.
+
+        Raises
+        ------
+        ValueError
+            If the object was not set up, or by a version of the package that is not understood.
+        """
+        verb = "setup_mudata(mdata, ...)" if is_mudata(data) else "setup_anndata(adata, ...)"
+        kept = data.uns.get(UNS_KEY)
+        if not isinstance(kept, Mapping) or "setup" not in kept:
+            raise ValueError(f"This {type(data).__name__} was not set up: call MULTIVI.{verb} first.")
+        values = json.loads(str(kept["setup"]))
+        version = values.pop("version", None)
+        if version != SETUP_VERSION:
+            raise ValueError(
+                f"uns[{UNS_KEY!r}]['setup'] has version {version!r} and this package reads "
+                f"{SETUP_VERSION}: call MULTIVI.{verb} again."
+            )
+        return cls.from_dict(values)
+
+
+def is_mudata(data: object) -> bool:
+    """Whether an object is a MuData, without importing mudata (an optional extra)."""
+    return any(base.__name__ == "MuData" and base.__module__.split(".")[0] == "mudata" for base in type(data).__mro__)

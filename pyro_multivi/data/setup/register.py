@@ -1,0 +1,296 @@
+"""Telling the model where things lie in an AnnData or MuData."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from anndata import AnnData, ImplicitModificationWarning
+
+from pyro_multivi.data.checks import first_names, name_list, nearest
+from pyro_multivi.data.setup.adapter import known_modalities
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.setup.spec import describe
+from pyro_multivi.data.setup.summary import SetupReport
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
+
+logger = logging.getLogger("pyro_multivi")
+
+#: Arguments of ``setup_mudata`` that ``modalities`` may place in a modality.
+_PLACED = (
+    "rna_layer",
+    "atac_layer",
+    "batch_key",
+    "size_factor_key",
+    "categorical_covariate_keys",
+    "continuous_covariate_keys",
+    "labels_key",
+    "modality_key",
+)
+
+
+def setup_anndata(
+    adata: AnnData,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    modality_key: str | None = None,
+    feature_type_key: str = "feature_types",
+    size_factor_key: str | Sequence[str | None] | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    labels_key: str | None = None,
+    modality_values: Mapping[str, str] | None = None,
+    feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
+    extra_obsm_keys: Sequence[str] | None = None,
+) -> SetupReport:
+    """Say where counts, batches and covariates lie in an AnnData, and check them.
+
+    Genes and regions are told apart by a column of ``var``, in any order of columns; genes alone or
+    regions alone will do. Cells may have RNA, ATAC or both. Counts may be sparse, dense or in a file
+    (``backed="r"``); those of ATAC may be binary, since only zero or not zero is used.
+
+    The only thing written is ``adata.uns["pyro_multivi"]["setup"]``, a string. A view becomes an object of
+    its own by that, a copy of its cells as at any assignment to a view; its parent stays as it is.
+
+    Parameters
+    ----------
+    adata
+        Raw counts of shape (cells, genes and regions).
+    layer
+        Layer with the counts; ``adata.X`` by default.
+    batch_key
+        Column of ``obs`` with the batch of each cell. By default all cells are of one.
+    modality_key
+        Column of ``obs`` that says what each cell was measured for: "paired", "expression" or
+        "accessibility", or a usual spelling of it ("multiome", "rna", "ATAC", ...). Without it, a
+        modality counts as measured where a cell has any count.
+    feature_type_key
+        Column of ``var`` that tells genes from regions.
+    size_factor_key
+        Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
+        and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
+        without the modality only.
+    categorical_covariate_keys, continuous_covariate_keys
+        Columns of ``obs`` that the model shall account for. Continuous ones are standardised.
+    labels_key
+        Column of ``obs`` with labels, for dispersion by gene and label.
+    modality_values
+        What other words of the ``modality_key`` column mean, ``{"both assays": "paired"}``.
+    feature_type_values
+        Words of the ``feature_type_key`` column: ``{"genes": "Gene Expression", "regions": ["Peaks",
+        "Chromatin Accessibility"]}`` by default. Features of other types are ignored and reported.
+    extra_obsm_keys
+        Keys of ``obsm`` with further measurements, such as protein counts: arrays, sparse matrices or
+        frames, a row of NaN for a cell that was not measured. A model of your own finds them in
+        ``cells.extra[key]``.
+
+    Returns
+    -------
+    What was found. It is also logged to the logger "pyro_multivi" at level INFO.
+
+    Raises
+    ------
+    TypeError
+        If ``adata`` is no AnnData.
+    ValueError
+        If something named is not there, counts are not raw counts, names are not unique, a column has
+        gaps, or a cell has nothing measured.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> adata = AnnData(np.array([[3.0, 0.0, 1.0], [1.0, 2.0, 0.0]], dtype=np.float32),
+    ...                 var=pd.DataFrame({"feature_types": ["Gene Expression", "Gene Expression", "Peaks"]},
+    ...                                  index=["CD3E", "MS4A1", "chr1:10-20"]))
+    >>> report = setup_anndata(adata)
+    >>> report.n_genes, report.n_regions, report.n_cells
+    (2, 1, {'paired': 1, 'expression': 1, 'accessibility': 0})
+    """
+    if is_mudata(adata):
+        raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}.")
+    setup = Setup(
+        kind="anndata",
+        rna_layer=layer,
+        atac_layer=layer,
+        batch_key=batch_key,
+        modality_key=modality_key,
+        labels_key=labels_key,
+        size_factor_keys=_size_factor_keys(size_factor_key),
+        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
+        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
+        modality_values=_modality_values(modality_values),
+        feature_type_key=feature_type_key,
+        extra=name_list("extra_obsm_keys", extra_obsm_keys),
+    )
+    return _set_up(adata, _with_feature_types(setup, feature_type_values))
+
+
+def setup_mudata(
+    mdata: Any,
+    rna_layer: str | None = None,
+    atac_layer: str | None = None,
+    batch_key: str | None = None,
+    size_factor_key: str | Sequence[str | None] | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    labels_key: str | None = None,
+    modality_key: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    modality_values: Mapping[str, str] | None = None,
+    extra_modalities: Sequence[str] | None = None,
+) -> SetupReport:
+    """Say where counts, batches and covariates lie in a MuData, and check them.
+
+    Cells that a modality does not list are not measured there; nothing has to be padded with zeros. An
+    object that was padded is taken too: by ``modality_key``, or by its rows without counts. One
+    modality alone will do, and their order does not matter.
+
+    The only thing written is ``mdata.uns["pyro_multivi"]["setup"]``, a string. A view becomes an object of
+    its own by that, a copy of its cells as at any assignment to a view; its parent stays as it is.
+
+    Parameters
+    ----------
+    mdata
+        A MuData with raw counts.
+    rna_layer, atac_layer
+        Layers with the counts of RNA and of ATAC; ``.X`` by default.
+    batch_key, size_factor_key, labels_key, modality_key
+    categorical_covariate_keys, continuous_covariate_keys
+        As in :func:`setup_anndata`: columns of ``mdata.obs``, or of the obs of the modality that
+        ``modalities`` names for that argument (which must then have every cell).
+    modalities
+        Names of arguments to names of modalities: ``{"rna_layer": "rna", "atac_layer": "atac",
+        "batch_key": "rna"}``. Without the first two, RNA and ATAC are known by their names, such as
+        "rna" and "atac"; columns of arguments that are not listed are in ``mdata.obs``.
+    modality_values
+        What other words of the ``modality_key`` column mean, ``{"both assays": "paired"}``.
+    extra_modalities
+        Names of further modalities (their ``.X``), or keys of ``mdata.obsm``, for a model of your own:
+        see ``extra_obsm_keys`` of :func:`setup_anndata`.
+
+    Returns
+    -------
+    What was found. It is also logged to the logger "pyro_multivi" at level INFO.
+
+    Raises
+    ------
+    TypeError
+        If ``mdata`` is no MuData.
+    ValueError
+        As in :func:`setup_anndata`.
+    """
+    if not is_mudata(mdata):
+        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
+        raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
+    setup = Setup(
+        kind="mudata",
+        rna_layer=rna_layer,
+        atac_layer=atac_layer,
+        batch_key=batch_key,
+        modality_key=modality_key,
+        labels_key=labels_key,
+        size_factor_keys=_size_factor_keys(size_factor_key),
+        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
+        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
+        modality_values=_modality_values(modality_values),
+        extra=name_list("extra_modalities", extra_modalities),
+    )
+    return _set_up(mdata, _with_modalities(setup, mdata, modalities))
+
+
+def _set_up(data: Any, setup: Setup) -> SetupReport:
+    report = SetupReport.of(describe(data, setup))
+    _keep(data, setup)
+    logger.info("%s", report)
+    return report
+
+
+def _keep(data: Any, setup: Setup) -> None:
+    """Write the arguments into ``uns``, beside whatever else is kept there by us."""
+    kept = data.uns.get(UNS_KEY)
+    entry = {**(kept if isinstance(kept, Mapping) else {}), "setup": setup.to_json()}
+    if not data.is_view:
+        data.uns[UNS_KEY] = entry
+        return
+    if data.isbacked:
+        raise ValueError(
+            "A view of an object in a file cannot be set up. Load it: adata = adata.to_memory(), or set up "
+            "the whole object."
+        )
+    with warnings.catch_warnings():
+        # The view turns into a copy here, on purpose and as documented.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        # MuData makes that copy through calls of its own that it has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        data.uns[UNS_KEY] = entry
+
+
+def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
+    keys: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not 1 <= len(keys) <= 2 or not all(key is None or isinstance(key, str) for key in keys):
+        raise ValueError(
+            f"size_factor_key={value!r} must be the column of RNA size factors, or a list of that and the "
+            f"column of ATAC size factors, [rna_column, atac_column]."
+        )
+    return keys[0], keys[1] if len(keys) == 2 else None
+
+
+def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
+    given = {str(word): meaning for word, meaning in (values or {}).items()}
+    for word, meaning in given.items():
+        if meaning not in MEASUREMENT_PATTERNS:
+            raise ValueError(
+                f"modality_values[{word!r}] is {meaning!r} and must be one of {first_names(MEASUREMENT_PATTERNS)}."
+            )
+    return given
+
+
+def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:
+    given = dict(values or {})
+    for word in given:
+        if word not in ("genes", "regions"):
+            raise ValueError(
+                f"feature_type_values has the key {word!r}. {nearest(word, ('genes', 'regions'))} For "
+                f"instance {{'genes': 'Gene Expression', 'regions': 'Peaks'}}."
+            )
+    genes = name_list("feature_type_values['genes']", given.get("genes", setup.gene_types))
+    regions = name_list("feature_type_values['regions']", given.get("regions", setup.region_types))
+    shared = set(genes) & set(regions)
+    if shared:
+        raise ValueError(f"feature_type_values: {first_names(sorted(shared))} cannot be both genes and regions.")
+    return replace(setup, gene_types=genes, region_types=regions)
+
+
+def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
+    given = dict(modalities or {})
+    for argument, name in given.items():
+        if argument not in _PLACED:
+            raise ValueError(
+                f"modalities has the key {argument!r}, which is no argument that lies in a modality. "
+                f"{nearest(argument, _PLACED)}"
+            )
+        if name not in mdata.mod:
+            raise ValueError(
+                f"modalities[{argument!r}] is {name!r}, which is not in mdata.mod. {nearest(name, mdata.mod)}"
+            )
+    rna: str | None = given.pop("rna_layer", None)
+    atac: str | None = given.pop("atac_layer", None)
+    if rna is None and atac is None:
+        rna, atac = known_modalities(mdata)
+    if rna == atac:
+        raise ValueError(f"modalities: {rna!r} cannot be both RNA and ATAC.")
+    for argument, layer, modality in (
+        ("rna_layer", setup.rna_layer, rna),
+        ("atac_layer", setup.atac_layer, atac),
+    ):
+        if layer is not None and modality is None:
+            raise ValueError(
+                f"{argument}={layer!r} was given, but modalities does not say in which modality: "
+                f"modalities={{{argument!r}: ...}}, one of {first_names(mdata.mod)}."
+            )
+    return replace(setup, rna_modality=rna, atac_modality=atac, obs_modalities=given)

@@ -1,0 +1,1 @@
+"""Data sets: files of others, joined modalities, simulated cells, real example cells."""

@@ -1,0 +1,338 @@
+"""Joining paired, RNA-only and ATAC-only data sets into one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import check_unique, first_names
+from pyro_multivi.data.modality import ATAC, RNA
+from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, MEASUREMENT_PATTERNS, PAIRED
+
+_log = logging.getLogger(__name__)
+
+#: The feature types that each kind of cells may have.
+_TYPES = {
+    PAIRED: (RNA.feature_type, ATAC.feature_type),
+    EXPRESSION: (RNA.feature_type,),
+    ACCESSIBILITY: (ATAC.feature_type,),
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the data sets: its matrices, not copied."""
+
+    argument: str
+    modality: str
+    x: Any
+    layers: Mapping[str, Any]
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    type_v: NDArray[np.object_]
+
+
+def organize_multiome_anndatas(
+    multi_anndata: AnnData | Any | None = None,
+    rna_anndata: AnnData | None = None,
+    atac_anndata: AnnData | None = None,
+    modality_key: str = "modality",
+    *,
+    feature_type_key: str = "feature_types",
+    mudata_modalities: tuple[str, str] = ("rna", "atac"),
+) -> AnnData:
+    """Join paired, RNA-only and ATAC-only cells into one AnnData.
+
+    The features are those of ``multi_anndata`` if it is given, else all of ``rna_anndata`` and
+    ``atac_anndata``; genes come first, then peaks, each in the order of the input. Where the others have
+    other features than ``multi_anndata``, the numbers of features left out, and of features that
+    their cells count as zero, are logged (:mod:`logging`, level warning).
+
+    Parameters
+    ----------
+    multi_anndata
+        Cells with both modalities: an AnnData of genes and peaks, or a MuData in which every cell
+        has both.
+    rna_anndata
+        Cells with RNA only: an AnnData of genes.
+    atac_anndata
+        Cells with ATAC only: an AnnData of peaks.
+    modality_key
+        Column of ``obs`` to write.
+    feature_type_key
+        Column of ``var`` with Gene Expression or Peaks. ``rna_anndata`` and ``atac_anndata`` may
+        lack it, for their features are of one kind.
+    mudata_modalities
+        Names of RNA and ATAC in a MuData.
+
+    Returns
+    -------
+    AnnData
+        A new object that shares nothing with the inputs. ``X`` and the layers that all inputs
+        have are csr, zero where a modality was not measured. ``obs`` has the columns of all inputs,
+        missing values where an input lacks one, and ``obs[modality_key]``, which is paired, expression or
+        accessibility. ``obs_names`` stay as they are, but a name that occurs in more than one input becomes
+        ``name_paired``, ``name_expression`` or ``name_accessibility`` in each. ``var`` has the columns
+        of the inputs that the features come from. ``obsm``, ``varm``, ``obsp``, ``varp``, ``uns`` and ``raw``
+        are not taken over.
+
+    Raises
+    ------
+    TypeError
+        If an input is of another class.
+    ValueError
+        If no input is given, names repeat, feature types are missing or not allowed, features do not
+        overlap, or ``modality_key`` exists with other values.
+
+    Examples
+    --------
+    >>> from pyro_multivi.datasets.simulate import simulate_multiome
+    >>> cells = simulate_multiome((4, 3, 2), n_genes=10, n_regions=20)
+    >>> kind, feature = cells.obs.pop("modality"), cells.var["feature_types"]
+    >>> joined = organize_multiome_anndatas(
+    ...     cells[kind == "paired"],
+    ...     cells[kind == "expression", feature == "Gene Expression"],
+    ...     cells[kind == "accessibility", feature == "Peaks"],
+    ... )
+    >>> joined.shape
+    (9, 30)
+    >>> joined.obs["modality"].value_counts().to_dict()
+    {'paired': 4, 'expression': 3, 'accessibility': 2}
+    """
+    parts = []
+    if multi_anndata is not None and hasattr(multi_anndata, "mod"):
+        parts.append(_from_mudata(multi_anndata, mudata_modalities, feature_type_key))
+    elif multi_anndata is not None:
+        parts.append(_from_anndata("multi_anndata", multi_anndata, PAIRED, feature_type_key))
+    if rna_anndata is not None:
+        parts.append(_from_anndata("rna_anndata", rna_anndata, EXPRESSION, feature_type_key))
+    if atac_anndata is not None:
+        parts.append(_from_anndata("atac_anndata", atac_anndata, ACCESSIBILITY, feature_type_key))
+    if not parts:
+        raise ValueError("give at least one of multi_anndata, rna_anndata and atac_anndata")
+
+    var = _join_var(parts, feature_type_key)
+    type_v = var[feature_type_key].to_numpy(dtype=object)
+    columns = [_place_columns(part, var, type_v) for part in parts]
+    layers = {}
+    for name in sorted(set().union(*(part.layers for part in parts))):
+        lacking = [part.argument for part in parts if name not in part.layers]
+        if lacking:
+            _log.warning("layer %r is left out: %s has none", name, " and ".join(lacking))
+        else:
+            layers[name] = _stack([part.layers[name] for part in parts], columns, len(var))
+    return AnnData(
+        _stack([part.x for part in parts], columns, len(var)),
+        obs=_join_obs(parts, modality_key),
+        var=var,
+        layers=layers,
+    )
+
+
+def _from_anndata(argument: str, adata: Any, modality: str, feature_type_key: str) -> _Part:
+    if not isinstance(adata, AnnData):
+        advice = f"; give its AnnData: {argument}.mod[...]" if hasattr(adata, "mod") else ""
+        raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
+    _check_matrix(argument, adata)
+    allowed = _TYPES[modality]
+    if feature_type_key in adata.var:
+        type_v = adata.var[feature_type_key].astype(str).to_numpy(dtype=object)
+    elif len(allowed) == 1:
+        type_v = np.full(adata.n_vars, allowed[0], dtype=object)
+    else:
+        raise ValueError(
+            f"multi_anndata.var has no column {feature_type_key!r}, which must say {RNA.feature_type!r} or "
+            f"{ATAC.feature_type!r} for each feature; it has {first_names(adata.var.columns) or 'none'}. "
+            "Name another with feature_type_key"
+        )
+    other = sorted(set(type_v) - set(allowed))
+    if other:
+        raise ValueError(
+            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. "
+            f"Take the others out: {argument}[:, {argument}.var[{feature_type_key!r}].isin({list(allowed)})]"
+        )
+    return _Part(argument, modality, adata.X, adata.layers, adata.obs, adata.var, type_v)
+
+
+def _from_mudata(mdata: Any, names: tuple[str, str], feature_type_key: str) -> _Part:
+    absent = [name for name in names if name not in mdata.mod]
+    if absent:
+        raise ValueError(
+            f"multi_anndata is a MuData without modality {first_names(absent)}; it has "
+            f"{first_names(mdata.mod)}. Name RNA and ATAC with mudata_modalities"
+        )
+    rna, atac = (mdata.mod[name] for name in names)
+    check_unique(mdata.obs_names, "multi_anndata.obs_names", "call obs_names_make_unique() on it")
+    if not (set(rna.obs_names) == set(atac.obs_names) == set(mdata.obs_names)):
+        raise ValueError(
+            f"multi_anndata is a MuData of {mdata.n_obs} cells, of which {rna.n_obs} are in {names[0]!r} and "
+            f"{atac.n_obs} in {names[1]!r}; all must be in both. A MuData need not be organized: "
+            "use setup_mudata with it as it is"
+        )
+    parts = [
+        _from_anndata(f"multi_anndata.mod[{name!r}]", adata, modality, feature_type_key)
+        for name, adata, modality in ((names[0], rna, EXPRESSION), (names[1], atac, ACCESSIBILITY))
+    ]
+    order = [adata.obs_names.get_indexer(mdata.obs_names) for adata in (rna, atac)]
+
+    def side_by_side(matrices: list[Any]) -> sp.csr_matrix:
+        rows = [sp.csr_matrix(matrix)[index] for matrix, index in zip(matrices, order, strict=True)]
+        return sp.hstack(rows, format="csr")
+
+    shared_layers = sorted(set(rna.layers) & set(atac.layers))
+    return _Part(
+        "multi_anndata",
+        PAIRED,
+        side_by_side([part.x for part in parts]),
+        {name: side_by_side([rna.layers[name], atac.layers[name]]) for name in shared_layers},
+        mdata.obs,
+        _join_rows([part.var for part in parts]),
+        np.concatenate([part.type_v for part in parts]),
+    )
+
+
+def _check_matrix(argument: str, adata: AnnData) -> None:
+    if adata.isbacked:
+        raise ValueError(f"{argument} is backed by a file; load it: {argument}.to_memory()")
+    if adata.X is None:
+        raise ValueError(f"{argument}.X is None; put the counts there")
+    if 0 in adata.shape:
+        raise ValueError(f"{argument} has {adata.n_obs} cells and {adata.n_vars} features; leave it out")
+    check_unique(adata.var_names, f"{argument}.var_names", f"{argument}.var_names_make_unique()")
+    check_unique(adata.obs_names, f"{argument}.obs_names", f"{argument}.obs_names_make_unique()")
+
+
+def _join_var(parts: list[_Part], feature_type_key: str) -> pd.DataFrame:
+    """The features of the result: genes, then peaks."""
+    sources = parts[:1] if parts[0].modality == PAIRED else parts
+    frames, types = [], []
+    for kind in (RNA.feature_type, ATAC.feature_type):
+        for part in sources:
+            frame = part.var[part.type_v == kind].drop(columns=feature_type_key, errors="ignore")
+            frames.append(frame)
+            types += [kind] * len(frame)
+    var = _join_rows(frames)
+    check_unique(var.index, "the genes and peaks together", "rename the genes or the peaks")
+    var[feature_type_key] = pd.Categorical(types)
+    return var
+
+
+def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) -> NDArray[np.int64]:
+    """Column of the result for each feature of a part, -1 where there is none."""
+    columns = np.asarray(var.index.get_indexer(part.var.index), dtype=np.int64)
+    # A gene and a region of one name are not the same feature.
+    columns[type_v[columns] != part.type_v] = -1
+    kept, own = int((columns >= 0).sum()), len(columns)
+    wanted = int(np.isin(type_v, _TYPES[part.modality]).sum())
+    if kept == 0:
+        raise ValueError(
+            f"none of the {own} features of {part.argument} is in multi_anndata: {part.argument} has "
+            f"{first_names(part.var.index)}, multi_anndata has "
+            f"{first_names(var.index[np.isin(type_v, _TYPES[part.modality])]) or 'none of this type'}. "
+            "Use the same names, for peaks the same regions"
+        )
+    if kept < own:
+        _log.warning(
+            "%d of the %d features of %s are not in multi_anndata and are left out",
+            own - kept, own, part.argument,
+        )  # fmt: skip
+    if kept < wanted:
+        _log.warning(
+            "%d of the %d features of multi_anndata are not in %s: its cells count as zero there",
+            wanted - kept, wanted, part.argument,
+        )  # fmt: skip
+    return columns
+
+
+def _stack(matrices: list[Any], columns: list[NDArray[np.int64]], width: int) -> sp.csr_matrix:
+    """Rows of all matrices over the columns of the result."""
+    pairs = zip(matrices, columns, strict=True)
+    return sp.vstack([_moved(sp.csr_matrix(matrix), place, width) for matrix, place in pairs], format="csr")
+
+
+def _moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_matrix:
+    """The same rows with each column at its new place; those placed at -1 are left out."""
+    indices = columns.astype(x.indices.dtype)[x.indices]
+    keep = indices >= 0
+    # How many entries are kept before each; indexing copies, so the input is never sorted in place.
+    before = np.concatenate([[0], np.cumsum(keep)])
+    moved = sp.csr_matrix((x.data[keep], indices[keep], before[x.indptr]), shape=(x.shape[0], width))
+    moved.sort_indices()
+    return moved
+
+
+def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
+    """The cells of the result, with unique names and the column of modalities."""
+    names = pd.Index([name for part in parts for name in part.obs.index])
+    repeated = set(names[names.duplicated()])
+    frames = []
+    for part in parts:
+        if modality_key in part.obs:
+            found = set(part.obs[modality_key].astype(str)) - {part.modality}
+            if found:
+                raise ValueError(
+                    f"{part.argument}.obs has a column {modality_key!r} with {first_names(sorted(found))} "
+                    f"where {part.modality!r} is to be written; give another modality_key"
+                )
+        frame = part.obs.drop(columns=modality_key, errors="ignore")
+        suffix = f"_{part.modality}"
+        frame.index = pd.Index([name + suffix if name in repeated else name for name in frame.index])
+        frames.append(frame)
+    obs = _join_rows(frames)
+    check_unique(obs.index, "obs_names of all inputs together", "rename the cells of one of them")
+    modality_n = np.repeat([part.modality for part in parts], [len(frame) for frame in frames])
+    obs[modality_key] = pd.Categorical(modality_n, list(MEASUREMENT_PATTERNS))
+    return obs
+
+
+def _join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of all frames with the columns of any; missing where a frame lacks one.
+
+    Unlike ``pandas.concat`` it keeps categories, keeps truth values, and warns of nothing.
+    """
+    index = pd.Index([name for frame in frames for name in frame.index])
+    starts = np.cumsum([0, *map(len, frames)])
+    joined = {}
+    for column in dict.fromkeys(column for frame in frames for column in frame.columns):
+        # What holds no value has no say in the type.
+        having = [
+            (int(start), frame[column])
+            for start, frame in zip(starts[:-1], frames, strict=True)
+            if column in frame.columns and frame[column].notna().any()
+        ]
+        joined[column] = _join_column(str(column), having, len(index)).array
+    return pd.DataFrame(joined, index=index)
+
+
+def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
+    """A column of which some inputs have a piece, each with its first row; missing elsewhere."""
+    if not having:
+        return pd.Series(np.full(n_rows, np.nan))
+    rows = np.concatenate([np.arange(start, start + len(piece)) for start, piece in having])
+    pieces = [piece for _, piece in having]
+    categorical = all(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces)
+    kinds = [_kind(piece) for piece in pieces]
+    if len({pd.api.types.is_numeric_dtype(kind) for kind in kinds}) > 1:
+        found = " and ".join(dict.fromkeys(str(kind) for kind in kinds))
+        raise ValueError(f"column {name!r} is of type {found} in different inputs; make them alike")
+    if categorical and len(set(kinds)) == 1:
+        values = pd.Series(pd.api.types.union_categoricals(pieces, ignore_order=True))
+    else:
+        values = pd.concat(pieces)
+    if values.dtype == bool and len(rows) < n_rows:
+        # Plain truth values cannot be missing and would become objects, which no h5ad can hold.
+        values = values.astype("boolean")
+    return values.set_axis(rows).reindex(range(n_rows))
+
+
+def _kind(values: pd.Series[Any]) -> Any:
+    """Type of the values; that of the categories where there are any."""
+    return values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype

@@ -1,0 +1,270 @@
+r"""Exact log-likelihood of binary accessibility, block by block over regions.
+
+With a the logit, d the cell factor and r the region factor, let E = exp(-a) / r. Then
+
+    q = d r / (1 + exp(-a)) = d / den,    1 - q = num / den,
+    den = E + 1/r,                        num = E + (1 - r)/r + (1 - d),
+
+sums of positive terms, so nothing cancels however close q comes to 0 or 1. With T the derivative
+of log p by log d, which is also that by log r:
+
+    closed   log p = log(num / den)     T = -d / num
+    open     log p = log(d / den)       T = 1
+    both     dlog p / da = T E / den
+
+so that an open region is a closed one whose num is -d, but for the sign of num / den: one walk
+over all regions does for both, once that is written where regions are open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_multivi.distributions.kernels.blocks import (
+    Block,
+    Entries,
+    Gradients,
+    Pending,
+    Products,
+    backward,
+    block_width,
+    sum_of_logs,
+    sum_of_logs_of_products,
+)
+from pyro_multivi.distributions.kernels.buffers import POOL
+from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
+from pyro_multivi.distributions.kernels.products import LOG2_E
+from pyro_multivi.distributions.kernels.readout import Readout
+
+
+def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tensor | None, entries: Entries) -> Tensor:
+    """Log-probability of each cell, shape (n,).
+
+    Parameters
+    ----------
+    p
+        Readout with link "sigmoid", shape (n, M).
+    cell_factor, region_factor
+        Factors in (0, 1], shapes (n,) and (M,); no region factor means 1.
+    entries
+        Open regions of n cells: every stored entry is one.
+    """
+    log_prob: Tensor = _AccessibilityLogProb.apply(
+        p.hidden, p.weight, p.bias, cell_factor, region_factor,
+        entries, p.gemm_dtype, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return log_prob
+
+
+class _AccessibilityLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, cell_factor: Tensor,
+        region_factor: Tensor | None, entries: Entries, gemm_dtype: torch.dtype | None, grad_enabled: bool,
+    ) -> Tensor:  # fmt: skip
+        needs = ctx.needs_input_grad[:5]
+        sweep = _Sweep(hidden, weight, bias, cell_factor, region_factor, entries, gemm_dtype, needs)
+        ctx.pending = Pending(sweep, hidden.device, grad_enabled and any(needs))
+        ctx.save_for_backward(hidden, weight, bias, cell_factor, region_factor)
+        return ctx.pending.value(len(hidden), hidden)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return *backward(ctx, upstream), None, None, None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One walk over all blocks. Shapes: n cells, M regions, H hidden units, m regions of a block."""
+
+    hidden_nh: Tensor
+    weight_mh: Tensor
+    bias_m: Tensor
+    cell_factor_n: Tensor
+    region_factor_m: Tensor | None
+    entries: Entries
+    gemm_dtype: torch.dtype | None
+    needs: tuple[bool, ...]
+
+    def __call__(self, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
+        """Value (if wanted) and gradients (if weights are given)."""
+        loops = loops_for(self.hidden_nh) if can_read(self.gemm_dtype) else None
+        if loops is None:
+            return _Walk(self, weights_n, want_value).run()
+        return _CompiledWalk(self, weights_n, want_value, loops).run()
+
+
+class _Walk:
+    """The state of one sweep."""
+
+    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool) -> None:
+        hidden, weight, region_factor = sweep.hidden_nh, sweep.weight_mh, sweep.region_factor_m
+        self.sweep, self.weights_n = sweep, weights_n
+        self.n = len(hidden)
+        # A factor that underflowed to 0 must not turn log d or 1 / r into infinities.
+        floor = 1e-30
+        self.d = sweep.cell_factor_n.clamp_min(floor)
+        self.minus_d, self.rest_row = -self.d, (1 - self.d).unsqueeze(0)
+        bias = sweep.bias_m * -LOG2_E
+        if region_factor is not None:
+            self.r = region_factor.clamp_min(floor)
+            self.log2_r, self.inverse_r = self.r.log2(), self.r.reciprocal()
+            self.rest_r = (1 - self.r) * self.inverse_r
+            bias -= self.log2_r
+        self.bias_m = bias
+        # Beyond this the probability of the unlikely outcome is nil; sums stay in range.
+        self.limit = 100.0 if hidden.dtype == torch.float32 else 860.0
+        # Asking whether a product underflowed would make an accelerator wait, to which logarithms are cheap.
+        self.by_products = hidden.device.type == "cpu"
+
+        width = block_width(self.n, len(weight), hidden.device)
+        self.blocks = sweep.entries.blocks(width)
+        self.products = Products(hidden, weight, sweep.gemm_dtype, width, scale=-LOG2_E)
+        self.buffers = [POOL.take((width * self.n,), hidden.dtype, hidden.device) for _ in range(3)]
+        self.value = hidden.new_zeros(self.n) if want_value else None
+        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (
+            weights_n is not None and need for need in sweep.needs
+        )
+        self.d_hidden_hn = hidden.new_zeros(hidden.shape[1], len(hidden)) if needs_hidden else None
+        self.d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
+        self.d_bias = torch.empty_like(bias) if needs_bias else None
+        self.d_cell = torch.zeros_like(self.d) if needs_cell else None
+        self.d_region: Tensor | None = None
+        if needs_region and region_factor is not None:
+            self.d_region = torch.empty_like(region_factor)
+        if weights_n is not None:
+            self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
+            self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
+
+    def run(self) -> tuple[Tensor | None, Gradients]:
+        for block in self.blocks:
+            weight_mh = self.products.block(block.features)
+            logs = self.step(block, weight_mh)
+            if self.value is not None:
+                self.value += self.logs_exactly(block, weight_mh) if logs is None else logs
+        if self.weights_n is not None:
+            if self.d_hidden_hn is not None:
+                self.d_hidden_hn.mul_(self.cell_weight)
+            if self.d_cell is not None:
+                self.d_cell.mul_(self.weights_n)
+        d_hidden = None if self.d_hidden_hn is None else self.d_hidden_hn.t()
+        return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
+
+    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+        """Take in a block's gradients; return its value, None if it is not wanted or has to be found exactly."""
+        e, num, den = self.views(block)
+        log_open = self.fill(block, weight_mh, exactly=not self.by_products)
+        if self.weights_n is not None:
+            e.div_(den)  # 1 - p from here on
+        logs: Tensor | None = None
+        if self.value is not None:
+            ratio = torch.div(num, den, out=den)
+            logs = sum_of_logs(ratio) if log_open is None else _replaced(ratio.log_(), block, log_open).sum(0)
+        if self.weights_n is not None:
+            self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
+        return logs
+
+    def views(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        m = block.stop - block.start
+        e, num, den = (buffer[: m * self.n].view(m, self.n) for buffer in self.buffers)
+        return e, num, den
+
+    def fill(self, block: Block, weight_mh: Tensor, exactly: bool) -> Tensor | None:
+        """Fill the buffers with E, num and den; return log p at the open regions, in any range, if asked to."""
+        e, num, den = self.views(block)
+        features, row = block.features, self.sweep.entries.row[block.entries]
+        has_region = self.sweep.region_factor_m is not None
+        self.products.logits(weight_mh, self.bias_m[features], out=e)
+        log_open: Tensor | None = None
+        if exactly:
+            log2_e = e.view(-1).index_select(0, block.flat)
+            log_open = self.d.log().index_select(0, row)
+            if has_region:
+                log2_r = self.log2_r.index_select(0, self.sweep.entries.feature[block.entries])
+                log2_e += log2_r
+                log_open += log2_r / LOG2_E
+            log_open -= softplus(log2_e / LOG2_E, threshold=40.0)
+        e.clamp_(-self.limit, self.limit).exp2_()
+        if has_region:
+            torch.add(e, self.inverse_r[features].unsqueeze(1), out=den)
+            torch.add(e, self.rest_r[features].unsqueeze(1), out=num).add_(self.rest_row)
+        else:
+            torch.add(e, 1.0, out=den)
+            torch.add(e, self.rest_row, out=num)
+        num.view(-1).scatter_(0, block.flat, self.minus_d.index_select(0, row))
+        return log_open
+
+    def logs_exactly(self, block: Block, weight_mh: Tensor) -> Tensor:
+        """Value of a block whose products underflow, logarithm by logarithm."""
+        _, num, den = self.views(block)
+        log_open = self.fill(block, weight_mh, exactly=True)
+        assert log_open is not None
+        return _replaced(num.div_(den).log_(), block, log_open).sum(0)
+
+    def add_gradients(self, block: Block, weight_mh: Tensor, one_minus_p: Tensor, t: Tensor) -> None:
+        """Take in T / (-d), up to the cell's factor which the products carry; both arguments are overwritten."""
+        features = block.features
+        if self.d_cell is not None:
+            self.d_cell -= t.sum(0)
+        if self.d_region is not None:
+            torch.mv(t, self.cell_weight, out=self.d_region[features]).mul_(self.inverse_r[features])
+        residual = one_minus_p.mul_(t)
+        if self.d_bias is not None:
+            torch.mv(residual, self.cell_weight, out=self.d_bias[features])
+        self.contract(block, weight_mh, self.products.residual(residual))
+
+    def contract(self, block: Block, weight_mh: Tensor, residual: Tensor) -> None:
+        """Multiply a block of residuals, in the precision of the products, with the readout's factors."""
+        if self.d_weight is not None:
+            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[block.features])
+        if self.d_hidden_hn is not None:
+            self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
+
+
+class _CompiledWalk(_Walk):
+    """:class:`_Walk` in one loop per block; what is not wanted it writes all the same."""
+
+    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
+        super().__init__(sweep, weights_n, want_value)
+        inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
+        if sweep.region_factor_m is not None:
+            inverse_r, rest_r = self.inverse_r, self.rest_r
+        weight = torch.zeros_like(self.d) if weights_n is None else self.cell_weight
+        sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
+        self.loops = loops
+        self.of_regions = [vector.detach().numpy() for vector in (self.bias_m, inverse_r, rest_r)]
+        self.of_cells = [vector.detach().numpy() for vector in (self.rest_row[0], self.minus_d, weight)]
+        self.sums = [vector.numpy() for vector in sums]
+        self.d_cell_cn = torch.empty(torch.get_num_threads(), self.n)
+
+    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+        """See :meth:`_Walk.step`."""
+        features, entries = block.features, self.sweep.entries
+        out, spare, _ = self.views(block)
+        products = spare[: self.loops.n_folds(len(spare))]
+        # Logits until the loop has made residuals of them.
+        residual = self.products.logits_less_bias(weight_mh, out)
+        self.loops.regions(
+            out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,
+            np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
+            entries.row[block.entries].numpy(), products.numpy(), self.d_cell_cn.numpy(),
+            *(vector[features] for vector in self.sums),
+        )  # fmt: skip
+        if self.d_cell is not None:
+            self.d_cell += self.d_cell_cn.sum(0)
+        if self.weights_n is not None:
+            self.contract(block, weight_mh, residual)
+        return None if self.value is None else sum_of_logs_of_products(products)
+
+
+def _replaced(logs_mn: Tensor, block: Block, log_open: Tensor) -> Tensor:
+    """``logs`` with those of the open regions in their places."""
+    logs_mn.view(-1).scatter_(0, block.flat, log_open)
+    return logs_mn

@@ -1,0 +1,86 @@
+r"""Exact log-likelihoods of counts, block by block over genes.
+
+With m = log(mean), u = m - log(theta), sp = log(1 + exp(u)) and sig its slope, every gene is first
+treated as a zero count, which needs no gamma function:
+
+    Poisson   log p(0) = -exp(m)           d/dm = -exp(m)
+    NB        log p(0) = -theta sp         d/dm = -theta sig        d/dtheta = sig - sp
+    ZINB      as NB, and what :mod:`blockwise_inflation` makes of it
+
+What log p(x) - log p(0) adds is then computed at the few non-zero counts, and is the same for NB
+and ZINB. A softmax is differentiated through last: dA = D - rho sum(D) with D = d/dm.
+Logits and m are in units of log(2), since 2^x is had at half the price of exp(x).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_multivi.distributions.kernels.blocks import Entries, Gradients, Pending, backward
+from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, Family, Walk
+from pyro_multivi.distributions.kernels.numba.counts_walk import CompiledWalk, loops_for_counts
+from pyro_multivi.distributions.kernels.readout import Readout
+
+
+def counts_log_prob(
+    rho: Readout,
+    library: Tensor,
+    entries: Entries,
+    theta: Tensor | None = None,
+    gate_logits: Readout | None = None,
+) -> Tensor:
+    """Log-probability of each cell, shape (n,).
+
+    Parameters
+    ----------
+    rho
+        Readout with link "softmax" or "softplus", shape (n, G).
+    library
+        Size factors, shape (n,).
+    entries
+        Non-zero counts of n cells.
+    theta
+        Inverse dispersion, shape (G,) or (n, G); None for Poisson counts.
+    gate_logits
+        Readout with link "identity", shape (n, G); None without zero inflation.
+    """
+    gate: tuple[Tensor | None, ...] = (None, None, None)
+    if gate_logits is not None:
+        gate = gate_logits.hidden, gate_logits.weight, gate_logits.bias
+    gate_gemm_dtype = None if gate_logits is None else gate_logits.gemm_dtype
+    log_prob: Tensor = _CountsLogProb.apply(
+        rho.hidden, rho.weight, rho.bias, library, theta, *gate, entries,
+        Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype), torch.is_grad_enabled(),
+    )  # fmt: skip
+    return log_prob
+
+
+class _CountsLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, library: Tensor, theta: Tensor | None,
+        gate_hidden: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
+        entries: Entries, family: Family, grad_enabled: bool,
+    ) -> Tensor:  # fmt: skip
+        inputs = (hidden, weight, bias, library, theta, gate_hidden, gate_weight, gate_bias)
+        needs = ctx.needs_input_grad[: len(inputs)]
+        sweep = partial(_sweep, CountsTerm(*inputs, entries, family, needs))
+        ctx.pending = Pending(sweep, hidden.device, grad_enabled and any(needs))
+        ctx.save_for_backward(*inputs)
+        return ctx.pending.value(len(hidden), hidden)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return *backward(ctx, upstream), None, None, None
+
+
+def _sweep(term: CountsTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
+    """One walk over all blocks: value (if wanted) and gradients (if weights are given)."""
+    loops = loops_for_counts(term)
+    if loops is None:
+        return Walk(term, weights_n, want_value).run()
+    return CompiledWalk(term, weights_n, want_value, loops).run()

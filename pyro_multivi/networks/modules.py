@@ -1,0 +1,207 @@
+"""The networks and parameters of a program, and how they start: what program.py computes with."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.marginals import Marginals
+from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
+from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
+
+#: Number formats of the decoders' large matrix products; None is that of the parameters.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+# States of other cells that are kept of each modality: at least so many, and so many for each batch.
+_POPULATION, _POPULATION_OF_A_BATCH = 512, 32
+
+
+class ProgramModules(nn.Module):
+    """Encoders, decoders and parameters of :class:`~pyro_multivi.program.MultiVIProgram`.
+
+    Attributes
+    ----------
+    config_class
+        What ``config`` must be. A model with choices of its own names a subclass of
+        :class:`~pyro_multivi.config.ProgramConfig` here.
+    config
+        Sizes and modelling choices.
+    uid
+        Tells the param sites of two programs in one process apart.
+    rna_log_depth, atac_log_depth
+        Typical log depth of a cell, scalars.
+    library_log_mean, library_log_var
+        Moments of the log library size per batch, (n_batch,): the prior of l.
+    rna_mixture_weight, atac_mixture_weight
+        How far what was measured of a cell counts where expression (accessibility) is decoded that was
+        not, scalars in [0, 1]: see :mod:`pyro_multivi.posterior.engine.population_mixture`. The model itself reads
+        neither.
+    rna_population, atac_population
+        States of training cells in which expression (accessibility) was measured, which stand for a cell as far as
+        it is not trusted, (P, 1 + K): code of the batch (-1 in rows without a cell), z. The model reads neither.
+    rna_depth_regression, atac_depth_regression
+        What the depth of a modality that was not measured is predicted by, (1 + 1 + K + n_batch,): standard
+        deviation of the errors (0 before it was learned), coefficients; see
+        :mod:`pyro_multivi.posterior.engine.depth_regression`. The model itself reads neither.
+    """
+
+    config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
+
+    _uid = itertools.count()
+
+    rna_log_depth: Tensor
+    atac_log_depth: Tensor
+    library_log_mean: Tensor
+    library_log_var: Tensor
+    rna_mixture_weight: Tensor
+    atac_mixture_weight: Tensor
+    rna_population: Tensor
+    atac_population: Tensor
+    rna_depth_regression: Tensor
+    atac_depth_regression: Tensor
+
+    def __init__(self, config: ProgramConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Param sites of two programs in one process must differ; see announce.py.
+        self.uid = f"multivi{next(ProgramModules._uid)}"
+        encoder, decoder = _network_options(config)
+        hidden, latent = config.hidden, config.latent
+        in_encoder = config.n_covariates if config.encode_covariates else 0
+
+        def reader(n_features: int) -> SharedFirstLayer:
+            return SharedFirstLayer(
+                n_features, hidden, n_covariates=in_encoder, dropout_rate=config.dropout_rate, **encoder
+            )
+
+        def expert() -> NormalHead:
+            return NormalHead(
+                hidden,
+                latent,
+                config.n_layers_encoder - 1,
+                n_covariates=in_encoder,
+                inject_everywhere=config.deeply_inject_covariates,
+                dropout_rate=config.dropout_rate,
+                **encoder,
+            )
+
+        shared: dict[str, Any] = {
+            "n_hidden": hidden,
+            "n_layers": config.n_layers_decoder,
+            "n_covariates": config.n_covariates,
+            "inject_everywhere": config.deeply_inject_covariates,
+            **decoder,
+        }
+        if config.n_genes:
+            self.rna_first_layer, self.rna_expert = reader(config.n_genes), expert()
+            # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
+            self.library_head = LibraryHead(hidden, 2, start=-2.0)
+            self.expression_decoder = ExpressionDecoder(
+                latent,
+                config.n_genes,
+                simplex=config.library != "size_factor",
+                zero_inflation=config.gene_likelihood == "zinb",
+                cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
+                **shared,
+            )
+            sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
+            if config.gene_likelihood != "poisson" and sets is not None:
+                self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
+        if config.n_regions:
+            self.atac_first_layer, self.atac_expert = reader(config.n_regions), expert()
+            self.cell_factor_head = LibraryHead(hidden, 1)
+            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **shared)
+            if config.region_factors:
+                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+        if config.modality_weights == "universal":
+            self.weight_logits = nn.Parameter(torch.zeros(2))
+        elif config.modality_weights == "cell":
+            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in range(2)])
+            # Experts start with equal weights.
+            for parameter in self.weight_net.parameters():
+                nn.init.zeros_(parameter)
+        self.register_buffer("rna_log_depth", torch.tensor(0.0))
+        self.register_buffer("atac_log_depth", torch.tensor(0.0))
+        self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
+        self.register_buffer("library_log_var", torch.ones(config.n_batch))
+        n_others = max(_POPULATION, _POPULATION_OF_A_BATCH * config.n_batch)
+        for name in ("rna", "atac"):
+            self.register_buffer(f"{name}_mixture_weight", torch.tensor(1.0))
+            self.register_buffer(f"{name}_population", torch.full((n_others, 1 + latent), -1.0))
+        self.register_buffer("rna_depth_regression", torch.zeros(2 + latent + config.n_batch))
+        self.register_buffer("atac_depth_regression", torch.zeros(2 + latent + config.n_batch))
+
+    def use_precision(self, precision: str) -> None:
+        """Multiply the decoders' last layers out in ``"fp32"`` or ``"bf16"``.
+
+        In bf16 only these matrix products are in reduced precision: parameters, sums and
+        likelihoods stay in float32.
+        """
+        if precision not in PRECISIONS:
+            known = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision={precision!r} is not allowed: choose one of {known}.")
+        for name in ("expression_decoder", "accessibility_decoder"):
+            decoder = getattr(self, name, None)
+            if decoder is not None:
+                decoder.gemm_dtype = PRECISIONS[precision]
+
+    @torch.no_grad()
+    def start_from(self, marginals: Marginals) -> None:
+        """Set priors and initial parameters from the data's marginals.
+
+        Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
+        share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
+        of each region for a cell of typical depth (d = 1/2). Loadings start at zero, so that this
+        profile is that of every cell: from random ones each feature would first have to unlearn
+        differences that are not in the data.
+        """
+        self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
+        self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
+        self.library_log_mean.copy_(marginals.library_log_mean)
+        self.library_log_var.copy_(marginals.library_log_var)
+        if self.config.n_genes:
+            decoder = self.expression_decoder
+            for layer in (decoder.rho, decoder.pi, decoder.theta):
+                if layer is not None:
+                    layer.weight.zero_()
+            share = marginals.gene_share
+            if self.config.library == "size_factor":
+                # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
+                mean_count = share * torch.exp(self.library_log_mean.mean())
+                start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
+            else:
+                start = share.log()
+            self.expression_decoder.rho.bias.copy_(start)
+            if self.expression_decoder.pi is not None:
+                # Few dropouts to begin with: 5 %.
+                self.expression_decoder.pi.bias.fill_(-3.0)
+            log_theta = marginals.inverse_dispersion.log()
+            if decoder.theta is not None:
+                decoder.theta.bias.copy_(log_theta)
+            elif hasattr(self, "log_theta"):
+                self.log_theta.copy_(log_theta.expand_as(self.log_theta))
+        if self.config.n_regions:
+            self.accessibility_decoder.p.weight.zero_()
+            wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
+            if self.config.region_factors:
+                # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
+                r = (2.0 * wanted).clamp(1e-7, 0.95)
+                self.region_logit.copy_(torch.logit(r))
+                wanted = (wanted / r).clamp(1e-7, 0.99)
+            self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
+
+
+def _network_options(config: ProgramConfig) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Normalisation of encoders and of decoders."""
+
+    def options(where: str) -> dict[str, bool]:
+        return {
+            "batch_norm": config.use_batch_norm in (where, "both"),
+            "layer_norm": config.use_layer_norm in (where, "both"),
+        }
+
+    return options("encoder"), options("decoder")

@@ -1,0 +1,33 @@
+"""Pictures: each function takes an ``ax`` and returns it. Needs the extra ``plot``."""
+
+from pyro_multivi.plots.checks import (
+    calibration_curve,
+    coverage_curve,
+    imputed_against_measured,
+    observed_against_replicated,
+    p_value_histogram,
+    rootogram,
+)
+from pyro_multivi.plots.latent import (
+    PALETTE,
+    latent_scatter,
+    principal_plane,
+    top_features,
+    training_history,
+    volcano,
+)
+
+__all__ = [
+    "PALETTE",
+    "calibration_curve",
+    "coverage_curve",
+    "imputed_against_measured",
+    "latent_scatter",
+    "observed_against_replicated",
+    "p_value_histogram",
+    "principal_plane",
+    "rootogram",
+    "top_features",
+    "training_history",
+    "volcano",
+]

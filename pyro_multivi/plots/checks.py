@@ -1,0 +1,250 @@
+"""Pictures of a predictive check: each function takes an ``ax`` and returns it. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from pyro_multivi.plots.latent import PALETTE, _axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLUE, _ORANGE = PALETTE[0], PALETTE[5]
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = "osD^"
+# More points than this make a picture slow and no clearer: a random part is drawn.
+_MOST_POINTS = 4000
+
+
+def observed_against_replicated(
+    table: pd.DataFrame, statistic: str, ax: Axes | None = None, level: float = 0.95, log: bool | None = None
+) -> Axes:
+    """A statistic of the data against the same of replicates: on the diagonal the model has it right.
+
+    Parameters
+    ----------
+    table
+        ``genes``, ``regions`` or ``cells`` of a
+        :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+    statistic
+        Which.
+    ax
+        Where to draw; default: a new figure.
+    level
+        Probability of the table's intervals; points outside are orange triangles.
+    log
+        Logarithmic axes, linear next to zero; default: where positive values span
+        more than a factor of 30.
+
+    Raises
+    ------
+    KeyError
+        If the table does not hold the statistic.
+    """
+    part = table[table["statistic"] == statistic]
+    if not len(part):
+        known = ", ".join(map(repr, pd.unique(table["statistic"])))
+        raise KeyError(f"statistic={statistic!r} is not in the table: choose from {known}.")
+    part = part.dropna(subset=["observed", "replicated"])
+    tail = (1 - level) / 2
+    outside = (part["p_value"] < tail) | (part["p_value"] > 1 - tail)
+    n_outside, n = int(outside.sum()), len(part)
+    if n > _MOST_POINTS:
+        part = part.sample(_MOST_POINTS, random_state=0)
+        outside = outside.loc[part.index]
+    ax = _axes(ax)
+    for chosen, colour, marker, label in (
+        (~outside, _BLUE, "o", f"inside ({n - n_outside})"),
+        (outside, _ORANGE, "^", f"outside ({n_outside})"),
+    ):
+        points = part[chosen]
+        columns = ("replicated", "observed", "lower", "upper")
+        # Arrays: matplotlib takes the float of a Series that holds a single point, which pandas deprecates.
+        replicated, observed, lower, upper = (points[name].to_numpy() for name in columns)
+        ax.errorbar(
+            replicated,
+            observed,
+            xerr=[(replicated - lower).clip(min=0), (upper - replicated).clip(min=0)],
+            fmt=marker,
+            color=colour,
+            markersize=4,
+            markeredgewidth=0,
+            elinewidth=0.6,
+            alpha=0.65,
+            label=label,
+        )
+    both = part[["observed", "replicated"]].to_numpy()
+    both = both[np.isfinite(both)]
+    if both.size:
+        positive = both[both > 0]
+        if log is None:
+            log = bool(positive.size and both.min() >= 0 and positive.max() > 30 * positive.min())
+        if log and positive.size:
+            # Zeros have a place of their own, a decade below all but the very smallest values.
+            least = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.02)))
+            ax.set_xscale("symlog", linthresh=least)
+            ax.set_yscale("symlog", linthresh=least)
+        ends = [both.min(), both.max()]
+        ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
+    small = {"fontsize": "small", "title_fontsize": "small"}
+    ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
+    name = statistic.replace("_", " ")
+    return _label(ax, f"{name}, replicated", f"{name}, observed")
+
+
+def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -> Axes:
+    """Hanging rootogram (Tukey): bars of observed counts hang from what the model expects.
+
+    Parameters
+    ----------
+    histogram
+        ``histogram`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+    ax
+        Where to draw; default: a new figure.
+    start
+        Smallest count shown: zeros may dwarf all others.
+    """
+    ax = _axes(ax)
+    histogram = histogram[histogram["count"] >= start]
+    count = histogram["count"].to_numpy()
+    observed, expected, lower, upper = (
+        np.sqrt(histogram[name].to_numpy()) for name in ("observed", "replicated", "lower", "upper")
+    )
+    ax.bar(count, observed, bottom=expected - observed, width=0.8, color=PALETTE[4], label="observed")
+    ax.fill_between(count, lower, upper, color=_ORANGE, alpha=0.3, linewidth=0)
+    ax.plot(count, expected, color=_ORANGE, marker="o", markersize=4, label="replicated")
+    ax.axhline(0, color="black", linewidth=1)
+    every = 1 if len(count) <= 10 else 5
+    ticks = [tick for tick in count.tolist() if tick % every == 0 and tick + every / 2 < count[-1]]
+    ax.set_xticks([*ticks, count[-1]], [*map(str, ticks), f"{count[-1]}+"])
+    ax.legend(frameon=False)
+    return _label(ax, "count", "square root of how often it occurs")
+
+
+def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: int = 100) -> Axes:
+    """How often regions were open against how often they were predicted to be.
+
+    Parameters
+    ----------
+    reliability
+        ``reliability`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+    ax
+        Where to draw; default: a new figure.
+    least
+        Bins of fewer cell-region pairs are left out: their share is mostly chance.
+    """
+    ax = _axes(ax)
+    shown = reliability[reliability["n"] >= least]
+    for place, (setting, part) in enumerate(shown.groupby("setting", sort=False)):
+        # Of independent pairs; pairs of one cell are not quite.
+        error = 1.96 * np.sqrt(part["observed"] * (1 - part["observed"]) / part["n"])
+        ax.errorbar(
+            part["predicted"],
+            part["observed"],
+            yerr=error,
+            color=PALETTE[(0, 5, 2, 3)[place % 4]],
+            linestyle=_STYLES[place % 4],
+            marker=_MARKERS[place % 4],
+            markersize=5,
+            elinewidth=1,
+            label=str(setting),
+        )
+    end = max(0.05, float(shown[["predicted", "observed"]].to_numpy().max()) if len(shown) else 1.0)
+    ax.plot([0, end], [0, end], color="black", linewidth=1)
+    if len(shown):
+        ax.legend(frameon=False)
+    return _label(ax, "predicted probability of being open", "share open")
+
+
+def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How often intervals of expression hold the measured count, against how often they should.
+
+    Parameters
+    ----------
+    coverage
+        ``coverage`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+    ax
+        Where to draw; default: a new figure.
+    """
+    ax = _axes(ax)
+    for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
+        ax.plot(
+            part["nominal"],
+            part["covered"],
+            color=PALETTE[(0, 5, 2, 3)[place % 4]],
+            linestyle=_STYLES[place % 4],
+            marker=_MARKERS[place % 4],
+            markersize=4,
+            label=f"{setting}, {counts}",
+        )
+    ax.plot([0, 1], [0, 1], color="black", linewidth=1)
+    ax.legend(frameon=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    return _label(ax, "probability of the interval", "share of counts inside")
+
+
+def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | None = None) -> Axes:
+    """Mean of each feature of a hidden modality, predicted against measured, coloured by correlation over cells.
+
+    Parameters
+    ----------
+    imputed
+        ``imputed`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+    modality
+        ``"expression"`` or ``"accessibility"``.
+    ax
+        Where to draw; default: a new figure.
+
+    Raises
+    ------
+    KeyError
+        If the modality was not hidden.
+    """
+    part = imputed[imputed["modality"] == modality]
+    if not len(part):
+        raise KeyError(f"modality={modality!r} was not hidden and predicted in this check.")
+    ax = _axes(ax)
+    shown = part.sample(_MOST_POINTS, random_state=0) if len(part) > _MOST_POINTS else part
+    # Features that vary most with the prediction on top.
+    shown = shown.sort_values("correlation", na_position="first")
+    points = ax.scatter(
+        shown["measured"], shown["imputed"], c=shown["correlation"].fillna(0), cmap="cividis", s=12, vmin=0, vmax=1
+    )
+    ax.figure.colorbar(points, ax=ax, label="correlation over cells")
+    both = part[["measured", "imputed"]].to_numpy()
+    positive = both[both > 0]
+    if positive.size and positive.max() > 30 * positive.min():
+        ax.set(xscale="log", yscale="log")
+    ends = [positive.min() if positive.size else 0.0, both.max()]
+    ax.plot(ends, ends, color=_ORANGE, linewidth=1)
+    return _label(ax, f"mean {modality}, measured", f"mean {modality}, predicted")
+
+
+def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> Axes:
+    """Bayesian p-values of a statistic; under the right model the bars are level.
+
+    Parameters
+    ----------
+    table
+        As for :func:`observed_against_replicated`.
+    statistic
+        Which.
+    ax
+        Where to draw; default: a new figure.
+    """
+    ax = _axes(ax)
+    p = table.loc[table["statistic"] == statistic, "p_value"].dropna()
+    edges = np.linspace(0, 1, 21)
+    ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
+    ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
+    ax.legend(frameon=False)
+    return _label(ax, f"p-value, {statistic.replace('_', ' ')}", "number")
+
+
+def _label(ax: Axes, x: str, y: str) -> Axes:
+    ax.set(xlabel=x, ylabel=y)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

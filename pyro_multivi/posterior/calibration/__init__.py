@@ -1,0 +1,1 @@
+"""Calibration after training, on cells of both modalities."""

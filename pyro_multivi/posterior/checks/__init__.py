@@ -1,0 +1,1 @@
+"""Posterior predictive checks: statistics of replicated counts beside those of the data."""

@@ -1,0 +1,194 @@
+"""What a predictive check is asked, and its result as tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_multivi.posterior.checks.statistics import UserStatistic
+
+#: Tables whose rows carry a p-value.
+TESTED = ("genes", "regions", "cells", "groups", "totals", "user")
+
+
+class Grouping(NamedTuple):
+    """Cells in groups: the group of each of n cells, -1 for none, and the names of the groups."""
+
+    by: str
+    code_n: NDArray[np.int64]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What a check looks at.
+
+    Attributes
+    ----------
+    features
+        By site, positions of the features looked at, int64; None for all.
+    feature_names
+        Their names, by site.
+    cell_names
+        Of the cells.
+    statistics
+        Names of built-in statistics.
+    user
+        The user's own, by name.
+    groupings
+        Groups of cells that statistics are also computed of.
+    n_samples, level, seed
+        Number of replicates, probability of intervals, seed of the draws.
+    setting
+        What the cells are, for the tables: ``"held-out cells"`` or ``"cells"``.
+    hide_modalities, hidden_depth
+        Whether to hide a modality of paired cells and predict it; see
+        :func:`~pyro_multivi.posterior.engine.replicates.replicate`.
+    """
+
+    features: Mapping[str, Tensor | None]
+    feature_names: Mapping[str, Sequence[str]]
+    cell_names: Sequence[str]
+    statistics: Sequence[str]
+    user: Mapping[str, UserStatistic]
+    groupings: Sequence[Grouping]
+    n_samples: int
+    level: float
+    seed: int
+    setting: str
+    hide_modalities: bool
+    hidden_depth: str
+
+
+@dataclass(repr=False)
+class PredictiveCheck:
+    """How replicated data compare with the data. Every table is tidy: one row per statistic and thing.
+
+    Tables with a p-value have the columns ``statistic``, ``observed``, ``replicated`` (mean over
+    replicates), ``lower``, ``upper`` (central interval of the replicates) and ``p_value``, the share of
+    replicates above the data (ties by half): near 0 the data are larger than the model expects, near 1
+    smaller. Under the right model it is uniform for statistics over cells. Those of single cells
+    gather around 1/2, because the latents of a cell are inferred from it.
+
+    Attributes
+    ----------
+    genes, regions
+        Statistics of each feature over the measured cells; column ``gene`` or ``region``.
+    cells
+        Depth and detected features of each cell; column ``cell``.
+    groups
+        Statistics of features over the cells of each batch or group; columns ``by``, ``group``, ``feature``.
+    totals
+        Mean and standard deviation over cells of the statistics of cells; columns ``by``, ``group``.
+    user
+        The user's statistics; column ``position``.
+    histogram
+        How often each count occurs, observed and replicated; the last row stands for all larger counts.
+    reliability
+        Predicted probability of being open against the share open, by ``setting`` and bin.
+    coverage
+        Nominal probability of intervals of expression against the share covered, by ``setting`` and
+        ``counts``: all of them, and those whose expectation is at least 1. Where most counts are 0 every model
+        covers them; the others tell.
+    imputed
+        Means of counts and of predictions of a hidden modality and their correlation over cells, by feature.
+    scores
+        Calibration in single numbers, by ``setting``: ``ece``, ``brier`` (beside that of a constant rate
+        per region), ``coverage_90``, ``largest_coverage_gap``, and these of counts of expectation 1 or more.
+    n_cells, n_samples, level
+        Size of the check and probability of the intervals.
+    notes
+        What could not be checked, and why.
+    """
+
+    genes: pd.DataFrame = field(default_factory=pd.DataFrame)
+    regions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cells: pd.DataFrame = field(default_factory=pd.DataFrame)
+    groups: pd.DataFrame = field(default_factory=pd.DataFrame)
+    totals: pd.DataFrame = field(default_factory=pd.DataFrame)
+    user: pd.DataFrame = field(default_factory=pd.DataFrame)
+    histogram: pd.DataFrame = field(default_factory=pd.DataFrame)
+    reliability: pd.DataFrame = field(default_factory=pd.DataFrame)
+    coverage: pd.DataFrame = field(default_factory=pd.DataFrame)
+    imputed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    n_cells: int = 0
+    n_samples: int = 0
+    level: float = 0.95
+    setting: str = "cells"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Tables that are not empty, by name."""
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: table for name, table in found.items() if isinstance(table, pd.DataFrame) and len(table)}
+
+    def summary(self) -> pd.DataFrame:
+        """One row per statistic.
+
+        Columns: ``n``; ``data_above``, ``data_below``: shares whose observed value lies above or below
+        the central interval of the replicates by p-value; ``expected``, that share under the right
+        model, both sides together; ``uniformity``, Kolmogorov's distance of the p-values from uniform ones
+        (0 is best); ``fails``, whether more than twice the expected share lie outside, and more than chance
+        would put there (binomial, at the expected share).
+        """
+        tail = (1 - self.level) / 2
+        rows = []
+        for name in TESTED:
+            table = getattr(self, name)
+            if not len(table):
+                continue
+            keys = ["by", "statistic"] if "by" in table else ["statistic"]
+            for key, part in table.groupby(keys, sort=False):
+                p = np.sort(part["p_value"].dropna().to_numpy())
+                if not len(p):
+                    continue
+                above, below = float((p < tail).mean()), float((p > 1 - tail).mean())
+                steps = np.arange(1, len(p) + 1) / len(p)
+                by_chance = scipy.stats.binom.sf(round((above + below) * len(p)) - 1, len(p), 2 * tail)
+                rows.append(
+                    {
+                        "table": name if "by" not in table or key[0] == "all" else f"{name} by {key[0]}",
+                        "statistic": key[-1],
+                        "n": len(p),
+                        "data_above": above,
+                        "data_below": below,
+                        "expected": 2 * tail,
+                        "uniformity": float(np.maximum(np.abs(steps - p), np.abs(steps - 1 / len(p) - p)).max()),
+                        "fails": above + below > 4 * tail and by_chance <= 2 * tail + 1e-9,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the summary and every table that is not empty to an existing folder; returns the paths."""
+        written = []
+        for name, table in {"summary": self.summary(), **self.tables}.items():
+            path = Path(folder) / f"{name}.csv"
+            table.to_csv(path, index=False)
+            written.append(path)
+        return written
+
+    def __repr__(self) -> str:
+        lines = [f"PredictiveCheck: {self.n_samples} replicates of {self.n_cells} {self.setting}"]
+        summary = self.summary()
+        if len(summary):
+            lines.append(f"outside the central {100 * self.level:.0f} % of replicates (expected {1 - self.level:.0%}):")
+            for row in summary.to_dict("records"):
+                share = row["data_above"] + row["data_below"]
+                mark = "FAILS" if row["fails"] else "ok"
+                lines.append(f"  {row['table']:22s} {row['statistic']:26s} {share:6.1%} of {row['n']:<7d} {mark}")
+        for setting, part in self.scores.groupby("setting", sort=False) if len(self.scores) else ():
+            values = [f"{name} {value:.4f}" for name, value in zip(part["score"], part["value"], strict=True)]
+            lines.append(f"  {setting!s}: {', '.join(values)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -1,0 +1,185 @@
+"""Are predicted probabilities and intervals as good as they say? Scores against measured counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Bounds of the bins of predicted accessibility: squares, because most regions are closed in most cells.
+EDGES = (np.arange(21) / 20) ** 2
+#: Nominal probabilities of the intervals of expression.
+LEVELS = tuple(round(0.05 * step, 2) for step in range(2, 20))
+#: Of which counts coverage is told.
+COUNTS = ("all", "expected at least 1")
+
+
+class Reliability:
+    """Predicted probability of a region being open against how often it was."""
+
+    def __init__(self, n_regions: int) -> None:
+        self.n = np.zeros(len(EDGES) - 1)
+        self._predicted, self._open = np.zeros_like(self.n), np.zeros_like(self.n)
+        self._squares = 0.0
+        self._open_m = np.zeros(n_regions)
+        self._n_cells = 0
+
+    def add(self, probability: NDArray[np.float64], is_open: NDArray[np.float64]) -> None:
+        """Take some cells, (B, M)."""
+        bin_of = np.clip(np.searchsorted(EDGES, probability.ravel(), side="right") - 1, 0, len(self.n) - 1)
+        for total, weights in ((self.n, None), (self._predicted, probability), (self._open, is_open)):
+            total += np.bincount(bin_of, None if weights is None else weights.ravel(), len(self.n))
+        self._squares += float(np.square(probability - is_open).sum())
+        self._open_m += is_open.sum(0)
+        self._n_cells += len(is_open)
+
+    def curve(self) -> pd.DataFrame:
+        """One row per bin that is not empty: bounds, number of cell-region pairs, mean prediction, share open."""
+        some = self.n > 0
+        return pd.DataFrame(
+            {
+                "from": EDGES[:-1][some],
+                "to": EDGES[1:][some],
+                "n": self.n[some].astype(np.int64),
+                "predicted": self._predicted[some] / self.n[some],
+                "observed": self._open[some] / self.n[some],
+            }
+        )
+
+    def scores(self) -> dict[str, float]:
+        """Expected calibration error, Brier score, and the Brier score of each region's overall rate."""
+        total = self.n.sum()
+        rate = self._open_m / self._n_cells
+        return {
+            "ece": float(np.abs(self._predicted - self._open).sum() / total),
+            "brier": self._squares / total,
+            "brier_of_region_rates": float((rate * (1 - rate)).mean()),
+            "predicted_rate": float(self._predicted.sum() / total),
+            "observed_rate": float(self._open.sum() / total),
+        }
+
+
+class Coverage:
+    """How often central intervals of predicted counts hold the measured count.
+
+    A count has a chance of 0 or 1 of lying in an interval of whole numbers, which therefore cannot
+    have just the probability wanted. So each count stands for the stretch of the cumulative
+    distribution that it occupies among its S replicates, of which the share that lies within the
+    central stretch is counted: under the right model its expectation is the nominal probability.
+    """
+
+    def __init__(self) -> None:
+        self._covered = {name: np.zeros(len(LEVELS)) for name in COUNTS}
+        self._n = dict.fromkeys(COUNTS, 0)
+
+    def add(
+        self,
+        below: NDArray[np.float64],
+        equal: NDArray[np.float64],
+        n_samples: int,
+        expected: NDArray[np.float64],
+    ) -> None:
+        """Take numbers of replicates below and equal to measured counts, and expected counts, (B, G) each."""
+        start, end = below / (n_samples + 1), (below + equal + 1) / (n_samples + 1)
+        # Chosen by the prediction, never by the count itself, which would spoil the probabilities.
+        chosen = dict(zip(COUNTS, (np.ones(below.shape, dtype=bool), expected >= 1), strict=True))
+        for place, level in enumerate(LEVELS):
+            inside = np.minimum(end, (1 + level) / 2) - np.maximum(start, (1 - level) / 2)
+            share = inside.clip(min=0) / (end - start)
+            for name, which in chosen.items():
+                self._covered[name][place] += float(share[which].sum())
+        for name, which in chosen.items():
+            self._n[name] += int(which.sum())
+
+    def curve(self) -> pd.DataFrame:
+        """Nominal probability and share covered, of all counts and of those expected to be at least 1."""
+        frames = [
+            pd.DataFrame({"counts": name, "nominal": LEVELS, "covered": self._covered[name] / n, "n": n})
+            for name, n in self._n.items()
+            if n
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def scores(self) -> dict[str, float]:
+        """Coverage of the 90 % interval, and the largest gap over all levels; also of counts that are not mostly 0."""
+        found = {}
+        for (name, n), suffix in zip(self._n.items(), ("", "_expected_1"), strict=True):
+            if n:
+                covered = self._covered[name] / n
+                found[f"coverage_90{suffix}"] = float(covered[LEVELS.index(0.9)])
+                found[f"largest_coverage_gap{suffix}"] = float(np.abs(covered - LEVELS).max())
+        return found
+
+
+class Imputation:
+    """Predictions of a hidden modality against its counts, feature by feature."""
+
+    def __init__(self, n_features: int) -> None:
+        self._n = 0
+        self._sums = np.zeros((5, n_features))
+
+    def add(self, predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> None:
+        """Take some cells, (B, F)."""
+        products = (predicted, measured, predicted**2, measured**2, predicted * measured)
+        self._sums += np.stack([part.sum(0) for part in products])
+        self._n += len(measured)
+
+    def table(self) -> pd.DataFrame:
+        """Mean of counts and of predictions, and their correlation over cells, of each feature."""
+        mean_p, mean_m, square_p, square_m, product = self._sums / max(self._n, 1)
+        var_p, var_m = (square_p - mean_p**2).clip(min=0), (square_m - mean_m**2).clip(min=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            correlation = (product - mean_p * mean_m) / np.sqrt(var_p * var_m)
+        # Of what does not vary there is none; rounding leaves traces of variance.
+        steady = (var_p <= 1e-12 * mean_p**2) | (var_m <= 1e-12 * mean_m**2)
+        return pd.DataFrame(
+            {"measured": mean_m, "imputed": mean_p, "correlation": np.where(steady, np.nan, correlation)}
+        )
+
+
+class Scorer:
+    """Scores one modality of many minibatches, each over all of its draws.
+
+    Parameters
+    ----------
+    site
+        ``"x"`` (coverage of counts) or ``"y"`` (reliability of accessibility).
+    n_features
+        F.
+    """
+
+    def __init__(self, site: str, n_features: int) -> None:
+        self.site = site
+        self.scale: Reliability | Coverage = Coverage() if site == "x" else Reliability(n_features)
+        self.imputation = Imputation(n_features)
+        self.n_cells = 0
+
+    def begin(self, counts: Tensor) -> None:
+        """A minibatch with these measured counts, (B, F)."""
+        self._counts = counts
+        self._mean = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
+        self._below, self._equal = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
+        self._n_samples = 0
+
+    def take(self, values: Tensor, mean: Tensor) -> None:
+        """Some of its draws: values and expectations, (S, B, F)."""
+        self._mean += mean.double().sum(0)
+        if self.site == "x":
+            self._below += (values < self._counts).sum(0)
+            self._equal += (values == self._counts).sum(0)
+        self._n_samples += len(values)
+
+    def end(self) -> None:
+        """All of its draws were taken."""
+        if len(self._counts) == 0:
+            return
+        mean = (self._mean / self._n_samples).cpu().numpy()
+        counts = self._counts.double().cpu().numpy()
+        self.n_cells += len(counts)
+        self.imputation.add(mean, counts)
+        if isinstance(self.scale, Coverage):
+            self.scale.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples, mean)
+        else:
+            self.scale.add(mean, counts)

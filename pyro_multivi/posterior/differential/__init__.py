@@ -1,0 +1,1 @@
+"""Differential expression and accessibility between groups of cells."""

@@ -1,0 +1,228 @@
+"""Which cells are compared with which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.selection import select_cells
+
+#: Name of the second group when it is all other labelled cells.
+REST = "Rest"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two groups of cells that share none.
+
+    Attributes
+    ----------
+    index1, index2
+        Positions of their cells, int64, ascending.
+    group1, group2
+        Names; empty for groups given by their cells.
+    """
+
+    index1: Tensor
+    index2: Tensor
+    group1: str = ""
+    group2: str = ""
+
+    @property
+    def comparison(self) -> str:
+        """Both names, as scvi-tools writes them."""
+        return f"{self.group1} vs {self.group2}"
+
+
+def contrasts(
+    obs: pd.DataFrame,
+    names: pd.Index[Any],
+    groupby: str | None = None,
+    group1: Any = None,
+    group2: Any = None,
+    idx1: Any = None,
+    idx2: Any = None,
+) -> list[Contrast]:
+    """The comparisons that a method's arguments describe.
+
+    Parameters
+    ----------
+    obs
+        One row per cell.
+    names
+        Names of the cells, in the same order.
+    groupby
+        Column of ``obs``. Cells without a value are in no group and in no rest.
+    group1
+        A group or several, each compared on its own; None for every group.
+    group2
+        The group to compare with; None for the rest.
+    idx1, idx2
+        Positions, a mask, names, or a query of ``obs`` (a string); without ``idx2`` the rest.
+
+    Raises
+    ------
+    ValueError
+        If both ways are taken or none, a column or group is not known, or a group is empty or
+        overlaps the other.
+
+    Examples
+    --------
+    >>> obs = pd.DataFrame({"type": ["B", "T", "T"]}, index=["c1", "c2", "c3"])
+    >>> [found.comparison for found in contrasts(obs, obs.index, "type")]
+    ['B vs Rest', 'T vs Rest']
+    >>> contrasts(obs, obs.index, idx1="type == 'T'")[0].index2
+    tensor([0])
+    """
+    if groupby is not None:
+        if idx1 is not None or idx2 is not None:
+            raise ValueError("groupby and idx1 or idx2 are given: choose groups by a column or by cells, not both.")
+        return _by_column(obs, groupby, group1, group2)
+    if group1 is not None or group2 is not None:
+        raise ValueError("group1 or group2 is given without groupby: name the column of obs that holds the groups.")
+    if idx1 is None:
+        given = "idx2 is given without idx1" if idx2 is not None else "neither groupby nor idx1 is given"
+        raise ValueError(f"{given}: say which cells to compare.")
+    return [_by_cells(obs, names, idx1, idx2)]
+
+
+def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> list[Contrast]:
+    if groupby not in obs:
+        raise ValueError(f"groupby={groupby!r} is not a column of obs. {nearest(groupby, obs.columns)}")
+    column = obs[groupby]
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        known = [str(value) for value in column.cat.categories]
+    else:
+        known = sorted({str(value) for value in column.dropna()})
+    labels = column.astype(object).where(column.notna(), None)
+    label_n = np.array([None if value is None else str(value) for value in labels], dtype=object)
+    labelled = np.array([value is not None for value in label_n])
+
+    def cells_of(argument: str, group: str) -> Any:
+        if group not in known:
+            raise ValueError(f"{argument}={group!r} is no group of obs[{groupby!r}]. {nearest(group, known)}")
+        chosen = label_n == group
+        if not chosen.any():
+            raise ValueError(
+                f"{argument}={group!r} is a category of obs[{groupby!r}] that no cell has: "
+                f"choose another, or drop it by obs[{groupby!r}].cat.remove_unused_categories()."
+            )
+        return chosen
+
+    if group1 is None:
+        # Categories that no cell has are no groups to go through.
+        wanted = [group for group in known if (label_n == group).any() and group != str(group2)]
+    else:
+        single = isinstance(group1, str) or not isinstance(group1, Sequence | np.ndarray | pd.Index)
+        wanted = [str(group1)] if single else [str(group) for group in group1]
+        if not wanted:
+            raise ValueError("group1 is an empty list: name a group, or None for every group.")
+        twice = sorted({group for group in wanted if wanted.count(group) > 1})
+        if twice:
+            raise ValueError(f"group1 holds {first_names(twice)} more than once: name each group once.")
+    other = None if group2 is None else cells_of("group2", str(group2))
+    found = []
+    for group in wanted:
+        chosen = cells_of("group1", group)
+        if group2 is not None and group == str(group2):
+            raise ValueError(f"group1 and group2 are both {group!r}: compare two different groups.")
+        against = labelled & ~chosen if other is None else other
+        if not against.any():
+            raise ValueError(f"group1={group!r} holds every cell of obs[{groupby!r}]: nothing is left to compare with.")
+        found.append(Contrast(_positions(chosen), _positions(against), group, REST if group2 is None else str(group2)))
+    if not found:
+        raise ValueError(f"groupby={groupby!r} holds no group to compare: all its values are missing or group2.")
+    return found
+
+
+def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: Any, idx2: Any) -> Contrast:
+    first = _select("idx1", idx1, obs, names)
+    if idx2 is None:
+        rest = np.ones(len(names), dtype=bool)
+        rest[first.numpy()] = False
+        if not rest.any():
+            raise ValueError("idx1 holds every cell: nothing is left to compare with.")
+        return Contrast(first, _positions(rest))
+    second = _select("idx2", idx2, obs, names)
+    shared = np.intersect1d(first.numpy(), second.numpy())
+    if len(shared):
+        raise ValueError(
+            f"idx1 and idx2 share {len(shared)} cells ({first_names(names[shared])}): groups must not overlap."
+        )
+    return Contrast(first, second)
+
+
+def _select(argument: str, wanted: Any, obs: pd.DataFrame, names: pd.Index[Any]) -> Tensor:
+    if isinstance(wanted, str):
+        try:
+            chosen = obs.index.get_indexer(obs.query(wanted).index)
+        except Exception as error:  # whatever pandas makes of a query that is none
+            raise ValueError(f"{argument}={wanted!r} is no query of obs: {error}") from error
+        if not len(chosen):
+            raise ValueError(f"{argument}={wanted!r} selects no cell: nothing to compare.")
+        return torch.from_numpy(np.unique(chosen).astype(np.int64))
+    try:
+        return torch.unique(select_cells(wanted, names))
+    except (ValueError, IndexError, KeyError) as error:
+        message = str(error.args[0]).replace("indices", argument, 1).replace(", or None for all cells", "")
+        raise ValueError(message) from error
+
+
+def _positions(chosen: Any) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(chosen).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Disjoint sets of cells, of which every group of some comparisons is a union.
+
+    Each group against the rest, or against one other: then the parts are the groups. So whatever is
+    computed of a part serves all comparisons, and the rest costs nothing of its own.
+
+    Attributes
+    ----------
+    cells
+        Positions of the cells of each part, int64, ascending.
+    sides
+        Of each comparison, the numbers of the parts that make up group 1 and group 2.
+    """
+
+    cells: tuple[Tensor, ...]
+    sides: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, contrasts: Sequence[Contrast]) -> Parts:
+        """The fewest such parts.
+
+        Examples
+        --------
+        >>> a, b, c = torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2])
+        >>> parts = Parts.of([Contrast(a, torch.cat([b, c])), Contrast(b, torch.cat([a, c]))])
+        >>> [cells.tolist() for cells in parts.cells], parts.sides
+        ([[0, 3], [1], [2]], (((0,), (1, 2)), ((1,), (0, 2))))
+        """
+        groups = [index.numpy() for contrast in contrasts for index in (contrast.index1, contrast.index2)]
+        code = np.zeros(1 + max(int(index.max()) for index in groups), dtype=np.int64)
+        for index in groups:
+            member = np.zeros(len(code), dtype=np.int64)
+            member[index] = 1
+            # Cells stay together as long as every group has all or none of them.
+            code = np.unique(2 * code + member, return_inverse=True)[1].reshape(-1)
+        used = np.unique(np.concatenate(groups))
+        code, first = code[used], np.unique(code[used], return_index=True)[1]
+        # Numbered in the order of their first cells.
+        cells = tuple(torch.from_numpy(used[code == code[place]]) for place in np.sort(first))
+        number_of = {int(part[0]): number for number, part in enumerate(cells)}
+
+        def parts_of(index: Tensor) -> tuple[int, ...]:
+            inside = set(index.tolist())
+            return tuple(number for cell, number in number_of.items() if cell in inside)
+
+        return cls(cells, tuple((parts_of(one.index1), parts_of(one.index2)) for one in contrasts))

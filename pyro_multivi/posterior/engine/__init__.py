@@ -1,0 +1,1 @@
+"""Posterior draws: latents, what is decoded from them, replicated counts, likelihoods."""

@@ -1,0 +1,166 @@
+"""How well the model explains cells: the ELBO, its parts, and the marginal likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_trace
+from pyro_multivi.program import MultiVIProgram, is_of_cells
+from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, kl, random_sites
+
+#: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
+LIKELIHOOD_ROWS = 1024
+# Draws per cell in one go of importance sampling; the rest of the rows are cells.
+_DRAWS_AT_A_TIME = 64
+
+
+@dataclass
+class ElboParts:
+    """Terms of the ELBO of each of n cells, in nats; the training-only alignment is no part of it.
+
+    Attributes
+    ----------
+    log_likelihood
+        E_q log p(site | ...) by observed site, (n,); 0 where it was not measured.
+    measured
+        Whether the site was measured, (n,), bool.
+    kl
+        KL(q | prior) by latent site, (n,).
+    """
+
+    log_likelihood: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    measured: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    kl: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def elbo(self) -> NDArray[np.float64]:
+        """Evidence lower bound of each cell, (n,)."""
+        total: NDArray[np.float64] = np.sum(list(self.log_likelihood.values()), axis=0)
+        return total - np.sum(list(self.kl.values()), axis=0)
+
+
+def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particles: int = 1, seed: int = 0) -> ElboParts:
+    """The ELBO of each cell, term by term.
+
+    Parameters
+    ----------
+    program
+        Model and guide.
+    minibatches
+        The cells.
+    n_particles
+        Draws per cell over which expectations are averaged. KL terms are exact where Pyro knows
+        their closed form.
+    seed
+        Of the draws.
+    """
+    parts: dict[str, dict[str, list[Any]]] = {"log_likelihood": {}, "measured": {}, "kl": {}}
+
+    def add(kind: str, site: str, values: Tensor) -> None:
+        parts[kind].setdefault(site, []).append(values.cpu().numpy())
+
+    for cells in minibatches:
+        with evaluation_mode(program):
+            latents = draw_latents(program, cells, n_particles, seed)
+            model, guide = scored_traces(program, cells, latents)
+            for name, site in _sites(model):
+                if site["is_observed"]:
+                    add("log_likelihood", name, site["unscaled_log_prob"].double().mean(0))
+                    add("measured", name, cells.measured(name))
+                else:
+                    add("kl", name, kl(guide.nodes[name], site).double().mean(0))
+    joined = {
+        kind: {site: np.concatenate(values) for site, values in by_site.items()} for kind, by_site in parts.items()
+    }
+    return ElboParts(**joined)
+
+
+class MarginalLikelihood(NamedTuple):
+    """Log p(counts) of each of n cells.
+
+    Attributes
+    ----------
+    log_likelihood
+        Estimate in nats, (n,).
+    standard_error
+        Its Monte Carlo error, (n,).
+    """
+
+    log_likelihood: NDArray[np.float64]
+    standard_error: NDArray[np.float64]
+
+
+def marginal_likelihood(
+    program: MultiVIProgram, minibatches: Iterable[Cells], n_samples: int = 1000, seed: int = 0
+) -> MarginalLikelihood:
+    r"""Importance sampling estimate of the marginal likelihood of each cell.
+
+    .. math:: \log p(x_n, y_n \mid s_n) \approx \log \frac{1}{S} \sum_s
+        \frac{p(x_n, y_n, z_s, \ell_s)}{q(z_s, \ell_s)}, \quad z_s, \ell_s \sim q
+
+    The guide holds the cell factor d at f_l(y), where the density of its uniform prior is 1: the
+    likelihood is conditional on it. The standard error of the logarithm is, to first order, the
+    relative error of the mean weight. The logarithm of a mean is low by half its square on average.
+    """
+    found: list[NDArray[np.float64]] = []
+    errors: list[NDArray[np.float64]] = []
+    for cells in minibatches:
+        weights = []
+        for first in range(0, n_samples, _DRAWS_AT_A_TIME):
+            size = min(_DRAWS_AT_A_TIME, n_samples - first)
+            with evaluation_mode(program):
+                latents = draw_latents(program, cells, size, seed, first)
+                weights.append(log_weights(*scored_traces(program, cells, latents)))
+        log_w = torch.cat(weights)  # (S, B)
+        log_mean = log_w.logsumexp(0) - math.log(n_samples)
+        relative = (log_w - log_mean).exp()
+        found.append(log_mean.cpu().numpy())
+        spread = relative.std(0) if n_samples > 1 else torch.full_like(log_mean, math.nan)
+        errors.append((spread / math.sqrt(n_samples)).cpu().numpy())
+    return MarginalLikelihood(np.concatenate(found), np.concatenate(errors))
+
+
+def cells_for_likelihood(batch_size: int, n_samples: int) -> int:
+    """Cells of a minibatch such that the rows whose likelihood is evaluated stay within bounds."""
+    return min(batch_size, max(1, LIKELIHOOD_ROWS // min(n_samples, _DRAWS_AT_A_TIME)))
+
+
+def scored_traces(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Trace, Trace]:
+    """Traces of model and guide at the same draws, with their log probabilities."""
+    model = model_trace(program.model, cells, latents)
+    model.compute_log_prob()
+    latents.trace.compute_log_prob()
+    return model, latents.trace
+
+
+def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
+    """Observed counts and latents of each cell."""
+    for name, site in random_sites(model).items():
+        if not is_of_cells(site):
+            raise ValueError(
+                f"The model shares {name!r} among cells, so that cells have no evidence of their own: evaluate a "
+                "Pyro ELBO of program.model and program.guide."
+            )
+        yield name, site
+
+
+def log_weights(model: Trace, guide: Trace) -> Tensor:
+    """log p(counts, latents) - log q(latents), (S, B), in double precision: S terms of like size are added."""
+    total = torch.zeros((), dtype=torch.float64)
+    for _, site in _sites(model):
+        total = total + site["unscaled_log_prob"].double()
+    for name, site in guide.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site) and name not in TRAINING_SITES:
+            total = total - site["unscaled_log_prob"].double()
+    return total

@@ -1,0 +1,274 @@
+"""Replicated data: what the model would have measured in the same cells.
+
+Observed sites are drawn instead (:func:`pyro.poutine.uncondition`), at latents drawn
+from the guide. A modality can be hidden from the guide first, so that it is predicted, not rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.posterior.engine.cell_noise import CellNoise
+from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode
+
+#: What is measured in each modality, by site.
+MODALITY = {"x": "expression", "y": "accessibility"}
+#: How the depth of a hidden modality is known: from the hidden counts, from the other modality, or from the prior.
+DEPTHS = ("observed", "predicted", "prior")
+#: Bytes that replicates kept in memory may take.
+MEMORY_LIMIT = 4 * 2**30
+# Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
+_BLOCK = 2**22
+#: The latent site that says how deeply a modality was sequenced, by site of its counts.
+DEPTH_SITE = {"x": "l", "y": "d"}
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Some draws of an observed site in some cells.
+
+    Attributes
+    ----------
+    values
+        Replicated counts, (S, B, F); accessibility is 0 or 1.
+    fn
+        The distribution they were drawn from, one per draw of the latents.
+    expected
+        What that distribution expects of them: counts, or the probability of a region to be open.
+    """
+
+    values: Tensor
+    fn: Any
+    expected: Callable[[Any], Tensor]
+
+    def mean(self) -> Tensor:
+        """Expected values given each draw of the latents, (S, B, F)."""
+        with torch.no_grad():
+            return self.expected(self.fn).expand(self.values.shape)
+
+
+def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
+    """Sites of counts that the program has: ``"x"``, ``"y"`` or both."""
+    return tuple(site for site, width in (("x", program.config.n_genes), ("y", program.config.n_regions)) if width)
+
+
+def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
+    """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
+    if site == "x":
+        return _dense(cells.x), cells.has_rna
+    return _opened(_dense(cells.y)), cells.has_atac
+
+
+def hide(cells: Cells, site: str) -> Cells:
+    """The same cells with one modality taken away.
+
+    Examples
+    --------
+    >>> both = torch.ones(2, dtype=torch.bool)
+    >>> cells = Cells(torch.arange(2), 2, torch.ones(2, 3), torch.ones(2, 4), both, both, torch.ones(2, 1))
+    >>> hide(cells, "y").has_atac, hide(cells, "y").y
+    (tensor([False, False]), SparseCounts(shape=(2, 4), nnz=0))
+    """
+    counts = cells.x if site == "x" else cells.y
+    crow = torch.zeros(len(cells) + 1, dtype=torch.long, device=cells.device)
+    nothing = torch.zeros(0, dtype=counts.dtype, device=cells.device)
+    empty = SparseCounts(crow, crow[:0], nothing, (len(cells), counts.shape[1]))
+    never = torch.zeros_like(cells.has_rna)
+    return cells.replace(x=empty, has_rna=never) if site == "x" else cells.replace(y=empty, has_atac=never)
+
+
+def replicate(
+    program: MultiVIProgram,
+    cells: Cells,
+    n_samples: int,
+    seed: int = 0,
+    hidden: str | None = None,
+    hidden_depth: str = "observed",
+) -> Iterator[tuple[slice, dict[str, Replicate]]]:
+    """Replicated counts of a minibatch, a few draws at a time.
+
+    Parameters
+    ----------
+    program
+        Model and guide.
+    cells
+        B cells. Both modalities are drawn in all of them, measured or not.
+    n_samples
+        Number of draws.
+    seed
+        Of the draws. Latents belong to a cell; counts depend on how cells are cut into minibatches.
+    hidden
+        A site that the guide is not shown.
+    hidden_depth
+        How the depth of the hidden modality (l or d) is known. ``"observed"``: the guide is shown
+        the hidden counts for it, and only for it, so that what is judged is the profile of a cell.
+        ``"predicted"``: what the other modality says of it. ``"prior"``: not at all.
+
+    Yields
+    ------
+    slice, dict
+        Which of the draws, and their counts by site.
+    """
+    seen = cells if hidden is None else hide(cells, hidden)
+    known_depth = None if hidden is None or hidden_depth == "predicted" else DEPTH_SITE[hidden]
+    for draws in _draws_at_a_time(n_samples, len(cells) * max(program.config.n_genes, program.config.n_regions)):
+        with evaluation_mode(program):
+            n = draws.stop - draws.start
+            latents = _latents(program, cells, draws, seed, hidden, hidden_depth)
+            drawn = {}
+            for sites, trusted in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
+                torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
+                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, trusted).nodes)
+                for site in sites:
+                    fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
+                    # A likelihood of counts may say more of a region than open or closed: that much is compared.
+                    value = value if site == "x" else _opened(value)
+                    shape = (n, len(cells), value.shape[-1])
+                    drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, site))
+        # Outside, so that no state of torch is held while the caller is at work.
+        yield draws, {site: drawn[site] for site in observed_sites(program)}
+
+
+def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples: int, seed: int = 0) -> Tensor:
+    """What is expected of a hidden site, (B, F): counts, or probabilities to be open, averaged over draws.
+
+    The depth is known from the hidden counts, as :func:`replicate` has it by default.
+    """
+    seen = hide(cells, site)
+    total: Tensor | None = None
+    with evaluation_mode(program):
+        latents = _latents(program, cells, slice(0, n_samples), seed, site, "observed")
+        [(_, trusted)] = imputation_latents(program, seen, latents, [site], DEPTH_SITE[site])
+        for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
+            fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
+            part = _expected_by(program, site)(fn).sum(0)
+            total = part if total is None else total + part
+    assert total is not None
+    return total / n_samples
+
+
+def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
+    """Slices of the draws, so small that their counts, of ``n_numbers`` each, stay within bounds."""
+    size = max(1, _BLOCK // max(1, n_numbers))
+    for first in range(0, n_samples, size):
+        yield slice(first, min(first + size, n_samples))
+
+
+def _latents(
+    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: str | None, hidden_depth: str
+) -> Latents:
+    n = draws.stop - draws.start
+    if hidden is None:
+        return draw_latents(program, cells, n, seed, draws.start)
+    latents = draw_latents(program, hide(cells, hidden), n, seed, draws.start)
+    depth = DEPTH_SITE[hidden]
+    if hidden_depth != "observed" or depth not in latents.trace.nodes:
+        return latents
+    known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[depth]
+    return latents.at(depth, known["value"])
+
+
+def _expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
+    """What a distribution at a site of counts expects of them: counts, or the probability of a region to be open."""
+    return _mean if site == "x" else program.open_probability
+
+
+def sample_replicates(
+    program: MultiVIProgram,
+    minibatches: Iterable[Cells],
+    features: Mapping[str, Tensor | None],
+    n_samples: int,
+    seed: int = 0,
+) -> dict[str, list[sp.csr_matrix]]:
+    """Replicated counts of some cells, sparse, one matrix (cells, features) per draw.
+
+    Parameters
+    ----------
+    program, minibatches
+        Whose.
+    features
+        By site, the positions of the features wanted, int64; None for all. Sites that are not
+        named are left out.
+    n_samples, seed
+        As in :func:`replicate`.
+    """
+    rows: dict[str, list[list[sp.csr_matrix]]] = {site: [[] for _ in range(n_samples)] for site in features}
+    for cells in minibatches:
+        for draws, found in replicate(program, cells, n_samples, seed):
+            for site, chosen in features.items():
+                values = found[site].values if chosen is None else found[site].values[..., chosen]
+                for number, value in zip(range(draws.start, draws.stop), values.cpu().numpy(), strict=True):
+                    rows[site][number].append(sp.csr_matrix(value))
+    return {site: [sp.vstack(parts, format="csr") for parts in by_draw] for site, by_draw in rows.items()}
+
+
+def masked_replicates(
+    program: MultiVIProgram, minibatches: Minibatches, n_samples: int, seed: int = 0
+) -> Iterator[sp.csr_matrix]:
+    """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where nothing was measured."""
+    for number in range(n_samples):
+        rows: list[sp.csr_matrix] = []
+        for cells in minibatches:
+            # One draw, of another seed each time, so that a single replicate is in memory.
+            one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
+            (_, found) = next(replicate(program, cells, 1, one))
+            parts = [found[site].values[0] * counts_of(cells, site)[1][:, None] for site in found]
+            rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
+        yield sp.vstack(rows, format="csr")
+
+
+def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp.csr_matrix:
+    """Measured counts as :func:`masked_replicates` lays them out."""
+    rows: list[sp.csr_matrix] = []
+    for cells in minibatches:
+        parts = [counts_of(cells, site)[0] for site in observed_sites(program)]
+        rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
+    return sp.vstack(rows, format="csr")
+
+
+def check_memory(n_bytes: float, what: str, alternatives: Sequence[str]) -> None:
+    """Refuse what would not fit.
+
+    Raises
+    ------
+    MemoryError
+        If more than :data:`MEMORY_LIMIT` is needed.
+
+    Examples
+    --------
+    >>> check_memory(8e9, "100 replicates of 50 cells", ["fewer n_samples"])
+    Traceback (most recent call last):
+        ...
+    MemoryError: 100 replicates of 50 cells would take about 8.0 GB, more than the limit of 4.3 GB: ask for fewer
+    n_samples.
+    """
+    if n_bytes > MEMORY_LIMIT:
+        raise MemoryError(
+            f"{what} would take about {n_bytes / 1e9:.1f} GB, more than the limit of {MEMORY_LIMIT / 1e9:.1f} GB: "
+            f"ask for {', or '.join(alternatives)}."
+        )
+
+
+def _opened(counts: Tensor) -> Tensor:
+    return (counts > 0).to(counts.dtype)
+
+
+def _mean(fn: Any) -> Tensor:
+    mean: Tensor = fn.mean
+    return mean
+
+
+def _dense(counts: Tensor) -> Tensor:
+    return counts.to_dense() if isinstance(counts, SparseCounts) else counts

@@ -1,0 +1,1 @@
+"""Posterior quantities of cells: latent state, normalized values, imputation."""

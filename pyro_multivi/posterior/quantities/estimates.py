@@ -1,0 +1,147 @@
+"""Normalized expression and accessibility: expectations over the posterior, block by block.
+
+For each minibatch the guide gives draws of the latents, the model decodes them, and blocks of
+features are evaluated, summarised over the draws and handed to a sink. What is in memory at any
+time is a minibatch's draws of one block: at most ``BLOCK`` numbers, and a few copies of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.distributions import Readout
+from pyro_multivi.posterior.engine.decode import BLOCK, Average, DecodedDraws, decode
+from pyro_multivi.posterior.engine.draws import feature_blocks
+from pyro_multivi.posterior.quantities.array_sink import Sink
+from pyro_multivi.posterior.quantities.summary import summarise
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode
+
+# Narrower blocks would cost more in calls than in arithmetic.
+_LEAST_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A site of the model, some of its features, and factors.
+
+    Attributes
+    ----------
+    site
+        ``"rho"`` or ``"p"``.
+    features
+        Positions, (k,), int64; None for all.
+    by_cell
+        Factor of each cell: a number, one number per cell asked for, (n,), or a latent site
+        (``"l"``, ``"d"``), of which each draw is multiplied with its own.
+    by_feature
+        Factor of each of the features, (k,); None for 1.
+    threshold
+        Estimates below it become 0 and the result is sparse; None keeps all.
+    """
+
+    site: str
+    features: Tensor | None = None
+    by_cell: float | Tensor | str = 1.0
+    by_feature: Tensor | None = None
+    threshold: float | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites of the model that it is made of."""
+        return (self.site, self.by_cell) if isinstance(self.by_cell, str) else (self.site,)
+
+
+def blocks(
+    decoded: DecodedDraws, quantity: Quantity, average: Average, start: int, rows: Tensor | None = None
+) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
+    """Summaries of a quantity, block by block of its features.
+
+    Parameters
+    ----------
+    decoded
+        A minibatch.
+    quantity, average
+        What is asked.
+    start
+        Position of the minibatch's first cell among all cells asked for.
+    rows
+        Which cells of the minibatch are wanted; None for all.
+    """
+    values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
+    n_rows = values[0].shape[:-1].numel()
+    if n_rows == 0:
+        return
+    factor = _cell_factor(decoded, quantity, start, rows)
+    width = max(_LEAST_WIDTH, BLOCK // n_rows)
+    for parts in zip(*(feature_blocks(value, quantity.features, width) for value in values), strict=True):
+        block = parts[0][0]
+        mean_sbw = parts[0][1]
+        for _, further in parts[1:]:
+            mean_sbw = mean_sbw + further
+        if len(parts) > 1:
+            mean_sbw = mean_sbw / len(parts)
+        if factor is not None:
+            mean_sbw = mean_sbw * factor
+        if quantity.by_feature is not None:
+            mean_sbw = mean_sbw * quantity.by_feature[block]
+        yield block, summarise(mean_sbw, average.level, average.keep_draws)
+
+
+def estimate(
+    program: MultiVIProgram, minibatches: Iterable[Cells], quantity: Quantity, average: Average, sink: Sink
+) -> None:
+    """Stream a quantity of all cells into a sink, which may hold the first of them already."""
+    start = sink.n_done
+    for cells in minibatches:
+        rows = slice(start, start + len(cells))
+        pieces = []
+        with evaluation_mode(program):
+            for block, found in blocks(decode(program, cells, average, quantity.sites), quantity, average, start):
+                if quantity.threshold is None:
+                    for name, values in found.items():
+                        sink.put(name, rows, block, values)
+                else:
+                    pieces.append(compress(found["mean"], quantity.threshold))
+        if pieces:
+            sink.append("mean", sp.hstack(pieces, format="csr"))
+        start = rows.stop
+        sink.commit(start)
+
+
+def compress(values: NDArray[np.float32], threshold: float = 0.0) -> sp.csr_matrix:
+    """Rows of the values that are not below a threshold and not 0."""
+    kept = (values >= threshold) & (values != 0)
+    indptr = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(kept.sum(1), out=indptr[1:])
+    return sp.csr_matrix((values[kept], np.nonzero(kept)[1].astype(np.int32), indptr), shape=values.shape)
+
+
+def _of_cells(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Some cells of (S, B, F)."""
+    if rows is None:
+        return values
+    if isinstance(values, Readout):
+        return Readout(values.hidden[:, rows], values.weight, values.bias, values.link, values.gemm_dtype)
+    return values[:, rows]
+
+
+def _cell_factor(decoded: DecodedDraws, quantity: Quantity, start: int, rows: Tensor | None) -> Tensor | None:
+    """What each draw of each cell is multiplied with, (S, B, 1) or (B, 1); None for 1."""
+    by_cell = quantity.by_cell
+    if isinstance(by_cell, str):
+        return _of_cells(decoded.sites[0][by_cell][..., None], rows)
+    if isinstance(by_cell, Tensor):
+        n_cells = decoded.sites[0][quantity.site].shape[-2]
+        factor = by_cell[start : start + n_cells, None]
+        return factor if rows is None else factor[rows]
+    return None if by_cell == 1 else torch.tensor(float(by_cell))

@@ -1,0 +1,144 @@
+"""Posterior draws, replicates and log-likelihoods for ArviZ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_multivi._optional import require
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
+from pyro_multivi.posterior.engine.likelihood import cells_for_likelihood
+from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode, random_sites
+
+# Draws whose likelihood is evaluated together.
+_DRAWS_AT_A_TIME = 64
+_FEATURE_DIM = {"x": "gene", "y": "region"}
+
+
+def inference_data(
+    program: MultiVIProgram,
+    minibatches: Minibatches,
+    features: Mapping[str, Tensor | None],
+    feature_names: Mapping[str, Sequence[str]],
+    cell_names: Sequence[str],
+    n_samples: int,
+    seed: int = 0,
+) -> Any:
+    """Everything ArviZ wants to know of some cells, dense.
+
+    Parameters
+    ----------
+    program, minibatches
+        Whose.
+    features, feature_names
+        By site, positions (None for all) and names of the features of replicates and observed data.
+    cell_names
+        Of the cells.
+    n_samples, seed
+        Number of draws, one chain, and their seed.
+
+    Returns
+    -------
+    arviz.InferenceData
+
+    Raises
+    ------
+    ImportError
+        Without ArviZ.
+    MemoryError
+        If it would not fit.
+    """
+    with warnings.catch_warnings():
+        # ArviZ announces its next version whenever it is imported.
+        warnings.simplefilter("ignore", FutureWarning)
+        arviz = require("arviz", "arviz")
+    width = sum(map(len, feature_names.values()))
+    check_memory(
+        4.0 * n_samples * minibatches.n_cells * (width + program.config.latent),
+        f"{n_samples} draws of {minibatches.n_cells} cells x {width} features, dense,",
+        ["fewer n_samples", "some indices", "a gene_list and a region_list"],
+    )
+    size = cells_for_likelihood(minibatches.batch_size, n_samples)
+    parts: dict[str, dict[str, list[Any]]] = {
+        name: {} for name in ("posterior", "log_likelihood", "posterior_predictive", "observed_data", "constant_data")
+    }
+
+    def add(group: str, site: str, values: Tensor) -> None:
+        parts[group].setdefault(site, []).append(values.cpu().numpy())
+
+    for cells in Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device):
+        for (group, site), values in _scored(program, cells, n_samples, seed).items():
+            add(group, site, values)
+        drawn: dict[str, list[Tensor]] = {site: [] for site in features}
+        for _, found in replicate(program, cells, n_samples, seed):
+            for site, chosen in features.items():
+                values = found[site].values
+                drawn[site].append(values if chosen is None else values[..., chosen])
+        for site, chosen in features.items():
+            add("posterior_predictive", site, torch.cat(drawn[site]))
+            counts, has = counts_of(cells, site)
+            counts = counts.masked_fill(~has[:, None], torch.nan)
+            add("observed_data", site, counts if chosen is None else counts[:, chosen])
+        add("constant_data", "has_rna", cells.has_rna)
+        add("constant_data", "has_atac", cells.has_atac)
+    coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
+    dims: dict[str, list[str]] = {"z": ["cell", "latent"], "l": ["cell"], "d": ["cell"]}
+    dims.update(has_rna=["cell"], has_atac=["cell"])
+    for site in features:
+        coords[_FEATURE_DIM[site]] = list(feature_names[site])
+        dims[site] = ["cell", _FEATURE_DIM[site]]
+    # One chain in front of the draws; cells are joined along their own axis.
+    groups: dict[str, dict[str, Any]] = {}
+    for group, by_site in parts.items():
+        of_draws = group not in ("observed_data", "constant_data")
+        groups[group] = {
+            site: np.concatenate(values, 1)[None] if of_draws else np.concatenate(values)
+            for site, values in by_site.items()
+        }
+    return _joined(arviz, groups, coords, dims)
+
+
+def _joined(
+    arviz: Any,
+    groups: Mapping[str, dict[str, Any]],
+    coords: Mapping[str, Any],
+    dims: Mapping[str, list[str]],
+) -> Any:
+    """One object of all groups: x has genes everywhere but in the log-likelihood, hence two steps."""
+    others = {name: values for name, values in groups.items() if name != "log_likelihood"}
+    used = {site for values in others.values() for site in values}
+    made = arviz.from_dict(
+        **others, coords=dict(coords), dims={site: names for site, names in dims.items() if site in used}
+    )
+    scored = groups["log_likelihood"]
+    of_cells = {site: ["cell"] for site in scored}
+    made.extend(arviz.from_dict(log_likelihood=scored, coords={"cell": coords["cell"]}, dims=of_cells))
+    return made
+
+
+def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) -> dict[tuple[str, str], Tensor]:
+    """Latents and log-likelihoods of a minibatch by group and site, (S, B, ...)."""
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    for first in range(0, n_samples, _DRAWS_AT_A_TIME):
+        size = min(_DRAWS_AT_A_TIME, n_samples - first)
+        with evaluation_mode(program):
+            latents = draw_latents(program, cells, size, seed, first)
+            trace = model_trace(program.model, cells, latents)
+            trace.compute_log_prob()
+            for name, node in random_sites(trace).items():
+                if node["is_observed"]:
+                    parts.setdefault(("log_likelihood", name), []).append(node["unscaled_log_prob"])
+                    continue
+                event_shape = node["value"].shape[node["value"].dim() - node["fn"].event_dim :]
+                value = node["value"].expand(size, len(cells), *event_shape)
+                parts.setdefault(("posterior", name), []).append(value)
+    return {key: torch.cat(values) for key, values in parts.items()}

@@ -1,0 +1,167 @@
+"""Traces of a program: evaluation mode, and the terms of the ELBO that a pair of traces holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.program import MultiVIProgram, is_of_cells
+
+#: Sites that are terms of training, not of the model.
+TRAINING_SITES = ("alignment", "mixing")
+
+
+@contextmanager
+def evaluation_mode(program: MultiVIProgram) -> Iterator[None]:
+    """No gradients, no dropout, no validation; every state, also torch's random one, as before afterwards."""
+    modes = [(module, module.training) for module in program.modules()]
+    device = next(program.parameters()).device
+    program.eval()
+    try:
+        with (
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass
+class Terms:
+    """Sums over cells of each term, in nats, and over how many cells each was summed.
+
+    The sums are scalars (float64) on the device that made them. It is only waited for when one of them is read.
+
+    Attributes
+    ----------
+    log_likelihood
+        Sum of log p(site | ...) for each observed site (``"x"``, ``"y"``).
+    kl
+        Sum of KL(q | prior) for each latent site (``"z"``, ``"l"``, ``"d"``).
+    training
+        Sum of each training-only term (``"alignment"``, ``"mixing"``).
+    n_measured
+        Number of cells in which an observed site was measured.
+    n_cells
+        Number of cells.
+    """
+
+    log_likelihood: dict[str, Tensor] = field(default_factory=dict)
+    kl: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Tensor] = field(default_factory=dict)
+    n_measured: dict[str, Tensor] = field(default_factory=dict)
+    n_cells: int = 0
+
+    def __iadd__(self, other: Terms) -> Terms:
+        for name in ("log_likelihood", "kl", "training", "n_measured"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            for site, value in theirs.items():
+                mine[site] = mine.get(site, 0) + value
+        self.n_cells += other.n_cells
+        return self
+
+    @property
+    def elbo(self) -> float:
+        """Evidence lower bound summed over cells, in nats."""
+        log_likelihood, kl, _, _ = self._read()
+        return sum(log_likelihood.values()) - sum(kl.values())
+
+    def _read(self) -> tuple[dict[str, float], ...]:
+        """All sums as numbers: log_likelihood, kl, training, n_measured. They come from the device in one go."""
+        groups = (self.log_likelihood, self.kl, self.training, self.n_measured)
+        values = [value for group in groups for value in group.values()]
+        numbers = iter(torch.stack(values).tolist() if values else [])
+        return tuple({name: next(numbers) for name in group} for group in groups)
+
+    def per_cell(self) -> dict[str, float]:
+        """Named losses (lower is better) in nats per cell.
+
+        ``elbo`` and ``reconstruction_loss`` carry the sign that scvi-tools gives them: they are the
+        negative of what their names say. ``reconstruction_expression`` and
+        ``reconstruction_accessibility`` are per *measured* cell, everything else is per cell.
+        """
+        n = max(self.n_cells, 1)
+        log_likelihood, kl, training, n_measured = self._read()
+        row = {
+            "elbo": (sum(kl.values()) - sum(log_likelihood.values())) / n,
+            "reconstruction_loss": -sum(log_likelihood.values()) / n,
+            "kl_local": sum(kl.values()) / n,
+        }
+        for site, value in log_likelihood.items():
+            name = {"x": "expression", "y": "accessibility"}.get(site, site)
+            row[f"reconstruction_{name}"] = -value / max(n_measured[site], 1)
+        row.update({f"kl_{site}": value / n for site, value in kl.items()})
+        row.update({site: value / n for site, value in training.items()})
+        return row
+
+
+def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
+    """Read the terms off a pair of traces whose log probabilities have been computed."""
+    terms = Terms(n_cells=len(cells))
+    for name, site in random_sites(model_trace).items():
+        if not site["is_observed"]:
+            # A latent that all cells share belongs to each of them in equal parts: summed over a pass, once.
+            share = 1.0 if is_of_cells(site) else len(cells) / cells.n_total
+            terms.kl[name] = share * _total(kl(guide_trace.nodes[name], site), site)
+        else:
+            terms.log_likelihood[name] = _total(site["unscaled_log_prob"], site)
+            terms.n_measured[name] = cells.measured(name).sum().double()
+    for name in TRAINING_SITES:
+        if name in guide_trace.nodes:
+            # A factor in the guide counts as minus log q: adding it raises the loss.
+            site = guide_trace.nodes[name]
+            terms.training[name] = _total(site["unscaled_log_prob"], site)
+    return terms
+
+
+@torch.no_grad()
+def measure(program: MultiVIProgram, cells: Cells) -> Terms:
+    """Terms of one minibatch with one draw of the latents per cell."""
+    guide_trace = poutine.trace(program.guide).get_trace(cells)
+    model_trace = poutine.trace(poutine.replay(program.model, trace=guide_trace)).get_trace(cells)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return terms_of(cells, model_trace, guide_trace)
+
+
+def _total(values: Tensor, site: Any) -> Tensor:
+    """Sum over cells; the mean over the particles of a vectorised ELBO."""
+    particles = {frame.size for frame in site["cond_indep_stack"] if frame.name == "num_particles_vectorized"}
+    return values.detach().sum().double() / max(particles, default=1)
+
+
+def random_sites(trace: Trace) -> dict[str, Any]:
+    """Latents and data of a trace by name: its sample sites without deterministic ones and plates."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
+    }
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site holds a value that follows from others (``pyro.deterministic``)."""
+    return bool((site["infer"] or {}).get("_deterministic", False))
+
+
+def kl(guide_site: Any, model_site: Any) -> Tensor:
+    """KL(q | p) of each draw and cell, in closed form where there is one, else at the draw."""
+    try:
+        return kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        difference: Tensor = guide_site["unscaled_log_prob"] - model_site["unscaled_log_prob"]
+        return difference

@@ -1,0 +1,218 @@
+"""What was not measured counts for nothing, and what was measured as nothing counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import scipy.sparse as sp
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+import pyro_multivi as pm
+from pyro_multivi.data.sparse import SparseCounts
+
+PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 5), slice(5, 8), slice(8, 12)
+ONLY = [pytest.param(RNA_ONLY, "y", id="rna"), pytest.param(ATAC_ONLY, "x", id="atac")]
+
+
+def rows(cells, chosen):
+    """The chosen cells as a minibatch of their own."""
+    index = torch.arange(len(cells))[chosen]
+    taken = {name: getattr(cells, name)[index] for name in ("index", "has_rna", "has_atac", "design", "label")}
+    return cells.replace(
+        x=SparseCounts.from_dense(cells.x.to_dense()[index]),
+        y=SparseCounts.from_dense(cells.y.to_dense()[index]),
+        n_total=len(index),
+        **taken,
+    )
+
+
+def log_probs(program, cells, latents):
+    """Log probability of each cell at every site, of guide and model, at given latents; of the guide's d where it is.
+
+    A Delta's own is that of being equal to the last bit, and products of few rows may round otherwise than of many.
+    Where there is no ATAC d is drawn anew each time.
+    """
+    fixed = {name: value.detach() for name, value in latents.items()}
+    guide = poutine.trace(poutine.condition(program.guide, fixed)).get_trace(cells)
+    model = poutine.trace(poutine.condition(program.model, fixed)).get_trace(cells)
+    found = {}
+    for role, trace in (("guide", guide), ("model", model)):
+        trace.compute_log_prob()
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and name != "cells":
+                is_point = isinstance(site["fn"], dist.Delta)
+                found[role, name] = site["fn"].v * cells.has_atac if is_point else site["unscaled_log_prob"]
+    return found
+
+
+def latents_of(program, cells):
+    trace = poutine.trace(program.guide).get_trace(cells)
+    return {name: trace.nodes[name]["value"].detach() for name in ("z", "l", "d")}
+
+
+@pytest.mark.parametrize("chosen", [PAIRED, RNA_ONLY, ATAC_ONLY], ids=["paired", "rna", "atac"])
+@pytest.mark.parametrize("weights", ["equal", "universal", "cell"])
+def test_a_cell_does_not_notice_the_other_cells_of_a_mosaic(make_program, make_cells, chosen, weights):
+    program = make_program(torch.float64, modality_weights=weights)
+    cells = make_cells(dtype=torch.float64)
+    latents = latents_of(program, cells)
+    together = log_probs(program, cells, latents)
+    alone = log_probs(program, rows(cells, chosen), {name: value[chosen] for name, value in latents.items()})
+    assert together.keys() == alone.keys()
+    # How kinds of cells lie to each other is about all of them.
+    alone = {site: value for site, value in alone.items() if site[1] != "mixing"}
+    for site, value in alone.items():
+        torch.testing.assert_close(together[site][chosen].expand_as(value), value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("chosen", "site"), ONLY)
+def test_a_missing_modality_is_an_absent_modality(make_program, make_cells, chosen, site):
+    """The same cells under a program that has no such modality at all, with the same weights."""
+    cells = rows(make_cells(dtype=torch.float64), chosen)
+    both = make_program(torch.float64)
+    absent = {"x": {"n_genes": 0}, "y": {"n_regions": 0}}[site]
+    one = make_program(torch.float64, **absent)
+    one.load_state_dict({name: both.state_dict()[name] for name in one.state_dict()})
+    latents = latents_of(both, cells)
+    for trace_of in (lambda p: p.guide, lambda p: p.model):
+        found = {}
+        for program in (both, one):
+            kept = {k: v for k, v in latents.items() if k in ("z", {"x": "d", "y": "l"}[site])}
+            trace = poutine.trace(poutine.condition(trace_of(program), kept)).get_trace(cells)
+            trace.compute_log_prob()
+            found[program] = trace
+        for name, node in found[one].nodes.items():
+            if node["type"] == "sample" and name != "cells":
+                expected, got = node["unscaled_log_prob"], found[both].nodes[name]["unscaled_log_prob"]
+                torch.testing.assert_close(got.expand_as(expected), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("chosen", "site"), ONLY)
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("penalty", ["contrastive", "Jeffreys", "MMD", "None"])
+def test_a_missing_modality_has_no_value_and_no_gradient(make_program, make_cells, chosen, site, elbo, penalty):
+    program = make_program(modality_weights="cell", modality_penalty=penalty)
+    cells = rows(make_cells(), chosen)
+    model = poutine.trace(program.model).get_trace(cells)
+    model.compute_log_prob()
+    assert torch.equal(model.nodes[site]["log_prob"], torch.zeros(len(cells)))
+    elbo().differentiable_loss(program.model, program.guide, cells).backward()
+    parts = {
+        "y": ("atac_", "cell_factor_head", "accessibility_decoder", "region_logit", "weight_net.1"),
+        "x": ("rna_", "library_head", "expression_decoder", "log_theta", "weight_net.0"),
+    }[site]
+    silent = {name for name, _ in program.named_parameters() if name.startswith(parts)}
+    assert len(silent) > 10
+    for name, parameter in program.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.any())
+        # Weights of an average of one expert are 1 whatever their logits.
+        assert moved == (name not in silent and not name.startswith("weight_net")), name
+
+
+@pytest.mark.parametrize("site", ["x", "y"])
+def test_junk_behind_the_mask_is_not_read(make_program, make_cells, site):
+    """Counts that stand where nothing was measured change no value and no gradient."""
+    program, cells = make_program(), make_cells(sparse=False)
+    measured = cells.has_rna if site == "x" else cells.has_atac
+    junk = torch.where(measured[:, None], getattr(cells, site), torch.tensor(1e6))
+
+    def loss_and_gradients(given):
+        torch.manual_seed(0)
+        program.zero_grad()
+        loss = TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, given)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in program.parameters()]
+
+    clean, dirty = loss_and_gradients(cells), loss_and_gradients(cells.replace(**{site: junk}))
+    assert clean[0] == dirty[0]
+    for left, right in zip(clean[1], dirty[1], strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("site", "flag", "other"), [("x", "has_rna", RNA_ONLY), ("y", "has_atac", ATAC_ONLY)])
+def test_a_measured_empty_cell_is_not_a_missing_one(make_program, make_cells, site, flag, other):
+    program, cells = make_program(), make_cells()
+    dense = getattr(cells, site).to_dense().clone()
+    dense[0] = 0  # a paired cell without any count
+    empty = cells.replace(**{site: SparseCounts.from_dense(dense)})
+    off = getattr(cells, flag).clone()
+    off[0] = False
+    missing = empty.replace(**{flag: off})
+    found = {}
+    for name, given in (("empty", empty), ("missing", missing)):
+        guide = poutine.trace(program.guide).get_trace(given)
+        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(given)
+        model.compute_log_prob()
+        guide.compute_log_prob()
+        found[name] = (
+            model.nodes[site]["log_prob"][0].item(),
+            guide.nodes["alignment"]["log_prob"][0].item(),
+            guide.nodes["z"]["fn"].mean[0],
+        )
+    assert found["empty"][0] < 0
+    assert found["missing"][0] == 0
+    assert found["empty"][1] > 0
+    assert found["missing"][1] == 0
+    assert not torch.equal(found["empty"][2], found["missing"][2])
+
+
+def test_a_cell_with_nothing_measured_has_the_prior_as_its_posterior(make_program, make_cells):
+    program, cells = make_program(), make_cells()
+    off = cells.has_rna.clone(), cells.has_atac.clone()
+    off[0][0] = off[1][0] = False
+    cells = cells.replace(has_rna=off[0], has_atac=off[1])
+    guide = poutine.trace(program.guide).get_trace(cells)
+    assert torch.equal(guide.nodes["z"]["fn"].mean[0], torch.zeros(3))
+    assert torch.equal(guide.nodes["z"]["fn"].stddev[0], torch.ones(3))
+    TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, cells).backward()
+    assert all(torch.isfinite(p.grad).all() for p in program.parameters())
+
+
+def test_guide_of_l_and_d_is_the_prior_where_unmeasured(make_program, make_cells):
+    program, cells = make_program(), make_cells((0, 40, 40))
+    guide = poutine.trace(program.guide).get_trace(cells)
+    l, no_rna = guide.nodes["l"]["fn"], ~cells.has_rna
+    code = cells.design[:, :2].argmax(1)
+    torch.testing.assert_close(l.loc[no_rna], program.library_log_mean[code][no_rna])
+    torch.testing.assert_close(l.scale[no_rna].square(), program.library_log_var[code][no_rna])
+    d = guide.nodes["d"]["value"][~cells.has_atac]
+    assert d.unique().numel() == 40
+    assert d.min() < 0.2 < 0.8 < d.max()
+
+
+@pytest.mark.parametrize(("n", "kept"), [((0, 40, 0), "Gene Expression"), ((0, 0, 40), "Peaks")], ids=["rna", "atac"])
+@pytest.mark.parametrize("features", ["dropped", "kept"])
+def test_models_of_one_modality_run_end_to_end(n, kept, features):
+    """Whether the other modality's features are in the data without a cell, or not in the data."""
+    adata = pm.simulate_multiome(n, n_genes=20, n_regions=30, n_batches=2)
+    if features == "dropped":
+        adata = adata[:, adata.var["feature_types"] == kept].copy()
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(4, progress_bar=False, batch_size=16)
+    assert model.history["train_loss"].iloc[-1, 0] < model.history["train_loss"].iloc[0, 0] + 5
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_elbo())
+    has, lacks = ("expression", "accessibility") if kept == "Gene Expression" else ("accessibility", "expression")
+    sizes = model.get_library_size_factors()
+    assert np.isfinite(sizes[has]).all()
+    assert lacks not in sizes or np.isnan(sizes[lacks]).all()
+    np.testing.assert_array_equal(model.get_latent_representation(modality=has), model.get_latent_representation())
+    with pytest.raises(ValueError, match="knows nothing of|none of the 40 cells has it"):
+        model.get_latent_representation(modality=lacks)
+
+
+def test_rows_of_zeros_marked_as_measured_stay_measured():
+    adata = pm.simulate_multiome((20, 5, 5), n_genes=20, n_regions=30)
+    x = adata.X.tolil()
+    x[0, :20] = 0
+    adata.X = sp.csr_matrix(x)
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(1, progress_bar=False)
+    assert np.isfinite(model.get_latent_representation(modality="expression", indices=[0])).all()
+    assert np.isfinite(model.get_library_size_factors(indices=[0])["expression"]).all()
+    assert model.get_reconstruction_error(indices=[0])["reconstruction_loss_expression"] > 0

@@ -1,0 +1,335 @@
+"""The analyst's door: construction, the latent state, depth factors, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import pyro_multivi as pm
+from pyro_multivi.traces import measure
+
+PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
+
+
+def small(adata, **choices):
+    return pm.MULTIVI(adata, **{"n_hidden": 6, "n_latent": 2, **choices})
+
+
+def trained(adata, epochs=2, **choices):
+    model = small(adata, **choices)
+    model.train(epochs, progress_bar=False, batch_size=32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One trained model of the mosaic, for tests that only read."""
+    adata = pm.simulate_multiome((30, 15, 15), n_genes=40, n_regions=60, n_batches=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    with torch.random.fork_rng():
+        return trained(adata, 3)
+
+
+@pytest.fixture
+def ready(mosaic):
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+    return mosaic
+
+
+RESULTS = {
+    "get_latent_representation": {},
+    "get_library_size_factors": {},
+    "get_region_factors": {},
+    "get_elbo": {},
+    "get_reconstruction_error": {},
+    "get_marginal_ll": {"n_mc_samples": 3},
+    "get_normalized_expression": {},
+    "get_accessibility_estimates": {},
+}
+
+
+# ---------------------------------------------------------------------- construction
+
+
+def test_data_that_were_not_set_up_are_refused(mosaic):
+    with pytest.raises(ValueError, match="setup_anndata"):
+        pm.MULTIVI(mosaic)
+
+
+@pytest.mark.parametrize(("name", "known"), [("n_genes", 40), ("n_regions", 60)])
+def test_numbers_of_features_are_checked(ready, name, known):
+    small(ready, **{name: known})
+    with pytest.raises(ValueError, match=f"{name}=41, but the data set up has {known}: leave {name} out"):
+        small(ready, **{name: 41})
+
+
+def test_fully_paired_is_checked(ready):
+    with pytest.raises(ValueError, match="fully_paired=True, but 30 of 60 cells lack a modality"):
+        small(ready, fully_paired=True)
+    paired = ready[:30].copy()
+    assert trained(paired, fully_paired=True).get_latent_representation().shape == (30, 2)
+
+
+def test_unknown_choices_are_refused_with_a_suggestion(ready):
+    with pytest.raises(ValueError, match="gene_likelihood='znb'.*Did you mean"):
+        small(ready, gene_likelihood="znb")
+    with pytest.raises(ValueError, match="gene-label.*labels_key"):
+        small(ready, dispersion="gene-label")
+
+
+def test_a_size_factor_model_needs_size_factors(ready):
+    with pytest.raises(ValueError, match="library='size_factor'.*size_factor_key"):
+        small(ready, library="size_factor")
+
+
+def test_size_factors_in_the_data_are_used(mosaic):
+    mosaic.obs["size"] = np.linspace(0.5, 2, 60)
+    mosaic.obs["open"] = np.linspace(0.1, 0.9, 60)
+    mosaic.obs.loc[mosaic.obs_names[ATAC_ONLY], "size"] = np.nan
+    mosaic.obs.loc[mosaic.obs_names[RNA_ONLY], "open"] = np.nan
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality", size_factor_key=["size", "open"])
+    model = trained(mosaic)
+    assert model.program.config.library == "size_factor"
+    found = model.get_library_size_factors()
+    np.testing.assert_allclose(found["expression"], mosaic.obs["size"], rtol=1e-6)
+    np.testing.assert_allclose(found["accessibility"], mosaic.obs["open"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["latent", "observed"])
+def test_the_model_starts_at_the_marginals_of_the_data(ready, library):
+    program = small(ready, library=library).program
+    x, y = ready.X[:45, :40].toarray(), ready.X[list(range(30)) + list(range(45, 60)), 40:].toarray() > 0
+    share = (x.sum(0) + 0.5) / (x.sum(0) + 0.5).sum()
+    np.testing.assert_allclose(program.expression_decoder.rho.bias.detach().softmax(0), share, rtol=1e-4)
+    rate = (y.sum(0) + 0.5) / (45 + 1)
+    r, p = program.region_factors().detach(), program.accessibility_decoder.p.bias.detach().sigmoid()
+    # p, d and r are below 1, so that the start cannot be higher than this.
+    np.testing.assert_allclose(0.5 * r * p, np.minimum(rate, 0.5 * 0.95 * 0.99), rtol=1e-3)
+    for code, batch in enumerate(["batch_0", "batch_1"]):
+        log_total = np.log(x[(ready.obs["batch"][:45] == batch).to_numpy()].sum(1))
+        assert program.library_log_mean[code].item() == pytest.approx(log_total.mean(), rel=1e-5)
+        assert program.library_log_var[code].item() == pytest.approx(max(log_total.var(), 0.01), rel=1e-4)
+
+
+def test_repr_tells_the_sizes(ready):
+    model = small(ready)
+    assert repr(model).startswith("MULTIVI: 40 genes (zinb, dispersion gene), 60 regions, 2 batches; latent 2")
+    assert "not trained" in repr(model)
+
+
+# ---------------------------------------------------------------------- what every method holds to
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_an_untrained_model_has_no_results(ready, method):
+    with pytest.raises(pm.NotTrainedError, match="not trained: call model.train"):
+        getattr(small(ready), method)(**RESULTS[method])
+
+
+def contents(adata):
+    """Everything an AnnData holds, by name, as comparable values."""
+    found = {"obs": adata.obs.copy(), "var": adata.var.copy(), "uns": repr(adata.uns), "X": adata.X.copy()}
+    for part in ("layers", "obsm", "varm", "obsp"):
+        found.update({f"{part}.{name}": value.copy() for name, value in getattr(adata, part).items()})
+    return found
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        other = after[name]
+        if isinstance(value, pd.DataFrame):
+            pd.testing.assert_frame_equal(value, other)
+        elif sp.issparse(value):
+            for part in ("data", "indices", "indptr"):
+                np.testing.assert_array_equal(getattr(value, part), getattr(other, part), err_msg=name)
+        else:
+            assert np.array_equal(value, other), name
+
+
+def test_no_method_changes_the_data_or_anything_global(ready, global_rng_untouched, tmp_path):
+    ready.layers["more"] = ready.X.copy()
+    before = contents(ready)
+    model = trained(ready)
+    for method, options in RESULTS.items():
+        getattr(model, method)(**options)
+        assert_same(before, contents(ready))
+    model.get_latent_representation(give_mean=False, n_samples=2)
+    model.save(tmp_path / "model", save_anndata=True)
+    pm.MULTIVI.load(tmp_path / "model", adata=ready).get_latent_representation()
+    assert_same(before, contents(ready))
+
+
+@pytest.mark.parametrize("method", [name for name in RESULTS if name != "get_region_factors"])
+def test_cells_may_be_chosen_in_every_way(shared, method):
+    names = shared.adata.obs_names
+    wanted = [3, 50, 31]
+    mask = np.zeros(60, dtype=bool)
+    mask[wanted] = True
+
+    def ask(indices):
+        result = getattr(shared, method)(indices=indices, **RESULTS[method])
+        parts = list(result.values()) if isinstance(result, dict) else [result]
+        return np.concatenate([np.ravel(part) for part in parts])
+
+    by_position = ask(wanted)
+    np.testing.assert_array_equal(by_position, ask(names[wanted]))
+    np.testing.assert_array_equal(by_position, ask(np.array(wanted) - 60))
+    np.testing.assert_array_equal(ask(sorted(wanted)), ask(mask))
+    np.testing.assert_array_equal(ask(mask), ask(pd.Series(mask, index=names)))
+    np.testing.assert_array_equal(ask(mask), ask(pd.array(mask, dtype="boolean")))
+    np.testing.assert_array_equal(ask([3]), ask(3))
+    np.testing.assert_array_equal(ask([3]), ask(names[3]))
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "match"),
+    [
+        ([], ValueError, "selects no cell"),
+        (np.zeros(60, dtype=bool), ValueError, "the mask is False everywhere"),
+        (np.ones(59, dtype=bool), ValueError, "a mask of 59 cells and the data has 60"),
+        ([60], IndexError, "holds 60, and the data has 60 cells"),
+        ([-61], IndexError, "holds -61"),
+        (["cell_99"], KeyError, "'cell_99', which is no cell of the data"),
+        ([0.5], ValueError, "values of type float64"),
+        ([[0, 1]], ValueError, "2 dimensions"),
+    ],
+    ids=str,
+)
+def test_cells_that_are_not_there_are_named(shared, indices, error, match):
+    with pytest.raises(error, match=match):
+        shared.get_latent_representation(indices=indices)
+
+
+@pytest.mark.parametrize("method", [name for name in RESULTS if name != "get_region_factors"])
+def test_results_do_not_depend_on_how_cells_are_cut(shared, method):
+    results = [getattr(shared, method)(batch_size=size, **RESULTS[method]) for size in (7, 512)]
+    left, right = [result if isinstance(result, dict) else {"": result} for result in results]
+    for name, value in left.items():
+        np.testing.assert_allclose(value, right[name], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name in RESULTS if name != "get_region_factors"])
+def test_other_cells_may_be_given_with_features_in_another_order(shared, method):
+    shuffled = shared.adata[:, np.random.default_rng(0).permutation(100)].copy()
+    left, right = getattr(shared, method)(**RESULTS[method]), getattr(shared, method)(shuffled, **RESULTS[method])
+    left, right = [result if isinstance(result, dict) else {"": result} for result in (left, right)]
+    for name, value in left.items():
+        np.testing.assert_allclose(value, right[name], rtol=2e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- the latent state
+
+
+def test_moments_and_draws_of_the_latent_state(shared):
+    mean = shared.get_latent_representation()
+    loc, variance = shared.get_latent_representation(return_dist=True)
+    np.testing.assert_array_equal(mean, loc)
+    assert mean.shape == variance.shape == (60, 2)
+    assert mean.dtype == variance.dtype == np.float32
+    draws = shared.get_latent_representation(give_mean=False, n_samples=4000)
+    assert draws.shape == (4000, 60, 2)
+    z = (draws.mean(0) - loc) / np.sqrt(variance / 4000)
+    assert np.abs(z).max() < 5
+    np.testing.assert_allclose(draws.var(0), variance, rtol=6 * np.sqrt(2 / 4000))
+    one = shared.get_latent_representation(give_mean=False)
+    assert one.shape == (60, 2)
+    np.testing.assert_array_equal(one, shared.get_latent_representation(give_mean=False, seed=0))
+    assert not np.array_equal(one, shared.get_latent_representation(give_mean=False, seed=1))
+    np.testing.assert_array_equal(one, draws[0])
+
+
+def test_a_modality_alone_is_nan_where_it_was_not_measured(shared):
+    rna = shared.get_latent_representation(modality="expression")
+    atac = shared.get_latent_representation(modality="accessibility")
+    assert np.isnan(rna[ATAC_ONLY]).all()
+    assert np.isnan(atac[RNA_ONLY]).all()
+    assert np.isfinite(rna[:45]).all()
+    assert np.isfinite(np.delete(atac, RNA_ONLY, 0)).all()
+    assert len(np.unique(rna[:45], axis=0)) == 45
+    joint, variance = shared.get_latent_representation(return_dist=True)
+    np.testing.assert_allclose(joint[PAIRED], (rna + atac)[PAIRED] / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(joint[RNA_ONLY], rna[RNA_ONLY])
+    np.testing.assert_array_equal(joint[ATAC_ONLY], atac[ATAC_ONLY])
+    _, of_rna = shared.get_latent_representation(modality="expression", return_dist=True)
+    _, of_atac = shared.get_latent_representation(modality="accessibility", return_dist=True)
+    np.testing.assert_allclose(variance[PAIRED], (of_rna + of_atac)[PAIRED] / 4, rtol=1e-5)
+    for moment in shared.get_latent_representation(modality="expression", return_dist=True):
+        np.testing.assert_array_equal(np.isnan(moment).all(1), np.arange(60) >= 45)
+    draws = shared.get_latent_representation(modality="expression", give_mean=False, n_samples=3)
+    assert np.isnan(draws[:, ATAC_ONLY]).all()
+    assert np.isfinite(draws[:, :45]).all()
+
+
+def test_a_modality_that_no_chosen_cell_has_is_an_error(shared):
+    with pytest.raises(ValueError, match="none of the 15 cells has it. Use modality='joint'"):
+        shared.get_latent_representation(modality="expression", indices=list(range(45, 60)))
+    with pytest.raises(ValueError, match="modality='rna' is not allowed: choose one of 'joint'"):
+        shared.get_latent_representation(modality="rna")
+    with pytest.raises(ValueError, match="n_samples=0 is not allowed"):
+        shared.get_latent_representation(give_mean=False, n_samples=0)
+
+
+def test_ln_is_what_the_decoders_read_and_does_not_vary(ready):
+    model = trained(ready, latent_distribution="ln")
+    mean = model.get_latent_representation()
+    np.testing.assert_array_equal(mean, model.get_latent_representation(seed=7))
+    np.testing.assert_allclose(mean.sum(1), 1, rtol=1e-5)
+    loc, _ = model.get_latent_representation(return_dist=True)
+    np.testing.assert_allclose(mean, np.exp(loc) / np.exp(loc).sum(1, keepdims=True), rtol=1e-5)
+    draws = model.get_latent_representation(give_mean=False, n_samples=3)
+    np.testing.assert_allclose(draws.sum(-1), 1, rtol=1e-5)
+    assert np.ptp(draws, 0).max() > 0
+
+
+# ---------------------------------------------------------------------- depth
+
+
+def test_library_sizes_are_near_the_observed_depth_before_any_learning(ready):
+    model = small(ready)
+    model.is_trained = True
+    sizes = model.get_library_size_factors()
+    depth = np.ravel(ready.X[:, :40].sum(1))
+    # The mean of a LogNormal of log standard deviation exp(-2).
+    np.testing.assert_allclose(sizes["expression"][:45], depth[:45] * np.exp(np.exp(-4) / 2), rtol=1e-3)
+    assert np.isnan(sizes["expression"][ATAC_ONLY]).all()
+    assert np.isnan(sizes["accessibility"][RNA_ONLY]).all()
+    d = np.delete(sizes["accessibility"], RNA_ONLY)
+    n_open = np.delete((ready.X[:, 40:] > 0).sum(1), RNA_ONLY)
+    assert ((d > 0) & (d < 1)).all()
+    assert np.corrcoef(np.log(np.ravel(n_open)), np.log(d / (1 - d)))[0, 1] > 0.99
+
+
+def test_an_observed_library_is_the_total_count(ready):
+    sizes = trained(ready, library="observed").get_library_size_factors()["expression"]
+    np.testing.assert_allclose(sizes[:45], np.ravel(ready.X[:45, :40].sum(1)))
+
+
+def test_region_factors(ready, shared):
+    r = shared.get_region_factors()
+    assert r.shape == (60,)
+    assert ((r > 0) & (r < 1)).all()
+    with pytest.raises(ValueError, match="region_factors=False was chosen"):
+        trained(ready, region_factors=False).get_region_factors()
+    rna = ready[:45, :40].copy()
+    with pytest.raises(ValueError, match="no regions, so it knows nothing of accessibility"):
+        trained(rna).get_region_factors()
+
+
+# ---------------------------------------------------------------------- the bound
+
+
+def test_the_elbo_is_that_of_the_program(shared):
+    cells = shared.minibatch()
+    values = [measure(shared.program, cells).elbo / 60 for _ in range(50)]
+    found = shared.get_elbo(n_particles=50)
+    assert abs(found - np.mean(values)) < 5 * np.std(values) * np.sqrt(2 / 50)
+    rows = [measure(shared.program, cells).per_cell() for _ in range(50)]
+    errors = shared.get_reconstruction_error(n_particles=50)
+    assert set(errors) == {"reconstruction_loss_expression", "reconstruction_loss_accessibility"}
+    for name, value in errors.items():
+        drawn = [row[name.replace("_loss", "")] for row in rows]
+        assert abs(value - np.mean(drawn)) < 5 * np.std(drawn) * np.sqrt(2 / 50)

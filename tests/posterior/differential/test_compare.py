@@ -1,0 +1,230 @@
+"""Differential tests: what comes back, for which groups, from how much memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyro_multivi.distributions import Readout
+from pyro_multivi.posterior.differential import group_draws as pools
+from pyro_multivi.posterior.differential.compare import estimated_delta
+from pyro_multivi.posterior.differential.tables import expected_fdr_calls
+from pyro_multivi.posterior.engine.draws import draw
+
+
+def close(found, expected, atol=2e-4):
+    np.testing.assert_allclose(np.asarray(found, dtype=float), expected, rtol=2e-3, atol=atol)
+
+
+def test_estimated_delta_lies_between_the_modes():
+    rng = np.random.default_rng(0)
+    change = np.concatenate([rng.normal(0, 0.05, 800), rng.normal(2, 0.2, 100), rng.normal(-1, 0.2, 100)])
+    assert estimated_delta(change, 0.1) == pytest.approx(0.6 * 1.5, abs=0.05)
+    assert estimated_delta(rng.normal(0, 1e-3, 100), 0.1) == 0.1
+    assert estimated_delta(np.full(5, 2.0), 0.1) == 0.1
+
+
+def test_fdr_calls_are_the_largest_prefix_within_the_target():
+    p = np.array([0.2, 0.99, np.nan, 0.97, 0.90, 0.99, 0.5])
+    assert expected_fdr_calls(p, 0.04).tolist() == [False, True, False, True, True, True, False]
+    assert expected_fdr_calls(p, 0.03).tolist() == [False, True, False, True, False, True, False]
+    assert not expected_fdr_calls(np.full(3, np.nan), 0.9).any()
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_statistics_of_counts_are_of_measured_cells(fitted, groups, site, unit):
+    table = groups.compared(site, unit=unit)
+    for number, index in ((1, groups.first), (2, groups.second)):
+        cells = fitted.minibatch(index)
+        x = cells.x.to_dense()[cells.has_rna].double().numpy()
+        y = cells.y.to_dense()[cells.has_atac].double().numpy()
+        assert 0 < len(x) < len(index)
+        if site == "p":
+            close(table[f"emp_prob{number}"], (y > 0).mean(0), atol=1e-9)
+            continue
+        close(table[f"raw_mean{number}"], x.mean(0), atol=1e-9)
+        close(table[f"non_zeros_proportion{number}"], (x > 0).mean(0), atol=1e-9)
+        close(table[f"raw_normalized_mean{number}"], (1e4 * x / x.sum(1, keepdims=True)).mean(0), atol=1e-6)
+    if site == "p":
+        close(table["emp_effect"], table["emp_prob1"] - table["emp_prob2"])
+
+
+def test_without_measured_cells_counts_are_nan_and_it_is_said(groups, caplog):
+    atac_only = np.arange(150, 200)
+    table = groups.compared("rho", idx1=atac_only, idx2=np.arange(100))
+    assert "Group 1 has no cell with RNA" in caplog.text
+    assert table[["raw_mean1", "non_zeros_proportion1", "raw_normalized_mean1"]].isna().all(axis=None)
+    assert table["raw_mean2"].notna().all()
+    assert table["proba_de"].between(0, 1).all()
+
+
+def test_columns_and_order_are_those_scvi_users_know(fitted, groups):
+    de = fitted.differential_expression(groupby="cell_type", n_samples=100)
+    assert list(de.columns) == [
+        "proba_de", "proba_not_de", "bayes_factor", "scale1", "scale2", "pseudocounts", "delta",
+        "lfc_mean", "lfc_median", "lfc_std", "lfc_min", "lfc_max", "raw_mean1", "raw_mean2",
+        "non_zeros_proportion1", "non_zeros_proportion2", "raw_normalized_mean1", "raw_normalized_mean2",
+        "is_de_fdr_0.05", "comparison", "group1", "group2",
+    ]  # fmt: skip
+    assert de["comparison"].unique().tolist() == [f"type_{t} vs Rest" for t in range(4)]
+    assert all(rows["proba_de"].is_monotonic_decreasing for _, rows in de.groupby("comparison"))
+    da = fitted.differential_accessibility(groupby="cell_type", n_samples=100)
+    assert list(da.columns) == [
+        "prob_da", "is_da_fdr", "bayes_factor", "effect_size", "emp_effect", "est_prob1", "est_prob2",
+        "emp_prob1", "emp_prob2", "change_mean", "change_std", "delta", "comparison", "group1", "group2",
+    ]  # fmt: skip
+    assert list(da.index) == 4 * groups.names("p")
+    short = fitted.differential_accessibility(groupby="cell_type", n_samples=100, all_stats=False)
+    assert list(short.columns) == [name for name in da if not name.startswith("emp_")]
+    pd.testing.assert_frame_equal(short, da[short.columns])
+    vanilla = fitted.differential_expression(idx1=groups.first, mode="vanilla", n_samples=100, all_stats=False)
+    assert list(vanilla.columns) == ["proba_m1", "proba_m2", "bayes_factor", "scale1", "scale2"]
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_sign_is_group_1_over_group_2(groups, site, unit):
+    change = "lfc_mean" if site == "rho" else "change_mean"
+    # Of the model's means as they are: counts may turn a change that the decoder has wrong.
+    table = groups.compared(site, unit=unit, calibrated=False)
+    first, second = ("scale1", "scale2") if site == "rho" else ("est_prob1", "est_prob2")
+    ratio = np.log2(table[first] / table[second])
+    # Means of logarithms and logarithms of means agree in sign where they are not near 0.
+    sure = (ratio.abs() > 1).to_numpy()
+    assert sure.sum() > 3
+    assert (np.sign(table[change]) == np.sign(ratio))[sure].all()
+    straight = groups.compared(site, unit=unit)
+    turned = groups.compared(site, unit=unit, idx1=groups.second, idx2=groups.first)
+    close(straight[change], -turned[change])
+
+
+def test_a_cell_against_a_cell_has_spread(fitted):
+    table = fitted.differential_expression(idx1=[0], idx2=[1], unit="cell", n_samples=200)
+    assert (table["lfc_std"] > 1e-3).all()
+    assert table["proba_de"].between(0.02, 0.98).any()
+
+
+def test_ways_to_name_the_same_groups(fitted):
+    obs = fitted.adata.obs
+    chosen = (obs["cell_type"] == "type_1").to_numpy()
+    by_column = fitted.differential_accessibility(groupby="cell_type", group1="type_1", n_samples=100)
+    ways = [chosen, np.flatnonzero(chosen), list(obs_names(fitted)[chosen]), "cell_type == 'type_1'"]
+    for idx1 in ways:
+        table = fitted.differential_accessibility(idx1=idx1, n_samples=100)
+        pd.testing.assert_frame_equal(table, by_column[table.columns])
+    pair = fitted.differential_accessibility(groupby="cell_type", group1=["type_1", "type_3"], group2="type_0")
+    assert pair["comparison"].unique().tolist() == ["type_1 vs type_0", "type_3 vs type_0"]
+
+
+def obs_names(model):
+    return model.adata.obs_names
+
+
+def test_cells_without_a_group_are_in_no_rest(fitted):
+    adata = fitted.adata.copy()
+    adata.obs["part"] = ["a"] * 60 + ["b"] * 60 + [None] * 80
+    table = fitted.differential_accessibility(adata, groupby="part", group1="a", n_samples=100)
+    expected = fitted.differential_accessibility(idx1=np.arange(60), idx2=np.arange(60, 120), n_samples=100)
+    pd.testing.assert_frame_equal(table[expected.columns], expected)
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+def test_a_feature_list_gives_the_same_probabilities(fitted, groups, unit):
+    table = groups.compared("rho", unit=unit)
+    some = fitted.differential_expression(
+        idx1=groups.first, idx2=groups.second, n_samples=groups.n, unit=unit, batch_size=7,
+        gene_list=["gene_07", "gene_30"],
+    )  # fmt: skip
+    assert sorted(some.index) == ["gene_07", "gene_30"]
+    columns = [name for name in table if not name.startswith("is_")]
+    pd.testing.assert_frame_equal(some.sort_index()[columns], table.loc[["gene_07", "gene_30"], columns], rtol=1e-3)
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+def test_seeds_and_the_users_data(fitted, unit, global_rng_untouched):
+    obs, uns, layers = fitted.adata.obs.copy(), list(fitted.adata.uns), list(fitted.adata.layers)
+    first = fitted.differential_expression(groupby="cell_type", unit=unit, n_samples=100)
+    pd.testing.assert_frame_equal(first, fitted.differential_expression(groupby="cell_type", unit=unit, n_samples=100))
+    other = fitted.differential_expression(groupby="cell_type", unit=unit, n_samples=100, seed=1)
+    assert not first["scale1"].sort_index().equals(other["scale1"].sort_index())
+    pd.testing.assert_frame_equal(fitted.adata.obs, obs)
+    assert (list(fitted.adata.uns), list(fitted.adata.layers)) == (uns, layers)
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_no_tensor_holds_all_features_of_all_draws(groups, site, unit, monkeypatch):
+    widths = []
+    logits_at = Readout._logits_at
+
+    def spy(self, features):
+        found = logits_at(self, features)
+        widths.append(found.shape[-1])
+        return found
+
+    monkeypatch.setattr(Readout, "_logits_at", spy)
+    monkeypatch.setattr(Readout, "dense", lambda self: pytest.fail("all features at once"))
+    monkeypatch.setattr(pools, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(pools, "BLOCK", 8 * groups.n)
+    monkeypatch.setattr("pyro_multivi.distributions.kernels.readout.STREAM_WIDTH", 8)
+    whole = groups.compared(site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    assert max(widths) == 8
+    monkeypatch.undo()
+    again = groups.compared(site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    pd.testing.assert_frame_equal(whole, again, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+def test_each_group_is_decoded_once_for_all_comparisons(fitted, unit, monkeypatch):
+    drawn = []
+    draw = pools.DrawSource.draw
+
+    def spy(self, index, batches):
+        drawn.append(len(index))
+        return draw(self, index, batches)
+
+    monkeypatch.setattr(pools.DrawSource, "draw", spy)
+    fitted.differential_accessibility(groupby="cell_type", unit=unit, n_samples=20, pseudocounts=None, delta=None)
+    assert sorted(drawn) == sorted(fitted.adata.obs["cell_type"].value_counts())
+
+
+@pytest.fixture
+def smooth(groups):
+    """The groups, with decoders that have all features change too little."""
+    cells = groups.model.minibatch(np.arange(5))
+    weights = [draw(groups.model.program, cells, (site,))[site].weight for site in ("rho", "p")]
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.mul_(0.3)
+    yield groups
+    for weight, value in zip(weights, kept, strict=True):
+        weight.copy_(value)
+
+
+@pytest.mark.parametrize("batch_correction", [False, True])
+@pytest.mark.parametrize("site", ["rho", "p"])
+def test_counts_correct_what_the_decoder_smooths_away(smooth, site, batch_correction):
+    asked = {"batch_correction": batch_correction, "all_stats": True}
+    plain, corrected = (smooth.compared(site, calibrated=calibrated, **asked) for calibrated in (False, True))
+    if site == "rho":
+        counted = np.log2(plain["raw_normalized_mean1"]) - np.log2(plain["raw_normalized_mean2"])
+    else:
+        counted = plain["emp_effect"]
+    change = "lfc_mean" if site == "rho" else "change_mean"
+    sure = np.abs(counted) > (0.8 if site == "rho" else 0.1)
+    assert sure.sum() >= 8
+
+    def slope(table):
+        return (table[change] * counted)[sure].sum() / (counted[sure] ** 2).sum()
+
+    assert slope(plain) < 0.6
+    assert slope(corrected) > 0.75
+    assert slope(corrected) < 1.1
+
+
+def test_where_nothing_was_measured_the_model_speaks(smooth):
+    rna_only = {"idx1": np.arange(100, 125), "idx2": np.arange(125, 150), "mode": "vanilla"}
+    plain, corrected = (smooth.compared("p", calibrated=calibrated, **rna_only) for calibrated in (False, True))
+    close(corrected["proba_m1"], plain["proba_m1"])

@@ -1,0 +1,74 @@
+"""Groups of several comparisons, taken apart, and put together from draws of their parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_multivi.posterior.differential.cell_pairs import Side, pair_order
+from pyro_multivi.posterior.differential.contrasts import Contrast, Parts
+from pyro_multivi.posterior.differential.group_draws import Key, _evenly
+
+
+def test_every_group_is_a_union_of_disjoint_parts():
+    rng = np.random.default_rng(0)
+    contrasts = []
+    for _ in range(4):
+        side = rng.integers(3, size=50)
+        contrasts.append(Contrast(*(torch.from_numpy(np.flatnonzero(side == one)) for one in (1, 2))))
+    parts = Parts.of(contrasts)
+    everyone = torch.cat(parts.cells)
+    assert len(torch.unique(everyone)) == len(everyone)
+    for contrast, sides in zip(contrasts, parts.sides, strict=True):
+        for index, numbers in zip((contrast.index1, contrast.index2), sides, strict=True):
+            union = torch.cat([parts.cells[number] for number in numbers]).sort()[0]
+            assert torch.equal(union, index)
+
+
+def test_there_are_no_more_parts_than_groups():
+    cells = [torch.arange(start, 30, 3) for start in range(3)]
+    against_rest = [
+        Contrast(cells[one], torch.cat([cells[two] for two in range(3) if two != one]).sort()[0]) for one in range(3)
+    ]
+    parts = Parts.of(against_rest)
+    assert [part.tolist() for part in parts.cells] == [part.tolist() for part in cells]
+    assert parts.sides == (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1)))
+    # A single comparison against the rest needs no more than two.
+    assert len(Parts.of(against_rest[:1]).cells) == 2
+
+
+def test_a_union_has_draws_of_its_parts_in_proportion_and_of_each_batch():
+    keys, strata = [Key(0, (0, 1)), Key(1, (0, 1)), Key(2, (0, 1))], [slice(0, 50), slice(50, 100)]
+    values = {key: torch.arange(100.0)[:, None] + 1000 * key.part for key in keys}
+    number = np.zeros(3)
+    for seed in range(200):
+        taken = Side.of(np.random.default_rng(seed), keys, [7, 3, 1], strata).take(values)[:, 0]
+        assert len(taken) == 100
+        assert (taken[:50] % 1000 < 50).all()
+        assert (taken[50:] % 1000 >= 50).all()
+        assert len(taken.unique()) == 100
+        number += np.bincount((taken // 1000).long().numpy(), minlength=3)
+    np.testing.assert_allclose(number / number.sum(), np.array([7, 3, 1]) / 11, atol=0.005)
+
+
+@pytest.mark.parametrize("n_pairs", [None, 500])
+def test_pairs_share_a_batch(n_pairs):
+    rng, strata = np.random.default_rng(0), [slice(0, 60), slice(60, 100)]
+    order = pair_order(rng, 100, n_pairs, strata, torch.device("cpu"))
+    if n_pairs is None:
+        assert order is None
+        order = pair_order(rng, 100, None, None, torch.device("cpu"))
+        assert all(torch.equal(part.sort()[0], torch.arange(100)) for part in order)
+    else:
+        assert torch.equal(order[0] < 60, order[1] < 60)
+        assert 0.5 < (order[0] < 60).double().mean() < 0.7
+
+
+def test_any_draws_in_a_row_have_each_cell_nearly_as_often():
+    chosen, number = _evenly(np.random.default_rng(0), 7, 50)
+    for start in range(40):
+        times = np.bincount(chosen[start : start + 10], minlength=7)
+        assert np.ptp(times) <= 2
+    for cell in range(7):
+        assert number[chosen == cell].tolist() == list(range((chosen == cell).sum()))

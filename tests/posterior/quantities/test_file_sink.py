@@ -1,0 +1,260 @@
+"""Results written to disk block by block."""
+
+from __future__ import annotations
+
+import logging
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from pyro_multivi import MULTIVI
+from pyro_multivi.posterior.quantities import array_sink as sinks
+from pyro_multivi.posterior.quantities import estimates
+from pyro_multivi.posterior.quantities import file_sink as store
+from pyro_multivi.posterior.quantities import output as deliver
+from pyro_multivi.posterior.quantities.file_sink import Store, digest
+
+SUFFIXES = [".h5ad", ".zarr"]
+
+
+def read(path):
+    return anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
+
+
+@pytest.fixture(params=SUFFIXES)
+def out(request, tmp_path):
+    if request.param == ".zarr":
+        pytest.importorskip("zarr")
+    return tmp_path / f"result{request.param}"
+
+
+@pytest.fixture
+def no_arrays(monkeypatch):
+    """Fails the test if the result is collected in memory."""
+
+    def never(*_, **__):
+        raise AssertionError("the result was collected in memory")
+
+    monkeypatch.setattr(sinks.Arrays, "__init__", never)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A failure in the n-th minibatch that is decoded; how many were is counted."""
+    decode, seen = estimates.decode, []
+
+    def at(n):
+        def failing(program, cells, *rest):
+            seen.append(len(cells))
+            if len(seen) == n:
+                raise OSError("no space left")
+            return decode(program, cells, *rest)
+
+        seen.clear()
+        monkeypatch.setattr(estimates, "decode", failing)
+        return seen
+
+    return at
+
+
+def test_a_file_holds_what_memory_would(fitted, out):
+    expected = fitted.get_accessibility_estimates(n_samples=25, return_interval=0.9)
+    path = fitted.get_accessibility_estimates(n_samples=25, return_interval=0.9, out=out, silent=True, batch_size=64)
+    assert path == out
+    found = read(out)
+    assert list(found.obs_names) == list(expected.mean.index)
+    assert list(found.var_names) == list(expected.mean.columns)
+    np.testing.assert_allclose(found.X, expected.mean, rtol=1e-5)
+    for name in ("sd", "lower", "upper"):
+        np.testing.assert_allclose(found.layers[name], getattr(expected, name), rtol=1e-4, atol=1e-7)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_threshold_writes_it_sparse(fitted, out):
+    expected = fitted.get_accessibility_estimates(threshold=0.4, return_numpy=True)
+    fitted.get_accessibility_estimates(threshold=0.4, out=out, silent=True, batch_size=64)
+    found = read(out).X
+    assert isinstance(found, sp.csr_matrix)
+    assert found.nnz == expected.nnz
+    np.testing.assert_allclose(found.toarray(), expected.toarray(), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_arrays")
+def test_nothing_is_collected_in_memory(fitted, out):
+    fitted.get_normalized_expression(out=out, silent=True, gene_list=["gene_04", "gene_01"], indices=[2, 190])
+    found = read(out)
+    assert list(found.obs_names) == ["cell_002", "cell_190"]
+    assert list(found.var_names) == ["gene_04", "gene_01"]
+
+
+def test_a_backed_file_is_read_row_by_row(fitted, tmp_path):
+    path = fitted.get_accessibility_estimates(threshold=0.4, out=tmp_path / "a.h5ad", silent=True)
+    backed = anndata.read_h5ad(path, backed="r")
+    row = backed.X[7].toarray()[0]
+    backed.file.close()
+    np.testing.assert_allclose(row, read(path).X[7].toarray()[0])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_an_interrupted_write_is_continued(fitted, out, interrupted, caplog, threshold):
+    arguments = {"threshold": threshold, "n_samples": 3, "silent": True}
+    expected = fitted.get_accessibility_estimates(**arguments, return_numpy=True)
+    seen = interrupted(4)
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="no space left"):
+        fitted.get_accessibility_estimates(**arguments, batch_size=30, out=out)
+    assert "stopped after 90 of 200 cells. Make the same call again to go on" in caplog.text
+    assert not out.exists(), "an incomplete file has the name of a complete one"
+    seen = interrupted(99)
+    # Another batch size is the same request.
+    fitted.get_accessibility_estimates(**arguments, batch_size=50, out=out)
+    assert sum(seen) == 110
+    found = read(out).X
+    found, expected = (part.toarray() if sp.issparse(part) else part for part in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"transform_batch": 0}, {"region_list": [1, 2]}, {"indices": [1, 2, 3]}], ids=str
+)
+def test_another_request_begins_anew(fitted, out, interrupted, caplog, change):
+    interrupted(3)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.get_accessibility_estimates(n_samples=3, batch_size=50, out=out, silent=True)
+    seen = interrupted(99)
+    with caplog.at_level(logging.INFO, logger="pyro_multivi"):
+        fitted.get_accessibility_estimates(n_samples=3, batch_size=50, out=out, silent=True, **change)
+    n_computed = sum(seen)
+    assert "was left by another request; beginning anew" in caplog.text
+    expected = fitted.get_accessibility_estimates(n_samples=3, return_numpy=True, **change)
+    assert n_computed == len(expected)
+    np.testing.assert_allclose(read(out).X, expected, rtol=2e-5)
+
+
+def test_other_weights_are_another_request(mosaic):
+    MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+    model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
+    model.is_trained = True
+    cells = model._cells(None, None, 10)
+    asked = ([estimates.Quantity("p")], estimates.Average(), ["a"])
+    one = deliver.request_of(model.program, cells, *asked)
+    assert deliver.request_of(model.program, model._cells(None, None, 7), *asked) == one
+    model.program.accessibility_decoder.p.bias.data[0] += 1e-3
+    assert deliver.request_of(model.program, cells, *asked) != one
+
+
+def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted):
+    interrupted(1)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.get_accessibility_estimates(out=out, silent=True)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_broken_unfinished_file_is_written_anew(fitted, tmp_path, caplog):
+    out = tmp_path / "a.h5ad"
+    (tmp_path / ".a.h5ad.unfinished").write_bytes(b"\x89HDF\r\n\x1a\nnot really")
+    with caplog.at_level(logging.INFO, logger="pyro_multivi"):
+        fitted.get_normalized_expression(out=out, silent=True)
+    assert "cannot be read" in caplog.text
+    assert read(out).shape == (200, 40)
+
+
+def test_a_file_that_another_process_writes_is_left_alone(fitted, tmp_path):
+    part = tmp_path / ".a.h5ad.unfinished"
+    with h5py.File(part, "w"):
+        busy = BlockingIOError("unable to lock file")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store.h5py, "File", lambda *_, **__: (_ for _ in ()).throw(busy))
+            with pytest.raises(RuntimeError, match="is being written by another process"):
+                fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)
+    assert part.exists()
+
+
+def test_a_mark_is_never_ahead_of_the_rows(out):
+    frames = (pd.DataFrame(index=["a", "b", "c"]), pd.DataFrame(index=["f", "g"]))
+
+    def stopped():
+        with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
+            kept.append("mean", sp.csr_matrix([[0.0, 2.0]], dtype=np.float32))
+            kept.commit(1)
+            kept.append("mean", sp.csr_matrix([[3.0, 4.0]], dtype=np.float32))  # never committed
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
+        assert kept.n_done == 1
+        kept.append("mean", sp.csr_matrix([[5.0, 0.0], [0.0, 6.0]], dtype=np.float32))
+        kept.commit(3)
+    np.testing.assert_array_equal(read(kept.path).X.toarray(), [[0, 2], [5, 0], [0, 6]])
+
+
+@pytest.mark.parametrize(("name", "error", "message"), [
+    ("a.csv", ValueError, "out='.*a.csv' must end in .h5ad or .zarr"),
+    ("missing/a.h5ad", FileNotFoundError, "the folder '.*missing' does not exist"),
+    ("there.h5ad", FileExistsError, "there.h5ad' exists and is not replaced"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["get_normalized_expression", "get_accessibility_estimates", "impute"])
+def test_unwritable_paths_are_refused_at_once(fitted, tmp_path, interrupted, method, name, error, message):
+    (tmp_path / "there.h5ad").write_text("mine")
+    seen = interrupted(1)
+    with pytest.raises(error, match=message):
+        getattr(fitted, method)(out=tmp_path / name)
+    assert seen == []
+    assert (tmp_path / "there.h5ad").read_text() == "mine"
+
+
+def test_an_object_that_cannot_be_written_leaves_nothing(out, monkeypatch):
+    def refuse(*_):
+        raise TypeError("a column of sets")
+
+    monkeypatch.setattr(store, "_write_frame", refuse)
+    with pytest.raises(TypeError, match="a column of sets"):
+        Store(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
+    assert list(out.parent.iterdir()) == []
+
+
+def test_rows_without_entries_are_written(fitted, out):
+    found = read(fitted.get_accessibility_estimates(threshold=1.0, out=out, silent=True, batch_size=64)).X
+    assert found.shape == (200, 70)
+    assert found.nnz == 0
+
+
+def test_an_unfinished_file_without_a_mark_is_written_anew(fitted, tmp_path, caplog):
+    with h5py.File(tmp_path / ".a.h5ad.unfinished", "w"):
+        pass
+    with caplog.at_level(logging.INFO, logger="pyro_multivi"):
+        fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)
+    assert "cannot be read" in caplog.text
+
+
+def test_a_folder_without_permission(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(store.os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="may not be written to"):
+        fitted.get_normalized_expression(out=tmp_path / "a.h5ad")
+
+
+def test_all_draws_are_not_written(fitted, tmp_path):
+    with pytest.raises(ValueError, match="return_mean=False asks for all draws"):
+        fitted.get_normalized_expression(out=tmp_path / "a.h5ad", return_mean=False)
+
+
+def test_the_bar_is_shown_when_writing_and_can_be_silenced(fitted, tmp_path, capsys):
+    fitted.get_normalized_expression(out=tmp_path / "a.h5ad", indices=[0])
+    assert "posterior: 100%" in capsys.readouterr().err
+    fitted.get_normalized_expression(out=tmp_path / "b.h5ad", indices=[0], silent=True)
+    fitted.get_normalized_expression(indices=[0])
+    assert capsys.readouterr().err == ""
+    fitted.get_normalized_expression(indices=[0], silent=False)
+    assert "posterior: 100%" in capsys.readouterr().err
+
+
+def test_a_digest_tells_arguments_and_tensors_apart():
+    one = digest({"a": 1}, torch.ones(3))
+    assert one == digest({"a": 1}, torch.ones(3), None)
+    assert len({one, digest({"a": 2}, torch.ones(3)), digest({"a": 1}, torch.zeros(3)), digest({"a": 1})}) == 4
