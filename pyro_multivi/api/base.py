@@ -357,8 +357,8 @@ class ModelBase:
         adata
             Other cells; default: those of training.
         """
-        table, data = self._table_of(adata)
-        return table.batch(select_cells(indices, self.spec.cell_names(data))).to(self.device)
+        table, _ = self._table_of(adata)
+        return table.batch(select_cells(indices, table.cell_names)).to(self.device)
 
     def _check_trained(self) -> None:
         if not self.is_trained:
@@ -377,8 +377,8 @@ class ModelBase:
     def _cells(self, adata: Any, indices: Any, batch_size: int) -> Minibatches:
         """The cells a method is asked about, as minibatches on the program's device."""
         self._check_trained()
-        table, data = self._table_of(adata)
-        index: Tensor = select_cells(indices, self.spec.cell_names(data))
+        table, _ = self._table_of(adata)
+        index: Tensor = select_cells(indices, table.cell_names)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
 
     def _check_modality(self, argument: str, modality: str) -> None:

@@ -217,7 +217,7 @@ class ChecksMixin(ModelBase):
         request = CheckRequest(
             features=features,
             feature_names={site: self._names_of(site, chosen) for site, chosen in features.items()},
-            cell_names=list(map(str, self._cell_names(adata)[cells.index.numpy()])),
+            cell_names=cells.cell_names,
             statistics=names,
             user=user,
             groupings=self._groupings(cells, obs, groupby),
@@ -272,8 +272,7 @@ class ChecksMixin(ModelBase):
         features = self._features_of_sites(gene_list, region_list, self._sites(None))
         cells = self._cells(adata, indices, batch_size)
         names = {site: self._names_of(site, chosen) for site, chosen in features.items()}
-        cell_names = list(map(str, self._cell_names(adata)[cells.index.numpy()]))
-        return inference_data(self.program, cells, features, names, cell_names, n_samples, seed)
+        return inference_data(self.program, cells, features, names, cells.cell_names, n_samples, seed)
 
     # ------------------------------------------------------------------ what the methods share
 
@@ -302,9 +301,6 @@ class ChecksMixin(ModelBase):
     def _names_of(self, site: str, chosen: torch.Tensor | None) -> tuple[str, ...]:
         names = self.spec.gene_names if site == "x" else self.spec.region_names
         return names if chosen is None else tuple(names[place] for place in chosen.tolist())
-
-    def _cell_names(self, adata: Any) -> pd.Index[Any]:
-        return self.spec.cell_names(self.adata if adata is None else adata)
 
     def _check_held_out(self, adata: Any) -> None:
         if adata is not None and adata is not self.adata:

@@ -381,7 +381,7 @@ class DifferentialMixin(ModelBase):
         )
         chosen = select_features(argument, features, names, what, self.device)
         request = DifferentialRequest.of(self.spec, site, features=chosen, **asked)
-        found = contrasts(data.obs, self.spec.cell_names(data), *groups)
+        found = contrasts(data.obs, table.cell_names, *groups)
         if chosen is not None:
             names = tuple(names[place] for place in chosen.tolist())
         return compare_groups(self.program, table, found, request, names, self.device, silent)

@@ -334,8 +334,7 @@ class EstimatesMixin(ModelBase):
         names = self.spec.gene_names if quantity.site == "rho" else self.spec.region_names
         if quantity.features is not None:
             names = tuple(names[place] for place in quantity.features.tolist())
-        cell_names = list(self.spec.cell_names(self.adata if adata is None else adata)[cells.index.numpy()])
         return deliver(
-            self.program, cells, quantity, average, cell_names, names,
+            self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
         )  # fmt: skip

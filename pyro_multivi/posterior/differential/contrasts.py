@@ -43,7 +43,7 @@ class Contrast:
 
 def contrasts(
     obs: pd.DataFrame,
-    names: pd.Index[Any],
+    names: Sequence[str],
     groupby: str | None = None,
     group1: Any = None,
     group2: Any = None,
@@ -142,7 +142,7 @@ def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> lis
     return found
 
 
-def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: Any, idx2: Any) -> Contrast:
+def _by_cells(obs: pd.DataFrame, names: Sequence[str], idx1: Any, idx2: Any) -> Contrast:
     first = _select("idx1", idx1, obs, names)
     if idx2 is None:
         rest = np.ones(len(names), dtype=bool)
@@ -153,13 +153,12 @@ def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: Any, idx2: Any) -> 
     second = _select("idx2", idx2, obs, names)
     shared = np.intersect1d(first.numpy(), second.numpy())
     if len(shared):
-        raise ValueError(
-            f"idx1 and idx2 share {len(shared)} cells ({first_names(names[shared])}): groups must not overlap."
-        )
+        names_shared = first_names(names[place] for place in shared)
+        raise ValueError(f"idx1 and idx2 share {len(shared)} cells ({names_shared}): groups must not overlap.")
     return Contrast(first, second)
 
 
-def _select(argument: str, wanted: Any, obs: pd.DataFrame, names: pd.Index[Any]) -> Tensor:
+def _select(argument: str, wanted: Any, obs: pd.DataFrame, names: Sequence[str]) -> Tensor:
     if isinstance(wanted, str):
         try:
             chosen = obs.index.get_indexer(obs.query(wanted).index)

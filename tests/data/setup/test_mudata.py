@@ -61,7 +61,7 @@ def test_unpaired_cells_need_no_padding(parts, order):
     spec = DataSpec.of(mdata)
     table = spec.table(mdata)
     cells = mdata.obs_names
-    assert spec.cell_names(mdata).equals(cells)
+    assert list(table.cell_names) == cells.tolist()
     np.testing.assert_array_equal(table.x.to_dense(), expected_rows(parts["rna"], cells))
     np.testing.assert_array_equal(table.y.to_dense(), expected_rows(parts["atac"], cells))
     assert table.has_rna.tolist() == cells.isin(parts["rna"].obs_names).tolist()
