@@ -117,7 +117,7 @@ class Opened:
         table = self.tables[where]
         if key not in table:
             others = [place for place, other in self.tables.items() if key in other]
-            found = f" It is in {' and in '.join(others)}: say so by modalities." if others else ""
+            found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
             raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
         rows = table.index.get_indexer(self.cells)
         absent = rows < 0
@@ -146,7 +146,7 @@ def open_data(data: Any, setup: Setup) -> Opened:
     TypeError
         If it is neither, or an AnnData without feature types where a MuData was set up.
     ValueError
-        If something is not where setup says, or names of cells or features are not unique.
+        If something is not where setup places it, or names of cells or features are not unique.
     """
     if is_mudata(data):
         return _open_mudata(data, setup)
@@ -196,8 +196,8 @@ def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
             f"or say what each feature is: adata.var[{key!r}] = 'Gene Expression' (or 'Peaks')."
         )
     raise ValueError(
-        f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column tells genes "
-        f"from regions; if all features are of one kind, write adata.var[{key!r}] = 'Gene Expression' "
+        f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column separates genes "
+        f"from regions; if all features are of one type, write adata.var[{key!r}] = 'Gene Expression' "
         f"(or 'Peaks')."
     )
 
@@ -262,7 +262,7 @@ def known_modalities(mdata: Any) -> dict[Modality, str | None]:
     found = {modality: [name for name in mdata.mod if spelled(name) == modality.name] for modality in MODALITIES}
     if not any(found.values()) or any(len(names) > 1 for names in found.values()):
         raise ValueError(
-            f"Which modality of mdata is RNA and which ATAC cannot be told from their names: "
+            f"Which modality of mdata is RNA and which ATAC cannot be seen from their names: "
             f"{first_names(mdata.mod)}. Give modalities={{'rna_layer': ..., 'atac_layer': ...}}."
         )
     return {modality: next(iter(names), None) for modality, names in found.items()}

@@ -114,7 +114,7 @@ def checksum(opened: Opened, setup: Setup) -> int | None:
 
 
 class _NoChecksumError(Exception):
-    """Something whose content cannot be told from its checksum."""
+    """Something that has no checksum."""
 
 
 class _Checksum:

@@ -1,4 +1,4 @@
-"""Measured cells of each modality: as the data say, or as the counts suggest."""
+"""Measured cells of each modality: as stated in the data, or inferred from the counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Measured:
 
 
 def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool) -> Measured:
-    """Find the cells measured in each modality: as ``modality_key`` says, else from the data.
+    """Find the cells measured in each modality: by the column ``modality_key``, else from the data.
 
     Without ``modality_key``, a MuData in which some cells are not listed for a modality states by that
     what was measured. Otherwise a modality counts as measured where a cell has any count in it.
@@ -148,8 +148,8 @@ def _as_listed(opened: Opened) -> Measured | None:
     listed = {modality: counts.present(n) for modality, counts in opened.counts.items()}
     if all(mask.all() for mask in listed.values()):
         return None
-    nobody = np.zeros(n, dtype=bool)
-    masks = {modality: listed.get(modality, nobody) for modality in MODALITIES}
+    none = np.zeros(n, dtype=bool)
+    masks = {modality: listed.get(modality, none) for modality in MODALITIES}
     return Measured(masks, inferred=False, notes=())
 
 

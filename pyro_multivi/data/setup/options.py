@@ -35,7 +35,7 @@ class Setup:
         Words of the ``modality_key`` column beyond the known ones, each for "paired",
         "expression" or "accessibility".
     feature_type_key
-        Column of var that tells genes from regions in an AnnData.
+        Column of var that distinguishes genes from regions in an AnnData.
     gene_types, region_types
         Its values for genes and for regions.
     rna_modality, atac_modality

@@ -47,7 +47,7 @@ def setup_anndata(
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
     extra_obsm_keys: Sequence[str] | None = None,
 ) -> SetupReport:
-    """Say where counts, batches and covariates lie in an AnnData, and check them.
+    """Declare where counts, batches and covariates lie in an AnnData, and check them.
 
     Genes and regions are distinguished by a column of ``var``, in any order of columns; genes alone or
     regions alone will do. Cells may have RNA, ATAC or both. Counts may be sparse, dense or in a file
@@ -65,7 +65,7 @@ def setup_anndata(
     batch_key
         Column of ``obs`` with the batch of each cell. By default all cells are of one.
     modality_key
-        Column of ``obs`` that says what each cell was measured for: "paired", "expression" or
+        Column of ``obs`` with the measurement pattern of each cell: "paired", "expression" or
         "accessibility", or a usual spelling of it ("multiome", "rna", "ATAC", ...). Without it, a
         modality counts as measured where a cell has any count.
     feature_type_key
@@ -145,7 +145,7 @@ def setup_mudata(
     modality_values: Mapping[str, str] | None = None,
     extra_modalities: Sequence[str] | None = None,
 ) -> SetupReport:
-    """Say where counts, batches and covariates lie in a MuData, and check them.
+    """Declare where counts, batches and covariates lie in a MuData, and check them.
 
     Cells that a modality does not list are not measured there; nothing has to be padded with zeros. An
     object that was padded will do as well: by ``modality_key``, or by its rows without counts. One
@@ -299,7 +299,7 @@ def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | N
         argument, layer = setup.layer_argument(modality), setup.layer_of(modality)
         if layer is not None and place is None:
             raise ValueError(
-                f"{argument}={layer!r} was given, but modalities does not say in which modality: "
+                f"{argument}={layer!r} was given, but modalities does not name its modality: "
                 f"modalities={{{argument!r}: ...}}, one of {first_names(mdata.mod)}."
             )
     placed: dict[str, Any] = {f"{modality.key}_modality": name for modality, name in found.items()}
