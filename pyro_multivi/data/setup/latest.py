@@ -69,7 +69,7 @@ def keep(data: Any, content: int | None, spec: DataSpec, table: CellTable, own: 
 
 
 def clear() -> None:
-    """Give the memory free, before another table is made."""
+    """Free the memory, before another table is made."""
     _Slot.entry = None
 
 
@@ -99,7 +99,7 @@ def checksum(opened: Opened, setup: Setup) -> int | None:
             table = opened.tables[opened.place_of(argument)]
             total.add_text(argument, key, str(key in table))
             if key in table:
-                if table.index is not opened.cells:
+                if not table.index.equals(opened.cells):
                     total.add_names(table.index)
                 total.add_frame(table[key])
         for name, extra in opened.extra.items():

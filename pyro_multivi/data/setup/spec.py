@@ -224,7 +224,8 @@ class DataSpec:
         Returns
         -------
         CellTable
-            That of the last call, if it was for the same object and the object still holds the same.
+            The one made last, if that was for the same object and the object still holds the same: leave its
+            tensors as they are.
 
         Raises
         ------
