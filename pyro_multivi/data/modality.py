@@ -36,7 +36,7 @@ class Modality:
     depth
         Latent site of a cell's sequencing depth.
     binary
-        Whether the model only knows if a count is zero.
+        Whether only "zero or not" is modelled of a count.
 
     Examples
     --------
@@ -71,7 +71,7 @@ class Modality:
 
     @property
     def source_column(self) -> str:
-        """Column of ``obs`` that says whether a cell's values were measured or imputed."""
+        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
         return f"{self.name}_source"
 
     @property
@@ -81,7 +81,7 @@ class Modality:
 
     @property
     def mask(self) -> str:
-        """Field that says whether a cell was measured."""
+        """Field that marks the measured cells."""
         return f"has_{self.key}"
 
     @property

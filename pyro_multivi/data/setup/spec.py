@@ -115,16 +115,6 @@ class DataSpec:
         return len(self.batch_categories)
 
     @property
-    def n_cats_per_cov(self) -> tuple[int, ...]:
-        """Number of categories of each categorical covariate."""
-        return tuple(len(known) for known in self.categorical.values())
-
-    @property
-    def n_continuous(self) -> int:
-        """Number of continuous covariates."""
-        return len(self.continuous)
-
-    @property
     def n_labels(self) -> int:
         """Number of labels, 0 without ``labels_key``."""
         return len(self.label_categories)
@@ -132,7 +122,7 @@ class DataSpec:
     @property
     def design_width(self) -> int:
         """Width S of the design: batches, categories of every covariate, continuous covariates."""
-        return self.n_batch + sum(self.n_cats_per_cov) + self.n_continuous
+        return self.n_batch + sum(map(len, self.categorical.values())) + len(self.continuous)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""

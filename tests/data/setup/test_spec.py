@@ -56,7 +56,7 @@ def test_spec_holds_names_and_categories(spec):
     assert spec.categorical == {"donor": ("10", "2")}
     assert spec.label_categories == ("B", "N", "T")
     assert (spec.n_genes, spec.n_regions, spec.n_batch, spec.n_labels) == (3, 4, 3, 3)
-    assert (spec.n_cats_per_cov, spec.n_continuous, spec.design_width) == ((2,), 2, 7)
+    assert spec.design_width == 7
     assert spec.kind == "anndata"
     assert spec.n_cells == {"paired": 6, "expression": 0, "accessibility": 0}
 
