@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_number, first_names, nearest, number_of_draws
+from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.quantities.summary import least_draws
 
 
 def select_features(

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import select_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import check_number, nearest, number_of_draws
+from pyro_multivi.data.checks import check_number, least_draws, nearest, number_of_draws
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.posterior.checks.predictive_check import criticise
 from pyro_multivi.posterior.checks.result import CheckRequest, Grouping, PredictiveCheck
 from pyro_multivi.posterior.checks.statistics import check_names, names_for
 from pyro_multivi.posterior.engine.replicates import DEPTHS, check_memory, observed_sites, sample_replicates
 from pyro_multivi.posterior.quantities.inference_data import inference_data
-from pyro_multivi.posterior.quantities.summary import least_draws
 
 
 class ChecksMixin(ModelBase):
