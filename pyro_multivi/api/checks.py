@@ -66,7 +66,7 @@ class ChecksMixin(ModelBase):
         batch_size
             Cells at a time. Latents do not depend on it, the counts drawn do.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
@@ -76,7 +76,7 @@ class ChecksMixin(ModelBase):
         Raises
         ------
         ValueError
-            If a feature or site is not known or ``n_samples`` is below 1.
+            If a feature or site is unknown or ``n_samples`` is below 1.
         MemoryError
             If the replicates would take more than 4.3 GB at the density of the data.
 
@@ -153,7 +153,7 @@ class ChecksMixin(ModelBase):
         batch_size
             Cells at a time.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------

@@ -102,7 +102,7 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
         f"<p>{check.n_samples} replicates of {check.n_cells} {check.setting}, pyro-multivi {__version__}. "
         f"{_verdict(summary)}</p>",
         *(f"<p><strong>Not checked:</strong> {html.escape(note)}.</p>" for note in check.notes),
-        "<h2>Which statistics the model reproduces</h2>",
+        "<h2>Statistics of the data and of replicates</h2>",
         f"<p class='help'>A replicate is what the model would have measured in the same cells; a good model puts "
         f"{check.level:.0%} of the observed values inside the central {check.level:.0%} of its replicates, and a "
         f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside, beyond "

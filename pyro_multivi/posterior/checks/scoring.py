@@ -152,7 +152,7 @@ class Scorer:
     Parameters
     ----------
     modality
-        Modality of the counts: where only open and closed are known the probabilities are scored, otherwise
+        Modality of the counts: where it only holds open or closed the probabilities are scored, otherwise
         the intervals.
     n_features
         F.

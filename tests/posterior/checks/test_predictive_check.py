@@ -326,7 +326,7 @@ def test_compare_models_refuses_what_cannot_be_compared(truth, fitted):
     with pytest.raises(ValueError, match="have different genes"):
         compare_models({"a": truth, "b": fitted}, indices=range(10))
     observed = as_model(truth.adata, truth.program.state_dict(), library="observed")
-    with pytest.raises(ValueError, match="one is told the depth that the other must predict"):
+    with pytest.raises(ValueError, match="one is given the depth that the other must predict"):
         compare_models({"a": truth, "b": observed})
     other = truth.adata.copy()
     other.X = other.X * 2
