@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.api.arguments import select_features
+from pyro_multivi.api.arguments import Data, FeatureList, Indices, select_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import number_of_draws
 from pyro_multivi.data.loader import Minibatches
@@ -36,11 +36,11 @@ class ChecksMixin(ModelBase):
 
     def posterior_predictive_sample(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         n_samples: int = 1,
-        gene_list: Any = None,
-        region_list: Any = None,
+        gene_list: FeatureList = None,
+        region_list: FeatureList = None,
         sites: str | Sequence[str] | None = None,
         *,
         batch_size: int = PREDICTION_BATCH,
@@ -98,15 +98,15 @@ class ChecksMixin(ModelBase):
 
     def posterior_predictive_check(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         statistics: Statistics = None,
         n_samples: int = 100,
         held_out: bool = True,
         *,
         groupby: str | None = None,
-        gene_list: Any = None,
-        region_list: Any = None,
+        gene_list: FeatureList = None,
+        region_list: FeatureList = None,
         hide_modalities: bool = True,
         hidden_depth: str = "observed",
         level: float = 0.95,
@@ -206,15 +206,15 @@ class ChecksMixin(ModelBase):
         cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
         obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
-        return predictive_check(self.program, cells, request, self._cell_names(adata, cells), groupings)
+        return predictive_check(self.program, cells, request, self._names_of_cells(cells, adata), groupings)
 
     def to_inference_data(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         n_samples: int = 100,
-        gene_list: Any = None,
-        region_list: Any = None,
+        gene_list: FeatureList = None,
+        region_list: FeatureList = None,
         *,
         batch_size: int = PREDICTION_BATCH,
         seed: int = 0,
@@ -251,9 +251,11 @@ class ChecksMixin(ModelBase):
         cells = self._cells(adata, indices, batch_size)
         positions = {modality.counts: chosen for modality, chosen in features.items()}
         names = {modality.counts: chosen for modality, chosen in self._names(features).items()}
-        return inference_data(self.program, cells, positions, names, self._cell_names(adata, cells), n_samples, seed)
+        return inference_data(
+            self.program, cells, positions, names, self._names_of_cells(cells, adata), n_samples, seed
+        )
 
-    # ------------------------------------------------------------------ what the methods share
+    # ------------------------------------------------------------------ shared by the methods
 
     def _sites(self, sites: str | Sequence[str] | None) -> tuple[str, ...]:
         known = tuple(modality.counts for modality in modelled(self.program.config))
@@ -264,7 +266,7 @@ class ChecksMixin(ModelBase):
             raise ValueError(f"sites={sites!r} is not allowed: choose from {', '.join(map(repr, known))}.")
         return tuple(dict.fromkeys(wanted))
 
-    def _features(self, gene_list: Any, region_list: Any) -> dict[Modality, Tensor | None]:
+    def _features(self, gene_list: FeatureList, region_list: FeatureList) -> dict[Modality, Tensor | None]:
         """Positions of the chosen features of each modality of the model; None for all."""
         found = {}
         for modality, wanted in ((RNA, gene_list), (ATAC, region_list)):
@@ -282,11 +284,7 @@ class ChecksMixin(ModelBase):
             found[modality] = names if chosen is None else tuple(names[place] for place in chosen.tolist())
         return found
 
-    def _cell_names(self, adata: Any, cells: Minibatches) -> list[str]:
-        names = self.spec.cell_names(self.adata if adata is None else adata)
-        return list(map(str, names[cells.index.numpy()]))
-
-    def _held_out(self, adata: Any, indices: Any, batch_size: int) -> Minibatches:
+    def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
         """Those of the cells that the model was not trained on."""
         if adata is not None and adata is not self.adata:
             raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.loader import Minibatches
@@ -18,8 +18,8 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 
 def compare_models(
     models: Mapping[str, MULTIVI],
-    adata: Any = None,
-    indices: Any = None,
+    adata: Data | None = None,
+    indices: Indices = None,
     n_mc_samples: int = 200,
     batch_size: int = PREDICTION_BATCH,
     seed: int = 0,
