@@ -118,11 +118,8 @@ def contrast(a: Expert, b: Expert) -> Tensor:
 def mmd_of_paired(a: Expert, b: Expert) -> Tensor:
     """Value of :func:`mmd` over the paired cells of a minibatch, the same for each cell, (B,)."""
     rows = (a.measured & b.measured).nonzero().squeeze(-1)
-    return mmd(_rows(a, rows), _rows(b, rows)).expand(len(a.loc))
-
-
-def _rows(expert: Expert, rows: Tensor) -> Expert:
-    return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
+    paired = (Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows]) for expert in (a, b))
+    return mmd(*paired).expand(len(a.loc))
 
 
 #: Divergences between the two experts of each cell, in nats, (B,), by their name in ``modality_penalty``.

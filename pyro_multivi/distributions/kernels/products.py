@@ -124,6 +124,10 @@ class BlockwiseReadout:
         """Write the logits of a block, shape (m, n)."""
         self.products.logits(self.products.block(block.features), self.bias[block.features], out)
 
+    def logits_less_bias(self, block: Block, out: Tensor) -> Tensor:
+        """Logits of a block less their bias, in the precision of the products: in ``out`` if it has that."""
+        return self.products.logits_less_bias(self.products.block(block.features), out)
+
     def add(self, block: Block, residual_mn: Tensor) -> None:
         """Add the derivatives of each cell's log-probability by a block of logits (of unit 1)."""
         assert self.weights_n is not None

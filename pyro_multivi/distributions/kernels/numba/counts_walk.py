@@ -44,10 +44,6 @@ class CompiledCountsWalk(CountsWalk):
         self.value_cn = torch.zeros(self.n_chunks, self.n)
         self.gate_e = torch.empty(len(self.x_e))
 
-    def product(self, readout: BlockwiseReadout, block: Block, out: Tensor) -> Tensor:
-        """Logits of a block less their bias, in the precision of the products."""
-        return readout.products.logits_less_bias(readout.products.block(block.features), out)
-
     def by_bias(self, readout: BlockwiseReadout, block: Block) -> np.ndarray[Any, Any]:
         """Memory for the derivatives by the block's biases."""
         place = torch.empty(len(readout.bias)) if readout.d_bias is None else readout.d_bias
@@ -58,7 +54,7 @@ class CompiledCountsWalk(CountsWalk):
         peaks, sums = torch.empty(2, len(self.blocks) * self.n_chunks, self.n)
         for number, block in enumerate(self.blocks):
             logits = self.piece(self.log2_mean, block)
-            product = self.product(self.rho, block, logits)
+            product = self.rho.logits_less_bias(block, logits)
             chunks = slice(number * self.n_chunks, (number + 1) * self.n_chunks)
             self.loops.softmax(
                 logits.numpy(), halves(product), self.rho.bias[block.features].detach().numpy(),
@@ -75,7 +71,7 @@ class CompiledCountsWalk(CountsWalk):
         of_gate: tuple[object, ...] = (None, None, None, None)
         if self.gate is not None:
             # Logits here; the loop overwrites them with derivatives.
-            by_gate = self.product(self.gate, block, gate)
+            by_gate = self.gate.logits_less_bias(block, gate)
             bias = self.gate.bias[block.features].detach().numpy()
             of_gate = gate.numpy(), halves(by_gate), bias, self.by_bias(self.gate, block)
         self.loops.zeros(
