@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import pandas as pd
+from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import select_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
-from pyro_multivi.posterior.differential.contrasts import contrasts
+from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
+
+#: Batches: names or positions.
+BatchChoice: TypeAlias = str | int | Sequence[str | int] | None
+#: Features: names, positions or a mask.
+FeatureChoice: TypeAlias = "str | Sequence[str | int] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | None"
 
 
 class DifferentialMixin(ModelBase):
-    """A model that tells in which genes and regions groups of cells differ."""
+    """Methods that find the genes and regions in which groups of cells differ."""
 
     def differential_expression(
         self,
         adata: Any = None,
         groupby: str | None = None,
-        group1: Any = None,
-        group2: Any = None,
-        idx1: Any = None,
-        idx2: Any = None,
+        group1: GroupChoice = None,
+        group2: str | float | None = None,
+        idx1: CellChoice = None,
+        idx2: CellChoice = None,
         mode: str = "change",
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: Any = None,
-        batchid2: Any = None,
+        batchid1: BatchChoice = None,
+        batchid2: BatchChoice = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         pseudocounts: float | None = 1e-6,
@@ -48,7 +55,7 @@ class DifferentialMixin(ModelBase):
         m_permutation: int = 10_000,
         threshold_counts: float = 0.01,
         weights: str = "uniform",
-        gene_list: Any = None,
+        gene_list: FeatureChoice = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         r"""Genes whose normalized expression :math:`\rho` differs between two groups of cells.
@@ -225,32 +232,23 @@ class DifferentialMixin(ModelBase):
         >>> called = pd.concat([table["is_de_fdr_0.05"] for table in by_donor], axis=1)
         >>> agreed = called.all(axis=1) & ((lfc > 0).all(axis=1) | (lfc < 0).all(axis=1))
         """
-        self._check_modality("differential_expression", "expression")
-        return self._compare(
-            "rho", adata, (groupby, group1, group2, idx1, idx2), gene_list, silent,
-            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
-            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=True, probability="accessible", change_fn=change_fn,
-            m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
-            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
-            threshold_counts=threshold_counts, weights=weights, seed=seed,
-        )  # fmt: skip
+        return self._compare(RNA, locals())
 
     def differential_accessibility(
         self,
         adata: Any = None,
         groupby: str | None = None,
-        group1: Any = None,
-        group2: Any = None,
-        idx1: Any = None,
-        idx2: Any = None,
+        group1: GroupChoice = None,
+        group2: str | float | None = None,
+        idx1: CellChoice = None,
+        idx2: CellChoice = None,
         mode: str = "change",
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: Any = None,
-        batchid2: Any = None,
+        batchid1: BatchChoice = None,
+        batchid2: BatchChoice = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         two_sided: bool = True,
@@ -269,7 +267,7 @@ class DifferentialMixin(ModelBase):
         threshold_counts: float = 0.01,
         probability: str = "detected",
         weights: str = "uniform",
-        region_list: Any = None,
+        region_list: FeatureChoice = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Regions whose accessibility p differs between two groups of cells.
@@ -358,30 +356,18 @@ class DifferentialMixin(ModelBase):
         >>> list(table.columns[-3:])
         ['comparison', 'group1', 'group2']
         """
-        self._check_modality("differential_accessibility", "accessibility")
-        return self._compare(
-            "p", adata, (groupby, group1, group2, idx1, idx2), region_list, silent,
-            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
-            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=two_sided, probability=probability,
-            change_fn=change_fn, m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
-            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
-            threshold_counts=threshold_counts, weights=weights, seed=seed,
-        )  # fmt: skip
+        return self._compare(ATAC, locals())
 
-    def _compare(
-        self, site: str, adata: Any, groups: tuple[Any, ...], features: Any, silent: bool, **asked: Any
-    ) -> pd.DataFrame:
+    def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
+        """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
+        self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained()
-        table, data = self._table_of(adata)
-        argument, what, names = (
-            ("gene_list", "gene", self.spec.gene_names)
-            if site == "rho"
-            else ("region_list", "region", self.spec.region_names)
-        )
-        chosen = select_features(argument, features, names, what, self.device)
-        request = DifferentialRequest.of(self.spec, site, features=chosen, **asked)
-        found = contrasts(data.obs, self.spec.cell_names(data), *groups)
-        if chosen is not None:
-            names = tuple(names[place] for place in chosen.tolist())
-        return compare_groups(self.program, table, found, request, names, self.device, silent)
+        table, data = self._table_of(arguments["adata"])
+        names, wanted = modality.feature_names_in(self.spec), arguments[modality.list_argument]
+        features = select_features(modality.list_argument, wanted, names, modality.feature, self.device)
+        request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
+        chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
+        contrasts = resolve_contrasts(data.obs, self.spec.cell_names(data), **chosen)
+        if features is not None:
+            names = tuple(names[place] for place in features.tolist())
+        return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])
