@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from pyro_multivi.api.arguments import select_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
@@ -15,10 +15,10 @@ from pyro_multivi.posterior.differential.compare import compare_groups
 from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
 
-#: Batches: names or positions.
-BatchChoice: TypeAlias = str | int | Sequence[str | int] | None
-#: Features: names, positions or a mask.
-FeatureChoice: TypeAlias = "str | Sequence[str | int] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | None"
+#: A batch by name or code, or several; None for each cell's own.
+Batches: TypeAlias = "str | int | Sequence[str | int] | None"
+#: Features by name, position or mask; None for all.
+FeatureList: TypeAlias = "ArrayLike | None"
 
 
 class DifferentialMixin(ModelBase):
@@ -37,8 +37,8 @@ class DifferentialMixin(ModelBase):
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: BatchChoice = None,
-        batchid2: BatchChoice = None,
+        batchid1: Batches = None,
+        batchid2: Batches = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         pseudocounts: float | None = 1e-6,
@@ -55,7 +55,7 @@ class DifferentialMixin(ModelBase):
         m_permutation: int = 10_000,
         threshold_counts: float = 0.01,
         weights: str = "uniform",
-        gene_list: FeatureChoice = None,
+        gene_list: FeatureList = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         r"""Genes whose normalized expression :math:`\rho` differs between two groups of cells.
@@ -82,17 +82,17 @@ class DifferentialMixin(ModelBase):
             (a ratio of 1.19). None estimates it: three Normals are fitted to the changes of all
             genes, and 0.6 times the mean distance from 0 of the outer two is taken, at least 0.1.
         batch_size
-            Most cells read at a time. It does not change the result.
+            Cells at a time at most. It does not change the result.
         all_stats
             Also give statistics of the raw counts.
         batch_correction
-            Decode both groups in the same batches: each draw is decoded in one batch, in equal
-            numbers, and pairs share it. The state z of a cell is inferred in its own batch. Default
-            batches: all that hold cells of either group. So a group is also decoded in batches where
-            it has no cell, which extrapolates if the groups share few batches.
+            Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs
+            share it. The state z of a cell is inferred in its own batch. Default batches: all that
+            hold cells of either group, also those where a group has no cell, which extrapolates if
+            the groups share few batches.
         batchid1, batchid2
-            Names of the batches to decode group 1 and 2 in, with ``batch_correction``. One of them
-            stands for both. If they differ, the change holds the difference of the batches too.
+            Names or positions of the batches to decode group 1 and 2 in, with ``batch_correction``.
+            One of them stands for both. If they differ, the change holds their difference too.
         fdr_target
             False discovery rate of the calls.
         silent
@@ -126,13 +126,13 @@ class DifferentialMixin(ModelBase):
         threshold_counts
             See ``pseudocounts``.
         weights
-            ``"importance"``: the draws of a cell are chosen from 64 by importance weights, so that
-            they follow the posterior of the model where the encoder reads a cell badly (an outlier).
-            Costs the likelihood of 64 draws per cell.
+            ``"uniform"``: draws of q(z | x, y). ``"importance"``: draws of a cell are chosen from 64 by
+            importance weights, so that they follow the posterior of the model where q misses it (an
+            outlier). Costs the likelihood of 64 draws per cell.
         gene_list
             Names, positions or a mask: test these only. Calls are then made among them.
         seed
-            Of all draws: same seed, same table. No global random state is used.
+            Seed of all draws: same seed, same table. No global random state is used.
 
         Returns
         -------
@@ -170,35 +170,35 @@ class DifferentialMixin(ModelBase):
         **Means of groups** (``unit="group"``). ``scale1`` and ``scale2`` are means of the model. Its
         decoder has one set of weights without a posterior of their own, learnt from the same
         counts. It smooths, so that large changes come out too small, and reproduces the chance in
-        the counts. ``calibrated=True`` answers both, and all that is said of the change includes it:
+        the counts. ``calibrated=True`` corrects both, in all statistics of the change:
 
-        - Each mean is multiplied by what the counts of the group's measured cells are to what the
-          model expects of them, each in its own batch (half a count added to both). The cells of a
-          group that were not measured share in it.
+        - Each mean is multiplied by the ratio of the counts of the group's measured cells (its
+          pseudobulk) to those that the model expects, each cell in its own batch, with half a count
+          added to both. The cells of a group that were not measured share in it.
         - The error of a mean is the spread of its n cells and of the posterior of each (variance of
-          a draw / n) plus the error of its mean count. That counts the sampling of cells twice: on
-          the safe side.
+          a draw / n) plus the error of its mean count. That counts the sampling of cells twice, and
+          errs on the safe side.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt
-          from all genes (adaptive shrinkage), so that the probabilities hold also for the genes
+          from all genes (adaptive shrinkage, ash), so that the probabilities hold also for the genes
           picked as largest. Where a few genes take a larger share of the counts, all others have a
-          smaller one: of log-fold changes the centre of the prior is learnt too. Is it further from
-          0 than ``delta``, the others have changed, and are called.
+          smaller one: of log-fold changes the centre of the prior is learnt too. If it is further
+          from 0 than ``delta``, the others have changed, and are called.
 
-        ``calibrated=False`` compares the means of the model as they are, known up to variance of a
-        draw / n, without a prior. In simulation that calls far too much.
+        ``calibrated=False`` compares the means of the model with an error of variance of a draw / n
+        and without a prior. In simulation that calls far too much.
 
-        **Cells** (``unit="cell"``, as in scvi-tools). The probability speaks of pairs of cells as the
-        model has learnt them. It knows neither the error of the decoder nor a prior: with few cells,
-        its ``is_de_fdr`` understates the false discoveries.
+        **Cells** (``unit="cell"``, as in scvi-tools). The probability is that of random pairs of
+        cells, with neither the error of the decoder nor a prior: with few cells, ``is_de_fdr``
+        understates the false discoveries.
 
         **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
-        groups, each with its share of the cells. Asked for alone, a group against the rest is a
-        comparison of two groups, with other draws.
+        groups, each with its share of the cells. In a single comparison against the rest, the rest
+        is drawn as one group, with other draws.
 
         **Donors and replicates.** The probability accounts for the posterior of each cell and for
         the sampling of cells, within the donors at hand. It does *not* account for how donors
         differ: cells of one donor are no replicates, and a difference between three patients and
-        three controls may be that of two donors. Compare within each donor and ask for agreement,
+        three controls may be that of two donors. Compare within each donor and look for agreement,
         as below, or sum the counts of each donor and group (pseudobulk) and test these with a
         method for bulk counts.
 
@@ -247,8 +247,8 @@ class DifferentialMixin(ModelBase):
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: BatchChoice = None,
-        batchid2: BatchChoice = None,
+        batchid1: Batches = None,
+        batchid2: Batches = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         two_sided: bool = True,
@@ -267,7 +267,7 @@ class DifferentialMixin(ModelBase):
         threshold_counts: float = 0.01,
         probability: str = "detected",
         weights: str = "uniform",
-        region_list: FeatureChoice = None,
+        region_list: FeatureList = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Regions whose accessibility p differs between two groups of cells.
@@ -295,9 +295,9 @@ class DifferentialMixin(ModelBase):
             ``"difference"`` of probabilities, ``"log-fold"`` (log2 of their ratio), ``"log-odds"``
             (log2 of the ratio of odds), or a function as in :meth:`differential_expression`.
         probability
-            Of what. ``"detected"``: that the region is found open in a cell of mean depth, p r times
-            the mean of d over the cells of both groups with ATAC: what depth and batches leave of
-            ``emp_prob``. ``"accessible"``: that it is open, p. See Notes.
+            Probability to compare. ``"detected"``: that the region is found open in a cell of
+            mean depth, p r times the mean of d over the cells of both groups with ATAC: ``emp_prob``
+            without the effects of depth and batches. ``"accessible"``: that it is open, p. See Notes.
         region_list
             Names, positions or a mask: test these only.
 
@@ -331,15 +331,14 @@ class DifferentialMixin(ModelBase):
 
         Notes
         -----
-        What is called, what the probabilities account for, and what they do not (donors), is said in
-        the notes of :meth:`differential_expression`.
+        The notes of :meth:`differential_expression` apply: calibration, shrinkage, donors.
 
         Counts determine the product p d r, and hardly how it splits: a region that is found in few
         cells may be open in few or be hard to see. In simulation the p of one region is off by a
-        factor of 1.7 in either direction, for all cells alike. A ratio does not mind; whether a
-        difference of p exceeds ``delta`` is then anyone's guess. Probabilities of detection are
-        determined by the data. As d and r are at most 1, a region whose detection differs by
-        ``delta`` differs by no less in p.
+        factor of 1.7 in either direction, for all cells alike. That cancels in a ratio, but decides
+        whether a difference of p exceeds ``delta``. Probabilities of detection are determined by the
+        data. As d and r are at most 1, a region whose detection differs by ``delta`` differs by no
+        less in p.
 
         Examples
         --------

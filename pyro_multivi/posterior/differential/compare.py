@@ -17,25 +17,9 @@ from tqdm.auto import tqdm
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
 from pyro_multivi.posterior.differential.contrasts import Contrast, Partition
-from pyro_multivi.posterior.differential.effect import (
-    Statistics,
-    StatisticsByBlock,
-    TestSpecification,
-    estimated_delta,
-)
-from pyro_multivi.posterior.differential.group_draws import (
-    DrawKey,
-    DrawSource,
-    GroupDraws,
-    Moments,
-    feature_blocks_of,
-)
-from pyro_multivi.posterior.differential.group_means import (
-    change_of_means,
-    mean_errors,
-    probability_larger,
-    statistics_of_posterior,
-)
+from pyro_multivi.posterior.differential.effect import Statistics, StatisticsByBlock, TestSpecification, estimated_delta
+from pyro_multivi.posterior.differential.group_draws import DrawKey, DrawSource, GroupDraws, Moments, feature_blocks_of
+from pyro_multivi.posterior.differential.group_means import change_of_means, probability_larger, statistics_of_posterior
 from pyro_multivi.posterior.differential.raw_counts import (
     PseudobulkStatistics,
     PseudobulkSums,
@@ -89,8 +73,7 @@ def compare_groups(
         The comparisons below each other, one row per feature.
     """
     shared = _SharedDraws(DrawSource(program, table, request, device), contrasts)
-    for contrast, observed in zip(contrasts, shared.pseudobulk, strict=True):
-        _warn_of_unmeasured(contrast, observed, request)
+    _warn_of_unmeasured(shared)
     compare = _compare_means if request.unit == "group" else _compare_cells
     return arrange(compare(shared, silent), contrasts, request, names)
 
@@ -313,9 +296,14 @@ def _compare_two_means(
         counted1, counted2 = pseudobulk_means(observed, (first, second), modality, additive)
         least, count_errors = (counted1.mean, counted2.mean), (counted1.error, counted2.error)
     means = (first, second)
-    n_cells1, n_cells2 = (sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups)
-    variances = (drawn[0].var * factor**2, drawn[1].var * factor**2)
-    errors = mean_errors(variances, (n_cells1, n_cells2), count_errors)
+    n_cells = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
+    # The variance of one draw of a random cell holds the spread of the cells and the posterior of each. The mean of
+    # n cells has it divided by n.
+    error1, error2 = (
+        np.sqrt(group.var * factor**2 / n + error**2)
+        for group, n, error in zip(drawn, n_cells, count_errors, strict=True)
+    )
+    errors = (error1, error2)
     if request.mode == "vanilla":
         delta, statistics = np.nan, {"probability": probability_larger(means, errors)}
     else:
@@ -350,14 +338,12 @@ def _change_statistics(
     return statistics_of_posterior(posterior, len(change), specification, request.n_draws, rng)
 
 
-def _warn_of_unmeasured(
-    contrast: Contrast, observed: tuple[PseudobulkStatistics, PseudobulkStatistics], request: DifferentialRequest
-) -> None:
-    names = (contrast.group1, contrast.group2)
-    for number, (group, name) in enumerate(zip(observed, names, strict=True), 1):
-        if group.n_measured == 0:
-            logger.warning(
-                "Group %d%s has no cell with %s: its estimates are imputed, what the counts leave open of them is "
-                "not known, and statistics of counts are NaN.",
-                number, f" ({name})" if name else "", request.modality.assay,
-            )  # fmt: skip
+def _warn_of_unmeasured(shared: _SharedDraws) -> None:
+    for contrast, observed in zip(shared.contrasts, shared.pseudobulk, strict=True):
+        for number, (group, name) in enumerate(zip(observed, (contrast.group1, contrast.group2), strict=True), 1):
+            if group.n_measured == 0:
+                logger.warning(
+                    "Group %d%s has no cell with %s: its estimates are imputed, what the counts leave open of them "
+                    "is not known, and statistics of counts are NaN.",
+                    number, f" ({name})" if name else "", shared.request.modality.assay,
+                )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
@@ -21,7 +21,7 @@ REST = "Rest"
 #: One group or several: values of a column of ``obs``, matched by their text.
 GroupChoice: TypeAlias = "str | float | Sequence[str | float] | NDArray[Any] | pd.Index[Any] | None"
 #: Cells: positions, a mask, names, or a query of ``obs``.
-CellChoice: TypeAlias = "str | Sequence[str | int] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | None"
+CellChoice: TypeAlias = "ArrayLike | None"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: pd.Inde
     if isinstance(wanted, str):
         try:
             chosen = obs.index.get_indexer(obs.query(wanted).index)
-        except Exception as error:  # pandas raises many kinds for an invalid query
+        except Exception as error:  # pandas raises all sorts of errors for an invalid query
             raise ValueError(f"{argument}={wanted!r} is no query of obs: {error}") from error
         if not len(chosen):
             raise ValueError(f"{argument}={wanted!r} selects no cell: nothing to compare.")

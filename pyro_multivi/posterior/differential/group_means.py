@@ -21,29 +21,6 @@ _STEP = 1e-5
 _EXACT_WIDTH = 4096
 
 
-def mean_errors(
-    variances: tuple[Array, Array], n_cells: tuple[int, int], counts: tuple[Array | float, Array | float]
-) -> tuple[Array, Array]:
-    """Standard error of the mean of each group, (F,).
-
-    The mean over n independent cells of a group has the variance of one posterior draw of a random
-    one of its cells, divided by n, which holds both the spread of the cells and the posterior of each.
-
-    Parameters
-    ----------
-    variances
-        Variances of the draws of each group, (F,).
-    n_cells
-        Cells of each group that were drawn.
-    counts
-        Standard error of each pseudobulk mean, (F,), or 0.
-    """
-    first, second = (
-        np.sqrt(variance / n + error**2) for variance, n, error in zip(variances, n_cells, counts, strict=True)
-    )
-    return first, second
-
-
 def change_of_means(
     change: Change,
     pseudocounts: float,

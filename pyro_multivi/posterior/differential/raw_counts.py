@@ -87,8 +87,8 @@ class PseudobulkStatistics:
         n = sum(part.n_measured for part in parts)
         totals = np.sum([part.totals for part in parts], axis=0)
         if n == 0:
-            nothing = np.full(parts[0].totals.shape[1], np.nan)
-            return cls(0, nothing, nothing, nothing, nothing)
+            missing = np.full(parts[0].totals.shape[1], np.nan)
+            return cls(0, missing, missing, missing, missing)
         averages: Array = totals / n
         if len(averages) == 1:
             rate = averages[0]
@@ -112,14 +112,14 @@ def pseudobulk_means(
 ) -> tuple[PseudobulkMean, PseudobulkMean]:
     """Pseudobulk mean of two groups on the scale of the model's, and the error that the counts leave in it.
 
-    The decoder learnt the mean of a group from the counts of that group, so it knows it no better
-    than they do; the posterior of z does not hold this error. It is taken from the counts
+    The decoder learnt the mean of a group from the counts of that group, so its error is no smaller
+    than theirs; the posterior of z does not hold it. It is taken from the counts
     themselves, hence whatever the observation model. Half a count (half an open cell) is added, so
     that features without any count are not known exactly. The unit, which library sizes and cell and region
     factors set, is that in which the two groups together have the mean the model gives them.
 
     For a difference, a share of open cells has the variance that it would have if both groups shared
-    one, where that is larger: a group with few open cells by chance seems to be known too well. On log
+    one, where that is larger: a group with few open cells by chance would have too small an error. On log
     scales it is the other way round, and a group's own variance is kept.
 
     Parameters

@@ -34,7 +34,7 @@ class ChangePosterior:
     Attributes
     ----------
     weight, loc, scale
-        Of the components, (F, K).
+        Weights, means and standard deviations of the components, (F, K).
     """
 
     weight: Array

@@ -139,16 +139,9 @@ def _intervals(prefix: str, found: Statistics, request: DifferentialRequest) -> 
 
 
 class Layout(NamedTuple):
-    """Table of a modality.
+    """Table of a modality: its columns, and whether the most probable features come first.
 
-    Attributes
-    ----------
-    columns
-        Columns of a comparison.
-    sorted
-        Whether the most probable features come first, rather than all in the order of the model.
-    extremes
-        Whether columns hold median, smallest and largest change.
+    ``extremes`` tells whether columns hold median, smallest and largest change.
     """
 
     columns: Callable[[Comparison, DifferentialRequest], dict[str, Any]]
@@ -156,4 +149,7 @@ class Layout(NamedTuple):
     extremes: bool
 
 
-LAYOUTS = {RNA: Layout(_expression, sorted=True, extremes=True), ATAC: Layout(_accessibility, False, False)}
+LAYOUTS = {
+    RNA: Layout(_expression, sorted=True, extremes=True),
+    ATAC: Layout(_accessibility, sorted=False, extremes=False),
+}
