@@ -35,6 +35,7 @@ from pyro_multivi.program import MultiVIProgram
 logger = logging.getLogger("pyro_multivi")
 
 Array = NDArray[np.float64]
+Pair = tuple[Array, Array]
 Group = tuple[DrawKey, ...]
 
 # Least pseudocount that is estimated: far below the share of any gene with counts.
@@ -261,6 +262,54 @@ def _compare_means(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     return [_compare_two_means(shared, number, moments, factors) for number in range(len(shared.groups))]
 
 
+def _compare_two_means(
+    shared: _SharedDraws, number: int, moments: Mapping[DrawKey, Moments], factors: Mapping[DrawKey, float]
+) -> Comparison:
+    request, groups = shared.request, shared.groups[number]
+    drawn = [Moments.of_union([moments[key] for key in group], shared.sizes(group)) for group in groups]
+    detection = shared.detection(number, factors)
+    factor = 1.0 if detection is None else detection.double().cpu().numpy()
+    pseudocounts = shared.pseudocounts(number, [group.largest for group in drawn], detection)
+    means, errors, least = _means_and_errors(shared, number, moments, drawn, factor)
+    if request.mode == "vanilla":
+        delta, statistics = np.nan, {"probability": probability_larger(means, errors)}
+    else:
+        change, error = change_of_means(request.change, pseudocounts, means, errors, least)
+        delta = estimated_delta(change, request.change.least_delta) if request.bound is None else request.bound
+        statistics = _change_statistics(shared, shared.specification(delta, pseudocounts), change, error, errors)
+    statistics = {"mean1": drawn[0].mean, "mean2": drawn[1].mean, **statistics}
+    if request.features is not None:
+        rows = request.features.cpu().numpy()
+        statistics = {name: values[rows] for name, values in statistics.items()}
+    return Comparison(statistics, shared.pseudobulk[number], delta, pseudocounts)
+
+
+def _means_and_errors(
+    shared: _SharedDraws,
+    number: int,
+    moments: Mapping[DrawKey, Moments],
+    drawn: Sequence[Moments],
+    factor: Array | float,
+) -> tuple[Pair, Pair, tuple[Array | float, Array | float]]:
+    """Mean of each of two groups times a factor, its standard error, and its least value in slopes, (F,) each."""
+    request, groups, observed = shared.request, shared.groups[number], shared.pseudobulk[number]
+    n_cells = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
+    # The variance of a draw of a random cell holds both the spread of the cells and the posterior of each.
+    variances = [group.var * factor**2 / n for group, n in zip(drawn, n_cells, strict=True)]
+    if not request.corrects_by_counts:
+        first, second = (group.mean * factor for group in drawn)
+        return (first, second), (np.sqrt(variances[0]), np.sqrt(variances[1])), (0.0, 0.0)
+    first, second = (_corrected_mean(shared, group, moments) * factor for group in groups)
+    if request.modality.binary:
+        # Probabilities, which a factor above 1 may take beyond it.
+        limits = (1 - 0.5 / (group.n_measured + 1) if group.n_measured else 1.0 for group in observed)
+        first, second = (np.minimum(mean, most) for mean, most in zip((first, second), limits, strict=True))
+    additive = request.mode == "vanilla" or request.change.name == "difference"
+    counted = pseudobulk_means(observed, (first, second), request.modality, additive)
+    error1, error2 = (np.sqrt(var + one.error**2) for var, one in zip(variances, counted, strict=True))
+    return (first, second), (error1, error2), (counted[0].mean, counted[1].mean)
+
+
 def _corrected_mean(shared: _SharedDraws, group: Group, moments: Mapping[DrawKey, Moments]) -> Array:
     """Mean of a group, times the ratio of its counts to those that the smooth decoder expects, (F,)."""
     means = []
@@ -274,51 +323,8 @@ def _corrected_mean(shared: _SharedDraws, group: Group, moments: Mapping[DrawKey
     return mean
 
 
-def _compare_two_means(
-    shared: _SharedDraws, number: int, moments: Mapping[DrawKey, Moments], factors: Mapping[DrawKey, float]
-) -> Comparison:
-    request, groups, observed = shared.request, shared.groups[number], shared.pseudobulk[number]
-    modality = request.modality
-    drawn = [Moments.of_union([moments[key] for key in group], shared.sizes(group)) for group in groups]
-    detection = shared.detection(number, factors)
-    factor: Array | float = 1.0 if detection is None else detection.double().cpu().numpy()
-    first, second = (group.mean * factor for group in drawn)
-    pseudocounts = shared.pseudocounts(number, [group.largest for group in drawn], detection)
-    least: tuple[Array | float, Array | float] = (0.0, 0.0)
-    count_errors: tuple[Array | float, Array | float] = (0.0, 0.0)
-    if request.corrects_by_counts:
-        first, second = (_corrected_mean(shared, group, moments) * factor for group in groups)
-        if modality.binary:
-            # Probabilities, which a factor above 1 may take beyond it.
-            limits = (1 - 0.5 / (group.n_measured + 1) if group.n_measured else 1.0 for group in observed)
-            first, second = (np.minimum(mean, most) for mean, most in zip((first, second), limits, strict=True))
-        additive = request.mode == "vanilla" or request.change.name == "difference"
-        counted1, counted2 = pseudobulk_means(observed, (first, second), modality, additive)
-        least, count_errors = (counted1.mean, counted2.mean), (counted1.error, counted2.error)
-    means = (first, second)
-    n_cells = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
-    # The variance of one draw of a random cell holds the spread of the cells and the posterior of each. The mean of
-    # n cells has it divided by n.
-    error1, error2 = (
-        np.sqrt(group.var * factor**2 / n + error**2)
-        for group, n, error in zip(drawn, n_cells, count_errors, strict=True)
-    )
-    errors = (error1, error2)
-    if request.mode == "vanilla":
-        delta, statistics = np.nan, {"probability": probability_larger(means, errors)}
-    else:
-        change, error = change_of_means(request.change, pseudocounts, means, errors, least)
-        delta = estimated_delta(change, request.change.least_delta) if request.bound is None else request.bound
-        statistics = _change_statistics(shared, shared.specification(delta, pseudocounts), change, error, errors)
-    statistics = {"mean1": drawn[0].mean, "mean2": drawn[1].mean, **statistics}
-    if request.features is not None:
-        rows = request.features.cpu().numpy()
-        statistics = {name: values[rows] for name, values in statistics.items()}
-    return Comparison(statistics, observed, delta, pseudocounts)
-
-
 def _change_statistics(
-    shared: _SharedDraws, specification: TestSpecification, change: Array, error: Array, errors: tuple[Array, Array]
+    shared: _SharedDraws, specification: TestSpecification, change: Array, error: Array, errors: Pair
 ) -> Statistics:
     """Statistics of changes of means, shrunk unless ``calibrated=False``; ``errors`` are those of the means."""
     request = shared.request

@@ -130,28 +130,28 @@ def test_means(groups, modality, change, test_mode):
 def support_of_counts(groups, modality, a, b, additive):
     """Means of the groups' counts with half a count added, and their standard errors, on the scale of the means."""
     cells = [groups.model.minibatch(index) for index in (groups.first, groups.second)]
-    seen = []
+    counted = []
     for group in cells:
         if modality is ATAC:
             y = (group.y.to_dense()[group.has_atac] > 0).double().numpy()
             n = len(y)
             rate = (y.sum(0) + 0.5) / (n + 1)
-            seen.append((rate, np.sqrt(rate * (1 - rate) / n)))
+            counted.append((rate, np.sqrt(rate * (1 - rate) / n)))
         else:
             x = group.x.to_dense()[group.has_rna].double().numpy()
             n, one = len(x), 1e4 / x.sum(1).mean()
             scaled = 1e4 * x / x.sum(1, keepdims=True)
-            seen.append((scaled.mean(0) + 0.5 * one / n, np.sqrt((scaled.var(0) + 0.5 * one**2 / n) / n)))
+            counted.append((scaled.mean(0) + 0.5 * one / n, np.sqrt((scaled.var(0) + 0.5 * one**2 / n) / n)))
     if modality is ATAC and additive:
-        common = (seen[0][0] + seen[1][0]) / 2
+        common = (counted[0][0] + counted[1][0]) / 2
         numbers = [int(group.has_atac.sum()) for group in cells]
-        seen = [
+        counted = [
             (rate, np.maximum(error, np.sqrt(common * (1 - common) / n)))
-            for (rate, error), n in zip(seen, numbers, strict=True)
+            for (rate, error), n in zip(counted, numbers, strict=True)
         ]
-    unit = (a.mean(0) + b.mean(0)) / (seen[0][0] + seen[1][0])
+    unit = (a.mean(0) + b.mean(0)) / (counted[0][0] + counted[1][0])
     half = (a.mean(0) + b.mean(0)) / 2
-    return [(np.minimum(unit * mean, half), unit * error) for mean, error in seen]
+    return [(np.minimum(unit * mean, half), unit * error) for mean, error in counted]
 
 
 def shrink(estimate, error, delta, common):
