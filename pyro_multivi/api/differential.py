@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
-from numpy.typing import ArrayLike
 
-from pyro_multivi.api.arguments import select_features
+from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
 from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
-
-#: A batch by name or code, or several; None for each cell's own.
-Batches: TypeAlias = "str | int | Sequence[str | int] | None"
-#: Features by name, position or mask; None for all.
-FeatureList: TypeAlias = "ArrayLike | None"
 
 
 class DifferentialMixin(ModelBase):
@@ -26,7 +20,7 @@ class DifferentialMixin(ModelBase):
 
     def differential_expression(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         groupby: str | None = None,
         group1: GroupChoice = None,
         group2: str | float | None = None,
@@ -236,7 +230,7 @@ class DifferentialMixin(ModelBase):
 
     def differential_accessibility(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         groupby: str | None = None,
         group1: GroupChoice = None,
         group2: str | float | None = None,
@@ -362,11 +356,9 @@ class DifferentialMixin(ModelBase):
         self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained()
         table, data = self._table_of(arguments["adata"])
-        names, wanted = modality.feature_names_in(self.spec), arguments[modality.list_argument]
-        features = select_features(modality.list_argument, wanted, names, modality.feature, self.device)
+        wanted = arguments[modality.list_argument]
+        features, names = choose_features(self.spec, modality, wanted, self.device)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
         contrasts = resolve_contrasts(data.obs, self.spec.cell_names(data), **chosen)
-        if features is not None:
-            names = tuple(names[place] for place in features.tolist())
         return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])
