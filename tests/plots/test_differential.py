@@ -1,4 +1,4 @@
-"""Pictures of differential tests: what they draw."""
+"""Figures of differential tests."""
 
 from __future__ import annotations
 
