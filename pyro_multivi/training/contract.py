@@ -1,4 +1,4 @@
-"""What model and guide owe each other, checked on the first minibatch in a modeler's words."""
+"""Contract between model and guide, checked on the first minibatch, with errors in a modeler's words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ContractError(ValueError):
 def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = None) -> None:
     """Refuse a model and a guide that no ELBO would be right for.
 
-    Nothing is learned from it and no random state moves: it costs one trace of each, without likelihoods.
+    No parameter and no random state changes. It costs one trace of each, without likelihoods.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     cells
         A minibatch.
     elbo
-        What will be optimised; None is ``TraceMeanField_ELBO``.
+        Objective of training; None is ``TraceMeanField_ELBO``.
 
     Raises
     ------

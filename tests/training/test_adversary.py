@@ -1,4 +1,4 @@
-"""The adversary: what it mixes, whom its gradients reach, and when it is refused."""
+"""Adversarial mixing: its effect, its penalty and gradients, and when it is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.training import Adversary, AdversaryOptions, NegativeELBO
+from pyro_multivi.training import Adversary, FitOptions, NegativeELBO
 
 SMALL = {"n_hidden": 12, "n_latent": 3}
 BRIEF = {"max_epochs": 2, "progress_bar": False, "batch_size": 32}
@@ -100,7 +100,7 @@ def test_a_new_one_costs_nothing(make_cells, make_program):
 
 def test_penalty_by_hand(make_cells, make_program):
     cells = make_cells()
-    adversary = Adversary(make_program(), batches(cells), AdversaryOptions(target="batch"))
+    adversary = Adversary(make_program(), batches(cells), FitOptions(adversarial_target="batch"))
     assert adversary.share.tolist() == [0.5, 0.5]
     with torch.no_grad():
         adversary.classifier[-1].bias.copy_(torch.tensor([0.8, 0.2]).log())
@@ -127,7 +127,7 @@ def test_the_classifier_learns(make_cells, make_program):
 
 def test_gradients_reach_the_program_or_the_classifier_never_both(make_cells, make_program):
     cells, program = make_cells(), make_program()
-    adversary = Adversary(program, batches(cells), AdversaryOptions(schedule="constant", weight=3.0))
+    adversary = Adversary(program, batches(cells), FitOptions(adversarial_schedule="constant", adversarial_weight=3.0))
     with torch.no_grad():
         adversary.classifier[-1].weight.normal_()
     gradients = {}
@@ -281,7 +281,7 @@ def test_a_batch_without_training_cells_is_no_class(make_cells):
         batch_code=design.argmax(-1), n_genes=7, n_regions=9, n_batch=3,
     )  # fmt: skip
     program = pm.MultiVIProgram(pm.ProgramConfig(n_genes=7, n_regions=9, n_batch=3, n_covariates=3, n_latent=3))
-    adversary = Adversary(program, Minibatches(table), AdversaryOptions("batch"))
+    adversary = Adversary(program, Minibatches(table), FitOptions(adversarial_target="batch"))
     assert adversary.share.tolist() == [0.5, 0.5]
     with pyro.validation_enabled(False):
         adversary.penalty(torch.randn(12, 3), table.batch(torch.arange(12)))
