@@ -68,7 +68,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
         for name, site in guided.items():
             if not site["fn"].has_rsample:
                 raise ContractError(
-                    f"Site {name!r} of the guide is drawn from {_kind(site['fn'])}, whose draws are not "
+                    f"Site {name!r} of the guide is drawn from {_family(site['fn'])}, whose draws are not "
                     "reparameterised: TraceMeanField_ELBO would return gradients without it. Use a distribution "
                     "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO() or TraceGraph_ELBO()."
                 )
@@ -161,9 +161,9 @@ def _check_observed(name: str, site: Any) -> None:
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     if site["is_observed"] and isinstance(value, Tensor) and event and tuple(value.shape[-len(event) :]) != event:
         raise ContractError(
-            f"Site {name!r} of the model is observed with shape {tuple(value.shape)}, and its distribution {_kind(fn)} "
-            f"has batch shape {batch} and event shape {event}: expected a value of shape {batch + event}. Compare the "
-            "number of features of the data with that of the decoder."
+            f"Site {name!r} of the model is observed with shape {tuple(value.shape)}, and its distribution "
+            f"{_family(fn)} has batch shape {batch} and event shape {event}: expected a value of shape "
+            f"{batch + event}. Compare the number of features of the data with that of the decoder."
         )
 
 
@@ -191,7 +191,7 @@ def _plates(names: set[str]) -> str:
     return f"the plate {', '.join(map(repr, sorted(names)))}" if names else "no plate"
 
 
-def _kind(fn: Any) -> str:
+def _family(fn: Any) -> str:
     while type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
         fn = fn.base_dist
     return type(fn).__name__

@@ -95,7 +95,7 @@ def fit(
     best = None if validation is None else _Snapshot(program)
     average = RunningAverage(program, options.average_steps)
     if first and validation is not None:
-        # Going on must not end worse than it began: the weights of now are the first to beat.
+        # Going on must not end worse than it began: the current weights are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
     # Without weights to go back to there is no way back from a step that is not a number.
     monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
@@ -162,7 +162,7 @@ def fit(
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
                     scored = validation is not None and stopping.monitor in row
                     is_better = scored and stopping.update(row[stopping.monitor])
-                    # Until there is a score, the weights of now are the best known.
+                    # Until there is a score, the current weights are the best known.
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
                     if _any_stops(options.callbacks, epoch, row, program):
@@ -204,7 +204,7 @@ def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALID
 
 
 class _Snapshot:
-    """The weights to come back to: the best so far, at first those at the start."""
+    """Copy of the best weights so far, at first of those at the start."""
 
     def __init__(self, program: MultiVIProgram) -> None:
         self._state = {name: value.detach().clone() for name, value in program.state_dict().items()}

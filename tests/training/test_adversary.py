@@ -35,7 +35,7 @@ def batches(cells) -> Minibatches:
     return Minibatches(table)
 
 
-def told_apart(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
+def accuracy_of_groups(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
     """Share of the cells that a linear classifier (least squares) puts into the right one of two groups."""
     design = np.column_stack([z_nk, np.ones(len(z_nk))])
     coefficients = np.linalg.lstsq(design, np.where(group, 1.0, -1.0), rcond=None)[0]
@@ -43,7 +43,7 @@ def told_apart(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
 
 
 class BlindDecoders(pm.MultiVIProgram):
-    """The decoders do not know the batch: z has to carry what differs between batches."""
+    """The decoders do not get the batch: z has to carry what differs between batches."""
 
     def expression(self, z, s):
         return super().expression(z, torch.zeros_like(s))
@@ -64,22 +64,22 @@ def test_training_with_it_mixes_batches():
             max_epochs=80, lr=1e-2, batch_size=16, train_size=1.0, progress_bar=False,
             adversarial_mixing=mixing, adversarial_target="batch", adversarial_weight=200.0,
         )  # fmt: skip
-        found[mixing] = told_apart(model.get_latent_representation(give_mean=False), of_first)
+        found[mixing] = accuracy_of_groups(model.get_latent_representation(give_mean=False), of_first)
     assert found[False] > 0.9
     assert found[True] < found[False] - 0.2
 
 
 def test_what_lies_apart_is_drawn_together(make_cells, make_program):
-    """Three clouds, one of each kind of cells, that may move as a whole; nothing but the penalty moves them."""
+    """Three clouds, one of each measurement pattern, that may move as a whole; nothing but the penalty moves them."""
     cells = make_cells((20, 20, 20))
     adversary = Adversary(make_program(), batches(cells))
-    kind = cells.has_rna.long() + 2 * cells.has_atac.long() - 1
+    pattern = cells.has_rna.long() + 2 * cells.has_atac.long() - 1
     centre = torch.nn.Parameter(torch.tensor([[2.0, 0.0, 0.0], [-2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
     optimizer = torch.optim.Adam([centre], lr=5e-3)
     spread = []
     for _ in range(1000):
         optimizer.zero_grad()
-        adversary.penalty(centre[kind] + torch.randn(60, 3), cells).backward()
+        adversary.penalty(centre[pattern] + torch.randn(60, 3), cells).backward()
         optimizer.step()
         adversary.learn()
         spread.append(torch.pdist(centre.detach()).max().item())
@@ -187,7 +187,7 @@ def test_schedules(model, schedule, expected):
         assert rest == pytest.approx(1e4 * weight * row["adversary_train"], rel=1e-2, abs=1e-2)
 
 
-def test_off_unless_asked_for(model):
+def test_off_by_default(model):
     model.train(**BRIEF)
     assert "adversary_train" not in model.history
     model.train(**BRIEF, adversarial_mixing=False, adversarial_target="batch")

@@ -16,13 +16,13 @@ from pyro_multivi.training.divergence import DivergenceMonitor
 loop = importlib.import_module("pyro_multivi.training.fit")
 
 
-class Poisoned(pm.MultiVIProgram):
+class Diverging(pm.MultiVIProgram):
     """The density of l of cell 3 is NaN while training, once armed."""
 
     armed = False
 
-    def library_posterior(self, cells, s, read):
-        q = super().library_posterior(cells, s, read)
+    def library_posterior(self, cells, s, hidden):
+        q = super().library_posterior(cells, s, hidden)
         hit = (cells.index == 3) & (self.armed and self.training)
         return type(q)(torch.where(hit, torch.nan, q.loc), q.scale, validate_args=False)
 
@@ -34,7 +34,7 @@ def run(mosaic, monkeypatch):
 
     def train(check_every, callback=None, **options):
         monkeypatch.setattr(loop, "DivergenceMonitor", partial(DivergenceMonitor, check_every=check_every))
-        model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2, program_class=Poisoned)
+        model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2, program_class=Diverging)
         callbacks = [] if callback is None else [callback]
         error = None
         try:
@@ -99,35 +99,35 @@ def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(run, check_ev
 # ---------------------------------------------------------------------- by the loop on a CPU
 
 
-def poison(site, cell):
+def diverging(site, cell):
     """A program in which one cell's density of one site becomes NaN while training."""
 
-    class Poisoned(pm.MultiVIProgram):
+    class Diverging(pm.MultiVIProgram):
         armed = False
 
-        def _spoil(self, cells, value):
+        def _nan_where_hit(self, cells, value):
             hit = (cells.index == cell) & (self.armed and self.training)
             return torch.where(hit, torch.nan, value)
 
-        def library_posterior(self, cells, s, read):
-            q = super().library_posterior(cells, s, read)
-            return type(q)(self._spoil(cells, q.loc), q.scale, validate_args=False) if site == "l" else q
+        def library_posterior(self, cells, s, hidden):
+            q = super().library_posterior(cells, s, hidden)
+            return type(q)(self._nan_where_hit(cells, q.loc), q.scale, validate_args=False) if site == "l" else q
 
-        def cell_factor(self, cells, read):
-            d = super().cell_factor(cells, read)
-            return self._spoil(cells, d) if site == "d" else d
+        def cell_factor(self, cells, hidden):
+            d = super().cell_factor(cells, hidden)
+            return self._nan_where_hit(cells, d) if site == "d" else d
 
         def alignment(self, experts):
             penalty = super().alignment(experts)
             return penalty * torch.nan if site == "alignment" and self.armed and self.training else penalty
 
-    return Poisoned
+    return Diverging
 
 
 @pytest.mark.parametrize("train_size", [0.9, 1.0])
 @pytest.mark.parametrize(("site", "said"), [("l", "'l'"), ("d", "'[dy]'"), ("alignment", "'alignment' of the guide")])
 def test_nan_stops_and_names_site_and_cells(build, site, said, train_size, train, assert_usable):
-    model = build(program_class=poison(site, cell=3))
+    model = build(program_class=diverging(site, cell=3))
 
     def arm(epoch, row, program):
         program.armed = epoch >= 1
@@ -144,7 +144,7 @@ def test_nan_stops_and_names_site_and_cells(build, site, said, train_size, train
 @pytest.mark.parametrize("train_size", [0.9, 1.0])
 @pytest.mark.parametrize("site", ["l", "alignment"])
 def test_nan_in_the_first_minibatch_goes_back_to_the_start(build, train_size, site, train):
-    model = build(program_class=poison(site, cell=3))
+    model = build(program_class=diverging(site, cell=3))
     start = {name: value.clone() for name, value in model.program.state_dict().items()}
     model.program.armed = True
     with pytest.raises(TrainingDiverged, match=f"epoch 1, minibatch 1: site '{site}'"):
@@ -163,18 +163,18 @@ def test_a_nan_gradient_never_reaches_the_weights_that_are_kept(build, epoch, at
     model = build()
     bias, steps = model.program.expression_decoder.rho.bias, []
 
-    def spoil(gradient):
+    def break_gradient(gradient):
         steps.append(1)
         return gradient * torch.nan if len(steps) == 4 * epoch + at else gradient
 
-    handle = bias.register_hook(spoil)
+    handle = bias.register_hook(break_gradient)
     with pytest.raises(TrainingDiverged, match="parameter .* is not finite"):
         train(model, 3, train_size=train_size)
     handle.remove()
     assert_usable(model)
 
 
-def test_divergence_while_going_on_does_not_spoil_the_moments_kept(build, train, assert_usable):
+def test_divergence_while_going_on_does_not_change_the_moments_kept(build, train, assert_usable):
     model = train(build(), 1)
     bias = model.program.expression_decoder.rho.bias
     handle = bias.register_hook(lambda gradient: gradient * torch.nan)
@@ -205,13 +205,13 @@ def test_an_error_in_a_model_of_ones_own_is_shown_as_it_is(build, train):
 def test_without_held_out_cells_a_bad_gradient_is_refused_before_the_step(build, train, assert_usable):
     model = build()
 
-    def spoil(epoch, row, program):
+    def break_gradient(epoch, row, program):
         kept.update({k: v.clone() for k, v in program.state_dict().items()})
         hooks.append(program.log_theta.register_hook(lambda grad: grad * torch.nan))
 
     kept, hooks = {}, []
     with pytest.raises(pm.TrainingDiverged, match="epoch 2, minibatch 1: the gradient of parameter 'log_theta'"):
-        train(model, 5, callbacks=[spoil], train_size=1.0)
+        train(model, 5, callbacks=[break_gradient], train_size=1.0)
     assert all(torch.equal(value, kept[name]) for name, value in model.program.state_dict().items())
     hooks[0].remove()
     assert_usable(model)

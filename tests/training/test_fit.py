@@ -218,7 +218,7 @@ def stop(model, patience, **options):
 
 @pytest.mark.parametrize("monitor", ["elbo_validation", "reconstruction_loss_validation", "train_loss"])
 @pytest.mark.parametrize("patience", [1, 3])
-def test_patience_is_what_was_asked_for(build, monitor, patience):
+def test_patience_is_that_of_the_argument(build, monitor, patience):
     model = stop(build(), patience, early_stopping_monitor=monitor)
     assert len(model.history["train_loss"]) == 1 + patience
 
@@ -286,13 +286,13 @@ def test_training_again_goes_on(build):
 def test_order_and_noise_are_new_when_training_goes_on_and_under_another_seed(build, monkeypatch):
     orders, seeds, whole = [], [], pm.MultiVIProgram.guide
 
-    def watched(program, cells):
+    def recorded(program, cells):
         if program.training:
             orders.append(tuple(cells.index.tolist()))
             seeds.append(torch.initial_seed())
         return whole(program, cells)
 
-    monkeypatch.setattr(pm.MultiVIProgram, "guide", watched)
+    monkeypatch.setattr(pm.MultiVIProgram, "guide", recorded)
     model = train(build(), 1, batch_size=60, train_size=1.0)
     train(model, 1, batch_size=60)
     train(build(), 1, batch_size=60, train_size=1.0, seed=5)
@@ -360,13 +360,13 @@ def test_gradients_are_clipped(build):
     model = build()
     step = torch.optim.Adam.step
 
-    def watched(optimizer, *args, **kwargs):
+    def recorded(optimizer, *args, **kwargs):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
         return step(optimizer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", watched)
+        patch.setattr(torch.optim.Adam, "step", recorded)
         train(model, 1)
         free = list(norms)
         norms.clear()

@@ -32,7 +32,7 @@ def test_train_gives_every_option_to_fit(build, monkeypatch):
     assert options.early_stopping
 
 
-def test_fit_stops_early_if_asked_to(build):
+def test_fit_stops_early_by_the_same_options(build):
     table = build()._training_table()
     for early_stopping, n_epochs in ((True, 3), (False, 6)):
         options = FitOptions(
