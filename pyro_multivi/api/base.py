@@ -110,8 +110,8 @@ class ModelBase:
         max_epochs
             Passes over the training cells at most.
         lr, weight_decay, eps
-            Learning rate, weight decay of the weight matrices but the loadings, and the constant in the denominator of
-            Adam.
+            Learning rate of Adam, its weight decay (of the weight matrices other than loadings), the constant in its
+            denominator.
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
@@ -173,7 +173,7 @@ class ModelBase:
         ImportError
             If ``compile=True`` and Numba is missing.
         ContractError
-            If model and guide of a program of your own do not fit together.
+            If model and guide of a custom program do not fit together.
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
@@ -182,15 +182,15 @@ class ModelBase:
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = default_batch_size(len(table))
-        split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
-        if self._split is None or (train_size, validation_size) != (None, None):
-            # Going on keeps the cells held out so far, unless other sizes are asked for.
-            self._split = split
+        split = self._split
+        if split is None or (train_size, validation_size) != (None, None):
+            # Going on keeps the cells held out so far, unless other sizes are given.
+            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
-        validation = batches(self._split.validation) if len(self._split.validation) else None
-        order_seed = seed + self._history.n_epochs
-        train = batches(self._split.train, shuffle=True, seed=order_seed)
+        train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
+        validation = batches(split.validation) if len(split.validation) else None
+        self._split = split
         try:
             with refit(self.program, lambda: self._history.n_epochs):
                 self._history, self._optimizer_state = fit(
@@ -198,8 +198,8 @@ class ModelBase:
                 )
             self.is_trained = True
             if validation is not None:
-                fit_depth_regressions(self.program, batches(self._split.train), validation)
-                fit_mixture(self.program, batches(self._split.train), validation)
+                fit_depth_regressions(self.program, batches(split.train), validation)
+                fit_mixture(self.program, batches(split.train), validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 
