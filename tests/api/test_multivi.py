@@ -315,7 +315,7 @@ def test_region_factors(ready, shared):
     with pytest.raises(ValueError, match="region_factors=False was chosen"):
         trained(ready, region_factors=False).get_region_factors()
     rna = ready[:45, :40].copy()
-    with pytest.raises(ValueError, match="no regions, so it knows nothing of accessibility"):
+    with pytest.raises(ValueError, match="no regions, and so no accessibility"):
         trained(rna).get_region_factors()
 
 

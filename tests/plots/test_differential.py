@@ -5,9 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyro_multivi import plots
+from pyro_multivi import MULTIVI, plots, simulate_multiome
 
 figure = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Cells of 3 types, distinct enough for features to be called."""
+    adata = simulate_multiome(
+        (60, 20, 20), 30, 40, n_latent=3, n_types=3, effect_size=2.0, differential_fraction=0.6, seed=0
+    )
+    MULTIVI.setup_anndata(adata, modality_key="modality")
+    model = MULTIVI(adata, n_hidden=16, n_latent=3)
+    model.train(max_epochs=8, batch_size=32, lr=1e-2, progress_bar=False)
+    return model
 
 
 @pytest.fixture
