@@ -35,7 +35,7 @@ OutPath: TypeAlias = "str | os.PathLike[str]"
 
 
 class _Options(TypedDict, total=False):
-    """Arguments of estimates that do not decide the type of the result."""
+    """Arguments of both estimates that do not decide the type of the result; the overloads name those that do."""
 
     n_samples_overall: int | None
     transform_batch: Batches
@@ -47,14 +47,14 @@ class _Options(TypedDict, total=False):
 
 
 class ExpressionOptions(_Options, total=False):
-    """Those of expression."""
+    """Such arguments of expression."""
 
     gene_list: FeatureList
     library_size: LibrarySize
 
 
 class AccessibilityOptions(_Options, total=False):
-    """Those of accessibility."""
+    """Such arguments of accessibility."""
 
     region_list: FeatureList
     normalize_cells: bool
@@ -157,7 +157,7 @@ def average_over(
         if not 0 < level < 1:
             raise ValueError(f"return_interval={return_interval!r} is not allowed: give a probability such as 0.9.")
         if not return_mean:
-            raise ValueError("return_interval summarises the draws, return_mean=False returns them: choose one.")
+            raise ValueError("return_interval is a summary of the draws, return_mean=False asks for them: choose one.")
         least = least_draws(level)
         if n_draws < least:
             raise ValueError(
@@ -196,7 +196,7 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
     sizes = np.asarray(library_size, dtype=np.float32)
     if sizes.shape != (n_cells,):
         raise ValueError(
-            f"library_size has shape {sizes.shape} and {n_cells} cells are chosen: give one number per cell."
+            f"library_size has shape {sizes.shape} and {n_cells} cells are asked for: give one number per cell."
         )
     wrong = ~(np.isfinite(sizes) & (sizes > 0))
     if wrong.any():

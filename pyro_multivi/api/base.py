@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from anndata import AnnData
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_multivi._optional import require
 from pyro_multivi.api import saving as io
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.custom_program import find_program, import_path
@@ -26,7 +23,6 @@ from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.refit import refit
@@ -283,11 +279,11 @@ class ModelBase:
             "split": None if self._split is None else self._split.to_dict(),
             "is_trained": self.is_trained,
         }
-        extra: dict[str, Any] = {}
+        extra = {}
         if save_anndata:
             if self.adata is None:
                 raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-            extra["adata.h5ad" if isinstance(self.adata, AnnData) else "mdata.h5mu"] = partial(_write_data, self.adata)
+            extra = io.data_file(self.adata)
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
     @classmethod
@@ -336,7 +332,7 @@ class ModelBase:
             ) from error
         program.to(device).eval()
         if adata is None:
-            adata = _saved_data(Path(dir_path))
+            adata = io.read_data(dir_path)
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
         model._history = History(description["history"])
@@ -395,19 +391,3 @@ class ModelBase:
         modality = modality_named(name)
         if modality is not None and not modality.n_features_in(self.spec):
             raise ValueError(f"{argument}: this model has no {modality.features}, and so no {name}.")
-
-
-def _write_data(data: Data, path: Path) -> None:
-    if isinstance(data, AnnData):
-        data.write_h5ad(path)
-        return
-    # By default writing would copy the modalities' obs columns into those of the MuData.
-    with require("mudata", "mudata").set_options(pull_on_update=False):
-        data.write(path)
-
-
-def _saved_data(folder: Path) -> Data | None:
-    for name in io.DATA:
-        if (folder / name).is_file():
-            return read(folder / name)
-    return None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import check_choice, check_draws
-from pyro_multivi.data.modality import MODALITIES, modality_named
+from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
 from pyro_multivi.posterior.quantities.latent import depth_factors, latent_draws, latent_state
@@ -84,7 +84,7 @@ class LatentMixin(ModelBase):
         ValueError
             If the modality is unknown, not modelled, or measured in none of the cells.
         """
-        names = ["joint", *(known.name for known in MODALITIES), *self.spec.extra]
+        names = ["joint", *(entry.name for entry in MODALITIES), *self.spec.extra]
         check_choice("modality", modality, names)
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
@@ -123,7 +123,7 @@ class LatentMixin(ModelBase):
     def get_region_factors(self) -> NDArray[np.float32]:
         """Factor r_j in (0, 1) of each region, (M,)."""
         self._check_trained()
-        self._check_modality("get_region_factors", "accessibility")
+        self._check_modality("get_region_factors", ATAC.name)
         factors = region_factors(self.program)
         if factors is None:
             raise ValueError("region_factors=False was chosen for this model: it has no region factors.")

@@ -12,20 +12,26 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from anndata import AnnData
 from torch import Tensor
 
+from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.datasets.readers import read
 
 FORMAT = 2
 WEIGHTS = "weights.pt"
 DESCRIPTION = "model.json"
-#: Data saved beside a model: an AnnData, a MuData.
-DATA = ("adata.h5ad", "mdata.h5mu")
+#: Data saved beside a model.
+ANNDATA, MUDATA = "adata.h5ad", "mdata.h5mu"
+
+Write: TypeAlias = Callable[[Path], None]
 
 
 class BrokenModelError(ValueError):
@@ -38,7 +44,7 @@ def write_model(
     description: dict[str, Any],
     *,
     overwrite: bool = False,
-    extra_files: dict[str, Any] | None = None,
+    extra_files: Mapping[str, Write] | None = None,
 ) -> None:
     """Write a model folder as a whole or not at all.
 
@@ -70,7 +76,7 @@ def write_model(
             raise FileExistsError(f"{where} exists: choose another path or give overwrite=True.")
         # Replacing deletes the folder: it must hold a whole model and no other file of the user.
         found = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-        if found and (not {DESCRIPTION, WEIGHTS} <= found or found - {DESCRIPTION, WEIGHTS, *DATA}):
+        if found and (not {DESCRIPTION, WEIGHTS} <= found or found - {DESCRIPTION, WEIGHTS, ANNDATA, MUDATA}):
             raise FileExistsError(
                 f"{where} holds something other than a saved model and is not replaced: choose another path."
             )
@@ -155,6 +161,25 @@ def read_model(folder: str | os.PathLike[str], needed: Sequence[str] = ()) -> tu
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise refused
     return _renamed(state, description) if version < 2 else (state, description)
+
+
+def data_file(data: Data) -> dict[str, Write]:
+    """Name of the file of a model's data, and the function that writes it, as :func:`write_model` takes them."""
+    if isinstance(data, AnnData):
+        return {ANNDATA: data.write_h5ad}
+
+    def write(path: Path) -> None:
+        # By default writing would copy the modalities' obs columns into those of the MuData.
+        with require("mudata", "mudata").set_options(pull_on_update=False):
+            data.write(path)
+
+    return {MUDATA: write}
+
+
+def read_data(folder: str | os.PathLike[str]) -> Data | None:
+    """Data saved beside a model; None without any."""
+    paths = [Path(folder) / name for name in (ANNDATA, MUDATA)]
+    return next((read(path) for path in paths if path.is_file()), None)
 
 
 #: Beginnings of tensors' names in format 1, and today's.

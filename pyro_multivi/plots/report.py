@@ -18,11 +18,14 @@ from pyro_multivi import plots
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.checks.result import PredictiveCheck
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Tables of features.
+_FEATURES = tuple(modality.features for modality in MODALITIES)
 #: Name of the page within the folder.
 PAGE = "check.html"
 # Width of one panel in inches, and dots per inch: at normal size letters are as large as the text.
@@ -122,7 +125,7 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
             f"<p class='help'>{html.escape(picture.help)}</p>",
             f"<img alt='{html.escape(picture.title, quote=True)}' src='data:image/png;base64,{_png(picture)}'>",
         ]
-    for name in ("genes", "regions"):
+    for name in _FEATURES:
         table = getattr(check, name)
         if len(table):
             parts += [
@@ -137,19 +140,20 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
     """Pictures of the tables that a check has."""
     found: list[Picture] = []
-    for table, title in ((check.genes, "Genes"), (check.regions, "Regions"), (check.cells, "Cells")):
-        names = [] if not len(table) else list(pd.unique(table["statistic"]))
-        if not names:
+    for things in (*_FEATURES, "cells"):
+        table, title = getattr(check, things), things.capitalize()
+        if not len(table):
             continue
+        names = list(pd.unique(table["statistic"]))
         found.append(
             Picture(
                 f"{title}: observed against replicated",
-                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: "
+                f"Each point is one of the {things}, its bar the central {check.level:.0%} of replicates: "
                 "points above the line have more in the data than the model expects, points below less.",
                 [partial(plots.observed_against_replicated, table, name, level=check.level) for name in names],
             )
         )
-        if title != "Cells":
+        if things != "cells":
             found.append(
                 Picture(
                     f"{title}: p-values",

@@ -62,7 +62,7 @@ def test_pictures_draw_into_the_axes_given(ax):
         plots.imputed_against_measured(imputed, "accessibility", ax)
 
 
-def test_settings_are_told_apart_without_colour(ax):
+def test_settings_differ_without_colour(ax):
     coverage = pd.DataFrame({"setting": ["a", "b", "c"], "counts": "all", "nominal": 0.5, "covered": [0.4, 0.5, 0.6]})
     plots.coverage_curve(coverage, ax)
     looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:3]}

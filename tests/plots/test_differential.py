@@ -1,4 +1,4 @@
-"""Pictures of differential tests: what they draw."""
+"""Figures of differential tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_top_features_draws_the_strongest_of_each_group(fitted, ax):
     assert labels == expected
 
 
-def test_what_cannot_be_drawn_is_said(fitted, ax):
+def test_tables_that_cannot_be_drawn_are_refused(fitted, ax):
     table = fitted.differential_expression(groupby="cell_type", n_samples=100)
     with pytest.raises(ValueError, match="comparison=None is not in the table: choose one of"):
         plots.volcano(table, ax=ax)

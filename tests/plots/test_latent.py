@@ -31,7 +31,7 @@ def test_latent_scatter_shows_every_cell_once_with_its_label(ax):
     assert np.asarray(ax.collections[2].get_offsets()).tolist() == [[8.0, 9.0]]
 
 
-def test_latent_scatter_tells_more_labels_apart_than_there_are_colours(ax):
+def test_latent_scatter_distinguishes_more_labels_than_there_are_colours(ax):
     labels = [f"type {number:02d}" for number in range(20)]
     plots.latent_scatter(np.random.default_rng(0).normal(size=(20, 3)), labels, ax)
     looks = {(c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes()) for c in ax.collections}

@@ -63,7 +63,7 @@ def test_check_of_all_cells_with_the_prior_for_hidden_depth(trained, tmp_path, c
     assert "40 replicates of 100 cells" in capsys.readouterr().out
 
 
-def test_check_says_what_is_missing(trained, tmp_path, capsys):
+def test_check_reports_missing_data_and_bad_arguments(trained, tmp_path, capsys):
     assert main(["check", str(trained / "model"), "--out", str(tmp_path)]) == 1
     assert "holds no data: give DATA" in capsys.readouterr().err
     arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path)]

@@ -36,7 +36,7 @@ def true_program() -> MultiVIProgram:
 
 
 def fit_guide(program: MultiVIProgram, cells: Cells, n_steps: int) -> None:
-    """Bring the guide near the posterior of a model that stays as it is; experts are also met alone."""
+    """Fit the guide to the posterior of a fixed model; experts are also trained alone."""
     of_model = ("expression_decoder", "accessibility_decoder", "log_theta", "region_logit")
     parameters = [value for name, value in program.named_parameters() if not name.startswith(of_model)]
     optimiser = torch.optim.Adam(parameters, lr=5e-3)
@@ -120,7 +120,7 @@ def test_own_simulator_passes(check):
     totals = check.totals.query("by == 'all'").set_index("statistic")
     of_genes = totals[~totals.index.str.contains("region")]
     assert of_genes["p_value"].between(0.005, 0.995).all(), totals
-    # The guide knows the cell factor as one number only, by a network: near, not exact.
+    # The guide gives the cell factor as a single number, from a network: near, not exact.
     assert (totals["replicated"] / totals["observed"]).between(0.96, 1.04).all(), totals
 
 
@@ -265,7 +265,7 @@ def test_check_refuses(fitted, arguments, message):
         fitted.posterior_predictive_check(**arguments)
 
 
-def test_nothing_held_out_is_said(fitted, mosaic):
+def test_missing_held_out_cells_are_reported(fitted, mosaic):
     with pytest.raises(ValueError, match="adata is other data: give held_out=False"):
         fitted.posterior_predictive_check(mosaic)
     trained_on = np.setdiff1d(np.arange(200), fitted.validation_indices)
