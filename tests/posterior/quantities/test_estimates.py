@@ -357,7 +357,7 @@ def test_other_cells_by_name(fitted):
     (METHODS[0], {"n_samples": 2.5}, "n_samples=2.5 is not allowed"),
     (METHODS[1], {"n_samples_overall": -1}, "n_samples_overall=-1 is not allowed"),
     (METHODS[1], {"n_samples_overall": 5, "n_samples": 3}, "n_samples=3 and n_samples_overall=5 both mean"),
-    (METHODS[0], {"library_size": [1.0, 2.0]}, r"library_size has shape \(2,\) and 200 cells are chosen"),
+    (METHODS[0], {"library_size": [1.0, 2.0]}, r"library_size has shape \(2,\) and 200 cells are asked for"),
     (METHODS[0], {"library_size": [np.nan] * 200}, "library_size holds nan at position 0"),
     (METHODS[0], {"library_size": [1.0] * 199 + [-1.0]}, "library_size holds -1.0 at position 199"),
     (METHODS[0], {"library_size": -2}, "library_size=-2 is not allowed: a library size is positive"),
@@ -369,7 +369,7 @@ def test_other_cells_by_name(fitted):
     (METHODS[1], {"threshold": 0.5, "return_mean": False}, "threshold makes one .* return_mean=False asks for more"),
     (METHODS[0], {"return_interval": 0.9}, "return_interval=0.9 needs at least 20 draws.* give n_samples=100"),
     (METHODS[0], {"return_interval": 90, "n_samples": 100}, "return_interval=90 is not allowed"),
-    (METHODS[0], {"return_interval": 0.9, "n_samples": 20, "return_mean": False}, "return_interval summarises"),
+    (METHODS[0], {"return_interval": 0.9, "n_samples": 20, "return_mean": False}, "return_interval is a summary"),
     (METHODS[0], {"batch_size": 0}, "batch_size=0 is not allowed"),
 ])  # fmt: skip
 def test_bad_input_is_named_with_what_is_allowed(fitted, method, arguments, message):
