@@ -90,7 +90,7 @@ def hide(cells: Cells, modality: Modality) -> Cells:
     nothing = torch.zeros(0, dtype=counts.dtype, device=cells.device)
     empty = SparseCounts(crow, crow[:0], nothing, (len(cells), counts.shape[1]))
     never = torch.zeros_like(modality.measured_in(cells))
-    return cells.replace(**{modality.counts: empty, f"has_{modality.key}": never})
+    return cells.replace(**{modality.counts: empty, modality.mask: never})
 
 
 def replicate(

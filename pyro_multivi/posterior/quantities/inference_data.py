@@ -88,11 +88,11 @@ def inference_data(
             counts = counts.masked_fill(~measured[:, None], torch.nan)
             add("observed_data", site, counts if chosen is None else counts[:, chosen])
         for modality in MODALITIES:
-            add("constant_data", f"has_{modality.key}", modality.measured_in(cells))
+            add("constant_data", modality.mask, modality.measured_in(cells))
     coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
     dims = {"z": ["cell", "latent"]}
     for modality in MODALITIES:
-        dims[modality.depth] = dims[f"has_{modality.key}"] = ["cell"]
+        dims[modality.depth] = dims[modality.mask] = ["cell"]
     for site in features:
         feature = modality_at(site).feature
         coords[feature] = list(feature_names[site])
