@@ -43,7 +43,7 @@ def test_every_method_of_the_program_is_listed():
     assert not public(pm.MultiVIProgram) - listed("program.rst")
 
 
-def test_every_picture_is_listed():
+def test_every_figure_is_listed():
     made = {f"plots.{name}" for name in plots.__all__ if callable(getattr(plots, name))}
     assert made == listed("plots.rst")
 
