@@ -1,6 +1,6 @@
 """MultiVI in Pyro: one latent state per cell from gene counts, peak accessibility or both.
 
-The analyst's door is :class:`MULTIVI`; the modeler's is :class:`MultiVIProgram`.
+Analysts start at :class:`MULTIVI`, modelers at :class:`MultiVIProgram`.
 """
 
 from pyro_multivi._version import __version__

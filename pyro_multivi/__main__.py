@@ -1,4 +1,4 @@
-"""``python -m pyro_multivi`` is the command line."""
+"""Command line as ``python -m pyro_multivi``."""
 
 import sys
 

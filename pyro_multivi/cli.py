@@ -17,6 +17,7 @@ from anndata import AnnData
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import read
 from pyro_multivi.plots.report import check_and_report
@@ -24,13 +25,13 @@ from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         run = {"demo": _demo, "train": _train, "check": _check, "differential": _differential}[options.command]
         run(options)
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, MemoryError) as error:
-        # What the library has to say is for the person who typed the command; a trace is not.
+        # The person who typed the command needs the library's message, not a trace.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"pyro-multivi: {message}", file=sys.stderr)
         return 1
@@ -55,8 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-key", help="obs column of batches")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
     train.add_argument("--feature-type-key", default="feature_types", help="var column telling genes from peaks")
-    train.add_argument("--rna", default="rna", help="name of the RNA modality of an .h5mu (default: rna)")
-    train.add_argument("--atac", default="atac", help="name of the ATAC modality of an .h5mu (default: atac)")
+    for modality in MODALITIES:
+        key = modality.key
+        train.add_argument(
+            f"--{key}", default=key, help=f"name of the {modality.assay} modality of an .h5mu (default: {key})"
+        )
     train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
     train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
     train.add_argument(
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
     differential.add_argument(
         "--modality",
-        choices=["expression", "accessibility"],
+        choices=[modality.name for modality in MODALITIES],
         help="genes or regions (default: genes, if the model has any)",
     )
     differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
@@ -132,11 +136,10 @@ def _train(options: argparse.Namespace) -> None:
         data = _detected(data, options.min_fraction)
         report = MULTIVI.setup_anndata(data, layer=options.layer, feature_type_key=options.feature_type_key, **keys)
     else:
-        present = {f"{kind}_layer": name for kind, name in (("rna", options.rna), ("atac", options.atac))}
-        modalities = {key: name for key, name in present.items() if name in data.mod}
-        report = MULTIVI.setup_mudata(
-            data, rna_layer=options.layer, atac_layer=options.layer, modalities=modalities, **keys
-        )
+        names = {f"{modality.key}_layer": getattr(options, modality.key) for modality in MODALITIES}
+        modalities = {layer: name for layer, name in names.items() if name in data.mod}
+        layers = dict.fromkeys(names, options.layer)
+        report = MULTIVI.setup_mudata(data, modalities=modalities, **layers, **keys)
     print(report)
     model = MULTIVI(
         data,
@@ -176,14 +179,13 @@ def _differential(options: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}.")
     if out.suffix == ".parquet":
-        # Before the work, not after it.
+        # A missing package is reported before the work.
         require("pyarrow", "parquet")
     model = MULTIVI.load(options.model, None if options.data is None else read(options.data))
     if model.adata is None:
         raise ValueError(f"{options.model} holds no data: give the file of the cells after it.")
-    modality = options.modality or ("expression" if model.spec.n_genes else "accessibility")
-    compare = model.differential_expression if modality == "expression" else model.differential_accessibility
-    table = compare(
+    modality = options.modality or modelled(model.spec)[0].name
+    table = getattr(model, f"differential_{modality}")(
         groupby=options.groupby,
         group1=options.group1,
         group2=options.group2,
@@ -196,7 +198,7 @@ def _differential(options: argparse.Namespace) -> None:
         n_samples=options.n_samples,
         seed=options.seed,
     )
-    # Features stand once for each comparison: as a column, they need not be unique.
+    # A feature has a row in each comparison: a column, unlike an index, need not be unique.
     table = table.rename_axis("feature").reset_index()
     if out.suffix == ".csv":
         table.to_csv(out, index=False)
@@ -210,7 +212,7 @@ def _differential(options: argparse.Namespace) -> None:
 
 
 def _detected(adata: AnnData, min_fraction: float) -> AnnData:
-    """The features detected in at least a share of the cells."""
+    """Features detected in at least a share of the cells."""
     if not 0 <= min_fraction < 1:
         raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
     kept = np.asarray((adata.X > 0).mean(0)).ravel() >= min_fraction
@@ -264,7 +266,7 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
 
 
 def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
-    """Draw the latent space beside the training curve; without matplotlib say so and go on."""
+    """Draw the latent space beside the training curve; without matplotlib print a hint instead."""
     try:
         figure_class = require("matplotlib.figure", "plot").Figure
     except ImportError as error:

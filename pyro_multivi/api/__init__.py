@@ -1,4 +1,4 @@
-"""The analyst's side: AnnData or MuData in, frames and arrays out."""
+"""Interface for analysts: AnnData or MuData in, frames and arrays out."""
 
 from pyro_multivi.api.multivi import MULTIVI
 

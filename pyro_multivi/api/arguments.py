@@ -1,22 +1,68 @@
-"""What an analyst asks for, checked: features, batches, draws, scales."""
+"""Arguments of the analyst's methods: their types, and what the posterior functions take in their place."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_number, first_names, nearest, number_of_draws
+from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws
+from pyro_multivi.data.modality import RNA, Modality
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.quantities.summary import least_draws
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+    from numpy.typing import ArrayLike
+
+#: Cells and what was measured in them.
+Data: TypeAlias = "AnnData | MuData"
+#: Cells by position (negative ones count from the end), name or mask; None for all.
+Indices: TypeAlias = "ArrayLike | None"
+#: Features in the same ways.
+FeatureList: TypeAlias = "ArrayLike | None"
+#: A batch by name or code, or several; None for each cell's own.
+Batches: TypeAlias = "str | int | Sequence[str | int] | None"
+#: A number, one number per cell, or ``"latent"``.
+LibrarySize: TypeAlias = "float | str | ArrayLike"
+#: File to write.
+OutPath: TypeAlias = "str | os.PathLike[str]"
+
+
+class _Options(TypedDict, total=False):
+    """Arguments of both estimates that do not decide the type of the result; the overloads name those that do."""
+
+    n_samples_overall: int | None
+    transform_batch: Batches
+    use_z_mean: bool
+    n_samples: int
+    batch_size: int
+    silent: bool | None
+    seed: int
+
+
+class ExpressionOptions(_Options, total=False):
+    """Such arguments of expression."""
+
+    gene_list: FeatureList
+    library_size: LibrarySize
+
+
+class AccessibilityOptions(_Options, total=False):
+    """Such arguments of accessibility."""
+
+    region_list: FeatureList
+    normalize_cells: bool
+    normalize_regions: bool
 
 
 def select_features(
-    argument: str, wanted: Any, names: Sequence[str], what: str, device: torch.device | str = "cpu"
+    argument: str, wanted: FeatureList, names: Sequence[str], what: str, device: torch.device | str = "cpu"
 ) -> Tensor | None:
     """Positions of the features meant by a list of names, positions or a mask.
 
@@ -29,9 +75,9 @@ def select_features(
     names
         Names of all features of the modality.
     what
-        ``"gene"`` or ``"region"``.
+        ``"gene"`` or ``"region"``, for messages.
     device
-        Where the positions are wanted.
+        Device of the positions.
 
     Returns
     -------
@@ -79,9 +125,18 @@ def select_features(
     return torch.from_numpy(places.astype(np.int64)).to(device)
 
 
+def choose_features(
+    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Positions of the chosen features of a modality, None for all, and their names."""
+    names = modality.feature_names_in(spec)
+    places = select_features(modality.list_argument, wanted, names, modality.feature, device)
+    return places, names if places is None else tuple(names[place] for place in places.tolist())
+
+
 def average_over(
     spec: DataSpec,
-    transform_batch: Any,
+    transform_batch: Batches,
     n_samples: int,
     n_samples_overall: int | None,
     use_z_mean: bool,
@@ -89,7 +144,7 @@ def average_over(
     return_interval: float | None,
     seed: int,
 ) -> Average:
-    """The averaging that a method's arguments describe.
+    """Average over draws and batches that a method's arguments describe.
 
     Raises
     ------
@@ -119,8 +174,8 @@ def average_over(
     )
 
 
-def library_factor(library_size: Any, n_cells: int, device: torch.device) -> float | Tensor | str:
-    """What expression is multiplied with, from the argument ``library_size``.
+def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device) -> float | Tensor | str:
+    """Factor of each cell's expression, from the argument ``library_size``.
 
     Raises
     ------
@@ -132,7 +187,7 @@ def library_factor(library_size: Any, n_cells: int, device: torch.device) -> flo
             raise ValueError(
                 f"library_size={library_size!r} is not allowed: give 'latent', a number, or one number per cell."
             )
-        return "l"
+        return RNA.depth
     if np.ndim(library_size) == 0:
         size = check_number("library_size", library_size)
         if size <= 0:
@@ -151,7 +206,7 @@ def library_factor(library_size: Any, n_cells: int, device: torch.device) -> flo
 
 
 def check_threshold(threshold: float | None, average: Average) -> None:
-    """Refuse a threshold that no probability can be compared with, or that leaves no single sparse result.
+    """Refuse a threshold outside [0, 1], or of results that are more than one sparse matrix.
 
     Raises
     ------

@@ -1,30 +1,28 @@
-"""What every model has: data, training, files. The results are in api.py."""
+"""Data, training and files of every model; the methods that give results are in the mixins beside this file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from anndata import AnnData
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_multivi._optional import require
 from pyro_multivi.api import saving as io
+from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import modality_named
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.refit import refit
@@ -34,15 +32,15 @@ from pyro_multivi.training.fit import Callback
 
 Model = TypeVar("Model", bound="ModelBase")
 
-#: Cells at a time in prediction: more than in training, nothing is kept for a backward pass.
+#: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
 
-#: What the description of a saved model holds beside the file format's own entries.
+#: Entries of a saved model's description beside those of the file format.
 _DESCRIBED = ("config", "program_class", "spec", "history", "split", "is_trained")
 
 
 class NotTrainedError(RuntimeError):
-    """Results were asked of a model that was never trained."""
+    """Results requested of a model that was never trained."""
 
 
 class ModelBase:
@@ -53,7 +51,7 @@ class ModelBase:
     adata: Any
     is_trained: bool
 
-    def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Any, table: CellTable | None) -> None:
+    def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Data | None, table: CellTable | None) -> None:
         self.spec = spec
         self.program = program
         self.adata = adata
@@ -252,11 +250,11 @@ class ModelBase:
 
     @property
     def device(self) -> torch.device:
-        """Where the program is."""
+        """Device of the program."""
         return next(self.program.parameters()).device
 
     def to_device(self, device: str | torch.device) -> None:
-        """Move the program."""
+        """Move the program to a device."""
         self.program.to(device)
 
     # ------------------------------------------------------------------ files
@@ -267,7 +265,7 @@ class ModelBase:
         Parameters
         ----------
         dir_path
-            The folder; its parent must exist.
+            Folder to write; its parent must exist.
         overwrite
             Replace a model that is there.
         save_anndata
@@ -281,18 +279,18 @@ class ModelBase:
             "split": None if self._split is None else self._split.to_dict(),
             "is_trained": self.is_trained,
         }
-        extra: dict[str, Any] = {}
+        extra = {}
         if save_anndata:
             if self.adata is None:
                 raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-            extra["adata.h5ad" if isinstance(self.adata, AnnData) else "mdata.h5mu"] = partial(_write_data, self.adata)
+            extra = io.data_file(self.adata)
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
     @classmethod
     def load(
         cls: type[Model],
         dir_path: str | os.PathLike[str],
-        adata: Any = None,
+        adata: Data | None = None,
         device: str | torch.device = "cpu",
         program_class: type[MultiVIProgram] | str = MultiVIProgram,
     ) -> Model:
@@ -301,14 +299,14 @@ class ModelBase:
         Parameters
         ----------
         dir_path
-            The folder.
+            Folder of the saved model.
         adata
             Data to use by default, with the features of training; without it (and without saved
             data) give ``adata`` to each method.
         device
-            Where to put the program.
+            Device of the program.
         program_class
-            The class of a model of your own, or where to import it, ``"module:name"``. The file says
+            Class of a model of your own, or its import path, ``"module:name"``. The file says
             which class it needs, and nothing is imported unless you name that class here.
 
         Raises
@@ -334,21 +332,21 @@ class ModelBase:
             ) from error
         program.to(device).eval()
         if adata is None:
-            adata = _saved_data(Path(dir_path))
+            adata = io.read_data(dir_path)
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
         model._history = History(description["history"])
-        # The cells held out are known by position, which means nothing in other cells.
+        # Held-out cells are stored by position, which means nothing in other data.
         same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
         if description["split"] is not None and same_cells:
             model._split = Split.from_dict(description["split"])
         model.is_trained = description["is_trained"]
         return model
 
-    # ------------------------------------------------------------------ what the methods share
+    # ------------------------------------------------------------------ shared by the methods
 
-    def minibatch(self, indices: Any = None, adata: Any = None) -> Cells:
-        """Some cells as the program sees them: tensors only.
+    def minibatch(self, indices: Indices = None, adata: Data | None = None) -> Cells:
+        """Some cells as the tensors that the program takes.
 
         Parameters
         ----------
@@ -357,8 +355,8 @@ class ModelBase:
         adata
             Other cells; default: those of training.
         """
-        table, data = self._table_of(adata)
-        return table.batch(select_cells(indices, self.spec.cell_names(data))).to(self.device)
+        table, index = self._select(adata, indices)
+        return table.batch(index).to(self.device)
 
     def _check_trained(self) -> None:
         if not self.is_trained:
@@ -369,36 +367,27 @@ class ModelBase:
             raise ValueError("adata is not given and the model was loaded without data: give adata.")
         return self._table
 
-    def _table_of(self, adata: Any) -> tuple[CellTable, Any]:
+    def _table_of(self, adata: Data | None) -> tuple[CellTable, Any]:
         if adata is None or adata is self.adata:
             return self._training_table(), self.adata
         return self.spec.table(adata), adata
 
-    def _cells(self, adata: Any, indices: Any, batch_size: int) -> Minibatches:
-        """The cells a method is asked about, as minibatches on the program's device."""
-        self._check_trained()
+    def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
         table, data = self._table_of(adata)
-        index: Tensor = select_cells(indices, self.spec.cell_names(data))
+        return table, select_cells(indices, self.spec.cell_names(data))
+
+    def _cells(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
+        """Selected cells, as minibatches on the program's device."""
+        self._check_trained()
+        table, index = self._select(adata, indices)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
 
-    def _check_modality(self, argument: str, modality: str) -> None:
-        missing = {"expression": self.spec.n_genes == 0, "accessibility": self.spec.n_regions == 0}
-        if missing.get(modality, False):
-            feature = "genes" if modality == "expression" else "regions"
-            raise ValueError(f"{argument}: this model has no {feature}, so it knows nothing of {modality}.")
+    def _names_of_cells(self, cells: Minibatches, adata: Data | None) -> list[str]:
+        names = self.spec.cell_names(self.adata if adata is None else adata)
+        return list(map(str, names[cells.index.numpy()]))
 
-
-def _write_data(data: Any, path: Path) -> None:
-    if isinstance(data, AnnData):
-        data.write_h5ad(path)
-        return
-    # Otherwise writing would copy the modalities' obs columns into those of the MuData.
-    with require("mudata", "mudata").set_options(pull_on_update=False):
-        data.write(path)
-
-
-def _saved_data(folder: Path) -> Any:
-    for name in io.DATA:
-        if (folder / name).is_file():
-            return read(folder / name)
-    return None
+    def _check_modality(self, argument: str, name: str) -> None:
+        """Refuse the name of a modality of which the model has no features."""
+        modality = modality_named(name)
+        if modality is not None and not modality.n_features_in(self.spec):
+            raise ValueError(f"{argument}: this model has no {modality.features}, and so no {name}.")

@@ -1,35 +1,35 @@
-"""Which of several models explains held-out cells best."""
+"""Comparison of models by the likelihood of held-out cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 
 
 def compare_models(
     models: Mapping[str, MULTIVI],
-    adata: Any = None,
-    indices: Any = None,
+    adata: Data | None = None,
+    indices: Indices = None,
     n_mc_samples: int = 200,
     batch_size: int = PREDICTION_BATCH,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Compare models by the log-likelihood of the same held-out cells.
 
-    The marginal likelihood of each cell, log p(x, y | s), by importance sampling, as in
-    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`; the cell factor of accessibility is
-    held at the guide's value. Cells differ far more than models do, so the error that counts is
-    that of the differences between models within cells.
+    The marginal likelihood of each cell, log p(x, y | s), is estimated by importance sampling, as in
+    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`, with the cell factor of accessibility at the guide's
+    value. Cells differ far more than models do, so the error that counts is that of the differences between
+    models within cells.
 
     Parameters
     ----------
@@ -38,14 +38,14 @@ def compare_models(
     adata
         Other cells to compare on; default: the data of training, which all models must share.
     indices
-        Which cells. Default: those that training held out, which must be the same for all models
+        Cells to compare on. Default: those that training held out, which must be the same for all models
         (train them with the same ``seed`` and sizes); with ``adata`` all of its cells.
     n_mc_samples
         Draws per cell.
     batch_size
         Cells at a time.
     seed
-        Of the draws.
+        Seed of the draws.
 
     Returns
     -------
@@ -57,16 +57,15 @@ def compare_models(
         ``monte_carlo_error``                     part of the error that more draws would remove
         ``difference``, ``difference_error``      from the best model, with the paired standard error
         ``n_cells``                               number of cells
-        ``gene_likelihood``, ``n_hidden``,        what the model is
+        ``gene_likelihood``, ``n_hidden``,        options and size of the model
         ``n_latent``, ``n_parameters``
         ========================================= =========================================================
 
     Raises
     ------
     ValueError
-        If there are fewer than two models, they hold out different cells or none, have other features
-        or counts, or do not score the same thing: a model with ``library="observed"`` reads the depth
-        that others predict.
+        If there are fewer than two models, they hold out different cells or none, have different features
+        or counts, or differ in ``library``: with ``"observed"`` the depth is given that others predict.
 
     Examples
     --------
@@ -84,39 +83,35 @@ def compare_models(
         raise ValueError("models must be a mapping of at least two trained models, such as {'zinb': a, 'nb': b}.")
     if adata is None and indices is None:
         indices = _same_held_out(models)
-    index = None
-    reference: tuple[str, MULTIVI, Minibatches] | None = None
-    found: dict[str, NDArray[np.float64]] = {}
-    errors: dict[str, NDArray[np.float64]] = {}
-    for name, model in models.items():
-        cells = model._cells(adata, indices, batch_size)
-        if reference is None:
-            reference, index = (name, model, cells), cells.index
-        else:
-            _check_comparable(reference, (name, model, cells))
-        assert index is not None
-        value, error = model.get_marginal_ll(
-            adata, n_mc_samples, index.numpy(), return_mean=False, batch_size=batch_size, return_se=True, seed=seed
+    (first, reference), *others = models.items()
+    cells = reference._cells(adata, indices, batch_size)
+    for other, model in others:
+        _check_comparable((first, reference, cells), (other, model, model._cells(adata, indices, batch_size)))
+    index = cells.index.numpy()
+    scores = {
+        name: model.get_marginal_ll(
+            adata, n_mc_samples, index, return_mean=False, batch_size=batch_size, return_se=True, seed=seed
         )
-        found[name], errors[name] = value, error
-    best = max(found, key=lambda name: float(found[name].mean()))
+        for name, model in models.items()
+    }
+    best, _ = max(scores.values(), key=lambda score: float(score[0].mean()))
     rows = []
-    for name, model in models.items():
-        n, config = len(found[name]), model.program.config
-        difference = found[name] - found[best]
+    for name, (by_cell, error) in scores.items():
+        n, program = len(by_cell), models[name].program
+        difference, config = by_cell - best, program.config
         rows.append(
             {
                 "model": name,
-                "log_likelihood": found[name].mean(),
-                "standard_error": _error_of_mean(found[name]),
-                "monte_carlo_error": float(np.sqrt(np.square(errors[name]).sum()) / n),
+                "log_likelihood": by_cell.mean(),
+                "standard_error": _error_of_mean(by_cell),
+                "monte_carlo_error": float(np.sqrt(np.square(error).sum()) / n),
                 "difference": difference.mean(),
                 "difference_error": _error_of_mean(difference),
                 "n_cells": n,
-                "gene_likelihood": config.gene_likelihood if config.n_genes else "",
+                "gene_likelihood": config.gene_likelihood if RNA in modelled(config) else "",
                 "n_hidden": config.hidden,
                 "n_latent": config.latent,
-                "n_parameters": sum(part.numel() for part in model.program.parameters()),
+                "n_parameters": sum(part.numel() for part in program.parameters()),
             }
         )
     return pd.DataFrame(rows).set_index("model").sort_values("log_likelihood", ascending=False)
@@ -139,30 +134,29 @@ def _same_held_out(models: Mapping[str, MULTIVI]) -> NDArray[np.int64]:
 
 
 def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, MULTIVI, Minibatches]) -> None:
-    (first, a, cells_a), (name, b, cells_b) = one, other
-    pair = f"models[{first!r}] and models[{name!r}]"
-    for what, left, right in (
-        ("genes", a.spec.gene_names, b.spec.gene_names),
-        ("regions", a.spec.region_names, b.spec.region_names),
-    ):
-        if set(left) != set(right):
-            raise ValueError(f"{pair} have different {what}: likelihoods of different counts cannot be compared.")
+    (first, a, cells_a), (second, b, cells_b) = one, other
+    pair = f"models[{first!r}] and models[{second!r}]"
+    for modality in MODALITIES:
+        if set(modality.feature_names_in(a.spec)) != set(modality.feature_names_in(b.spec)):
+            raise ValueError(
+                f"{pair} have different {modality.features}: likelihoods of different counts cannot be compared."
+            )
     libraries = a.program.config.library, b.program.config.library
     if libraries[0] != libraries[1]:
         raise ValueError(
-            f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is told the depth that the other "
+            f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is given the depth that the other "
             "must predict. Compare models with the same library."
         )
-    known = [cells.table.atac_size is not None for cells in (cells_a, cells_b)]
-    same = known[0] == known[1] and len(cells_a.index) == len(cells_b.index)
-    for counts_a, counts_b in ((cells_a.table.x, cells_b.table.x), (cells_a.table.y, cells_b.table.y)):
-        same = same and torch.equal(_totals(counts_a, cells_a.index), _totals(counts_b, cells_b.index))
-    if not same:
+    # Size factors of RNA are part of the library.
+    has_factors = [ATAC.size_factor_in(cells.table) is not None for cells in (cells_a, cells_b)]
+    totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]
+    if has_factors[0] != has_factors[1] or not all(map(torch.equal, *totals)):
         raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
 
 
-def _totals(counts: SparseCounts | None, index: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(0) if counts is None else counts.select_rows(index).row_sums()
+def _totals(modality: Modality, cells: Minibatches) -> torch.Tensor:
+    counts = modality.counts_in(cells.table)
+    return torch.zeros(0) if counts is None else counts.select_rows(cells.index).row_sums()
 
 
 def _error_of_mean(values: NDArray[np.float64]) -> float:

@@ -1,4 +1,4 @@
-"""Programs of a modeler's own: their choices, and how a saved one is found again."""
+"""Custom programs: their configuration, and their class on loading."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from pyro_multivi.program import MultiVIProgram
 
 
 def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], **choices: Any) -> ProgramConfig:
-    """The configuration of a program: its own options on top of the choices every program has.
+    """Configuration of a program: the options that every program has, and those of its own.
 
     Raises
     ------
     TypeError
         If ``program_class`` is no program.
     ValueError
-        If an option is not one of its ``config_class``, or is set by an argument already.
+        If an option is not a field of its ``config_class``, or is an argument of the constructor.
     """
     check_program(program_class)
     config_class = program_class.config_class
-    own = [entry.name for entry in fields(config_class) if entry.name not in ProgramConfig.__dataclass_fields__]
+    common = {entry.name for entry in fields(ProgramConfig)}
+    own = [entry.name for entry in fields(config_class) if entry.name not in common]
     for name in options:
-        if name in ProgramConfig.__dataclass_fields__:
+        if name in common:
             raise ValueError(f"program_options has {name!r}, a choice of every program: set it as that argument.")
         if name not in own:
             raise ValueError(
-                f"program_options has {name!r}, which {config_class.__name__} does not know; it adds "
+                f"program_options has {name!r}, which is no field of {config_class.__name__}; it adds "
                 f"{first_names(own) if own else 'nothing'}. A choice of your own is a field of a subclass of "
                 f"ProgramConfig that {program_class.__name__} names as config_class."
             )
@@ -44,7 +45,7 @@ def check_program(program_class: object) -> None:
 
 
 def import_path(program_class: type[MultiVIProgram]) -> str:
-    """How a saved model names its class: ``"module:name"``.
+    """Name of a class in a saved model, ``"module:name"``.
 
     Examples
     --------
@@ -55,14 +56,14 @@ def import_path(program_class: type[MultiVIProgram]) -> str:
 
 
 def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> type[MultiVIProgram]:
-    """The class of a saved program, which only the user can name: a file imports nothing.
+    """Class of a saved program. Only a class that the user names is imported, whatever the file says.
 
     Parameters
     ----------
     given
-        The class, or its import path ``"module:name"``: naming it is trusting it.
+        The class, or its import path ``"module:name"``.
     wanted
-        What the saved model says its class is.
+        Import path in the saved model.
     where
         The saved model, for messages.
 
@@ -72,7 +73,7 @@ def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> 
         If the two differ, or there is no such class.
     """
     named = given if isinstance(given, str) else import_path(given)
-    # A class defined in a notebook or script is of module __main__ there, and of another one anywhere else.
+    # A class defined in a notebook or script belongs to module __main__ there, and to another one elsewhere.
     same_name = named.partition(":")[2] == wanted.partition(":")[2]
     if named != wanted and not (wanted.startswith("__main__:") and same_name):
         raise ValueError(

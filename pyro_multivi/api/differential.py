@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from pyro_multivi.api.arguments import select_features
+from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
-from pyro_multivi.posterior.differential.contrasts import contrasts
+from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
 
 
 class DifferentialMixin(ModelBase):
-    """A model that tells in which genes and regions groups of cells differ."""
+    """Methods that find the genes and regions in which groups of cells differ."""
 
     def differential_expression(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         groupby: str | None = None,
-        group1: Any = None,
-        group2: Any = None,
-        idx1: Any = None,
-        idx2: Any = None,
+        group1: GroupChoice = None,
+        group2: str | float | None = None,
+        idx1: CellChoice = None,
+        idx2: CellChoice = None,
         mode: str = "change",
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: Any = None,
-        batchid2: Any = None,
+        batchid1: Batches = None,
+        batchid2: Batches = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         pseudocounts: float | None = 1e-6,
@@ -48,7 +49,7 @@ class DifferentialMixin(ModelBase):
         m_permutation: int = 10_000,
         threshold_counts: float = 0.01,
         weights: str = "uniform",
-        gene_list: Any = None,
+        gene_list: FeatureList = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         r"""Genes whose normalized expression :math:`\rho` differs between two groups of cells.
@@ -75,17 +76,17 @@ class DifferentialMixin(ModelBase):
             (a ratio of 1.19). None estimates it: three Normals are fitted to the changes of all
             genes, and 0.6 times the mean distance from 0 of the outer two is taken, at least 0.1.
         batch_size
-            Most cells read at a time. It does not change the result.
+            Cells at a time at most. It does not change the result.
         all_stats
             Also give statistics of the raw counts.
         batch_correction
-            Decode both groups in the same batches: each draw is decoded in one batch, in equal
-            numbers, and pairs share it. The state z of a cell is inferred in its own batch. Default
-            batches: all that hold cells of either group. So a group is also decoded in batches where
-            it has no cell, which extrapolates if the groups share few batches.
+            Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs
+            share it. The state z of a cell is inferred in its own batch. Default batches: all that
+            hold cells of either group, also those where a group has no cell, which extrapolates if
+            the groups share few batches.
         batchid1, batchid2
-            Names of the batches to decode group 1 and 2 in, with ``batch_correction``. One of them
-            stands for both. If they differ, the change holds the difference of the batches too.
+            Names or positions of the batches to decode group 1 and 2 in, with ``batch_correction``.
+            One of them stands for both. If they differ, the change holds their difference too.
         fdr_target
             False discovery rate of the calls.
         silent
@@ -119,13 +120,13 @@ class DifferentialMixin(ModelBase):
         threshold_counts
             See ``pseudocounts``.
         weights
-            ``"importance"``: the draws of a cell are chosen from 64 by importance weights, so that
-            they follow the posterior of the model where the encoder reads a cell badly (an outlier).
-            Costs the likelihood of 64 draws per cell.
+            ``"uniform"``: draws of q(z | x, y). ``"importance"``: draws of a cell are chosen from 64 by
+            importance weights, so that they follow the posterior of the model where q misses it (an
+            outlier). Costs the likelihood of 64 draws per cell.
         gene_list
             Names, positions or a mask: test these only. Calls are then made among them.
         seed
-            Of all draws: same seed, same table. No global random state is used.
+            Seed of all draws: same seed, same table. No global random state is used.
 
         Returns
         -------
@@ -163,35 +164,35 @@ class DifferentialMixin(ModelBase):
         **Means of groups** (``unit="group"``). ``scale1`` and ``scale2`` are means of the model. Its
         decoder has one set of weights without a posterior of their own, learnt from the same
         counts. It smooths, so that large changes come out too small, and reproduces the chance in
-        the counts. ``calibrated=True`` answers both, and all that is said of the change includes it:
+        the counts. ``calibrated=True`` corrects both, in all statistics of the change:
 
-        - Each mean is multiplied by what the counts of the group's measured cells are to what the
-          model expects of them, each in its own batch (half a count added to both). The cells of a
-          group that were not measured share in it.
+        - Each mean is multiplied by the ratio of the counts of the group's measured cells (its
+          pseudobulk) to those that the model expects, each cell in its own batch, with half a count
+          added to both. The cells of a group that were not measured share in it.
         - The error of a mean is the spread of its n cells and of the posterior of each (variance of
-          a draw / n) plus the error of its mean count. That counts the sampling of cells twice: on
-          the safe side.
+          a draw / n) plus the error of its mean count. That counts the sampling of cells twice, and
+          errs on the safe side.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt
-          from all genes (adaptive shrinkage), so that the probabilities hold also for the genes
+          from all genes (adaptive shrinkage, ash), so that the probabilities hold also for the genes
           picked as largest. Where a few genes take a larger share of the counts, all others have a
-          smaller one: of log-fold changes the centre of the prior is learnt too. Is it further from
-          0 than ``delta``, the others have changed, and are called.
+          smaller one: of log-fold changes the centre of the prior is learnt too. If it is further
+          from 0 than ``delta``, the others have changed, and are called.
 
-        ``calibrated=False`` compares the means of the model as they are, known up to variance of a
-        draw / n, without a prior. In simulation that calls far too much.
+        ``calibrated=False`` compares the means of the model with an error of variance of a draw / n
+        and without a prior. In simulation that calls far too much.
 
-        **Cells** (``unit="cell"``, as in scvi-tools). The probability speaks of pairs of cells as the
-        model has learnt them. It knows neither the error of the decoder nor a prior: with few cells,
-        its ``is_de_fdr`` understates the false discoveries.
+        **Cells** (``unit="cell"``, as in scvi-tools). The probability is that of random pairs of
+        cells, with neither the error of the decoder nor a prior: with few cells, ``is_de_fdr``
+        understates the false discoveries.
 
         **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
-        groups, each with its share of the cells. Asked for alone, a group against the rest is a
-        comparison of two groups, with other draws.
+        groups, each with its share of the cells. In a single comparison against the rest, the rest
+        is drawn as one group, with other draws.
 
         **Donors and replicates.** The probability accounts for the posterior of each cell and for
         the sampling of cells, within the donors at hand. It does *not* account for how donors
         differ: cells of one donor are no replicates, and a difference between three patients and
-        three controls may be that of two donors. Compare within each donor and ask for agreement,
+        three controls may be that of two donors. Compare within each donor and look for agreement,
         as below, or sum the counts of each donor and group (pseudobulk) and test these with a
         method for bulk counts.
 
@@ -225,32 +226,23 @@ class DifferentialMixin(ModelBase):
         >>> called = pd.concat([table["is_de_fdr_0.05"] for table in by_donor], axis=1)
         >>> agreed = called.all(axis=1) & ((lfc > 0).all(axis=1) | (lfc < 0).all(axis=1))
         """
-        self._check_modality("differential_expression", "expression")
-        return self._compare(
-            "rho", adata, (groupby, group1, group2, idx1, idx2), gene_list, silent,
-            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
-            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=True, probability="accessible", change_fn=change_fn,
-            m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
-            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
-            threshold_counts=threshold_counts, weights=weights, seed=seed,
-        )  # fmt: skip
+        return self._compare(RNA, locals())
 
     def differential_accessibility(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         groupby: str | None = None,
-        group1: Any = None,
-        group2: Any = None,
-        idx1: Any = None,
-        idx2: Any = None,
+        group1: GroupChoice = None,
+        group2: str | float | None = None,
+        idx1: CellChoice = None,
+        idx2: CellChoice = None,
         mode: str = "change",
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
         batch_correction: bool = False,
-        batchid1: Any = None,
-        batchid2: Any = None,
+        batchid1: Batches = None,
+        batchid2: Batches = None,
         fdr_target: float = 0.05,
         silent: bool = True,
         two_sided: bool = True,
@@ -269,7 +261,7 @@ class DifferentialMixin(ModelBase):
         threshold_counts: float = 0.01,
         probability: str = "detected",
         weights: str = "uniform",
-        region_list: Any = None,
+        region_list: FeatureList = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Regions whose accessibility p differs between two groups of cells.
@@ -297,9 +289,9 @@ class DifferentialMixin(ModelBase):
             ``"difference"`` of probabilities, ``"log-fold"`` (log2 of their ratio), ``"log-odds"``
             (log2 of the ratio of odds), or a function as in :meth:`differential_expression`.
         probability
-            Of what. ``"detected"``: that the region is found open in a cell of mean depth, p r times
-            the mean of d over the cells of both groups with ATAC: what depth and batches leave of
-            ``emp_prob``. ``"accessible"``: that it is open, p. See Notes.
+            Probability to compare. ``"detected"``: that the region is found open in a cell of
+            mean depth, p r times the mean of d over the cells of both groups with ATAC: ``emp_prob``
+            without the effects of depth and batches. ``"accessible"``: that it is open, p. See Notes.
         region_list
             Names, positions or a mask: test these only.
 
@@ -333,15 +325,14 @@ class DifferentialMixin(ModelBase):
 
         Notes
         -----
-        What is called, what the probabilities account for, and what they do not (donors), is said in
-        the notes of :meth:`differential_expression`.
+        The notes of :meth:`differential_expression` apply: calibration, shrinkage, donors.
 
         Counts determine the product p d r, and hardly how it splits: a region that is found in few
         cells may be open in few or be hard to see. In simulation the p of one region is off by a
-        factor of 1.7 in either direction, for all cells alike. A ratio does not mind; whether a
-        difference of p exceeds ``delta`` is then anyone's guess. Probabilities of detection are
-        determined by the data. As d and r are at most 1, a region whose detection differs by
-        ``delta`` differs by no less in p.
+        factor of 1.7 in either direction, for all cells alike. That cancels in a ratio, but decides
+        whether a difference of p exceeds ``delta``. Probabilities of detection are determined by the
+        data. As d and r are at most 1, a region whose detection differs by ``delta`` differs by no
+        less in p.
 
         Examples
         --------
@@ -358,30 +349,16 @@ class DifferentialMixin(ModelBase):
         >>> list(table.columns[-3:])
         ['comparison', 'group1', 'group2']
         """
-        self._check_modality("differential_accessibility", "accessibility")
-        return self._compare(
-            "p", adata, (groupby, group1, group2, idx1, idx2), region_list, silent,
-            mode=mode, delta=delta, batch_size=batch_size, all_stats=all_stats, batch_correction=batch_correction,
-            batchid1=batchid1, batchid2=batchid2, fdr_target=fdr_target, pseudocounts=pseudocounts, unit=unit,
-            calibrated=calibrated, test_mode=test_mode, two_sided=two_sided, probability=probability,
-            change_fn=change_fn, m1_domain_fn=m1_domain_fn, cred_interval_lvls=cred_interval_lvls, n_samples=n_samples,
-            n_samples_overall=n_samples_overall, use_permutation=use_permutation, m_permutation=m_permutation,
-            threshold_counts=threshold_counts, weights=weights, seed=seed,
-        )  # fmt: skip
+        return self._compare(ATAC, locals())
 
-    def _compare(
-        self, site: str, adata: Any, groups: tuple[Any, ...], features: Any, silent: bool, **asked: Any
-    ) -> pd.DataFrame:
+    def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
+        """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
+        self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained()
-        table, data = self._table_of(adata)
-        argument, what, names = (
-            ("gene_list", "gene", self.spec.gene_names)
-            if site == "rho"
-            else ("region_list", "region", self.spec.region_names)
-        )
-        chosen = select_features(argument, features, names, what, self.device)
-        request = DifferentialRequest.of(self.spec, site, features=chosen, **asked)
-        found = contrasts(data.obs, self.spec.cell_names(data), *groups)
-        if chosen is not None:
-            names = tuple(names[place] for place in chosen.tolist())
-        return compare_groups(self.program, table, found, request, names, self.device, silent)
+        table, data = self._table_of(arguments["adata"])
+        wanted = arguments[modality.list_argument]
+        features, names = choose_features(self.spec, modality, wanted, self.device)
+        request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
+        chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
+        contrasts = resolve_contrasts(data.obs, self.spec.cell_names(data), **chosen)
+        return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])

@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
 
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.api.arguments import average_over, check_threshold, library_factor, select_features
+from pyro_multivi.api.arguments import (
+    AccessibilityOptions,
+    Batches,
+    Data,
+    ExpressionOptions,
+    FeatureList,
+    Indices,
+    LibrarySize,
+    OutPath,
+    average_over,
+    check_threshold,
+    choose_features,
+    library_factor,
+)
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, region_factors
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.impute import impute
-from pyro_multivi.posterior.quantities.output import deliver
+from pyro_multivi.posterior.quantities.output import Estimates, deliver
+from pyro_multivi.posterior.quantities.summary import Estimate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class EstimatesMixin(ModelBase):
-    """A model that tells the expression and accessibility of cells, measured or not."""
+    """Methods that return the expression and accessibility of cells, measured or not."""
 
+    @overload
+    def get_normalized_expression(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: Literal[False] = ...,
+        return_mean: Literal[True] = ..., return_interval: None = ..., out: None = ...,
+        **options: Unpack[ExpressionOptions],
+    ) -> pd.DataFrame: ...  # fmt: skip
+    @overload
+    def get_normalized_expression(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: Literal[True],
+        return_mean: bool = ..., return_interval: None = ..., out: None = ..., **options: Unpack[ExpressionOptions],
+    ) -> NDArray[np.float32]: ...  # fmt: skip
+    @overload
+    def get_normalized_expression(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: bool = ...,
+        return_interval: float, out: None = ..., **options: Unpack[ExpressionOptions],
+    ) -> Estimate: ...  # fmt: skip
+    @overload
+    def get_normalized_expression(
+        self, adata: Data | None = ..., indices: Indices = ..., n_samples_overall: int | None = ...,
+        transform_batch: Batches = ..., gene_list: FeatureList = ..., use_z_mean: bool = ..., n_samples: int = ...,
+        batch_size: int = ..., return_mean: bool = ..., return_numpy: bool = ..., silent: bool | None = ...,
+        *, library_size: LibrarySize = ..., return_interval: float | None = ..., out: OutPath | None = ...,
+        seed: int = ...,
+    ) -> Estimates: ...  # fmt: skip
     def get_normalized_expression(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         n_samples_overall: int | None = None,
-        transform_batch: Any = None,
-        gene_list: Any = None,
+        transform_batch: Batches = None,
+        gene_list: FeatureList = None,
         use_z_mean: bool = True,
         n_samples: int = 1,
         batch_size: int = PREDICTION_BATCH,
@@ -34,15 +79,15 @@ class EstimatesMixin(ModelBase):
         return_numpy: bool = False,
         silent: bool | None = None,
         *,
-        library_size: Any = 1,
+        library_size: LibrarySize = 1,
         return_interval: float | None = None,
-        out: str | os.PathLike[str] | None = None,
+        out: OutPath | None = None,
         seed: int = 0,
-    ) -> Any:
+    ) -> Estimates:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not; :meth:`train` finds how far other evidence is
-        trusted there. With a zero-inflated likelihood it is the expression before dropout.
+        Denoised where RNA was measured, imputed where it was not: there it is a mixture with the batch's aggregate
+        posterior, whose weight :meth:`train` fits. With a zero-inflated likelihood it is the expression before dropout.
 
         Parameters
         ----------
@@ -53,7 +98,7 @@ class EstimatesMixin(ModelBase):
         n_samples_overall
             Another name of ``n_samples``. (In scvi-tools it draws cells, not the posterior.)
         transform_batch
-            What would be in this batch: its name or code, or a list over which is averaged. The
+            Batch to decode in: its name or code, or a list of batches to average over. The
             state of a cell is always inferred in its own batch. Default: each cell's own batch.
         gene_list
             Names, positions or a mask of genes; only these are computed.
@@ -61,43 +106,39 @@ class EstimatesMixin(ModelBase):
             With ``n_samples=1``: decode the posterior mean of z instead of a draw.
         n_samples
             Draws from the posterior of each cell that are averaged. With more than one they are
-            always real draws; of a cell without RNA some are states of other cells, as :meth:`train` found.
+            always real draws; for a cell without RNA some are states of other cells, as many as the mixture says.
         batch_size
-            Cells at a time, fewer if many draws are asked for. It does not change the result.
+            Cells at a time, fewer with many draws. It does not change the result.
         return_mean
-            Average over the draws; otherwise all of them are returned.
+            Average over the draws; otherwise return all of them.
         return_numpy
-            An array instead of a frame.
+            Return an array instead of a frame.
         silent
             Show no progress bar. Default: a bar when writing to ``out``.
         library_size
             :math:`\ell'`: 1 (shares of a cell's expression), a number, one number per cell, or
-            ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA that
-            is what its accessibility says of it (:meth:`train` learns that from paired cells; without such,
-            the prior of its own batch), also under ``transform_batch``.
+            ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA it is predicted from its
+            accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
-            Probability of a central interval, such as 0.9: also return standard deviation and ends
-            of the interval. It is of the expectation's z-driven part (and l with
-            ``library_size="latent"``); counts scatter further. Needs ``n_samples`` of at least
-            2 / (1 - return_interval).
+            Probability of a central interval of the expectation over draws, such as 0.9: also return its ends and the
+            standard deviation. The noise of counts is no part of it. Needs at least 2 / (1 - return_interval) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file
             appears when it is complete; after an interruption make the same call again to go on.
         seed
-            Of the draws. A cell's draws do not depend on the other cells.
+            Seed of the draws. A cell's draws do not depend on the other cells.
 
         Returns
         -------
         DataFrame or ndarray
-            (cells, genes). With ``return_interval`` an
-            :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of four of these. With
-            ``return_mean=False`` an array, (n_samples, cells, genes). With ``out`` its path.
+            (cells, genes). With ``return_interval`` an :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of
+            four of these. With ``return_mean=False`` an array, (n_samples, cells, genes). With ``out`` its path.
 
         Raises
         ------
         ValueError
-            If the model has no genes, a gene or batch is not known, or an argument is out of range.
+            If the model has no genes, a gene or batch is unknown, or an argument is out of range.
         FileExistsError, FileNotFoundError, PermissionError
             If ``out`` cannot be written.
 
@@ -114,22 +155,55 @@ class EstimatesMixin(ModelBase):
         >>> bool((found.lower < found.upper).all(axis=None))
         True
         """
-        self._check_modality("get_normalized_expression", "expression")
+        self._check_modality("get_normalized_expression", RNA.name)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
-        genes = select_features("gene_list", gene_list, self.spec.gene_names, "gene", self.device)
+        genes, names = choose_features(self.spec, RNA, gene_list, self.device)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples))
-        quantity = Quantity("rho", genes, library_factor(library_size, cells.n_cells, self.device))
-        return self._deliver(adata, cells, quantity, average, return_numpy, out, silent)
+        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.n_cells, self.device))
+        return deliver(
+            self.program, cells, quantity, average, self._names_of_cells(cells, adata), names,
+            return_numpy=return_numpy, out=out, silent=silent,
+        )  # fmt: skip
 
+    @overload
+    def get_accessibility_estimates(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: Literal[False] = ...,
+        return_mean: Literal[True] = ..., return_interval: None = ..., threshold: float | None = ..., out: None = ...,
+        **options: Unpack[AccessibilityOptions],
+    ) -> pd.DataFrame: ...  # fmt: skip
+    @overload
+    def get_accessibility_estimates(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: Literal[True],
+        return_mean: bool = ..., return_interval: None = ..., threshold: None = ..., out: None = ...,
+        **options: Unpack[AccessibilityOptions],
+    ) -> NDArray[np.float32]: ...  # fmt: skip
+    @overload
+    def get_accessibility_estimates(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: Literal[True],
+        threshold: float, out: None = ..., **options: Unpack[AccessibilityOptions],
+    ) -> sp.csr_matrix: ...  # fmt: skip
+    @overload
+    def get_accessibility_estimates(
+        self, adata: Data | None = ..., indices: Indices = ..., *, return_numpy: bool = ...,
+        return_interval: float, out: None = ..., **options: Unpack[AccessibilityOptions],
+    ) -> Estimate: ...  # fmt: skip
+    @overload
+    def get_accessibility_estimates(
+        self, adata: Data | None = ..., indices: Indices = ..., n_samples_overall: int | None = ...,
+        region_list: FeatureList = ..., transform_batch: Batches = ..., use_z_mean: bool = ...,
+        threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
+        batch_size: int = ..., return_numpy: bool = ..., *, n_samples: int = ..., return_mean: bool = ...,
+        return_interval: float | None = ..., out: OutPath | None = ..., silent: bool | None = ..., seed: int = ...,
+    ) -> Estimates: ...  # fmt: skip
     def get_accessibility_estimates(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         n_samples_overall: int | None = None,
-        region_list: Any = None,
-        transform_batch: Any = None,
+        region_list: FeatureList = None,
+        transform_batch: Batches = None,
         use_z_mean: bool = True,
         threshold: float | None = None,
         normalize_cells: bool = False,
@@ -140,50 +214,44 @@ class EstimatesMixin(ModelBase):
         n_samples: int = 1,
         return_mean: bool = True,
         return_interval: float | None = None,
-        out: str | os.PathLike[str] | None = None,
+        out: OutPath | None = None,
         silent: bool | None = None,
         seed: int = 0,
-    ) -> Any:
+    ) -> Estimates:
         r"""Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`.
 
-        Denoised where ATAC was measured, imputed where it was not; :meth:`train` finds how far other evidence is
-        trusted there. Also available as ``get_normalized_accessibility``.
+        Denoised where ATAC was measured, imputed where it was not, as in :meth:`get_normalized_expression`.
+        Also available as ``get_normalized_accessibility``.
 
         Parameters
         ----------
-        adata, indices, transform_batch, use_z_mean, batch_size, return_numpy, return_mean, out, silent, seed
+        adata, indices, n_samples_overall, transform_batch, use_z_mean, batch_size, return_numpy, n_samples, \
+        return_mean, return_interval, out, silent, seed
             As in :meth:`get_normalized_expression`.
-        n_samples_overall, n_samples
-            Two names of the number of draws from the posterior of each cell that are averaged. With
-            more than one they are always real draws; of a cell without ATAC some are states of other cells.
         region_list
             Names, positions or a mask of regions; only these are computed.
         threshold
-            In [0, 1]: estimates below it (after any scaling) become 0 and the result is sparse.
+            In [0, 1]: estimates below it (after any scaling) become 0 and the result is sparse. Not possible
+            with ``return_interval``.
         normalize_cells
-            Multiply with the cell factor d. For a cell without ATAC d is what its expression says of
-            it: :meth:`train` learns that from paired cells. Without such cells d follows its prior, uniform
-            on (0, 1).
+            Multiply with the cell factor d. For a cell without ATAC d is predicted from its expression
+            (:meth:`train` fits that to paired cells; without any, d has its prior, uniform on (0, 1)).
         normalize_regions
             Multiply with the region factor r. With both factors the result is the expected
             detection of a region in a cell.
-        return_interval
-            As in :meth:`get_normalized_expression`; not together with ``threshold``.
 
         Returns
         -------
         DataFrame, ndarray or csr_matrix
-            (cells, regions). With ``threshold`` a frame of sparse columns, or a csr matrix with
-            ``return_numpy``. With ``return_interval`` an
-            :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of four of these. With
+            (cells, regions). With ``threshold`` a frame of sparse columns, or a csr matrix with ``return_numpy``. With
+            ``return_interval`` an :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of four of these. With
             ``return_mean=False`` an array, (n_samples, cells, regions). With ``out`` its path.
 
         Raises
         ------
-        ValueError
-            If the model has no regions, a region or batch is not known, or an argument is out of range.
-        FileExistsError, FileNotFoundError, PermissionError
-            If ``out`` cannot be written.
+        ValueError, OSError
+            If the model has no regions, a region or batch is unknown, an argument is out of range, or ``out``
+            cannot be written.
 
         Examples
         --------
@@ -197,53 +265,69 @@ class EstimatesMixin(ModelBase):
         >>> model.get_normalized_accessibility(threshold=0.5, return_numpy=True).format
         'csr'
         """
-        self._check_modality("get_accessibility_estimates", "accessibility")
+        self._check_modality("get_accessibility_estimates", ATAC.name)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         check_threshold(threshold, average)
-        regions = select_features("region_list", region_list, self.spec.region_names, "region", self.device)
-        n_regions = len(regions) if regions is not None else self.spec.n_regions
-        whole_rows = n_regions if threshold is not None else 0
+        regions, names = choose_features(self.spec, ATAC, region_list, self.device)
+        whole_rows = len(names) if threshold is not None else 0
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows))
-        quantity = self._accessibility(regions, threshold, normalize_cells, normalize_regions)
-        return self._deliver(adata, cells, quantity, average, return_numpy, out, silent)
+        quantity = self._accessibility(threshold, normalize_cells, normalize_regions, regions)
+        return deliver(
+            self.program, cells, quantity, average, self._names_of_cells(cells, adata), names,
+            return_numpy=return_numpy, out=out, silent=silent,
+        )  # fmt: skip
 
     get_normalized_accessibility = get_accessibility_estimates
 
+    @overload
+    def impute(
+        self, adata: Data | None = ..., indices: Indices = ..., transform_batch: Batches = ..., use_z_mean: bool = ...,
+        n_samples: int = ..., *, n_samples_overall: int | None = ..., library_size: LibrarySize = ...,
+        threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
+        measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: None = ...,
+        silent: bool | None = ..., seed: int = ...,
+    ) -> Data: ...  # fmt: skip
+    @overload
+    def impute(
+        self, adata: Data | None = ..., indices: Indices = ..., transform_batch: Batches = ..., use_z_mean: bool = ...,
+        n_samples: int = ..., *, n_samples_overall: int | None = ..., library_size: LibrarySize = ...,
+        threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
+        measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: OutPath,
+        silent: bool | None = ..., seed: int = ...,
+    ) -> Path: ...  # fmt: skip
     def impute(
         self,
-        adata: Any = None,
-        indices: Any = None,
-        transform_batch: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
+        transform_batch: Batches = None,
         use_z_mean: bool = True,
         n_samples: int = 1,
         *,
         n_samples_overall: int | None = None,
-        library_size: Any = 1,
+        library_size: LibrarySize = 1,
         threshold: float | None = None,
         normalize_cells: bool = False,
         normalize_regions: bool = False,
         measured_too: bool = False,
         return_interval: float | None = None,
         batch_size: int = PREDICTION_BATCH,
-        out: str | os.PathLike[str] | None = None,
+        out: OutPath | None = None,
         silent: bool | None = None,
         seed: int = 0,
-    ) -> Any:
-        """Fill the gaps of a mosaic: expression of ATAC-only cells, accessibility of RNA-only cells.
+    ) -> Data | Path:
+        """Impute expression of ATAC-only cells and accessibility of RNA-only cells.
 
         Parameters
         ----------
-        adata, indices, transform_batch, use_z_mean, n_samples, n_samples_overall, library_size, batch_size, \
-        silent, seed
+        adata, indices, transform_batch, use_z_mean, n_samples, n_samples_overall, library_size, return_interval, \
+        batch_size, silent, seed
             As in :meth:`get_normalized_expression`.
         threshold, normalize_cells, normalize_regions
             As in :meth:`get_accessibility_estimates`; of accessibility only.
         measured_too
             Also estimate (denoise) what was measured.
-        return_interval
-            Also give standard deviation and interval, as in :meth:`get_normalized_expression`.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write the AnnData there, cell by cell.
 
@@ -268,10 +352,8 @@ class EstimatesMixin(ModelBase):
 
         Raises
         ------
-        ValueError
-            If the model has one modality only, or an argument is out of range.
-        FileExistsError, FileNotFoundError, PermissionError
-            If ``out`` cannot be written.
+        ValueError, OSError
+            If the model has one modality only, an argument is out of range, or ``out`` cannot be written.
 
         Examples
         --------
@@ -286,56 +368,33 @@ class EstimatesMixin(ModelBase):
         >>> bool(filled[filled.obs["expression_source"] == "imputed", :30].layers["imputed"].min() > 0)
         True
         """
-        for modality in ("expression", "accessibility"):
-            self._check_modality("impute", modality)
+        for modality in MODALITIES:
+            self._check_modality("impute", modality.name)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, True, return_interval, seed
         )
         check_threshold(threshold, Average())
-        n_features = self.spec.n_genes + self.spec.n_regions
+        n_features = sum(modality.n_features_in(self.spec) for modality in MODALITIES)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
         quantities = [
-            Quantity("rho", by_cell=library_factor(library_size, cells.n_cells, self.device)),
-            self._accessibility(None, threshold, normalize_cells, normalize_regions),
+            Quantity(RNA.decoded, by_cell=library_factor(library_size, cells.n_cells, self.device)),
+            self._accessibility(threshold, normalize_cells, normalize_regions),
         ]
-        scale = {
-            "transform_batch": transform_batch,
-            "library_size": library_size if isinstance(library_size, (str, int, float)) else "one number per cell",
-            "threshold": threshold,
-            "normalize_cells": normalize_cells,
-            "normalize_regions": normalize_regions,
-        }
+        sizes = library_size if isinstance(library_size, (str, int, float)) else "one number per cell"
+        arguments = {
+            "transform_batch": transform_batch, "library_size": sizes, "threshold": threshold,
+            "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
+        }  # fmt: skip
         obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
         return impute(
-            self.program, cells, quantities, average, self.spec, obs, scale,
+            self.program, cells, quantities, average, self.spec, obs, arguments,
             measured_too=measured_too, out=out, silent=silent,
         )  # fmt: skip
 
-    # ------------------------------------------------------------------ what the methods share
-
     def _accessibility(
-        self, regions: Tensor | None, threshold: float | None, normalize_cells: bool, normalize_regions: bool
+        self, threshold: float | None, normalize_cells: bool, normalize_regions: bool, regions: Tensor | None = None
     ) -> Quantity:
         factors = region_factors(self.program) if normalize_regions else None
         if factors is not None and regions is not None:
             factors = factors[regions]
-        return Quantity("p", regions, "d" if normalize_cells else 1.0, factors, threshold)
-
-    def _deliver(
-        self,
-        adata: Any,
-        cells: Minibatches,
-        quantity: Quantity,
-        average: Average,
-        return_numpy: bool,
-        out: str | os.PathLike[str] | None,
-        silent: bool | None,
-    ) -> Any:
-        names = self.spec.gene_names if quantity.site == "rho" else self.spec.region_names
-        if quantity.features is not None:
-            names = tuple(names[place] for place in quantity.features.tolist())
-        cell_names = list(self.spec.cell_names(self.adata if adata is None else adata)[cells.index.numpy()])
-        return deliver(
-            self.program, cells, quantity, average, cell_names, names,
-            return_numpy=return_numpy, out=out, silent=silent,
-        )  # fmt: skip
+        return Quantity(ATAC.decoded, regions, ATAC.depth if normalize_cells else 1.0, factors, threshold)

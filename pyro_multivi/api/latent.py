@@ -1,27 +1,49 @@
-"""What a model infers of cells: their state, their depth, and how well it explains them."""
+"""Latent state and sequencing depth of cells, and measures of how well a model explains them."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Literal, TypeAlias, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import check_draws
+from pyro_multivi.data.checks import check_choice, check_draws
+from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
-from pyro_multivi.posterior.quantities.latent import MODALITIES, depth_factors, latent_draws, latent_state
+from pyro_multivi.posterior.quantities.latent import depth_factors, latent_draws, latent_state
+
+#: Log marginal likelihoods: their mean or one per cell, alone or with the standard error.
+MarginalLL: TypeAlias = (
+    float | NDArray[np.float64] | tuple[float, float] | tuple[NDArray[np.float64], NDArray[np.float64]]
+)
 
 
 class LatentMixin(ModelBase):
-    """A trainable model that tells the latent variables of cells."""
+    """Methods that return latent variables and likelihoods of cells."""
 
+    @overload
+    def get_latent_representation(
+        self, adata: Data | None = ..., modality: str = ..., indices: Indices = ..., give_mean: bool = ...,
+        batch_size: int = ..., return_dist: Literal[False] = ..., n_samples: int = ..., seed: int = ...,
+    ) -> NDArray[np.float32]: ...  # fmt: skip
+    @overload
+    def get_latent_representation(
+        self, adata: Data | None = ..., modality: str = ..., indices: Indices = ..., give_mean: bool = ...,
+        batch_size: int = ..., *, return_dist: Literal[True], n_samples: int = ..., seed: int = ...,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...  # fmt: skip
+    @overload
+    def get_latent_representation(
+        self, adata: Data | None = ..., modality: str = ..., indices: Indices = ..., give_mean: bool = ...,
+        batch_size: int = ..., return_dist: bool = ..., n_samples: int = ..., seed: int = ...,
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]: ...  # fmt: skip
     def get_latent_representation(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         modality: str = "joint",
-        indices: Any = None,
+        indices: Indices = None,
         give_mean: bool = True,
         batch_size: int = PREDICTION_BATCH,
         return_dist: bool = False,
@@ -36,21 +58,21 @@ class LatentMixin(ModelBase):
             Other cells; default: those of training.
         modality
             ``"joint"``: given everything measured in a cell. ``"expression"`` or
-            ``"accessibility"``: given that modality alone; NaN for cells that lack it. Further
-            measurements of which a model of your own makes an expert, by their name.
+            ``"accessibility"``: given that modality alone; NaN for cells that lack it. Extra
+            modalities for which a model of your own has an expert, by their name.
         indices
             Positions, names or a mask of cells.
         give_mean
-            The posterior mean. With ``latent_distribution="ln"``, its softmax, as the decoders read
+            The posterior mean. With ``latent_distribution="ln"``, its softmax, as the decoders take
             it. Otherwise draws.
         batch_size
             Cells at a time.
         return_dist
-            Return mean and variance of the Normal over z instead.
+            Return mean and variance of q(z) instead.
         n_samples
             Draws per cell if ``give_mean=False``.
         seed
-            Of the draws, which do not depend on ``batch_size`` or the other cells.
+            Seed of the draws, which do not depend on ``batch_size`` or the other cells.
 
         Returns
         -------
@@ -62,14 +84,13 @@ class LatentMixin(ModelBase):
         ValueError
             If the modality is unknown, not modelled, or measured in none of the cells.
         """
-        known = (*MODALITIES, *self.spec.extra)
-        if modality not in known:
-            raise ValueError(f"modality={modality!r} is not allowed: choose one of {', '.join(map(repr, known))}.")
+        names = ["joint", *(entry.name for entry in MODALITIES), *self.spec.extra]
+        check_choice("modality", modality, names)
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         cells = self._cells(adata, indices, batch_size)
-        measured = {"expression": cells.table.has_rna, "accessibility": cells.table.has_atac}.get(modality)
-        if measured is not None and not bool(measured[cells.index].any()):
+        chosen = modality_named(modality)
+        if chosen is not None and not chosen.measured_in(cells.table)[cells.index].any():
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
         if not give_mean and not return_dist:
             draws = latent_draws(self.program, cells, modality, n_samples, seed)
@@ -78,9 +99,18 @@ class LatentMixin(ModelBase):
         return (state.mean, state.variance) if return_dist else state.point
 
     def get_library_size_factors(
-        self, adata: Any = None, indices: Any = None, batch_size: int = PREDICTION_BATCH
+        self, adata: Data | None = None, indices: Indices = None, batch_size: int = PREDICTION_BATCH
     ) -> dict[str, NDArray[np.float32]]:
-        """Depth of each cell.
+        """Sequencing depth of each cell.
+
+        Parameters
+        ----------
+        adata
+            Other cells; default: those of training.
+        indices
+            Positions, names or a mask of cells.
+        batch_size
+            Cells at a time.
 
         Returns
         -------
@@ -93,23 +123,38 @@ class LatentMixin(ModelBase):
     def get_region_factors(self) -> NDArray[np.float32]:
         """Factor r_j in (0, 1) of each region, (M,)."""
         self._check_trained()
-        self._check_modality("get_region_factors", "accessibility")
+        self._check_modality("get_region_factors", ATAC.name)
         factors = region_factors(self.program)
         if factors is None:
             raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
         return cast("NDArray[np.float32]", factors.cpu().numpy())
 
-    # ------------------------------------------------------------------ how well cells are explained
+    # ------------------------------------------------------------------ likelihood
 
+    @overload
+    def get_elbo(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: Literal[True] = ...,
+        n_particles: int = ..., seed: int = ...,
+    ) -> float: ...  # fmt: skip
+    @overload
+    def get_elbo(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., *, return_mean: Literal[False],
+        n_particles: int = ..., seed: int = ...,
+    ) -> NDArray[np.float64]: ...  # fmt: skip
+    @overload
+    def get_elbo(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
+        n_particles: int = ..., seed: int = ...,
+    ) -> float | NDArray[np.float64]: ...  # fmt: skip
     def get_elbo(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         batch_size: int = PREDICTION_BATCH,
         return_mean: bool = True,
         n_particles: int = 1,
         seed: int = 0,
-    ) -> Any:
+    ) -> float | NDArray[np.float64]:
         """Evidence lower bound in nats per cell; higher is better.
 
         The bound on log p(x, y | s) itself: the alignment of the modalities, a term of training
@@ -118,7 +163,7 @@ class LatentMixin(ModelBase):
         Parameters
         ----------
         adata, indices
-            Which cells; default: all of training.
+            Cells; default: all of training.
         batch_size
             Cells at a time.
         return_mean
@@ -126,7 +171,7 @@ class LatentMixin(ModelBase):
         n_particles
             Draws per cell over which the expected log-likelihood is averaged.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
@@ -146,15 +191,30 @@ class LatentMixin(ModelBase):
         parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
         return float(parts.elbo.mean()) if return_mean else parts.elbo
 
+    @overload
+    def get_reconstruction_error(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: Literal[True] = ...,
+        n_particles: int = ..., seed: int = ...,
+    ) -> dict[str, float]: ...  # fmt: skip
+    @overload
+    def get_reconstruction_error(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., *, return_mean: Literal[False],
+        n_particles: int = ..., seed: int = ...,
+    ) -> dict[str, NDArray[np.float64]]: ...  # fmt: skip
+    @overload
+    def get_reconstruction_error(
+        self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
+        n_particles: int = ..., seed: int = ...,
+    ) -> dict[str, float] | dict[str, NDArray[np.float64]]: ...  # fmt: skip
     def get_reconstruction_error(
         self,
-        adata: Any = None,
-        indices: Any = None,
+        adata: Data | None = None,
+        indices: Indices = None,
         batch_size: int = PREDICTION_BATCH,
         return_mean: bool = True,
         n_particles: int = 1,
         seed: int = 0,
-    ) -> dict[str, Any]:
+    ) -> dict[str, float] | dict[str, NDArray[np.float64]]:
         """Minus the expected log-likelihood of the counts of each modality, in nats per measured cell.
 
         Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter
@@ -170,28 +230,55 @@ class LatentMixin(ModelBase):
         Returns
         -------
         dict
-            ``"reconstruction_loss_expression"`` and ``"reconstruction_loss_accessibility"``, without
-            those that none of the cells was measured for.
+            ``"reconstruction_loss_expression"`` and ``"reconstruction_loss_accessibility"``, each only
+            if it was measured in some cell.
         """
         parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
-        names = {"x": "expression", "y": "accessibility"}
+        names = {modality.counts: modality.name for modality in MODALITIES}
         per_cell = {
             f"reconstruction_loss_{names.get(site, site)}": np.where(parts.measured[site], -values, np.nan)
             for site, values in parts.log_likelihood.items()
             if parts.measured[site].any()
         }
-        return {name: float(np.nanmean(values)) for name, values in per_cell.items()} if return_mean else per_cell
+        if not return_mean:
+            return per_cell
+        return {name: float(np.nanmean(values)) for name, values in per_cell.items()}
 
+    @overload
+    def get_marginal_ll(
+        self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ...,
+        return_mean: Literal[True] = ..., batch_size: int = ..., return_se: Literal[False] = ..., seed: int = ...,
+    ) -> float: ...  # fmt: skip
+    @overload
+    def get_marginal_ll(
+        self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., *,
+        return_mean: Literal[False], batch_size: int = ..., return_se: Literal[False] = ..., seed: int = ...,
+    ) -> NDArray[np.float64]: ...  # fmt: skip
+    @overload
+    def get_marginal_ll(
+        self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ...,
+        return_mean: Literal[True] = ..., batch_size: int = ..., *, return_se: Literal[True], seed: int = ...,
+    ) -> tuple[float, float]: ...  # fmt: skip
+    @overload
+    def get_marginal_ll(
+        self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., *,
+        return_mean: Literal[False], batch_size: int = ..., return_se: Literal[True], seed: int = ...,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...  # fmt: skip
+    @overload
+    def get_marginal_ll(
+        self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., return_mean: bool = ...,
+        batch_size: int = ..., return_se: bool = ..., seed: int = ...,
+    ) -> MarginalLL: ...  # fmt: skip
     def get_marginal_ll(
         self,
-        adata: Any = None,
+        adata: Data | None = None,
         n_mc_samples: int = 1000,
-        indices: Any = None,
+        indices: Indices = None,
         return_mean: bool = True,
         batch_size: int = PREDICTION_BATCH,
         return_se: bool = False,
         seed: int = 0,
-    ) -> Any:
+    ) -> MarginalLL:
         r"""Log marginal likelihood log p(x, y | s) in nats per cell, by importance sampling.
 
         The posterior is the proposal for z and the library size; their joint density with the
@@ -202,7 +289,7 @@ class LatentMixin(ModelBase):
         Parameters
         ----------
         adata, indices
-            Which cells; default: all of training.
+            Cells; default: all of training.
         n_mc_samples
             Draws per cell.
         return_mean
@@ -212,15 +299,15 @@ class LatentMixin(ModelBase):
         return_se
             Also return the Monte Carlo standard error.
         seed
-            Of the draws.
+            Seed of the draws.
 
         Returns
         -------
         float or ndarray
             Nats per cell. Its expectation is between the ELBO and the truth, which it approaches from
             below as ``n_mc_samples`` grows. With ``return_se`` a pair of value and standard error: of
-            the mean over these cells, or of each cell. An error near 1 for a cell says that a few
-            draws carry all the weight and the value is not to be trusted.
+            the mean over these cells, or of each cell. An error near 1 for a cell means that a few
+            draws carry all the weight and the value is unreliable.
 
         Raises
         ------
@@ -231,15 +318,17 @@ class LatentMixin(ModelBase):
         cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
         found = marginal_likelihood(self.program, cells, n_draws, seed)
         if not return_mean:
-            return tuple(found) if return_se else found.log_likelihood
+            return (found.log_likelihood, found.standard_error) if return_se else found.log_likelihood
         mean = float(found.log_likelihood.mean())
         # Draws of different cells are independent.
         error = float(np.sqrt(np.square(found.standard_error).sum()) / len(found.standard_error))
         return (mean, error) if return_se else mean
 
-    # ------------------------------------------------------------------ what the methods share
+    # ------------------------------------------------------------------ shared by the methods
 
-    def _elbo_parts(self, adata: Any, indices: Any, batch_size: int, n_particles: int, seed: int) -> ElboParts:
+    def _elbo_parts(
+        self, adata: Data | None, indices: Indices, batch_size: int, n_particles: int, seed: int
+    ) -> ElboParts:
         n_draws = check_draws("n_particles", n_particles)
         cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
         return elbo_parts(self.program, cells, n_draws, seed)

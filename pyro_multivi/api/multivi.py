@@ -1,4 +1,4 @@
-"""The analyst's class: its constructor here, its methods in the siblings beside this file."""
+"""Class of the analyst: its constructor; the mixins beside this file hold its methods."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.checks import ChecksMixin
 from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.program import MultiVIProgram
@@ -23,24 +25,23 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
     Parameters
     ----------
     adata
-        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read,
-        never changed.
+        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed.
     n_genes, n_regions
-        Checked against the data if given; scvi-tools needs them, here they are known.
+        Numbers of features, checked against the data if given. (scvi-tools needs them.)
     n_hidden, n_latent, n_layers_encoder, n_layers_decoder, dropout_rate, gene_likelihood, \
     dispersion, latent_distribution, modality_weights, modality_penalty, contrast_weight, \
     mixing_weight, region_factors, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm
         See :class:`~pyro_multivi.config.ProgramConfig`.
     fully_paired
-        State that every cell has both modalities; an error is raised if one has not.
+        Raise an error unless every cell has both modalities.
     library
-        ``"latent"`` or ``"observed"``; with a size factor in the data that is used.
+        ``"latent"`` or ``"observed"``; size factors in the data take precedence.
     seed
-        Of the initial weights.
+        Seed of the initial weights.
     program_class
-        A subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
+        Subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
     program_options
-        Values of the choices that the ``config_class`` of that class has beyond those above.
+        Values of the options that the ``config_class`` of that class has beyond those above.
 
     Examples
     --------
@@ -55,7 +56,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
 
     def __init__(
         self,
-        adata: Any,
+        adata: Data,
         n_genes: int | None = None,
         n_regions: int | None = None,
         modality_weights: str = "equal",
@@ -82,17 +83,19 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
         contrast_weight: float | None = None,
     ) -> None:
         spec = DataSpec.of(adata)
-        for name, given, known in (("n_genes", n_genes, spec.n_genes), ("n_regions", n_regions, spec.n_regions)):
-            if given is not None and given != known:
-                raise ValueError(f"{name}={given}, but the data set up has {known}: leave {name} out.")
+        for modality, given in zip(MODALITIES, (n_genes, n_regions), strict=True):
+            name, found = f"n_{modality.features}", modality.n_features_in(spec)
+            if given not in (None, found):
+                raise ValueError(f"{name}={given}, but the data set up has {found}: leave {name} out.")
         table = spec.table(adata)
-        unpaired = int((~(table.has_rna & table.has_atac)).sum())
-        if fully_paired and unpaired:
+        paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)
+        if fully_paired and not paired.all():
             raise ValueError(
-                f"fully_paired=True, but {unpaired} of {len(table)} cells lack a modality: leave it out or "
-                "keep paired cells only."
+                f"fully_paired=True, but {int((~paired).sum())} of {len(table)} cells lack a modality: leave it out "
+                "or keep paired cells only."
             )
-        if library == "size_factor" and table.rna_size is None:
+        given_size = RNA.size_factor_in(table) is not None
+        if library == "size_factor" and not given_size:
             raise ValueError(
                 "library='size_factor' needs size factors in the data: give size_factor_key to setup_anndata or "
                 "setup_mudata, or choose 'latent' or 'observed'."
@@ -122,8 +125,8 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
             deeply_inject_covariates=deeply_inject_covariates,
             use_batch_norm=use_batch_norm,
             use_layer_norm=use_layer_norm,
-            library="size_factor" if table.rna_size is not None else library,
-            extra={name: len(known) for name, known in spec.extra.items()},
+            library="size_factor" if given_size else library,
+            extra={name: len(features) for name, features in spec.extra.items()},
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,6 +87,17 @@ def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
             "averaged: give one of them."
         )
     return overall
+
+
+def least_draws(level: float) -> int:
+    """Fewest draws of which one is expected outside either end of a central interval.
+
+    Examples
+    --------
+    >>> least_draws(0.9)
+    20
+    """
+    return math.ceil(2 / (1 - level) - 1e-9)
 
 
 def check_draws(argument: str, value: Any, least: int = 1) -> int:

@@ -7,11 +7,9 @@ from pyro_multivi.distributions.counts import (
     PoissonCounts,
     ZeroInflatedNegativeBinomialCounts,
 )
-from pyro_multivi.distributions.kernels.buffers import BufferPool
 from pyro_multivi.distributions.kernels.readout import Readout
 
 __all__ = [
-    "BufferPool",
     "NegativeBinomialCounts",
     "PoissonCounts",
     "Readout",

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_multivi.distributions.base import CellDistribution, Rows, ValueRows, dense_rows, unit_vector
+from pyro_multivi.distributions.base import CellDistribution, ParameterRows, ValueRows, dense_rows, unit_vector
 from pyro_multivi.distributions.kernels.accessibility import accessibility_log_prob
 from pyro_multivi.distributions.kernels.readout import Link, Readout
 
 
 class ScaledBernoulli(CellDistribution):
-    """Region j of a cell is open with probability ``p_j * cell_factor * region_factor_j``.
+    """Open and closed regions of a cell: region j is open with probability ``p_j * cell_factor * region_factor_j``.
 
     Values are 0/1 or peak counts: any positive entry means open.
 
@@ -85,7 +85,7 @@ class ScaledBernoulli(CellDistribution):
         if not (value >= 0).all():
             raise ValueError("value of ScaledBernoulli must be nonnegative (0 closed, anything above open)")
 
-    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: ParameterRows) -> Tensor:
         p, cell_factor, region_factor = (parameters[name] for name in ("p", "cell_factor", "region_factor"))
         if isinstance(p, Readout) and (region_factor is None or region_factor.dim() == 1):
             return accessibility_log_prob(p, cell_factor, region_factor, value.entries())

@@ -1,4 +1,4 @@
-"""What the likelihoods of this package share: shapes, masks and the way to rows of cells."""
+"""Base class of the likelihoods: shapes, masks, and the selection of measured cells."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.kernels.blocks import Entries
 from pyro_multivi.distributions.kernels.readout import Link, Readout
 
-Rows = dict[str, Any]  # a parameter's name -> its value for the evaluated cells
+ParameterRows = dict[str, Any]  # a parameter's name -> its value for the evaluated cells
 
 
 class _Vector(constraints.Constraint):
-    """A bound on every feature of a cell. A readout with the right link satisfies it by form."""
+    """A bound on every feature of a cell. A readout with the right link satisfies it by construction."""
 
     event_dim = 1
 
@@ -41,9 +41,9 @@ class _Vector(constraints.Constraint):
 class CellDistribution(TorchDistribution):
     """A distribution over the whole feature vector of a cell (``event_dim=1``).
 
-    It remembers its mask instead of being wrapped, so that cells that were not measured are
-    never evaluated: they contribute exactly zero, to the value and to every gradient, whatever
-    their parameters hold. Sampling, ``mean`` and ``variance`` take no notice of the mask.
+    It holds its mask instead of being wrapped, so that cells that were not measured are never
+    evaluated: they contribute exactly zero, to the value and to every gradient, whatever their
+    parameters hold. Sampling, ``mean`` and ``variance`` ignore the mask.
     """
 
     # Parameters with a trailing feature axis, and those with one number per cell.
@@ -53,7 +53,7 @@ class CellDistribution(TorchDistribution):
     links: ClassVar[dict[str, tuple[Link, ...]]]
 
     _mask: Tensor | bool
-    # Where the mask is true along the cells, where that is known.
+    # Positions of the cells at which the mask is true, if they are known.
     _rows: Tensor | None
 
     def __init__(self, parameters: Mapping[str, Tensor | None], validate_args: bool | None = None) -> None:
@@ -86,7 +86,7 @@ class CellDistribution(TorchDistribution):
         """The same distribution with a larger batch shape; itself if that changes nothing."""
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
-            return self  # every plate asks: no new object, and a plain type in the trace
+            return self  # every plate calls this: no new object, and a plain type in the trace
         if torch.broadcast_shapes(shape, self.batch_shape) != shape:
             raise ValueError(f"cannot expand a batch of shape {tuple(self.batch_shape)} to {tuple(shape)}")
         new = copy.copy(self)  # parameters broadcast where they are used
@@ -96,15 +96,15 @@ class CellDistribution(TorchDistribution):
         return new
 
     def mask(self, mask: Tensor | bool, rows: Tensor | None = None) -> CellDistribution:
-        """Count only cells where ``mask`` (broadcastable to the batch shape) is true.
+        """Count only cells where ``mask`` is true.
 
         Parameters
         ----------
         mask
-            Which cells count.
+            True for cells that count, broadcastable to the batch shape.
         rows
-            Where a mask of shape (B,) is true, (b,), int64, ascending, if that is known. It is not checked,
-            and neither is that sparse values are zero elsewhere: an accelerator is not waited for.
+            Positions at which a mask of shape (B,) is true, (b,), int64, ascending, if they are known. This is not
+            checked, and neither is that sparse values are zero elsewhere: the host does not wait for an accelerator.
         """
         if isinstance(mask, bool):
             new = copy.copy(self)
@@ -147,7 +147,7 @@ class CellDistribution(TorchDistribution):
             of shape (..., F).
         """
         names = [*self.feature_parameters, *self.cell_parameters]
-        # Pyro's inspection follows tensors that remember their origin; the formulas see plain ones.
+        # Pyro's inspection uses tensors tagged with their origin; the formulas get plain ones.
         parameters = [getattr(self, name) for name in names]
         extracted: tuple[Any, frozenset[Any]] = extract_provenance([value, *parameters])
         (value, *given), provenance = extracted
@@ -181,8 +181,8 @@ class CellDistribution(TorchDistribution):
         if not isinstance(self._mask, Tensor):
             return None
         if self._rows is None:
-            # Knowing how many there are makes an accelerator wait; evaluation_mode cells that do not count
-            # would cost it more.
+            # The host waits for an accelerator to know their number; to evaluate cells that do not count
+            # would cost more.
             index = self._mask.expand(shape).reshape(-1).nonzero().squeeze(-1)
         elif len(shape) == 1:
             index = self._rows
@@ -206,7 +206,7 @@ class CellDistribution(TorchDistribution):
         flat = value.expand(shape + self.event_shape).reshape(shape.numel(), -1)
         return flat if index is None else flat.index_select(0, index)
 
-    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: ParameterRows) -> Tensor:
         """Log-probability of n cells, shape (n,), from :meth:`_rows_of` and as many rows of the value."""
         raise NotImplementedError
 
@@ -229,7 +229,7 @@ class ValueRows:
         return ValueRows(flat, source if index is None else source.index_select(0, index))
 
     def dense(self) -> Tensor:
-        """As an ordinary tensor, shape (n, F)."""
+        """Values as an ordinary tensor, shape (n, F)."""
         flat = dense_rows(self.flat)
         return flat if self.source is None else flat.index_select(0, self.source)
 
@@ -253,5 +253,5 @@ real_vector = _Vector(constraints.real)
 
 
 def measured_only(fn: TorchDistribution, measured: Tensor, rows: Tensor | None) -> TorchDistribution:
-    """``fn.mask(measured)``, with the positions of the measured cells for a distribution that has use for them."""
+    """Mask ``fn`` to the measured cells; a likelihood of this package also takes their positions, ``rows``."""
     return fn.mask(measured, rows) if isinstance(fn, CellDistribution) else fn.mask(measured)

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from pyro_multivi.distributions.base import (
     CellDistribution,
-    Rows,
+    ParameterRows,
     ValueRows,
     dense_rows,
     nonnegative_vector,
@@ -34,14 +34,21 @@ def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     rising, is_large = log_rising(x, theta)
     log_ratio = torch.log1p(mu / theta)
     at_mean = torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny))
-    # x log(theta) is large and cancels: it is inside `rising` for one form, left out of both in the other.
+    # x log(theta) is large and cancels: one form has it inside `rising`, the other leaves it out of both terms.
     as_poisson = at_mean - (x + theta) * log_ratio
     as_odds = at_mean - torch.xlogy(x, mu + theta) - theta * log_ratio
     return rising + torch.where(is_large, as_poisson, as_odds) - torch.lgamma(x + 1)
 
 
+def _gamma_means(mu: Tensor, theta: Tensor, shape: torch.Size) -> Tensor:
+    """Gamma draws with mean mu: Poisson counts with these means are negative binomial."""
+    theta = theta.expand(shape)
+    gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
+    return gamma / theta * mu
+
+
 class _Counts(CellDistribution):
-    """What the three families share."""
+    """Base class of the three families of counts."""
 
     rho: Tensor
     library: Tensor
@@ -52,6 +59,10 @@ class _Counts(CellDistribution):
         "gate_logits": ("identity",),
     }
     support = constraints.independent(constraints.nonnegative_integer, 1)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "rho": nonnegative_vector,
+        "library": constraints.nonnegative,
+    }
 
     def _mu(self) -> Tensor:
         """Mean of the count component, batch shape + (G,)."""
@@ -62,11 +73,11 @@ class _Counts(CellDistribution):
         """Expected counts, shape batch + (G,)."""
         return self._mu()
 
-    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         """Log-probability of every count, shape (n, G)."""
         raise NotImplementedError
 
-    def _log_prob_rows(self, value: ValueRows, parameters: Rows) -> Tensor:
+    def _log_prob_rows(self, value: ValueRows, parameters: ParameterRows) -> Tensor:
         rho, gate = parameters["rho"], parameters.get("gate_logits")
         if isinstance(rho, Readout) and (gate is None or isinstance(gate, Readout)):
             theta = parameters.get("theta")
@@ -103,10 +114,6 @@ class PoissonCounts(_Counts):
     """
 
     feature_parameters = ("rho",)
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "rho": nonnegative_vector,
-        "library": constraints.nonnegative,
-    }
 
     def __init__(self, rho: Tensor, library: Tensor, validate_args: bool | None = None) -> None:
         super().__init__({"rho": rho, "library": library}, validate_args)
@@ -119,7 +126,7 @@ class PoissonCounts(_Counts):
     def _draw(self, shape: torch.Size) -> Tensor:
         return torch.poisson(self._mu().expand(shape))
 
-    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         return _poisson(x, mu)
 
 
@@ -153,8 +160,7 @@ class NegativeBinomialCounts(_Counts):
 
     feature_parameters = ("rho", "theta")
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "rho": nonnegative_vector,
-        "library": constraints.nonnegative,
+        **_Counts.arg_constraints,
         "theta": positive_vector,
     }
 
@@ -168,11 +174,9 @@ class NegativeBinomialCounts(_Counts):
         return mu + mu.square() / self.theta
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        theta = self.theta.expand(shape)
-        gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
-        return torch.poisson(gamma / theta * self._mu())
+        return torch.poisson(_gamma_means(self._mu(), self.theta, shape))
 
-    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         return _negative_binomial(x, mu, parameters["theta"])
 
 
@@ -211,8 +215,7 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
 
     feature_parameters = ("rho", "theta", "gate_logits")
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "rho": nonnegative_vector,
-        "library": constraints.nonnegative,
+        **_Counts.arg_constraints,
         "theta": positive_vector,
         "gate_logits": real_vector,
     }
@@ -239,12 +242,11 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
         return torch.sigmoid(-gate) * mu * (1 + mu * (self.theta.reciprocal() + gate.sigmoid()))
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        theta = self.theta.expand(shape)
-        gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
+        means = _gamma_means(self._mu(), self.theta, shape)
         kept = torch.bernoulli(torch.sigmoid(-dense_rows(self.gate_logits)).expand(shape))
-        return kept * torch.poisson(gamma / theta * self._mu())
+        return kept * torch.poisson(means)
 
-    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: Rows) -> Tensor:
+    def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         gate = parameters["gate_logits"]
         counted = _negative_binomial(x, mu, parameters["theta"])
         return torch.where(x == 0, torch.logaddexp(gate, counted), counted) - softplus(gate, threshold=40.0)

@@ -1,4 +1,4 @@
-"""Encoders and decoders: plain ``nn.Module``s that know neither AnnData nor training."""
+"""Encoders and decoders: plain ``nn.Module``s, independent of AnnData and of training."""
 
 from pyro_multivi.networks.decoders import AccessibilityDecoder, DecodedExpression, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer

@@ -1,4 +1,4 @@
-"""Penalties that draw the experts of a cell together: terms of training, not of the model."""
+"""Penalties that draw modalities together in latent space: terms of training, not of the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from pyro_multivi.networks.experts import Expert
 
 # Bandwidths of the kernels of a maximum mean discrepancy, in units of the median squared distance. Most pairs of cells
-# are of different types, so the median is a distance between types: wider kernels see little but how far the means of
-# two kinds lie apart, narrower ones how they lie within a type.
+# are of different types, so the median is a distance between types: wider kernels see little but the distance between
+# the means of two sets of cells, narrower ones their arrangement within a type.
 _BANDWIDTHS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
-    """Symmetric Kullback-Leibler divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
+    """Jeffreys divergence KL(a|b) + KL(b|a) of each cell, in nats, (B,)."""
     va, vb = a.scale.square(), b.scale.square()
     gap = (a.loc - b.loc).square()
     return 0.5 * ((va + gap) / vb + (vb + gap) / va - 2.0).sum(-1)
@@ -39,39 +39,40 @@ def mmd(a: Expert, b: Expert) -> Tensor:
     return within - 2.0 * kernel[:n, n:][off].mean()
 
 
-def mmd_between_patterns(loc_nk: Tensor, kind_nc: Tensor) -> Tensor:
-    r"""How far kinds of cells lie apart: the squared maximum mean discrepancy, summed over pairs of kinds, a scalar.
+def mmd_between_patterns(loc_nk: Tensor, pattern_nc: Tensor) -> Tensor:
+    r"""Squared maximum mean discrepancy between measurement patterns, summed over pairs of patterns, a scalar.
 
     .. math:: \sum_{b < c} \left(k_{bb} + k_{cc} - 2 k_{bc}\right)
 
-    with :math:`k_{bc}` the mean of the kernel over pairs of different cells, one of kind b, the other of kind c.
-    Where two kinds hold the same mixture of states it is zero on average, whatever their numbers. Kinds
-    of fewer than two cells are left out.
+    with :math:`k_{bc}` the mean of the kernel over pairs of different cells, one of pattern b, the other of
+    pattern c. If two patterns (paired, RNA-only, ATAC-only) hold the same mixture of states it is zero on
+    average, whatever their numbers of cells. Patterns of fewer than two cells are left out.
 
     Parameters
     ----------
     loc_nk
-        Where each cell lies, (n, K).
-    kind_nc
-        1 for the kind of the cell, 0 for the other kinds, (n, C); a row of zeros takes no part.
+        Latent position of each cell, (n, K).
+    pattern_nc
+        1 for the pattern of the cell, 0 for the others, (n, C); a row of zeros takes no part. See
+        :func:`~pyro_multivi.networks.experts.measurement_patterns`.
 
     Examples
     --------
-    >>> kind = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
+    >>> pattern = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     >>> near, far = torch.tensor([[0.0], [1.0], [1.0], [0.0]]), torch.tensor([[0.0], [1.0], [9.0], [8.0]])
-    >>> bool(mmd_between_patterns(near, kind) < 0 < mmd_between_patterns(far, kind))
+    >>> bool(mmd_between_patterns(near, pattern) < 0 < mmd_between_patterns(far, pattern))
     True
     """
     kernel_nn = _kernel(loc_nk)
-    kind_nc = kind_nc.to(kernel_nn.dtype)
-    size_c = kind_nc.sum(0)
-    total_cc = kind_nc.T @ kernel_nn @ kind_nc
+    pattern_nc = pattern_nc.to(kernel_nn.dtype)
+    size_c = pattern_nc.sum(0)
+    total_cc = pattern_nc.T @ kernel_nn @ pattern_nc
     # The kernel of a cell with itself is 1.
     within_c = (total_cc.diagonal() - size_c) / (size_c * (size_c - 1)).clamp(min=1)
     between_cc = total_cc / (size_c[:, None] * size_c).clamp(min=1)
     apart_cc = within_c[:, None] + within_c - 2 * between_cc
-    known_c = size_c >= 2
-    return torch.where(known_c[:, None] & known_c, apart_cc, 0.0).triu(1).sum()
+    counted_c = size_c >= 2
+    return torch.where(counted_c[:, None] & counted_c, apart_cc, 0.0).triu(1).sum()
 
 
 def _kernel(loc_nk: Tensor) -> Tensor:
@@ -82,26 +83,26 @@ def _kernel(loc_nk: Tensor) -> Tensor:
 
 
 def _bandwidth(squared_nn: Tensor) -> Tensor:
-    # Taken as given: no pair of cells is moved for being the median one.
+    # Detached: the median pair of cells is not moved for being that pair.
     return squared_nn.detach().median().clamp(min=1e-12)
 
 
 def contrast(a: Expert, b: Expert) -> Tensor:
-    r"""How badly the experts of a cell find each other among those of the other paired cells, in nats, (B,).
+    r"""Contrastive penalty of a cell's two experts against those of the other paired cells, in nats, (B,).
 
     .. math:: -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_n - b_m\|^2}}
               -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_m - b_n\|^2}}
 
-    over the means, m running over the paired cells of the minibatch: InfoNCE (van den Oord et al. 2018),
-    both ways. A divergence alone is also small when no expert says anything; this is not. Rows that are
-    not paired hold a number without meaning.
+    over the means, m running over the paired cells of the minibatch: InfoNCE (van den Oord et al. 2018) in
+    both directions. A divergence alone is also small if the experts do not depend on the cell; this is not.
+    Rows that are not paired hold a number without meaning.
 
     Examples
     --------
     >>> measured = torch.tensor([True, True])
     >>> apart = Expert(torch.tensor([[0.0], [9.0]]), torch.ones(2, 1), measured)
-    >>> silent = Expert(torch.zeros(2, 1), torch.ones(2, 1), measured)
-    >>> contrast(apart, apart), contrast(silent, silent)
+    >>> constant = Expert(torch.zeros(2, 1), torch.ones(2, 1), measured)
+    >>> contrast(apart, apart), contrast(constant, constant)
     (tensor([-0., -0.]), tensor([0.6931, 0.6931]))
     """
     score_nn = -(a.loc[:, None] - b.loc[None]).square().sum(-1)
@@ -115,16 +116,13 @@ def contrast(a: Expert, b: Expert) -> Tensor:
 
 
 def mmd_of_paired(a: Expert, b: Expert) -> Tensor:
-    """:func:`mmd` of the paired cells of a minibatch, borne whole by each cell, (B,)."""
+    """Value of :func:`mmd` over the paired cells of a minibatch, the same for each cell, (B,)."""
     rows = (a.measured & b.measured).nonzero().squeeze(-1)
-    return mmd(_rows(a, rows), _rows(b, rows)).expand(len(a.loc))
+    paired = (Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows]) for expert in (a, b))
+    return mmd(*paired).expand(len(a.loc))
 
 
-def _rows(expert: Expert, rows: Tensor) -> Expert:
-    return Expert(expert.loc[rows], expert.scale[rows], expert.measured[rows])
-
-
-#: By the name that ``modality_penalty`` gives them: how far two experts of a cell lie apart, in nats, (B,).
+#: Divergences between the two experts of each cell, in nats, (B,), by their name in ``modality_penalty``.
 DIVERGENCES: dict[str, Callable[[Expert, Expert], Tensor]] = {
     "contrastive": jeffreys,
     "Jeffreys": jeffreys,
@@ -133,7 +131,7 @@ DIVERGENCES: dict[str, Callable[[Expert, Expert], Tensor]] = {
 
 
 def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float) -> Tensor:
-    """What draws two experts of a cell together, in nats, (B,); zero unless both were measured.
+    """Penalty that draws two experts of a cell together, in nats, (B,); zero unless both were measured.
 
     Parameters
     ----------
@@ -157,5 +155,5 @@ def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float) -> Te
         total = total + DIVERGENCES[divergence](a, b)
     if contrast_weight:
         total = total + contrast_weight * contrast(a, b)
-    # Rows that are not paired may hold anything, also what is not a number.
+    # Rows that are not paired may hold anything, also NaN.
     return torch.where(a.measured & b.measured, total, total.new_zeros(()))

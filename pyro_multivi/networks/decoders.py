@@ -1,8 +1,8 @@
 """Decoders: from the latent state to normalized expression and accessibility.
 
-The last layer of a decoder is by far its widest, so it is handed on as a
+The last layer of a decoder is by far its widest, so it is returned as a
 :class:`~pyro_multivi.distributions.Readout`, not multiplied out: the likelihood evaluates it
-block by block, prediction evaluates only the features asked for.
+block by block, prediction evaluates only the requested features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyro_multivi.networks.layers import CovariateStack
 
 
 class DecodedExpression(NamedTuple):
-    """Arguments of a cell's expression.
+    """Arguments of the distribution of a cell's expression.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class DecodedExpression(NamedTuple):
 
 
 class ExpressionDecoder(nn.Module):
-    """f_w (normalized expression), f_h (zero inflation) and, per cell, the dispersion.
+    """Decoder of expression: f_w (normalized expression), f_h (zero inflation) and, per cell, the dispersion.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class ExpressionDecoder(nn.Module):
     simplex
         Whether rho sums to one within a cell (softmax) or is only non-negative (softplus).
     zero_inflation, cell_dispersion
-        Which further arguments are decoded.
+        Whether these arguments are decoded as well.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class ExpressionDecoder(nn.Module):
         """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
         hidden = self.stack(z, s)
 
-        def read(layer: nn.Module | None) -> Tensor | None:
+        def logits(layer: nn.Module | None) -> Tensor | None:
             if layer is None:
                 return None
             assert isinstance(layer, nn.Linear)
             return Readout(hidden, layer.weight, layer.bias, "identity", self.gemm_dtype)
 
         rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
-        return DecodedExpression(rho, read(self.pi), read(self.theta))
+        return DecodedExpression(rho, logits(self.pi), logits(self.theta))
 
 
 class AccessibilityDecoder(nn.Module):
-    """g_z: probability that a region is accessible, before cell and region factors."""
+    """Decoder of accessibility, g_z: probability that a region is accessible, before cell and region factors."""
 
     def __init__(
         self,

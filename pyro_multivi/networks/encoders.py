@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActivate
 
-# exp of anything past this overflows a variance in float32 long before it means something.
+# exp of a larger number is far outside any plausible variance, and would soon overflow float32.
 _MAX_LOG_VARIANCE = 20.0
 
 
 class HiddenState(NamedTuple):
-    """What one modality says of the cells in which it was measured.
+    """Encoder hidden state of the cells in which a modality was measured.
 
     Attributes
     ----------
     rows
-        Which cells of the minibatch were read, shape (b,), int64; None for all of them.
+        Positions of these cells in the minibatch, shape (b,), int64; None if they are all of it.
     hidden
         First hidden layer, shape (b, n_hidden).
     s
@@ -35,7 +35,7 @@ class HiddenState(NamedTuple):
     log_depth: Tensor
 
     def scatter(self, values: Tensor, elsewhere: Tensor) -> Tensor:
-        """Put ``values`` (b, ...) of the read cells into ``elsewhere`` (B, ...), which the others keep."""
+        """Copy of ``elsewhere`` (B, ...) with ``values`` (b, ...) in the rows of the measured cells."""
         if self.rows is None:
             return values
         return elsewhere.index_copy(0, self.rows, values.to(elsewhere.dtype))
@@ -44,8 +44,8 @@ class HiddenState(NamedTuple):
 class SharedFirstLayer(nn.Module):
     """First layer of a modality, shared by its state encoder and its depth encoder.
 
-    One pass over the counts, by far the widest thing an encoder does, serves both. Only cells in
-    which the modality was measured are read, so its networks never see a made-up zero.
+    One pass over the counts, by far the widest operation of an encoder, serves both. Only cells in
+    which the modality was measured are encoded, so its networks never see a made-up zero.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class SharedFirstLayer(nn.Module):
     def forward(
         self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor, rows: Tensor | None = None
     ) -> HiddenState:
-        """Read the measured cells.
+        """Encode the measured cells.
 
         Parameters
         ----------
@@ -92,10 +92,10 @@ class SharedFirstLayer(nn.Module):
         log_depth
             Shape (B,).
         rows
-            Positions of the measured cells where they are known already, shape (b,), int64, ascending;
-            sparse counts of the others are then taken to be empty.
+            Positions of the measured cells if they are known, shape (b,), int64, ascending; sparse counts of the
+            other cells are then assumed to be empty.
         """
-        known = rows is not None
+        are_known = rows is not None
         rows = measured.nonzero().squeeze(-1) if rows is None else rows
         if len(rows) == len(measured):
             rows = None
@@ -103,7 +103,7 @@ class SharedFirstLayer(nn.Module):
             if not isinstance(counts, SparseCounts):
                 counts = counts[rows]
             else:
-                counts = counts.without_empty(rows) if known else counts.select_rows(rows)
+                counts = counts.without_empty(rows) if are_known else counts.select_rows(rows)
             s, log_depth = s[rows], log_depth[rows]
         hidden = self.counts(counts)
         if self.covariates is None:
@@ -114,7 +114,7 @@ class SharedFirstLayer(nn.Module):
 
 
 class NormalHead(nn.Module):
-    """From a reading to a diagonal Normal over the latent state: the expert of one modality."""
+    """Expert of one modality: a diagonal Normal over the latent state, from the encoder's hidden state."""
 
     def __init__(
         self,
@@ -143,18 +143,18 @@ class NormalHead(nn.Module):
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
-    def forward(self, reading: HiddenState) -> tuple[Tensor, Tensor]:
+    def forward(self, encoded: HiddenState) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (b, n_latent)."""
-        hidden = self.stack(reading.hidden, reading.s)
+        hidden = self.stack(encoded.hidden, encoded.s)
         scale = (0.5 * self.log_variance(hidden).clamp(max=_MAX_LOG_VARIANCE)).exp()
         return self.loc(hidden), scale
 
 
 class LibraryHead(nn.Module):
-    """From a reading to the arguments of a depth variable.
+    """Network for the arguments of a depth variable, from the encoder's hidden state.
 
-    The layer normalisation before it hides a cell's depth, so the head is given the log depth and
-    only learns how to depart from it: an untrained head already returns the observed depth.
+    The layer normalisation before it hides a cell's depth, so the head gets the log depth and only
+    learns departures from it: an untrained head already returns the observed depth.
 
     Parameters
     ----------
@@ -175,9 +175,9 @@ class LibraryHead(nn.Module):
             self.out.bias.fill_(start)
             self.out.bias[0] = 0.0
 
-    def forward(self, reading: HiddenState, centre: Tensor) -> Tensor:
+    def forward(self, encoded: HiddenState, centre: Tensor) -> Tensor:
         """Arguments, shape (b, n_out); ``centre`` is the typical log depth of the data."""
-        depth = (reading.log_depth - centre)[:, None]
-        hidden = nn.functional.leaky_relu(self.hidden(torch.cat([reading.hidden, depth], -1)))
+        depth = (encoded.log_depth - centre)[:, None]
+        hidden = nn.functional.leaky_relu(self.hidden(torch.cat([encoded.hidden, depth], -1)))
         out: Tensor = self.out(hidden)
-        return torch.cat([out[:, :1] + reading.log_depth[:, None], out[:, 1:]], -1)
+        return torch.cat([out[:, :1] + encoded.log_depth[:, None], out[:, 1:]], -1)

@@ -1,4 +1,4 @@
-"""One Normal per modality over the same latent state: how they are averaged and drawn together."""
+"""Experts, one Normal per modality over the same latent state, and their weighted average."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Expert:
-    """What one modality believes of the latent state of each cell.
+    """Normal over the latent state of each cell, from one modality.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ def mixing_weights(logits: Tensor, measured: Tensor) -> Tensor:
         (B, E); rows sum to one, or are zero where nothing was measured.
     """
     masked = logits.masked_fill(~measured, -torch.inf)
-    # A row of -inf would give NaN: give it any finite value, its weights are zeroed below.
+    # A row of -inf would give NaN: it gets any finite value, its weights are zeroed below.
     masked = masked.masked_fill(~measured.any(-1, keepdim=True), 0.0)
     return masked.softmax(-1) * measured
 
@@ -75,7 +75,9 @@ def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measurement_patterns(experts: list[Expert]) -> Tensor:
-    """Which of the modalities were measured in each cell, one-hot over the ways to measure any, (B, 2^E - 1).
+    """Measurement pattern of each cell (first modality only, second only, both, ...), one-hot, (B, 2^E - 1).
+
+    A cell in which nothing was measured has a row of zeros.
 
     Examples
     --------

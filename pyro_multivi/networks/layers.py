@@ -1,4 +1,4 @@
-"""Layers shared by encoders and decoders."""
+"""Layers of encoders and decoders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pyro_multivi.distributions.kernels.numba.switch import loops_for
 
 # A cell has hundreds of non-zero features out of many thousand, so the fan-in is theirs, not that of
 # nn.Linear. Ten times larger weights also learn relatively slower under Adam, whose steps do not depend
-# on them: rare features are not learned by heart (3 nats per held-out cell on the cell lines).
+# on them: rare features are not memorised (3 nats per held-out cell on the SNARE-seq cell lines).
 _START = 0.1
-# A weight of more elements (8 MB in float32) does not stay in the cache, where cells read it at random. Feature by
-# feature takes a third of the time then, on one thread; so many threads make up for it.
+# A weight of more elements (8 MB in float32) does not stay in the cache, so that it is slow to look up the features of
+# one cell after the other. One thread then takes a third of the time feature by feature; with this many threads it is
+# no faster.
 _CACHED = 2**21
-_THREADS_THAT_MAKE_UP = 4
+_MANY_THREADS = 4
 # Features of the weight gradient formed at a time: 4 096 x 128 floats (2 MB) stay in the cache.
 _FEATURES_AT_A_TIME = 4096
 
@@ -36,7 +37,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Shape (..., features) in and out."""
+        """Normalise ``input``, shape (..., features)."""
         flat = input.reshape(-1, input.shape[-1])
         use_batch = self.training and len(flat) > 1
         normalised = F.batch_norm(
@@ -53,7 +54,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class NormActivate(nn.Module):
-    """What follows a linear map: normalise, activate, drop out."""
+    """Normalisation, activation and dropout after a linear map."""
 
     def __init__(
         self, n_hidden: int, *, batch_norm: bool, layer_norm: bool, activation: nn.Module, dropout_rate: float
@@ -70,7 +71,7 @@ class NormActivate(nn.Module):
         self.parts = nn.Sequential(*parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Shape (..., n_hidden) in and out."""
+        """Normalise, activate and drop out, shape (..., n_hidden)."""
         result: Tensor = self.parts(hidden)
         return result
 
@@ -105,7 +106,6 @@ class CovariateStack(nn.Module):
     ) -> None:
         super().__init__()
         self.n_out = n_hidden if n_layers else n_in
-        self.n_covariates = n_covariates
         self.linear = nn.ModuleList()
         self.after = nn.ModuleList()
         for layer in range(n_layers):
@@ -133,10 +133,10 @@ class CovariateStack(nn.Module):
 
 
 class _SparseMatmul(torch.autograd.Function):
-    """counts @ weight for compressed rows; the gradient of the weight runs over compressed columns.
+    """Product counts @ weight for compressed rows; the gradient of the weight runs over compressed columns.
 
-    Both directions are sums of few rows of a dense matrix. While that stays in the cache ``embedding_bag``
-    does it faster than a sparse or (below some 10 % of non-zeros) dense matrix product.
+    Both directions are sums of few rows of a dense matrix. While that stays in the cache, ``embedding_bag``
+    is faster than a sparse or (below some 10 % of non-zeros) dense matrix product.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class _SparseMatmul(torch.autograd.Function):
         loops = loops_for(weight)
         if loops is not None:
             return _by_loops(loops, weight, counts)
-        if weight.device.type == "cpu" and weight.numel() > _CACHED and torch.get_num_threads() < _THREADS_THAT_MAKE_UP:
+        if weight.device.type == "cpu" and weight.numel() > _CACHED and torch.get_num_threads() < _MANY_THREADS:
             return _in_order(weight, counts)
         return _bag(weight, counts.col, counts.crow, counts.val)
 
@@ -155,7 +155,7 @@ class _SparseMatmul(torch.autograd.Function):
         by_feature = ctx.counts.by_feature()
         grad = grad.contiguous()
         if grad.device.type != "cpu":
-            # In one go: a GPU would have to be asked where the blocks begin.
+            # All at once: the host would wait for a GPU to know where the blocks begin.
             return _bag(grad, by_feature.row, by_feature.start, by_feature.val), None
         shape = tuple(ctx.shape)
         made = POOL.take(shape, grad.dtype, grad.device)
@@ -174,14 +174,14 @@ def _bag(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
     if len(index) == 0:
         return table.new_zeros(len(start) - 1, table.shape[1])
     return F.embedding_bag(
-        # Not a repeated value, for which the bag takes a slower way.
+        # A repeated value has to be written out: the bag is slower without contiguous weights.
         index, table, start, mode="sum", per_sample_weights=weight.to(table.dtype).contiguous(),
         include_last_offset=True,
     )  # fmt: skip
 
 
 def _in_order(weight: Tensor, counts: SparseCounts) -> Tensor:
-    """counts @ weight by SciPy on one thread, feature after feature: each row of the weight is read once."""
+    """Product counts @ weight by SciPy on one thread, feature after feature: each row of the weight is read once."""
     start, row, val = counts.by_feature()
     entries = (val.to(weight.dtype).contiguous().numpy(), row.numpy(), start.numpy())
     product = scipy.sparse.csc_array(entries, shape=(counts.shape[0], counts.shape[1])) @ weight.detach().numpy()
@@ -189,7 +189,7 @@ def _in_order(weight: Tensor, counts: SparseCounts) -> Tensor:
 
 
 def _by_loops(loops: ModuleType, weight: Tensor, counts: SparseCounts) -> Tensor:
-    """counts @ weight in a compiled loop."""
+    """Product counts @ weight in a compiled loop."""
     n_chunks = torch.get_num_threads()
     product_cnh, read_c = weight.new_empty(n_chunks, counts.shape[0], weight.shape[1]), weight.new_empty(n_chunks)
     entries = (part.numpy() for part in (counts.crow, counts.col, counts.val.to(weight.dtype).contiguous()))
@@ -198,10 +198,10 @@ def _by_loops(loops: ModuleType, weight: Tensor, counts: SparseCounts) -> Tensor
 
 
 class CountsLinear(nn.Module):
-    """A first layer that reads counts as they are stored: compressed rows or dense.
+    """First layer over counts as they are stored: compressed rows or dense.
 
-    The weight is held feature by feature, shape (n_features, n_out), so that reading a cell
-    gathers the rows of its non-zero features.
+    The weight is held feature by feature, shape (n_features, n_out): a cell needs the rows of its
+    non-zero features.
 
     Examples
     --------

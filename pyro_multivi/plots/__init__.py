@@ -8,14 +8,9 @@ from pyro_multivi.plots.checks import (
     p_value_histogram,
     rootogram,
 )
-from pyro_multivi.plots.latent import (
-    PALETTE,
-    latent_scatter,
-    principal_plane,
-    top_features,
-    training_history,
-    volcano,
-)
+from pyro_multivi.plots.differential import top_features, volcano
+from pyro_multivi.plots.latent import latent_scatter, principal_plane, training_history
+from pyro_multivi.plots.style import PALETTE
 
 __all__ = [
     "PALETTE",

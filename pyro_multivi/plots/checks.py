@@ -1,20 +1,18 @@
-"""Pictures of a predictive check: each function takes an ``ax`` and returns it. Needs the extra ``plot``."""
+"""Pictures of a predictive check."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from pyro_multivi.plots.latent import PALETTE, _axes
+from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BLUE, _ORANGE = PALETTE[0], PALETTE[5]
-_STYLES = ("-", "--", ":", "-.")
-_MARKERS = "osD^"
 # More points than this make a picture slow and no clearer: a random part is drawn.
 _MOST_POINTS = 4000
 
@@ -22,7 +20,7 @@ _MOST_POINTS = 4000
 def observed_against_replicated(
     table: pd.DataFrame, statistic: str, ax: Axes | None = None, level: float = 0.95, log: bool | None = None
 ) -> Axes:
-    """A statistic of the data against the same of replicates: on the diagonal the model has it right.
+    """Scatter plot of an observed statistic against its replicates; on the diagonal they agree.
 
     Parameters
     ----------
@@ -30,9 +28,9 @@ def observed_against_replicated(
         ``genes``, ``regions`` or ``cells`` of a
         :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     statistic
-        Which.
+        Name of the statistic.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
     level
         Probability of the table's intervals; points outside are orange triangles.
     log
@@ -55,7 +53,7 @@ def observed_against_replicated(
     if n > _MOST_POINTS:
         part = part.sample(_MOST_POINTS, random_state=0)
         outside = outside.loc[part.index]
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for chosen, colour, marker, label in (
         (~outside, _BLUE, "o", f"inside ({n - n_outside})"),
         (outside, _ORANGE, "^", f"outside ({n_outside})"),
@@ -83,7 +81,7 @@ def observed_against_replicated(
         if log is None:
             log = bool(positive.size and both.min() >= 0 and positive.max() > 30 * positive.min())
         if log and positive.size:
-            # Zeros have a place of their own, a decade below all but the very smallest values.
+            # Zeros are drawn a decade below all but the very smallest values.
             least = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.02)))
             ax.set_xscale("symlog", linthresh=least)
             ax.set_yscale("symlog", linthresh=least)
@@ -92,22 +90,22 @@ def observed_against_replicated(
     small = {"fontsize": "small", "title_fontsize": "small"}
     ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
     name = statistic.replace("_", " ")
-    return _label(ax, f"{name}, replicated", f"{name}, observed")
+    return labelled(ax, f"{name}, replicated", f"{name}, observed")
 
 
 def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -> Axes:
-    """Hanging rootogram (Tukey): bars of observed counts hang from what the model expects.
+    """Hanging rootogram (Tukey): bars of observed counts hang from the curve of replicated ones.
 
     Parameters
     ----------
     histogram
         ``histogram`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
     start
         Smallest count shown: zeros may dwarf all others.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     histogram = histogram[histogram["count"] >= start]
     count = histogram["count"].to_numpy()
     observed, expected, lower, upper = (
@@ -121,33 +119,31 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -
     ticks = [tick for tick in count.tolist() if tick % every == 0 and tick + every / 2 < count[-1]]
     ax.set_xticks([*ticks, count[-1]], [*map(str, ticks), f"{count[-1]}+"])
     ax.legend(frameon=False)
-    return _label(ax, "count", "square root of how often it occurs")
+    return labelled(ax, "count", "square root of how often it occurs")
 
 
 def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: int = 100) -> Axes:
-    """How often regions were open against how often they were predicted to be.
+    """Share of regions that were open against the predicted probability.
 
     Parameters
     ----------
     reliability
         ``reliability`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
     least
         Bins of fewer cell-region pairs are left out: their share is mostly chance.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     shown = reliability[reliability["n"] >= least]
     for place, (setting, part) in enumerate(shown.groupby("setting", sort=False)):
-        # Of independent pairs; pairs of one cell are not quite.
+        # Error of independent pairs, which those of one cell are only nearly.
         error = 1.96 * np.sqrt(part["observed"] * (1 - part["observed"]) / part["n"])
         ax.errorbar(
             part["predicted"],
             part["observed"],
             yerr=error,
-            color=PALETTE[(0, 5, 2, 3)[place % 4]],
-            linestyle=_STYLES[place % 4],
-            marker=_MARKERS[place % 4],
+            **_look(place),
             markersize=5,
             elinewidth=1,
             label=str(setting),
@@ -156,38 +152,35 @@ def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: 
     ax.plot([0, end], [0, end], color="black", linewidth=1)
     if len(shown):
         ax.legend(frameon=False)
-    return _label(ax, "predicted probability of being open", "share open")
+    return labelled(ax, "predicted probability of being open", "share open")
 
 
 def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How often intervals of expression hold the measured count, against how often they should.
+    """Share of intervals of expression that hold the measured count, against their nominal probability.
 
     Parameters
     ----------
     coverage
         ``coverage`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
         ax.plot(
             part["nominal"],
             part["covered"],
-            color=PALETTE[(0, 5, 2, 3)[place % 4]],
-            linestyle=_STYLES[place % 4],
-            marker=_MARKERS[place % 4],
+            **_look(place),
             markersize=4,
             label=f"{setting}, {counts}",
         )
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
     ax.legend(frameon=False)
-    ax.set(xlim=(0, 1), ylim=(0, 1))
-    return _label(ax, "probability of the interval", "share of counts inside")
+    return labelled(ax, "probability of the interval", "share of counts inside", xlim=(0, 1), ylim=(0, 1))
 
 
 def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | None = None) -> Axes:
-    """Mean of each feature of a hidden modality, predicted against measured, coloured by correlation over cells.
+    """Predicted against measured means of the features of a hidden modality, coloured by correlation over cells.
 
     Parameters
     ----------
@@ -196,7 +189,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     modality
         ``"expression"`` or ``"accessibility"``.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
 
     Raises
     ------
@@ -206,7 +199,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     part = imputed[imputed["modality"] == modality]
     if not len(part):
         raise KeyError(f"modality={modality!r} was not hidden and predicted in this check.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     shown = part.sample(_MOST_POINTS, random_state=0) if len(part) > _MOST_POINTS else part
     # Features that vary most with the prediction on top.
     shown = shown.sort_values("correlation", na_position="first")
@@ -220,31 +213,31 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
         ax.set(xscale="log", yscale="log")
     ends = [positive.min() if positive.size else 0.0, both.max()]
     ax.plot(ends, ends, color=_ORANGE, linewidth=1)
-    return _label(ax, f"mean {modality}, measured", f"mean {modality}, predicted")
+    return labelled(ax, f"mean {modality}, measured", f"mean {modality}, predicted")
 
 
 def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> Axes:
-    """Bayesian p-values of a statistic; under the right model the bars are level.
+    """Histogram of the Bayesian p-values of a statistic; under the right model the bars are level.
 
     Parameters
     ----------
     table
         As for :func:`observed_against_replicated`.
     statistic
-        Which.
+        Name of the statistic.
     ax
-        Where to draw; default: a new figure.
+        Axes to draw into; default: a new figure.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     p = table.loc[table["statistic"] == statistic, "p_value"].dropna()
     edges = np.linspace(0, 1, 21)
     ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
-    return _label(ax, f"p-value, {statistic.replace('_', ' ')}", "number")
+    return labelled(ax, f"p-value, {statistic.replace('_', ' ')}", "number")
 
 
-def _label(ax: Axes, x: str, y: str) -> Axes:
-    ax.set(xlabel=x, ylabel=y)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+def _look(place: int) -> dict[str, Any]:
+    """Colour, line and marker of a curve."""
+    place %= 4
+    return {"color": PALETTE[(0, 5, 2, 3)[place]], "linestyle": ("-", "--", ":", "-.")[place], "marker": "osD^"[place]}

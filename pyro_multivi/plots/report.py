@@ -1,4 +1,4 @@
-"""A predictive check as a reader sees it: tables, and one page with the pictures."""
+"""Report of a predictive check: tables, and one page with the pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ from pyro_multivi import plots
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.plots import checks as check_plots
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.checks.result import PredictiveCheck
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Tables of features.
+_FEATURES = tuple(modality.features for modality in MODALITIES)
 #: Name of the page within the folder.
 PAGE = "check.html"
 # Width of one panel in inches, and dots per inch: at normal size letters are as large as the text.
@@ -46,16 +48,16 @@ class Picture:
     Attributes
     ----------
     title
-        Above it.
+        Heading.
     help
         One sentence on how to read it.
     panels
-        Functions that draw into an ``ax``, side by side.
+        Functions that draw into an argument ``ax``, side by side.
     """
 
     title: str
     help: str
-    panels: Sequence[Callable[[Axes], Any]]
+    panels: Sequence[Callable[..., Any]]
 
 
 def check_and_report(
@@ -66,18 +68,18 @@ def check_and_report(
     Parameters
     ----------
     model
-        Trained, with its data.
+        Trained model with its data.
     out
-        Folder to write to; made if it is not there.
+        Folder to write to; created if it does not exist.
     labels
         Column of obs that groups statistics and colours the latent space.
     **arguments
-        Further arguments of :meth:`~pyro_multivi.api.checks.MULTIVI.posterior_predictive_check`.
+        Arguments of :meth:`~pyro_multivi.MULTIVI.posterior_predictive_check`.
 
     Returns
     -------
     PredictiveCheck, list
-        The check, and names of the files written.
+        Result of the check, and names of the written files.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def check_and_report(
 
 
 def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> str:
-    """The page, self-contained HTML."""
+    """Self-contained HTML page of a check."""
     summary = check.summary()
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
@@ -103,7 +105,7 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
         f"<p>{check.n_samples} replicates of {check.n_cells} {check.setting}, pyro-multivi {__version__}. "
         f"{_verdict(summary)}</p>",
         *(f"<p><strong>Not checked:</strong> {html.escape(note)}.</p>" for note in check.notes),
-        "<h2>Which statistics the model reproduces</h2>",
+        "<h2>Statistics of the data and of replicates</h2>",
         f"<p class='help'>A replicate is what the model would have measured in the same cells; a good model puts "
         f"{check.level:.0%} of the observed values inside the central {check.level:.0%} of its replicates, and a "
         f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside, beyond "
@@ -123,7 +125,7 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
             f"<p class='help'>{html.escape(picture.help)}</p>",
             f"<img alt='{html.escape(picture.title, quote=True)}' src='data:image/png;base64,{_png(picture)}'>",
         ]
-    for name in ("genes", "regions"):
+    for name in _FEATURES:
         table = getattr(check, name)
         if len(table):
             parts += [
@@ -136,27 +138,28 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
 
 
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
-    """The pictures that a check has data for."""
+    """Pictures of the tables that a check has."""
     found: list[Picture] = []
-    for table, title in ((check.genes, "Genes"), (check.regions, "Regions"), (check.cells, "Cells")):
-        names = [] if not len(table) else list(pd.unique(table["statistic"]))
-        if not names:
+    for things in (*_FEATURES, "cells"):
+        table, title = getattr(check, things), things.capitalize()
+        if not len(table):
             continue
+        names = list(pd.unique(table["statistic"]))
         found.append(
             Picture(
                 f"{title}: observed against replicated",
-                f"Each point is one of the {title.lower()}, its bar the central {check.level:.0%} of replicates: "
+                f"Each point is one of the {things}, its bar the central {check.level:.0%} of replicates: "
                 "points above the line have more in the data than the model expects, points below less.",
-                [_panel(check_plots.observed_against_replicated, table, name, level=check.level) for name in names],
+                [partial(plots.observed_against_replicated, table, name, level=check.level) for name in names],
             )
         )
-        if title != "Cells":
+        if things != "cells":
             found.append(
                 Picture(
                     f"{title}: p-values",
                     "Level bars are right; a peak at 0 means that the data exceed the replicates, at 1 that they fall "
                     "short, in the middle that the model is more scattered than the data.",
-                    [_panel(check_plots.p_value_histogram, table, name) for name in names],
+                    [partial(plots.p_value_histogram, table, name) for name in names],
                 )
             )
     if len(check.histogram):
@@ -165,7 +168,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
                 "Counts of genes: rootogram",
                 "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends "
                 "above it is a count rarer in the data than in the model, one that reaches below is more frequent.",
-                [_panel(check_plots.rootogram, check.histogram, start=start) for start in (0, 2)],
+                [partial(plots.rootogram, check.histogram, start=start) for start in (0, 2)],
             )
         )
     if len(check.reliability):
@@ -175,7 +178,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
                 "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the "
                 "black line are right, points below it too confident that regions are open. Hidden accessibility was "
                 "predicted from RNA.",
-                [_panel(check_plots.calibration_curve, check.reliability)],
+                [partial(plots.calibration_curve, check.reliability)],
             )
         )
     if len(check.coverage):
@@ -184,17 +187,17 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
                 "Are intervals of expression wide enough?",
                 "A curve below the line means intervals that are too narrow, above it too wide; where most counts are "
                 "0 any model is right, so look at counts expected to be at least 1.",
-                [_panel(check_plots.coverage_curve, check.coverage)],
+                [partial(plots.coverage_curve, check.coverage)],
             )
         )
     if len(check.imputed):
         found.append(
             Picture(
                 "Predicted from the other modality, against measured",
-                "On the line the level of a feature is right; the colour (yellow is good) says whether the prediction "
-                "also knows in which cells it is high.",
+                "On the line the mean of a feature is right; the colour (yellow is good) shows whether the prediction "
+                "is also high in the right cells.",
                 [
-                    _panel(check_plots.imputed_against_measured, check.imputed, modality)
+                    partial(plots.imputed_against_measured, check.imputed, modality)
                     for modality in pd.unique(check.imputed["modality"])
                 ],
             )
@@ -203,7 +206,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
 
 
 def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
-    """The ``n`` features of each statistic that lie farthest from their replicates."""
+    """Rows of the ``n`` features of each statistic that lie farthest from their replicates."""
     width = (table["upper"] - table["lower"]).clip(lower=1e-12)
     distance = (table["observed"] - table["replicated"]).abs() / width
     ordered = table.assign(distance=distance).sort_values("distance", ascending=False, kind="stable")
@@ -218,25 +221,12 @@ def _about_training(model: MULTIVI, labels: str | None) -> Picture:
     latent = np.asarray(model.get_latent_representation())
     names = None if labels is None else model.adata.obs[labels].astype(str).to_numpy()
 
-    def history(ax: Axes) -> None:
-        plots.training_history(model.history, "elbo", ax)
-
-    def scatter(ax: Axes) -> None:
-        plots.latent_scatter(latent, names, ax)
-
     return Picture(
         "Training and latent space",
-        "Curves that still fall say that training was too short, a validation curve that rises that it was too long; "
+        "Curves that still fall mean that training was too short, a validation curve that rises that it was too long; "
         "the right picture shows all cells in the two widest directions of the latent space.",
-        [history, scatter],
+        [partial(plots.training_history, model.history, "elbo"), partial(plots.latent_scatter, latent, names)],
     )
-
-
-def _panel(draw: Callable[..., Any], *given: Any, **named: Any) -> Callable[[Axes], Any]:
-    def run(ax: Axes) -> Any:
-        return draw(*given, ax=ax, **named)
-
-    return run
 
 
 def _png(picture: Picture) -> str:
@@ -248,7 +238,7 @@ def _png(picture: Picture) -> str:
     figure = figure_class(figsize=(wide * _PANEL * columns, _PANEL * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for draw, ax in zip(picture.panels, axes, strict=False):
-        draw(ax)
+        draw(ax=ax)
     for ax in axes[n:]:
         ax.remove()
     file = io.BytesIO()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.distributions.kernels.blocks import equal_weights
+from pyro_multivi.distributions.kernels.gradients import equal_weights
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, measure, terms_of
 from pyro_multivi.training.adversary import Adversary

@@ -1,4 +1,4 @@
-"""What was not measured counts for nothing, and what was measured as nothing counts."""
+"""Missing modalities: no influence of what was not measured, and zeros that were measured count."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_multivi as pm
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.data.sparse import SparseCounts
 
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 5), slice(5, 8), slice(8, 12)
-ONLY = [pytest.param(RNA_ONLY, "y", id="rna"), pytest.param(ATAC_ONLY, "x", id="atac")]
+# Cells that lack a modality, and that modality.
+LACKING = [pytest.param(RNA_ONLY, ATAC, id="rna"), pytest.param(ATAC_ONLY, RNA, id="atac")]
+# First parts of the names of parameters that belong to a modality.
+PARAMETERS = {
+    RNA: ("rna_", "library_head", "expression_decoder", "log_theta", "weight_net.0"),
+    ATAC: ("atac_", "cell_factor_head", "accessibility_decoder", "region_logit", "weight_net.1"),
+}
 
 
 def rows(cells, chosen):
@@ -62,25 +69,24 @@ def test_a_cell_does_not_notice_the_other_cells_of_a_mosaic(make_program, make_c
     together = log_probs(program, cells, latents)
     alone = log_probs(program, rows(cells, chosen), {name: value[chosen] for name, value in latents.items()})
     assert together.keys() == alone.keys()
-    # How kinds of cells lie to each other is about all of them.
+    # The distance between measurement patterns is a property of all cells.
     alone = {site: value for site, value in alone.items() if site[1] != "mixing"}
     for site, value in alone.items():
         torch.testing.assert_close(together[site][chosen].expand_as(value), value, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("chosen", "site"), ONLY)
-def test_a_missing_modality_is_an_absent_modality(make_program, make_cells, chosen, site):
+@pytest.mark.parametrize(("chosen", "lacking"), LACKING)
+def test_a_missing_modality_is_an_absent_modality(make_program, make_cells, chosen, lacking):
     """The same cells under a program that has no such modality at all, with the same weights."""
     cells = rows(make_cells(dtype=torch.float64), chosen)
     both = make_program(torch.float64)
-    absent = {"x": {"n_genes": 0}, "y": {"n_regions": 0}}[site]
-    one = make_program(torch.float64, **absent)
+    one = make_program(torch.float64, **{f"n_{lacking.features}": 0})
     one.load_state_dict({name: both.state_dict()[name] for name in one.state_dict()})
     latents = latents_of(both, cells)
     for trace_of in (lambda p: p.guide, lambda p: p.model):
         found = {}
         for program in (both, one):
-            kept = {k: v for k, v in latents.items() if k in ("z", {"x": "d", "y": "l"}[site])}
+            kept = {name: value for name, value in latents.items() if name != lacking.depth}
             trace = poutine.trace(poutine.condition(trace_of(program), kept)).get_trace(cells)
             trace.compute_log_prob()
             found[program] = trace
@@ -90,21 +96,17 @@ def test_a_missing_modality_is_an_absent_modality(make_program, make_cells, chos
                 torch.testing.assert_close(got.expand_as(expected), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("chosen", "site"), ONLY)
+@pytest.mark.parametrize(("chosen", "lacking"), LACKING)
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize("penalty", ["contrastive", "Jeffreys", "MMD", "None"])
-def test_a_missing_modality_has_no_value_and_no_gradient(make_program, make_cells, chosen, site, elbo, penalty):
+def test_a_missing_modality_has_no_value_and_no_gradient(make_program, make_cells, chosen, lacking, elbo, penalty):
     program = make_program(modality_weights="cell", modality_penalty=penalty)
     cells = rows(make_cells(), chosen)
     model = poutine.trace(program.model).get_trace(cells)
     model.compute_log_prob()
-    assert torch.equal(model.nodes[site]["log_prob"], torch.zeros(len(cells)))
+    assert torch.equal(model.nodes[lacking.counts]["log_prob"], torch.zeros(len(cells)))
     elbo().differentiable_loss(program.model, program.guide, cells).backward()
-    parts = {
-        "y": ("atac_", "cell_factor_head", "accessibility_decoder", "region_logit", "weight_net.1"),
-        "x": ("rna_", "library_head", "expression_decoder", "log_theta", "weight_net.0"),
-    }[site]
-    silent = {name for name, _ in program.named_parameters() if name.startswith(parts)}
+    silent = {name for name, _ in program.named_parameters() if name.startswith(PARAMETERS[lacking])}
     assert len(silent) > 10
     for name, parameter in program.named_parameters():
         moved = parameter.grad is not None and bool(parameter.grad.any())
@@ -112,12 +114,11 @@ def test_a_missing_modality_has_no_value_and_no_gradient(make_program, make_cell
         assert moved == (name not in silent and not name.startswith("weight_net")), name
 
 
-@pytest.mark.parametrize("site", ["x", "y"])
-def test_junk_behind_the_mask_is_not_read(make_program, make_cells, site):
+@pytest.mark.parametrize("modality", MODALITIES, ids=["rna", "atac"])
+def test_junk_behind_the_mask_is_not_read(make_program, make_cells, modality):
     """Counts that stand where nothing was measured change no value and no gradient."""
     program, cells = make_program(), make_cells(sparse=False)
-    measured = cells.has_rna if site == "x" else cells.has_atac
-    junk = torch.where(measured[:, None], getattr(cells, site), torch.tensor(1e6))
+    junk = torch.where(modality.measured_in(cells)[:, None], modality.counts_in(cells), torch.tensor(1e6))
 
     def loss_and_gradients(given):
         torch.manual_seed(0)
@@ -126,21 +127,21 @@ def test_junk_behind_the_mask_is_not_read(make_program, make_cells, site):
         loss.backward()
         return loss.item(), [p.grad.clone() for p in program.parameters()]
 
-    clean, dirty = loss_and_gradients(cells), loss_and_gradients(cells.replace(**{site: junk}))
+    clean, dirty = loss_and_gradients(cells), loss_and_gradients(cells.replace(**{modality.counts: junk}))
     assert clean[0] == dirty[0]
     for left, right in zip(clean[1], dirty[1], strict=True):
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize(("site", "flag", "other"), [("x", "has_rna", RNA_ONLY), ("y", "has_atac", ATAC_ONLY)])
-def test_a_measured_empty_cell_is_not_a_missing_one(make_program, make_cells, site, flag, other):
+@pytest.mark.parametrize("modality", MODALITIES, ids=["rna", "atac"])
+def test_a_measured_empty_cell_is_not_a_missing_one(make_program, make_cells, modality):
     program, cells = make_program(), make_cells()
-    dense = getattr(cells, site).to_dense().clone()
+    dense = modality.counts_in(cells).to_dense().clone()
     dense[0] = 0  # a paired cell without any count
-    empty = cells.replace(**{site: SparseCounts.from_dense(dense)})
-    off = getattr(cells, flag).clone()
+    empty = cells.replace(**{modality.counts: SparseCounts.from_dense(dense)})
+    off = modality.measured_in(cells).clone()
     off[0] = False
-    missing = empty.replace(**{flag: off})
+    missing = empty.replace(**{f"has_{modality.key}": off})
     found = {}
     for name, given in (("empty", empty), ("missing", missing)):
         guide = poutine.trace(program.guide).get_trace(given)
@@ -148,7 +149,7 @@ def test_a_measured_empty_cell_is_not_a_missing_one(make_program, make_cells, si
         model.compute_log_prob()
         guide.compute_log_prob()
         found[name] = (
-            model.nodes[site]["log_prob"][0].item(),
+            model.nodes[modality.counts]["log_prob"][0].item(),
             guide.nodes["alignment"]["log_prob"][0].item(),
             guide.nodes["z"]["fn"].mean[0],
         )
@@ -183,26 +184,25 @@ def test_guide_of_l_and_d_is_the_prior_where_unmeasured(make_program, make_cells
     assert d.min() < 0.2 < 0.8 < d.max()
 
 
-@pytest.mark.parametrize(("n", "kept"), [((0, 40, 0), "Gene Expression"), ((0, 0, 40), "Peaks")], ids=["rna", "atac"])
+@pytest.mark.parametrize(("n", "has", "lacks"), [((0, 40, 0), RNA, ATAC), ((0, 0, 40), ATAC, RNA)], ids=["rna", "atac"])
 @pytest.mark.parametrize("features", ["dropped", "kept"])
-def test_models_of_one_modality_run_end_to_end(n, kept, features):
-    """Whether the other modality's features are in the data without a cell, or not in the data."""
+def test_models_of_one_modality_run_end_to_end(n, has, lacks, features):
+    """With the other modality's features in the data, measured in no cell, and without them."""
     adata = pm.simulate_multiome(n, n_genes=20, n_regions=30, n_batches=2)
     if features == "dropped":
-        adata = adata[:, adata.var["feature_types"] == kept].copy()
+        adata = adata[:, adata.var["feature_types"] == has.feature_type].copy()
     pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
     model.train(4, progress_bar=False, batch_size=16)
     assert model.history["train_loss"].iloc[-1, 0] < model.history["train_loss"].iloc[0, 0] + 5
     assert np.isfinite(model.get_latent_representation()).all()
     assert np.isfinite(model.get_elbo())
-    has, lacks = ("expression", "accessibility") if kept == "Gene Expression" else ("accessibility", "expression")
     sizes = model.get_library_size_factors()
-    assert np.isfinite(sizes[has]).all()
-    assert lacks not in sizes or np.isnan(sizes[lacks]).all()
-    np.testing.assert_array_equal(model.get_latent_representation(modality=has), model.get_latent_representation())
-    with pytest.raises(ValueError, match="knows nothing of|none of the 40 cells has it"):
-        model.get_latent_representation(modality=lacks)
+    assert np.isfinite(sizes[has.name]).all()
+    assert lacks.name not in sizes or np.isnan(sizes[lacks.name]).all()
+    np.testing.assert_array_equal(model.get_latent_representation(modality=has.name), model.get_latent_representation())
+    with pytest.raises(ValueError, match="and so no|none of the 40 cells has it"):
+        model.get_latent_representation(modality=lacks.name)
 
 
 def test_rows_of_zeros_marked_as_measured_stay_measured():

@@ -1,4 +1,4 @@
-"""The analyst's door: construction, the latent state, depth factors, and what is refused."""
+"""Methods of MULTIVI: construction, the latent state, depth factors, and errors."""
 
 from __future__ import annotations
 
@@ -170,19 +170,19 @@ def test_cells_may_be_chosen_in_every_way(shared, method):
     mask = np.zeros(60, dtype=bool)
     mask[wanted] = True
 
-    def ask(indices):
+    def values(indices):
         result = getattr(shared, method)(indices=indices, **RESULTS[method])
         parts = list(result.values()) if isinstance(result, dict) else [result]
         return np.concatenate([np.ravel(part) for part in parts])
 
-    by_position = ask(wanted)
-    np.testing.assert_array_equal(by_position, ask(names[wanted]))
-    np.testing.assert_array_equal(by_position, ask(np.array(wanted) - 60))
-    np.testing.assert_array_equal(ask(sorted(wanted)), ask(mask))
-    np.testing.assert_array_equal(ask(mask), ask(pd.Series(mask, index=names)))
-    np.testing.assert_array_equal(ask(mask), ask(pd.array(mask, dtype="boolean")))
-    np.testing.assert_array_equal(ask([3]), ask(3))
-    np.testing.assert_array_equal(ask([3]), ask(names[3]))
+    by_position = values(wanted)
+    np.testing.assert_array_equal(by_position, values(names[wanted]))
+    np.testing.assert_array_equal(by_position, values(np.array(wanted) - 60))
+    np.testing.assert_array_equal(values(sorted(wanted)), values(mask))
+    np.testing.assert_array_equal(values(mask), values(pd.Series(mask, index=names)))
+    np.testing.assert_array_equal(values(mask), values(pd.array(mask, dtype="boolean")))
+    np.testing.assert_array_equal(values([3]), values(3))
+    np.testing.assert_array_equal(values([3]), values(names[3]))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_region_factors(ready, shared):
     with pytest.raises(ValueError, match="region_factors=False was chosen"):
         trained(ready, region_factors=False).get_region_factors()
     rna = ready[:45, :40].copy()
-    with pytest.raises(ValueError, match="no regions, so it knows nothing of accessibility"):
+    with pytest.raises(ValueError, match="no regions, and so no accessibility"):
         trained(rna).get_region_factors()
 
 

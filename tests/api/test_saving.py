@@ -1,4 +1,4 @@
-"""A saved model: read back the same, elsewhere; refused when it is broken; never dangerous."""
+"""Saved models: the same after loading, also elsewhere; refused when broken; no code in them is run."""
 
 from __future__ import annotations
 

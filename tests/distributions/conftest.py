@@ -43,8 +43,8 @@ def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["eager", "compiled"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Operation by operation, then as compiled loops where there are any."""
+def eager_or_compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test operation by operation, then with compiled loops where there are any."""
     if request.param == "eager":
         yield request.param
         return
@@ -94,6 +94,26 @@ class Case:
         value[..., 0, :] = 0
         value[..., -1, 3] = 400
         return value
+
+    @staticmethod
+    def upstream(name: str, shape: tuple[int, ...]) -> Tensor:
+        """Weights of the cells in an objective."""
+        if name == "random":
+            return torch.randn(shape)
+        return torch.full(shape, {"ones": 1.0, "constant": -2.5, "zero": 0.0}[name])
+
+    @staticmethod
+    def gradients(output: Tensor, inputs: Inputs, upstream: Tensor) -> Inputs:
+        """Gradients by the name of the input."""
+        found = torch.autograd.grad(output, list(inputs.values()), upstream.to(output))
+        return dict(zip(inputs, found, strict=True))
+
+    @staticmethod
+    def assert_gradients(found: Inputs, expected: Inputs, rtol: float = 1e-7) -> None:
+        for name, gradient in expected.items():
+            assert found[name].shape == gradient.shape, name
+            off = (found[name] - gradient).abs() - rtol * gradient.abs()
+            assert (off <= rtol * gradient.abs().max()).all(), f"{name} is off by up to {off.max():.1e}"
 
     def build(self, inputs: Inputs, lazy: bool = True, gemm_dtype: torch.dtype | None = None):  # type: ignore[no-untyped-def]
         """The distribution, over readouts or dense values."""

@@ -1,3 +1,5 @@
+"""Distribution of accessibility against SciPy, Pyro and extended precision."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -48,7 +50,7 @@ def exact(logit: float, d: float, r: float, is_open: bool) -> float:
 @pytest.mark.parametrize("is_open", [True, False])
 @pytest.mark.parametrize("d", [1e-6, 0.5, 1 - 1e-6])
 @pytest.mark.parametrize("r", [None, 1e-6, 0.3, 1.0])
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("eager_or_compiled")
 def test_extremes(d: float, r: float | None, is_open: bool, dtype: torch.dtype) -> None:
     logits = torch.tensor([-100, -30, -5, 0, 5, 30, 60, 100], dtype=dtype)
     n = len(logits)
@@ -78,7 +80,7 @@ def test_extremes(d: float, r: float | None, is_open: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("eager_or_compiled")
 def test_gradient_by_logit_keeps_its_digits_in_both_tails(dtype: torch.dtype) -> None:
     """Closed: -q (1 - p) / (1 - q). Formed from e = exp(-a), it is relatively exact at any logit."""
     logits = torch.tensor([-60, -20, -8, 0, 8, 20, 60], dtype=dtype, requires_grad=True)
@@ -94,7 +96,7 @@ def test_gradient_by_logit_keeps_its_digits_in_both_tails(dtype: torch.dtype) ->
     np.testing.assert_allclose(found.double(), expected, rtol=2e-5 if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("eager_or_compiled")
 def test_certain_probabilities_that_the_data_contradict() -> None:
     p = torch.tensor([[0.0, 1.0]], requires_grad=True)
     d = torch.ones(1, requires_grad=True)

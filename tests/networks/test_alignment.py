@@ -1,4 +1,4 @@
-"""What draws the experts of a cell together in training, and is hidden from every ELBO."""
+"""Penalties that draw modalities together in training, hidden from every ELBO."""
 
 from __future__ import annotations
 
@@ -130,35 +130,35 @@ def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
 
 
 @pytest.mark.parametrize("measured", [[False, False], [True, False]])
-def test_contrast_without_others_to_tell_from_is_zero(measured):
+def test_contrast_without_other_cells_is_zero(measured):
     a, b = expert(2, seed=1, measured=measured), expert(2, seed=2, measured=measured)
     assert not contrast(a, b)[torch.tensor(measured)].any()
     assert torch.isfinite(penalty(a, b, "contrastive", 3.0)).all()
 
 
-def test_contrast_does_not_reward_silence():
-    told, silent = points(10 * torch.randn(8, 3)), points(torch.zeros(8, 3))
-    assert jeffreys(silent, silent).sum() == 0
-    torch.testing.assert_close(contrast(silent, silent), torch.full((8,), 8.0).log())
-    assert contrast(told, told).max() < 0.1
+def test_contrast_does_not_reward_experts_that_ignore_the_cell():
+    separate, constant = points(10 * torch.randn(8, 3)), points(torch.zeros(8, 3))
+    assert jeffreys(constant, constant).sum() == 0
+    torch.testing.assert_close(contrast(constant, constant), torch.full((8,), 8.0).log())
+    assert contrast(separate, separate).max() < 0.1
 
 
-# ---------------------------------------------------------------------- kinds of cells
+# ---------------------------------------------------------------------- measurement patterns
 
 
 def one_hot(*sizes):
     return torch.eye(len(sizes), dtype=torch.long).repeat_interleave(torch.tensor(sizes), 0)
 
 
-def apart_by_hand(loc, kinds_nc):
-    """Sum over pairs of kinds of the unbiased squared discrepancy, cell by cell."""
+def between_patterns_by_hand(loc, pattern_nc):
+    """Sum over pairs of patterns of the unbiased squared discrepancy, cell by cell."""
     squared = ((loc[:, None] - loc[None]) ** 2).sum(-1)
     median = np.sort(squared, axis=None)[(squared.size - 1) // 2]
 
     def kernel(i, j):
         return np.mean([np.exp(-squared[i, j] / (width * median)) for width in (0.05, 0.1, 0.25, 0.5, 1)])
 
-    sets = [np.flatnonzero(column) for column in kinds_nc.T]
+    sets = [np.flatnonzero(column) for column in pattern_nc.T]
     sets = [cells for cells in sets if len(cells) > 1]
     total = 0.0
     for k, a in enumerate(sets):
@@ -170,14 +170,14 @@ def apart_by_hand(loc, kinds_nc):
 
 
 @pytest.mark.parametrize("sizes", [(4, 3, 5), (6, 1, 5), (7, 5, 0), (12, 0, 0)], ids=str)
-def test_kinds_apart_by_hand(sizes):
-    loc, kind = torch.randn(12, 3, dtype=torch.float64), one_hot(*sizes)
-    kind[-1] = 0  # a cell in which nothing was measured takes no part
-    found = mmd_between_patterns(loc, kind)
-    assert found.item() == pytest.approx(apart_by_hand(loc.numpy(), kind.numpy()), rel=1e-9, abs=1e-12)
+def test_mmd_between_patterns_by_hand(sizes):
+    loc, pattern = torch.randn(12, 3, dtype=torch.float64), one_hot(*sizes)
+    pattern[-1] = 0  # a cell in which nothing was measured takes no part
+    found = mmd_between_patterns(loc, pattern)
+    assert found.item() == pytest.approx(between_patterns_by_hand(loc.numpy(), pattern.numpy()), rel=1e-9, abs=1e-12)
 
 
-def test_kinds_of_one_distribution_are_not_apart_whatever_their_numbers():
+def test_mmd_between_patterns_of_one_distribution_is_zero_on_average():
     values = torch.stack([mmd_between_patterns(torch.randn(40, 2), one_hot(30, 4, 6)) for _ in range(400)])
     assert abs(values.mean()) < 4 * values.std() / 20
     assert values.min() < 0 < values.max()
@@ -188,16 +188,16 @@ def test_kinds_of_one_distribution_are_not_apart_whatever_their_numbers():
     )
 
 
-def test_the_gradient_of_kinds_apart_brings_them_together():
-    kind = one_hot(20, 20)
-    loc = (torch.randn(40, 2) + 2.0 * kind[:, 1:]).requires_grad_()
-    mmd_between_patterns(loc, kind).backward()
-    # A step against the gradient moves the second kind back and the first towards it.
+def test_the_gradient_of_mmd_between_patterns_brings_them_together():
+    pattern = one_hot(20, 20)
+    loc = (torch.randn(40, 2) + 2.0 * pattern[:, 1:]).requires_grad_()
+    mmd_between_patterns(loc, pattern).backward()
+    # A step against the gradient moves the second pattern back and the first towards it.
     assert (loc.grad[20:].sum(0) > 0).all()
     assert (loc.grad[:20].sum(0) < 0).all()
 
 
-def test_kinds_of_a_mosaic(make_program, make_cells):
+def test_measurement_patterns_of_a_mosaic(make_program, make_cells):
     program, cells = make_program(), make_cells()
     experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
     both = cells.has_rna & cells.has_atac
@@ -209,7 +209,7 @@ def test_kinds_of_a_mosaic(make_program, make_cells):
     assert mixing[0] != 0
 
 
-def test_weights_are_those_asked_for_and_part_of_the_default_only():
+def test_weights_are_those_given_and_part_of_the_default_penalty_only():
     choices = [{}, {"modality_penalty": "Jeffreys"}, {"modality_penalty": None}]
     choices += [{"modality_penalty": "MMD", "contrast_weight": 1.0, "mixing_weight": 2.0}]
     choices += [{"contrast_weight": 0.0, "mixing_weight": 0}]
@@ -220,7 +220,7 @@ def test_weights_are_those_asked_for_and_part_of_the_default_only():
 
 @pytest.mark.parametrize("name", ["contrast_weight", "mixing_weight"])
 @pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
-def test_a_weight_that_is_none(name, wrong):
+def test_negative_or_infinite_weights_are_refused(name, wrong):
     with pytest.raises(ValueError, match=rf"{name}={wrong} is not allowed: give a finite number"):
         pm.ProgramConfig(n_genes=3, n_regions=3, **{name: wrong})
 
@@ -254,13 +254,13 @@ def test_the_weights_given_to_a_model_are_those_of_its_program(mosaic):
 
 
 @pytest.mark.slow
-def test_counts_outweigh_the_mixing_of_kinds_that_hold_other_cell_types():
+def test_counts_outweigh_the_mixing_of_patterns_that_hold_other_cell_types():
     """RNA-only cells of two types, ATAC-only cells of the other two: mixing blurs them a little, and 0 does not."""
     adata = pm.simulate_multiome(
         (200, 500, 500), n_genes=500, n_regions=1500, n_types=4, mean_library=500, mean_accessibility=0.1, seed=0
     )
-    of_type, kind = adata.obs["cell_type"].cat.codes.to_numpy(), adata.obs["modality"].astype(str).to_numpy()
-    kept = (kind == "paired") | ((kind == "expression") == (of_type < 2))
+    of_type, pattern = adata.obs["cell_type"].cat.codes.to_numpy(), adata.obs["modality"].astype(str).to_numpy()
+    kept = (pattern == "paired") | ((pattern == "expression") == (of_type < 2))
     adata, of_type = adata[kept].copy(), of_type[kept]
     pm.MULTIVI.setup_anndata(adata, modality_key="modality")
     purity = {}

@@ -1,4 +1,4 @@
-"""How what the modalities say is weighed and averaged."""
+"""Weights of the experts, and their average."""
 
 from __future__ import annotations
 

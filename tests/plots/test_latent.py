@@ -1,11 +1,10 @@
-"""Pictures: what they draw, not how they look."""
+"""Pictures of the latent space and of training: what they draw."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from pyro_multivi import plots
-from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 figure = pytest.importorskip("matplotlib.figure")
 
@@ -32,7 +31,7 @@ def test_latent_scatter_shows_every_cell_once_with_its_label(ax):
     assert np.asarray(ax.collections[2].get_offsets()).tolist() == [[8.0, 9.0]]
 
 
-def test_latent_scatter_tells_more_labels_apart_than_there_are_colours(ax):
+def test_latent_scatter_distinguishes_more_labels_than_there_are_colours(ax):
     labels = [f"type {number:02d}" for number in range(20)]
     plots.latent_scatter(np.random.default_rng(0).normal(size=(20, 3)), labels, ax)
     looks = {(c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes()) for c in ax.collections}
@@ -51,15 +50,3 @@ def test_training_history_draws_both_splits(ax):
     assert validation.get_xydata().tolist() == [[1, 4], [3, 2]]
     with pytest.raises(KeyError, match="'kl' was not recorded; recorded are elbo"):
         plots.training_history(history, "kl", ax)
-
-
-def test_neighbour_purity_of_separate_and_of_mixed_cells():
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["a", "b"], 100)
-    apart = rng.normal(size=(200, 2)) + 50 * (labels == "b")[:, None]
-    assert neighbour_purity(apart, labels, k=10) == 1.0
-    assert neighbour_purity(rng.normal(size=(200, 2)), labels, k=10) == pytest.approx(0.5, abs=0.06)
-    with pytest.raises(ValueError, match="one per cell"):
-        neighbour_purity(apart, labels[:3], k=10)
-    with pytest.raises(ValueError, match="choose a smaller k"):
-        neighbour_purity(apart[:5], labels[:5], k=10)

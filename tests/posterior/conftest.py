@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
 from anndata import AnnData
-from numpy.typing import NDArray
 
 from pyro_multivi import MULTIVI, simulate_multiome
-from pyro_multivi.posterior.differential.group_draws import _evenly
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.engine.draws import draw_latents, model_trace, replay
 from pyro_multivi.posterior.quantities.array_sink import Arrays
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
-from pyro_multivi.traces import evaluation_mode
 
 N_GENES, N_REGIONS = 40, 70
 
@@ -86,78 +79,3 @@ def compute() -> Callable[..., Any]:
         return kept
 
     return run
-
-
-class TwoGroups:
-    """Two groups of the cells of a model, of different types, measured in all three ways and in both batches."""
-
-    #: Draws of each.
-    n = 300
-
-    def __init__(self, model: MULTIVI) -> None:
-        self.model = model
-        types = model.adata.obs["cell_type"]
-        self.first = np.flatnonzero(types == "type_0")
-        self.second = np.flatnonzero(types.isin(["type_1", "type_2"]))
-
-    def names(self, site: str) -> list[str]:
-        return list(self.model.spec.gene_names if site == "rho" else self.model.spec.region_names)
-
-    def compared(self, site: str, **arguments: Any) -> pd.DataFrame:
-        """The table of a comparison, by default of the two groups, in the order of the features."""
-        expression = site == "rho"
-        method = self.model.differential_expression if expression else self.model.differential_accessibility
-        asked = {"idx1": self.first, "idx2": self.second, "n_samples": self.n, **arguments}
-        return method(**asked).loc[self.names(site)]
-
-    def chosen(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which cell of a part each draw is of, and the how-manieth of it."""
-        return _evenly(np.random.default_rng([0, index[0]]), len(index), self.n)
-
-    def draws(
-        self, site: str, index: NDArray[np.int64], batches: tuple[int | None, ...] = (None,)
-    ) -> NDArray[np.float64]:
-        """Every draw of every feature, (n, F): whole, from the engine."""
-        chosen, number = self.chosen(index)
-        cells = self.model.minibatch(index)
-        values = []
-        for code in batches:
-            design = cells.design.clone()
-            if code is not None:
-                design[:, : self.model.spec.n_batch] = torch.eye(self.model.spec.n_batch)[code]
-            with evaluation_mode(self.model.program):
-                latents = draw_latents(self.model.program, cells, int(number.max()) + 1)
-                # Groups are compared by what the guide says.
-                drawn = replay(self.model.program, cells, latents, (site,), {"s": design}, plain=True)[site]
-            values.append((drawn + 0).double().numpy())
-        sizes = [len(part) for part in np.array_split(np.arange(self.n), len(batches))]
-        return np.stack(values)[np.repeat(np.arange(len(batches)), sizes), number, chosen]
-
-    def expected(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
-        """rho times the probability that no count is dropped, every draw of every gene, (n, G)."""
-        chosen, number = self.chosen(index)
-        cells, program = self.model.minibatch(index), self.model.program
-        with evaluation_mode(program):
-            x = model_trace(program.model, cells, draw_latents(program, cells, int(number.max()) + 1)).nodes["x"]["fn"]
-            mean: NDArray[np.float64] = (x.mean / x.library[..., None]).double().numpy()
-        return mean[number, chosen]
-
-    def both(self, site: str, batches: tuple[int | None, ...] = (None,)) -> tuple[Any, Any]:
-        return self.draws(site, self.first, batches), self.draws(site, self.second, batches)
-
-    def detection(self, *indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What p is multiplied with to be the probability of detection in a cell of mean depth, (F,)."""
-        d = self.model.get_library_size_factors()["accessibility"].ravel()
-        means, sizes = [], []
-        for index in indices or (self.first, self.second):
-            drawn = d[index[self.chosen(index)[0]]]
-            means.append(np.nanmean(drawn))
-            sizes.append(np.isfinite(d[index]).sum())
-        factor: NDArray[np.float64] = np.average(means, weights=sizes) * self.model.get_region_factors()
-        return factor
-
-
-@pytest.fixture
-def groups(fitted: MULTIVI) -> TwoGroups:
-    """Two groups of the cells of :func:`fitted`."""
-    return TwoGroups(fitted)

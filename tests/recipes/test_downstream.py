@@ -198,7 +198,7 @@ def test_a_file_imports_nothing_by_itself(recipes, fitted, tmp_path, monkeypatch
 
 
 def test_options_of_a_program_are_checked(recipes, fitted):
-    with pytest.raises(ValueError, match=r"'n_component', which MixtureConfig does not know; it adds 'n_components'"):
+    with pytest.raises(ValueError, match=r"'n_component', which is no field of MixtureConfig; it adds 'n_components'"):
         fitted(recipes.ConfiguredMixture, program_options={"n_component": 3})
     with pytest.raises(ValueError, match="has 'dispersion', a choice of every program"):
         fitted(recipes.ConfiguredMixture, program_options={"dispersion": "gene"})

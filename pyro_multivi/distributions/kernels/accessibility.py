@@ -13,12 +13,13 @@ of log p by log d, which is also that by log r:
     both     dlog p / da = T E / den
 
 so that an open region is a closed one whose num is -d, but for the sign of num / den: one walk
-over all regions does for both, once that is written where regions are open.
+over all regions evaluates both, once -d is written where regions are open.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -30,17 +31,14 @@ from torch.nn.functional import softplus
 from pyro_multivi.distributions.kernels.blocks import (
     Block,
     Entries,
-    Gradients,
-    Pending,
-    Products,
-    backward,
     block_width,
     sum_of_logs,
     sum_of_logs_of_products,
 )
 from pyro_multivi.distributions.kernels.buffers import POOL
+from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
-from pyro_multivi.distributions.kernels.products import LOG2_E
+from pyro_multivi.distributions.kernels.products import LOG2_E, Products
 from pyro_multivi.distributions.kernels.readout import Readout
 
 
@@ -70,8 +68,8 @@ class _AccessibilityLogProb(torch.autograd.Function):
         region_factor: Tensor | None, entries: Entries, gemm_dtype: torch.dtype | None, grad_enabled: bool,
     ) -> Tensor:  # fmt: skip
         needs = ctx.needs_input_grad[:5]
-        sweep = _Sweep(hidden, weight, bias, cell_factor, region_factor, entries, gemm_dtype, needs)
-        ctx.pending = Pending(sweep, hidden.device, grad_enabled and any(needs))
+        term = _AccessibilityTerm(hidden, weight, bias, cell_factor, region_factor, entries, gemm_dtype, needs)
+        ctx.pending = Pending(partial(_evaluate, term), hidden.device, grad_enabled and any(needs))
         ctx.save_for_backward(hidden, weight, bias, cell_factor, region_factor)
         return ctx.pending.value(len(hidden), hidden)
 
@@ -81,8 +79,8 @@ class _AccessibilityLogProb(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """One walk over all blocks. Shapes: n cells, M regions, H hidden units, m regions of a block."""
+class _AccessibilityTerm:
+    """Arguments of a likelihood of accessibility. Shapes: n cells, M regions, H hidden units."""
 
     hidden_nh: Tensor
     weight_mh: Tensor
@@ -93,44 +91,45 @@ class _Sweep:
     gemm_dtype: torch.dtype | None
     needs: tuple[bool, ...]
 
-    def __call__(self, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
-        """Value (if wanted) and gradients (if weights are given)."""
-        loops = loops_for(self.hidden_nh) if can_read(self.gemm_dtype) else None
-        if loops is None:
-            return _Walk(self, weights_n, want_value).run()
-        return _CompiledWalk(self, weights_n, want_value, loops).run()
+
+def _evaluate(term: _AccessibilityTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
+    """Value (if wanted) and gradients (if weights are given), in one walk over all blocks."""
+    loops = loops_for(term.hidden_nh) if can_read(term.gemm_dtype) else None
+    if loops is None:
+        return _AccessibilityWalk(term, weights_n, want_value).run()
+    return _CompiledAccessibilityWalk(term, weights_n, want_value, loops).run()
 
 
-class _Walk:
-    """The state of one sweep."""
+class _AccessibilityWalk:
+    """One evaluation of a likelihood of accessibility over all blocks, operation by operation of PyTorch."""
 
-    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool) -> None:
-        hidden, weight, region_factor = sweep.hidden_nh, sweep.weight_mh, sweep.region_factor_m
-        self.sweep, self.weights_n = sweep, weights_n
+    def __init__(self, term: _AccessibilityTerm, weights_n: Tensor | None, want_value: bool) -> None:
+        hidden, weight, region_factor = term.hidden_nh, term.weight_mh, term.region_factor_m
+        self.term, self.weights_n = term, weights_n
         self.n = len(hidden)
         # A factor that underflowed to 0 must not turn log d or 1 / r into infinities.
         floor = 1e-30
-        self.d = sweep.cell_factor_n.clamp_min(floor)
+        self.d = term.cell_factor_n.clamp_min(floor)
         self.minus_d, self.rest_row = -self.d, (1 - self.d).unsqueeze(0)
-        bias = sweep.bias_m * -LOG2_E
+        bias = term.bias_m * -LOG2_E
         if region_factor is not None:
             self.r = region_factor.clamp_min(floor)
             self.log2_r, self.inverse_r = self.r.log2(), self.r.reciprocal()
             self.rest_r = (1 - self.r) * self.inverse_r
             bias -= self.log2_r
         self.bias_m = bias
-        # Beyond this the probability of the unlikely outcome is nil; sums stay in range.
+        # Beyond this the probability of the unlikely outcome vanishes; sums stay in range.
         self.limit = 100.0 if hidden.dtype == torch.float32 else 860.0
-        # Asking whether a product underflowed would make an accelerator wait, to which logarithms are cheap.
+        # To see whether a product underflowed, the host would wait for an accelerator; there logarithms are cheap.
         self.by_products = hidden.device.type == "cpu"
 
         width = block_width(self.n, len(weight), hidden.device)
-        self.blocks = sweep.entries.blocks(width)
-        self.products = Products(hidden, weight, sweep.gemm_dtype, width, scale=-LOG2_E)
+        self.blocks = term.entries.blocks(width)
+        self.products = Products(hidden, weight, term.gemm_dtype, width, scale=-LOG2_E)
         self.buffers = [POOL.take((width * self.n,), hidden.dtype, hidden.device) for _ in range(3)]
         self.value = hidden.new_zeros(self.n) if want_value else None
         needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (
-            weights_n is not None and need for need in sweep.needs
+            weights_n is not None and need for need in term.needs
         )
         self.d_hidden_hn = hidden.new_zeros(hidden.shape[1], len(hidden)) if needs_hidden else None
         self.d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
@@ -158,7 +157,7 @@ class _Walk:
         return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
 
     def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
-        """Take in a block's gradients; return its value, None if it is not wanted or has to be found exactly."""
+        """Add a block's gradients; return its value, None if it is not wanted or has to be found exactly."""
         e, num, den = self.views(block)
         log_open = self.fill(block, weight_mh, exactly=not self.by_products)
         if self.weights_n is not None:
@@ -177,17 +176,17 @@ class _Walk:
         return e, num, den
 
     def fill(self, block: Block, weight_mh: Tensor, exactly: bool) -> Tensor | None:
-        """Fill the buffers with E, num and den; return log p at the open regions, in any range, if asked to."""
+        """Fill the buffers with E, num and den; return log p at the open regions if ``exactly``, in any range."""
         e, num, den = self.views(block)
-        features, row = block.features, self.sweep.entries.row[block.entries]
-        has_region = self.sweep.region_factor_m is not None
+        features, row = block.features, self.term.entries.row[block.entries]
+        has_region = self.term.region_factor_m is not None
         self.products.logits(weight_mh, self.bias_m[features], out=e)
         log_open: Tensor | None = None
         if exactly:
             log2_e = e.view(-1).index_select(0, block.flat)
             log_open = self.d.log().index_select(0, row)
             if has_region:
-                log2_r = self.log2_r.index_select(0, self.sweep.entries.feature[block.entries])
+                log2_r = self.log2_r.index_select(0, self.term.entries.feature[block.entries])
                 log2_e += log2_r
                 log_open += log2_r / LOG2_E
             log_open -= softplus(log2_e / LOG2_E, threshold=40.0)
@@ -209,7 +208,7 @@ class _Walk:
         return _replaced(num.div_(den).log_(), block, log_open).sum(0)
 
     def add_gradients(self, block: Block, weight_mh: Tensor, one_minus_p: Tensor, t: Tensor) -> None:
-        """Take in T / (-d), up to the cell's factor which the products carry; both arguments are overwritten."""
+        """Add the gradients of T / (-d), up to the cell's factor in the products; both arguments are overwritten."""
         features = block.features
         if self.d_cell is not None:
             self.d_cell -= t.sum(0)
@@ -228,13 +227,13 @@ class _Walk:
             self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
 
 
-class _CompiledWalk(_Walk):
-    """:class:`_Walk` in one loop per block; what is not wanted it writes all the same."""
+class _CompiledAccessibilityWalk(_AccessibilityWalk):
+    """:class:`_AccessibilityWalk` in one loop per block, which writes all results, needed or not."""
 
-    def __init__(self, sweep: _Sweep, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
-        super().__init__(sweep, weights_n, want_value)
+    def __init__(self, term: _AccessibilityTerm, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
+        super().__init__(term, weights_n, want_value)
         inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
-        if sweep.region_factor_m is not None:
+        if term.region_factor_m is not None:
             inverse_r, rest_r = self.inverse_r, self.rest_r
         weight = torch.zeros_like(self.d) if weights_n is None else self.cell_weight
         sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
@@ -245,11 +244,11 @@ class _CompiledWalk(_Walk):
         self.d_cell_cn = torch.empty(torch.get_num_threads(), self.n)
 
     def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
-        """See :meth:`_Walk.step`."""
-        features, entries = block.features, self.sweep.entries
+        """See :meth:`_AccessibilityWalk.step`."""
+        features, entries = block.features, self.term.entries
         out, spare, _ = self.views(block)
         products = spare[: self.loops.n_folds(len(spare))]
-        # Logits until the loop has made residuals of them.
+        # Logits here; the loop overwrites them with residuals.
         residual = self.products.logits_less_bias(weight_mh, out)
         self.loops.regions(
             out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,

@@ -15,7 +15,7 @@ _ALIGNMENT = 64  # bytes: one cache line, one vector register
 
 
 class BufferPool:
-    """Hands out tensors over memory that it keeps and gives out again.
+    """Memory for tensors, kept and used again once they are released.
 
     The gradient of a wide decoder is tens of megabytes. Fresh memory of that size comes as
     untouched pages, and touching them for the first time costs as much as the arithmetic.
@@ -26,7 +26,7 @@ class BufferPool:
     Parameters
     ----------
     max_bytes
-        Bound on the memory kept. What is asked for beyond it is allocated as usual.
+        Bound on the memory kept. Tensors beyond it are allocated as usual.
 
     Examples
     --------
@@ -50,11 +50,6 @@ class BufferPool:
         """Memory held, in use or not."""
         return sum(block.nbytes for block in self._blocks)
 
-    def clear(self) -> None:
-        """Forget all memory; what is in use lives on with its users."""
-        with self._lock:
-            self._blocks.clear()
-
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor that shares its memory with no living one."""
         if device.type != "cpu":
@@ -69,7 +64,7 @@ class BufferPool:
             return torch.from_numpy(block[start : start + n_bytes]).view(dtype).view(tuple(shape))
 
     def _free_block(self, n_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
-        """A kept block of suitable size that nobody uses, a new one, or None if that is too much."""
+        """A kept block of suitable size that no tensor uses, a new one, or None if that is too much."""
         wanted = n_bytes + _ALIGNMENT
         best = -1
         for i in range(len(self._blocks)):
@@ -97,7 +92,7 @@ def _references(blocks: list[np.ndarray[Any, np.dtype[np.uint8]]], i: int) -> in
     return sys.getrefcount(blocks[i])
 
 
-# What the interpreter counts when the list is the only holder; differs between its versions.
+# Number of references that the interpreter counts when the list is the only holder; depends on its version.
 _UNUSED = _references([np.empty(1, dtype=np.uint8)], 0)
 
 

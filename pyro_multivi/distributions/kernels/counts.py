@@ -5,11 +5,11 @@ treated as a zero count, which needs no gamma function:
 
     Poisson   log p(0) = -exp(m)           d/dm = -exp(m)
     NB        log p(0) = -theta sp         d/dm = -theta sig        d/dtheta = sig - sp
-    ZINB      as NB, and what :mod:`blockwise_inflation` makes of it
+    ZINB      as NB, then :mod:`~pyro_multivi.distributions.kernels.zero_inflation`
 
-What log p(x) - log p(0) adds is then computed at the few non-zero counts, and is the same for NB
-and ZINB. A softmax is differentiated through last: dA = D - rho sum(D) with D = d/dm.
-Logits and m are in units of log(2), since 2^x is had at half the price of exp(x).
+The rest, log p(x) - log p(0), is then added at the few non-zero counts; it is the same for NB and
+ZINB. A softmax is differentiated through last: dA = D - rho sum(D) with D = d/dm.
+Logits and m are in units of log(2), since 2^x costs half as much as exp(x).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_multivi.distributions.kernels.blocks import Entries, Gradients, Pending, backward
-from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, Family, Walk
-from pyro_multivi.distributions.kernels.numba.counts_walk import CompiledWalk, loops_for_counts
+from pyro_multivi.distributions.kernels.blocks import Entries
+from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, CountsWalk, Family
+from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
+from pyro_multivi.distributions.kernels.numba.counts_walk import CompiledCountsWalk, loops_for_counts
 from pyro_multivi.distributions.kernels.readout import Readout
 
 
@@ -68,8 +69,8 @@ class _CountsLogProb(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         inputs = (hidden, weight, bias, library, theta, gate_hidden, gate_weight, gate_bias)
         needs = ctx.needs_input_grad[: len(inputs)]
-        sweep = partial(_sweep, CountsTerm(*inputs, entries, family, needs))
-        ctx.pending = Pending(sweep, hidden.device, grad_enabled and any(needs))
+        evaluate = partial(_evaluate, CountsTerm(*inputs, entries, family, needs))
+        ctx.pending = Pending(evaluate, hidden.device, grad_enabled and any(needs))
         ctx.save_for_backward(*inputs)
         return ctx.pending.value(len(hidden), hidden)
 
@@ -78,9 +79,9 @@ class _CountsLogProb(torch.autograd.Function):
         return *backward(ctx, upstream), None, None, None
 
 
-def _sweep(term: CountsTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
-    """One walk over all blocks: value (if wanted) and gradients (if weights are given)."""
+def _evaluate(term: CountsTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
+    """Value (if wanted) and gradients (if weights are given), in one walk over all blocks."""
     loops = loops_for_counts(term)
     if loops is None:
-        return Walk(term, weights_n, want_value).run()
-    return CompiledWalk(term, weights_n, want_value, loops).run()
+        return CountsWalk(term, weights_n, want_value).run()
+    return CompiledCountsWalk(term, weights_n, want_value, loops).run()

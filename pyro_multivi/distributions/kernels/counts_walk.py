@@ -1,4 +1,7 @@
-"""One walk over the blocks of genes, operation by operation; :mod:`blockwise_counts` has the formulas."""
+"""Walk over the blocks of genes that evaluates a likelihood of counts, operation by operation of PyTorch.
+
+The formulas are in :mod:`pyro_multivi.distributions.kernels.counts`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions.kernels.blocks import Block, Entries, Gradients, block_width
+from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_width
 from pyro_multivi.distributions.kernels.buffers import POOL
+from pyro_multivi.distributions.kernels.gradients import Gradients
 from pyro_multivi.distributions.kernels.log_gamma import gamma_functions, log_rising_and_slope
-from pyro_multivi.distributions.kernels.products import LOG2_E, Layer
+from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
 from pyro_multivi.distributions.kernels.zero_inflation import inflate, inflate_in_logs
 
 # Bound of log2(mean / theta), far from overflow and from where anything depends on it.
@@ -20,7 +24,7 @@ _LARGEST_LOG2 = 126.0
 
 @dataclass(frozen=True)
 class Family:
-    """What kind of readouts there are."""
+    """Link of rho, and the precision of the products of each readout."""
 
     is_softmax: bool
     gemm_dtype: torch.dtype | None
@@ -29,7 +33,7 @@ class Family:
 
 @dataclass(frozen=True)
 class CountsTerm:
-    """What log-probabilities of counts depend on. Shapes: n cells, G genes, H hidden units."""
+    """Arguments of a likelihood of counts. Shapes: n cells, G genes, H hidden units."""
 
     hidden_nh: Tensor
     weight_gh: Tensor
@@ -47,7 +51,7 @@ class CountsTerm:
 def _nonzero_terms(
     x: Tensor, u: Tensor, theta: Tensor, log_theta: Tensor, gamma_of_theta: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a count x > 0 adds to a zero's log-probability, and to its slopes by m and theta; and softplus(u)."""
+    """Log-probability of a count x > 0 and its slopes by m and theta, less those of a zero; and softplus(u)."""
     rising, is_large, slope = log_rising_and_slope(x, theta, gamma_of_theta)
     sp = softplus(u, threshold=40.0)
     # x log(theta) is inside `rising` for small theta and left out of both parts for large theta.
@@ -58,32 +62,32 @@ def _nonzero_terms(
     return value, x * torch.sigmoid(-u), slope_theta, sp
 
 
-class Walk:
-    """The state of one walk over all blocks."""
+class CountsWalk:
+    """One evaluation of a likelihood of counts over all blocks."""
 
     def __init__(self, term: CountsTerm, weights_n: Tensor | None, want_value: bool) -> None:
         hidden, theta, family = term.hidden_nh, term.theta, term.family
         self.term, self.weights_n = term, weights_n
         self.n, n_genes = len(hidden), len(term.weight_gh)
         width = block_width(self.n, n_genes, hidden.device)
-        self.layer = Layer(
+        self.rho = BlockwiseReadout(
             hidden, term.weight_gh, term.bias_g, family.gemm_dtype, weights_n, term.needs[:3], width,
             scale=LOG2_E if family.is_softmax else 1.0,
         )  # fmt: skip
-        self.gate: Layer | None = None
+        self.gate: BlockwiseReadout | None = None
         if term.gate_hidden is not None and term.gate_weight is not None and term.gate_bias is not None:
-            self.gate = Layer(
+            self.gate = BlockwiseReadout(
                 term.gate_hidden, term.gate_weight, term.gate_bias,
                 family.gate_gemm_dtype, weights_n, term.needs[5:8], width, scale=LOG2_E,
             )  # fmt: skip
         self.gates_at_entries: list[Tensor] = []
-        self.library = term.library_n.clamp_min(1e-30)  # a library that underflowed to 0 has a logarithm
+        self.library = term.library_n.clamp_min(1e-30)  # also one that underflowed to 0 has a logarithm
         self.value = hidden.new_zeros(self.n) if want_value else None
         self.is_theta_shared = theta is not None and theta.dim() == 1  # by the cells
         self.d_theta: Tensor | None = None
         if weights_n is not None and theta is not None and term.needs[4]:
             self.d_theta = POOL.take(theta.shape, theta.dtype, theta.device)
-        # Asking whether a probability underflowed would make an accelerator wait, to which logarithms are cheap.
+        # To see whether a probability underflowed, the host would wait for an accelerator; there logarithms are cheap.
         self.is_quick = hidden.device.type == "cpu"
 
         self.blocks = list(term.entries.blocks(width))
@@ -97,7 +101,7 @@ class Walk:
         return buffer[self.n * block.start : self.n * block.stop].view(block.stop - block.start, self.n)
 
     def scratch_of(self, block: Block) -> list[Tensor]:
-        """Four (m, n) buffers whose contents nobody needs."""
+        """Four (m, n) buffers for intermediate results."""
         m = block.stop - block.start
         return [buffer[: m * self.n].view(m, self.n) for buffer in self.scratch]
 
@@ -113,7 +117,7 @@ class Walk:
             return self.value, ()
         d_library = self.through_link()
         gate = (None, None, None) if self.gate is None else self.gate.gradients()
-        return self.value, (*self.layer.gradients(), d_library, self.d_theta, *gate)
+        return self.value, (*self.rho.gradients(), d_library, self.d_theta, *gate)
 
     def find_log2_mean(self) -> None:
         """Fill log2_mean with log2(library) + log2(rho)."""
@@ -128,7 +132,7 @@ class Walk:
             zero = self.library.new_zeros(())
             for block in self.blocks:
                 logits, other = self.scratch_of(block)[0], self.piece(self.log2_mean, block)
-                self.layer.logits(block, out=logits)
+                self.rho.logits(block, out=logits)
                 torch.logaddexp(logits, zero, out=other).log_()
                 torch.maximum(other, logits.clamp_(max=underflow), out=other)
                 other.mul_(LOG2_E).add_(log2_library)
@@ -138,7 +142,7 @@ class Walk:
         normalizer = torch.full_like(self.library, -torch.inf)
         for block in self.blocks:
             logits, scratch = self.piece(self.log2_mean, block), self.scratch_of(block)[0]
-            self.layer.logits(block, out=logits)
+            self.rho.logits(block, out=logits)
             largest = logits.amax(0)
             part = torch.sub(logits, largest, out=scratch).exp2_().sum(0).log2_().add_(largest)
             normalizer = torch.logaddexp2(normalizer, part)
@@ -162,7 +166,7 @@ class Walk:
     def negative_binomial_zeros(self, block: Block, theta: Tensor) -> None:
         """See :meth:`add_zeros`; ``theta`` is (m, 1) or (m, n)."""
         sp, *scratch = self.scratch_of(block)
-        # exp(u); past this bound theta is so small that theta sp is nil.
+        # exp(u); past this bound theta is so small that theta sp vanishes.
         ratio = torch.sub(self.piece(self.log2_mean, block), theta.log2(), out=self.piece(self.slope, block))
         ratio.clamp_(max=_LARGEST_LOG2).exp2_()
         torch.log1p(ratio, out=sp)
@@ -185,7 +189,7 @@ class Walk:
             slope.mul_(kept)
 
     def inflate(self, block: Block, theta: Tensor, sp: Tensor, scratch: list[Tensor]) -> Tensor:
-        """Make the NB of zeros a ZINB; return the posterior probability that a zero is no dropout."""
+        """Turn the NB of zeros into a ZINB; return the posterior probability that a zero is no dropout."""
         assert self.gate is not None
         log2_nb, gate, spare = scratch
 
@@ -210,7 +214,7 @@ class Walk:
         return kept
 
     def add_nonzeros(self) -> None:
-        """Correct value and slopes at the non-zero counts, all blocks in one go."""
+        """Correct value and slopes at the non-zero counts, of all blocks at once."""
         entries = self.term.entries
         row, gene, place = entries.row, entries.feature, entries.place
         x = entries.values().to(self.log2_mean.dtype)
@@ -247,16 +251,16 @@ class Walk:
         return [part.index_select(0, entries.feature) for part in (theta, theta.log(), *gamma_functions(theta))]
 
     def through_link(self) -> Tensor | None:
-        """Turn d/dm into d/dlogits and hand it to the layer; return d/dlibrary."""
+        """Turn d/dm into d/dlogits and add it to the readout's gradients; return d/dlibrary."""
         assert self.weights_n is not None
         by_library = self.total_slope / self.library
-        if self.layer.needs_grad:
+        if self.rho.needs_grad:
             for block in self.blocks:
                 self.add_slopes(block, by_library)
         return by_library * self.weights_n if self.term.needs[3] else None
 
     def add_slopes(self, block: Block, by_library: Tensor) -> None:
-        """Hand a block of d/dlogits to the layer; log2_mean and slope are used up."""
+        """Add a block of d/dlogits to the readout's gradients; log2_mean and slope are overwritten."""
         slope = self.piece(self.slope, block)
         mean = self.piece(self.log2_mean, block).exp2_()
         if self.term.family.is_softmax:
@@ -265,4 +269,4 @@ class Walk:
             # dlog softplus(a) / da = (1 - exp(-s)) / s for s = softplus(a)
             s = mean.div_(self.library).clamp_min_(torch.finfo(mean.dtype).tiny)
             slope.mul_(torch.expm1(s.neg(), out=self.scratch_of(block)[0])).div_(s).neg_()
-        self.layer.add(block, slope)
+        self.rho.add(block, slope)

@@ -1,4 +1,4 @@
-"""The part of the negative binomial that holds gamma functions, free of cancellation."""
+"""Gamma functions of the negative binomial, evaluated without cancellation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STIRLING_FROM = 30.0
 
 
 def _stirling_tail(z: Tensor) -> Tensor:
-    """lgamma(z) - [(z - 1/2) log z - z + log(2 pi)/2] for z >= STIRLING_FROM."""
+    """Rest of Stirling's formula, lgamma(z) - [(z - 1/2) log z - z + log(2 pi)/2], for z >= STIRLING_FROM."""
     inverse = z.reciprocal()
     square = inverse * inverse
     return inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
@@ -28,7 +28,7 @@ _SHIFT = 8
 
 
 def digamma(z: Tensor) -> Tensor:
-    """Digamma function of z > 0, without derivative; several times faster than torch's on a CPU.
+    """Digamma function of z > 0, without derivative; on a CPU several times faster than torch's.
 
     digamma(z) = digamma(z + 8) - sum of 1 / (z + k) over k < 8, and a series (Abramowitz & Stegun
     6.3.5 and 6.3.18).
@@ -44,7 +44,7 @@ def digamma(z: Tensor) -> Tensor:
 
 
 def log_rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Split lgamma(x + theta) - lgamma(theta) where it is accurate to.
+    """Logarithm of the rising factorial, lgamma(x + theta) - lgamma(theta), in two forms.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def log_rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         Poisson limit).
     """
     is_large = theta >= STIRLING_FROM
-    # Each branch gets arguments it can digest, so that the other's gradient cannot become nan.
+    # Each branch gets arguments in its range, so that the other's gradient cannot become nan.
     small = torch.where(is_large, 1.0, theta)
     large = torch.where(is_large, theta, STIRLING_FROM)
     difference = torch.lgamma(x + small) - torch.lgamma(small)
@@ -64,13 +64,13 @@ def log_rising(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gamma_functions(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """lgamma and digamma as :func:`log_rising_and_slope` wants them: of what counts as small."""
+    """Arguments ``of_theta`` of :func:`log_rising_and_slope`: lgamma and digamma of theta, of 1 where it is large."""
     small = torch.where(theta >= STIRLING_FROM, 1.0, theta)
     return torch.lgamma(small), digamma(small)
 
 
 def log_rising_and_slope(x: Tensor, theta: Tensor, of_theta: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`log_rising` and a derivative, without autograd.
+    """Logarithm of the rising factorial as :func:`log_rising`, and its derivative, without autograd.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A decoder's last layer, kept as its factors until somebody needs the numbers."""
+"""Last layer of a decoder, kept as its factors and multiplied out only where values are used."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STREAM_WIDTH = 4096
 class Readout(torch.Tensor):
     """``link(hidden @ weight.T + bias)``, not yet multiplied out.
 
-    To everyone it is an ordinary floating tensor of shape (..., F): any operation on it sees
+    It behaves as an ordinary floating tensor of shape (..., F): any operation on it sees
     the dense values and is differentiable with respect to ``hidden``, ``weight`` and ``bias``.
-    Looking at its shape, expanding or detaching it costs nothing. The likelihoods of this
-    package read the factors instead and work block by block, so that the cells x features
-    matrix of a large data set is never made.
+    Its shape, ``expand`` and ``detach`` cost nothing. The likelihoods of this package use the
+    factors instead and work block by block, so that the cells x features matrix of a large
+    data set is never formed.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Readout(torch.Tensor):
     bias
         Shape (F,).
     link
-        What is applied to the logits: "softmax" (over features), "sigmoid", "softplus" or
+        Function applied to the logits: "softmax" (over features), "sigmoid", "softplus" or
         "identity".
     gemm_dtype
         Precision of the matrix products; None means that of ``hidden``. With
@@ -169,7 +169,7 @@ class Readout(torch.Tensor):
                 yield features, self._evaluate(features, normalizer)
 
     def _evaluate(self, features: slice, normalizer: Tensor | None) -> Tensor:
-        """Dense values of a block in memory that is used again once nobody refers to them."""
+        """Dense values of a block, in memory that is used again once they are released."""
         hidden, weight, bias = self.hidden, self.weight[features], self.bias[features]
         values = POOL.take((*hidden.shape[:-1], len(bias)), hidden.dtype, hidden.device)
         flat = values.view(-1, len(bias))
@@ -183,7 +183,7 @@ class Readout(torch.Tensor):
         return (slice(start, min(start + width, n_features)) for start in range(0, n_features, width))
 
     def as_subclass(self, cls: Any) -> Any:
-        """The dense values as another tensor class (Pyro's provenance tracking asks for this)."""
+        """The dense values as another tensor class (Pyro's provenance tracking calls this)."""
         return self.dense().as_subclass(cls)
 
     def __deepcopy__(self, memo: Any) -> Readout:
@@ -220,7 +220,7 @@ class Readout(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Beneath autograd the dense values would lose their gradient without a word.
+        # Beneath autograd the dense values would silently lose their gradient.
         raise RuntimeError(f"{func} needs the values of a Readout; pass it .dense() instead")
 
 

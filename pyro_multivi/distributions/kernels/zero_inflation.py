@@ -7,11 +7,11 @@ With the gate logit h, NB(0) the probability of a zero count and sig the logisti
 and w = sig(h - log NB(0)) is the posterior probability of a dropout: slopes are those of the NB
 times 1 - w, and d/dh = w - sig(h). A count above zero is no dropout: w = 0 there.
 
-There are two ways to the same numbers. The quick one works with probabilities: with e = exp(h),
+Two methods give the same numbers. The quick one works with probabilities: with e = exp(h),
 
     p(0) = (e + NB(0)) / (1 + e),    1 - w = NB(0) / (e + NB(0)),    w - sig(h) = 1 / (1 + e) - (1 - w),
 
-right to rounding as long as no p(0) comes near to underflow, which it notices. The other works
+exact to rounding as long as no p(0) comes near to underflow, which it detects. The other works
 with logarithms throughout and takes three times as long.
 """
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from pyro_multivi.distributions.kernels.blocks import Block, sum_of_logs
 from pyro_multivi.distributions.kernels.products import LOG2_E
 
-Inflated = tuple[Tensor, Tensor, Tensor]  # see inflate
+Inflated = tuple[Tensor, Tensor, Tensor]  # value, kept, by_gate: see inflate
 
 
 def inflate(block: Block, gate_mn: Tensor, log2_nb_mn: Tensor, spare_mn: Tensor) -> Inflated | None:
-    """The quick way.
+    """Inflate zeros by probabilities, the quick method.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def inflate(block: Block, gate_mn: Tensor, log2_nb_mn: Tensor, spare_mn: Tensor)
     by_gate
         d log p(0) / dh, shape (m, n); for other counts -sig(h).
 
-    None is returned if some p(0) is too small for this way.
+    None is returned if some p(0) is too small for this method.
     """
     # Where this binds and matters, p(0) is too small as well.
     limit = 120.0 if gate_mn.dtype == torch.float32 else 1000.0
@@ -64,7 +64,7 @@ def inflate(block: Block, gate_mn: Tensor, log2_nb_mn: Tensor, spare_mn: Tensor)
 
 
 def inflate_in_logs(block: Block, gate_mn: Tensor, log2_nb_mn: Tensor, spare_mn: Tensor) -> Inflated:
-    """The way that works in any range; see :func:`inflate`."""
+    """Inflate zeros by logarithms, in any range; see :func:`inflate`."""
     gate, log_nb = gate_mn.div_(LOG2_E), log2_nb_mn.div_(LOG2_E)
     zero = gate.new_zeros(())
     # log p(0) = log NB(0) + softplus(h - log NB(0)) - softplus(h)

@@ -1,8 +1,11 @@
-"""A posterior predictive check: replicated data against the data."""
+"""Posterior predictive check: replicated counts compared with the measured ones."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,217 +15,215 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import Modality
 from pyro_multivi.posterior.checks import statistics as stats
-from pyro_multivi.posterior.checks.result import CheckRequest, Grouping, PredictiveCheck
+from pyro_multivi.posterior.checks.request import CheckRequest
+from pyro_multivi.posterior.checks.result import PredictiveCheck
 from pyro_multivi.posterior.checks.scoring import Scorer
 from pyro_multivi.posterior.engine.replicates import (
-    MODALITY,
     check_memory,
     counts_of,
     masked_replicates,
     observed_matrix,
-    observed_sites,
     replicate,
 )
 from pyro_multivi.program import MultiVIProgram
 
+# Added to the name of a setting, by the source of a hidden modality's depth.
+_DEPTH = {"observed": "", "predicted": ", depth from the other", "prior": ", depth from its prior"}
 
-def criticise(program: MultiVIProgram, minibatches: Minibatches, request: CheckRequest) -> PredictiveCheck:
+
+def predictive_check(
+    program: MultiVIProgram,
+    minibatches: Minibatches,
+    request: CheckRequest,
+    cell_names: Sequence[str],
+    groupings: Sequence[stats.Grouping],
+) -> PredictiveCheck:
     """Compare replicated with measured counts.
+
+    Parameters
+    ----------
+    program
+        Model and guide.
+    minibatches
+        The n cells, in order.
+    request
+        Arguments of the check.
+    cell_names
+        Names of the cells.
+    groupings
+        Groups of the cells to compute statistics in, besides all cells together.
 
     Raises
     ------
     MemoryError
         If the statistics of all replicates would not fit.
     """
-    check = PredictiveCheck(
-        n_cells=minibatches.n_cells, n_samples=request.n_samples, level=request.level, setting=request.setting
-    )
-    _compare_statistics(program, minibatches, request, check)
+    everyone = stats.Grouping("all", np.zeros(minibatches.n_cells, dtype=np.int64), ("all",))
+    check = _Check(program, minibatches, request, cell_names, [everyone, *groupings])
+    check.compare_statistics()
     if request.hide_modalities:
-        _predict_hidden(program, minibatches, request, check)
+        check.predict_hidden()
     if request.user:
-        check.user = _compare_user(program, minibatches, request)
-    return check
+        check.compare_user()
+    return check.result()
 
 
-def _compare_statistics(
-    program: MultiVIProgram, minibatches: Minibatches, request: CheckRequest, check: PredictiveCheck
-) -> None:
-    sites, n, s = observed_sites(program), minibatches.n_cells, request.n_samples
-    everyone = Grouping("all", np.zeros(n, dtype=np.int64), ("all",))
-    groupings = [everyone, *request.groupings]
-    width = {site: len(request.feature_names[site]) for site in sites}
-    n_groups = sum(len(grouping.names) for grouping in groupings)
-    needed = sum(stats.FeatureSums.bytes_needed(site, n_groups, s, width[site]) for site in sites)
-    check_memory(
-        needed, f"Statistics of {s} replicates of {sum(width.values())} features",
-        ["fewer n_samples", "some genes and regions", "fewer groups"],
-    )  # fmt: skip
-    # Observed data are one more replicate, the first.
-    sums = {site: [_pair(site, len(g.names), s, width[site]) for g in groupings] for site in sites}
-    totals = {site: (stats.CellTotals(site, 1, n), stats.CellTotals(site, s, n)) for site in sites}
-    histogram = (stats.CountHistogram(1), stats.CountHistogram(s))
-    judges = {site: Scorer(site, width[site]) for site in sites}
-    measured_n = {site: np.zeros(n, dtype=bool) for site in sites}
-    start = 0
-    for cells in minibatches:
-        rows = np.arange(start, start + len(cells))
-        start += len(cells)
-        seen = {site: _measured(cells, site, request.features[site]) for site in sites}
-        for site, (counts, at) in seen.items():
-            judges[site].begin(counts)
-            measured_n[site][rows[at]] = True
-            _take(0, slice(0, 1), counts[None], rows[at], groupings, sums[site], totals[site], histogram, site)
-        for draws, found in replicate(program, cells, s, request.seed):
-            for site, (_, at) in seen.items():
-                values = _chosen(found[site].values, request.features[site], at)
-                mean = _chosen(found[site].mean(), request.features[site], at)
-                judges[site].take(values, mean)
-                _take(1, draws, values, rows[at], groupings, sums[site], totals[site], histogram, site)
-        for judge in judges.values():
-            judge.end()
-    _tabulate(request, check, groupings, sums, totals, measured_n)
-    if "x" in sites and measured_n["x"].any():
-        found_h = stats.compare(histogram[0].frequency[0], histogram[1].frequency, request.level)
-        check.histogram = pd.DataFrame({"count": np.arange(stats.LARGEST_COUNT + 2), **found_h})
-    for site, judge in judges.items():
-        _add_scores(check, request.setting, judge)
-        if judge.n_cells == 0:
-            check.notes.append(f"{MODALITY[site]} was measured in none of these cells")
+@dataclass
+class _Check:
+    """Computation of a check; the parts of its tables are collected by table."""
 
+    program: MultiVIProgram
+    minibatches: Minibatches
+    request: CheckRequest
+    cell_names: Sequence[str]
+    groupings: Sequence[stats.Grouping]
+    parts: dict[str, list[pd.DataFrame]] = field(default_factory=lambda: defaultdict(list))
+    notes: list[str] = field(default_factory=list)
 
-def _take(
-    which: int,
-    draws: slice,
-    values: Tensor,
-    rows: NDArray[np.int64],
-    groupings: Sequence[Grouping],
-    sums: Sequence[tuple[stats.FeatureSums, stats.FeatureSums]],
-    totals: tuple[stats.CellTotals, stats.CellTotals],
-    histogram: tuple[stats.CountHistogram, stats.CountHistogram],
-    site: str,
-) -> None:
-    """Add observed (0) or replicated (1) counts of measured cells to everything that is summed."""
-    for grouping, pair in zip(groupings, sums, strict=True):
-        code = grouping.code_n[rows]
-        grouped = code >= 0
-        part = values if grouped.all() else values[:, torch.from_numpy(grouped)]
-        pair[which].add(code[grouped], draws, part)
-    totals[which].add(rows, draws, values)
-    if site == "x":
-        histogram[which].add(draws, values)
-
-
-def _tabulate(
-    request: CheckRequest,
-    check: PredictiveCheck,
-    groupings: Sequence[Grouping],
-    sums: Mapping[str, Sequence[tuple[stats.FeatureSums, stats.FeatureSums]]],
-    totals: Mapping[str, tuple[stats.CellTotals, stats.CellTotals]],
-    measured_n: Mapping[str, NDArray[np.bool_]],
-) -> None:
-    groups, cells, depths = [], [], []
-    for site, pairs in sums.items():
-        for grouping, (observed, replicated) in zip(groupings, pairs, strict=True):
-            for code, name in enumerate(grouping.names):
-                if observed.n_cells[code] < 2:
-                    continue
-                data, model = (
-                    {key: value for key, value in part.statistics(code).items() if key in request.statistics}
-                    for part in (observed, replicated)
-                )
-                kind = stats.feature_kind(site)
-                names = list(request.feature_names[site])
-                if grouping.by == "all":
-                    setattr(check, f"{kind}s", stats.compare_all(data, model, {kind: names}, request.level))
-                else:
-                    labels = {"by": grouping.by, "group": name, "feature": names}
-                    groups.append(stats.compare_all(data, model, labels, request.level))
-        rows = measured_n[site]
-        observed_t, replicated_t = (
-            {key: value[:, rows] for key, value in part.totals.items() if key in request.statistics}
-            for part in totals[site]
+    def compare_statistics(self) -> None:
+        """Add the built-in statistics, and scores of cells whose counts the guide is given."""
+        request, n_samples = self.request, self.request.n_samples
+        width = {modality: len(names) for modality, names in request.feature_names.items()}
+        n_groups = sum(len(grouping.names) for grouping in self.groupings)
+        check_memory(
+            sum(stats.FeatureSums.bytes_needed(modality, n_groups, n_samples, width[modality]) for modality in width),
+            f"Statistics of {n_samples} replicates of {sum(width.values())} features",
+            ["fewer n_samples", "some genes and regions", "fewer groups"],
         )
-        if not rows.any() or not observed_t:
-            continue
-        names = [name for name, kept in zip(request.cell_names, rows, strict=True) if kept]
-        cells.append(stats.compare_all(observed_t, replicated_t, {"cell": names}, request.level))
-        for grouping in groupings:
-            for group, observed_g, replicated_g in stats.totals_of_groups(
-                observed_t, replicated_t, grouping.code_n[rows], grouping.names
-            ):
-                labels = {"by": grouping.by, "group": group}
-                depths.append(stats.compare_all(observed_g, replicated_g, labels, request.level))
-    for name, frames in (("groups", groups), ("cells", cells), ("totals", depths)):
-        frames = [frame for frame in frames if len(frame)]
-        if frames:
-            setattr(check, name, pd.concat(frames, ignore_index=True))
+        observed, replicated = (
+            {modality: stats.CountSums(modality, self.groupings, size, width[modality]) for modality in width}
+            for size in (1, n_samples)
+        )
+        scorers = {modality: Scorer(modality, width[modality]) for modality in width}
+        start = 0
+        for cells in self.minibatches:
+            measured = {}
+            for modality, features in request.features.items():
+                counts, measured[modality] = _measured(cells, modality, features)
+                scorers[modality].begin(counts)
+                observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
+            for draws, found in replicate(self.program, cells, n_samples, request.seed):
+                for modality, features in request.features.items():
+                    drawn, rows = found[modality.counts], measured[modality]
+                    values = _chosen(drawn.values, features, rows)
+                    scorers[modality].add(values, _chosen(drawn.mean(), features, rows))
+                    replicated[modality].add(start + rows, draws, values)
+            for scorer in scorers.values():
+                scorer.end()
+            start += len(cells)
+        for modality, scorer in scorers.items():
+            self._tabulate_features(modality, observed[modality], replicated[modality])
+            measured_n = modality.measured_in(self.minibatches.table)[self.minibatches.index].numpy()
+            if measured_n.any():
+                self._tabulate_cells(measured_n, observed[modality], replicated[modality])
+            else:
+                self.notes.append(f"{modality.name} was measured in none of these cells")
+            self._add(scorer.tables(request.setting))
+
+    def predict_hidden(self) -> None:
+        """Hide each modality of the paired cells in turn, predict it from the other, and add scores."""
+        request, table, index = self.request, self.minibatches.table, self.minibatches.index
+        paired = index[torch.stack([modality.measured_in(table)[index] for modality in request.features]).all(0)]
+        if len(request.features) < 2 or not len(paired):
+            self.notes.append("no modality was hidden and predicted: none of these cells has both")
+            return
+        batch_size, device = self.minibatches.batch_size, self.minibatches.device
+        paired_cells = Minibatches(table, paired, batch_size=batch_size, device=device)
+        for modality, features in request.features.items():
+            names, site = list(request.feature_names[modality]), modality.counts
+            scorer = Scorer(modality, len(names))
+            for cells in paired_cells:
+                counts, rows = _measured(cells, modality, features)
+                scorer.begin(counts)
+                for _, found in replicate(
+                    self.program, cells, request.n_samples, request.seed, site, request.hidden_depth
+                ):
+                    scorer.add(*(_chosen(part, features, rows) for part in (found[site].values, found[site].mean())))
+                scorer.end()
+            imputed = scorer.imputation.table()
+            imputed.insert(0, "feature", names)
+            imputed.insert(0, "modality", modality.name)
+            setting = f"hidden {modality.name}{_DEPTH[request.hidden_depth]}"
+            self._add({**scorer.tables(setting), "imputed": imputed})
+
+    def compare_user(self) -> None:
+        """Add the user's statistics."""
+        request = self.request
+        counts = observed_matrix(self.program, self.minibatches)
+        observed = {name: statistic(counts) for name, statistic in request.user.items()}
+        replicated = {name: np.empty((request.n_samples, len(value))) for name, value in observed.items()}
+        replicates = masked_replicates(self.program, self.minibatches, request.n_samples, request.seed)
+        for number, counts in enumerate(replicates):
+            for name, statistic in request.user.items():
+                replicated[name][number] = statistic(counts)
+        for name, value in observed.items():
+            labels = {"position": range(len(value))}
+            self._add({"user": stats.compare_all({name: value}, {name: replicated[name]}, labels, request.level)})
+
+    def result(self) -> PredictiveCheck:
+        """The tables, put together."""
+        return PredictiveCheck(
+            **{name: pd.concat(tables, ignore_index=True) for name, tables in self.parts.items()},
+            n_cells=self.minibatches.n_cells,
+            n_samples=self.request.n_samples,
+            level=self.request.level,
+            setting=self.request.setting,
+            notes=self.notes,
+        )
+
+    def _tabulate_features(self, modality: Modality, observed: stats.CountSums, replicated: stats.CountSums) -> None:
+        """Add statistics of features over all cells and over those of each group."""
+        names = list(self.request.feature_names[modality])
+        for grouping, of_data, of_model in zip(self.groupings, observed.features, replicated.features, strict=True):
+            for code, group in enumerate(grouping.names):
+                if of_data.n_cells[code] < 2:
+                    continue
+                data, model = (self._chosen_statistics(sums.statistics(code)) for sums in (of_data, of_model))
+                labels: dict[str, Any] = {"by": grouping.by, "group": group, "feature": names}
+                table = "groups"
+                if grouping.by == "all":
+                    table, labels = modality.features, {modality.feature: names}
+                self._add({table: stats.compare_all(data, model, labels, self.request.level)})
+
+    def _tabulate_cells(
+        self, measured_n: NDArray[np.bool_], observed: stats.CountSums, replicated: stats.CountSums
+    ) -> None:
+        """Add statistics of measured cells, their mean and deviation in each group, and the histogram of counts."""
+        level = self.request.level
+        data, model = (
+            {name: values[:, measured_n] for name, values in self._chosen_statistics(sums.cells.totals).items()}
+            for sums in (observed, replicated)
+        )
+        names = [name for name, measured in zip(self.cell_names, measured_n, strict=True) if measured]
+        self._add({"cells": stats.compare_all(data, model, {"cell": names}, level)})
+        for grouping in self.groupings:
+            code_n = grouping.code_n[measured_n]
+            for code, group in enumerate(grouping.names):
+                rows = code_n == code
+                if rows.sum() < 2:
+                    continue
+                totals = stats.over_cells(data, rows), stats.over_cells(model, rows)
+                self._add({"totals": stats.compare_all(*totals, {"by": grouping.by, "group": group}, level)})
+        if observed.histogram is not None and replicated.histogram is not None:
+            frequency = stats.compare(observed.histogram.frequency[0], replicated.histogram.frequency, level)
+            self._add({"histogram": pd.DataFrame({"count": np.arange(stats.LARGEST_COUNT + 2), **frequency})})
+
+    def _chosen_statistics(self, statistics: Mapping[str, stats.Array]) -> dict[str, stats.Array]:
+        return {name: values for name, values in statistics.items() if name in self.request.built_in}
+
+    def _add(self, tables: Mapping[str, pd.DataFrame]) -> None:
+        for name, table in tables.items():
+            if len(table):
+                self.parts[name].append(table)
 
 
-def _predict_hidden(
-    program: MultiVIProgram, minibatches: Minibatches, request: CheckRequest, check: PredictiveCheck
-) -> None:
-    """Hide each modality of the paired cells in turn, predict it from the other, score it."""
-    table, index = minibatches.table, minibatches.index
-    paired = index[table.has_rna[index] & table.has_atac[index]]
-    if len(observed_sites(program)) < 2 or not len(paired):
-        check.notes.append("no modality was hidden and predicted: none of these cells has both")
-        return
-    cells_with_both = Minibatches(table, paired, batch_size=minibatches.batch_size, device=minibatches.device)
-    for site in observed_sites(program):
-        judge = Scorer(site, len(request.feature_names[site]))
-        for cells in cells_with_both:
-            counts, at = _measured(cells, site, request.features[site])
-            judge.begin(counts)
-            for _, found in replicate(program, cells, request.n_samples, request.seed, site, request.hidden_depth):
-                chosen = request.features[site]
-                judge.take(_chosen(found[site].values, chosen, at), _chosen(found[site].mean(), chosen, at))
-            judge.end()
-        depth = {"observed": "", "predicted": ", depth from the other", "prior": ", depth from its prior"}
-        setting = f"hidden {MODALITY[site]}{depth[request.hidden_depth]}"
-        _add_scores(check, setting, judge)
-        imputed = judge.imputation.table()
-        imputed.insert(0, "feature", list(request.feature_names[site]))
-        imputed.insert(0, "modality", MODALITY[site])
-        _append(check, "imputed", imputed)
-
-
-def _compare_user(program: MultiVIProgram, minibatches: Minibatches, request: CheckRequest) -> pd.DataFrame:
-    counts = observed_matrix(program, minibatches)
-    observed = {name: statistic(counts) for name, statistic in request.user.items()}
-    replicated = {name: np.empty((request.n_samples, len(value))) for name, value in observed.items()}
-    for number, counts in enumerate(masked_replicates(program, minibatches, request.n_samples, request.seed)):
-        for name, statistic in request.user.items():
-            replicated[name][number] = statistic(counts)
-    frames = [
-        stats.compare_all({name: value}, {name: replicated[name]}, {"position": range(len(value))}, request.level)
-        for name, value in observed.items()
-    ]
-    return pd.concat(frames, ignore_index=True)
-
-
-def _add_scores(check: PredictiveCheck, setting: str, judge: Scorer) -> None:
-    if judge.n_cells == 0:
-        return
-    found = judge.scale.scores()
-    scores = pd.DataFrame({"setting": setting, "score": list(found), "value": list(found.values())})
-    _append(check, "scores", scores)
-    name = "coverage" if judge.site == "x" else "reliability"
-    curve = judge.scale.curve()
-    curve.insert(0, "setting", setting)
-    _append(check, name, curve)
-
-
-def _pair(site: str, n_groups: int, n_samples: int, width: int) -> tuple[stats.FeatureSums, stats.FeatureSums]:
-    return stats.FeatureSums(site, n_groups, 1, width), stats.FeatureSums(site, n_groups, n_samples, width)
-
-
-def _measured(cells: Cells, site: str, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:
-    """Counts of the cells that have them, and which of the minibatch those are."""
-    counts, has = counts_of(cells, site)
-    at: NDArray[np.int64] = np.flatnonzero(has.cpu().numpy())
-    return _chosen(counts, features, at), at
+def _measured(cells: Cells, modality: Modality, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:
+    """Counts of the measured cells of a minibatch, and their positions in it."""
+    counts, measured = counts_of(cells, modality.counts)
+    rows: NDArray[np.int64] = np.flatnonzero(measured.cpu().numpy())
+    return _chosen(counts, features, rows), rows
 
 
 def _chosen(values: Tensor, features: Tensor | None, rows: NDArray[np.int64]) -> Tensor:
@@ -230,8 +231,3 @@ def _chosen(values: Tensor, features: Tensor | None, rows: NDArray[np.int64]) ->
     if len(rows) < values.shape[-2]:
         values = values[..., torch.from_numpy(rows).to(values.device), :]
     return values if features is None else values[..., features]
-
-
-def _append(check: PredictiveCheck, name: str, table: pd.DataFrame) -> None:
-    known = getattr(check, name)
-    setattr(check, name, pd.concat([known, table], ignore_index=True) if len(known) else table)

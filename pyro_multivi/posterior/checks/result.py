@@ -1,77 +1,24 @@
-"""What a predictive check is asked, and its result as tables."""
+"""Result of a predictive check: tables, their summary, a compact repr."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.stats
-from numpy.typing import NDArray
-from torch import Tensor
 
-from pyro_multivi.posterior.checks.statistics import UserStatistic
+from pyro_multivi.data.modality import MODALITIES
 
 #: Tables whose rows carry a p-value.
-TESTED = ("genes", "regions", "cells", "groups", "totals", "user")
-
-
-class Grouping(NamedTuple):
-    """Cells in groups: the group of each of n cells, -1 for none, and the names of the groups."""
-
-    by: str
-    code_n: NDArray[np.int64]
-    names: Sequence[str]
-
-
-@dataclass(frozen=True)
-class CheckRequest:
-    """What a check looks at.
-
-    Attributes
-    ----------
-    features
-        By site, positions of the features looked at, int64; None for all.
-    feature_names
-        Their names, by site.
-    cell_names
-        Of the cells.
-    statistics
-        Names of built-in statistics.
-    user
-        The user's own, by name.
-    groupings
-        Groups of cells that statistics are also computed of.
-    n_samples, level, seed
-        Number of replicates, probability of intervals, seed of the draws.
-    setting
-        What the cells are, for the tables: ``"held-out cells"`` or ``"cells"``.
-    hide_modalities, hidden_depth
-        Whether to hide a modality of paired cells and predict it; see
-        :func:`~pyro_multivi.posterior.engine.replicates.replicate`.
-    """
-
-    features: Mapping[str, Tensor | None]
-    feature_names: Mapping[str, Sequence[str]]
-    cell_names: Sequence[str]
-    statistics: Sequence[str]
-    user: Mapping[str, UserStatistic]
-    groupings: Sequence[Grouping]
-    n_samples: int
-    level: float
-    seed: int
-    setting: str
-    hide_modalities: bool
-    hidden_depth: str
+TESTED = (*(modality.features for modality in MODALITIES), "cells", "groups", "totals", "user")
 
 
 @dataclass(repr=False)
 class PredictiveCheck:
-    """How replicated data compare with the data. Every table is tidy: one row per statistic and thing.
+    """Comparison of replicated with measured data. Every table is tidy: a row per statistic and feature, cell or group.
 
     Tables with a p-value have the columns ``statistic``, ``observed``, ``replicated`` (mean over
     replicates), ``lower``, ``upper`` (central interval of the replicates) and ``p_value``, the share of
@@ -92,13 +39,13 @@ class PredictiveCheck:
     user
         The user's statistics; column ``position``.
     histogram
-        How often each count occurs, observed and replicated; the last row stands for all larger counts.
+        Number of times that each count occurs, observed and replicated; the last row is of all larger counts.
     reliability
         Predicted probability of being open against the share open, by ``setting`` and bin.
     coverage
         Nominal probability of intervals of expression against the share covered, by ``setting`` and
         ``counts``: all of them, and those whose expectation is at least 1. Where most counts are 0 every model
-        covers them; the others tell.
+        covers them, so that only the others distinguish models.
     imputed
         Means of counts and of predictions of a hidden modality and their correlation over cells, by feature.
     scores
@@ -107,7 +54,7 @@ class PredictiveCheck:
     n_cells, n_samples, level
         Size of the check and probability of the intervals.
     notes
-        What could not be checked, and why.
+        Checks that were not possible, with the reason.
     """
 
     genes: pd.DataFrame = field(default_factory=pd.DataFrame)

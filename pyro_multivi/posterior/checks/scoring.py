@@ -1,4 +1,4 @@
-"""Are predicted probabilities and intervals as good as they say? Scores against measured counts."""
+"""Scores of predictions against measured counts: calibration of probabilities, coverage of intervals, correlation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_multivi.data.modality import Modality
+
 #: Bounds of the bins of predicted accessibility: squares, because most regions are closed in most cells.
 EDGES = (np.arange(21) / 20) ** 2
 #: Nominal probabilities of the intervals of expression.
 LEVELS = tuple(round(0.05 * step, 2) for step in range(2, 20))
-#: Of which counts coverage is told.
+#: Sets of counts that coverage is computed of.
 COUNTS = ("all", "expected at least 1")
 
 
 class Reliability:
-    """Predicted probability of a region being open against how often it was."""
+    """Predicted probability of a region to be open against the share of cells in which it was."""
+
+    #: Table of a result that holds the curve.
+    table = "reliability"
 
     def __init__(self, n_regions: int) -> None:
         self.n = np.zeros(len(EDGES) - 1)
@@ -27,7 +32,7 @@ class Reliability:
         self._n_cells = 0
 
     def add(self, probability: NDArray[np.float64], is_open: NDArray[np.float64]) -> None:
-        """Take some cells, (B, M)."""
+        """Add some cells, (B, M)."""
         bin_of = np.clip(np.searchsorted(EDGES, probability.ravel(), side="right") - 1, 0, len(self.n) - 1)
         for total, weights in ((self.n, None), (self._predicted, probability), (self._open, is_open)):
             total += np.bincount(bin_of, None if weights is None else weights.ravel(), len(self.n))
@@ -62,13 +67,15 @@ class Reliability:
 
 
 class Coverage:
-    """How often central intervals of predicted counts hold the measured count.
+    """Share of measured counts that lie in central intervals of their predictions.
 
-    A count has a chance of 0 or 1 of lying in an interval of whole numbers, which therefore cannot
-    have just the probability wanted. So each count stands for the stretch of the cumulative
-    distribution that it occupies among its S replicates, of which the share that lies within the
-    central stretch is counted: under the right model its expectation is the nominal probability.
+    An interval of whole numbers cannot have just the nominal probability. So each count stands for the
+    stretch of the cumulative distribution that it occupies among its S replicates, of which the share
+    within the central stretch is added: under the right model its expectation is the nominal probability.
     """
+
+    #: Table of a result that holds the curve.
+    table = "coverage"
 
     def __init__(self) -> None:
         self._covered = {name: np.zeros(len(LEVELS)) for name in COUNTS}
@@ -81,9 +88,9 @@ class Coverage:
         n_samples: int,
         expected: NDArray[np.float64],
     ) -> None:
-        """Take numbers of replicates below and equal to measured counts, and expected counts, (B, G) each."""
+        """Add numbers of replicates below and equal to measured counts, and expected counts, (B, G) each."""
         start, end = below / (n_samples + 1), (below + equal + 1) / (n_samples + 1)
-        # Chosen by the prediction, never by the count itself, which would spoil the probabilities.
+        # Chosen by the prediction, never by the count itself, which would bias the coverage.
         chosen = dict(zip(COUNTS, (np.ones(below.shape, dtype=bool), expected >= 1), strict=True))
         for place, level in enumerate(LEVELS):
             inside = np.minimum(end, (1 + level) / 2) - np.maximum(start, (1 - level) / 2)
@@ -117,69 +124,79 @@ class Imputation:
     """Predictions of a hidden modality against its counts, feature by feature."""
 
     def __init__(self, n_features: int) -> None:
-        self._n = 0
+        self.n_cells = 0
         self._sums = np.zeros((5, n_features))
 
     def add(self, predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> None:
-        """Take some cells, (B, F)."""
+        """Add some cells, (B, F)."""
         products = (predicted, measured, predicted**2, measured**2, predicted * measured)
         self._sums += np.stack([part.sum(0) for part in products])
-        self._n += len(measured)
+        self.n_cells += len(measured)
 
     def table(self) -> pd.DataFrame:
-        """Mean of counts and of predictions, and their correlation over cells, of each feature."""
-        mean_p, mean_m, square_p, square_m, product = self._sums / max(self._n, 1)
+        """Means of counts and of predictions of each feature, and their correlation over cells."""
+        mean_p, mean_m, square_p, square_m, product = self._sums / max(self.n_cells, 1)
         var_p, var_m = (square_p - mean_p**2).clip(min=0), (square_m - mean_m**2).clip(min=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             correlation = (product - mean_p * mean_m) / np.sqrt(var_p * var_m)
-        # Of what does not vary there is none; rounding leaves traces of variance.
-        steady = (var_p <= 1e-12 * mean_p**2) | (var_m <= 1e-12 * mean_m**2)
+        # Constant values have no correlation; rounding leaves traces of variance in them.
+        constant = (var_p <= 1e-12 * mean_p**2) | (var_m <= 1e-12 * mean_m**2)
         return pd.DataFrame(
-            {"measured": mean_m, "imputed": mean_p, "correlation": np.where(steady, np.nan, correlation)}
+            {"measured": mean_m, "imputed": mean_p, "correlation": np.where(constant, np.nan, correlation)}
         )
 
 
 class Scorer:
-    """Scores one modality of many minibatches, each over all of its draws.
+    """Scores of one modality over many minibatches, each with all of its draws.
 
     Parameters
     ----------
-    site
-        ``"x"`` (coverage of counts) or ``"y"`` (reliability of accessibility).
+    modality
+        Modality of the counts: where it only holds open or closed the probabilities are scored, otherwise
+        the intervals.
     n_features
         F.
     """
 
-    def __init__(self, site: str, n_features: int) -> None:
-        self.site = site
-        self.scale: Reliability | Coverage = Coverage() if site == "x" else Reliability(n_features)
+    def __init__(self, modality: Modality, n_features: int) -> None:
+        self.calibration: Reliability | Coverage = Reliability(n_features) if modality.binary else Coverage()
         self.imputation = Imputation(n_features)
-        self.n_cells = 0
 
     def begin(self, counts: Tensor) -> None:
-        """A minibatch with these measured counts, (B, F)."""
+        """Begin a minibatch of these measured counts, (B, F)."""
         self._counts = counts
         self._mean = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
         self._below, self._equal = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
         self._n_samples = 0
 
-    def take(self, values: Tensor, mean: Tensor) -> None:
-        """Some of its draws: values and expectations, (S, B, F)."""
+    def add(self, values: Tensor, mean: Tensor) -> None:
+        """Add some draws of the minibatch: values and expectations, (S, B, F)."""
         self._mean += mean.double().sum(0)
-        if self.site == "x":
+        if isinstance(self.calibration, Coverage):
             self._below += (values < self._counts).sum(0)
             self._equal += (values == self._counts).sum(0)
         self._n_samples += len(values)
 
     def end(self) -> None:
-        """All of its draws were taken."""
+        """Score the minibatch, all of whose draws were added."""
         if len(self._counts) == 0:
             return
         mean = (self._mean / self._n_samples).cpu().numpy()
         counts = self._counts.double().cpu().numpy()
-        self.n_cells += len(counts)
         self.imputation.add(mean, counts)
-        if isinstance(self.scale, Coverage):
-            self.scale.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples, mean)
+        if isinstance(self.calibration, Coverage):
+            self.calibration.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples, mean)
         else:
-            self.scale.add(mean, counts)
+            self.calibration.add(mean, counts)
+
+    def tables(self, setting: str) -> dict[str, pd.DataFrame]:
+        """Scores and the curve that they summarise, by table of a result; none without measured cells."""
+        if self.imputation.n_cells == 0:
+            return {}
+        scores = self.calibration.scores()
+        curve = self.calibration.curve()
+        curve.insert(0, "setting", setting)
+        return {
+            "scores": pd.DataFrame({"setting": setting, "score": list(scores), "value": list(scores.values())}),
+            self.calibration.table: curve,
+        }

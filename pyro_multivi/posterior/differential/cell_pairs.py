@@ -1,25 +1,22 @@
-"""Draws of two groups beside each other: a random cell of one with a random cell of the other."""
+"""Pairs of random cells of two groups, and statistics of the change between them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.posterior.differential.effect import Change, Statistics, TestSpecification
-from pyro_multivi.posterior.differential.group_draws import Key
-
-Rows = NDArray[np.int64]
+from pyro_multivi.posterior.differential.effect import Change, TestSpecification
+from pyro_multivi.posterior.differential.group_draws import DrawKey
 
 
 @dataclass(frozen=True)
-class Side:
-    """Which draws of its parts stand for a group: of each cell nearly as many as of any other.
+class DrawSelection:
+    """Draws that stand for a group, chosen from those of its parts: of each cell nearly as many as of any other.
 
     Attributes
     ----------
@@ -27,10 +24,12 @@ class Side:
         Draws of parts, one after the other; those of one batch after those of another.
     """
 
-    segments: tuple[tuple[Key, slice], ...]
+    segments: tuple[tuple[DrawKey, slice], ...]
 
     @classmethod
-    def of(cls, rng: np.random.Generator, keys: Sequence[Key], sizes: Sequence[int], strata: Sequence[slice]) -> Side:
+    def choose(
+        cls, rng: np.random.Generator, keys: Sequence[DrawKey], sizes: Sequence[int], strata: Sequence[slice]
+    ) -> DrawSelection:
         """Choose n draws of parts with these numbers of cells; ``strata`` are those decoded in each batch."""
         if len(keys) == 1:
             return cls(((keys[0], slice(0, strata[-1].stop)),))
@@ -40,72 +39,73 @@ class Side:
                 segments.append((key, slice(stratum.start, stratum.start + int(number))))
         return cls(tuple(segments))
 
-    def take(self, values: Mapping[Key, Tensor]) -> Tensor:
-        """The group's draws, (n, f), of the values of all parts."""
+    def take(self, values: Mapping[DrawKey, Tensor]) -> Tensor:
+        """Draws of the group, (n, f), out of those of all parts."""
         taken = [values[key][rows] for key, rows in self.segments]
         return taken[0] if len(taken) == 1 else torch.cat(taken)
 
 
 @dataclass(frozen=True)
-class Pairs:
+class CellPairs:
     """Pairs of draws of two groups.
 
     Attributes
     ----------
     first, second
-        The groups.
+        Draws of the groups.
     order
-        Which draw of each group makes a pair; None pairs the i-th with the i-th.
-    scale
-        Factor of each feature, (k,); None for 1.
+        Draws of each group that make up the pairs; None pairs the i-th with the i-th.
+    factor
+        Factor of each feature before values are compared, (k,); None for 1.
     """
 
-    first: Side
-    second: Side
+    first: DrawSelection
+    second: DrawSelection
     order: tuple[Tensor, Tensor] | None
-    scale: Tensor | None
+    factor: Tensor | None
 
-    def scales(self, values: Mapping[Key, Tensor]) -> tuple[Tensor, Tensor]:
-        """Draws of both groups in a block, (n, f), not paired yet and without the factor."""
+    def groups(self, values: Mapping[DrawKey, Tensor]) -> tuple[Tensor, Tensor]:
+        """Draws of both groups in a block of features, (n, f), not paired yet and without the factor."""
         return self.first.take(values), self.second.take(values)
 
-    def change(self, block: slice, scales: tuple[Tensor, Tensor], change: Change, pseudocounts: float) -> Tensor:
-        """Change from one of each pair to the other, (n, f)."""
-        first, second = self._paired(scales)
-        if self.scale is not None:
-            first, second = first * self.scale[block], second * self.scale[block]
+    def change(self, block: slice, groups: tuple[Tensor, Tensor], change: Change, pseudocounts: float) -> Tensor:
+        """Change between the cells of each pair, (n, f)."""
+        first, second = self._paired(groups)
+        if self.factor is not None:
+            first, second = first * self.factor[block], second * self.factor[block]
         return change(first, second, pseudocounts)
 
-    def exceeding(self, scales: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """``m1``: how often the first of a pair is larger; means of both groups."""
-        first, second = self._paired(scales)
-        return {"mean1": scales[0].mean(0), "mean2": scales[1].mean(0), "m1": (first > second).double().mean(0)}
+    def vanilla_statistics(self, groups: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Probability that the first cell of a pair has the larger value, and means of both groups, (f,) each."""
+        first, second = self._paired(groups)
+        probability = (first > second).double().mean(0)
+        return {"mean1": groups[0].mean(0), "mean2": groups[1].mean(0), "probability": probability}
 
-    def changing(self, block: slice, scales: tuple[Tensor, Tensor], question: TestSpecification) -> dict[str, Any]:
-        """``m1``: how probable a change is; statistics of the change; means of both groups."""
-        change = self.change(block, scales, question.change, question.pseudocounts)
+    def change_statistics(
+        self, block: slice, groups: tuple[Tensor, Tensor], specification: TestSpecification
+    ) -> dict[str, Tensor | NDArray[np.float64]]:
+        """Probability and statistics of a change, and means of both groups, (f,) each."""
+        change = self.change(block, groups, specification.change, specification.pseudocounts)
         mean = change.mean(0)
         # By hand: torch's own deviation along this axis takes ten times longer on a CPU.
         variance = (change - mean).square_().sum(0) / (len(change) - 1)
         return {
-            "mean1": scales[0].mean(0),
-            "mean2": scales[1].mean(0),
-            "m1": question.counted(change),
+            "mean1": groups[0].mean(0),
+            "mean2": groups[1].mean(0),
+            "probability": specification.probability_of_draws(change),
             "mean": mean,
             "std": variance.sqrt(),
-            **question.described(change),
+            **specification.order_statistics(change),
         }
 
-    def _paired(self, scales: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.order is None:
-            return scales
-        return scales[0][self.order[0]], scales[1][self.order[1]]
+    def _paired(self, groups: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return groups if self.order is None else (groups[0][self.order[0]], groups[1][self.order[1]])
 
 
 def pair_order(
     rng: np.random.Generator, n: int, n_pairs: int | None, strata: Sequence[slice] | None, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """Which draws are paired: those of one batch with one another wherever the groups share batches.
+    """Draws of each group that make up the pairs: of the same batch wherever the groups share batches.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def pair_order(
     n_pairs
         Pairs drawn anew at random; None pairs each draw once.
     strata
-        Which draws are decoded in each batch, if both groups are decoded in the same; else None.
+        Draws that are decoded in each batch, if both groups are decoded in the same; else None.
     """
     if n_pairs is None:
         if strata is not None:
@@ -129,26 +129,11 @@ def pair_order(
     return first, second
 
 
-class Collected:
-    """Statistics of features that come in blocks, (k,) each by name."""
-
-    def __init__(self, n_features: int) -> None:
-        self.n_features = n_features
-        self.statistics: Statistics = {}
-
-    def put(self, block: slice, found: Mapping[str, Any]) -> None:
-        """Take the statistics of a block."""
-        for name, values in found.items():
-            if name not in self.statistics:
-                self.statistics[name] = np.empty(self.n_features)
-            self.statistics[name][block] = values.cpu().numpy() if isinstance(values, Tensor) else values
-
-
-def _shares(rng: np.random.Generator, sizes: Sequence[int], n: int) -> Rows:
-    """n split in proportion to the sizes; what is left of whole numbers falls by chance, without bias."""
+def _shares(rng: np.random.Generator, sizes: Sequence[int], n: int) -> NDArray[np.int64]:
+    """Split n in proportion to the sizes; the remainders of whole numbers are assigned at random, without bias."""
     upto = np.cumsum(sizes) / np.sum(sizes) * n
     # One random shift for all: each share is one of the two whole numbers around n times its part.
     ends = np.floor(upto + rng.random())
     ends[-1] = n
-    found: Rows = np.diff(np.concatenate([[0], ends])).astype(np.int64)
+    found: NDArray[np.int64] = np.diff(np.concatenate([[0], ends])).astype(np.int64)
     return found

@@ -1,14 +1,15 @@
-"""Which cells are compared with which."""
+"""Group contrasts: pairs of groups of cells to compare, and the disjoint parts that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
@@ -16,6 +17,11 @@ from pyro_multivi.data.selection import select_cells
 
 #: Name of the second group when it is all other labelled cells.
 REST = "Rest"
+
+#: One group or several: values of a column of ``obs``, matched by their text.
+GroupChoice: TypeAlias = "str | float | Sequence[str | float] | NDArray[Any] | pd.Index[Any] | None"
+#: Cells: positions, a mask, names, or a query of ``obs``.
+CellChoice: TypeAlias = "ArrayLike | None"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Contrast:
     index1, index2
         Positions of their cells, int64, ascending.
     group1, group2
-        Names; empty for groups given by their cells.
+        Names; empty for groups chosen by their cells.
     """
 
     index1: Tensor
@@ -41,16 +47,16 @@ class Contrast:
         return f"{self.group1} vs {self.group2}"
 
 
-def contrasts(
+def resolve_contrasts(
     obs: pd.DataFrame,
     names: pd.Index[Any],
     groupby: str | None = None,
-    group1: Any = None,
-    group2: Any = None,
-    idx1: Any = None,
-    idx2: Any = None,
+    group1: GroupChoice = None,
+    group2: str | float | None = None,
+    idx1: CellChoice = None,
+    idx2: CellChoice = None,
 ) -> list[Contrast]:
-    """The comparisons that a method's arguments describe.
+    """Find the groups of cells that a method's arguments name.
 
     Parameters
     ----------
@@ -76,9 +82,9 @@ def contrasts(
     Examples
     --------
     >>> obs = pd.DataFrame({"type": ["B", "T", "T"]}, index=["c1", "c2", "c3"])
-    >>> [found.comparison for found in contrasts(obs, obs.index, "type")]
+    >>> [found.comparison for found in resolve_contrasts(obs, obs.index, "type")]
     ['B vs Rest', 'T vs Rest']
-    >>> contrasts(obs, obs.index, idx1="type == 'T'")[0].index2
+    >>> resolve_contrasts(obs, obs.index, idx1="type == 'T'")[0].index2
     tensor([0])
     """
     if groupby is not None:
@@ -93,7 +99,7 @@ def contrasts(
     return [_by_cells(obs, names, idx1, idx2)]
 
 
-def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> list[Contrast]:
+def _by_column(obs: pd.DataFrame, groupby: str, group1: GroupChoice, group2: str | float | None) -> list[Contrast]:
     if groupby not in obs:
         raise ValueError(f"groupby={groupby!r} is not a column of obs. {nearest(groupby, obs.columns)}")
     column = obs[groupby]
@@ -105,7 +111,7 @@ def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> lis
     label_n = np.array([None if value is None else str(value) for value in labels], dtype=object)
     labelled = np.array([value is not None for value in label_n])
 
-    def cells_of(argument: str, group: str) -> Any:
+    def cells_of(argument: str, group: str) -> NDArray[np.bool_]:
         if group not in known:
             raise ValueError(f"{argument}={group!r} is no group of obs[{groupby!r}]. {nearest(group, known)}")
         chosen = label_n == group
@@ -120,8 +126,8 @@ def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> lis
         # Categories that no cell has are no groups to go through.
         wanted = [group for group in known if (label_n == group).any() and group != str(group2)]
     else:
-        single = isinstance(group1, str) or not isinstance(group1, Sequence | np.ndarray | pd.Index)
-        wanted = [str(group1)] if single else [str(group) for group in group1]
+        several = isinstance(group1, Sequence | np.ndarray | pd.Index) and not isinstance(group1, str)
+        wanted = [str(group) for group in (cast("Sequence[Any]", group1) if several else [group1])]
         if not wanted:
             raise ValueError("group1 is an empty list: name a group, or None for every group.")
         twice = sorted({group for group in wanted if wanted.count(group) > 1})
@@ -142,7 +148,7 @@ def _by_column(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> lis
     return found
 
 
-def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: Any, idx2: Any) -> Contrast:
+def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: CellChoice, idx2: CellChoice) -> Contrast:
     first = _select("idx1", idx1, obs, names)
     if idx2 is None:
         rest = np.ones(len(names), dtype=bool)
@@ -159,11 +165,11 @@ def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: Any, idx2: Any) -> 
     return Contrast(first, second)
 
 
-def _select(argument: str, wanted: Any, obs: pd.DataFrame, names: pd.Index[Any]) -> Tensor:
+def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: pd.Index[Any]) -> Tensor:
     if isinstance(wanted, str):
         try:
             chosen = obs.index.get_indexer(obs.query(wanted).index)
-        except Exception as error:  # whatever pandas makes of a query that is none
+        except Exception as error:  # pandas raises all sorts of errors for an invalid query
             raise ValueError(f"{argument}={wanted!r} is no query of obs: {error}") from error
         if not len(chosen):
             raise ValueError(f"{argument}={wanted!r} selects no cell: nothing to compare.")
@@ -175,37 +181,37 @@ def _select(argument: str, wanted: Any, obs: pd.DataFrame, names: pd.Index[Any])
         raise ValueError(message) from error
 
 
-def _positions(chosen: Any) -> Tensor:
+def _positions(chosen: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen).astype(np.int64))
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Disjoint sets of cells, of which every group of some comparisons is a union.
+class Partition:
+    """Disjoint parts of the cells, of which every group of some comparisons is a union.
 
-    Each group against the rest, or against one other: then the parts are the groups. So whatever is
+    Each group against the rest, or against one other: then the parts are the groups. So what is
     computed of a part serves all comparisons, and the rest costs nothing of its own.
 
     Attributes
     ----------
     cells
         Positions of the cells of each part, int64, ascending.
-    sides
-        Of each comparison, the numbers of the parts that make up group 1 and group 2.
+    groups
+        Numbers of the parts that make up group 1 and group 2 of each comparison.
     """
 
     cells: tuple[Tensor, ...]
-    sides: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, contrasts: Sequence[Contrast]) -> Parts:
-        """The fewest such parts.
+    def of(cls, contrasts: Sequence[Contrast]) -> Partition:
+        """Split the cells into the fewest such parts.
 
         Examples
         --------
         >>> a, b, c = torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2])
-        >>> parts = Parts.of([Contrast(a, torch.cat([b, c])), Contrast(b, torch.cat([a, c]))])
-        >>> [cells.tolist() for cells in parts.cells], parts.sides
+        >>> parts = Partition.of([Contrast(a, torch.cat([b, c])), Contrast(b, torch.cat([a, c]))])
+        >>> [cells.tolist() for cells in parts.cells], parts.groups
         ([[0, 3], [1], [2]], (((0,), (1, 2)), ((1,), (0, 2))))
         """
         groups = [index.numpy() for contrast in contrasts for index in (contrast.index1, contrast.index2)]

@@ -1,9 +1,9 @@
-"""How large a change is, and how probably it exceeds a bound: statistics of draws."""
+"""Effect sizes: scales of a change, the bound beyond which it counts, and statistics of its draws."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,17 @@ from torch import Tensor
 Array = NDArray[np.float64]
 Statistics = dict[str, Array]
 
-TEST_MODES = ("two", "three")
-
 
 @dataclass(frozen=True)
 class Change:
-    """How two scales are compared; positive where the first is larger.
+    """Scale of an effect size, positive where the first of two values is larger.
 
     Attributes
     ----------
     name
         ``"log-fold"`` (log2 ratio), ``"difference"``, ``"log-odds"`` (log2 odds ratio), or of a function.
     function
-        Of two tensors (..., F) and the pseudocount, where log-fold and log-odds add it.
+        Change between two tensors (..., F); the third argument is the pseudocount that log scales add.
     least_delta
         Smallest bound that is estimated on this scale.
     """
@@ -41,22 +39,22 @@ class Change:
         return self.function(first, second, pseudocounts)
 
     @classmethod
-    def of(cls, asked: Any) -> Change:
-        """The change that an argument names, or wraps a function of arrays.
+    def of(cls, change_fn: str | Callable[..., Any]) -> Change:
+        """Scale of a name, or of a function of arrays.
 
         Raises
         ------
         ValueError
             If it is neither known nor a function of two or three arguments.
         """
-        if isinstance(asked, str) and asked in CHANGES:
-            return CHANGES[asked]
-        if not callable(asked):
+        if isinstance(change_fn, str) and change_fn in CHANGES:
+            return CHANGES[change_fn]
+        if not callable(change_fn):
             raise ValueError(
-                f"change_fn={asked!r} is not allowed: choose one of {', '.join(map(repr, CHANGES))}, or give a "
+                f"change_fn={change_fn!r} is not allowed: choose one of {', '.join(map(repr, CHANGES))}, or give a "
                 "function of (scale1, scale2) or (scale1, scale2, pseudocounts)."
             )
-        n_arguments = _positional(asked)
+        n_arguments = _positional(change_fn)
         if n_arguments not in (2, 3):
             raise ValueError(
                 f"change_fn takes {n_arguments} arguments: it must take (scale1, scale2) or "
@@ -65,7 +63,7 @@ class Change:
 
         def function(first: Tensor, second: Tensor, pseudocounts: float) -> Tensor:
             scales = (first.cpu().numpy(), second.cpu().numpy())
-            found = np.asarray(asked(*scales, pseudocounts) if n_arguments == 3 else asked(*scales))
+            found = np.asarray(change_fn(*scales, pseudocounts) if n_arguments == 3 else change_fn(*scales))
             if found.shape != scales[0].shape:
                 raise ValueError(
                     f"change_fn returned shape {found.shape} for scales of shape {scales[0].shape}: "
@@ -73,7 +71,7 @@ class Change:
                 )
             return torch.as_tensor(found, dtype=first.dtype, device=first.device)
 
-        return cls(getattr(asked, "__name__", "change_fn"), function)
+        return cls(getattr(change_fn, "__name__", "change_fn"), function)
 
 
 def _log_fold(first: Tensor, second: Tensor, pseudocounts: float) -> Tensor:
@@ -104,12 +102,12 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class TestSpecification:
-    """What counts as a change, and what to tell of it.
+    """Changes that count, and the statistics of a change to report.
 
     Attributes
     ----------
     change
-        Scale of the comparison.
+        Scale of the change.
     delta, pseudocounts
         Bound, and what log scales add.
     test_mode
@@ -121,8 +119,8 @@ class TestSpecification:
         In place of the bound: a function of draws of the change, (n, f), that says which count.
     levels
         Probabilities of the credible intervals.
-    in_full
-        Whether to give median, smallest and largest change as well.
+    extremes
+        Whether to report median, smallest and largest change as well.
     """
 
     change: Change
@@ -132,36 +130,38 @@ class TestSpecification:
     two_sided: bool = True
     m1_domain_fn: Callable[[Any], Any] | None = None
     levels: tuple[float, ...] = ()
-    in_full: bool = True
+    extremes: bool = True
 
-    def probability(self, plus: Array, minus: Array) -> Array:
-        """Probability that there is a change, from those upwards and downwards, (F,)."""
+    def probability(self, upwards: Array, downwards: Array) -> Array:
+        """Probability that there is a change, from those of either direction, (f,)."""
         if not self.two_sided:
-            return plus
-        return np.maximum(plus, minus) if self.test_mode == "three" else np.minimum(plus + minus, 1.0)
+            return upwards
+        if self.test_mode == "three":
+            return np.maximum(upwards, downwards)
+        return np.minimum(upwards + downwards, 1.0)
 
-    def counted(self, change: Tensor) -> Array:
-        """Share of draws, (n, f), that are a change, (f,)."""
+    def probability_of_draws(self, change: Tensor) -> Array:
+        """Probability that there is a change, as the share of its draws, (n, f), that count: (f,)."""
         if self.m1_domain_fn is None:
             n = len(change)
-            plus = (change >= self.delta).sum(0).double() / n
-            minus = (change <= -self.delta).sum(0).double() / n if self.two_sided else torch.zeros_like(plus)
-            return self.probability(plus.cpu().numpy(), minus.cpu().numpy())
+            upwards = (change >= self.delta).sum(0).double() / n
+            downwards = (change <= -self.delta).sum(0).double() / n if self.two_sided else torch.zeros_like(upwards)
+            return self.probability(upwards.cpu().numpy(), downwards.cpu().numpy())
         draws = change.cpu().numpy()
         found = self.m1_domain_fn(draws)
         parts = [np.asarray(part) for part in (found if isinstance(found, tuple) else (found,))]
         if len(parts) > 2 or any(part.shape != draws.shape or part.dtype != bool for part in parts):
-            seen = ", ".join(f"{part.shape} of {part.dtype}" for part in parts)
+            returned = ", ".join(f"{part.shape} of {part.dtype}" for part in parts)
             raise ValueError(
-                f"m1_domain_fn returned {seen} for draws of shape {draws.shape}: return a boolean array of that "
+                f"m1_domain_fn returned {returned} for draws of shape {draws.shape}: return a boolean array of that "
                 "shape, or a pair of them (upwards, downwards)."
             )
         shares = [part.mean(0) for part in parts]
         return shares[0] if len(shares) == 1 else self.probability(shares[0], shares[1])
 
-    def described(self, change: Tensor) -> Statistics:
+    def order_statistics(self, change: Tensor) -> Statistics:
         """Median, extremes and credible intervals of draws, (n, f)."""
-        if not (self.in_full or self.levels):
+        if not (self.extremes or self.levels):
             return {}
         if change.device.type == "cpu":
             # NumPy sorts several times faster than torch on a CPU, and along contiguous draws.
@@ -169,7 +169,7 @@ class TestSpecification:
         else:
             ordered = change.T.sort(1)[0].cpu().numpy()
         found: Statistics = {}
-        if self.in_full:
+        if self.extremes:
             n = ordered.shape[1]
             found["median"] = (ordered[:, (n - 1) // 2] + ordered[:, n // 2]) / 2
             found["min"], found["max"] = ordered[:, 0], ordered[:, -1]
@@ -178,8 +178,46 @@ class TestSpecification:
         return found
 
 
+class StatisticsByBlock:
+    """Statistics of F features, (F,) each by name, that are filled in block by block."""
+
+    def __init__(self, n_features: int) -> None:
+        self.n_features = n_features
+        self.statistics: Statistics = {}
+
+    def put(self, block: slice, found: Mapping[str, Tensor | Array]) -> None:
+        """Fill in a block of features."""
+        for name, values in found.items():
+            if name not in self.statistics:
+                self.statistics[name] = np.empty(self.n_features)
+            self.statistics[name][block] = values.cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def estimated_delta(change: Array, least: float) -> float:
+    """Bound between features that change and those that do not, from the mean change of each, (F,).
+
+    Three Normals are fitted to the changes; the bound is 0.6 times the mean distance from zero of the
+    lowest and the highest of them, and at least ``least``.
+    """
+    values = change[np.isfinite(change)]
+    if len(values) < 3 or np.ptp(values) == 0:
+        return least
+    loc = np.quantile(values, [0.05, 0.5, 0.95])
+    variance, share = np.full(3, values.var()), np.full(3, 1 / 3)
+    # A component may not collapse onto one feature.
+    narrowest = 1e-4 * values.var()
+    for _ in range(200):
+        log_part = np.log(share) - 0.5 * (np.log(variance) + (values[:, None] - loc) ** 2 / variance)
+        part = np.exp(log_part - log_part.max(1, keepdims=True))
+        part /= part.sum(1, keepdims=True)
+        weight = np.maximum(part.sum(0), 1e-12)
+        share, loc = weight / weight.sum(), (part * values[:, None]).sum(0) / weight
+        variance = np.maximum((part * (values[:, None] - loc) ** 2).sum(0) / weight, narrowest)
+    return max(least, 0.6 * float(np.mean(np.abs([loc.min(), loc.max()]))))
+
+
 def shortest_interval(ordered: NDArray[Any], level: float) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Ends of the shortest interval that holds a share of ascending draws, (f, n).
+    """Shortest interval that holds a share of ascending draws, (f, n): its ends, (f,) each.
 
     Examples
     --------
@@ -197,7 +235,7 @@ def shortest_interval(ordered: NDArray[Any], level: float) -> tuple[NDArray[Any]
 def _positional(function: Callable[..., Any]) -> int:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a compiled function that does not tell: NumPy's take two arrays
+    except (TypeError, ValueError):  # a compiled function without a signature: NumPy's take two arrays
         return 2
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(one.kind in kinds and one.default is one.empty for one in parameters)

@@ -1,4 +1,4 @@
-"""Posterior draws of sets of cells: decoded up to the last layer once, evaluated block by block."""
+"""Posterior draws of groups of cells: decoded up to the last layer once, evaluated block by block."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
+from pyro_multivi.posterior.differential.request import DifferentialRequest
 from pyro_multivi.posterior.engine.decode import BLOCK, Average, DecodedDraws, decode
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_ROWS, log_weights, scored_traces
@@ -23,15 +25,14 @@ from pyro_multivi.traces import evaluation_mode
 
 Array = NDArray[np.float64]
 
-WEIGHTS = ("uniform", "importance")
-# Draws of a cell out of which importance weights choose.
+# Draws of a cell of which some are chosen by importance weights.
 _CANDIDATES = 64
 # Narrower blocks would cost more in calls than in arithmetic.
 _LEAST_WIDTH = 128
 
 
-class Key(NamedTuple):
-    """What is drawn: a part, and the batches that its cells are decoded in (None: each in its own)."""
+class DrawKey(NamedTuple):
+    """Name of a set of draws: a part of the cells, and the batches they are decoded in (None: each in its own)."""
 
     part: int
     batches: tuple[int, ...] | None
@@ -39,16 +40,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupDraws:
-    """Draws of a part.
+    """n posterior draws of a set of cells.
 
     Attributes
     ----------
     values
-        (n, F); lazy, unless a model of one's own decodes to dense values.
+        Draws of rho or p, (n, F); lazy, unless a custom program decodes to dense values.
     gate_logits
         Logits of the probability that a count is dropped, (n, F), if the observation model has one.
     cell_factors
-        d, (n,), or NaN without any.
+        Draws of d, (n,), or NaN without any.
     measured
         Whether each draw is of a cell in which the modality was measured, (n,).
     """
@@ -64,7 +65,7 @@ class GroupDraws:
         return float(self.cell_factors[self.measured if self.measured.any() else slice(None)].mean())
 
     def moments(self, largest: bool) -> Moments:
-        """Statistics of every feature, a block at a time; with the largest draw if asked for."""
+        """Statistics of all features, a block at a time; ``largest`` tells whether to find the largest draw too."""
         n, n_features = self.values.shape
         found = Moments(*(np.empty(n_features) for _ in range(4 if largest else 3)))
         weight = np.where(self.measured, np.where(np.isnan(self.cell_factors), 1.0, self.cell_factors), 0.0)
@@ -73,8 +74,8 @@ class GroupDraws:
         )
         gates = repeat(None) if self.gate_logits is None else feature_blocks(self.gate_logits, None, _width(n))
         for (block, values), gate in zip(feature_blocks(self.values, None, _width(n)), gates, strict=False):
-            seen = values if gate is None else values * torch.sigmoid(-gate[1])
-            found.expected[block] = (weight_n @ seen).cpu().numpy()
+            expected = values if gate is None else values * torch.sigmoid(-gate[1])
+            found.expected[block] = (weight_n @ expected).cpu().numpy()
             # By hand: torch's own variance along this axis takes several times longer on a CPU.
             mean = values.mean(0)
             found.mean[block] = mean.cpu().numpy()
@@ -85,17 +86,17 @@ class GroupDraws:
 
 
 class Moments(NamedTuple):
-    """Statistics of the draws of a part or group, (F,) each.
+    """Statistics of the draws of a group, (F,) each.
 
     Attributes
     ----------
     mean, var
-        Of rho or p.
+        Mean and variance of rho or p.
     expected
-        Mean over measured cells of what their counts are expected to be proportional to: rho times the
+        Mean over measured cells of a number to which their expected counts are proportional: rho times the
         probability that no count is dropped, or p d.
     largest
-        Empty unless asked for.
+        Largest draw; empty if not wanted.
     """
 
     mean: Array
@@ -105,7 +106,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of_union(cls, moments: list[Moments], sizes: list[int]) -> Moments:
-        """Of a random cell of several parts together, from theirs and their numbers of cells."""
+        """Statistics of a random cell of a union of parts, from theirs and their numbers of cells."""
         if len(moments) == 1:
             return moments[0]
         share = np.array(sizes) / sum(sizes)
@@ -117,44 +118,33 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class DrawSource:
-    """Where draws come from and how many are wanted.
+    """Source of the draws that a request needs.
 
     Attributes
     ----------
     program, table
-        The model and the data.
-    site
-        ``"rho"`` or ``"p"``.
-    n_samples
-        Draws n of a part.
-    weights
-        ``"uniform"``: draws of q(z | x, y). ``"importance"``: of each cell's 64 draws those are
-        taken, with replacement, that importance weights choose, so that they follow the posterior
-        of the model rather than the encoder's guess at it.
-    batch_size
-        Most cells read at a time.
+        Model and data.
+    request
+        Options of the test.
     device
-        Where the program is.
-    seed
-        Of the choice of cells and of the draws.
+        Device of the program.
     """
 
     program: MultiVIProgram
     table: CellTable
-    site: str
-    n_samples: int
-    weights: str
-    batch_size: int
+    request: DifferentialRequest
     device: torch.device
-    seed: int
 
     def strata(self, batches: tuple[int, ...] | None) -> list[slice]:
-        """Which of the draws are decoded in each batch: as evenly as can be."""
-        parts = np.array_split(np.arange(self.n_samples), len(batches or (0,)))
+        """Draws that are decoded in each batch, as evenly as can be."""
+        parts = np.array_split(np.arange(self.request.n_draws), len(batches or (0,)))
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
     def draw(self, index: Tensor, batches: tuple[int, ...] | None) -> GroupDraws:
-        """Draw cells of a part, one posterior draw of each, and decode them.
+        """Draw cells, one posterior draw of each, and decode them.
+
+        With ``weights="importance"``, 64 draws are made of each cell, and some of them taken with replacement by
+        importance weights.
 
         Parameters
         ----------
@@ -164,59 +154,59 @@ class DrawSource:
             Codes of the batches that the draws are decoded in, those of one batch after those of
             another; None leaves each cell in its own.
         """
-        # Parts share no cell: their first cells tell them apart.
-        rng = np.random.default_rng([self.seed, int(index[0])])
-        chosen, number = _evenly(rng, len(index), self.n_samples)
-        stratum = np.empty(self.n_samples, dtype=np.int64)
+        modality, n, seed = self.request.modality, self.request.n_draws, self.request.seed
+        # Parts share no cell: their first cells distinguish them.
+        rng = np.random.default_rng([seed, int(index[0])])
+        chosen, number = choose_evenly(rng, len(index), n)
+        stratum = np.empty(n, dtype=np.int64)
         for code, rows_of in enumerate(self.strata(batches)):
             stratum[rows_of] = code
-        n_draws = int(number.max()) + 1
-        by_weight = self.weights == "importance"
-        if by_weight:
-            n_draws = _CANDIDATES
-        at_once = cells_at_a_time(self.batch_size, n_draws)
+        by_weight = self.request.weights == "importance"
+        n_of_cell = _CANDIDATES if by_weight else int(number.max()) + 1
+        at_once = cells_at_a_time(self.request.batch_size, n_of_cell)
         if by_weight:
             at_once = min(at_once, LIKELIHOOD_ROWS // _CANDIDATES)
-        # In the mean of a group what is too sure of each cell averages out; what is drawn to the mean of all would not.
-        average = Average(n_samples=n_draws, use_mean=False, batches=batches, seed=self.seed, plain=True)
+        # In a mean over cells overconfident posteriors average out; draws mixed with the population would not.
+        average = Average(n_samples=n_of_cell, use_mean=False, batches=batches, seed=seed, plain=True)
         cells_drawn = np.unique(chosen)
-        gathered, gates = _Rows(self.n_samples), _Rows(self.n_samples)
-        factor_n, measured_n = np.full(self.n_samples, np.nan), np.zeros(self.n_samples, dtype=bool)
+        gathered, gates = _GatheredDraws(n), _GatheredDraws(n)
+        factor_n, measured_n = np.full(n, np.nan), np.zeros(n, dtype=bool)
         for start in range(0, len(cells_drawn), at_once):
             part = cells_drawn[start : start + at_once]
             rows = np.flatnonzero((chosen >= part[0]) & (chosen <= part[-1]))
             place = np.searchsorted(part, chosen[rows])
             cells = self.table.batch(index[torch.from_numpy(part)]).to(self.device)
             with evaluation_mode(self.program):
-                decoded = decode(self.program, cells, average, (self.site,))
+                decoded = decode(self.program, cells, average, (modality.decoded,))
                 draw = number[rows]
                 if by_weight:
                     scored = log_weights(*scored_traces(self.program, cells, decoded.latents))
-                    draw = _by_weight(rng, scored.cpu().numpy(), place)
-                measured = cells.has_rna if self.site == "rho" else cells.has_atac
-                measured_n[rows] = measured.cpu().numpy()[place]
-                if self.site == "p":
-                    factor_n[rows] = _cell_factors(decoded)[draw, place]
+                    draw = _choose_by_weight(rng, scored.cpu().numpy(), place)
+                measured_n[rows] = modality.measured_in(cells).cpu().numpy()[place]
+                if modality.binary:
+                    factor_n[rows] = _cell_factors(modality, decoded)[draw, place]
                 elif batches is None:
-                    gates.put(rows, _gate_logits(self.program, cells, decoded), draw, place)
+                    gates.put(rows, _gate_logits(modality, self.program, cells, decoded), draw, place)
                 for code, sites in enumerate(decoded.sites):
                     mine = stratum[rows] == code
-                    gathered.put(rows[mine], sites[self.site], draw[mine], place[mine])
+                    gathered.put(rows[mine], sites[modality.decoded], draw[mine], place[mine])
         values = gathered.tensor()
         assert values is not None
         return GroupDraws(values, gates.tensor(), factor_n, measured_n)
 
 
-class _Rows:
-    """Draws of cells of a wide site, gathered into one tensor of n rows; of a readout only the hidden layer."""
+class _GatheredDraws:
+    """n draws of a wide site, gathered from minibatches; of a readout only the hidden layer."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self._rows: Tensor | None = None
         self._like: Tensor | None = None
 
-    def put(self, rows: NDArray[np.int64], values: Tensor | None, draw: Any, place: Any) -> None:
-        """Take draws of cells of (S, B, F) to their rows; None if the site is not there."""
+    def put(
+        self, rows: NDArray[np.int64], values: Tensor | None, draw: NDArray[np.int64], place: NDArray[np.int64]
+    ) -> None:
+        """Store draws of cells of (S, B, F) in their rows; None if the site does not exist."""
         if values is None:
             return
         inner = values.hidden if isinstance(values, Readout) else values
@@ -226,19 +216,21 @@ class _Rows:
         self._rows[torch.from_numpy(rows)] = taken
 
     def tensor(self) -> Tensor | None:
-        """All rows, (n, F)."""
+        """All draws, (n, F)."""
         like = self._like
         if self._rows is None or not isinstance(like, Readout):
             return self._rows
         return Readout(self._rows, like.weight, like.bias, like.link, like.gemm_dtype)
 
 
-def blocks_of(pools: Mapping[Key, GroupDraws], features: Tensor | None) -> Iterator[tuple[slice, dict[Key, Tensor]]]:
-    """Each block of features (default: of all), and the values of all pools in it, (n, f) each."""
-    width = _width(sum(len(pool.values) for pool in pools.values()))
-    streams = [feature_blocks(pool.values, features, width) for pool in pools.values()]
+def feature_blocks_of(
+    draws: Mapping[DrawKey, GroupDraws], features: Tensor | None
+) -> Iterator[tuple[slice, dict[DrawKey, Tensor]]]:
+    """Blocks of features (default: of all), with the values of all draws in each, (n, f)."""
+    width = _width(sum(len(group.values) for group in draws.values()))
+    streams = [feature_blocks(group.values, features, width) for group in draws.values()]
     for parts in zip(*streams, strict=True):
-        yield parts[0][0], {key: values for key, (_, values) in zip(pools, parts, strict=True)}
+        yield parts[0][0], {key: values for key, (_, values) in zip(draws, parts, strict=True)}
 
 
 def _width(n_rows: int) -> int:
@@ -246,41 +238,37 @@ def _width(n_rows: int) -> int:
     return max(_LEAST_WIDTH, BLOCK // n_rows)
 
 
-def _cell_factors(decoded: DecodedDraws) -> Array:
+def _cell_factors(modality: Modality, decoded: DecodedDraws) -> Array:
     """Draws of d of a minibatch, (S, B); NaN if the guide has none."""
     nodes: dict[str, Any] = dict(decoded.latents.trace.nodes)
-    n_cells = next(iter(decoded.sites[0].values())).shape[-2]
-    shape = (decoded.latents.n_samples, n_cells)
-    if "d" not in nodes:
+    shape = (decoded.latents.n_samples, decoded.sites[0][modality.decoded].shape[-2])
+    if modality.depth not in nodes:
         return np.full(shape, np.nan)
-    found: Array = nodes["d"]["value"].expand(shape).double().cpu().numpy()
+    found: Array = nodes[modality.depth]["value"].expand(shape).double().cpu().numpy()
     return found
 
 
-def _gate_logits(program: MultiVIProgram, cells: Cells, decoded: DecodedDraws) -> Tensor | None:
-    """Logits of dropping a count, (S, B, G); None if the observation model has no such gate."""
+def _gate_logits(modality: Modality, program: MultiVIProgram, cells: Cells, decoded: DecodedDraws) -> Tensor | None:
+    """Logits of dropping a count, (S, B, F); None if the observation model has no such gate."""
     nodes: dict[str, Any] = dict(model_trace(program.model, cells, decoded.latents).nodes)
-    fn = nodes["x"]["fn"]
+    fn = nodes[modality.counts]["fn"]
     gate: Tensor | None = getattr(getattr(fn, "base_dist", fn), "gate_logits", None)
-    if gate is None:
-        return None
-    rho = decoded.sites[0]["rho"]
-    return gate.detach().expand(rho.shape)
+    return None if gate is None else gate.detach().expand(decoded.sites[0][modality.decoded].shape)
 
 
-def _evenly(rng: np.random.Generator, n_cells: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which cell each draw is of, and the how-manieth of that cell it is.
+def choose_evenly(rng: np.random.Generator, n_cells: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cell of each of n draws, and the number of the draw among those of its cell, (n,) each.
 
-    All cells in random order, then all in another, and so on: of any so many draws in a row, each cell
-    has as many as any other, up to two. They follow the part no worse than cells drawn independently
+    All cells come in random order, then all in another, and so on: of any draws in a row, each cell
+    has as many as any other, up to two. They follow the group no worse than cells drawn independently
     with replacement, and their means scatter less.
     """
     rounds = [rng.permutation(n_cells) for _ in range(-(-n // n_cells))]
     return np.concatenate(rounds)[:n], np.arange(n) // n_cells
 
 
-def _by_weight(rng: np.random.Generator, log_w: Array, place: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A candidate for each wanted draw, chosen with the importance weights of its cell's, (S, B)."""
+def _choose_by_weight(rng: np.random.Generator, log_w: Array, place: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of a candidate for each draw, chosen by the log importance weights of its cell, (S, B)."""
     share = np.exp(log_w - log_w.max(0))
     upto = (share / share.sum(0)).cumsum(0)
     unit = rng.random(len(place))

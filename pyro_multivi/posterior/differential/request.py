@@ -1,190 +1,181 @@
-"""What a differential test is asked, checked."""
+"""Options of a differential test: declared once, and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_number, number_of_draws
+from pyro_multivi.data.checks import check_draws, check_number, number_of_draws
+from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.data.setup.spec import DataSpec
-from pyro_multivi.posterior.differential.effect import TEST_MODES, Change
-from pyro_multivi.posterior.differential.group_draws import WEIGHTS
+from pyro_multivi.posterior.differential.effect import Change
 
-MODES = ("change", "vanilla")
-UNITS = ("group", "cell")
-#: That a region is found open in a cell of mean depth, p d r; that it is open, p.
-PROBABILITIES = ("detected", "accessible")
-#: Bounds that are meant if none is named, by what is compared and on which scale: 0.25 and 0.5 in
-#: log2 units, five percentage points of accessibility.
+#: Default of ``delta`` on each scale of a modality: log2 units, or probability.
 DEFAULT_DELTA = {
-    ("rho", "log-fold"): 0.25,
-    ("p", "difference"): 0.05,
-    ("p", "log-fold"): 0.25,
-    ("p", "log-odds"): 0.5,
+    RNA: {"log-fold": 0.25},
+    ATAC: {"difference": 0.05, "log-fold": 0.25, "log-odds": 0.5},
+}
+_CHOICES = {
+    "mode": ("change", "vanilla"),
+    "test_mode": ("two", "three"),
+    "unit": ("group", "cell"),
+    "weights": ("uniform", "importance"),
+    "probability": ("detected", "accessible"),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DifferentialRequest:
-    """Arguments of a differential test; see the methods of the model for what they mean.
+    """Options of a differential test, with the names and the meaning that the methods of the model give them.
+
+    Properties hold what follows from several options, or from one that may be left to its default.
 
     Attributes
     ----------
-    site
-        ``"rho"`` for expression, ``"p"`` for accessibility.
-    delta, pseudocounts
-        None where they are to be estimated.
-    n_pairs
-        Pairs drawn anew at random from the draws; None pairs each draw once.
-    probability
-        For accessibility: ``"detected"`` or ``"accessible"``; of which of them changes are.
-    batches1, batches2
-        Batches that the groups are decoded in, if ``batch_correction``; None for those of their cells.
+    modality
+        The modality that is compared.
     features
-        Positions of the features asked for; None for all.
+        Positions of the features to report, (k,), int64; None for all.
+    batchid1, batchid2
+        Codes of the batches in which the groups are decoded.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, misspelt, or contradicts another.
     """
 
-    site: str
-    mode: str
-    change: Change
-    delta: float | None
-    pseudocounts: float | None
-    threshold_counts: float
-    test_mode: str
-    two_sided: bool
-    m1_domain_fn: Callable[[Any], Any] | None
-    levels: tuple[float, ...]
-    unit: str
-    calibrated: bool
-    weights: str
-    n_samples: int
-    n_pairs: int | None
-    probability: str
-    batch_correction: bool
-    batches1: tuple[int, ...] | None
-    batches2: tuple[int, ...] | None
-    fdr_target: float
-    all_stats: bool
+    modality: Modality
     features: Tensor | None
+    mode: str
+    delta: float | str | None
     batch_size: int
+    all_stats: bool
+    batch_correction: bool
+    batchid1: tuple[int, ...] | None
+    batchid2: tuple[int, ...] | None
+    fdr_target: float
+    pseudocounts: float | None
+    unit: str
+    calibrated: bool | None
+    test_mode: str
+    change_fn: str | Callable[..., Any]
+    m1_domain_fn: Callable[[Any], Any] | None
+    cred_interval_lvls: Sequence[float] | float | None
+    n_samples: int
+    n_samples_overall: int | None
+    use_permutation: bool
+    m_permutation: int
+    threshold_counts: float
+    weights: str
     seed: int
+    # Of accessibility only.
+    two_sided: bool = True
+    probability: str = "accessible"
 
     @classmethod
-    def of(
-        cls,
-        spec: DataSpec,
-        site: str,
-        *,
-        mode: str,
-        change_fn: Any,
-        delta: float | str | None,
-        pseudocounts: float | None,
-        threshold_counts: float,
-        test_mode: str,
-        two_sided: bool,
-        m1_domain_fn: Callable[[Any], Any] | None,
-        cred_interval_lvls: Sequence[float] | float | None,
-        unit: str,
-        calibrated: bool | None,
-        weights: str,
-        n_samples: int,
-        n_samples_overall: int | None,
-        use_permutation: bool,
-        m_permutation: int,
-        probability: str,
-        batch_correction: bool,
-        batchid1: Any,
-        batchid2: Any,
-        fdr_target: float,
-        all_stats: bool,
-        features: Tensor | None,
-        batch_size: int,
-        seed: int,
+    def from_arguments(
+        cls, modality: Modality, spec: DataSpec, features: Tensor | None, arguments: Mapping[str, Any]
     ) -> DifferentialRequest:
-        """Check what an analyst gave.
+        """Take the options out of all arguments of a method, by name; batches may be given by name or position."""
+        options = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+        for name in ("batchid1", "batchid2"):
+            options[name] = spec.batch_codes(name, options[name])
+        return cls(modality=modality, features=features, **options)
 
-        Raises
-        ------
-        ValueError
-            If an argument is out of range, misspelt, or contradicts another.
-        """
-        for name, value, known in (
-            ("mode", mode, MODES), ("test_mode", test_mode, TEST_MODES), ("unit", unit, UNITS),
-            ("weights", weights, WEIGHTS), ("probability", probability, PROBABILITIES),
-        ):  # fmt: skip
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not allowed: choose {' or '.join(map(repr, known))}.")
-        change = Change.of(change_fn)
-        if site == "rho" and change.name == "log-odds":
-            raise ValueError("change_fn='log-odds' compares probabilities: for expression choose 'log-fold'.")
-        bound = _bound(delta, site, change, needed=mode == "change" and m1_domain_fn is None)
-        for name, number in (("pseudocounts", pseudocounts), ("threshold_counts", threshold_counts)):
+        self._check_change()
+        for name in ("pseudocounts", "threshold_counts"):
+            number = getattr(self, name)
             if number is not None and not check_number(name, number) >= 0:
                 raise ValueError(f"{name}={number!r} is not allowed: give a number of at least 0.")
-        if not 0 < check_number("fdr_target", fdr_target) < 1:
-            raise ValueError(f"fdr_target={fdr_target!r} is not allowed: give a rate between 0 and 1, such as 0.05.")
-        if m1_domain_fn is not None and not callable(m1_domain_fn):
-            raise ValueError(f"m1_domain_fn={m1_domain_fn!r} is not a function of draws of the change.")
-        if unit == "cell" and calibrated:
+        if not 0 < check_number("fdr_target", self.fdr_target) < 1:
+            raise ValueError(
+                f"fdr_target={self.fdr_target!r} is not allowed: give a rate between 0 and 1, such as 0.05."
+            )
+        for level in self.levels:
+            if not 0 < check_number("cred_interval_lvls", level) < 1:
+                raise ValueError(f"cred_interval_lvls holds {level!r}: give probabilities such as 0.9.")
+        if self.unit == "cell" and self.calibrated:
             raise ValueError("calibrated=True is of means of groups: choose unit='group', or leave it out.")
-        if use_permutation and unit == "group":
+        if self.unit == "group" and self.use_permutation:
             raise ValueError("use_permutation=True pairs cells anew: choose unit='cell', or leave it out.")
-        n_draws = number_of_draws(1 if n_samples_overall is not None else n_samples, n_samples_overall)
-        if n_draws < 2:
-            raise ValueError(f"n_samples={n_draws} is not allowed: a test needs at least 2 draws.")
-        if isinstance(m_permutation, bool) or int(m_permutation) != m_permutation or m_permutation < 1:
-            raise ValueError(f"m_permutation={m_permutation!r} is not allowed: give a whole number of at least 1.")
-        n_pairs = int(m_permutation) if use_permutation else None
-        batches1, batches2 = _batches(spec, batch_correction, batchid1, batchid2)
-        most = max(len(batches1 or ()), len(batches2 or ()))
-        if most > n_draws:
-            raise ValueError(f"n_samples={n_draws} is fewer than the {most} batches named: give more draws.")
-        return cls(
-            site=site, mode=mode, change=change, delta=bound, pseudocounts=pseudocounts,
-            threshold_counts=threshold_counts, test_mode=test_mode, two_sided=two_sided, m1_domain_fn=m1_domain_fn,
-            levels=_levels(cred_interval_lvls), unit=unit,
-            calibrated=unit == "group" if calibrated is None else calibrated,
-            weights=weights, n_samples=n_draws, n_pairs=n_pairs, probability=probability,
-            batch_correction=batch_correction, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
-            all_stats=all_stats, features=features, batch_size=batch_size, seed=seed,
-        )  # fmt: skip
+        if self.n_draws < 2:
+            raise ValueError(f"n_samples={self.n_draws} is not allowed: a test needs at least 2 draws.")
+        check_draws("m_permutation", self.m_permutation)
+        for name in ("batchid1", "batchid2"):
+            if getattr(self, name) is not None and not self.batch_correction:
+                raise ValueError(
+                    f"{name} is given and batch_correction=False: set batch_correction=True, or leave it out."
+                )
+        most = max(len(batches or ()) for batches in self.batches)
+        if most > self.n_draws:
+            raise ValueError(f"n_samples={self.n_draws} is fewer than the {most} batches named: give more draws.")
 
+    def _check_change(self) -> None:
+        if self.change.name == "log-odds" and not self.modality.binary:
+            raise ValueError(
+                f"change_fn='log-odds' compares probabilities: for {self.modality.name} choose 'log-fold'."
+            )
+        if self.m1_domain_fn is not None and not callable(self.m1_domain_fn):
+            raise ValueError(f"m1_domain_fn={self.m1_domain_fn!r} is not a function of draws of the change.")
+        if self.delta == "default":
+            needed = self.mode == "change" and self.m1_domain_fn is None
+            if needed and self.change.name not in DEFAULT_DELTA[self.modality]:
+                raise ValueError(
+                    f"change_fn={self.change.name!r} has no default bound: give delta on its scale, or None."
+                )
+        elif self.delta is not None and not check_number("delta", self.delta) > 0:
+            raise ValueError(f"delta={self.delta!r} is not allowed: give a change above 0, or None to estimate it.")
 
-def _bound(delta: float | str | None, site: str, change: Change, needed: bool) -> float | None:
-    if delta is None:
-        return None
-    if delta == "default":
-        if (site, change.name) not in DEFAULT_DELTA and needed:
-            raise ValueError(f"change_fn={change.name!r} has no default bound: give delta on its scale, or None.")
-        return DEFAULT_DELTA.get((site, change.name), np.nan)
-    if not check_number("delta", delta) > 0:
-        raise ValueError(f"delta={delta!r} is not allowed: give a change above 0, or None to estimate it.")
-    return float(delta)
+    @cached_property
+    def change(self) -> Change:
+        """Scale of the change."""
+        return Change.of(self.change_fn)
 
+    @property
+    def bound(self) -> float | None:
+        """``delta`` as a number: None if it is to be estimated, NaN where no change is compared with a bound."""
+        if self.mode == "vanilla":
+            return np.nan
+        if self.delta == "default":
+            return DEFAULT_DELTA[self.modality].get(self.change.name, np.nan)
+        return None if self.delta is None else float(self.delta)
 
-def _levels(given: Sequence[float] | float | None) -> tuple[float, ...]:
-    if given is None:
-        return ()
-    levels = tuple(np.atleast_1d(np.asarray(given, dtype=object)).tolist())
-    for level in levels:
-        if not 0 < check_number("cred_interval_lvls", level) < 1:
-            raise ValueError(f"cred_interval_lvls holds {level!r}: give probabilities such as 0.9.")
-    return levels
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Probabilities of the credible intervals."""
+        given = self.cred_interval_lvls
+        return () if given is None else tuple(np.atleast_1d(np.asarray(given, dtype=object)).tolist())
 
+    @property
+    def corrects_by_counts(self) -> bool:
+        """Whether means are corrected by counts and changes shrunk: ``calibrated``, or its default."""
+        return self.unit == "group" if self.calibrated is None else self.calibrated
 
-def _batches(
-    spec: DataSpec, batch_correction: bool, batchid1: Any, batchid2: Any
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    codes = []
-    for name, given in (("batchid1", batchid1), ("batchid2", batchid2)):
-        if given is not None and not batch_correction:
-            raise ValueError(f"{name} is given and batch_correction=False: set batch_correction=True, or leave it out.")
-        found = spec.batch_codes(name, given)
-        codes.append(None if found is None else tuple(dict.fromkeys(found)))
-    first, second = codes
-    # Batches named for one group are those of both.
-    return first or second, second or first
+    @property
+    def n_draws(self) -> int:
+        """Posterior draws of each group."""
+        return number_of_draws(1 if self.n_samples_overall is not None else self.n_samples, self.n_samples_overall)
+
+    @property
+    def n_pairs(self) -> int | None:
+        """Pairs drawn anew at random from the draws; None pairs each draw once."""
+        return int(self.m_permutation) if self.use_permutation else None
+
+    @property
+    def batches(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Batches in which each group is decoded, if any are named; those of one group are those of both."""
+        first, second = (
+            None if codes is None else tuple(dict.fromkeys(codes)) for codes in (self.batchid1, self.batchid2)
+        )
+        return first or second, second or first

@@ -1,14 +1,13 @@
-"""What all features together say of how large changes are: an empirical Bayes prior and its posteriors.
+"""Empirical Bayes shrinkage of changes (adaptive shrinkage, ash).
 
-Features that do not change of their own are many, and of many estimates the largest are large by chance.
-A prior learnt from all features makes the posterior of each mean what it says, also after selection
-(adaptive shrinkage: Stephens 2017, False discovery rates: a new deal, Biostatistics 18).
+Features that do not change are many, and of many estimates the largest are large by chance. Under a prior learnt
+from all features, local false discovery rates hold also for the features that are picked as the largest
+(Stephens 2017, False discovery rates: a new deal, Biostatistics 18).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,22 +19,22 @@ Array = NDArray[np.float64]
 _N_WIDTHS = 14
 # Features that the prior is learnt from: more would not move fifteen weights.
 _MOST_FEATURES = 10_000
-# Rounds of learning: in each, the weights so often and then the centre.
+# Rounds of fitting: in each, so many updates of the weights and one of the centre.
 _ROUNDS, _ITERATIONS = 10, 20
-# Stephens' penalty: as if so many features more had been seen not to change, which keeps the
-# share of those from being understated, and the centre at 0 where there is little to learn from.
+# Stephens' penalty: so many features that do not change are added, which keeps the share of those
+# from being understated, and the centre at 0 where there is little to learn from.
 _NULL_FEATURES = 10.0
 _LEAST_ERROR = 1e-12
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Posterior of the change of each feature: a mixture of Normals.
+class ChangePosterior:
+    """Posterior of the change of each of F features: a mixture of K Normals.
 
     Attributes
     ----------
     weight, loc, scale
-        Of the components, (F, K).
+        Weights, means and standard deviations of the components, (F, K).
     """
 
     weight: Array
@@ -77,26 +76,26 @@ class Changes:
         return drawn
 
 
-def as_estimated(change: Array, error: Array) -> Changes:
-    """Posteriors under a flat prior: Normal(change, error)."""
-    return Changes(np.ones((len(change), 1)), change[:, None], np.maximum(error, _LEAST_ERROR)[:, None])
+def unshrunk(change: Array, error: Array) -> ChangePosterior:
+    """Posterior under a flat prior: Normal(change, error)."""
+    return ChangePosterior(np.ones((len(change), 1)), change[:, None], np.maximum(error, _LEAST_ERROR)[:, None])
 
 
 @dataclass(frozen=True)
-class Prior:
-    r"""What all features together say of the changes: a mixture of Normals around one centre.
+class ShrinkagePrior:
+    r"""Prior of all changes: a mixture of Normals around one centre.
 
     .. math:: \hat\Delta_j \sim Normal(\Delta_j, s_j^2), \quad
         \Delta_j \sim \sum_k \pi_k Normal(m, \sigma_k^2 + \tau^2)
 
-    The centre m is 0, unless features are shares of a whole, where a few that go up take all others down
-    together. Then it is learnt, and its error :math:`\tau` stays: with a centre just beyond a bound no
-    feature is known to be beyond it.
+    The centre m is 0, unless features are shares of a whole (compositional), where a few that go up take all
+    others down together. Then it is learnt, and its error :math:`\tau` is kept: with a centre just beyond a
+    bound no feature is known to be beyond it.
 
     Attributes
     ----------
     width, share
-        Standard deviations, the narrowest of which stands for no change of its own, and weights, (K,).
+        Standard deviations and weights, (K,); the narrowest component stands for no change.
     centre
         Mean of all components.
     """
@@ -106,25 +105,26 @@ class Prior:
     centre: float
 
     @classmethod
-    def learn(cls, change: Array, error: Array, rng: np.random.Generator, common_error: float | None = None) -> Prior:
-        """By expectation maximisation on a fixed grid of widths.
+    def fit(
+        cls, change: Array, error: Array, rng: np.random.Generator, common_error: float | None = None
+    ) -> ShrinkagePrior:
+        """Learn the prior by expectation maximisation on a fixed grid of widths.
 
         Parameters
         ----------
         change, error
             Estimates and their standard errors, (F,).
         rng
-            Chooses the features that are learnt from, if there are very many.
+            Chooses features to learn from if there are very many.
         common_error
-            Standard error that the estimates have in common, if they also have a change in common;
-            None if not.
+            Standard error of the change that compositional features have in common; None keeps the centre at 0.
 
         Examples
         --------
         >>> rng = np.random.default_rng(0)
         >>> truth = np.where(np.arange(1000) < 100, 3.0, 0.0)
         >>> change, error = truth + rng.standard_normal(1000), np.ones(1000)
-        >>> found = Prior.learn(change, error, rng).posterior(change, error)
+        >>> found = ShrinkagePrior.fit(change, error, rng).posterior(change, error)
         >>> bool(np.abs(found.mean()[100:]).mean() < 0.3)
         True
         """
@@ -138,7 +138,7 @@ class Prior:
         if not len(change):
             return cls(width, share, 0.0)
         variance = width[None] ** 2 + error[:, None] ** 2
-        # Of features known as well as most, which did not change.
+        # Precision of the added features, known as well as most.
         null_precision = _NULL_FEATURES / (width[0] ** 2 + float(np.median(error)) ** 2)
         extra = np.zeros(len(width))
         extra[0] = _NULL_FEATURES
@@ -157,8 +157,8 @@ class Prior:
             width = np.sqrt(width**2 + common_error**2 + 1 / total)
         return cls(width, share, centre)
 
-    def posterior(self, change: Array, error: Array) -> Changes:
-        """Posteriors of features with these estimates and standard errors, (F,)."""
+    def posterior(self, change: Array, error: Array) -> ChangePosterior:
+        """Posterior of features with these estimates and standard errors, (F,)."""
         error = np.maximum(error, _LEAST_ERROR)
         log_weight = np.log(self.share) + _log_density(change - self.centre, error, self.width)
         log_weight -= log_weight.max(1, keepdims=True)
@@ -166,11 +166,10 @@ class Prior:
         weight /= weight.sum(1, keepdims=True)
         precision = 1 / self.width[None] ** 2 + 1 / error[:, None] ** 2
         loc = (self.centre / self.width[None] ** 2 + change[:, None] / error[:, None] ** 2) / precision
-        return Changes(weight, loc, np.sqrt(1 / precision))
+        return ChangePosterior(weight, loc, np.sqrt(1 / precision))
 
 
-def _log_density(change: Any, error: Any, width: Any) -> Array:
+def _log_density(change: Array, error: Array, width: Array) -> Array:
     """Log density of an estimate under each component, without constants, (F, K)."""
-    variance = width[None] ** 2 + np.asarray(error)[:, None] ** 2
-    found: Array = -0.5 * (np.log(variance) + np.asarray(change)[:, None] ** 2 / variance)
-    return found
+    variance = width[None] ** 2 + error[:, None] ** 2
+    return -0.5 * (np.log(variance) + change[:, None] ** 2 / variance)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.contrasts import Contrast
 from pyro_multivi.posterior.differential.effect import Statistics
 from pyro_multivi.posterior.differential.raw_counts import PseudobulkStatistics
@@ -21,10 +22,20 @@ _RATIO_OFFSET = 1e-8
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison: statistics by name, each (f,), with what was estimated for it."""
+    """Result of one comparison.
+
+    Attributes
+    ----------
+    statistics
+        By name, (k,) each: ``mean1`` and ``mean2`` of the groups, ``probability``, those of the change.
+    pseudobulk
+        Statistics of the counts of both groups, of all features.
+    delta, pseudocounts
+        As used.
+    """
 
     statistics: Statistics
-    tallies: tuple[PseudobulkStatistics, PseudobulkStatistics]
+    pseudobulk: tuple[PseudobulkStatistics, PseudobulkStatistics]
     delta: float
     pseudocounts: float
 
@@ -32,24 +43,29 @@ class Comparison:
 def arrange(
     compared: Sequence[Comparison], contrasts: Sequence[Contrast], request: DifferentialRequest, names: Sequence[str]
 ) -> pd.DataFrame:
-    """One row per feature, the comparisons below each other."""
-    columns_of = _expression if request.site == "rho" else _accessibility
+    """Table with one row per feature, the comparisons below each other."""
+    layout = LAYOUTS[request.modality]
     index = pd.Index(list(names))
     frames = []
     for one, contrast in zip(compared, contrasts, strict=True):
-        columns, order = columns_of(one, request)
+        columns = layout.columns(one, request)
         if contrast.group1:
             columns |= {"comparison": contrast.comparison, "group1": contrast.group1, "group2": contrast.group2}
         frame = pd.DataFrame(columns, index=index)
-        frames.append(frame if order is None else frame.iloc[order])
+        if layout.sorted:
+            by = [-one.statistics["probability"]]
+            if request.mode == "change":
+                by.insert(0, -np.abs(one.statistics["mean"]))
+            frame = frame.iloc[np.lexsort(by)]
+        frames.append(frame)
     return frames[0] if len(frames) == 1 else pd.concat(frames)
 
 
 def expected_fdr_calls(probability: NDArray[np.float64], target: float) -> NDArray[np.bool_]:
-    """The largest set of features whose posterior expected false discovery rate stays within a target.
+    """Largest set of features whose posterior expected false discovery rate stays within a target, (F,).
 
-    Features are taken in descending order of probability as long as the mean of (1 - probability)
-    of those taken is at most the target. NaN is never taken.
+    Features are taken in descending order of probability as long as the mean local false discovery rate,
+    1 - probability, of those taken is at most the target. NaN is never taken.
 
     Examples
     --------
@@ -65,60 +81,53 @@ def expected_fdr_calls(probability: NDArray[np.float64], target: float) -> NDArr
     return called
 
 
-def _asked(values: Any, request: DifferentialRequest) -> Any:
-    return values if request.features is None else values[request.features.cpu().numpy()]
-
-
-def _verdict(statistics: Statistics, request: DifferentialRequest) -> tuple[Any, Any]:
-    """Probability of what is tested and its log ratio to that of the contrary."""
-    m1 = statistics["m1"]
-    return m1, np.log(m1 + _RATIO_OFFSET) - np.log(1 - m1 + _RATIO_OFFSET)
-
-
-def _expression(tested: Comparison, request: DifferentialRequest) -> tuple[dict[str, Any], NDArray[np.int64] | None]:
+def _expression(tested: Comparison, request: DifferentialRequest) -> dict[str, Any]:
     found = tested.statistics
-    m1, bayes_factor = _verdict(found, request)
-    if request.mode == "vanilla":
-        columns: dict[str, Any] = {"proba_m1": m1, "proba_m2": 1 - m1, "bayes_factor": bayes_factor}
-        columns |= {"scale1": found["mean1"], "scale2": found["mean2"]}
-    else:
-        columns = {"proba_de": m1, "proba_not_de": 1 - m1, "bayes_factor": bayes_factor}
-        columns |= {"scale1": found["mean1"], "scale2": found["mean2"]}
+    probability = found["probability"]
+    names = ("proba_m1", "proba_m2") if request.mode == "vanilla" else ("proba_de", "proba_not_de")
+    columns: dict[str, Any] = dict(zip(names, (probability, 1 - probability), strict=True))
+    columns |= {"bayes_factor": _bayes_factor(probability), "scale1": found["mean1"], "scale2": found["mean2"]}
+    if request.mode == "change":
         columns |= {"pseudocounts": tested.pseudocounts, "delta": tested.delta}
         columns |= {f"lfc_{name}": found[name] for name in ("mean", "median", "std", "min", "max")}
         columns |= _intervals("lfc", found, request)
     if request.all_stats:
-        for column, of in (
-            ("raw_mean", "mean"), ("non_zeros_proportion", "nonzero"), ("raw_normalized_mean", "normalized")
-        ):  # fmt: skip
-            for number, seen in enumerate(tested.tallies, 1):
-                columns[f"{column}{number}"] = _asked(getattr(seen, of), request)
+        columns |= _of_both("raw_mean", "mean", tested, request)
+        columns |= _of_both("non_zeros_proportion", "nonzero", tested, request)
+        columns |= _of_both("raw_normalized_mean", "normalized", tested, request)
     if request.mode == "change":
-        columns[f"is_de_fdr_{request.fdr_target}"] = expected_fdr_calls(m1, request.fdr_target)
-        order = np.lexsort((-np.abs(found["mean"]), -m1))
-    else:
-        order = np.argsort(-m1, kind="stable")
-    return columns, order
+        columns[f"is_de_fdr_{request.fdr_target}"] = expected_fdr_calls(probability, request.fdr_target)
+    return columns
 
 
-def _accessibility(tested: Comparison, request: DifferentialRequest) -> tuple[dict[str, Any], NDArray[np.int64] | None]:
+def _accessibility(tested: Comparison, request: DifferentialRequest) -> dict[str, Any]:
     found = tested.statistics
-    m1, bayes_factor = _verdict(found, request)
+    probability = found["probability"]
     if request.mode == "vanilla":
-        columns: dict[str, Any] = {"proba_m1": m1, "proba_m2": 1 - m1}
+        columns: dict[str, Any] = {"proba_m1": probability, "proba_m2": 1 - probability}
     else:
-        columns = {"prob_da": m1, "is_da_fdr": expected_fdr_calls(m1, request.fdr_target)}
-    columns |= {"bayes_factor": bayes_factor, "effect_size": found["mean1"] - found["mean2"]}
-    opened = [_asked(seen.nonzero, request) for seen in tested.tallies]
-    if request.all_stats:
-        columns["emp_effect"] = opened[0] - opened[1]
-    columns |= {"est_prob1": found["mean1"], "est_prob2": found["mean2"]}
-    if request.all_stats:
-        columns |= {"emp_prob1": opened[0], "emp_prob2": opened[1]}
+        columns = {"prob_da": probability, "is_da_fdr": expected_fdr_calls(probability, request.fdr_target)}
+    columns |= {"bayes_factor": _bayes_factor(probability), "effect_size": found["mean1"] - found["mean2"]}
+    observed = _of_both("emp_prob", "nonzero", tested, request) if request.all_stats else {}
+    if observed:
+        columns["emp_effect"] = observed["emp_prob1"] - observed["emp_prob2"]
+    columns |= {"est_prob1": found["mean1"], "est_prob2": found["mean2"], **observed}
     if request.mode == "change":
         columns |= {"change_mean": found["mean"], "change_std": found["std"], "delta": tested.delta}
         columns |= _intervals("change", found, request)
-    return columns, None
+    return columns
+
+
+def _bayes_factor(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural log of the odds."""
+    odds: NDArray[np.float64] = np.log(probability + _RATIO_OFFSET) - np.log(1 - probability + _RATIO_OFFSET)
+    return odds
+
+
+def _of_both(prefix: str, statistic: str, tested: Comparison, request: DifferentialRequest) -> dict[str, Any]:
+    """Columns of a pseudobulk statistic of both groups."""
+    rows = slice(None) if request.features is None else request.features.cpu().numpy()
+    return {f"{prefix}{n}": getattr(group, statistic)[rows] for n, group in enumerate(tested.pseudobulk, 1)}
 
 
 def _intervals(prefix: str, found: Statistics, request: DifferentialRequest) -> dict[str, Any]:
@@ -127,3 +136,20 @@ def _intervals(prefix: str, found: Statistics, request: DifferentialRequest) -> 
         for level in request.levels
         for side, end in (("lower", "min"), ("upper", "max"))
     }
+
+
+class Layout(NamedTuple):
+    """Table of a modality: its columns, and whether the most probable features come first.
+
+    ``extremes`` tells whether columns hold median, smallest and largest change.
+    """
+
+    columns: Callable[[Comparison, DifferentialRequest], dict[str, Any]]
+    sorted: bool
+    extremes: bool
+
+
+LAYOUTS = {
+    RNA: Layout(_expression, sorted=True, extremes=True),
+    ATAC: Layout(_accessibility, sorted=False, extremes=False),
+}

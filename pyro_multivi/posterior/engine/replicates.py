@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import modality_at
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
@@ -187,7 +188,7 @@ def _expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
 
 def sample_replicates(
     program: MultiVIProgram,
-    minibatches: Iterable[Cells],
+    minibatches: Minibatches,
     features: Mapping[str, Tensor | None],
     n_samples: int,
     seed: int = 0,
@@ -203,7 +204,18 @@ def sample_replicates(
         named are left out.
     n_samples, seed
         As in :func:`replicate`.
+
+    Raises
+    ------
+    MemoryError
+        If they would not fit at the density of the data.
     """
+    check_memory(
+        _sparse_bytes(minibatches, features, n_samples),
+        f"{n_samples} replicates of {minibatches.n_cells} cells",
+        ["fewer n_samples", "some indices", "a gene_list and a region_list",
+         "posterior_predictive_check, which keeps no replicate"],
+    )  # fmt: skip
     rows: dict[str, list[list[sp.csr_matrix]]] = {site: [[] for _ in range(n_samples)] for site in features}
     for cells in minibatches:
         for draws, found in replicate(program, cells, n_samples, seed):
@@ -212,6 +224,19 @@ def sample_replicates(
                 for number, value in zip(range(draws.start, draws.stop), values.cpu().numpy(), strict=True):
                     rows[site][number].append(sp.csr_matrix(value))
     return {site: [sp.vstack(parts, format="csr") for parts in by_draw] for site, by_draw in rows.items()}
+
+
+def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None], n_samples: int) -> float:
+    """Memory of sparse replicates as dense as the measured counts: 4 bytes for a count, 4 for its place."""
+    total = 0.0
+    for site, chosen in features.items():
+        modality, table = modality_at(site), minibatches.table
+        counts = modality.counts_in(table)
+        if counts is None:
+            continue
+        share = 1.0 if chosen is None else len(chosen) / max(counts.shape[1], 1)
+        total += 8.0 * len(counts.val) / max(int(modality.measured_in(table).sum()), 1) * share
+    return total * minibatches.n_cells * n_samples
 
 
 def masked_replicates(

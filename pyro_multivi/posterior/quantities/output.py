@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +25,9 @@ from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
 from pyro_multivi.posterior.quantities.file_sink import Store, digest
 from pyro_multivi.posterior.quantities.summary import Estimate
 from pyro_multivi.program import MultiVIProgram
+
+#: Forms of an estimated quantity.
+Estimates: TypeAlias = pd.DataFrame | NDArray[np.float32] | sp.csr_matrix | Estimate | Path
 
 #: Where estimates lie in a file.
 PLACES = {"mean": "X", "sd": "layers/sd", "lower": "layers/lower", "upper": "layers/upper"}
@@ -37,7 +44,7 @@ def deliver(
     return_numpy: bool = False,
     out: str | os.PathLike[str] | None = None,
     silent: bool | None = None,
-) -> Any:
+) -> Estimates:
     """Compute a quantity of some cells and put it into the form asked for.
 
     Parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,17 +27,6 @@ class Estimate(NamedTuple):
     sd: Any
     lower: Any
     upper: Any
-
-
-def least_draws(level: float) -> int:
-    """Fewest draws of which one is expected outside either end of a central interval.
-
-    Examples
-    --------
-    >>> least_draws(0.9)
-    20
-    """
-    return math.ceil(2 / (1 - level) - 1e-9)
 
 
 def summarise(values: Tensor, level: float | None = None, keep_draws: bool = False) -> dict[str, NDArray[Any]]:

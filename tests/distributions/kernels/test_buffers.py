@@ -1,3 +1,5 @@
+"""Memory that is used again, and never while a tensor refers to it."""
+
 from __future__ import annotations
 
 import copy
@@ -5,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from pyro_multivi.distributions import BufferPool, PoissonCounts, Readout
+from pyro_multivi.distributions import PoissonCounts, Readout
+from pyro_multivi.distributions.kernels.buffers import BufferPool
 
 CPU = torch.device("cpu")
 
@@ -67,14 +70,13 @@ def test_bound_drops_unused_memory_first_and_then_allocates_as_usual() -> None:
     assert pool.kept_bytes < 10_000
 
 
-def test_clear_and_copies_start_empty() -> None:
+def test_copies_start_empty() -> None:
     pool = BufferPool(max_bytes=12345)
     held = pool.take((5,), torch.float32, CPU).fill_(3)
     twin = copy.deepcopy(pool)
     assert twin.max_bytes == 12345
     assert twin.kept_bytes == 0
-    pool.clear()
-    assert pool.kept_bytes == 0
+    assert pool.kept_bytes > 0
     assert held.eq(3).all()
 
 

@@ -1,4 +1,4 @@
-"""Compiled loops against SciPy, the plain formulas and the way operation by operation."""
+"""Compiled loops against SciPy, the plain formulas and PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import numba
@@ -17,9 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions.kernels.numba import loops as compiled
-from pyro_multivi.distributions.kernels.numba import scalar_math as functions
-from pyro_multivi.distributions.kernels.numba import switch as loops
+from pyro_multivi.distributions.kernels.numba import loops, scalar_math
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops, loops_for
 from pyro_multivi.networks.layers import CountsLinear
 
@@ -41,7 +38,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the loops that have been run."""
     names: list[str] = []
 
-    def watched(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             names.append(name)
             return loop(*args)
@@ -49,7 +46,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     for name in ("regions", "sparse_product", "zeros", "nonzeros", *OF_SOFTMAX):
-        monkeypatch.setattr(compiled, name, watched(name, getattr(compiled, name)))
+        monkeypatch.setattr(loops, name, recorded(name, getattr(loops, name)))
     return names
 
 
@@ -62,15 +59,11 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) ->
         assert (found[name].double() - gradient).norm() <= rtol * gradient.norm() + 1e-30, name
 
 
-def gradients(value: Tensor, inputs: dict[str, Tensor], g: Tensor) -> dict[str, Tensor]:
-    return dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), g.to(value)), strict=True))
-
-
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("weights", ["equal", "random"])
 @pytest.mark.parametrize("lead", [(B,), (1,), (3, B)], ids=str)
 @pytest.mark.parametrize("mask", [None, [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]], ids=str)
-def test_value_and_gradients(
+def test_value_and_gradients_are_those_of_the_formula(
     case: Any, lead: tuple[int, ...], weights: str, mask: list[int] | None, threads: int, runs: list[str]
 ) -> None:
     inputs, x = case.inputs(*lead, dtype=torch.float32), case.value(lead[-1], dtype=torch.float32)
@@ -81,9 +74,9 @@ def test_value_and_gradients(
     with compiled_loops():
         distribution = case.build(inputs) if mask is None else case.build(inputs).mask(keep.bool())
         found = distribution.log_prob(SparseCounts.from_dense(x))
-        by_input = gradients(found, inputs, g)
+        by_input = case.gradients(found, inputs, g)
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=0)
-    close(by_input, gradients(expected, plain, g.double()), rtol=2e-5)
+    close(by_input, case.gradients(expected, plain, g.double()), rtol=2e-5)
     per_cell = case.per_cell_theta and lead != (1,)  # one cell's dispersions are those of all
     of_link = OF_SOFTMAX if case.link == "softmax" and case.family in ("nb", "zinb") else set()
     assert set(runs) == (set() if per_cell else LOOPS[case.family] | of_link)
@@ -106,7 +99,7 @@ def test_frozen_inputs_and_no_gradients(case: Any, gemm_dtype: torch.dtype | Non
 
 @pytest.mark.parametrize("case", ["nb", "zinb"], indirect=True)
 @pytest.mark.parametrize("change", ["fraction", "theta"])
-def test_what_the_loops_cannot_take_goes_the_other_way(case: Any, change: str, runs: list[str]) -> None:
+def test_fractions_and_large_dispersions_are_left_to_torch(case: Any, change: str, runs: list[str]) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), case.value(B, dtype=torch.float32)
     if change == "fraction":
         x[2, 2] = 1.5
@@ -123,7 +116,7 @@ def test_what_the_loops_cannot_take_goes_the_other_way(case: Any, change: str, r
 
 
 @pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
-def test_other_halves_than_bfloat16_go_the_other_way(case: Any, runs: list[str]) -> None:
+def test_float16_products_are_left_to_torch(case: Any, runs: list[str]) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))
     eager = case.build(inputs, gemm_dtype=torch.float16).log_prob(x)
     with compiled_loops():
@@ -132,7 +125,7 @@ def test_other_halves_than_bfloat16_go_the_other_way(case: Any, runs: list[str])
 
 
 @pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
-def test_not_a_number_comes_through(case: Any) -> None:
+def test_nan_stays_in_its_cell(case: Any) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))
     with torch.no_grad():
         inputs["hidden"][1, 0] = torch.nan
@@ -143,7 +136,7 @@ def test_not_a_number_comes_through(case: Any) -> None:
 
 def test_large_counts_and_dispersions_against_scipy() -> None:
     x, theta = np.meshgrid([1, 2, 3, 63, 64, 65, 255, 256, 3000, 100_000], np.logspace(-12, 12, 25))
-    found = np.array([functions.rising(*pair) for pair in zip(x.ravel() * 1.0, theta.ravel(), strict=True)])
+    found = np.array([scalar_math.rising(*pair) for pair in zip(x.ravel() * 1.0, theta.ravel(), strict=True)])
     # In extended precision: lgamma(x + theta) - lgamma(theta) - x log(theta), term by term.
     for (n, t), (logs, slopes) in zip(zip(x.ravel(), theta.ravel(), strict=True), found, strict=True):
         k = np.arange(n, dtype=np.longdouble)
@@ -155,31 +148,31 @@ def apply(function: Any, *columns: np.ndarray) -> np.ndarray:
     return np.array([function(*row) for row in zip(*columns, strict=True)])
 
 
-def test_elementary_functions() -> None:
+def test_elementary_functions_are_close_to_numpy() -> None:
     x = np.linspace(-125.9, 125.9, 5001).astype(np.float32)
-    np.testing.assert_allclose(apply(functions.exp2, x), np.exp2(x.astype(float)), rtol=2e-7)
+    np.testing.assert_allclose(apply(scalar_math.exp2, x), np.exp2(x.astype(float)), rtol=2e-7)
     u = np.concatenate([[0], np.logspace(-37, 37, 5001)]).astype(np.float32)
-    np.testing.assert_allclose(apply(functions.log1p, u), np.log1p(u.astype(float)), rtol=3e-7)
+    np.testing.assert_allclose(apply(scalar_math.log1p, u), np.log1p(u.astype(float)), rtol=3e-7)
     softplus = scipy.special.log1p(np.exp2(x.astype(float)))
-    np.testing.assert_allclose(apply(functions.softplus, x), softplus, rtol=3e-7)
+    np.testing.assert_allclose(apply(scalar_math.softplus, x), softplus, rtol=3e-7)
     edges = np.array([np.nan, np.inf, -np.inf, 1000, -1000], np.float32)
-    np.testing.assert_array_equal(apply(functions.exp2, edges), np.exp2([np.nan, 126, -126, 126, -126]).astype("f4"))
+    np.testing.assert_array_equal(apply(scalar_math.exp2, edges), np.exp2([np.nan, 126, -126, 126, -126]).astype("f4"))
 
 
-def test_halves_are_those_of_torch() -> None:
+def test_bfloat16_conversions_are_those_of_torch() -> None:
     x = torch.cat([torch.randn(2000) * 10.0 ** torch.randint(-30, 30, (2000,)), torch.tensor([0, -0.0, torch.inf])])
     x = torch.cat([x, 1 + torch.arange(512) / 2**16, torch.tensor([torch.nan])])  # with ties
-    halves = apply(functions.to_half, x.numpy()).astype(np.uint16)
+    halves = apply(scalar_math.to_half, x.numpy()).astype(np.uint16)
     torch.testing.assert_close(
         torch.from_numpy(halves).view(torch.bfloat16), x.bfloat16(), rtol=0, atol=0, equal_nan=True
     )
-    back = torch.from_numpy(apply(functions.of_half, halves).astype(np.float32))
+    back = torch.from_numpy(apply(scalar_math.from_half, halves).astype(np.float32))
     torch.testing.assert_close(back, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("n_features", [1, 5, 3000])
-def test_first_layer(binary: bool, n_features: int, threads: int, runs: list[str]) -> None:
+def test_sparse_product_of_a_first_layer(binary: bool, n_features: int, threads: int, runs: list[str]) -> None:
     dense = torch.poisson(torch.full((B, n_features), 0.3))
     dense[0] = 0
     counts = SparseCounts.from_dense(dense)
@@ -198,11 +191,11 @@ def test_first_layer(binary: bool, n_features: int, threads: int, runs: list[str
 
 def test_threads_and_settings_of_others_are_restored(threads: int) -> None:
     before, priority = numba.get_num_threads(), numba.config.THREADING_LAYER_PRIORITY
-    torch.set_num_threads(threads)  # asking Numba may have changed it
+    torch.set_num_threads(threads)  # the calls above may have changed it
     with compiled_loops():
         assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
         assert torch.get_num_threads() == threads
-        assert loops_for(torch.zeros(1)) is compiled
+        assert loops_for(torch.zeros(1)) is loops
         assert loops_for(torch.zeros(1).double()) is None
     assert loops_for(torch.zeros(1)) is None
     assert (numba.get_num_threads(), torch.get_num_threads()) == (before, threads)
@@ -218,24 +211,23 @@ with compiled_loops():
     print(torch.get_num_threads())
 print(torch.get_num_threads())
 """
-    asked = {**os.environ, "NUMBA_NUM_THREADS": "3"}
-    run = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["1", "1"]
 
 
-def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ImportError, match=r"pyro-multivi\[compile\]"), compiled_loops():
         raise AssertionError("entered")
-    assert isinstance(loops, ModuleType)
     assert loops_for(torch.zeros(1)) is None
 
 
-def test_without_a_cache_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_the_error_names_the_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no locator available")
 
-    monkeypatch.delitem(sys.modules, compiled.__name__)
+    monkeypatch.delitem(sys.modules, loops.__name__)
     monkeypatch.delattr("pyro_multivi.distributions.kernels.numba.loops")
     monkeypatch.setattr(numba, "njit", refuse)
     with pytest.raises(RuntimeError, match=r"no locator available.*NUMBA_CACHE_DIR.*compile=False"), compiled_loops():

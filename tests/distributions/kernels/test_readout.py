@@ -1,3 +1,5 @@
+"""Readouts: tensors to all of PyTorch and Pyro, multiplied out only on demand."""
+
 from __future__ import annotations
 
 import copy

@@ -36,7 +36,7 @@ def true_program() -> MultiVIProgram:
 
 
 def fit_guide(program: MultiVIProgram, cells: Cells, n_steps: int) -> None:
-    """Bring the guide near the posterior of a model that stays as it is; experts are also met alone."""
+    """Fit the guide to the posterior of a fixed model; experts are also trained alone."""
     of_model = ("expression_decoder", "accessibility_decoder", "log_theta", "region_logit")
     parameters = [value for name, value in program.named_parameters() if not name.startswith(of_model)]
     optimiser = torch.optim.Adam(parameters, lr=5e-3)
@@ -120,7 +120,7 @@ def test_own_simulator_passes(check):
     totals = check.totals.query("by == 'all'").set_index("statistic")
     of_genes = totals[~totals.index.str.contains("region")]
     assert of_genes["p_value"].between(0.005, 0.995).all(), totals
-    # The guide knows the cell factor as one number only, by a network: near, not exact.
+    # The guide gives the cell factor as a single number, from a network: near, not exact.
     assert (totals["replicated"] / totals["observed"]).between(0.96, 1.04).all(), totals
 
 
@@ -265,7 +265,7 @@ def test_check_refuses(fitted, arguments, message):
         fitted.posterior_predictive_check(**arguments)
 
 
-def test_nothing_held_out_is_said(fitted, mosaic):
+def test_missing_held_out_cells_are_reported(fitted, mosaic):
     with pytest.raises(ValueError, match="adata is other data: give held_out=False"):
         fitted.posterior_predictive_check(mosaic)
     trained_on = np.setdiff1d(np.arange(200), fitted.validation_indices)
@@ -326,31 +326,9 @@ def test_compare_models_refuses_what_cannot_be_compared(truth, fitted):
     with pytest.raises(ValueError, match="have different genes"):
         compare_models({"a": truth, "b": fitted}, indices=range(10))
     observed = as_model(truth.adata, truth.program.state_dict(), library="observed")
-    with pytest.raises(ValueError, match="one is told the depth that the other must predict"):
+    with pytest.raises(ValueError, match="one is given the depth that the other must predict"):
         compare_models({"a": truth, "b": observed})
     other = truth.adata.copy()
     other.X = other.X * 2
     with pytest.raises(ValueError, match="were given different counts"):
         compare_models({"a": truth, "b": as_model(other, truth.program.state_dict())})
-
-
-def test_to_inference_data(fitted):
-    pytest.importorskip("xarray")
-    rows = [0, 1, 2, 110, 160]  # paired, RNA only, ATAC only
-    found = fitted.to_inference_data(indices=rows, n_samples=30, gene_list=[4, 2], region_list=[0], seed=2)
-    assert set(found.groups()) == {
-        "posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data",
-    }  # fmt: skip
-    assert found.posterior["z"].shape == (1, 30, 5, 3)
-    assert found.posterior["l"].dims == ("chain", "draw", "cell")
-    assert found.posterior_predictive["x"].dims == ("chain", "draw", "cell", "gene")
-    assert found.posterior_predictive["x"].gene.values.tolist() == ["gene_04", "gene_02"]
-    observed = found.observed_data["x"].values
-    assert np.isnan(observed[4]).all()
-    np.testing.assert_array_equal(observed[:4], fitted.adata.X[rows[:4]][:, [4, 2]].toarray())
-    likelihood = found.log_likelihood["x"].values[0]
-    assert likelihood.shape == (30, 5)
-    assert (likelihood[:, 4] == 0).all()
-    parts = fitted.get_reconstruction_error(indices=rows, n_particles=30, seed=2, return_mean=False)
-    np.testing.assert_allclose(-likelihood[:, :4].mean(0), parts["reconstruction_loss_expression"][:4], rtol=1e-4)
-    assert found.constant_data["has_atac"].values.tolist() == [True, True, True, False, True]

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from pyro_multivi.posterior.differential.compare import estimated_delta
+from pyro_multivi.data.modality import ATAC, RNA
+from pyro_multivi.posterior.differential.effect import estimated_delta
 from pyro_multivi.posterior.engine.draws import draw, draw_latents
 from pyro_multivi.posterior.engine.likelihood import log_weights, scored_traces
 from pyro_multivi.traces import evaluation_mode
 
-EPS = {"rho": 1e-6, "p": 1e-3}
-DELTA = {("rho", "log-fold"): 0.25, ("p", "difference"): 0.05, ("p", "log-fold"): 0.25, ("p", "log-odds"): 0.5}
-CASES = [("rho", "log-fold"), ("p", "difference"), ("p", "log-fold"), ("p", "log-odds")]
+EPS = {RNA: 1e-6, ATAC: 1e-3}
+DELTA = {(RNA, "log-fold"): 0.25, (ATAC, "difference"): 0.05, (ATAC, "log-fold"): 0.25, (ATAC, "log-odds"): 0.5}
+CASES = [(RNA, "log-fold"), (ATAC, "difference"), (ATAC, "log-fold"), (ATAC, "log-odds")]
 
 
 def log_odds(p):
@@ -35,29 +36,29 @@ def close(found, expected, atol=2e-4):
     np.testing.assert_allclose(np.asarray(found, dtype=float), expected, rtol=2e-3, atol=atol)
 
 
-def scale(groups, site):
-    return groups.detection() if site == "p" else 1.0
+def scale(groups, modality):
+    return groups.detection() if modality is ATAC else 1.0
 
 
 @pytest.mark.parametrize("test_mode", ["two", "three"])
-@pytest.mark.parametrize(("site", "change"), CASES)
-def test_cells(groups, site, change, test_mode):
-    a, b = groups.both(site)
-    factor = scale(groups, site)
-    r = CHANGE[change](factor * a, factor * b, EPS[site])
-    delta, n = DELTA[site, change], groups.n
-    table = groups.compared(site, unit="cell", change_fn=change, test_mode=test_mode, cred_interval_lvls=[0.5, 0.9])
+@pytest.mark.parametrize(("modality", "change"), CASES)
+def test_cells(groups, modality, change, test_mode):
+    a, b = groups.both(modality)
+    factor = scale(groups, modality)
+    r = CHANGE[change](factor * a, factor * b, EPS[modality])
+    delta, n = DELTA[modality, change], groups.n
+    table = groups.compared(modality, unit="cell", change_fn=change, test_mode=test_mode, cred_interval_lvls=[0.5, 0.9])
     probability = combined((r >= delta).mean(0), (r <= -delta).mean(0), test_mode)
-    p = table["proba_de" if site == "rho" else "prob_da"].to_numpy()
+    p = table["proba_de" if modality is RNA else "prob_da"].to_numpy()
     # A change within rounding of the bound may fall on either side.
     close(p, probability, atol=2.1 / n)
     close(table["bayes_factor"], np.log(p + 1e-8) - np.log(1 - p + 1e-8))
-    prefix, of = ("lfc", "scale") if site == "rho" else ("change", "est_prob")
+    prefix, of = ("lfc", "scale") if modality is RNA else ("change", "est_prob")
     close(table[f"{of}1"], a.mean(0))
     close(table[f"{of}2"], b.mean(0))
     close(table[f"{prefix}_mean"], r.mean(0))
     close(table[f"{prefix}_std"], r.std(0, ddof=1))
-    if site == "rho":
+    if modality is RNA:
         for name, expected in (("median", np.median(r, 0)), ("min", r.min(0)), ("max", r.max(0))):
             close(table[f"lfc_{name}"], expected)
     else:
@@ -72,23 +73,23 @@ def test_cells(groups, site, change, test_mode):
 
 
 def test_p_itself(groups):
-    a, b = groups.both("p")
-    table = groups.compared("p", unit="cell", probability="accessible")
+    a, b = groups.both(ATAC)
+    table = groups.compared(ATAC, unit="cell", probability="accessible")
     close(table["prob_da"], np.maximum((a - b >= 0.05).mean(0), (a - b <= -0.05).mean(0)), atol=2.1 / groups.n)
     close(table["change_mean"], a.mean(0) - b.mean(0))
-    means = groups.compared("p", probability="accessible", calibrated=False)
+    means = groups.compared(ATAC, probability="accessible", calibrated=False)
     close(means["change_mean"], a.mean(0) - b.mean(0))
 
 
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_vanilla(groups, site):
-    a, b = groups.both(site)
-    table = groups.compared(site, unit="cell", mode="vanilla")
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_vanilla(groups, modality):
+    a, b = groups.both(modality)
+    table = groups.compared(modality, unit="cell", mode="vanilla")
     close(table["proba_m1"], (a > b).mean(0), atol=1.1 / groups.n)
     close(table["proba_m1"] + table["proba_m2"], 1.0)
     ratio = np.log(table["proba_m1"] + 1e-8) - np.log(table["proba_m2"] + 1e-8)
     close(table["bayes_factor"], ratio)
-    means = groups.compared(site, mode="vanilla", calibrated=False)
+    means = groups.compared(modality, mode="vanilla", calibrated=False)
     close(means["proba_m1"], norm.cdf((a.mean(0) - b.mean(0)) / np.hypot(*errors_of_means(groups, a, b))), atol=2e-3)
 
 
@@ -107,18 +108,18 @@ def slopes(change, first, second, eps):
 
 
 @pytest.mark.parametrize("test_mode", ["two", "three"])
-@pytest.mark.parametrize(("site", "change"), CASES)
-def test_means(groups, site, change, test_mode):
-    a, b = (scale(groups, site) * draws for draws in groups.both(site))
-    eps, delta = EPS[site], DELTA[site, change]
+@pytest.mark.parametrize(("modality", "change"), CASES)
+def test_means(groups, modality, change, test_mode):
+    a, b = (scale(groups, modality) * draws for draws in groups.both(modality))
+    eps, delta = EPS[modality], DELTA[modality, change]
     estimate = CHANGE[change](a.mean(0), b.mean(0), eps)
     steep = slopes(change, a.mean(0), b.mean(0), eps)
     error = np.hypot(*(s * e for s, e in zip(steep, errors_of_means(groups, a, b), strict=True)))
-    table = groups.compared(site, change_fn=change, test_mode=test_mode, calibrated=False, cred_interval_lvls=[0.9])
-    p = table["proba_de" if site == "rho" else "prob_da"]
+    table = groups.compared(modality, change_fn=change, test_mode=test_mode, calibrated=False, cred_interval_lvls=[0.9])
+    p = table["proba_de" if modality is RNA else "prob_da"]
     plus, minus = norm.sf(delta, estimate, error), norm.cdf(-delta, estimate, error)
     close(p, combined(plus, minus, test_mode), atol=5e-3)
-    prefix = "lfc" if site == "rho" else "change"
+    prefix = "lfc" if modality is RNA else "change"
     close(table[f"{prefix}_mean"], estimate, atol=1e-3)
     close(table[f"{prefix}_std"], error, atol=1e-3)
     width = table[f"{prefix}_confidence_interval_0.9_max"] - table[f"{prefix}_confidence_interval_0.9_min"]
@@ -126,31 +127,31 @@ def test_means(groups, site, change, test_mode):
     assert (width / error).mean() == pytest.approx(2 * norm.ppf(0.95), rel=0.15)
 
 
-def support_of_counts(groups, site, a, b, additive):
+def support_of_counts(groups, modality, a, b, additive):
     """Means of the groups' counts with half a count added, and their standard errors, on the scale of the means."""
     cells = [groups.model.minibatch(index) for index in (groups.first, groups.second)]
-    seen = []
+    counted = []
     for group in cells:
-        if site == "p":
+        if modality is ATAC:
             y = (group.y.to_dense()[group.has_atac] > 0).double().numpy()
             n = len(y)
             rate = (y.sum(0) + 0.5) / (n + 1)
-            seen.append((rate, np.sqrt(rate * (1 - rate) / n)))
+            counted.append((rate, np.sqrt(rate * (1 - rate) / n)))
         else:
             x = group.x.to_dense()[group.has_rna].double().numpy()
             n, one = len(x), 1e4 / x.sum(1).mean()
             scaled = 1e4 * x / x.sum(1, keepdims=True)
-            seen.append((scaled.mean(0) + 0.5 * one / n, np.sqrt((scaled.var(0) + 0.5 * one**2 / n) / n)))
-    if site == "p" and additive:
-        common = (seen[0][0] + seen[1][0]) / 2
+            counted.append((scaled.mean(0) + 0.5 * one / n, np.sqrt((scaled.var(0) + 0.5 * one**2 / n) / n)))
+    if modality is ATAC and additive:
+        common = (counted[0][0] + counted[1][0]) / 2
         numbers = [int(group.has_atac.sum()) for group in cells]
-        seen = [
+        counted = [
             (rate, np.maximum(error, np.sqrt(common * (1 - common) / n)))
-            for (rate, error), n in zip(seen, numbers, strict=True)
+            for (rate, error), n in zip(counted, numbers, strict=True)
         ]
-    unit = (a.mean(0) + b.mean(0)) / (seen[0][0] + seen[1][0])
+    unit = (a.mean(0) + b.mean(0)) / (counted[0][0] + counted[1][0])
     half = (a.mean(0) + b.mean(0)) / 2
-    return [(np.minimum(unit * mean, half), unit * error) for mean, error in seen]
+    return [(np.minimum(unit * mean, half), unit * error) for mean, error in counted]
 
 
 def shrink(estimate, error, delta, common):
@@ -181,11 +182,11 @@ def shrink(estimate, error, delta, common):
     return (part * norm.sf(delta, loc, sd)).sum(1), (part * norm.cdf(-delta, loc, sd)).sum(1)
 
 
-def correction(groups, site, index, draws):
-    """What the counts of a group are to what the model expects of them, by hand."""
+def correction(groups, modality, index, draws):
+    """Ratio of the counts of a group to those that the model expects, by hand."""
     chosen = groups.chosen(index)[0]
     cells = groups.model.minibatch(index)
-    if site == "p":
+    if modality is ATAC:
         y = (cells.y.to_dense()[cells.has_atac] > 0).double().numpy()
         d = groups.model.get_library_size_factors()["accessibility"].ravel()[index][chosen]
         measured = np.isfinite(d)
@@ -197,25 +198,25 @@ def correction(groups, site, index, draws):
     return ((x / x.sum(1, keepdims=True)).mean(0) + half) / (expected / expected.sum() + half)
 
 
-@pytest.mark.parametrize(("site", "change"), CASES)
-def test_calibrated_means(groups, site, change):
-    eps, delta = EPS[site], DELTA[site, change]
-    plain = groups.both(site)
-    a, b = (scale(groups, site) * draws for draws in plain)
+@pytest.mark.parametrize(("modality", "change"), CASES)
+def test_calibrated_means(groups, modality, change):
+    eps, delta = EPS[modality], DELTA[modality, change]
+    plain = groups.both(modality)
+    a, b = (scale(groups, modality) * draws for draws in plain)
     own = errors_of_means(groups, a, b)
     a, b = (
-        draws * correction(groups, site, index, uncorrected)
+        draws * correction(groups, modality, index, uncorrected)
         for draws, index, uncorrected in zip((a, b), (groups.first, groups.second), plain, strict=True)
     )
     estimate = CHANGE[change](a.mean(0), b.mean(0), eps)
-    support = support_of_counts(groups, site, a, b, change == "difference")
+    support = support_of_counts(groups, modality, a, b, change == "difference")
     errors = [np.hypot(mine, error) for mine, (_, error) in zip(own, support, strict=True)]
     reached = [np.maximum(draws.mean(0), mean) for draws, (mean, _) in zip((a, b), support, strict=True)]
     error = np.hypot(*(s * e for s, e in zip(slopes(change, *reached, eps), errors, strict=True)))
-    table = groups.compared(site, change_fn=change)
-    common = np.sqrt((np.array(errors) ** 2).sum()) / np.log(2) if site == "rho" else None
+    table = groups.compared(modality, change_fn=change)
+    common = np.sqrt((np.array(errors) ** 2).sum()) / np.log(2) if modality is RNA else None
     plus, minus = shrink(estimate, error, delta, common)
-    p = table["proba_de" if site == "rho" else "prob_da"]
+    p = table["proba_de" if modality is RNA else "prob_da"]
     close(p, np.maximum(plus, minus), atol=5e-3)
     # Not all alike: there is something to agree on.
     assert p.max() - p.min() > 0.3
@@ -226,35 +227,35 @@ def of_types(groups):
     return {name: np.flatnonzero(types == name) for name in np.unique(types)}
 
 
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_means_of_the_rest_are_those_of_its_groups(groups, site):
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_means_of_the_rest_are_those_of_its_groups(groups, modality):
     cells = of_types(groups)
-    table = groups.compared(site, idx1=None, idx2=None, groupby="cell_type", calibrated=False, change_fn="log-fold")
-    drawn = {name: groups.draws(site, index) for name, index in cells.items()}
+    table = groups.compared(modality, idx1=None, idx2=None, groupby="cell_type", calibrated=False, change_fn="log-fold")
+    drawn = {name: groups.draws(modality, index) for name, index in cells.items()}
     for name, rows in table.groupby("group1"):
         others = [other for other in cells if other != name]
-        factor = groups.detection(*cells.values()) if site == "p" else 1.0
+        factor = groups.detection(*cells.values()) if modality is ATAC else 1.0
         share = np.array([len(cells[other]) for other in others]) / sum(len(cells[other]) for other in others)
         mean = share @ np.array([drawn[other].mean(0) for other in others])
         squares = [drawn[other].var(0, ddof=1) + drawn[other].mean(0) ** 2 for other in others]
         square = share @ np.array(squares)
         rest_error = np.sqrt((square - mean**2) / sum(len(cells[other]) for other in others))
-        of, prefix = ("scale", "lfc") if site == "rho" else ("est_prob", "change")
+        of, prefix = ("scale", "lfc") if modality is RNA else ("est_prob", "change")
         close(rows[f"{of}1"], drawn[name].mean(0))
         close(rows[f"{of}2"], mean)
         means = factor * drawn[name].mean(0), factor * mean
-        close(rows[f"{prefix}_mean"], CHANGE["log-fold"](*means, EPS[site]))
-        steep = slopes("log-fold", *means, EPS[site])
+        close(rows[f"{prefix}_mean"], CHANGE["log-fold"](*means, EPS[modality]))
+        steep = slopes("log-fold", *means, EPS[modality])
         own_error = drawn[name].std(0, ddof=1) / np.sqrt(len(cells[name]))
         close(rows[f"{prefix}_std"], np.hypot(steep[0] * factor * own_error, steep[1] * factor * rest_error))
 
 
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_cells_of_the_rest_are_drawn_in_proportion(groups, site):
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_cells_of_the_rest_are_drawn_in_proportion(groups, modality):
     cells = of_types(groups)
-    table = groups.compared(site, idx1=None, idx2=None, groupby="cell_type", unit="cell", mode="vanilla")
-    drawn = {name: groups.draws(site, index) for name, index in cells.items()}
-    of = "scale" if site == "rho" else "est_prob"
+    table = groups.compared(modality, idx1=None, idx2=None, groupby="cell_type", unit="cell", mode="vanilla")
+    drawn = {name: groups.draws(modality, index) for name, index in cells.items()}
+    of = "scale" if modality is RNA else "est_prob"
     for name, rows in table.groupby("group1"):
         rest = np.concatenate([drawn[other][:, None] for other in cells if other != name], 1)
         share = np.array([len(cells[other]) for other in cells if other != name])
@@ -269,10 +270,10 @@ def test_cells_of_the_rest_are_drawn_in_proportion(groups, site):
 
 
 def test_functions_of_ones_own(groups):
-    a, b = (groups.detection() * draws for draws in groups.both("p"))
+    a, b = (groups.detection() * draws for draws in groups.both(ATAC))
     r = log_odds(a) - log_odds(b)
     table = groups.compared(
-        "p", unit="cell", change_fn=lambda p1, p2: log_odds(p1) - log_odds(p2), m1_domain_fn=lambda r: r > 1.5
+        ATAC, unit="cell", change_fn=lambda p1, p2: log_odds(p1) - log_odds(p2), m1_domain_fn=lambda r: r > 1.5
     )
     close(table["prob_da"], (r > 1.5).mean(0), atol=2.1 / groups.n)
 
@@ -283,25 +284,25 @@ def test_functions_of_ones_own(groups):
         return p1 - p2 + 1000 * eps
 
     shifted = a - b + 1.0
-    table = groups.compared("p", unit="cell", change_fn=with_offset, m1_domain_fn=outside, test_mode="two")
+    table = groups.compared(ATAC, unit="cell", change_fn=with_offset, m1_domain_fn=outside, test_mode="two")
     close(table["prob_da"], (shifted > 1.0).mean(0) + (shifted < -2.0).mean(0), atol=2.1 / groups.n)
     close(table["change_mean"], shifted.mean(0))
     # Draws of means: the same change of the same posterior, counted instead of integrated.
-    exact = groups.compared("p")
-    counted = groups.compared("p", m1_domain_fn=lambda r: (r >= 0.05, r <= -0.05))
+    exact = groups.compared(ATAC)
+    counted = groups.compared(ATAC, m1_domain_fn=lambda r: (r >= 0.05, r <= -0.05))
     close(counted["prob_da"], exact["prob_da"], atol=0.08)
 
 
 def test_one_sided_counts_only_more_open(groups):
-    a, b = (groups.detection() * draws for draws in groups.both("p"))
-    table = groups.compared("p", unit="cell", two_sided=False)
+    a, b = (groups.detection() * draws for draws in groups.both(ATAC))
+    table = groups.compared(ATAC, unit="cell", two_sided=False)
     close(table["prob_da"], (a - b >= 0.05).mean(0), atol=2.1 / groups.n)
 
 
 @pytest.mark.parametrize("named", [{}, {"batchid1": ["batch_0", "batch_1"], "batchid2": ["batch_0", "batch_1"]}])
 def test_batch_correction_decodes_both_groups_in_the_same_batches(groups, named):
-    a, b = groups.both("p", (0, 1))
-    table = groups.compared("p", unit="cell", batch_correction=True, probability="accessible", **named)
+    a, b = groups.both(ATAC, (0, 1))
+    table = groups.compared(ATAC, unit="cell", batch_correction=True, probability="accessible", **named)
     close(table["est_prob1"], a.mean(0))
     close(table["change_std"], (a - b).std(0, ddof=1))
 
@@ -309,15 +310,15 @@ def test_batch_correction_decodes_both_groups_in_the_same_batches(groups, named)
 def test_groups_of_different_batches_are_decoded_in_the_union(groups):
     batch = groups.model.adata.obs["batch"].to_numpy().astype(str)
     idx1, idx2 = np.flatnonzero(batch == "batch_0"), np.flatnonzero(batch == "batch_1")
-    asked = {"idx1": idx1, "idx2": idx2, "batch_correction": True}
-    corrected = groups.compared("p", **asked)
-    close(corrected["effect_size"], groups.draws("p", idx1, (0, 1)).mean(0) - groups.draws("p", idx2, (0, 1)).mean(0))
+    options = {"idx1": idx1, "idx2": idx2, "batch_correction": True}
+    corrected = groups.compared(ATAC, **options)
+    close(corrected["effect_size"], groups.draws(ATAC, idx1, (0, 1)).mean(0) - groups.draws(ATAC, idx2, (0, 1)).mean(0))
     # One batch named stands for both groups.
-    one = groups.compared("p", batchid1="batch_1", **asked)
-    close(one["effect_size"], groups.draws("p", idx1, (1,)).mean(0) - groups.draws("p", idx2, (1,)).mean(0))
-    different = groups.compared("p", unit="cell", batchid1="batch_0", batchid2="batch_1", **asked)
-    close(different["est_prob1"], groups.draws("p", idx1, (0,)).mean(0))
-    close(different["est_prob2"], groups.draws("p", idx2, (1,)).mean(0))
+    one = groups.compared(ATAC, batchid1="batch_1", **options)
+    close(one["effect_size"], groups.draws(ATAC, idx1, (1,)).mean(0) - groups.draws(ATAC, idx2, (1,)).mean(0))
+    different = groups.compared(ATAC, unit="cell", batchid1="batch_0", batchid2="batch_1", **options)
+    close(different["est_prob1"], groups.draws(ATAC, idx1, (0,)).mean(0))
+    close(different["est_prob2"], groups.draws(ATAC, idx2, (1,)).mean(0))
 
 
 def test_a_group_in_two_comparisons_is_decoded_in_the_batches_of_each(groups):
@@ -327,18 +328,18 @@ def test_a_group_in_two_comparisons_is_decoded_in_the_batches_of_each(groups):
     part[np.flatnonzero(batch == "batch_0")[:40]] = "c"
     adata.obs["part"] = part
     table = groups.compared(
-        "p", adata=adata, idx1=None, idx2=None, groupby="part", group1=["a", "b"], group2="c", batch_correction=True
+        ATAC, adata=adata, idx1=None, idx2=None, groupby="part", group1=["a", "b"], group2="c", batch_correction=True
     )
     cells = {name: np.flatnonzero(part == name) for name in "abc"}
     for name, batches in (("a", (0,)), ("b", (0, 1))):
         rows = table[table["group1"] == name]
-        close(rows["est_prob1"], groups.draws("p", cells[name], batches).mean(0))
-        close(rows["est_prob2"], groups.draws("p", cells["c"], batches).mean(0))
+        close(rows["est_prob1"], groups.draws(ATAC, cells[name], batches).mean(0))
+        close(rows["est_prob2"], groups.draws(ATAC, cells["c"], batches).mean(0))
 
 
 def test_random_pairs_share_a_batch(groups):
-    a, b = groups.both("rho", (0, 1))
-    table = groups.compared("rho", unit="cell", batch_correction=True, use_permutation=True, m_permutation=20_000)
+    a, b = groups.both(RNA, (0, 1))
+    table = groups.compared(RNA, unit="cell", batch_correction=True, use_permutation=True, m_permutation=20_000)
     half = [slice(0, groups.n // 2), slice(groups.n // 2, groups.n)]
     every = [CHANGE["log-fold"](a[rows][:, None], b[rows][None], 1e-6) for rows in half]
     above, below = (
@@ -368,9 +369,9 @@ def test_importance_weights_follow_the_posterior_of_the_model(continuum):
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_estimated_pseudocounts(groups, unit):
-    threshold = float(np.median(groups.compared("rho")["raw_mean1"]))
-    table = groups.compared("rho", unit=unit, pseudocounts=None, threshold_counts=threshold, calibrated=False)
-    a, b = groups.both("rho")
+    threshold = float(np.median(groups.compared(RNA)["raw_mean1"]))
+    table = groups.compared(RNA, unit=unit, pseudocounts=None, threshold_counts=threshold, calibrated=False)
+    a, b = groups.both(RNA)
     low1, low2 = (table["raw_mean1"] < threshold).to_numpy(), (table["raw_mean2"] < threshold).to_numpy()
     expected = max(np.quantile(a.max(0)[low1], 0.9), np.quantile(b.max(0)[low2], 0.9))
     close(table["pseudocounts"], expected, atol=1e-6)
@@ -378,13 +379,13 @@ def test_estimated_pseudocounts(groups, unit):
         close(table["lfc_mean"], CHANGE["log-fold"](a, b, expected).mean(0))
     else:
         close(table["lfc_mean"], CHANGE["log-fold"](a.mean(0), b.mean(0), expected), atol=1e-3)
-    assert (groups.compared("rho", pseudocounts=None, threshold_counts=0)["pseudocounts"] == 1e-10).all()
+    assert (groups.compared(RNA, pseudocounts=None, threshold_counts=0)["pseudocounts"] == 1e-10).all()
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_estimated_delta(groups, unit):
-    a, b = groups.both("rho")
+    a, b = groups.both(RNA)
     change = CHANGE["log-fold"]
     r = change(a, b, 1e-6).mean(0) if unit == "cell" else change(a.mean(0), b.mean(0), 1e-6)
-    table = groups.compared("rho", unit=unit, delta=None, calibrated=False)
+    table = groups.compared(RNA, unit=unit, delta=None, calibrated=False)
     close(table["delta"], estimated_delta(r, 0.1), atol=1e-3)

@@ -1,4 +1,4 @@
-"""Differential tests: what comes back, for which groups, from how much memory."""
+"""Differential tests: columns, groups and memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.differential import group_draws as pools
-from pyro_multivi.posterior.differential.compare import estimated_delta
+from pyro_multivi.posterior.differential import group_draws
+from pyro_multivi.posterior.differential.effect import estimated_delta
 from pyro_multivi.posterior.differential.tables import expected_fdr_calls
 from pyro_multivi.posterior.engine.draws import draw
 
@@ -33,27 +34,27 @@ def test_fdr_calls_are_the_largest_prefix_within_the_target():
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_statistics_of_counts_are_of_measured_cells(fitted, groups, site, unit):
-    table = groups.compared(site, unit=unit)
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_statistics_of_counts_are_of_measured_cells(fitted, groups, modality, unit):
+    table = groups.compared(modality, unit=unit)
     for number, index in ((1, groups.first), (2, groups.second)):
         cells = fitted.minibatch(index)
         x = cells.x.to_dense()[cells.has_rna].double().numpy()
         y = cells.y.to_dense()[cells.has_atac].double().numpy()
         assert 0 < len(x) < len(index)
-        if site == "p":
+        if modality is ATAC:
             close(table[f"emp_prob{number}"], (y > 0).mean(0), atol=1e-9)
             continue
         close(table[f"raw_mean{number}"], x.mean(0), atol=1e-9)
         close(table[f"non_zeros_proportion{number}"], (x > 0).mean(0), atol=1e-9)
         close(table[f"raw_normalized_mean{number}"], (1e4 * x / x.sum(1, keepdims=True)).mean(0), atol=1e-6)
-    if site == "p":
+    if modality is ATAC:
         close(table["emp_effect"], table["emp_prob1"] - table["emp_prob2"])
 
 
 def test_without_measured_cells_counts_are_nan_and_it_is_said(groups, caplog):
     atac_only = np.arange(150, 200)
-    table = groups.compared("rho", idx1=atac_only, idx2=np.arange(100))
+    table = groups.compared(RNA, idx1=atac_only, idx2=np.arange(100))
     assert "Group 1 has no cell with RNA" in caplog.text
     assert table[["raw_mean1", "non_zeros_proportion1", "raw_normalized_mean1"]].isna().all(axis=None)
     assert table["raw_mean2"].notna().all()
@@ -75,7 +76,7 @@ def test_columns_and_order_are_those_scvi_users_know(fitted, groups):
         "prob_da", "is_da_fdr", "bayes_factor", "effect_size", "emp_effect", "est_prob1", "est_prob2",
         "emp_prob1", "emp_prob2", "change_mean", "change_std", "delta", "comparison", "group1", "group2",
     ]  # fmt: skip
-    assert list(da.index) == 4 * groups.names("p")
+    assert list(da.index) == 4 * groups.names(ATAC)
     short = fitted.differential_accessibility(groupby="cell_type", n_samples=100, all_stats=False)
     assert list(short.columns) == [name for name in da if not name.startswith("emp_")]
     pd.testing.assert_frame_equal(short, da[short.columns])
@@ -84,19 +85,19 @@ def test_columns_and_order_are_those_scvi_users_know(fitted, groups):
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_sign_is_group_1_over_group_2(groups, site, unit):
-    change = "lfc_mean" if site == "rho" else "change_mean"
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_sign_is_group_1_over_group_2(groups, modality, unit):
+    change = "lfc_mean" if modality is RNA else "change_mean"
     # Of the model's means as they are: counts may turn a change that the decoder has wrong.
-    table = groups.compared(site, unit=unit, calibrated=False)
-    first, second = ("scale1", "scale2") if site == "rho" else ("est_prob1", "est_prob2")
+    table = groups.compared(modality, unit=unit, calibrated=False)
+    first, second = ("scale1", "scale2") if modality is RNA else ("est_prob1", "est_prob2")
     ratio = np.log2(table[first] / table[second])
     # Means of logarithms and logarithms of means agree in sign where they are not near 0.
     sure = (ratio.abs() > 1).to_numpy()
     assert sure.sum() > 3
     assert (np.sign(table[change]) == np.sign(ratio))[sure].all()
-    straight = groups.compared(site, unit=unit)
-    turned = groups.compared(site, unit=unit, idx1=groups.second, idx2=groups.first)
+    straight = groups.compared(modality, unit=unit)
+    turned = groups.compared(modality, unit=unit, idx1=groups.second, idx2=groups.first)
     close(straight[change], -turned[change])
 
 
@@ -132,7 +133,7 @@ def test_cells_without_a_group_are_in_no_rest(fitted):
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_a_feature_list_gives_the_same_probabilities(fitted, groups, unit):
-    table = groups.compared("rho", unit=unit)
+    table = groups.compared(RNA, unit=unit)
     some = fitted.differential_expression(
         idx1=groups.first, idx2=groups.second, n_samples=groups.n, unit=unit, batch_size=7,
         gene_list=["gene_07", "gene_30"],
@@ -154,8 +155,8 @@ def test_seeds_and_the_users_data(fitted, unit, global_rng_untouched):
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_no_tensor_holds_all_features_of_all_draws(groups, site, unit, monkeypatch):
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_no_tensor_holds_all_features_of_all_draws(groups, modality, unit, monkeypatch):
     widths = []
     logits_at = Readout._logits_at
 
@@ -166,26 +167,26 @@ def test_no_tensor_holds_all_features_of_all_draws(groups, site, unit, monkeypat
 
     monkeypatch.setattr(Readout, "_logits_at", spy)
     monkeypatch.setattr(Readout, "dense", lambda self: pytest.fail("all features at once"))
-    monkeypatch.setattr(pools, "_LEAST_WIDTH", 1)
-    monkeypatch.setattr(pools, "BLOCK", 8 * groups.n)
+    monkeypatch.setattr(group_draws, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(group_draws, "BLOCK", 8 * groups.n)
     monkeypatch.setattr("pyro_multivi.distributions.kernels.readout.STREAM_WIDTH", 8)
-    whole = groups.compared(site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    whole = groups.compared(modality, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
     assert max(widths) == 8
     monkeypatch.undo()
-    again = groups.compared(site, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
+    again = groups.compared(modality, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
     pd.testing.assert_frame_equal(whole, again, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_each_group_is_decoded_once_for_all_comparisons(fitted, unit, monkeypatch):
     drawn = []
-    draw = pools.DrawSource.draw
+    draw = group_draws.DrawSource.draw
 
     def spy(self, index, batches):
         drawn.append(len(index))
         return draw(self, index, batches)
 
-    monkeypatch.setattr(pools.DrawSource, "draw", spy)
+    monkeypatch.setattr(group_draws.DrawSource, "draw", spy)
     fitted.differential_accessibility(groupby="cell_type", unit=unit, n_samples=20, pseudocounts=None, delta=None)
     assert sorted(drawn) == sorted(fitted.adata.obs["cell_type"].value_counts())
 
@@ -204,16 +205,16 @@ def smooth(groups):
 
 
 @pytest.mark.parametrize("batch_correction", [False, True])
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_counts_correct_what_the_decoder_smooths_away(smooth, site, batch_correction):
-    asked = {"batch_correction": batch_correction, "all_stats": True}
-    plain, corrected = (smooth.compared(site, calibrated=calibrated, **asked) for calibrated in (False, True))
-    if site == "rho":
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_counts_correct_what_the_decoder_smooths_away(smooth, modality, batch_correction):
+    options = {"batch_correction": batch_correction, "all_stats": True}
+    plain, corrected = (smooth.compared(modality, calibrated=calibrated, **options) for calibrated in (False, True))
+    if modality is RNA:
         counted = np.log2(plain["raw_normalized_mean1"]) - np.log2(plain["raw_normalized_mean2"])
     else:
         counted = plain["emp_effect"]
-    change = "lfc_mean" if site == "rho" else "change_mean"
-    sure = np.abs(counted) > (0.8 if site == "rho" else 0.1)
+    change = "lfc_mean" if modality is RNA else "change_mean"
+    sure = np.abs(counted) > (0.8 if modality is RNA else 0.1)
     assert sure.sum() >= 8
 
     def slope(table):
@@ -224,7 +225,7 @@ def test_counts_correct_what_the_decoder_smooths_away(smooth, site, batch_correc
     assert slope(corrected) < 1.1
 
 
-def test_where_nothing_was_measured_the_model_speaks(smooth):
+def test_where_nothing_was_measured_counts_correct_nothing(smooth):
     rna_only = {"idx1": np.arange(100, 125), "idx2": np.arange(125, 150), "mode": "vanilla"}
-    plain, corrected = (smooth.compared("p", calibrated=calibrated, **rna_only) for calibrated in (False, True))
+    plain, corrected = (smooth.compared(ATAC, calibrated=calibrated, **rna_only) for calibrated in (False, True))
     close(corrected["proba_m1"], plain["proba_m1"])

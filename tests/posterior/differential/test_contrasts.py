@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_multivi.posterior.differential.cell_pairs import Side, pair_order
-from pyro_multivi.posterior.differential.contrasts import Contrast, Parts
-from pyro_multivi.posterior.differential.group_draws import Key, _evenly
+from pyro_multivi.posterior.differential.cell_pairs import DrawSelection, pair_order
+from pyro_multivi.posterior.differential.contrasts import Contrast, Partition
+from pyro_multivi.posterior.differential.group_draws import DrawKey, choose_evenly
 
 
 def test_every_group_is_a_union_of_disjoint_parts():
@@ -17,11 +17,11 @@ def test_every_group_is_a_union_of_disjoint_parts():
     for _ in range(4):
         side = rng.integers(3, size=50)
         contrasts.append(Contrast(*(torch.from_numpy(np.flatnonzero(side == one)) for one in (1, 2))))
-    parts = Parts.of(contrasts)
+    parts = Partition.of(contrasts)
     everyone = torch.cat(parts.cells)
     assert len(torch.unique(everyone)) == len(everyone)
-    for contrast, sides in zip(contrasts, parts.sides, strict=True):
-        for index, numbers in zip((contrast.index1, contrast.index2), sides, strict=True):
+    for contrast, groups in zip(contrasts, parts.groups, strict=True):
+        for index, numbers in zip((contrast.index1, contrast.index2), groups, strict=True):
             union = torch.cat([parts.cells[number] for number in numbers]).sort()[0]
             assert torch.equal(union, index)
 
@@ -31,19 +31,19 @@ def test_there_are_no_more_parts_than_groups():
     against_rest = [
         Contrast(cells[one], torch.cat([cells[two] for two in range(3) if two != one]).sort()[0]) for one in range(3)
     ]
-    parts = Parts.of(against_rest)
+    parts = Partition.of(against_rest)
     assert [part.tolist() for part in parts.cells] == [part.tolist() for part in cells]
-    assert parts.sides == (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1)))
+    assert parts.groups == (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1)))
     # A single comparison against the rest needs no more than two.
-    assert len(Parts.of(against_rest[:1]).cells) == 2
+    assert len(Partition.of(against_rest[:1]).cells) == 2
 
 
 def test_a_union_has_draws_of_its_parts_in_proportion_and_of_each_batch():
-    keys, strata = [Key(0, (0, 1)), Key(1, (0, 1)), Key(2, (0, 1))], [slice(0, 50), slice(50, 100)]
+    keys, strata = [DrawKey(0, (0, 1)), DrawKey(1, (0, 1)), DrawKey(2, (0, 1))], [slice(0, 50), slice(50, 100)]
     values = {key: torch.arange(100.0)[:, None] + 1000 * key.part for key in keys}
     number = np.zeros(3)
     for seed in range(200):
-        taken = Side.of(np.random.default_rng(seed), keys, [7, 3, 1], strata).take(values)[:, 0]
+        taken = DrawSelection.choose(np.random.default_rng(seed), keys, [7, 3, 1], strata).take(values)[:, 0]
         assert len(taken) == 100
         assert (taken[:50] % 1000 < 50).all()
         assert (taken[50:] % 1000 >= 50).all()
@@ -66,7 +66,7 @@ def test_pairs_share_a_batch(n_pairs):
 
 
 def test_any_draws_in_a_row_have_each_cell_nearly_as_often():
-    chosen, number = _evenly(np.random.default_rng(0), 7, 50)
+    chosen, number = choose_evenly(np.random.default_rng(0), 7, 50)
     for start in range(40):
         times = np.bincount(chosen[start : start + 10], minlength=7)
         assert np.ptp(times) <= 2

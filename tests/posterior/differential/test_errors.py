@@ -1,4 +1,4 @@
-"""What a differential test refuses, and how it says so."""
+"""Arguments that differential tests refuse, and the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differential tests against what is known: simulated truth, cells of one kind, markers of cell lines."""
+"""Differential tests against known answers: simulated truth, cells of one type, markers of cell lines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi.data.modality import ATAC, RNA
 
 pytestmark = pytest.mark.slow
 
 N_GENES, N_REGIONS = 200, 400
 SEEDS = (40, 41, 42)
-DELTA = {"rho": 0.25, "p": 0.05}
-PROBABILITY = {"rho": "proba_de", "p": "prob_da"}
+DELTA = {RNA: 0.25, ATAC: 0.05}
+PROBABILITY = {RNA: "proba_de", ATAC: "prob_da"}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +34,13 @@ def simulated():
     return models
 
 
-def compare(model, site, **arguments):
-    if site == "rho":
-        return model.differential_expression(**arguments)
-    return model.differential_accessibility(**arguments)
+def compare(model, modality, **arguments):
+    return getattr(model, f"differential_{modality.name}")(**arguments)
 
 
-def true_change(adata, site, first, second):
+def true_change(adata, modality, first, second):
     """On the scale of the test: log2 ratio of mean rho, difference of mean p d r at the mean of d."""
-    if site == "rho":
+    if modality is RNA:
         truth = adata.obsm["true_rho"]
         return np.log2(truth[first].mean(0)) - np.log2(truth[second].mean(0))
     measured = (adata.obs["modality"] != "expression").to_numpy() & (first | second)
@@ -50,23 +49,24 @@ def true_change(adata, site, first, second):
     return detected[first].mean(0) - detected[second].mean(0)
 
 
-def one_against_rest(model, site, **arguments):
+def one_against_rest(model, modality, **arguments):
     """(probability, called, true change) of every feature, for each type against the rest."""
-    names = list(model.spec.gene_names if site == "rho" else model.spec.region_names)
+    names = list(modality.feature_names_in(model.spec))
     types = model.adata.obs["cell_type"].to_numpy().astype(str)
-    table = compare(model, site, groupby="cell_type", **arguments)
+    table = compare(model, modality, groupby="cell_type", **arguments)
     for group, rows in table.groupby("group1"):
         rows = rows.loc[names]
-        called = rows["is_de_fdr_0.05" if site == "rho" else "is_da_fdr"].to_numpy(dtype=bool)
-        yield rows[PROBABILITY[site]].to_numpy(), called, true_change(model.adata, site, types == group, types != group)
+        called = rows["is_de_fdr_0.05" if modality is RNA else "is_da_fdr"].to_numpy(dtype=bool)
+        change = true_change(model.adata, modality, types == group, types != group)
+        yield rows[PROBABILITY[modality]].to_numpy(), called, change
 
 
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_false_discoveries_stay_near_the_target(simulated, site):
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_false_discoveries_stay_near_the_target(simulated, modality):
     report, rates = [], []
     for seed, model in zip(SEEDS, simulated, strict=True):
-        _, called, change = (np.concatenate(part) for part in zip(*one_against_rest(model, site), strict=True))
-        changed = np.abs(change) >= DELTA[site]
+        _, called, change = (np.concatenate(part) for part in zip(*one_against_rest(model, modality), strict=True))
+        changed = np.abs(change) >= DELTA[modality]
         rate, power = (called & ~changed).sum() / max(1, called.sum()), (called & changed).sum() / changed.sum()
         report.append(f"seed {seed}: FDR {rate:.3f}, power {power:.3f}, {called.sum()} called")
         rates.append(rate)
@@ -75,25 +75,25 @@ def test_false_discoveries_stay_near_the_target(simulated, site):
 
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_cells_of_one_kind_do_not_differ(simulated, site, unit):
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_cells_of_one_type_do_not_differ(simulated, modality, unit):
     for seed, model in zip(SEEDS, simulated, strict=True):
         rng = np.random.default_rng(seed)
         for group in ("type_0", "type_1"):
             cells = rng.permutation(np.flatnonzero(model.adata.obs["cell_type"] == group))
             half = len(cells) // 2
-            table = compare(model, site, idx1=cells[:half], idx2=cells[half:], unit=unit)
-            share = table["is_de_fdr_0.05" if site == "rho" else "is_da_fdr"].mean()
+            table = compare(model, modality, idx1=cells[:half], idx2=cells[half:], unit=unit)
+            share = table["is_de_fdr_0.05" if modality is RNA else "is_da_fdr"].mean()
             assert share <= 0.01, f"seed {seed}, {group}: {share:.3f} called"
 
 
-@pytest.mark.parametrize("site", ["rho", "p"])
-def test_probabilities_are_the_shares_of_true_changes(simulated, site):
-    every = [part for model in simulated for part in one_against_rest(model, site)]
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_probabilities_are_the_shares_of_true_changes(simulated, modality):
+    every = [part for model in simulated for part in one_against_rest(model, modality)]
     # All genes go down together where a few go up. If by nearly delta, they are one event: many or none.
-    every = [part for part in every if abs(abs(np.median(part[2])) - DELTA[site]) > 0.2 * DELTA[site]]
+    every = [part for part in every if abs(abs(np.median(part[2])) - DELTA[modality]) > 0.2 * DELTA[modality]]
     probability, change = (np.concatenate([part[column] for part in every]) for column in (0, 2))
-    changed = np.abs(change) >= DELTA[site]
+    changed = np.abs(change) >= DELTA[modality]
     table, sizes, excess = [], [], []
     for low, high in pairwise(np.linspace(0, 1, 6)):
         rows = (probability >= low) & ((probability < high) | (high == 1))

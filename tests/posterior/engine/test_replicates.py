@@ -1,15 +1,12 @@
-"""Replicated counts, the sums made of them, and what is refused."""
+"""Replicated counts, and requests for them that are refused."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.posterior.checks.scoring import LEVELS, Coverage, Imputation, Reliability
-from pyro_multivi.posterior.checks.statistics import FeatureSums, compare
 from pyro_multivi.posterior.engine import replicates as predictive
 from pyro_multivi.posterior.engine.draws import draw
 from pyro_multivi.posterior.engine.replicates import hide, observed_matrix, replicate
@@ -114,82 +111,6 @@ def test_too_many_samples_are_refused_with_the_alternative(fitted, monkeypatch):
 def test_sample_refuses(fitted, arguments, message):
     with pytest.raises(ValueError, match=message):
         fitted.posterior_predictive_sample(**arguments)
-
-
-def test_sums_are_statistics_of_each_group():
-    rng = np.random.default_rng(0)
-    counts = rng.poisson(2.0, (3, 20, 5))
-    group = rng.integers(0, 2, 20)
-    sums = FeatureSums("x", 2, 3, 5)
-    for rows in (slice(0, 7), slice(7, 20)):
-        for draws in (slice(0, 2), slice(2, 3)):
-            sums.add(group[rows], draws, torch.from_numpy(counts[draws, rows]).float())
-    for code in (0, 1):
-        part = counts[:, group == code]
-        found = sums.statistics(code)
-        np.testing.assert_allclose(found["mean"], part.mean(1))
-        np.testing.assert_allclose(found["variance"], part.var(1, ddof=1))
-        np.testing.assert_allclose(found["cv"], part.std(1, ddof=1) / part.mean(1))
-        np.testing.assert_allclose(found["zero_fraction"], (part == 0).mean(1))
-
-
-def test_p_value_counts_ties_by_half_and_leaves_out_what_is_undefined():
-    observed = np.array([1.0, 5.0, np.nan, 2.0])
-    replicated = np.array([[1, 1, 1, np.nan], [0, 2, 1, 3], [1, 3, 1, 1], [2, 4, 1, 3]], float)
-    found = compare(observed, replicated, 0.5)
-    np.testing.assert_allclose(found["p_value"], [0.5, 0.0, np.nan, 2 / 3])
-    np.testing.assert_allclose(found["replicated"], [1.0, 2.5, 1.0, 7 / 3])
-    assert (found["lower"] <= found["replicated"]).all()
-    assert (found["upper"] >= found["replicated"]).all()
-
-
-def test_coverage_of_the_right_model_is_nominal_even_for_mostly_zero_counts():
-    rng = np.random.default_rng(0)
-    coverage = Coverage()
-    for mean in (0.05, 1.0, 30.0):
-        counts, replicates = rng.poisson(mean, 20_000), rng.poisson(mean, (19, 20_000))
-        below, equal = (replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None]
-        coverage.add(below, equal, 19, np.full(below.shape, mean))
-    curve = coverage.curve()
-    assert curve["nominal"].tolist() == 2 * list(LEVELS)
-    assert curve["n"].unique().tolist() == [60_000, 40_000]
-    assert curve["covered"].to_numpy() == pytest.approx(curve["nominal"].to_numpy(), abs=0.01)
-    narrow = Coverage()
-    counts, replicates = rng.negative_binomial(1, 0.1, 20_000), rng.poisson(9.0, (99, 20_000))
-    below, equal = (replicates < counts).sum(0)[None], (replicates == counts).sum(0)[None]
-    narrow.add(below, equal, 99, np.full(below.shape, 9.0))
-    assert narrow.scores()["coverage_90"] == narrow.scores()["coverage_90_expected_1"] < 0.5
-
-
-def test_reliability_of_right_and_of_wrong_probabilities():
-    rng = np.random.default_rng(0)
-    probability = rng.beta(0.5, 2.0, (2000, 30))
-    is_open = (rng.random(probability.shape) < probability).astype(float)
-    right, wrong = Reliability(30), Reliability(30)
-    for rows in (slice(0, 900), slice(900, 2000)):
-        right.add(probability[rows], is_open[rows])
-        wrong.add(np.sqrt(probability[rows]), is_open[rows])
-    scores = right.scores()
-    assert scores["ece"] < 0.005
-    assert scores["brier"] == pytest.approx(((probability - is_open) ** 2).mean())
-    assert scores["brier"] < scores["brier_of_region_rates"]
-    assert wrong.scores()["ece"] == pytest.approx((np.sqrt(probability) - probability).mean(), abs=0.01)
-    curve = right.curve()
-    assert curve["n"].sum() == probability.size
-    assert (curve["predicted"] >= curve["from"]).all()
-    assert (curve["predicted"] <= curve["to"]).all()
-
-
-def test_imputation_correlates_feature_by_feature():
-    rng = np.random.default_rng(0)
-    measured = rng.poisson(3.0, (50, 4)).astype(float)
-    predicted = measured * [1.0, -1.0, 0.0, 2.0] + [0.0, 10.0, 3.0, 1.0]
-    imputation = Imputation(4)
-    imputation.add(predicted[:20], measured[:20])
-    imputation.add(predicted[20:], measured[20:])
-    table = imputation.table()
-    np.testing.assert_allclose(table["measured"], measured.mean(0))
-    np.testing.assert_allclose(table["correlation"], [1.0, -1.0, np.nan, 1.0], atol=1e-9)
 
 
 def test_observed_matrix_is_the_data_as_the_model_sees_them(fitted):

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi import MULTIVI, NotTrainedError, simulate_multiome
+from pyro_multivi.data.checks import least_draws
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
@@ -18,7 +19,7 @@ from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import draw
 from pyro_multivi.posterior.quantities import estimates
 from pyro_multivi.posterior.quantities.estimates import Quantity
-from pyro_multivi.posterior.quantities.summary import Estimate, least_draws, summarise
+from pyro_multivi.posterior.quantities.summary import Estimate, summarise
 
 METHODS = ["get_normalized_expression", "get_accessibility_estimates"]
 SOME = [3, 120, 121, 199]  # paired, RNA-only twice, ATAC-only

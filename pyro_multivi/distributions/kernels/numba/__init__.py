@@ -1,1 +1,4 @@
-"""The element-wise loops of the likelihoods, compiled by Numba. Imported only where compilation is asked for."""
+"""Element-wise loops of likelihoods and first layers, compiled by Numba.
+
+Only ``loops`` and ``scalar_math`` import Numba, an optional dependency: :func:`.switch.compiled_loops` imports them.
+"""

@@ -1,4 +1,4 @@
-"""The walk over blocks of genes in compiled loops."""
+"""Walk over the blocks of genes that evaluates a likelihood of counts in compiled loops."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.distributions.kernels.blocks import Block, sum_of_logs_of_products
-from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, Walk
+from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, CountsWalk
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
-from pyro_multivi.distributions.kernels.products import Layer
+from pyro_multivi.distributions.kernels.products import BlockwiseReadout
 
-# The loops take mean / theta for 2^-126 at least.
+# In the loops mean / theta is at least 2^-126.
 _LARGEST_THETA = 1e20
 
 
 def loops_for_counts(term: CountsTerm) -> ModuleType | None:
-    """The module of loops if they are wanted and can take these counts: dispersions per gene, whole counts."""
+    """Module of the compiled loops if they are switched on and can take ``term``: theta per gene, whole counts."""
     theta, family = term.theta, term.family
     loops = loops_for(term.hidden_nh)
     if loops is None or theta is None or theta.dim() != 1:
@@ -30,8 +30,8 @@ def loops_for_counts(term: CountsTerm) -> ModuleType | None:
     return loops if can else None
 
 
-class CompiledWalk(Walk):
-    """:class:`Walk` in loops; what is not wanted they write all the same."""
+class CompiledCountsWalk(CountsWalk):
+    """:class:`CountsWalk` in compiled loops, which write all results, needed or not."""
 
     def __init__(self, term: CountsTerm, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
         super().__init__(term, weights_n, want_value)
@@ -44,38 +44,34 @@ class CompiledWalk(Walk):
         self.value_cn = torch.zeros(self.n_chunks, self.n)
         self.gate_e = torch.empty(len(self.x_e))
 
-    def product(self, layer: Layer, block: Block, out: Tensor) -> Tensor:
-        """Logits of a block less their bias, in the precision of the products."""
-        return layer.products.logits_less_bias(layer.products.block(block.features), out)
-
-    def by_bias(self, layer: Layer, block: Block) -> np.ndarray[Any, Any]:
-        """Where the derivatives by the block's biases go."""
-        place = torch.empty(len(layer.bias)) if layer.d_bias is None else layer.d_bias
+    def by_bias(self, readout: BlockwiseReadout, block: Block) -> np.ndarray[Any, Any]:
+        """Memory for the derivatives by the block's biases."""
+        place = torch.empty(len(readout.bias)) if readout.d_bias is None else readout.d_bias
         return place[block.features].numpy()
 
     def fill_logits(self) -> Tensor:
-        """:meth:`Walk.fill_logits`, each thread's normalizer over its features first."""
+        """:meth:`CountsWalk.fill_logits`, from each thread's normalizer over its features."""
         peaks, sums = torch.empty(2, len(self.blocks) * self.n_chunks, self.n)
         for number, block in enumerate(self.blocks):
             logits = self.piece(self.log2_mean, block)
-            product = self.product(self.layer, block, logits)
+            product = self.rho.logits_less_bias(block, logits)
             chunks = slice(number * self.n_chunks, (number + 1) * self.n_chunks)
             self.loops.softmax(
-                logits.numpy(), halves(product), self.layer.bias[block.features].detach().numpy(),
+                logits.numpy(), halves(product), self.rho.bias[block.features].detach().numpy(),
                 peaks[chunks].numpy(), sums[chunks].numpy(),
             )  # fmt: skip
         largest = peaks.amax(0)
         return sums.mul_(peaks.sub_(largest).exp2_()).sum(0).log2_().add_(largest)
 
     def add_zeros(self, block: Block) -> None:
-        """:meth:`Walk.add_zeros`, which it falls back on where a probability is too small."""
+        """:meth:`CountsWalk.add_zeros`, which replaces the loop where a probability is too small."""
         gate, spare, *_ = self.scratch_of(block)
         products, entries = spare[: self.loops.n_folds(len(spare))], self.term.entries
         by_gate: Tensor | None = None
         of_gate: tuple[object, ...] = (None, None, None, None)
         if self.gate is not None:
-            # Logits until the loop has made derivatives of them.
-            by_gate = self.product(self.gate, block, gate)
+            # Logits here; the loop overwrites them with derivatives.
+            by_gate = self.gate.logits_less_bias(block, gate)
             bias = self.gate.bias[block.features].detach().numpy()
             of_gate = gate.numpy(), halves(by_gate), bias, self.by_bias(self.gate, block)
         self.loops.zeros(
@@ -96,7 +92,7 @@ class CompiledWalk(Walk):
             self.gate.contract(block, by_gate)
 
     def add_nonzeros(self) -> None:
-        """:meth:`Walk.add_nonzeros`."""
+        """:meth:`CountsWalk.add_nonzeros`."""
         entries, slope_cn = self.term.entries, torch.zeros_like(self.value_cn)
         log2_mean_gn, slope_gn = (buffer.view(len(self.theta_g), self.n) for buffer in (self.log2_mean, self.slope))
         self.loops.nonzeros(
@@ -109,14 +105,14 @@ class CompiledWalk(Walk):
         self.total_slope += slope_cn.sum(0)
 
     def add_slopes(self, block: Block, by_library: Tensor) -> None:
-        """:meth:`Walk.add_slopes`, for a softmax."""
+        """:meth:`CountsWalk.add_slopes`, for a softmax."""
         if not self.term.family.is_softmax:
             super().add_slopes(block, by_library)
             return
         slope = self.piece(self.slope, block)
-        residual = self.layer.products.place(slope)
+        residual = self.rho.products.place(slope)
         self.loops.softmax_slopes(
             self.piece(self.log2_mean, block).numpy(), slope.numpy(), halves(residual), by_library.numpy(),
-            self.weight_n, self.by_bias(self.layer, block), self.n_chunks,
+            self.weight_n, self.by_bias(self.rho, block), self.n_chunks,
         )  # fmt: skip
-        self.layer.contract(block, residual)
+        self.rho.contract(block, residual)

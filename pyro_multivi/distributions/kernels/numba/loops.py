@@ -1,12 +1,11 @@
-"""The element-wise part of the block-wise likelihoods as loops that Numba compiles, in float32 on a CPU.
+"""Element-wise part of the block-wise likelihoods, as loops that Numba compiles, in float32 on a CPU.
 
-Operation by operation torch walks over a block some twenty times. Here the cells of a feature stay in the first cache
-from logit to residual, and each thread has features of its own. The formulas are those of
-:mod:`blockwise_accessibility`, :mod:`blockwise_counts` and :mod:`blockwise_inflation`, in whose words the names are;
-what these do about numbers out of range is left to them: a loop returns the products of probabilities that it would
-have to take logarithms of, and the caller sees from them whether it may be trusted.
+Operation by operation torch passes over a block some twenty times. Here the cells of a feature stay in the first cache
+from logit to residual, and each thread has features of its own. Formulas and names are those of the modules
+``accessibility``, ``counts`` and ``zero_inflation`` above. Numbers out of range are left to them: a loop returns the
+products of probabilities instead of their logarithms, and the caller sees from the products whether any underflowed.
 
-This module imports Numba, an optional dependency, so it is imported by :mod:`loops` alone, when asked for.
+This module imports Numba, an optional dependency, so only :mod:`.switch` imports it, and late.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from pyro_multivi.distributions.kernels.numba.scalar_math import (
     Array,
     dot,
     exp2,
+    from_half,
     log1p,
-    of_half,
     rising,
     softplus,
     to_half,
@@ -35,7 +34,7 @@ from pyro_multivi.distributions.kernels.numba.scalar_math import (
 # Features whose probabilities are multiplied before a logarithm is taken.
 FOLD = 8
 _LOG_FACTORIAL = np.array([math.lgamma(x + 1) for x in range(256)])
-# Features of a first layer's weight that are read at a time: half a megabyte of 128 columns.
+# Features of a first layer's weight that are read at once: half a megabyte of 128 columns.
 _AT_A_TIME = 1024
 # In elements of float32.
 _CACHE_LINE = 16
@@ -67,9 +66,9 @@ def regions(
     block_mn
         In: logits, out: residuals.
     halves_mn
-        They stand here if they are bfloat16, as whole numbers of that many bits; else None.
+        Logits and residuals if they are bfloat16, as whole numbers of 16 bits; else None.
     start_m, row
-        Where the entries of each region and one more begin, (m + 1,), and the cells of the first region's onwards.
+        First entry of each region, and the end of the last, (m + 1,); cells of the entries from the first region on.
     products_gn
         Out: (1 - p d r), or p d r of open regions, multiplied over :data:`FOLD` regions.
     d_cell_cn
@@ -86,7 +85,7 @@ def regions(
         for i in range(first, last):
             bias, inverse_r, rest_r = bias_m[i], inverse_r_m[i], rest_r_m[i]
             for j in range(n):
-                logit = (block_mn[i, j] if halves_mn is None else of_half(halves_mn[i, j])) + bias
+                logit = (block_mn[i, j] if halves_mn is None else from_half(halves_mn[i, j])) + bias
                 logit = limit if logit > limit else logit
                 logit = -limit if logit < -limit else logit
                 e[j] = exp2(logit)
@@ -118,7 +117,7 @@ def softmax(log2_mn: Array, halves_mn: Any, bias_m: Array, peak_cn: Array, sum_c
     Parameters
     ----------
     log2_mn
-        In: logits less their bias, in units of log(2), unless they stand in ``halves_mn``, see :func:`regions`; out:
+        In: logits less their bias, in units of log(2), unless they are in ``halves_mn``, see :func:`regions`; out:
         logits.
     peak_cn, sum_cn
         Out: largest logit of the features of each thread, and the sum of 2^(logit - largest).
@@ -130,7 +129,7 @@ def softmax(log2_mn: Array, halves_mn: Any, bias_m: Array, peak_cn: Array, sum_c
         peak, total = np.full(n, -np.inf, np.float32), np.zeros(n, np.float32)
         for i in range(first, last):
             for j in range(n):
-                logit = (log2_mn[i, j] if halves_mn is None else of_half(halves_mn[i, j])) + bias_m[i]
+                logit = (log2_mn[i, j] if halves_mn is None else from_half(halves_mn[i, j])) + bias_m[i]
                 log2_mn[i, j] = logit
                 peak[j] = logit if logit > peak[j] else peak[j]
         for i in range(first, last):
@@ -173,22 +172,22 @@ def zeros(
     weight_n: Array, start_m: Array, row: Array, slope_mn: Array, products_gn: Array, value_cn: Array,
     d_theta_m: Array, gate_e: Array,
 ) -> None:  # fmt: skip
-    """A block of counts as if all were zero: NB, or ZINB with a gate.
+    """Log-probabilities and derivatives of a block of counts as if all were zero: NB, or ZINB with a gate.
 
     Parameters
     ----------
     log2_mean_mn, theta_m
-        Of the NB; the former in units of log(2).
+        Mean and inverse dispersion of the NB; the former as a logarithm, in units of log(2).
     gate_mn, gate_halves_mn
         In: logits of the zero inflation less their bias, in units of log(2), out: derivatives by them (of unit 1). They
-        stand in the latter if they are bfloat16, see :func:`regions`. None: an NB.
+        are in the latter if they are bfloat16, see :func:`regions`. None: an NB.
     start_m, row
-        Where a ZINB's non-zero counts are, see :func:`regions`: there a zero has probability 1.
+        Positions of a ZINB's non-zero counts, see :func:`regions`: there a zero has probability 1.
     slope_mn
         Out: derivatives by log(mean).
     products_gn
-        Out: probabilities of zero of a ZINB, multiplied over :data:`FOLD` genes. Where one is too small all results are
-        worthless.
+        Out: probabilities of zero of a ZINB, multiplied over :data:`FOLD` genes. If one is too small, all results are
+        invalid.
     value_cn
         Added to: log-probabilities of an NB, a row for each thread.
     d_theta_m, d_gate_bias_m
@@ -216,7 +215,7 @@ def zeros(
             else:
                 bias = gate_bias_m[i]
                 for j in range(n):
-                    gate[j] = (gate_mn[i, j] if gate_halves_mn is None else of_half(gate_halves_mn[i, j])) + bias
+                    gate[j] = (gate_mn[i, j] if gate_halves_mn is None else from_half(gate_halves_mn[i, j])) + bias
                 for entry in range(start_m[i] - start_m[0], start_m[i + 1] - start_m[0]):
                     gate_e[entry] = gate[row[entry]]
                 for j in range(n):
@@ -253,12 +252,12 @@ def nonzeros(
     x_e: Array, start_g: Array, row_e: Array, log2_mean_gn: Array, theta_g: Array, gate_e: Any, weight_n: Array,
     slope_gn: Array, value_cn: Array, slope_cn: Array, d_theta_g: Array,
 ) -> None:  # fmt: skip
-    """What counts above zero add to what :func:`zeros` has found, all genes in one go.
+    """Correct the results of :func:`zeros` at the counts above zero, of all genes at once.
 
     Parameters
     ----------
     x_e, start_g, row_e
-        Whole counts, ordered by gene, where those of each gene and one more begin, and their cells.
+        Whole counts, ordered by gene; the first of each gene, and the end of the last; their cells.
     gate_e
         Logits of the zero inflation there, in units of log(2): its zeros have left these entries out. None: an NB.
     slope_gn, d_theta_g
@@ -276,7 +275,7 @@ def nonzeros(
                 x, cell = np.float64(x_e[entry]), row_e[entry]
                 log2_mean = log2_mean_gn[gene, cell]
                 u = log2_mean - log2_theta
-                # exp of -|u|, from which softplus(u) and log(mean) - softplus(u) are had without cancellation.
+                # exp of -|u|, from which softplus(u) and log(mean) - softplus(u) follow without cancellation.
                 small = exp2(-abs(u))
                 log_small, less = log1p(small), ONE / (ONE + small)
                 logs, by_theta = rising(x, theta)
@@ -297,11 +296,11 @@ def nonzeros(
 
 @numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def sparse_product(weight_fh: Array, crow: Array, col: Array, val: Array, product_cnh: Array, read_c: Array) -> None:
-    """Compressed rows times a wide matrix, of which each thread has a share of the features and a product of its own.
+    """Compressed rows times a wide matrix; each thread has a share of the features and a product of its own.
 
-    A share is taken in pieces that stay in the cache, for all cells: each row of the weight comes from memory once.
-    It comes in order, before cells look rows up at random, which memory is slow at. ``read_c`` receives the sum of
-    what was read for that purpose; without a use for it the compiler would leave it out.
+    A share is taken in pieces that stay in the cache, for all cells: each row of the weight is loaded from memory once.
+    It is loaded in order, before cells look rows up at random, which is slow from memory. ``read_c`` receives the sum
+    of the elements read for that purpose; without a use for it the compiler would drop the loop.
     """
     n_chunks, n, n_hidden = product_cnh.shape
     n_features = len(weight_fh)

@@ -1,7 +1,7 @@
-"""Functions of single numbers, and a dot product, that the compiled loops are made of.
+"""Functions of single numbers, and a dot product, from which the compiled loops are built.
 
-Numba's cache of a loop looks at the loop's own file alone: whoever changes something here must also ``touch
-compiled.py``. Imported by :mod:`compiled` alone, since it needs Numba.
+Numba's cache of a loop checks only the loop's own file: after a change here, also ``touch loops.py``. Only
+:mod:`.loops` imports this module, since it needs Numba.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 Array = np.ndarray[Any, Any]
 
-# A product may be contracted with a sum. What else is fast would take NaN for impossible, or reorder factors, of which
-# two together may underflow.
+# A product may be contracted with a sum. Other fast flags would assume that there is no NaN, or reorder factors, of
+# which two together may underflow.
 FAST = {"contract"}
 LN_2 = np.float32(math.log(2))
 LOG2_E = np.float32(1 / math.log(2))
@@ -46,7 +46,7 @@ def _polynomial(coefficients: Any, x: Any) -> Any:
 
 @numba.njit(fastmath=FAST, error_model="numpy", cache=True)
 def exp2(x: Any) -> Any:
-    """2^x, to which x beyond +-126 is drawn; NaN stays."""
+    """2^x, with x clamped to +-126; NaN stays."""
     x = np.float32(126) if x > np.float32(126) else x
     x = np.float32(-126) if x < np.float32(-126) else x
     rounded = np.float32(x + _ROUND)
@@ -64,7 +64,7 @@ def log1p(u: Any) -> Any:
     whole = np.int32((bits - _SQRT_HALF_BITS) >> np.int32(23))
     f = np.int32(bits - (whole << np.int32(23))).view(np.float32) - ONE
     ratio = _polynomial(_LOG1P, f)
-    # What 1 + u has lost of u.
+    # The last term is the part of u that rounding of 1 + u has lost.
     return np.float32(whole) * LN_2 + ratio * f + (u - (w - ONE)) / w
 
 
@@ -76,14 +76,14 @@ def softplus(u: Any) -> Any:
 
 
 @numba.njit(cache=True)
-def of_half(half: Any) -> Any:
-    """float32 of a bfloat16, of which it is the first half."""
+def from_half(half: Any) -> Any:
+    """float32 of a bfloat16, whose bits are its first half."""
     return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
 
 
 @numba.njit(cache=True)
 def to_half(x: Any) -> Any:
-    """The nearest bfloat16, of two the even one."""
+    """Nearest bfloat16; of two equally near ones the even one."""
     bits = np.float32(x).view(np.uint32)
     nearest = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
     return nearest if x == x else np.uint16(0x7FC0)

@@ -1,4 +1,4 @@
-"""Whether likelihoods and first layers run as compiled loops."""
+"""Switch from PyTorch's operations to compiled loops, for likelihoods and first layers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _LOOPS: ContextVar[ModuleType | None] = ContextVar("compiled_loops", default=Non
 def compiled_loops() -> Iterator[None]:
     """Run the element-wise part of likelihoods as compiled loops, where there are any: float32 on a CPU.
 
-    They have torch's number of threads, and Numba has its own again afterwards. Counts with a dispersion
-    per cell, Poisson counts, and blocks in which a probability underflows go on without. Numba stops a process that
-    was forked after its threads were started and runs loops too: start such a process by ``spawn``.
+    The loops use torch's number of threads; Numba's own number is restored afterwards. Counts with a dispersion
+    per cell, Poisson counts, and blocks in which a probability underflows are evaluated without them. Numba aborts
+    a process that runs loops and was forked after the threads were started: start such a process by ``spawn``.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def compiled_loops() -> Iterator[None]:
         ) from error
 
     threads, before = torch.get_num_threads(), _start_threads(numba)
-    # Where they are OpenMP's, starting Numba's threads has changed torch's number.
+    # If they are OpenMP's, starting Numba's threads has changed torch's number.
     torch.set_num_threads(threads)
     token = _LOOPS.set(compiled)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
@@ -59,7 +59,10 @@ def compiled_loops() -> Iterator[None]:
 
 
 def _start_threads(numba: ModuleType) -> int:
-    """Start Numba's threads unless it has them, OpenMP's if it can be: those are torch's own, which else would spin."""
+    """Start Numba's threads if need be and return their number.
+
+    They are OpenMP's where possible: those are torch's own, which would otherwise spin beside others.
+    """
     priority = numba.config.THREADING_LAYER_PRIORITY
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     try:
@@ -69,16 +72,16 @@ def _start_threads(numba: ModuleType) -> int:
 
 
 def loops_for(tensor: Tensor) -> ModuleType | None:
-    """The module of loops if they are wanted and can take ``tensor``."""
+    """Module of the compiled loops if they are switched on and can take ``tensor``."""
     fits = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
     return _LOOPS.get() if fits else None
 
 
 def can_read(gemm_dtype: torch.dtype | None) -> bool:
-    """Whether products of this precision can be handed to the loops."""
+    """True if the loops take matrix products of this precision."""
     return gemm_dtype in (None, torch.float32, torch.bfloat16)
 
 
 def halves(product: Tensor) -> np.ndarray[Any, Any] | None:
-    """A product in bfloat16 as the loops read and write it, whole numbers of that many bits; None in float32."""
+    """View of a bfloat16 product for the loops, as whole numbers of 16 bits; None in float32."""
     return None if product.dtype == torch.float32 else product.view(torch.uint16).numpy()

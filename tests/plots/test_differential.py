@@ -1,13 +1,25 @@
-"""Pictures of differential tests: what they draw."""
+"""Figures of differential tests."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from pyro_multivi import plots
+from pyro_multivi import MULTIVI, plots, simulate_multiome
 
 figure = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Cells of 3 types, distinct enough for features to be called."""
+    adata = simulate_multiome(
+        (60, 20, 20), 30, 40, n_latent=3, n_types=3, effect_size=2.0, differential_fraction=0.6, seed=0
+    )
+    MULTIVI.setup_anndata(adata, modality_key="modality")
+    model = MULTIVI(adata, n_hidden=16, n_latent=3)
+    model.train(max_epochs=8, batch_size=32, lr=1e-2, progress_bar=False)
+    return model
 
 
 @pytest.fixture
@@ -47,7 +59,7 @@ def test_top_features_draws_the_strongest_of_each_group(fitted, ax):
     assert labels == expected
 
 
-def test_what_cannot_be_drawn_is_said(fitted, ax):
+def test_tables_that_cannot_be_drawn_are_refused(fitted, ax):
     table = fitted.differential_expression(groupby="cell_type", n_samples=100)
     with pytest.raises(ValueError, match="comparison=None is not in the table: choose one of"):
         plots.volcano(table, ax=ax)

@@ -1,4 +1,4 @@
-"""What other implementations of MultiVI get wrong, one test each, by name."""
+"""Defects of other implementations of MultiVI, one test each."""
 
 from __future__ import annotations
 

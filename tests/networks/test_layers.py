@@ -1,15 +1,13 @@
-"""Layers, encoders and decoders on their own."""
+"""Layers of encoders and decoders: sparse counts, normalisation, covariates."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks import layers
-from pyro_multivi.networks.encoders import HiddenState, LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import BatchNorm, CountsLinear, CovariateStack, NormActivate
 
 SHAPES = [(6, 5), (1, 9), (3, 5000), (4, 4096), (4, 8193)]
@@ -21,8 +19,8 @@ def sparse_and_dense(n, features, density=0.3):
 
 
 @pytest.fixture(params=["at random", "in order"])
-def way(request, monkeypatch):
-    """How the weight of a first layer is read: a wide one feature by feature."""
+def order(request, monkeypatch):
+    """Order in which the weight of a first layer is read: a wide one feature by feature."""
     monkeypatch.setattr("pyro_multivi.networks.layers._CACHED", 0 if request.param == "in order" else 2**30)
     calls = []
     whole = layers._in_order
@@ -31,7 +29,7 @@ def way(request, monkeypatch):
     assert bool(calls) == (request.param == "in order")
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sparse_counts_pass_a_first_layer_as_dense_ones_do(shape):
     layer, (sparse, dense) = CountsLinear(shape[1], 7), sparse_and_dense(*shape)
@@ -47,7 +45,7 @@ def test_sparse_counts_pass_a_first_layer_as_dense_ones_do(shape):
     torch.testing.assert_close(found[0][0], dense @ layer.weight.detach() + layer.bias.detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("dense", [torch.zeros(3, 5), torch.zeros(0, 5)], ids=["empty rows", "no rows"])
 def test_a_first_layer_takes_cells_without_counts(dense):
     layer = CountsLinear(5, 2)
@@ -59,7 +57,7 @@ def test_a_first_layer_takes_cells_without_counts(dense):
 
 
 def test_gradients_of_two_minibatches_add_up():
-    """Buffers are used again; what was handed out must not change under autograd's hands."""
+    """Buffers are used again; gradients that were returned must not change afterwards."""
     layer = CountsLinear(5, 3)
     (a, dense_a), (b, dense_b) = sparse_and_dense(4, 5), sparse_and_dense(6, 5)
     layer(a).sum().backward()
@@ -117,13 +115,13 @@ def test_batch_norm_takes_the_last_dimension_for_the_features():
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.5])
-def test_what_follows_a_linear_map(batch_norm, layer_norm, dropout_rate):
+def test_layers_after_a_linear_map(batch_norm, layer_norm, dropout_rate):
     block = NormActivate(
         4, batch_norm=batch_norm, layer_norm=layer_norm, activation=nn.ReLU(), dropout_rate=dropout_rate
     )
-    kinds = [type(part) for part in block.parts]
+    types = [type(part) for part in block.parts]
     expected = [BatchNorm] * batch_norm + [nn.LayerNorm] * layer_norm + [nn.ReLU] + [nn.Dropout] * (dropout_rate > 0)
-    assert kinds == expected
+    assert types == expected
     assert not any(isinstance(p, nn.LayerNorm) and p.elementwise_affine for p in block.parts)
 
 
@@ -151,65 +149,3 @@ def test_a_stack_without_layers_passes_on_its_input():
     hidden = torch.randn(2, 3)
     assert stack.n_out == 3
     assert torch.equal(stack(hidden, torch.zeros(2, 0)), hidden)
-
-
-# ---------------------------------------------------------------------- encoders
-
-
-def reader(**changes):
-    given = {"n_covariates": 2, "batch_norm": False, "layer_norm": True, "dropout_rate": 0.0, **changes}
-    return SharedFirstLayer(5, 4, **given)
-
-
-def test_a_reader_reads_measured_cells_only():
-    read, (counts, _) = reader(), sparse_and_dense(6, 5)
-    measured = torch.tensor([True, False, True, True, False, False])
-    s, depth = torch.randn(6, 2), torch.arange(6.0)
-    some, every = read(counts, measured, s, depth), read(counts, measured | True, s, depth)
-    assert some.rows.tolist() == [0, 2, 3]
-    assert every.rows is None
-    torch.testing.assert_close(some.hidden, every.hidden[measured])
-    assert torch.equal(some.log_depth, depth[measured])
-    assert torch.equal(some.s, s[measured])
-    elsewhere = torch.full((6, 4), -7.0)
-    spread = some.scatter(some.hidden, elsewhere)
-    torch.testing.assert_close(spread[measured], some.hidden)
-    assert (spread[~measured] == -7).all()
-    assert (elsewhere == -7).all()
-
-
-def test_covariates_are_hidden_from_an_encoder_that_is_not_given_them():
-    read, (counts, _) = reader(n_covariates=0), sparse_and_dense(3, 5)
-    every = torch.ones(3, dtype=torch.bool)
-    one = read(counts, every, torch.randn(3, 2), torch.zeros(3))
-    other = read(counts, every, torch.randn(3, 2), torch.zeros(3))
-    assert torch.equal(one.hidden, other.hidden)
-    assert one.s.shape == (3, 0)
-
-
-@pytest.mark.parametrize("n_layers", [0, 2])
-def test_an_expert_is_a_normal_whose_scale_never_overflows(n_layers):
-    head = NormalHead(
-        4, 3, n_layers, n_covariates=2, inject_everywhere=True, batch_norm=False, layer_norm=False, dropout_rate=0.0
-    )
-    loc, scale = head(HiddenState(None, torch.full((2, 4), 1e6), torch.randn(2, 2), torch.zeros(2)))
-    assert loc.shape == scale.shape == (2, 3)
-    assert torch.isfinite(scale).all()
-    assert torch.isfinite(scale.square()).all()
-
-
-def test_an_untrained_depth_head_returns_the_depth():
-    head = LibraryHead(4, 2, start=-2.0)
-    depth = torch.tensor([1.0, 5.0, 12.0])
-    out = head(HiddenState(None, torch.randn(3, 4), torch.zeros(3, 0), depth), torch.tensor(3.0))
-    torch.testing.assert_close(out, torch.stack([depth, torch.full((3,), -2.0)], 1))
-
-
-def test_a_trained_depth_head_still_sees_the_depth_behind_a_layer_norm():
-    head = LibraryHead(4, 1)
-    nn.init.normal_(head.out.weight)
-    hidden = torch.randn(1, 4).expand(2, 4)
-    out = head(HiddenState(None, hidden, torch.zeros(2, 0), torch.tensor([2.0, 6.0])), torch.tensor(3.0))
-    assert out[0, 0] != out[1, 0]
-    departure = (out[:, 0] - torch.tensor([2.0, 6.0])).detach().numpy()
-    assert np.ptp(departure) > 0

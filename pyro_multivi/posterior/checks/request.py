@@ -1,0 +1,184 @@
+"""Arguments of a predictive check, validated, and its groups of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from pyro_multivi.data.checks import check_choice, check_number, least_draws, nearest, number_of_draws
+from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.posterior.checks.statistics import Grouping, cell_statistics, feature_statistics
+from pyro_multivi.posterior.engine.replicates import DEPTHS
+
+#: The argument ``statistics``: names of built-in ones, or functions of a csr matrix by name.
+Statistics = str | Sequence[str] | Mapping[str, Callable[[Any], ArrayLike]] | None
+
+
+@dataclass
+class CheckRequest:
+    """Arguments of a predictive check; they are validated when it is made.
+
+    Attributes
+    ----------
+    features
+        Positions of the features to check, int64, of each modality of the model; None for all.
+    feature_names
+        Names of these features.
+    statistics
+        As the user gives it: names, functions by name, or None for all built-in ones.
+    n_samples, level, seed
+        Number of replicates, probability of their intervals, seed of the draws.
+    held_out
+        Whether the cells were held out of training.
+    hide_modalities, hidden_depth
+        Whether to hide each modality of paired cells and predict it; see
+        :func:`~pyro_multivi.posterior.engine.replicates.replicate`.
+    built_in
+        Names of the built-in statistics to compute.
+    user
+        The user's own statistics, by name.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range, a name is unknown, or a statistic is no function.
+    """
+
+    features: Mapping[Modality, Tensor | None]
+    feature_names: Mapping[Modality, Sequence[str]]
+    statistics: Statistics
+    n_samples: int
+    level: float
+    seed: int
+    held_out: bool
+    hide_modalities: bool
+    hidden_depth: str
+    built_in: Sequence[str] = field(init=False)
+    user: Mapping[str, UserStatistic] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_samples = number_of_draws(self.n_samples, None)
+        level = check_number("level", self.level)
+        if not 0 < level < 1:
+            raise ValueError(f"level={self.level!r} is not allowed: give a probability such as 0.95.")
+        least = least_draws(level)
+        if self.n_samples < least:
+            raise ValueError(f"n_samples={self.n_samples} is too few for level={self.level!r}: give at least {least}.")
+        self.level = level
+        check_choice("hidden_depth", self.hidden_depth, DEPTHS)
+        known = [
+            name for modality in self.features for name in (*feature_statistics(modality), *cell_statistics(modality))
+        ]
+        self.built_in, self.user = _built_in_and_user(self.statistics, known)
+
+    @property
+    def setting(self) -> str:
+        """Name of the cells in the tables."""
+        return "held-out cells" if self.held_out else "cells"
+
+
+class UserStatistic:
+    """A statistic ``f(counts) -> array`` of the user's.
+
+    Parameters
+    ----------
+    name
+        For messages.
+    function
+        Maps a csr matrix (cells, genes + regions) to a number or a flat array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is called: if it returns no array of numbers, or one that has more than one dimension
+        or another shape than for the observed counts.
+    """
+
+    def __init__(self, name: str, function: Callable[[Any], ArrayLike]) -> None:
+        if not callable(function):
+            raise TypeError(f"statistics[{name!r}] is {function!r}: give a function of counts that returns an array.")
+        self.name, self._function = name, function
+        self._shape: tuple[int, ...] | None = None
+
+    def __call__(self, counts: Any) -> NDArray[np.float64]:
+        """The statistic, (k,)."""
+        found = self._function(counts)
+        try:
+            value = np.asarray(found, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"statistics[{self.name!r}] returned {type(found).__name__}: return a number or a flat array of "
+                "numbers."
+            ) from error
+        if value.ndim > 1 or value.size == 0:
+            raise ValueError(
+                f"statistics[{self.name!r}] returned an array of shape {value.shape}: return a number or a flat, "
+                "non-empty array (of a sparse matrix's sum, take np.asarray(...).ravel())."
+            )
+        if self._shape is not None and value.shape != self._shape:
+            raise ValueError(
+                f"statistics[{self.name!r}] returned shape {value.shape} of replicated and {self._shape} of observed "
+                "counts: its shape must not depend on the counts."
+            )
+        self._shape = value.shape
+        return value.reshape(-1)
+
+
+def batches_and_groups(
+    spec: DataSpec, batch_n: NDArray[np.int64], obs: pd.DataFrame, groupby: str | None
+) -> list[Grouping]:
+    """Groupings of some cells by batch, if there are several, and by a column of obs.
+
+    Parameters
+    ----------
+    spec
+        Set-up of the data.
+    batch_n
+        Batch of each cell.
+    obs
+        Description of the same cells.
+    groupby
+        Column of ``obs``; None for batches alone.
+
+    Raises
+    ------
+    ValueError
+        If ``obs`` has no such column.
+    """
+    found = []
+    if spec.n_batch > 1:
+        found.append(Grouping(spec.setup.batch_key or "batch", batch_n, spec.batch_categories))
+    if groupby is not None:
+        if groupby not in obs:
+            raise ValueError(f"groupby={groupby!r} is no column of obs. {nearest(groupby, list(obs))}")
+        groups = pd.Categorical([None if pd.isna(value) else str(value) for value in obs[groupby]])
+        if not found or groupby != found[0].by:
+            found.append(Grouping(groupby, groups.codes.astype(np.int64), list(map(str, groups.categories))))
+    return found
+
+
+def _built_in_and_user(statistics: Statistics, known: Sequence[str]) -> tuple[list[str], dict[str, UserStatistic]]:
+    if statistics is None:
+        return list(known), {}
+    if isinstance(statistics, Mapping):
+        used = [name for name in statistics if name in known]
+        if used:
+            raise ValueError(f"statistics holds {used[0]!r}, the name of a built-in statistic: choose another name.")
+        return list(known), {str(name): UserStatistic(str(name), function) for name, function in statistics.items()}
+    wanted = [statistics] if isinstance(statistics, str) else list(statistics)
+    if not wanted:
+        raise ValueError("statistics is empty: name at least one, or None for all.")
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f"statistics holds {name!r}: choose from {', '.join(map(repr, known))}, or give functions as "
+                "a mapping {'name': f}."
+            )
+    return wanted, {}
