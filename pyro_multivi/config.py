@@ -1,4 +1,4 @@
-"""What a program is made of: sizes and modelling choices, nothing learned."""
+"""Configuration of a program: sizes and modelling choices, nothing learned."""
 
 from __future__ import annotations
 
@@ -45,45 +45,46 @@ class ProgramConfig:
         regions; a prior on the loadings keeps a wide model from overfitting.)
     n_latent
         Dimension K of the state. Default: 20, or ``n_hidden`` where that is less. (In scvi-tools the square root of
-        ``n_hidden``, 11 of 128; with 20 kinds of cells mix better at the same purity of types.)
+        ``n_hidden``, 11 of 128; with 20 measurement patterns mix better at the same purity of types.)
     n_layers_encoder, n_layers_decoder
         Hidden layers.
     dropout_rate
-        Of the encoders.
+        Dropout rate of the encoders.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
     dispersion
-        What the inverse dispersion depends on besides the gene.
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``: sharing of the inverse dispersion.
     latent_distribution
-        ``"normal"``, or ``"ln"``: the decoders read softmax(z).
+        ``"normal"``, or ``"ln"``: the input of the decoders is softmax(z).
     modality_weights
         Weights of the average of the experts: equal, learned, or learned for each cell.
     modality_penalty
-        What draws the experts of a paired cell together in training: ``"Jeffreys"``, their symmetric
+        Penalty that draws the experts of a paired cell together in training: ``"Jeffreys"``, their symmetric
         Kullback-Leibler divergence; ``"contrastive"``, that and a term by which they must find each
         other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
         :mod:`pyro_multivi.networks.alignment`.
     contrast_weight
         Weight of the term by which the experts of a paired cell must find each other among those of the other
         paired cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves
-        of a cell are matched less closely, but types of cells are purer and kinds mix better in shallow data.
+        of a cell are matched less closely, but types of cells are purer and measurement patterns mix better in
+        shallow data.
         Default: 2.5 with ``modality_penalty="contrastive"``, 0 with any other.
     mixing_weight
-        Weight, in nats, of a penalty for cells whose posterior means tell which modalities were measured in them:
-        the squared maximum mean discrepancy between cells of RNA alone, of ATAC alone and of both. It takes
-        kinds of cells for samples of one population: where they hold other types of cells, say 0. Default: 3
-        with ``modality_penalty="contrastive"``, 0 with any other, which then is all there is.
+        Weight, in nats, of a penalty for measurement patterns whose posterior means lie apart: the squared maximum
+        mean discrepancy between RNA-only, ATAC-only and paired cells. It takes measurement patterns for samples of
+        one population: where they hold other types of cells, give 0. Default: 3 with
+        ``modality_penalty="contrastive"``, 0 with any other, which then is the only penalty.
     region_factors
         Whether regions have a factor r_j; without, it is 1.
     encode_covariates, deeply_inject_covariates
-        Give s to the encoders; to every layer rather than the first.
+        Give s to the encoders; give it to every layer rather than the first.
     use_batch_norm, use_layer_norm
-        In which networks.
+        Networks that have it: ``"none"``, ``"encoder"``, ``"decoder"`` or ``"both"``.
     library
         ``"latent"``: l has a LogNormal prior and its own guide. ``"observed"``: l is the total
         count. ``"size_factor"``: l comes with the data, and rho is only non-negative.
     extra
-        Number of features of each further measurement by name, for a model of your own.
+        Number of features of each extra modality by name, for a custom program.
 
     Raises
     ------

@@ -1,7 +1,4 @@
-"""MultiVI as a Pyro program: ``model`` is the graph, small methods are its edges, ``guide`` stands below.
-
-Nothing here knows AnnData, files or training.
-"""
+"""MultiVI as a Pyro program: ``model`` is the graph, small methods are its edges, ``guide`` stands below."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES, modality_named, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
@@ -41,7 +39,7 @@ _MAX_LOG_LIBRARY_SD = 2.0
 
 
 class HiddenStates(NamedTuple):
-    """First hidden layer of each modality's encoder; None where the model has no features of it."""
+    """First hidden layer of the encoders by modality; None where the model has no features of it."""
 
     rna: HiddenState | None
     atac: HiddenState | None
@@ -143,7 +141,7 @@ class MultiVIProgram(ProgramModules):
             q(\ell_n \mid x_n)\, \delta(d_n - f_\ell(y_n))
 
         k runs over the measured modalities of the cell and the weights sum to one over them: z is
-        the average of what each modality says. Where nothing was measured the prior stands in.
+        the average of one expert per modality. Where nothing was measured the prior takes its place.
         """
         register_param_sites(self, self.uid)
         self.guide_shared()
@@ -189,7 +187,7 @@ class MultiVIProgram(ProgramModules):
         return getattr(self, "log_theta", None)
 
     def theta(self, cells: Cells, s: Tensor, decoded: DecodedExpression, log_theta: Tensor | None) -> Tensor | None:
-        """Inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
+        """theta, inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
         if decoded.theta_logits is not None:
             return decoded.theta_logits.exp()
         if log_theta is None:
@@ -243,29 +241,29 @@ class MultiVIProgram(ProgramModules):
         return mean
 
     def transform(self, z: Tensor) -> Tensor:
-        """What the decoders read of z: z itself, or softmax(z) for ``latent_distribution="ln"``."""
+        """Input of the decoders, (..., B, K): z itself, or softmax(z) for ``latent_distribution="ln"``."""
         return z.softmax(-1) if self.config.latent_distribution == "ln" else z
 
     def observe_extra(self, cells: Cells, z: Tensor, s: Tensor) -> None:
-        """Hook: sample statements of further modalities, inside the plate of cells."""
+        """Hook: sample statements of extra modalities, inside the plate of cells."""
 
     # ------------------------------------------------------------------ edges of the guide
 
     def rna_input(self, x: Tensor) -> Tensor:
-        """What the RNA encoder reads: log(1 + count), the count being that of a cell of typical depth."""
+        """Input of the RNA encoder: log(1 + count), the count being that of a cell of typical depth."""
         per_count = self.rna_log_depth.exp() / rna_totals(x).clamp(min=1.0)
         if isinstance(x, SparseCounts):
             return x.with_values((x.val * per_count.index_select(0, x.rows())).log1p())
         return (x * per_count.unsqueeze(-1)).log1p()
 
     def atac_input(self, y: Tensor) -> Tensor:
-        """What the ATAC encoder reads: 1 where a region is open."""
+        """Input of the ATAC encoder: 1 where a region is open."""
         if isinstance(y, SparseCounts):
             return y.binary()
         return (y > 0).to(y.dtype)
 
     def encode(self, cells: Cells, s: Tensor) -> HiddenStates:
-        """Pass the measured counts through the first layer of each modality."""
+        """Encode the measured counts by the first layer of each modality, which its expert and its depth share."""
         rna = atac = None
         if self.config.n_genes:
             depth = rna_totals(cells.x).clamp(min=1.0).log()
@@ -276,25 +274,22 @@ class MultiVIProgram(ProgramModules):
         return HiddenStates(rna, atac)
 
     def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
-        """One Normal over z per modality, by modality name; extend the dict for a further modality."""
+        """q_k(z) = Normal(mu_k, sigma_k) of each modality, by its name; extend the dict for an extra modality."""
         experts: dict[str, Expert] = {}
         zero = s.new_zeros(len(cells), self.config.latent)
-        for name, reading, head, measured in (
-            ("expression", hidden.rna, getattr(self, "rna_expert", None), cells.has_rna),
-            ("accessibility", hidden.atac, getattr(self, "atac_expert", None), cells.has_atac),
-        ):
-            if reading is not None and head is not None:
-                loc, scale = head(reading)
-                experts[name] = Expert(
-                    reading.scatter(loc, zero), reading.scatter(scale, torch.ones_like(zero)), measured
-                )
+        for modality in modelled(self.config):
+            state: HiddenState = getattr(hidden, modality.key)
+            loc, scale = getattr(self, f"{modality.key}_expert")(state)
+            loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
+            experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
         return experts
 
     def weight_logit(self, name: str, expert: Expert) -> Tensor:
         """Unnormalised log weight of an expert in each cell, (B,)."""
-        place = {"expression": 0, "accessibility": 1}.get(name)
-        if place is None or self.config.modality_weights == "equal":
+        modality = modality_named(name)
+        if modality is None or self.config.modality_weights == "equal":
             return expert.loc.new_zeros(len(expert.loc))
+        place = MODALITIES.index(modality)
         if self.config.modality_weights == "universal":
             return self.weight_logits[place].expand(len(expert.loc))
         logit: Tensor = self.weight_net[place](torch.cat([expert.loc, expert.scale.log()], -1))
@@ -310,13 +305,13 @@ class MultiVIProgram(ProgramModules):
         """z ~ the average of the measured experts, event shape (K,)."""
         return dist.Normal(*self.averaged(experts)).to_event(1)
 
-    def depth_hidden_state(self, reading: HiddenState) -> HiddenState:
-        """What the depth heads read: the shared first layer, which they do not shape.
+    def depth_hidden_state(self, state: HiddenState) -> HiddenState:
+        """Input of the depth heads: the shared first layer, without a gradient to it.
 
-        The gradient stops here: on the cell lines a first layer that also served the depth cost 3 nats
-        per held-out cell. Return ``reading`` for the plain gradient.
+        On the SNARE-seq cell lines a first layer that was also trained for the depth cost 3 nats per held-out
+        cell. Return ``state`` for the plain gradient.
         """
-        return reading._replace(hidden=reading.hidden.detach())
+        return state._replace(hidden=state.hidden.detach())
 
     def library_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
         """q(l | x): LogNormal around the observed depth; the prior for cells without RNA."""
@@ -324,42 +319,41 @@ class MultiVIProgram(ProgramModules):
         if known is not None:
             return dist.Delta(known)
         assert hidden.rna is not None
-        loc, scale = self._library_moments(s)
+        prior_loc, prior_scale = self._library_moments(s)
         arguments = self.library_head(self.depth_hidden_state(hidden.rna), self.rna_log_depth)
-        loc = hidden.rna.scatter(arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY), loc)
-        return dist.LogNormal(loc, hidden.rna.scatter(arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp(), scale))
+        loc = arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY)
+        scale = arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp()
+        return dist.LogNormal(hidden.rna.scatter(loc, prior_loc), hidden.rna.scatter(scale, prior_scale))
 
     def cell_factor(self, cells: Cells, hidden: HiddenStates) -> Tensor:
         """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""
         if cells.atac_size is not None:
             return cells.atac_size
         assert hidden.atac is not None
-        elsewhere = cells.design.new_empty(len(cells))
+        prior = cells.design.new_empty(len(cells))
         if hidden.atac.rows is not None:
-            elsewhere.uniform_()
-        # Depth enters the logit as it is: a cell of typical depth starts at d = 1/2.
-        logit = (
-            self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0] - self.atac_log_depth
-        )
-        return hidden.atac.scatter(logit.sigmoid(), elsewhere).clamp(max=_LARGEST_FACTOR)
+            prior.uniform_()
+        log_depth = self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0]
+        # A cell of typical depth starts at d = 1/2.
+        d = (log_depth - self.atac_log_depth).sigmoid()
+        return hidden.atac.scatter(d, prior).clamp(max=_LARGEST_FACTOR)
 
     def alignment(self, experts: dict[str, Expert]) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
         loc = next(iter(experts.values())).loc
-        drawn = loc.new_zeros(len(loc))
+        total = loc.new_zeros(len(loc))
         for a, b in itertools.combinations(experts.values(), 2):
-            drawn = drawn + penalty(a, b, str(self.config.modality_penalty), self.config.contrast)
-        return drawn
+            total = total + penalty(a, b, str(self.config.modality_penalty), self.config.contrast)
+        return total
 
     def mixing(self, experts: dict[str, Expert]) -> Tensor:
-        """Penalty in nats for kinds of cells (by what was measured) whose posterior means lie apart, (B,)."""
+        """Penalty in nats for measurement patterns whose posterior means lie apart, (B,)."""
         loc, _ = self.averaged(experts)
         if not self.config.mixing:
             return loc.new_zeros(len(loc))
-        # A property of all cells together: each bears the whole of it.
-        return self.config.mixing * mmd_between_patterns(loc, measurement_patterns(list(experts.values()))).expand(
-            len(loc)
-        )
+        # A property of all cells together: it enters each cell's ELBO as a whole.
+        mmd = mmd_between_patterns(loc, measurement_patterns(list(experts.values())))
+        return self.config.mixing * mmd.expand(len(loc))
 
     def guide_shared(self) -> None:
         """Hook: sample statements for latents that all cells share, above the plate of cells."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Sites that are terms of training, not of the model.
@@ -24,7 +25,7 @@ TRAINING_SITES = ("alignment", "mixing")
 
 @contextmanager
 def evaluation_mode(program: MultiVIProgram) -> Iterator[None]:
-    """No gradients, no dropout, no validation; every state, also torch's random one, as before afterwards."""
+    """Evaluate a program without gradients, dropout or validation; all states, also torch's random one, come back."""
     modes = [(module, module.training) for module in program.modules()]
     device = next(program.parameters()).device
     program.eval()
@@ -42,9 +43,9 @@ def evaluation_mode(program: MultiVIProgram) -> Iterator[None]:
 
 @dataclass
 class Terms:
-    """Sums over cells of each term, in nats, and over how many cells each was summed.
+    """Terms of the ELBO: sums over cells, in nats, and the number of cells in each sum.
 
-    The sums are scalars (float64) on the device that made them. It is only waited for when one of them is read.
+    The sums are scalars (float64) on the device that made them, which is only waited for when one of them is read.
 
     Attributes
     ----------
@@ -101,9 +102,9 @@ class Terms:
             "reconstruction_loss": -sum(log_likelihood.values()) / n,
             "kl_local": sum(kl.values()) / n,
         }
+        names = {modality.counts: modality.name for modality in MODALITIES}
         for site, value in log_likelihood.items():
-            name = {"x": "expression", "y": "accessibility"}.get(site, site)
-            row[f"reconstruction_{name}"] = -value / max(n_measured[site], 1)
+            row[f"reconstruction_{names.get(site, site)}"] = -value / max(n_measured[site], 1)
         row.update({f"kl_{site}": value / n for site, value in kl.items()})
         row.update({site: value / n for site, value in training.items()})
         return row

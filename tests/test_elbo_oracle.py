@@ -114,8 +114,8 @@ class Oracle:
         squared = ((loc[:, None] - loc[None]) ** 2).sum(-1)
         median = np.sort(squared, axis=None)[(squared.size - 1) // 2]  # the lower one, as torch takes it
         kernel = np.mean([np.exp(-squared / (median * width)) for width in (0.05, 0.1, 0.25, 0.5, 1)], axis=0)
-        kinds = ((True, False), (False, True), (True, True))
-        sets = [np.flatnonzero((self.has_rna == rna) & (self.has_atac == atac)) for rna, atac in kinds]
+        patterns = ((True, False), (False, True), (True, True))
+        sets = [np.flatnonzero((self.has_rna == rna) & (self.has_atac == atac)) for rna, atac in patterns]
         total = 0.0
         for a, b in itertools.combinations([cells for cells in sets if len(cells) > 1], 2):
             within = [(kernel[np.ix_(c, c)].sum() - len(c)) / (len(c) * (len(c) - 1)) for c in (a, b)]
@@ -123,7 +123,7 @@ class Oracle:
         return total
 
     def contrast(self, loc_x, loc_y, paired):
-        """Mean surprisal at finding a cell's other expert among those of the paired cells, weighed as asked for."""
+        """Mean surprisal at finding a cell's other expert among those of the paired cells, times its weight."""
         surprisal = np.zeros(len(paired))
         score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
         both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
@@ -330,7 +330,7 @@ def test_gradients_are_those_of_the_loss(make_program, make_cells, choices, spar
     Where the gradient stops on purpose, the depth heads and the bandwidth of kernels, it is opened or held; the next
     test is about the first.
     """
-    monkeypatch.setattr(MultiVIProgram, "depth_hidden_state", lambda self, reading: reading)
+    monkeypatch.setattr(MultiVIProgram, "depth_hidden_state", lambda self, state: state)
     monkeypatch.setattr(alignment, "_bandwidth", lambda squared: torch.tensor(0.7, dtype=torch.float64))
     program = make_program(torch.float64, **choices)
     cells = make_cells(dtype=torch.float64, sparse=sparse)
@@ -363,5 +363,5 @@ def test_depth_does_not_shape_the_shared_first_layer(make_program, make_cells):
     assert program.library_head.out.weight.grad.abs().sum() > 0
     assert program.cell_factor_head.out.weight.grad.abs().sum() > 0
     assert all(
-        p.grad is None for reader in (program.rna_first_layer, program.atac_first_layer) for p in reader.parameters()
+        p.grad is None for layer in (program.rna_first_layer, program.atac_first_layer) for p in layer.parameters()
     )

@@ -72,7 +72,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nobody_waits_within_a_step(build, precision):
+def test_the_host_does_not_wait_within_a_step(build, precision):
     model = build()
     program = model.program.to("cuda").train()
     program.use_precision(precision)
@@ -80,16 +80,16 @@ def test_nobody_waits_within_a_step(build, precision):
     train = Minibatches(table, batch_size=16, shuffle=True)
     optimizer = torch.optim.AdamW(program.parameters(), lr=1e-3, fused=True)
     objective = NegativeELBO(program)
-    watch = DivergenceMonitor(program, optimizer, train, check_gradients=True)
-    watch.begin(0)
+    monitor = DivergenceMonitor(program, optimizer, train, check_gradients=True)
+    monitor.begin_epoch(0)
 
     def step(place, cells):
         optimizer.zero_grad(set_to_none=True)
         with pyro.validation_enabled(False):
             loss = objective(cells, 0.5)
-        watch.loss(loss, cells, place)
+        monitor.check_loss(loss, cells, place)
         loss.backward()
-        watch.gradients()
+        monitor.check_gradients()
         torch.nn.utils.clip_grad_norm_(program.parameters(), 10.0)
         optimizer.step()
         return objective.last_terms(cells)
@@ -102,17 +102,17 @@ def test_nobody_waits_within_a_step(build, precision):
     with waiting_is_an_error():
         for place, cells in enumerate(batches, 1):
             terms += step(place, cells)
-    assert len(watch.end()) == len(train)
+    assert len(monitor.end_epoch()) == len(train)
     assert np.isfinite(list(terms.per_cell().values())).all()
 
 
 def test_a_loss_that_is_not_a_number_names_the_cells(build):
     model = build()
 
-    def spoil(epoch, row, program):
+    def break_prior(epoch, row, program):
         with torch.no_grad():
             program.library_log_var[0] = torch.nan
 
     with pytest.raises(pm.TrainingDiverged, match="site 'l'"):
-        model.train(5, accelerator="gpu", callbacks=[spoil], progress_bar=False)
+        model.train(5, accelerator="gpu", callbacks=[break_prior], progress_bar=False)
     assert all(torch.isfinite(parameter).all() for parameter in model.program.parameters())

@@ -250,11 +250,11 @@ class ProteinProgram(MultiVIProgram):
         pyro.sample("background", dist.LogNormal(torch.zeros(len(cells)), 0.5))
 
 
-def test_a_further_modality_enters_elbo_and_terms(make_program, make_cells):
+def test_an_extra_modality_enters_elbo_and_terms(make_program, make_cells):
     plain, cells = make_program(), make_cells()
-    further = ProteinProgram(plain.config).eval()
-    further.load_state_dict(plain.state_dict())
-    terms = measure(further, cells)
+    extended = ProteinProgram(plain.config).eval()
+    extended.load_state_dict(plain.state_dict())
+    terms = measure(extended, cells)
     assert set(terms.kl) == {"z", "l", "d", "background"}
     assert set(terms.log_likelihood) == {"x", "y", "proteins"}
     # KL(LogNormal(0, 0.5) | LogNormal(0, 1)) of each of 12 cells.

@@ -26,11 +26,11 @@ def fitted():
     return adata, model
 
 
-def of_the_same_type(adata, latent, asked, among, k=10):
-    """Share of the k nearest ``among`` cells that are of the type of the ``asked`` cell."""
+def of_the_same_type(adata, latent, queried, among, k=10):
+    """Share of the k nearest ``among`` cells that are of the type of the ``queried`` cell."""
     labels = adata.obs["cell_type"].to_numpy().astype(str)
-    _, found = cKDTree(latent[among]).query(latent[asked], k=k)
-    return (labels[among][found] == labels[asked][:, None]).mean()
+    _, found = cKDTree(latent[among]).query(latent[queried], k=k)
+    return (labels[among][found] == labels[queried][:, None]).mean()
 
 
 def test_training_explains_the_data_better_than_the_marginals(fitted):
@@ -56,7 +56,7 @@ def test_accessibility_factors_are_recovered_in_order(fitted):
     d, truth = model.get_library_size_factors()["accessibility"], adata.obs["true_cell_factor"].to_numpy()
     assert np.corrcoef(np.log(d[HAS_ATAC]), np.log(truth[HAS_ATAC]))[0, 1] > 0.6
     truth = adata.var["true_region_factor"].to_numpy()[100:]
-    # p and r are told apart only where p varies.
+    # p and r are identified only where p varies.
     assert np.corrcoef(model.get_region_factors(), truth)[0, 1] > 0.3
 
 
@@ -67,13 +67,13 @@ def test_neighbours_in_the_latent_space_are_of_one_type(fitted):
 
 
 @pytest.mark.parametrize(
-    ("asked", "among"),
+    ("queried", "among"),
     [(RNA_ONLY, ATAC_ONLY), (ATAC_ONLY, RNA_ONLY), (RNA_ONLY, PAIRED), (ATAC_ONLY, PAIRED)],
     ids=["rna-atac", "atac-rna", "rna-paired", "atac-paired"],
 )
-def test_neighbours_across_modalities_are_of_one_type(fitted, asked, among):
+def test_neighbours_across_modalities_are_of_one_type(fitted, queried, among):
     adata, model = fitted
-    assert of_the_same_type(adata, model.get_latent_representation(), asked, among) > 0.85
+    assert of_the_same_type(adata, model.get_latent_representation(), queried, among) > 0.85
 
 
 def test_both_modalities_place_a_paired_cell_alike(fitted):

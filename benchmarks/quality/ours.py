@@ -18,7 +18,7 @@ import pyro_multivi as pm
 VARIABLE = "PYRO_MULTIVI_SETTINGS"
 
 #: Called with the epochs done, the seconds trained and the results so far.
-Observer = Callable[[int, float, dict[str, Any]], None]
+EpochCallback = Callable[[int, float, dict[str, Any]], None]
 
 
 def fit(
@@ -29,7 +29,7 @@ def fit(
     epochs: int | None,
     seed: int,
     settings: dict[str, dict[str, Any]] | None = None,
-    watch: Observer | None = None,
+    watch: EpochCallback | None = None,
     watched: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Train once.

@@ -27,8 +27,8 @@ from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.training import AdversaryOptions, EarlyStopping, FitOptions, History, fit, resolve_device
-from pyro_multivi.training.fit import Callback
+from pyro_multivi.training import FitOptions, History, fit, resolve_device
+from pyro_multivi.training.options import Callback
 
 Model = TypeVar("Model", bound="ModelBase")
 
@@ -108,9 +108,10 @@ class ModelBase:
         max_epochs
             Passes over the training cells at most.
         lr, weight_decay, eps
-            Of AdamW.
+            Learning rate of Adam, its weight decay (of the weight matrices other than loadings), the constant in its
+            denominator.
         accelerator, devices
-            ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; which GPU.
+            ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
             Shares of the cells; default 0.9 and the rest.
         shuffle_set_split
@@ -121,14 +122,14 @@ class ModelBase:
             Stop when a column of :attr:`history` no longer falls. Without validation cells there is
             nothing to monitor and all epochs are run.
         check_val_every_n_epoch
-            How often the validation cells are scored; the last epoch always is.
+            Epochs from one scoring of the validation cells to the next; they are always scored after the last one.
         n_epochs_kl_warmup, n_steps_kl_warmup
             Length of the linear KL warm-up; steps take precedence. By default the first epoch goes without KL
             terms and the others have them whole.
         gradient_clip
-            Largest gradient norm; None does not clip.
+            Largest norm of the gradient; None does not clip.
         seed
-            Of the split, the order of cells and the noise: same seed, same curve.
+            Seed of the split, the order of cells and the noise: same seed, same device, same torch: same curve.
         callbacks
             Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
             would have if training ended; True stops training.
@@ -153,9 +154,9 @@ class ModelBase:
             scored with it. From the 100th step on it takes the memory of one more copy of the weights. None: the
             latest weights.
         adversarial_mixing
-            True: a classifier tries to tell the origin of a cell from its latent state, and the model is
-            penalised for what it can tell. None is False. The classifier belongs to this call: it is not
-            saved, and a later call starts a new one.
+            True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what
+            it can tell (:class:`~pyro_multivi.training.adversary.Adversary`). None is False. The classifier belongs to
+            this call: it is not saved, and a later call starts a new one.
         adversarial_target
             The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
             scvi-tools is always its batch.)
@@ -170,66 +171,24 @@ class ModelBase:
         ImportError
             If ``compile=True`` and Numba is missing.
         ContractError
-            If model and guide of a program of your own do not fit together.
+            If model and guide of a custom program do not fit together.
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
+        options = FitOptions.from_arguments(locals())
         table = self._training_table()
+        device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = default_batch_size(len(table))
-        device = resolve_device(accelerator, devices)
-        for name, value, least in (
-            ("max_epochs", max_epochs, 1),
-            ("batch_size", batch_size, 1),
-            ("check_val_every_n_epoch", check_val_every_n_epoch, 1),
-            ("early_stopping_patience", early_stopping_patience, 1),
-            ("average_steps", 1 if average_steps is None else average_steps, 1),
-            ("n_epochs_kl_warmup", n_epochs_kl_warmup or 0, 0),
-            ("n_steps_kl_warmup", n_steps_kl_warmup or 0, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} is not allowed: give at least {least}.")
-        if effect_sd is not None and not effect_sd > 0:
-            raise ValueError(
-                f"effect_sd={effect_sd} is not allowed: give a standard deviation above 0, or None for no prior."
-            )
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip={gradient_clip} is not allowed: give a norm above 0, or None.")
-        adversary = AdversaryOptions(adversarial_target, adversarial_weight, adversarial_schedule)
-        split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
-        if self._split is None or (train_size, validation_size) != (None, None):
-            # Going on keeps the cells held out so far, unless other sizes are asked for.
-            self._split = split
+        split = self._split
+        if split is None or (train_size, validation_size) != (None, None):
+            # Going on keeps the cells held out so far, unless other sizes are given.
+            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
-        validation = batches(self._split.validation) if len(self._split.validation) else None
-        stopping = EarlyStopping(
-            early_stopping_monitor,
-            early_stopping_patience if early_stopping else max_epochs + 1,
-            early_stopping_min_delta,
-        )
-        options = FitOptions(
-            max_epochs=max_epochs,
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            n_epochs_kl_warmup=n_epochs_kl_warmup,
-            n_steps_kl_warmup=n_steps_kl_warmup,
-            early_stopping=stopping,
-            check_val_every_n_epoch=check_val_every_n_epoch,
-            gradient_clip=gradient_clip,
-            average_steps=average_steps,
-            seed=seed,
-            callbacks=tuple(callbacks),
-            progress_bar=progress_bar,
-            elbo=elbo,
-            precision=precision,
-            compile=compile,
-            effect_sd=effect_sd,
-            adversary=adversary if adversarial_mixing else None,
-        )
-        order_seed = seed + self._history.n_epochs
-        train = batches(self._split.train, shuffle=True, seed=order_seed)
+        train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
+        validation = batches(split.validation) if len(split.validation) else None
+        self._split = split
         try:
             with refit(self.program, lambda: self._history.n_epochs):
                 self._history, self._optimizer_state = fit(
@@ -237,8 +196,8 @@ class ModelBase:
                 )
             self.is_trained = True
             if validation is not None:
-                fit_depth_regressions(self.program, batches(self._split.train), validation)
-                fit_mixture(self.program, batches(self._split.train), validation)
+                fit_depth_regressions(self.program, batches(split.train), validation)
+                fit_mixture(self.program, batches(split.train), validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 
@@ -373,18 +332,14 @@ class ModelBase:
         return self.spec.table(adata), adata
 
     def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
-        table, data = self._table_of(adata)
-        return table, select_cells(indices, self.spec.cell_names(data))
+        table, _ = self._table_of(adata)
+        return table, select_cells(indices, table.cell_names)
 
     def _cells(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
         """Selected cells, as minibatches on the program's device."""
         self._check_trained()
         table, index = self._select(adata, indices)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
-
-    def _names_of_cells(self, cells: Minibatches, adata: Data | None) -> list[str]:
-        names = self.spec.cell_names(self.adata if adata is None else adata)
-        return list(map(str, names[cells.index.numpy()]))
 
     def _check_modality(self, argument: str, name: str) -> None:
         """Refuse the name of a modality of which the model has no features."""

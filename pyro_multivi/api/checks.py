@@ -206,7 +206,7 @@ class ChecksMixin(ModelBase):
         cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
         obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
-        return predictive_check(self.program, cells, request, self._names_of_cells(cells, adata), groupings)
+        return predictive_check(self.program, cells, request, cells.cell_names, groupings)
 
     def to_inference_data(
         self,
@@ -251,9 +251,7 @@ class ChecksMixin(ModelBase):
         cells = self._cells(adata, indices, batch_size)
         positions = {modality.counts: chosen for modality, chosen in features.items()}
         names = {modality.counts: chosen for modality, chosen in self._names(features).items()}
-        return inference_data(
-            self.program, cells, positions, names, self._names_of_cells(cells, adata), n_samples, seed
-        )
+        return inference_data(self.program, cells, positions, names, cells.cell_names, n_samples, seed)
 
     # ------------------------------------------------------------------ shared by the methods
 

@@ -360,5 +360,5 @@ class DifferentialMixin(ModelBase):
         features, names = choose_features(self.spec, modality, wanted, self.device)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
-        contrasts = resolve_contrasts(data.obs, self.spec.cell_names(data), **chosen)
+        contrasts = resolve_contrasts(data.obs, table.cell_names, **chosen)
         return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])

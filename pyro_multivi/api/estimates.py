@@ -163,7 +163,7 @@ class EstimatesMixin(ModelBase):
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples))
         quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.n_cells, self.device))
         return deliver(
-            self.program, cells, quantity, average, self._names_of_cells(cells, adata), names,
+            self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
         )  # fmt: skip
 
@@ -275,7 +275,7 @@ class EstimatesMixin(ModelBase):
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows))
         quantity = self._accessibility(threshold, normalize_cells, normalize_regions, regions)
         return deliver(
-            self.program, cells, quantity, average, self._names_of_cells(cells, adata), names,
+            self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
         )  # fmt: skip
 

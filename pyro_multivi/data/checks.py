@@ -1,4 +1,4 @@
-"""Checks of what a user hands in, with errors that say what to do."""
+"""Checks of a user's arguments, with errors that suggest what to do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def nearest(name: object, known: Iterable[object]) -> str:
 
 
 def unknown_key(argument: str, key: object, where: str, known: Iterable[object]) -> ValueError:
-    """The error for a key that is not where an argument says it is."""
+    """The error for a key that is not where an argument places it."""
     return ValueError(f"{argument}={key!r} is not in {where}. {nearest(key, known)}")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
@@ -72,7 +73,7 @@ class Minibatches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not allowed: give at least 1.")
-        #: Where the cells lie on the host, whatever the minibatches are cut from.
+        #: The table on the host, also where minibatches are cut from a copy of it on a device.
         self.table: CellTable = table.table if isinstance(table, ResidentTable) else table
         self._source = table
         self.index = torch.arange(len(table)) if index is None else index
@@ -85,6 +86,11 @@ class Minibatches:
     def n_cells(self) -> int:
         """Number of cells visited in one pass."""
         return len(self.index)
+
+    @property
+    def cell_names(self) -> list[str]:
+        """Names of the cells, in the order of ``index``."""
+        return [self.table.cell_names[place] for place in self.index.tolist()]
 
     def __len__(self) -> int:
         return len(self._sizes())
@@ -136,8 +142,9 @@ class Minibatches:
 
     @staticmethod
     def _prepared(cells: Cells) -> Cells:
-        """With the order by feature, which encoders, likelihoods and the backward pass need, found ahead of them."""
-        for counts in (cells.x, cells.y):
+        """The same cells, whose order by feature is found ahead of encoders, likelihoods and the backward pass."""
+        for modality in MODALITIES:
+            counts = modality.counts_in(cells)
             if isinstance(counts, SparseCounts):
                 counts.order_by_feature()
         return cells

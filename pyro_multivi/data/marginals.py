@@ -1,4 +1,4 @@
-"""What the data say before any model: shares, rates and depths."""
+"""Marginal statistics of the data, before any model: shares, rates and depths."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.data.sparse import SparseCounts
 
 #: Smallest variance of a batch's log library size: a standard deviation of 0.1, narrower than any
 #: real library, so that a batch of one cell (variance 0) still gives a proper LogNormal prior.
 LIBRARY_LOG_VAR_FLOOR = 0.01
 
-# Overdispersion of a gene is pulled to 1 as if its cells had this many more squared expected counts with it: where
-# they have only a few, its estimate is noise (its standard error is sqrt(2 / sum of squared expected counts)).
+# Overdispersion of a gene is pulled to 1 as if its cells had this many more squared expected counts with it: from
+# only a few, its estimate is noise (its standard error is sqrt(2 / sum of squared expected counts)).
 _PRIOR_SQUARED_COUNTS = 10.0
 _LEAST_DISPERSION, _MOST_DISPERSION = 0.01, 100.0
 
@@ -80,11 +81,11 @@ class Marginals:
         ValueError
             If there is no block.
         """
-        rna, atac = _Tally(), _Tally()
+        rna, atac = _FeatureMoments(RNA), _FeatureMoments(ATAC)
         for cells in blocks:
             batch_nk = cells.design[:, :n_batch].detach().cpu().double()
-            rna.add(cells.x, cells.has_rna, batch_nk, binary=False)
-            atac.add(cells.y, cells.has_atac, batch_nk, binary=True)
+            rna.add(cells, batch_nk)
+            atac.add(cells, batch_nk)
         if rna.feature_sum is None or atac.feature_sum is None:
             raise ValueError("blocks: no cells were given, at least one is needed for the data's marginals.")
         share_g = rna.feature_sum + 0.5
@@ -101,10 +102,11 @@ class Marginals:
         )
 
 
-class _Tally:
+class _FeatureMoments:
     """Sums per feature, and depth and batch of each measured cell, for one modality."""
 
-    def __init__(self) -> None:
+    def __init__(self, modality: Modality) -> None:
+        self._modality = modality
         self.feature_sum: Tensor | None = None
         # Of each feature, over cells: the squared value, and the value times the depth of its cell.
         self._squared: Tensor | float = 0.0
@@ -112,24 +114,29 @@ class _Tally:
         self._depths: list[Tensor] = []
         self._batches: list[Tensor] = []
 
-    def add(self, counts: Tensor, measured: Tensor, batch_nk: Tensor, binary: bool) -> None:
+    def add(self, cells: Cells, batch_nk: Tensor) -> None:
+        counts, measured = self._modality.counts_in(cells), self._modality.measured_in(cells).cpu()
         rows = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
         # On the CPU in double precision: a sum over 10^6 cells outgrows float32.
-        col, val = rows.col.cpu(), rows.val.detach().cpu().double()
-        if binary:
-            val = torch.ones_like(val)
-        row_index = rows.rows().cpu()
-        measured = measured.cpu()
-        kept = measured[row_index]
-        # Without entries bincount forgets the type of its weights.
-        feature_sum = torch.bincount(col[kept], weights=val[kept], minlength=rows.shape[1]).double()
+        col, val, n = rows.col.cpu(), rows.val.detach().cpu(), rows.shape[1]
+        length = rows.crow.cpu().diff()
+        kept = torch.repeat_interleave(measured, length)
+        if not bool(kept.all()):
+            col, val, length = col[kept], val[kept], length * measured
+        if self._modality.binary:
+            feature_sum, depth = torch.bincount(col, minlength=n).double(), length.double()
+        else:
+            val = val.double()
+            depth = torch.segment_reduce(val, "sum", lengths=length.long(), initial=0.0)
+            with_depth = val * torch.repeat_interleave(depth, length)
+            # Without entries bincount forgets the type of its weights.
+            feature_sum, squared, with_depth = (
+                torch.bincount(col, weights=weights, minlength=n).double()
+                for weights in (val, val.square(), with_depth)
+            )
+            self._squared = self._squared + squared
+            self._with_depth = self._with_depth + with_depth
         self.feature_sum = feature_sum if self.feature_sum is None else self.feature_sum + feature_sum
-        depth = torch.bincount(row_index, weights=val, minlength=rows.shape[0]).double()
-        if not binary:
-            n, (g, x) = rows.shape[1], (col[kept], val[kept])
-            self._squared = self._squared + torch.bincount(g, weights=x.square(), minlength=n).double()
-            weights = x * depth[row_index[kept]]
-            self._with_depth = self._with_depth + torch.bincount(g, weights=weights, minlength=n).double()
         self._depths.append(depth[measured])
         self._batches.append(batch_nk[measured])
 

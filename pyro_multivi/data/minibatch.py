@@ -1,4 +1,4 @@
-"""What a model sees of some cells: tensors only."""
+"""Minibatches: the tensors that a model reads of some cells."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 
 
 class Measurement(NamedTuple):
-    """What was measured of some cells besides RNA and ATAC.
+    """Values of an extra modality, one besides RNA and ATAC, of some cells.
 
     Attributes
     ----------
     values
         Shape (B, F), float32; rows of cells without this measurement hold zeros.
     measured
-        Which cells have it, shape (B,), bool.
+        Whether each cell has it, shape (B,), bool.
     """
 
     values: Tensor
     measured: Tensor
 
     def at(self, index: Tensor) -> Measurement:
-        """That of the cells at ``index``, int64."""
+        """The values of the cells at ``index``, int64."""
         return Measurement(self.values[index], self.measured[index])
 
 
@@ -58,12 +59,12 @@ class Cells:
     atac_size
         Fixed accessibility size factor in (0, 1), shape (B,), or None to infer it.
     extra
-        Other measurements by name, such as protein counts. The program reads none of them: they are
-        for the hooks of a model of your own.
+        Extra modalities by name, such as protein counts. The program reads none of them: they are
+        for the hooks of a custom program.
     rna_rows, atac_rows
-        Positions of the cells with RNA (with ATAC), shape (b,), int64, ascending; counts of the others
-        are promised to be zero. Whoever cuts minibatches knows them; None: they are looked up where
-        they are needed, for which a GPU has to be waited for.
+        Positions of the cells with RNA (with ATAC), shape (b,), int64, ascending; the counts of all other
+        cells have to be zero. The tables that cut minibatches fill them in. None: they are looked up where
+        they are needed, which makes the host wait for a GPU.
     """
 
     index: Tensor
@@ -93,7 +94,7 @@ class Cells:
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Cells:
-        """The same cells in page-locked memory, from which a GPU copies while others work."""
+        """The same cells in page-locked memory, from which a GPU copies in the background."""
         return self._map(lambda part: part.pin_memory())
 
     def parts(self) -> list[Tensor]:
@@ -118,17 +119,20 @@ class Cells:
     def measured(self, site: str) -> Tensor:
         """Whether an observed site was measured in each cell, (B,), bool.
 
-        ``"x"`` and ``"y"`` are the counts, a name of ``extra`` is that measurement; a site of any
+        ``"x"`` and ``"y"`` are the counts, a name of ``extra`` is that modality; a site of any
         other name is observed in every cell.
         """
         if site in self.extra:
             return self.extra[site].measured
-        return {"x": self.has_rna, "y": self.has_atac}.get(site, torch.ones_like(self.has_rna))
+        for modality in MODALITIES:
+            if site == modality.counts:
+                measured: Tensor = modality.measured_in(self)
+                return measured
+        return torch.ones_like(self.has_rna)
 
     def replace(self, **changes: Any) -> Cells:
-        """A copy with some fields exchanged; what is known of other fields from these is looked up anew."""
-        if {"x", "has_rna"} & changes.keys():
-            changes.setdefault("rna_rows", None)
-        if {"y", "has_atac"} & changes.keys():
-            changes.setdefault("atac_rows", None)
+        """A copy with some fields exchanged; positions of measured cells are dropped where they may no longer hold."""
+        for modality in MODALITIES:
+            if {modality.counts, modality.mask} & changes.keys():
+                changes.setdefault(modality.rows, None)
         return replace(self, **changes)

@@ -36,7 +36,7 @@ class Modality:
     depth
         Latent site of a cell's sequencing depth.
     binary
-        Whether the model only knows if a count is zero.
+        Whether only "zero or not" is modelled of a count.
 
     Examples
     --------
@@ -71,7 +71,7 @@ class Modality:
 
     @property
     def source_column(self) -> str:
-        """Column of ``obs`` that says whether a cell's values were measured or imputed."""
+        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
         return f"{self.name}_source"
 
     @property
@@ -79,21 +79,36 @@ class Modality:
         """All sites of the model that belong to it."""
         return self.counts, self.decoded, self.depth
 
+    @property
+    def mask(self) -> str:
+        """Field that marks the measured cells."""
+        return f"has_{self.key}"
+
+    @property
+    def rows(self) -> str:
+        """Field of the positions of the measured cells of a minibatch."""
+        return f"{self.key}_rows"
+
+    @property
+    def size_factor(self) -> str:
+        """Field of fixed size factors."""
+        return f"{self.key}_size"
+
     def counts_in(self, cells: Any) -> Any:
         """Counts in a minibatch or table, (n, features); None in a table without any."""
         return getattr(cells, self.counts)
 
     def measured_in(self, cells: Any) -> Any:
         """Whether each cell of a minibatch, a table or a setup was measured, (n,), bool."""
-        return getattr(cells, f"has_{self.key}")
+        return getattr(cells, self.mask)
 
     def rows_in(self, cells: Any) -> Any:
         """Positions of the measured cells of a minibatch, or None where they are not known."""
-        return getattr(cells, f"{self.key}_rows")
+        return getattr(cells, self.rows)
 
     def size_factor_in(self, cells: Any) -> Any:
         """Fixed size factors of a minibatch or table, (n,), or None."""
-        return getattr(cells, f"{self.key}_size")
+        return getattr(cells, self.size_factor)
 
     def n_features_in(self, owner: Any) -> int:
         """Number of features in a configuration, table or specification."""

@@ -1,4 +1,4 @@
-"""A data set that stays on the device which trains on it."""
+"""Table of cells on the device that trains on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable, floating, no_counts
 
@@ -19,11 +20,11 @@ RESIDENT_SHARE = 0.5
 
 
 class ResidentTable:
-    """All cells of a table on a device; minibatches are cut there, and nobody waits for it.
+    """All cells of a table on a device; minibatches are cut there, and the host does not wait for it.
 
-    The host knows how many counts each cell has and in which modalities it was measured, so it
-    knows the size of every result before the device does. What travels for a minibatch are the
-    positions of its cells.
+    The host keeps the number of counts of each cell and the modalities it was measured in, and with them
+    the size of every result before the device has made it. Only the positions of its cells travel for a
+    minibatch.
 
     Parameters
     ----------
@@ -46,7 +47,8 @@ class ResidentTable:
         self.table = table
         self.device = torch.device(device)
         self._there = _map(table, lambda part: part.to(self.device))
-        self._lengths = [None if part is None else part.crow.diff() for part in (table.x, table.y)]
+        counts = [modality.counts_in(table) for modality in MODALITIES]
+        self._lengths = [None if part is None else part.crow.diff() for part in counts]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -61,12 +63,12 @@ class ResidentTable:
         n_total
             Number of cells the minibatch stands for; all of the table by default.
         """
-        totals = [0 if length is None else int(length[index].sum()) for length in self._lengths]
-        places, rna_rows, atac_rows = self._send(index, *self.table.measured_rows(index))
-        there = self._there
-        x = self._cut(there.x, places, totals[0], there.n_genes)
-        y = self._cut(there.y, places, totals[1], there.n_regions)
-        return there.cells(places, n_total, x, y, rna_rows, atac_rows)
+        places, *rows = self._send(index, *self.table.measured_rows(index))
+        there, counts = self._there, []
+        for modality, length in zip(MODALITIES, self._lengths, strict=True):
+            total = 0 if length is None else int(length[index].sum())
+            counts.append(self._cut(modality.counts_in(there), places, total, modality.n_features_in(there)))
+        return there.cells(places, n_total, counts, rows)
 
     def _send(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Positions, int64, on the device: in one copy, behind which the host goes on."""

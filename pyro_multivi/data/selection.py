@@ -1,4 +1,4 @@
-"""Which cells of a data set are meant."""
+"""Selection of cells by position, mask or name."""
 
 from __future__ import annotations
 

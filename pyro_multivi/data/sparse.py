@@ -42,7 +42,7 @@ class SparseCounts(torch.Tensor):
     """A (cells, features) tensor of counts, held as compressed sparse rows.
 
     To Pyro and torch it is an ordinary tensor: any operation on it sees the dense values.
-    Code that knows better reads :attr:`crow`, :attr:`col` and :attr:`val` and never
+    Code written for it reads :attr:`crow`, :attr:`col` and :attr:`val` and never
     makes the dense matrix. Three plain tensors are held rather than a ``torch.sparse_csr``
     tensor, which Pyro's inspection and prediction paths cannot carry.
 
@@ -109,7 +109,7 @@ class SparseCounts(torch.Tensor):
     def row_sums(self) -> Tensor:
         """Sum over features, shape (cells,)."""
         if self.val.device.type == "cpu" and self.val.is_floating_point():
-            # A fifth of the time, but on a GPU somebody would wait for it, and it knows no whole numbers.
+            # A fifth of the time, but on a GPU the host would wait for it, and it does not take whole numbers.
             return torch.segment_reduce(self.val.contiguous(), "sum", offsets=self.crow.long(), initial=0.0)
         sums = self.val.new_zeros(self.shape[0])
         return sums.index_add_(0, self.rows(), self.val)
@@ -132,14 +132,14 @@ class SparseCounts(torch.Tensor):
         return SparseCounts(crow, col, val, (len(index), self.shape[1]))
 
     def gather_rows(self, index: Tensor, total: int) -> SparseCounts:
-        """The rows at ``index`` by arithmetic alone, for a device that nobody wants to wait for.
+        """The rows at ``index`` by arithmetic alone, so that the host does not wait for the device.
 
         Parameters
         ----------
         index
             Positions of the rows, int64, on the same device.
         total
-            Number of entries that these rows hold, which the caller has to know.
+            Number of entries that these rows hold.
         """
         device = self.col.device
         start = self.crow[:-1].index_select(0, index)
@@ -175,10 +175,10 @@ class SparseCounts(torch.Tensor):
         return ByFeature(found.start, found.row, val)
 
     def order_by_feature(self) -> _FeatureOrder:
-        """What :meth:`by_feature` has to find out first.
+        """Find the order that :meth:`by_feature` needs.
 
         It depends on the places alone, so it is found once and shared by every :meth:`with_values` copy; a
-        loader asks for it ahead of the step.
+        loader finds it ahead of the step.
         """
         if not self._order or (self._order[0].order is None and not _is_repeated(self.val)):
             self._order[:] = [self._feature_order()]
@@ -226,7 +226,7 @@ class SparseCounts(torch.Tensor):
         return self._map(lambda part: part.pin_memory())
 
     def as_subclass(self, cls: Any) -> Any:
-        """The dense values as another tensor class (Pyro's provenance tracking asks for this)."""
+        """The dense values as another tensor class (needed by Pyro's provenance tracking)."""
         return self.to_dense().as_subclass(cls)
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which cells are trained on and which are held out."""
+"""Split of the cells into those trained on and those held out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Split:
         rest = 1.0 - train_size
         if validation_size is None:
             validation_size = rest
-        # A hair of tolerance: 1 - 0.9 is not 0.1 in floating point.
+        # With a small tolerance: 1 - 0.9 is not 0.1 in floating point.
         if validation_size > rest + 1e-9:
             raise ValueError(
                 f"validation_size={validation_size} is not allowed with train_size={train_size}: "

@@ -1,9 +1,9 @@
-"""A whole data set in memory, as tensors."""
+"""Table of cells: a whole data set in memory, as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 
 # Cells read at a time for statistics: large enough to be fast, small beside any table.
@@ -34,9 +35,9 @@ class CellTable:
         One-hot batch, then one-hot categorical covariates, then continuous covariates,
         shape (n, S), float32.
     batch_code
-        Batch of each cell, shape (n,), int64; -1 where it is not known.
+        Batch of each cell, shape (n,), int64.
     n_genes, n_regions
-        G and M, known also for a modality that is absent.
+        G and M, also of a modality that is absent.
     n_batch
         Number of batches K: the width of the batch part of ``design``. 0 means the largest
         code plus one.
@@ -45,7 +46,9 @@ class CellTable:
     rna_size, atac_size
         Fixed size factors, shape (n,), or None.
     extra
-        Other measurements of the n cells by name.
+        Extra modalities of the n cells by name.
+    cell_names
+        Names of the n cells; may be left empty in a table made by hand.
 
     Raises
     ------
@@ -77,24 +80,29 @@ class CellTable:
     rna_size: Tensor | None = None
     atac_size: Tensor | None = None
     extra: Mapping[str, Measurement] = field(default_factory=dict)
+    cell_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.n_batch == 0:
             object.__setattr__(self, "n_batch", int(self.batch_code.max()) + 1 if len(self) else 1)
-        for name in ("x", "y", "has_rna", "has_atac", "design", "label", "rna_size", "atac_size"):
+        parts = [name for each in MODALITIES for name in (each.counts, each.mask, each.size_factor)]
+        for name in (*parts, "design", "label"):
             part = getattr(self, name)
             if part is not None and part.shape[0] != len(self):
                 raise ValueError(
                     f"{name} holds {part.shape[0]} cells and batch_code {len(self)}: they must be the same."
                 )
-        for name, width_name, measured in (
-            ("x", "n_genes", self.has_rna),
-            ("y", "n_regions", self.has_atac),
-        ):
-            part, width = getattr(self, name), getattr(self, width_name)
+        if self.cell_names and len(self.cell_names) != len(self):
+            raise ValueError(
+                f"cell_names holds {len(self.cell_names)} names and batch_code {len(self)} cells: they must be the "
+                "same, or cell_names is left out."
+            )
+        for modality in MODALITIES:
+            name, part, width = modality.counts, modality.counts_in(self), modality.n_features_in(self)
+            measured = modality.measured_in(self)
             if part is not None and part.shape[1] != width:
                 raise ValueError(
-                    f"{name} has {part.shape[1]} columns and {width_name} is {width}: they must be the same."
+                    f"{name} has {part.shape[1]} columns and n_{modality.features} is {width}: they must be the same."
                 )
             if part is None and bool(measured.any()):
                 raise ValueError(f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it.")
@@ -124,51 +132,40 @@ class CellTable:
             Number of cells the minibatch stands for; all of the table by default. Give the
             number of training cells when only those are fitted.
         """
-        rna_rows, atac_rows = self.measured_rows(index)
-        x, y = _cut(self.x, index, self.n_genes), _cut(self.y, index, self.n_regions)
-        return self.cells(index, n_total, x, y, rna_rows, atac_rows)
+        counts = [_cut(modality.counts_in(self), index, modality.n_features_in(self)) for modality in MODALITIES]
+        return self.cells(index, n_total, counts, self.measured_rows(index))
 
-    def measured_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the cells at ``index`` have RNA, and which have ATAC: positions in ``index``, int64."""
-        return self.has_rna[index].nonzero().squeeze(-1), self.has_atac[index].nonzero().squeeze(-1)
+    def measured_rows(self, index: Tensor) -> list[Tensor]:
+        """Positions in ``index`` of the cells measured in each modality, int64, in the order of ``MODALITIES``."""
+        return [modality.measured_in(self)[index].nonzero().squeeze(-1) for modality in MODALITIES]
 
-    def cells(
-        self, index: Tensor, n_total: int | None, x: Tensor, y: Tensor, rna_rows: Tensor, atac_rows: Tensor
-    ) -> Cells:
-        """A minibatch of given counts of the cells at ``index`` and of all else that the table knows of them."""
+    def cells(self, index: Tensor, n_total: int | None, counts: Sequence[Tensor], rows: Sequence[Tensor]) -> Cells:
+        """A minibatch of given counts, and of all else that the table holds of the cells at ``index``.
+
+        Parameters
+        ----------
+        index, n_total
+            As in :meth:`batch`.
+        counts, rows
+            Counts and positions of the measured cells, in the order of ``MODALITIES``.
+        """
+        parts: dict[str, Any] = {}
+        for modality, values, places in zip(MODALITIES, counts, rows, strict=True):
+            parts[modality.counts], parts[modality.rows] = values, places
+            parts[modality.mask] = modality.measured_in(self)[index]
+            parts[modality.size_factor] = _take(modality.size_factor_in(self), index)
         return Cells(
             index=index,
             n_total=len(self) if n_total is None else n_total,
-            x=x,
-            y=y,
-            has_rna=self.has_rna[index],
-            has_atac=self.has_atac[index],
             design=self.design[index],
             label=_take(self.label, index),
-            rna_size=_take(self.rna_size, index),
-            atac_size=_take(self.atac_size, index),
             extra={name: measurement.at(index) for name, measurement in self.extra.items()},
-            rna_rows=rna_rows,
-            atac_rows=atac_rows,
+            **parts,
         )
 
-    def subset(self, index: Tensor) -> CellTable:
-        """A table of the cells at ``index`` (int64), in that order, with the same features and batches."""
-        taken: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, SparseCounts):
-                value = value.select_rows(index)
-            elif isinstance(value, Tensor):
-                value = value[index]
-            taken[entry.name] = value
-        taken["extra"] = {name: measurement.at(index) for name, measurement in self.extra.items()}
-        return CellTable(**taken)
-
-    def marginals(self, index: Tensor | None = None) -> Marginals:
-        """Statistics over the measured cells among ``index`` (all cells by default)."""
-        every = torch.arange(len(self)) if index is None else index
-        blocks = (self.batch(part) for part in every.split(_BLOCK) if len(part))
+    def marginals(self) -> Marginals:
+        """Statistics over the measured cells."""
+        blocks = (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
         return Marginals.of(blocks, self.n_batch)
 
 
@@ -185,7 +182,7 @@ def no_counts(n: int, width: int, device: torch.device) -> SparseCounts:
 
 
 def floating(counts: SparseCounts) -> SparseCounts:
-    """The same counts as networks read them: float32 unless they are floating already."""
+    """The same counts in float32, unless they are floating already."""
     return counts if counts.val.is_floating_point() else counts.to(torch.float32)
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import re
 
-from pyro_multivi.data.modality import ATAC, RNA
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 
-#: Values of ``obs["modality"]``: both modalities, RNA alone, ATAC alone.
+#: The pattern of cells measured in every modality; that of cells measured in one alone is the modality's name.
 PAIRED = "paired"
-EXPRESSION = RNA.name
-ACCESSIBILITY = ATAC.name
-MEASUREMENT_PATTERNS = (PAIRED, EXPRESSION, ACCESSIBILITY)
+#: Modalities that each pattern includes. The patterns are the values of ``obs["modality"]``.
+MODALITIES_OF: dict[str, tuple[Modality, ...]] = {
+    PAIRED: MODALITIES,
+    **{modality.name: (modality,) for modality in MODALITIES},
+}
+MEASUREMENT_PATTERNS = tuple(MODALITIES_OF)
 
-#: How people write which modalities a cell has. Compared in lower case, any sign being a space.
+#: Spellings of each pattern that people use. Compared in lower case, any sign being a space.
 SPELLINGS: dict[str, tuple[str, ...]] = {
     PAIRED: (
         "paired", "multiome", "multi", "multiomic", "multiomics", "multimodal", "both", "joint",
         "rna atac", "atac rna", "gex atac", "rna and atac",
     ),
-    EXPRESSION: (
+    RNA.name: (
         "expression", "rna", "gex", "gene", "genes", "gene expression", "transcriptome", "transcriptomics",
         "rna seq", "scrna", "scrna seq", "snrna", "snrna seq", "rna only", "rna unpaired",
     ),
-    ACCESSIBILITY: (
+    ATAC.name: (
         "accessibility", "atac", "peak", "peaks", "chromatin", "chromatin accessibility", "epigenome",
         "atac seq", "scatac", "scatac seq", "snatac", "snatac seq", "atac only", "atac unpaired",
     ),
@@ -30,7 +33,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 
 
 def spelled(word: object) -> str | None:
-    """The modalities that a word stands for, in any known spelling.
+    """The measurement pattern that a word stands for, in any known spelling.
 
     Returns
     -------

@@ -14,17 +14,13 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_unique, first_names
-from pyro_multivi.data.modality import ATAC, RNA
-from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, MEASUREMENT_PATTERNS, PAIRED
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED
 
 _log = logging.getLogger(__name__)
 
-#: The feature types that each kind of cells may have.
-_TYPES = {
-    PAIRED: (RNA.feature_type, ATAC.feature_type),
-    EXPRESSION: (RNA.feature_type,),
-    ACCESSIBILITY: (ATAC.feature_type,),
-}
+#: Feature types allowed for each measurement pattern.
+_TYPES = {pattern: tuple(modality.feature_type for modality in included) for pattern, included in MODALITIES_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class _Part:
     """One of the data sets: its matrices, not copied."""
 
     argument: str
-    modality: str
+    pattern: str
     x: Any
     layers: Mapping[str, Any]
     obs: pd.DataFrame
@@ -69,7 +65,7 @@ def organize_multiome_anndatas(
         Column of ``obs`` to write.
     feature_type_key
         Column of ``var`` with Gene Expression or Peaks. ``rna_anndata`` and ``atac_anndata`` may
-        lack it, for their features are of one kind.
+        lack it, for their features are of one type.
     mudata_modalities
         Names of RNA and ATAC in a MuData.
 
@@ -96,11 +92,11 @@ def organize_multiome_anndatas(
     --------
     >>> from pyro_multivi.datasets.simulate import simulate_multiome
     >>> cells = simulate_multiome((4, 3, 2), n_genes=10, n_regions=20)
-    >>> kind, feature = cells.obs.pop("modality"), cells.var["feature_types"]
+    >>> pattern, feature = cells.obs.pop("modality"), cells.var["feature_types"]
     >>> joined = organize_multiome_anndatas(
-    ...     cells[kind == "paired"],
-    ...     cells[kind == "expression", feature == "Gene Expression"],
-    ...     cells[kind == "accessibility", feature == "Peaks"],
+    ...     cells[pattern == "paired"],
+    ...     cells[pattern == "expression", feature == "Gene Expression"],
+    ...     cells[pattern == "accessibility", feature == "Peaks"],
     ... )
     >>> joined.shape
     (9, 30)
@@ -112,10 +108,9 @@ def organize_multiome_anndatas(
         parts.append(_from_mudata(multi_anndata, mudata_modalities, feature_type_key))
     elif multi_anndata is not None:
         parts.append(_from_anndata("multi_anndata", multi_anndata, PAIRED, feature_type_key))
-    if rna_anndata is not None:
-        parts.append(_from_anndata("rna_anndata", rna_anndata, EXPRESSION, feature_type_key))
-    if atac_anndata is not None:
-        parts.append(_from_anndata("atac_anndata", atac_anndata, ACCESSIBILITY, feature_type_key))
+    for modality, adata in ((RNA, rna_anndata), (ATAC, atac_anndata)):
+        if adata is not None:
+            parts.append(_from_anndata(f"{modality.key}_anndata", adata, modality.name, feature_type_key))
     if not parts:
         raise ValueError("give at least one of multi_anndata, rna_anndata and atac_anndata")
 
@@ -137,19 +132,19 @@ def organize_multiome_anndatas(
     )
 
 
-def _from_anndata(argument: str, adata: Any, modality: str, feature_type_key: str) -> _Part:
+def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str) -> _Part:
     if not isinstance(adata, AnnData):
         advice = f"; give its AnnData: {argument}.mod[...]" if hasattr(adata, "mod") else ""
         raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
     _check_matrix(argument, adata)
-    allowed = _TYPES[modality]
+    allowed = _TYPES[pattern]
     if feature_type_key in adata.var:
         type_v = adata.var[feature_type_key].astype(str).to_numpy(dtype=object)
     elif len(allowed) == 1:
         type_v = np.full(adata.n_vars, allowed[0], dtype=object)
     else:
         raise ValueError(
-            f"multi_anndata.var has no column {feature_type_key!r}, which must say {RNA.feature_type!r} or "
+            f"multi_anndata.var has no column {feature_type_key!r}, which must be {RNA.feature_type!r} or "
             f"{ATAC.feature_type!r} for each feature; it has {first_names(adata.var.columns) or 'none'}. "
             "Name another with feature_type_key"
         )
@@ -159,7 +154,7 @@ def _from_anndata(argument: str, adata: Any, modality: str, feature_type_key: st
             f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. "
             f"Take the others out: {argument}[:, {argument}.var[{feature_type_key!r}].isin({list(allowed)})]"
         )
-    return _Part(argument, modality, adata.X, adata.layers, adata.obs, adata.var, type_v)
+    return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v)
 
 
 def _from_mudata(mdata: Any, names: tuple[str, str], feature_type_key: str) -> _Part:
@@ -178,8 +173,8 @@ def _from_mudata(mdata: Any, names: tuple[str, str], feature_type_key: str) -> _
             "use setup_mudata with it as it is"
         )
     parts = [
-        _from_anndata(f"multi_anndata.mod[{name!r}]", adata, modality, feature_type_key)
-        for name, adata, modality in ((names[0], rna, EXPRESSION), (names[1], atac, ACCESSIBILITY))
+        _from_anndata(f"multi_anndata.mod[{name!r}]", mdata.mod[name], modality.name, feature_type_key)
+        for name, modality in zip(names, MODALITIES, strict=True)
     ]
     order = [adata.obs_names.get_indexer(mdata.obs_names) for adata in (rna, atac)]
 
@@ -212,13 +207,13 @@ def _check_matrix(argument: str, adata: AnnData) -> None:
 
 def _join_var(parts: list[_Part], feature_type_key: str) -> pd.DataFrame:
     """The features of the result: genes, then peaks."""
-    sources = parts[:1] if parts[0].modality == PAIRED else parts
+    sources = parts[:1] if parts[0].pattern == PAIRED else parts
     frames, types = [], []
-    for kind in (RNA.feature_type, ATAC.feature_type):
+    for modality in MODALITIES:
         for part in sources:
-            frame = part.var[part.type_v == kind].drop(columns=feature_type_key, errors="ignore")
+            frame = part.var[part.type_v == modality.feature_type].drop(columns=feature_type_key, errors="ignore")
             frames.append(frame)
-            types += [kind] * len(frame)
+            types += [modality.feature_type] * len(frame)
     var = _join_rows(frames)
     check_unique(var.index, "the genes and peaks together", "rename the genes or the peaks")
     var[feature_type_key] = pd.Categorical(types)
@@ -231,12 +226,12 @@ def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) 
     # A gene and a region of one name are not the same feature.
     columns[type_v[columns] != part.type_v] = -1
     kept, own = int((columns >= 0).sum()), len(columns)
-    wanted = int(np.isin(type_v, _TYPES[part.modality]).sum())
+    wanted = int(np.isin(type_v, _TYPES[part.pattern]).sum())
     if kept == 0:
         raise ValueError(
             f"none of the {own} features of {part.argument} is in multi_anndata: {part.argument} has "
             f"{first_names(part.var.index)}, multi_anndata has "
-            f"{first_names(var.index[np.isin(type_v, _TYPES[part.modality])]) or 'none of this type'}. "
+            f"{first_names(var.index[np.isin(type_v, _TYPES[part.pattern])]) or 'none of this type'}. "
             "Use the same names, for peaks the same regions"
         )
     if kept < own:
@@ -276,20 +271,20 @@ def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
     frames = []
     for part in parts:
         if modality_key in part.obs:
-            found = set(part.obs[modality_key].astype(str)) - {part.modality}
+            found = set(part.obs[modality_key].astype(str)) - {part.pattern}
             if found:
                 raise ValueError(
                     f"{part.argument}.obs has a column {modality_key!r} with {first_names(sorted(found))} "
-                    f"where {part.modality!r} is to be written; give another modality_key"
+                    f"where {part.pattern!r} is to be written; give another modality_key"
                 )
         frame = part.obs.drop(columns=modality_key, errors="ignore")
-        suffix = f"_{part.modality}"
+        suffix = f"_{part.pattern}"
         frame.index = pd.Index([name + suffix if name in repeated else name for name in frame.index])
         frames.append(frame)
     obs = _join_rows(frames)
     check_unique(obs.index, "obs_names of all inputs together", "rename the cells of one of them")
-    modality_n = np.repeat([part.modality for part in parts], [len(frame) for frame in frames])
-    obs[modality_key] = pd.Categorical(modality_n, list(MEASUREMENT_PATTERNS))
+    pattern_n = np.repeat([part.pattern for part in parts], [len(frame) for frame in frames])
+    obs[modality_key] = pd.Categorical(pattern_n, list(MEASUREMENT_PATTERNS))
     return obs
 
 
@@ -302,7 +297,7 @@ def _join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
     starts = np.cumsum([0, *map(len, frames)])
     joined = {}
     for column in dict.fromkeys(column for frame in frames for column in frame.columns):
-        # What holds no value has no say in the type.
+        # A column without any value does not decide the type.
         having = [
             (int(start), frame[column])
             for start, frame in zip(starts[:-1], frames, strict=True)

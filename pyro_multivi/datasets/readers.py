@@ -30,12 +30,12 @@ _ALLOWED = (
     "or a folder with matrix.mtx, features.tsv and barcodes.tsv, each plain or .gz"
 )
 
-#: What a 10x file says of a feature, and the column of ``var`` it becomes.
+#: Descriptions of a feature in a 10x file, and the column of ``var`` that each becomes.
 _COLUMNS = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "interval": "interval"}
 
 
 def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose type needs the extra
-    """Read cells from a file or folder, whichever of the known kinds it is.
+    """Read cells from a file or folder of any known format.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
     FileNotFoundError
         If there is nothing at ``path``.
     ValueError
-        If it is of no known kind, or broken.
+        If it is of no known format, or broken.
     ImportError
         If mudata is needed and not installed.
 
@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
     if kind == ".h5":
         return read_10x_h5(path)
     if kind not in (".h5ad", ".h5mu"):
-        raise ValueError(f"{path} is of no known kind; give {_ALLOWED}")
+        raise ValueError(f"{path} is of no known format; give {_ALLOWED}")
     with _opened(path):
         pass  # Tells a broken file from one with unexpected content, which the reader below reports.
     if kind == ".h5ad":
@@ -224,7 +224,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file; what HDF5 says of a broken one becomes an error that names the file."""
+    """An HDF5 file; the error of HDF5 about a broken one becomes one that names the file."""
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is not an HDF5 file, as {path.suffix} must be; is it complete?")
     try:
@@ -235,7 +235,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _describe(file: h5py.File) -> str:
-    """Why an HDF5 file is not what it should be, from what it holds."""
+    """Reason why an HDF5 file is no feature-barcode matrix, from what it holds."""
     groups = list(file)
     if any("gene_names" in file[name] for name in groups if isinstance(file[name], h5py.Group)):
         return "it was written by Cell Ranger 2; read the folder with matrix.mtx and genes.tsv instead"

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.modality import ATAC, RNA
-from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, MEASUREMENT_PATTERNS
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +26,7 @@ _BLOCK_ENTRIES = 4_000_000
 
 @dataclass(frozen=True)
 class _Decoders:
-    """What all cells share: linear maps of z (loadings), followed by a softmax or a sigmoid."""
+    """Decoders, the same for all cells: linear maps of z (loadings), followed by a softmax or a sigmoid."""
 
     centre_tk: Array
     rna_bias_g: Array
@@ -187,12 +187,11 @@ def simulate_multiome(
     arguments: dict[str, Any] = {key: value for key, value in locals().items() if key != "return_mudata"}
     arguments["n_cells"] = [int(count) for count in np.atleast_1d(n_cells)]
     _check(arguments)
-    n_per_modality = arguments["n_cells"]
-    n = sum(n_per_modality)
+    n = sum(arguments["n_cells"])
     rng = np.random.default_rng(seed)
     decoders = _draw_decoders(rng, arguments)
 
-    modality_n = np.repeat(np.arange(3), n_per_modality)
+    pattern_n = np.repeat(np.arange(len(MEASUREMENT_PATTERNS)), arguments["n_cells"])
     type_n = rng.integers(n_types, size=n)
     batch_n = rng.integers(n_batches, size=n)
     between = type_separation if n_types > 1 else 0.0
@@ -212,7 +211,7 @@ def simulate_multiome(
     size = max(1, _BLOCK_ENTRIES // (n_genes + n_regions))
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        z_bk, batch_b, modality_b = z_nk[rows], batch_n[rows], modality_n[rows]
+        z_bk, batch_b, pattern_b = z_nk[rows], batch_n[rows], pattern_n[rows]
         rho_bg = decoders.rho(z_bk, decoders.rna_batch_sg[batch_b])
         x_bg = _negative_binomial(rng, library_n[rows, None] * rho_bg, decoders.inverse_dispersion_g)
         p_bm = decoders.p(z_bk, decoders.atac_batch_sm[batch_b])
@@ -222,18 +221,17 @@ def simulate_multiome(
             x_bg[rng.random(x_bg.shape, dtype=np.float32) < pi_bg] = 0
             if truth:
                 keep("true_pi", pi_bg)
-        for key, counts, measured_b in (("x", x_bg, modality_b != 2), ("y", y_bm, modality_b != 1)):
-            keep(key, sp.csr_matrix(counts * measured_b[:, None]))
+        for modality, counts, decoded in ((RNA, x_bg, rho_bg), (ATAC, y_bm, p_bm)):
+            measured_b = _includes(modality)[pattern_b]
+            keep(modality.counts, sp.csr_matrix(counts * measured_b[:, None]))
             if truth:
-                keep(f"hidden_{key}", sp.csr_matrix(counts * ~measured_b[:, None]))
-        if truth:
-            keep("true_rho", rho_bg)
-            keep("true_p", p_bm)
+                keep(f"hidden_{modality.counts}", sp.csr_matrix(counts * ~measured_b[:, None]))
+                keep(f"true_{modality.decoded}", decoded)
 
     width = len(str(n - 1))
     obs = pd.DataFrame(
         {
-            "modality": pd.Categorical.from_codes(modality_n, pd.Index(MEASUREMENT_PATTERNS)),
+            "modality": pd.Categorical.from_codes(pattern_n, pd.Index(MEASUREMENT_PATTERNS)),
             "batch": pd.Categorical.from_codes(batch_n, pd.Index([f"batch_{s}" for s in range(n_batches)])),
             "cell_type": pd.Categorical.from_codes(type_n, pd.Index([f"type_{t}" for t in range(n_types)])),
             "true_library": library_n,
@@ -241,7 +239,7 @@ def simulate_multiome(
         },
         index=[f"cell_{i:0{width}d}" for i in range(n)],
     )
-    x = sp.hstack([sp.vstack(blocks.pop(key), format="csr") for key in ("x", "y")], format="csr")
+    x = sp.hstack([sp.vstack(blocks.pop(key), format="csr") for key in (RNA.counts, ATAC.counts)], format="csr")
     obsm: dict[str, Any] = {"true_z": z_nk}
     for key, parts in blocks.items():
         obsm[key] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
@@ -257,10 +255,15 @@ def simulate_multiome(
     return _as_mudata(adata) if return_mudata else adata
 
 
+def _includes(modality: Modality) -> NDArray[np.bool_]:
+    """Whether each of the measurement patterns includes a modality."""
+    return np.array([modality in MODALITIES_OF[pattern] for pattern in MEASUREMENT_PATTERNS])
+
+
 def _check(arguments: dict[str, Any]) -> None:
-    """Reject what the process is not defined for."""
+    """Reject arguments for which the process is not defined."""
     n_cells = arguments["n_cells"]
-    if len(n_cells) != 3 or min(n_cells) < 0 or sum(n_cells) == 0:
+    if len(n_cells) != len(MEASUREMENT_PATTERNS) or min(n_cells) < 0 or sum(n_cells) == 0:
         raise ValueError(
             f"n_cells is {tuple(n_cells)}; give three numbers of cells, none negative and not all zero: "
             "paired, RNA-only and ATAC-only"
@@ -348,7 +351,8 @@ def _variables(decoders: _Decoders) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "feature_types": pd.Categorical(
-                [RNA.feature_type] * n_genes + [ATAC.feature_type] * n_regions, [RNA.feature_type, ATAC.feature_type]
+                np.repeat([RNA.feature_type, ATAC.feature_type], [n_genes, n_regions]),
+                [modality.feature_type for modality in MODALITIES],
             ),
             "is_differential": (loading_kv != 0).any(0),
             "true_inverse_dispersion": np.concatenate([decoders.inverse_dispersion_g, missing_m]),
@@ -363,14 +367,11 @@ def _as_mudata(adata: AnnData) -> Any:
     """The same cells as a MuData whose modalities hold only the cells measured in them."""
     mudata = require("mudata", "mudata")
     parts = {}
-    for name, feature_type, missing in (
-        ("rna", RNA.feature_type, ACCESSIBILITY),
-        ("atac", ATAC.feature_type, EXPRESSION),
-    ):
-        cells = (adata.obs["modality"] != missing).to_numpy()
-        features = (adata.var["feature_types"] == feature_type).to_numpy()
+    for modality in MODALITIES:
+        cells = _includes(modality)[adata.obs["modality"].cat.codes]
+        features = (adata.var["feature_types"] == modality.feature_type).to_numpy()
         part = adata[cells, features].copy()
-        parts[name] = AnnData(part.X, obs=part.obs[[]], var=part.var, varm=dict(part.varm))
+        parts[modality.key] = AnnData(part.X, obs=part.obs[[]], var=part.var, varm=dict(part.varm))
     # Nothing to pull from the parts; without the option mudata 0.3 warns of its future default.
     with mudata.set_options(pull_on_update=False):
         mdata = mudata.MuData(parts)

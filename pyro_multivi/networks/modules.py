@@ -1,4 +1,4 @@
-"""The networks and parameters of a program, and how they start: what program.py computes with."""
+"""Networks and parameters of a program, and their initial values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.checks import check_choice
 from pyro_multivi.data.marginals import Marginals
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
-# States of other cells that are kept of each modality: at least so many, and so many for each batch.
+# Cells in the aggregate posterior of each modality: at least so many, and so many for each batch.
 _POPULATION, _POPULATION_OF_A_BATCH = 512, 32
 
 
@@ -26,27 +28,27 @@ class ProgramModules(nn.Module):
     Attributes
     ----------
     config_class
-        What ``config`` must be. A model with choices of its own names a subclass of
+        Class of ``config``. A custom program with choices of its own names a subclass of
         :class:`~pyro_multivi.config.ProgramConfig` here.
     config
         Sizes and modelling choices.
     uid
-        Tells the param sites of two programs in one process apart.
+        Prefix of the param sites, different for each program in a process.
     rna_log_depth, atac_log_depth
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
     rna_mixture_weight, atac_mixture_weight
-        How far what was measured of a cell counts where expression (accessibility) is decoded that was
-        not, scalars in [0, 1]: see :mod:`pyro_multivi.posterior.engine.population_mixture`. The model itself reads
-        neither.
+        Weight of a cell's own posterior in its mixture with the batch's aggregate posterior, from which expression
+        (accessibility) that was not measured is imputed, scalars in [0, 1]; see
+        :mod:`pyro_multivi.posterior.engine.population_mixture`. Not part of the model itself.
     rna_population, atac_population
-        States of training cells in which expression (accessibility) was measured, which stand for a cell as far as
-        it is not trusted, (P, 1 + K): code of the batch (-1 in rows without a cell), z. The model reads neither.
+        Aggregate posterior: states of training cells in which expression (accessibility) was measured, (P, 1 + K):
+        code of the batch (-1 in rows without a cell), z. Not part of the model itself.
     rna_depth_regression, atac_depth_regression
-        What the depth of a modality that was not measured is predicted by, (1 + 1 + K + n_batch,): standard
+        Regression that predicts the depth of a modality that was not measured, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
-        :mod:`pyro_multivi.posterior.engine.depth_regression`. The model itself reads neither.
+        :mod:`pyro_multivi.posterior.engine.depth_regression`. Not part of the model itself.
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
@@ -67,13 +69,13 @@ class ProgramModules(nn.Module):
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
         self.config = config
-        # Param sites of two programs in one process must differ; see announce.py.
+        # Param sites of two programs in one process must differ; see param_sites.py.
         self.uid = f"multivi{next(ProgramModules._uid)}"
         encoder, decoder = _network_options(config)
         hidden, latent = config.hidden, config.latent
         in_encoder = config.n_covariates if config.encode_covariates else 0
 
-        def reader(n_features: int) -> SharedFirstLayer:
+        def first_layer(n_features: int) -> SharedFirstLayer:
             return SharedFirstLayer(
                 n_features, hidden, n_covariates=in_encoder, dropout_rate=config.dropout_rate, **encoder
             )
@@ -97,7 +99,7 @@ class ProgramModules(nn.Module):
             **decoder,
         }
         if config.n_genes:
-            self.rna_first_layer, self.rna_expert = reader(config.n_genes), expert()
+            self.rna_first_layer, self.rna_expert = first_layer(config.n_genes), expert()
             # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
             self.library_head = LibraryHead(hidden, 2, start=-2.0)
             self.expression_decoder = ExpressionDecoder(
@@ -112,40 +114,38 @@ class ProgramModules(nn.Module):
             if config.gene_likelihood != "poisson" and sets is not None:
                 self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
         if config.n_regions:
-            self.atac_first_layer, self.atac_expert = reader(config.n_regions), expert()
+            self.atac_first_layer, self.atac_expert = first_layer(config.n_regions), expert()
             self.cell_factor_head = LibraryHead(hidden, 1)
             self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **shared)
             if config.region_factors:
                 self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":
-            self.weight_logits = nn.Parameter(torch.zeros(2))
+            self.weight_logits = nn.Parameter(torch.zeros(len(MODALITIES)))
         elif config.modality_weights == "cell":
-            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in range(2)])
+            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in MODALITIES])
             # Experts start with equal weights.
             for parameter in self.weight_net.parameters():
                 nn.init.zeros_(parameter)
-        self.register_buffer("rna_log_depth", torch.tensor(0.0))
-        self.register_buffer("atac_log_depth", torch.tensor(0.0))
+        for modality in MODALITIES:
+            self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         n_others = max(_POPULATION, _POPULATION_OF_A_BATCH * config.n_batch)
-        for name in ("rna", "atac"):
-            self.register_buffer(f"{name}_mixture_weight", torch.tensor(1.0))
-            self.register_buffer(f"{name}_population", torch.full((n_others, 1 + latent), -1.0))
-        self.register_buffer("rna_depth_regression", torch.zeros(2 + latent + config.n_batch))
-        self.register_buffer("atac_depth_regression", torch.zeros(2 + latent + config.n_batch))
+        for modality in MODALITIES:
+            self.register_buffer(f"{modality.key}_mixture_weight", torch.tensor(1.0))
+            self.register_buffer(f"{modality.key}_population", torch.full((n_others, 1 + latent), -1.0))
+        for modality in MODALITIES:
+            self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
 
     def use_precision(self, precision: str) -> None:
-        """Multiply the decoders' last layers out in ``"fp32"`` or ``"bf16"``.
+        """Use ``"fp32"`` or ``"bf16"`` for the matrix products of the decoders' last layers.
 
         In bf16 only these matrix products are in reduced precision: parameters, sums and
         likelihoods stay in float32.
         """
-        if precision not in PRECISIONS:
-            known = ", ".join(map(repr, PRECISIONS))
-            raise ValueError(f"precision={precision!r} is not allowed: choose one of {known}.")
-        for name in ("expression_decoder", "accessibility_decoder"):
-            decoder = getattr(self, name, None)
+        check_choice("precision", precision, list(PRECISIONS))
+        for modality in MODALITIES:
+            decoder = getattr(self, f"{modality.name}_decoder", None)
             if decoder is not None:
                 decoder.gemm_dtype = PRECISIONS[precision]
 
@@ -156,8 +156,8 @@ class ProgramModules(nn.Module):
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
         share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
         of each region for a cell of typical depth (d = 1/2). Loadings start at zero, so that this
-        profile is that of every cell: from random ones each feature would first have to unlearn
-        differences that are not in the data.
+        profile is that of every cell: with random ones each feature would start with differences between cells
+        that are not in the data.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
@@ -175,10 +175,10 @@ class ProgramModules(nn.Module):
                 start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
             else:
                 start = share.log()
-            self.expression_decoder.rho.bias.copy_(start)
-            if self.expression_decoder.pi is not None:
+            decoder.rho.bias.copy_(start)
+            if decoder.pi is not None:
                 # Few dropouts to begin with: 5 %.
-                self.expression_decoder.pi.bias.fill_(-3.0)
+                decoder.pi.bias.fill_(-3.0)
             log_theta = marginals.inverse_dispersion.log()
             if decoder.theta is not None:
                 decoder.theta.bias.copy_(log_theta)

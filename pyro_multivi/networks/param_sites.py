@@ -1,9 +1,8 @@
-"""Let any Pyro inference find a program's parameters without Pyro's global store.
+"""Param sites: any Pyro inference finds a program's parameters, without Pyro's global store.
 
-``pyro.infer.SVI`` optimises the parameters that param statements announce. ``pyro.module``
-announces them through a process-wide store keyed by name, in which two programs of one name
-silently share or lose their parameters. Here the statement's value leads straight back to the
-module's own Parameter, so the module stays the only owner.
+``pyro.infer.SVI`` optimises the parameters that have param statements. ``pyro.module`` makes these by a process-wide
+store keyed by name, in which two programs of one name silently share or lose their parameters. Here the
+statement's value leads straight back to the module's own Parameter, so the module stays the only owner.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from torch.distributions import constraints
 
 @pyro.poutine.runtime.effectful(type="param")
 def _param_site(parameter: Tensor, constraint: Any = None, event_dim: int | None = None) -> Tensor:
-    # SVI asks the value of a param site for .unconstrained() and optimises what it returns.
+    # SVI calls .unconstrained() of a param site's value and optimises the result.
     value = parameter.detach()
     value.unconstrained = lambda: parameter  # type: ignore[attr-defined]
     return value
 
 
 def register_param_sites(module: nn.Module, prefix: str) -> None:
-    """Announce each trainable parameter as a Pyro param statement named ``prefix$$$name``.
+    """Make a Pyro param statement named ``prefix$$$name`` for each trainable parameter.
 
-    Outside inference (no handler listening) this does nothing.
+    Outside inference (no handler on the stack) this does nothing.
     """
     if not pyro.poutine.runtime.am_i_wrapped():
         return

@@ -1,11 +1,9 @@
-"""Mixing by an adversary: a classifier tries to tell from z where a cell comes from, the program to confuse it.
+"""Adversarial mixing: a classifier of a cell's origin from z, and a penalty for what it can tell.
 
-A term of training only. Model and guide know nothing of it, and no reported ELBO holds it.
+A term of training only: neither the model, nor the guide, nor any reported ELBO holds it.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,78 +11,43 @@ from torch.func import functional_call
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
-
-TARGETS = ("modality", "batch")
-SCHEDULES = ("warmup", "constant")
+from pyro_multivi.training.options import FitOptions
 
 _N_HIDDEN = 32
 # Faster than the program, whose z it has to follow. More than one step for each of the program's gained nothing.
 _LEARNING_RATE = 5e-3
 
-
-@dataclass(frozen=True)
-class AdversaryOptions:
-    """What is to be mixed, and how strongly.
-
-    Attributes
-    ----------
-    target
-        What the classifier reads off z: ``"modality"``, which of RNA and ATAC were measured in a
-        cell, or ``"batch"``.
-    weight
-        Of the penalty, which is in nats per cell, in the loss.
-    schedule
-        ``"warmup"``: the weight grows with that of the KL terms. ``"constant"``: it is there from
-        the first step.
-
-    Raises
-    ------
-    ValueError
-        If a choice is not allowed.
-    """
-
-    target: str = "modality"
-    weight: float = 1.0
-    schedule: str = "warmup"
-
-    def __post_init__(self) -> None:
-        for name, found, allowed in (
-            ("adversarial_target", self.target, TARGETS),
-            ("adversarial_schedule", self.schedule, SCHEDULES),
-        ):
-            if found not in allowed:
-                choices = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name}={found!r} is not allowed: choose {choices}.")
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(
-                f"adversarial_weight={self.weight} is not allowed: give a finite number above 0, "
-                "or adversarial_mixing=False for no adversary."
-            )
+_ONE_ORIGIN = {
+    "batch": "adversarial_target='batch' needs training cells of two batches at least, and they are all of one: give "
+    "batch_key to setup_anndata or setup_mudata, choose adversarial_target='modality', or leave "
+    "adversarial_mixing out.",
+    "modality": "adversarial_target='modality' mixes cells in which different modalities were measured, and it is the "
+    "same in all training cells: choose adversarial_target='batch', or leave adversarial_mixing out.",
+}
 
 
 class Adversary:
-    r"""A classifier of the origin of cells, and the penalty for what it can tell.
+    r"""Classifier of the origin of cells, trained beside the program, and the penalty that hides the origin from it.
 
     With :math:`c` the origins present in the training cells, :math:`f_c` their shares and
     :math:`q(c \mid z)` the classifier, a cell costs
 
     .. math:: KL(f \,\|\, q(\cdot \mid z)) = \sum_c f_c \log \frac{f_c}{q(c \mid z)}
 
-    nats: nothing where z does not tell, the more the surer the classifier is, right or wrong. Unlike
-    the classifier's own loss with its sign turned round, this is bounded from below and its gradient
-    does not fade when the classifier has won.
+    nats: nothing where z does not tell, the more the surer the classifier is, right or wrong. Unlike the negative of
+    the classifier's own loss, this is bounded from below and its gradient does not fade when the classifier has won.
 
     Parameters
     ----------
     program
         The program to mix; not kept.
     train
-        The training cells: origins and their shares.
+        Training cells, which have the origins and their shares.
     options
-        Default: :class:`AdversaryOptions`.
-    seed
-        Of the classifier's initial weights.
+        ``adversarial_target`` is the origin, ``seed`` that of the classifier's initial weights.
 
     Raises
     ------
@@ -93,9 +56,8 @@ class Adversary:
 
     Notes
     -----
-    The classifier belongs to one run of training and is saved nowhere: going on, and going on with a
-    model that was loaded, starts a new one. A new one says :math:`q = f` for every z, so that it costs nothing
-    until it has learned something.
+    The classifier belongs to one run of training and is saved nowhere: going on starts a new one. A new one says
+    :math:`q = f` for every z, so that it costs nothing until it has learned something.
 
     References
     ----------
@@ -110,32 +72,30 @@ class Adversary:
     ...                   design=torch.eye(2)[[0, 0, 0, 1]], batch_code=torch.tensor([0, 0, 0, 1]),
     ...                   n_genes=2, n_regions=0)
     >>> program = MultiVIProgram(ProgramConfig(n_genes=2, n_regions=0, n_batch=2, n_covariates=2))
-    >>> Adversary(program, Minibatches(table), AdversaryOptions("batch")).share
+    >>> Adversary(program, Minibatches(table), FitOptions(adversarial_target="batch")).share
     tensor([0.7500, 0.2500])
     """
 
-    def __init__(
-        self, program: MultiVIProgram, train: Minibatches, options: AdversaryOptions | None = None, seed: int = 0
-    ) -> None:
-        self.options = options or AdversaryOptions()
+    def __init__(self, program: MultiVIProgram, train: Minibatches, options: FitOptions | None = None) -> None:
+        self.options = options or FitOptions()
         self._n_batch = program.config.n_batch
-        table, index = train.table, train.index.cpu()
-        origin = self._origin(table.has_rna[index], table.has_atac[index], table.design[index])
-        found, count = origin.unique(return_counts=True)
-        if len(found) < 2:
-            raise ValueError(self._nothing_to_mix())
-        # From what _origin says to 0 ... C - 1, the origins present.
-        place = torch.zeros(int(found.max()) + 1, dtype=torch.long)
-        place[found] = torch.arange(len(found))
-        self._place = place.to(train.device)
+        origins, count = self._origin(train.table)[train.index.cpu()].unique(return_counts=True)
+        if len(origins) < 2:
+            raise ValueError(_ONE_ORIGIN[self.options.adversarial_target])
+        self._origins = origins.to(train.device)
         #: Share of each origin among the training cells, (C,).
         self.share = (count / count.sum()).to(train.device)
         # The classifier's weights come from a seed of their own: with or without, the program sees the same noise.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.classifier = _classifier(program.config.latent, self.share.cpu()).to(train.device)
+            torch.manual_seed(self.options.seed)
+            first, second = nn.Linear(program.config.latent, _N_HIDDEN), nn.Linear(_N_HIDDEN, _N_HIDDEN)
+            last = nn.Linear(_N_HIDDEN, len(count))
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.copy_(self.share.log())
+        self.classifier = nn.Sequential(first, nn.LeakyReLU(), second, nn.LeakyReLU(), last).to(train.device)
         self._optimizer = torch.optim.Adam(self.classifier.parameters(), lr=_LEARNING_RATE)
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         self._sums = torch.zeros(3, device=train.device)
 
     def penalty(self, z: Tensor, cells: Cells) -> Tensor:
@@ -144,28 +104,26 @@ class Adversary:
         Parameters
         ----------
         z
-            What the decoders read of the latent state, (..., B, K).
+            Input of the decoders, (..., B, K).
         cells
             The minibatch.
         """
-        origin = self._place[self._origin(cells.has_rna, cells.has_atac, cells.design)].expand(z.shape[:-1])
+        origin = torch.searchsorted(self._origins, self._origin(cells)).expand(z.shape[:-1])
         fixed = {name: parameter.detach() for name, parameter in self.classifier.named_parameters()}
         log_q = functional_call(self.classifier, fixed, (z,)).log_softmax(-1)  # (..., B, C)
         cost: Tensor = (self.share * (self.share.log() - log_q)).sum(-1).mean()
-        self._seen = z.detach(), origin
+        self._last = z.detach(), origin
         with torch.no_grad():
             surprise = -log_q.gather(-1, origin.unsqueeze(-1)).mean()
             self._sums += len(cells) * torch.stack([cost, surprise, torch.ones_like(cost)])
         return cost
 
     def learn(self) -> None:
-        """One step of the classifier on the z that the latest penalty was computed from."""
-        assert self._seen is not None, "learn() follows penalty()"
-        z, origin = self._seen
-        self._seen = None
+        """Take one step of the classifier on the z that the latest penalty was computed from."""
+        assert self._last is not None, "learn() follows penalty()"
+        (z, origin), self._last = self._last, None
         self._optimizer.zero_grad(set_to_none=True)
-        logits = self.classifier(z).flatten(0, -2)
-        nn.functional.cross_entropy(logits, origin.flatten()).backward()
+        nn.functional.cross_entropy(self.classifier(z).flatten(0, -2), origin.flatten()).backward()
         self._optimizer.step()
 
     def pop_record(self) -> dict[str, float]:
@@ -178,32 +136,8 @@ class Adversary:
         self._sums.zero_()
         return {"adversary_train": penalty / n, "classifier_train": surprise / n}
 
-    def _origin(self, has_rna: Tensor, has_atac: Tensor, design: Tensor) -> Tensor:
+    def _origin(self, cells: Cells | CellTable) -> Tensor:
         """A number for the origin of each cell, (n,), int64."""
-        if self.options.target == "batch":
-            return design[:, : self._n_batch].argmax(-1)
-        return has_rna.long() + 2 * has_atac.long()
-
-    def _nothing_to_mix(self) -> str:
-        if self.options.target == "batch":
-            return (
-                "adversarial_target='batch' needs training cells of two batches at least, and they are all of one: "
-                "give batch_key to setup_anndata or setup_mudata, choose adversarial_target='modality', or leave "
-                "adversarial_mixing out."
-            )
-        return (
-            "adversarial_target='modality' mixes cells in which different modalities were measured, and it is the "
-            "same in all training cells: choose adversarial_target='batch', or leave adversarial_mixing out."
-        )
-
-
-def _classifier(n_latent: int, share: Tensor) -> nn.Sequential:
-    """Two hidden layers; at first it answers with the shares, whatever it is shown."""
-    layers: list[nn.Module] = []
-    for n_in in (n_latent, _N_HIDDEN):
-        layers += [nn.Linear(n_in, _N_HIDDEN), nn.LeakyReLU()]
-    last = nn.Linear(_N_HIDDEN, len(share))
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.copy_(share.log())
-    return nn.Sequential(*layers, last)
+        if self.options.adversarial_target == "batch":
+            return cells.design[:, : self._n_batch].argmax(-1)
+        return torch.stack([modality.measured_in(cells).long() << at for at, modality in enumerate(MODALITIES)]).sum(0)

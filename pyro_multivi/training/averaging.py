@@ -1,4 +1,4 @@
-"""Weights averaged over the latest steps."""
+"""Running average of a module's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # Until then a tenth of the steps is too few for an average.
 _FIRST = 100
-# It reaches back over one step in so many, and takes in the weights so many times meanwhile.
+# It reaches back over one step in so many, and is updated so many times meanwhile.
 _SHARE = 10
 
 
@@ -25,9 +25,9 @@ class RunningAverage:
     Parameters
     ----------
     module
-        Whose trained parameters and floating-point buffers are averaged.
+        Module whose trained parameters and floating-point buffers are averaged.
     steps
-        How far the average reaches back at most. None: the weights stay the latest ones.
+        Number of steps that the average reaches back at most. None: the weights stay the latest ones.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after the ``step``-th step, counted from 1."""
+        """Add the weights after the ``step``-th step, counted from 1."""
         if self._steps is None or step < _FIRST:
             return
         window = min(step // _SHARE, self._steps)

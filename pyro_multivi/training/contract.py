@@ -1,4 +1,4 @@
-"""What model and guide owe each other, checked on the first minibatch in a modeler's words."""
+"""Contract between model and guide, checked on the first minibatch, with errors in a modeler's words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ContractError(ValueError):
 def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = None) -> None:
     """Refuse a model and a guide that no ELBO would be right for.
 
-    Nothing is learned from it and no random state moves: it costs one trace of each, without likelihoods.
+    No parameter and no random state changes. It costs one trace of each, without likelihoods.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     cells
         A minibatch.
     elbo
-        What will be optimised; None is ``TraceMeanField_ELBO``.
+        Objective of training; None is ``TraceMeanField_ELBO``.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
         for name, site in guided.items():
             if not site["fn"].has_rsample:
                 raise ContractError(
-                    f"Site {name!r} of the guide is drawn from {_kind(site['fn'])}, whose draws are not "
+                    f"Site {name!r} of the guide is drawn from {_family(site['fn'])}, whose draws are not "
                     "reparameterised: TraceMeanField_ELBO would return gradients without it. Use a distribution "
                     "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO() or TraceGraph_ELBO()."
                 )
@@ -161,9 +161,9 @@ def _check_observed(name: str, site: Any) -> None:
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     if site["is_observed"] and isinstance(value, Tensor) and event and tuple(value.shape[-len(event) :]) != event:
         raise ContractError(
-            f"Site {name!r} of the model is observed with shape {tuple(value.shape)}, and its distribution {_kind(fn)} "
-            f"has batch shape {batch} and event shape {event}: expected a value of shape {batch + event}. Compare the "
-            "number of features of the data with that of the decoder."
+            f"Site {name!r} of the model is observed with shape {tuple(value.shape)}, and its distribution "
+            f"{_family(fn)} has batch shape {batch} and event shape {event}: expected a value of shape "
+            f"{batch + event}. Compare the number of features of the data with that of the decoder."
         )
 
 
@@ -191,7 +191,7 @@ def _plates(names: set[str]) -> str:
     return f"the plate {', '.join(map(repr, sorted(names)))}" if names else "no plate"
 
 
-def _kind(fn: Any) -> str:
+def _family(fn: Any) -> str:
     while type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
         fn = fn.base_dist
     return type(fn).__name__

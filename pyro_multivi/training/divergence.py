@@ -1,4 +1,4 @@
-"""Divergence: losses and gradients that are not finite, found without waiting for a GPU, and where they come from."""
+"""Divergence of training: a monitor that finds it without waiting for a GPU, and the diagnosis of its origin."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import random_sites
 
-#: Steps on a GPU after which the host looks at what has become of them: rarely enough that the wait is
-#: nothing beside them, often enough that a run that diverged does not go on for long.
-STEPS_UNSEEN = 100
+#: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
+#: enough that a run that diverged does not go on for long.
+STEPS_BETWEEN_CHECKS = 100
 REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
-# Parameters of more elements are not looked at in every step.
+# Gradients of more elements are not checked in every step.
 _WIDE = 1_000_000
 
 
@@ -29,7 +29,7 @@ class TrainingDiverged(ArithmeticError):
 
 @dataclass
 class _Step:
-    """What is known of a step, on its device: its loss, its cells and, by parameter, whether a gradient is bad."""
+    """A step that the host has not checked yet: position of its minibatch, loss, cells, gradients not finite."""
 
     place: int
     loss: Tensor
@@ -38,24 +38,24 @@ class _Step:
 
 
 class DivergenceMonitor:
-    """Looks for losses and gradients that are not finite.
+    """Monitor of losses and gradients that are not finite.
 
-    On a CPU it looks at each at once. On a GPU that would make the host wait in every step, so numbers are
-    judged there: from the first bad one on the optimiser changes nothing, by the same flag as in
-    mixed-precision training. When the host looks, the weights that led there and the cells are still to be found.
+    On a CPU each is checked at once. On a GPU that would make the host wait in every step, so the check
+    runs there: from the first bad number on the optimiser changes nothing, by the same flag as in mixed-precision
+    training. When the host reads the results, the weights that led there and the cells are still to be found.
 
     Parameters
     ----------
     program
-        What is trained.
+        Model and guide being trained.
     optimizer
         A fused optimiser of torch, which heeds ``found_inf``.
     train
-        Where the minibatches come from.
+        Source of the minibatches.
     check_gradients
-        Also look at gradients: without weights to go back to, none may be spoiled.
-    steps_unseen
-        Steps after which the host looks; 1 is at once. Default: by device.
+        Also check gradients: without weights to go back to, no step may be taken along a bad one.
+    check_every
+        Steps from one check by the host to the next; 1 is at once. Default: by device.
     """
 
     def __init__(
@@ -65,90 +65,90 @@ class DivergenceMonitor:
         train: Minibatches,
         *,
         check_gradients: bool,
-        steps_unseen: int | None = None,
+        check_every: int | None = None,
     ) -> None:
         self.program, self.train = program, train
-        if steps_unseen is None:
-            steps_unseen = STEPS_UNSEEN if train.device.type == "cuda" else 1
-        self._steps_unseen = steps_unseen
+        if check_every is None:
+            check_every = STEPS_BETWEEN_CHECKS if train.device.type == "cuda" else 1
+        self._check_every = check_every
         self._epoch = 0
         self._last: _Step | None = None
-        self._unseen: list[_Step] = []
+        self._unchecked: list[_Step] = []
         self._losses: list[float] = []
-        # Whatever spoils a gradient of a wide layer's weights also spoils that of its bias, a thousandth of the size.
-        self._watched = {
+        # A bad gradient of a wide layer's weights shows in that of its bias, which is a thousandth of the size.
+        self._parameters = {
             name: parameter
             for name, parameter in program.named_parameters()
             if check_gradients and parameter.requires_grad and parameter.numel() <= _WIDE
         }
-        self._spoiled: Tensor | None = None
-        if steps_unseen > 1:
-            self._spoiled = torch.zeros((), device=train.device)
-            optimizer.found_inf = self._spoiled  # type: ignore[attr-defined]
+        self._found_inf: Tensor | None = None
+        if check_every > 1:
+            self._found_inf = torch.zeros((), device=train.device)
+            optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
-    def begin(self, epoch: int) -> None:
-        """An epoch begins."""
-        self._epoch, self._last, self._unseen, self._losses = epoch, None, [], []
+    def begin_epoch(self, epoch: int) -> None:
+        """Start an epoch."""
+        self._epoch, self._last, self._unchecked, self._losses = epoch, None, [], []
 
-    def loss(self, loss: Tensor, cells: Cells, place: int) -> None:
-        """The loss of a minibatch, before its gradient is formed.
+    def check_loss(self, loss: Tensor, cells: Cells, place: int) -> None:
+        """Check the loss of the minibatch at position ``place`` of the epoch, before its gradient is formed.
 
         Raises
         ------
         TrainingDiverged
-            If one of the losses or gradients looked at is not finite.
+            If one of the losses or gradients checked is not finite.
         """
-        if len(self._unseen) >= self._steps_unseen:
-            self._look()
+        if len(self._unchecked) >= self._check_every:
+            self._read()
         self._last = _Step(place, loss.detach(), cells.index)
-        self._unseen.append(self._last)
-        if self._spoiled is None:
-            self._look()
+        self._unchecked.append(self._last)
+        if self._found_inf is None:
+            self._read()
         else:
-            self._refuse(self._spoiled, ~torch.isfinite(loss.detach()))
+            self._flag(self._found_inf, ~torch.isfinite(loss.detach()))
 
-    def gradients(self) -> None:
-        """The gradients of the latest minibatch, before the optimiser takes them.
+    def check_gradients(self) -> None:
+        """Check the gradients of the latest minibatch, before the optimiser applies them.
 
         Raises
         ------
         TrainingDiverged
-            As in :meth:`loss`.
+            As in :meth:`check_loss`.
         """
         norms = [
             parameter.new_zeros(()) if parameter.grad is None else torch.linalg.vector_norm(parameter.grad)
-            for parameter in self._watched.values()
+            for parameter in self._parameters.values()
         ]
         if not norms:
             return
-        assert self._last is not None, "gradients() follows loss()"
+        assert self._last is not None, "check_gradients() follows check_loss()"
         self._last.bad_gradients = ~torch.isfinite(torch.stack(norms))
-        if self._spoiled is None:
-            self._check_gradients(self._last.place, self._last.bad_gradients.tolist())
+        if self._found_inf is None:
+            self._refuse_gradients(self._last.place, self._last.bad_gradients.tolist())
         else:
-            self._refuse(self._spoiled, self._last.bad_gradients.any())
+            self._flag(self._found_inf, self._last.bad_gradients.any())
 
-    def end(self) -> list[float]:
-        """An epoch is over: the loss of each of its minibatches.
+    def end_epoch(self) -> list[float]:
+        """Check the rest of an epoch, and return the loss of each of its minibatches.
 
         Raises
         ------
         TrainingDiverged
-            As in :meth:`loss`, or if the last step has spoiled a parameter, which no loss has seen yet.
+            As in :meth:`check_loss`, or if a parameter is not finite after the last step, which no loss shows yet.
         """
-        self._look()
+        self._read()
         norms = torch.stack([torch.linalg.vector_norm(parameter.detach()) for parameter in self.program.parameters()])
         if self._last is not None and not bool(torch.isfinite(norms).all()):
             raise self._diagnosis(self._last)
         return self._losses
 
     @staticmethod
-    def _refuse(spoiled: Tensor, bad: Tensor) -> None:
-        torch.maximum(spoiled, bad.to(spoiled.dtype), out=spoiled)
+    def _flag(found_inf: Tensor, bad: Tensor) -> None:
+        torch.maximum(found_inf, bad.to(found_inf.dtype), out=found_inf)
 
-    def _look(self) -> None:
-        """Read, in one go, what has become of the steps not seen yet."""
-        steps, self._unseen = self._unseen, []
+    def _read(self) -> None:
+        """Read losses and gradient checks of the steps not checked yet from the device, in one go."""
+        steps, self._unchecked = self._unchecked, []
         if not steps:
             return
         losses = torch.stack([step.loss for step in steps]).tolist()
@@ -158,11 +158,11 @@ class DivergenceMonitor:
             if not math.isfinite(loss):
                 raise self._diagnosis(step)
             if step.bad_gradients is not None:
-                self._check_gradients(step.place, next(bad_gradients))
+                self._refuse_gradients(step.place, next(bad_gradients))
         self._losses += losses
 
-    def _check_gradients(self, place: int, bad: list[bool]) -> None:
-        for name, is_bad in zip(self._watched, bad, strict=True):
+    def _refuse_gradients(self, place: int, bad: list[bool]) -> None:
+        for name, is_bad in zip(self._parameters, bad, strict=True):
             if is_bad:
                 raise TrainingDiverged(
                     f"Training diverged in epoch {self._epoch + 1}, minibatch {place + 1}: the gradient of parameter "
@@ -175,7 +175,7 @@ class DivergenceMonitor:
 
 @torch.no_grad()
 def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> TrainingDiverged:
-    """Find the first parameter or site that is not finite and describe it in an error."""
+    """Error that names the first parameter or site that is not finite, and the cells concerned."""
     where = f"epoch {epoch + 1}, minibatch {place + 1}"
     for name, parameter in program.named_parameters():
         if not bool(torch.isfinite(parameter).all()):

@@ -1,4 +1,4 @@
-"""The training loop, to be read."""
+"""Training loop."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.loader import Minibatches
@@ -21,84 +19,20 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, measure
-from pyro_multivi.training.adversary import Adversary, AdversaryOptions
+from pyro_multivi.training.adversary import Adversary
 from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
-from pyro_multivi.training.divergence import DivergenceMonitor, TrainingDiverged, diagnose
+from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
-from pyro_multivi.training.optimizer_in_backward import OptimizerInBackward
+from pyro_multivi.training.options import Callback, FitOptions
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
 
 logger = logging.getLogger("pyro_multivi")
 
-__all__ = ["FitOptions", "TrainingDiverged", "fit"]
-
-#: Called after each epoch with its number, its row of the history and the program, which has the weights that it would
-#: have if training ended now; True stops training.
-Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
-
 # The noise of the validation pass: the same each epoch, so that epochs can be compared.
 _VALIDATION_SEED = 20_230_629
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How to train.
-
-    Attributes
-    ----------
-    max_epochs
-        Passes over the training cells, counted from this call.
-    lr, weight_decay, effect_sd, eps
-        See :func:`~pyro_multivi.training.optimizer.make_optimizer`.
-    n_epochs_kl_warmup, n_steps_kl_warmup
-        Length of the linear KL warm-up; steps take precedence, None for both switches it off.
-    early_stopping
-        Needs validation cells.
-    check_val_every_n_epoch
-        How often the validation cells are scored; the last epoch always is.
-    gradient_clip
-        Largest norm of the gradient; None does not clip.
-    average_steps
-        The program's weights are the average over at most so many of the latest steps, see
-        :class:`~pyro_multivi.training.averaging.RunningAverage`; None: the latest ones.
-    seed
-        Of the noise. Same seed, same device, same torch: same curve.
-    callbacks
-        See :data:`Callback`.
-    progress_bar
-        Show a bar.
-    elbo
-        A Pyro ELBO in place of ``TraceMeanField_ELBO``.
-    precision
-        See :meth:`~pyro_multivi.program.MultiVIProgram.use_precision`; prediction is in fp32 again.
-    compile
-        Run under :func:`~pyro_multivi.distributions.kernels.numba.switch.compiled_loops`.
-    adversary
-        What a classifier of z must not be able to tell, see
-        :class:`~pyro_multivi.training.adversary.Adversary`; None trains without.
-    """
-
-    max_epochs: int = 500
-    lr: float = 1e-3
-    weight_decay: float = 1e-3
-    effect_sd: float | None = 1.0
-    eps: float = 1e-8
-    n_epochs_kl_warmup: int | None = 1
-    n_steps_kl_warmup: int | None = None
-    early_stopping: EarlyStopping | None = None
-    check_val_every_n_epoch: int = 1
-    gradient_clip: float | None = None
-    average_steps: int | None = 100
-    seed: int = 0
-    callbacks: tuple[Callback, ...] = field(default=())
-    progress_bar: bool = True
-    elbo: ELBO | None = None
-    precision: str = "fp32"
-    compile: bool = False
-    adversary: AdversaryOptions | None = None
 
 
 def fit(
@@ -111,7 +45,7 @@ def fit(
 ) -> tuple[History, dict[str, Any]]:
     """Minimise minus the ELBO of ``program`` over minibatches.
 
-    The weights of the best epoch (by ``early_stopping.monitor``, with or without stopping early) are
+    The weights of the best epoch (by ``early_stopping_monitor``, with or without stopping early) are
     restored at the end when there are validation cells. Ctrl-C ends training the same way.
 
     Parameters
@@ -123,7 +57,7 @@ def fit(
     options
         Default: :class:`FitOptions`.
     history, optimizer_state
-        What an earlier call returned, to go on from there.
+        Results of an earlier call, to go on from there.
 
     Returns
     -------
@@ -150,21 +84,21 @@ def fit(
         eps=options.eps,
         state=optimizer_state,
     )
-    adversary = None if options.adversary is None else Adversary(program, train, options.adversary, options.seed)
+    adversary = Adversary(program, train, options) if options.adversarial_mixing else None
     objective = NegativeELBO(program, options.elbo, adversary)
-    stopping = options.early_stopping or EarlyStopping(patience=options.max_epochs + 1)
+    stopping = EarlyStopping(
+        options.early_stopping_monitor,
+        options.early_stopping_patience if options.early_stopping else options.max_epochs + 1,
+        options.early_stopping_min_delta,
+    )
     # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
     best = None if validation is None else _Snapshot(program)
     average = RunningAverage(program, options.average_steps)
     if first and validation is not None:
-        # Going on must not end worse than it began: the weights of now are the first to beat.
+        # Going on must not end worse than it began: the current weights are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
     # Without weights to go back to there is no way back from a step that is not a number.
-    watch = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
-    early: OptimizerInBackward | None = None
-    # Clipping needs all gradients at once, a modeler's own program may want to see them, and a GPU has room for them.
-    if options.gradient_clip is None and type(program) is MultiVIProgram and train.device.type == "cpu":
-        early = OptimizerInBackward(program, optimizer)
+    monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
     interrupted = False
     step = first * len(train)
     bar = tqdm(
@@ -178,7 +112,7 @@ def fit(
                 started = time.perf_counter()
                 program.train()
                 terms, sizes = Terms(), []
-                watch.begin(epoch)
+                monitor.begin_epoch(epoch)
                 for place, cells in enumerate(train):
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
@@ -195,11 +129,11 @@ def fit(
                         if validate and not _is_finite(objective, cells, weight):
                             raise diagnose(program, cells, epoch, place) from error
                         raise
-                    watch.loss(loss, cells, place)
+                    monitor.check_loss(loss, cells, place)
                     loss.backward()
                     if validate:
                         warn_of_unlearned(program)
-                    watch.gradients()
+                    monitor.check_gradients()
                     if options.gradient_clip is not None:
                         torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
                     optimizer.step()
@@ -209,7 +143,7 @@ def fit(
                     sizes.append(len(cells))
                     step += 1
                     average.update(step)
-                losses = zip(watch.end(), sizes, strict=True)
+                losses = zip(monitor.end_epoch(), sizes, strict=True)
                 row = {"train_loss": sum(v * n for v, n in losses) / sum(sizes), "kl_weight": weight}
                 row.update(_named(terms, "train"))
                 if adversary is not None:
@@ -228,7 +162,7 @@ def fit(
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
                     scored = validation is not None and stopping.monitor in row
                     is_better = scored and stopping.update(row[stopping.monitor])
-                    # Until there is a score, the weights of now are the best known.
+                    # Until there is a score, the current weights are the best known.
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
                     if _any_stops(options.callbacks, epoch, row, program):
@@ -242,8 +176,6 @@ def fit(
         finally:
             # Also after an error: the program must never stay at weights that diverged. Only what was
             # learned in an interrupted first epoch is kept, for want of anything better.
-            if early is not None:
-                early.remove()
             state = optimizer.state_dict()
             optimizer.zero_grad(set_to_none=True)
             if best is not None and (history.n_epochs > first or not interrupted):
@@ -272,7 +204,7 @@ def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALID
 
 
 class _Snapshot:
-    """The weights to come back to: the best so far, at first those at the start."""
+    """Copy of the best weights so far, at first of those at the start."""
 
     def __init__(self, program: MultiVIProgram) -> None:
         self._state = {name: value.detach().clone() for name, value in program.state_dict().items()}
@@ -285,7 +217,7 @@ class _Snapshot:
         program.load_state_dict(self._state)
 
 
-def _any_stops(callbacks: tuple[Callback, ...], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:
+def _any_stops(callbacks: Sequence[Callback], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:
     # Every callback is called, also after one that stops.
     answers = [callback(epoch, row, program) for callback in callbacks]
     return any(answers)

@@ -1,4 +1,4 @@
-"""What happened in each epoch."""
+"""History of training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class History:
-    """One row per epoch; every value is a loss in nats per cell unless its name says otherwise.
+    """One row of values per epoch, each a loss in nats per cell unless its name says otherwise.
 
     Examples
     --------

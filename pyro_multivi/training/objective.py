@@ -1,4 +1,4 @@
-"""The loss that training minimises."""
+"""Objective of training: minus the ELBO."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pyro_multivi.training.schedules import AnnealLatents
 
 
 class MeanFieldELBO(TraceMeanField_ELBO):
-    """Pyro's ``TraceMeanField_ELBO``, whose loss the host does not look at.
+    """Pyro's ``TraceMeanField_ELBO`` without waiting for a GPU.
 
-    Pyro reads the number behind the loss twice a step, for which a GPU has to be waited for. Value and
+    Pyro reads the value of the loss twice a step, for which the host has to wait. Value and
     gradients are the same, and so are its checks while validation is on.
 
     Examples
@@ -77,8 +77,7 @@ def _elbo(model_trace: Trace, guide_trace: Trace) -> Any:
 class NegativeELBO(nn.Module):
     """Minus the ELBO in nats per cell (plus the guide's training terms), as a module.
 
-    Being a module that owns the program, it is what DistributedDataParallel or any torch
-    trainer wraps.
+    Being a module that owns the program, it is what DistributedDataParallel or any torch trainer wraps.
 
     Parameters
     ----------
@@ -88,8 +87,7 @@ class NegativeELBO(nn.Module):
         A Pyro ELBO. Default: ``TraceMeanField_ELBO``, with KL terms in closed form. A guide that
         is not mean-field needs ``Trace_ELBO()``.
     adversary
-        Adds its penalty to the loss. It is no part of the module: its classifier is not trained by
-        this loss.
+        Adds its penalty to the loss. It is no part of the module: its classifier is not trained by this loss.
 
     Raises
     ------
@@ -119,40 +117,42 @@ class NegativeELBO(nn.Module):
 
     def forward(self, cells: Cells, kl_weight: float = 1.0) -> Tensor:
         """Loss of a minibatch, an unbiased estimate of the loss of all ``cells.n_total`` cells."""
-        with AnnealLatents(kl_weight), self._weights(cells):
+        with AnnealLatents(kl_weight), self._equal_weights(cells):
             loss: Tensor = self.elbo.differentiable_loss(self.program.model, self.program.guide, cells)
         loss = loss / cells.n_total
-        return loss if self.adversary is None else loss + self._confusion(self.adversary, cells, kl_weight)
+        return loss if self.adversary is None else loss + self._adversarial(self.adversary, cells, kl_weight)
 
-    def _confusion(self, adversary: Adversary, cells: Cells, kl_weight: float) -> Tensor:
+    def _adversarial(self, adversary: Adversary, cells: Cells, kl_weight: float) -> Tensor:
+        """Weighted penalty of the adversary at the z of the latest traces."""
         if self._traces is None:
             raise TypeError(
                 f"adversarial_mixing=True reads z from the traces of the ELBO, and elbo={type(self.elbo).__name__} "
                 "keeps none: derive it from Trace_ELBO, or leave adversarial_mixing out."
             )
         site: Any = self._traces[1].nodes["z"]
-        z = self.program.transform(site["value"])
-        weight = adversary.options.weight * (kl_weight if adversary.options.schedule == "warmup" else 1.0)
-        return weight * adversary.penalty(z, cells)
+        options = adversary.options
+        weight = options.adversarial_weight * (kl_weight if options.adversarial_schedule == "warmup" else 1.0)
+        return weight * adversary.penalty(self.program.transform(site["value"]), cells)
 
-    def _weights(self, cells: Cells) -> AbstractContextManager[None]:
-        # Knowing that a cell's likelihood will enter with -1 / B, the block-wise likelihoods form final
-        # gradients on the way. On the CPU they check it; elsewhere checking would stall the device, so the
-        # promise is only made for a program and an ELBO without weights of their own.
+    def _equal_weights(self, cells: Cells) -> AbstractContextManager[None]:
+        """Promise that each cell's likelihood enters the loss with weight -1 / B.
+
+        Block-wise likelihoods then form final gradients on the way. On the CPU they check it; elsewhere
+        checking would stall the device, so the promise is only made for a program and an ELBO without weights of
+        their own.
+        """
         plain = (Trace_ELBO, TraceMeanField_ELBO, MeanFieldELBO)
-        equal = type(self.program) is MultiVIProgram and type(self.elbo) in plain
-        if cells.device.type != "cpu" and not equal:
+        if cells.device.type != "cpu" and not (type(self.program) is MultiVIProgram and type(self.elbo) in plain):
             return nullcontext()
         return equal_weights(-1.0 / len(cells))
 
     def last_terms(self, cells: Cells) -> Terms:
-        """Terms of the latest minibatch, without evaluation_mode anything again; frees its traces.
+        """Terms of the latest minibatch, without evaluating anything again; frees its traces.
 
-        An ELBO of one's own that does not make its traces by ``_get_trace`` leaves none: then the terms are
+        A custom ELBO that does not make its traces by ``_get_trace`` leaves none: then the terms are
         those of another draw.
         """
         if self._traces is None:
             return measure(self.program, cells)
-        model_trace, guide_trace = self._traces
-        self._traces = None
-        return terms_of(cells, model_trace, guide_trace)
+        traces, self._traces = self._traces, None
+        return terms_of(cells, *traces)

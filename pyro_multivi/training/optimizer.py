@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.program import MultiVIProgram
 
 
 def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
-    """Weights of the decoders' last layers by name: what a hidden unit does to each feature.
+    """Weights of the decoders' last layers by name: the effect of each hidden unit on each feature.
 
     Examples
     --------
@@ -21,9 +22,9 @@ def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
     ['expression_decoder.rho.weight', 'accessibility_decoder.p.weight']
     """
     last = {
-        f"{decoder}.{layer}.weight"
-        for decoder, layers in (("expression_decoder", ("rho", "pi", "theta")), ("accessibility_decoder", ("p",)))
-        for layer in layers
+        f"{modality.name}_decoder.{layer}.weight"
+        for modality in MODALITIES
+        for layer in (modality.decoded, "pi", "theta")
     }
     return {name: parameter for name, parameter in program.named_parameters() if name in last}
 
@@ -42,24 +43,24 @@ def make_optimizer(
 
     A prior :math:`w \sim \mathrm{Normal}(0, \sigma^2 / H)` of the loadings of H hidden units adds
     :math:`w H / (\sigma^2 N)` to the gradient of the loss per cell, N the number of training cells. Adam
-    takes it in as weight decay, at no cost. It decides where the data say little: Adam's steps do not depend on
+    applies it as weight decay, at no cost. It matters where the data say little: Adam's steps do not depend on
     the size of a gradient, so without it the loadings of a rare feature grow as fast as those of a common
     one, from noise.
 
     Parameters
     ----------
     program
-        What is trained.
+        Model and guide to train.
     n_train
-        N.
+        Number N of training cells.
     lr, eps
-        Of Adam.
+        Learning rate of Adam, constant in its denominator.
     weight_decay
-        Of the weight matrices other than loadings. Biases, dispersions and region factors have none: it would
-        pull them away from the data's marginals.
+        Weight decay of the weight matrices other than loadings. Biases, dispersions and region factors have none: it
+        would pull them away from the data's marginals.
     effect_sd
-        :math:`\sigma`: about how far cells differ in the logit of a feature before any data are seen, whatever
-        the width. None for a flat prior.
+        Standard deviation :math:`\sigma`, about how far cells differ in the logit of a feature before any data are
+        seen, whatever the width. None for a flat prior.
     state
         Moments to go on from.
     """
@@ -81,7 +82,7 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True)
     if state is not None:
-        # A copy: a run that diverges must not spoil the moments that the caller keeps.
+        # A copy: a run that diverges must not change the moments that the caller keeps.
         optimizer.load_state_dict(copy.deepcopy(state))
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             group.update(lr=lr, eps=eps, weight_decay=wanted["weight_decay"])

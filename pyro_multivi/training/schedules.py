@@ -1,4 +1,4 @@
-"""What changes over the course of training; the model knows none of it."""
+"""Schedules: weight of the KL terms, early stopping. The model is unaware of either."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AnnealLatents(Messenger):
 
 
 def kl_weight(epoch: int, step: int, n_epochs: int | None, n_steps: int | None) -> float:
-    """Linear warm-up of the KL terms from 0 to 1, over steps if ``n_steps`` is given, else epochs.
+    """Weight of the KL terms in a linear warm-up from 0 to 1, over steps if ``n_steps`` is given, else epochs.
 
     Examples
     --------
@@ -58,9 +58,9 @@ class EarlyStopping:
         Smallest fall that counts as an improvement, in the unit of the loss (nats per cell).
     """
 
-    monitor: str = "elbo_validation"
-    patience: int = 50
-    min_delta: float = 0.0
+    monitor: str
+    patience: int
+    min_delta: float
     best: float = math.inf
     waited: int = 0
 

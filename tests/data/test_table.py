@@ -88,17 +88,6 @@ def test_absent_modality_keeps_its_width(dense):
     assert marginals.rna_log_depth_mean == 0.0
 
 
-def test_subset_is_a_table_of_those_cells(table):
-    index = torch.tensor([5, 1, 8])
-    part = table.subset(index)
-    assert len(part) == 3
-    assert part.n_batch == K
-    torch.testing.assert_close(
-        part.batch(torch.tensor([2, 0])).x.to_dense(), table.batch(torch.tensor([8, 5])).x.to_dense()
-    )
-    assert part.label.tolist() == [5, 1, 8]
-
-
 def test_marginals_are_the_plain_formulas(table, dense, monkeypatch):
     monkeypatch.setattr(table_module, "_BLOCK", 5)  # several blocks, the last one short
     marginals = table.marginals()
@@ -119,18 +108,9 @@ def test_marginals_are_the_plain_formulas(table, dense, monkeypatch):
     assert marginals.atac_log_depth_mean == pytest.approx(np.log1p((y > 0).sum(1)).mean())
 
 
-def test_marginals_of_some_cells_equal_those_of_their_table(table):
-    index = torch.tensor([1, 2, 4, 5, 10])
-    some, own = table.marginals(index), table.subset(index).marginals()
-    torch.testing.assert_close(some.gene_share, own.gene_share)
-    torch.testing.assert_close(some.library_log_var, own.library_log_var)
-    assert some.atac_log_depth_mean == own.atac_log_depth_mean
-    assert not torch.allclose(some.gene_share, table.marginals().gene_share)
-
-
 def test_unmeasured_cells_do_not_count(table):
     everyone = table.marginals()
-    measured_only = table.marginals(torch.nonzero(table.has_rna).squeeze(1))
+    measured_only = Marginals.of([table.batch(torch.nonzero(table.has_rna).squeeze(1))], K)
     torch.testing.assert_close(everyone.gene_share, measured_only.gene_share)
     torch.testing.assert_close(everyone.library_log_mean, measured_only.library_log_mean)
 
@@ -194,6 +174,7 @@ def test_marginals_need_cells():
     [
         ({"design": torch.ones(3, 1)}, "design holds 3 cells and batch_code 12"),
         ({"n_genes": 6}, "x has 5 columns and n_genes is 6"),
+        ({"cell_names": ("a", "b")}, "cell_names holds 2 names and batch_code 12 cells"),
         ({"y": None}, "y is None, yet 10 cells are marked"),
         ({"has_rna": torch.zeros(N, dtype=torch.bool)}, "x holds counts of 8 cells that are marked as not measured"),
     ],

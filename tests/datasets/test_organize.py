@@ -77,11 +77,11 @@ def test_union_without_paired_cells(rna, atac, caplog):
 
 def test_splitting_and_joining_is_the_identity(mosaic):
     mosaic.layers["double"] = mosaic.X * 2
-    kind, feature = mosaic.obs["modality"], mosaic.var["feature_types"]
+    pattern, feature = mosaic.obs["modality"], mosaic.var["feature_types"]
     joined = organize_multiome_anndatas(
-        mosaic[kind == "paired"],
-        mosaic[kind == "expression", feature == GENES],
-        mosaic[kind == "accessibility", feature == PEAKS],
+        mosaic[pattern == "paired"],
+        mosaic[pattern == "expression", feature == GENES],
+        mosaic[pattern == "accessibility", feature == PEAKS],
     )
     assert (joined.X != mosaic.X).nnz == 0
     assert (joined.layers["double"] != mosaic.X * 2).nnz == 0

@@ -173,7 +173,7 @@ def test_absent(tmp_path):
 def test_unknown_kind(tmp_path):
     path = tmp_path / "cells.pkl"
     path.write_bytes(b"\x80\x04N.")
-    with pytest.raises(ValueError, match=r"cells.pkl is of no known kind; give an AnnData file \(.h5ad\)"):
+    with pytest.raises(ValueError, match=r"cells.pkl is of no known format; give an AnnData file \(.h5ad\)"):
         read(path)
     with pytest.raises(ValueError, match="is a file, not a folder"):
         read_10x_mtx(path)

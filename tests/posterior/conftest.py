@@ -9,6 +9,7 @@ import pytest
 from anndata import AnnData
 
 from pyro_multivi import MULTIVI, simulate_multiome
+from pyro_multivi.data.modality import modality_at
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.quantities.array_sink import Arrays
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
@@ -33,8 +34,8 @@ def fitted() -> MULTIVI:
 
 
 @pytest.fixture
-def whole_trust(fitted: MULTIVI) -> Iterator[MULTIVI]:
-    """:func:`fitted`, of which everything is decoded from the posterior as the guide has it."""
+def without_mixture(fitted: MULTIVI) -> Iterator[MULTIVI]:
+    """:func:`fitted`, decoded from the guide's posterior alone, without population mixtures."""
     buffers = (fitted.program.rna_mixture_weight, fitted.program.atac_mixture_weight)
     before = [float(buffer) for buffer in buffers]
     for buffer in buffers:
@@ -46,22 +47,22 @@ def whole_trust(fitted: MULTIVI) -> Iterator[MULTIVI]:
 
 @pytest.fixture(scope="session")
 def continuum() -> MULTIVI:
-    """Few features, two continuous dimensions: what one cell says of its state leaves much open."""
+    """Few features, two continuous dimensions: the counts of one cell leave much of its state open."""
     return _continuum()
 
 
 @pytest.fixture(scope="session")
 def unmixed_continuum() -> MULTIVI:
-    """The same cells, with nothing in training that moves kinds of cells towards each other."""
+    """The same cells, trained without a penalty on the distance between measurement patterns."""
     return _continuum(mixing_weight=0)
 
 
-def _continuum(**further: Any) -> MULTIVI:
+def _continuum(**choices: Any) -> MULTIVI:
     adata = simulate_multiome(
         (120, 60, 60), 15, 30, n_latent=2, n_types=1, mean_library=100, differential_fraction=1.0, seed=1
     )
     return _trained(
-        adata, 40, n_hidden=32, n_latent=2, gene_likelihood="nb", n_layers_decoder=1, dropout_rate=0.0, **further
+        adata, 40, n_hidden=32, n_latent=2, gene_likelihood="nb", n_layers_decoder=1, dropout_rate=0.0, **choices
     )
 
 
@@ -71,8 +72,8 @@ def compute() -> Callable[..., Any]:
 
     def run(program: Any, minibatches: list[Any], quantity: Quantity, average: Average) -> Arrays:
         n_cells = sum(len(cells) for cells in minibatches)
-        width = program.config.n_genes if quantity.site == "rho" else program.config.n_regions
-        width = width if quantity.features is None else len(quantity.features)
+        every = modality_at(quantity.site).n_features_in(program.config)
+        width = every if quantity.features is None else len(quantity.features)
         shape = (average.n_samples, n_cells, width) if average.keep_draws else (n_cells, width)
         kept = Arrays(shape, dense=average.names)
         estimate(program, minibatches, quantity, average, kept)

@@ -1,4 +1,4 @@
-"""The adversary: what it mixes, whom its gradients reach, and when it is refused."""
+"""Adversarial mixing: its effect, its penalty and gradients, and when it is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.training import Adversary, AdversaryOptions, NegativeELBO
+from pyro_multivi.training import Adversary, FitOptions, NegativeELBO
 
 SMALL = {"n_hidden": 12, "n_latent": 3}
 BRIEF = {"max_epochs": 2, "progress_bar": False, "batch_size": 32}
@@ -35,7 +35,7 @@ def batches(cells) -> Minibatches:
     return Minibatches(table)
 
 
-def told_apart(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
+def accuracy_of_groups(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
     """Share of the cells that a linear classifier (least squares) puts into the right one of two groups."""
     design = np.column_stack([z_nk, np.ones(len(z_nk))])
     coefficients = np.linalg.lstsq(design, np.where(group, 1.0, -1.0), rcond=None)[0]
@@ -43,7 +43,7 @@ def told_apart(z_nk: NDArray[np.float32], group: NDArray[np.bool_]) -> float:
 
 
 class BlindDecoders(pm.MultiVIProgram):
-    """The decoders do not know the batch: z has to carry what differs between batches."""
+    """The decoders do not get the batch: z has to carry what differs between batches."""
 
     def expression(self, z, s):
         return super().expression(z, torch.zeros_like(s))
@@ -64,22 +64,22 @@ def test_training_with_it_mixes_batches():
             max_epochs=80, lr=1e-2, batch_size=16, train_size=1.0, progress_bar=False,
             adversarial_mixing=mixing, adversarial_target="batch", adversarial_weight=200.0,
         )  # fmt: skip
-        found[mixing] = told_apart(model.get_latent_representation(give_mean=False), of_first)
+        found[mixing] = accuracy_of_groups(model.get_latent_representation(give_mean=False), of_first)
     assert found[False] > 0.9
     assert found[True] < found[False] - 0.2
 
 
 def test_what_lies_apart_is_drawn_together(make_cells, make_program):
-    """Three clouds, one of each kind of cells, that may move as a whole; nothing but the penalty moves them."""
+    """Three clouds, one of each measurement pattern, that may move as a whole; nothing but the penalty moves them."""
     cells = make_cells((20, 20, 20))
     adversary = Adversary(make_program(), batches(cells))
-    kind = cells.has_rna.long() + 2 * cells.has_atac.long() - 1
+    pattern = cells.has_rna.long() + 2 * cells.has_atac.long() - 1
     centre = torch.nn.Parameter(torch.tensor([[2.0, 0.0, 0.0], [-2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
     optimizer = torch.optim.Adam([centre], lr=5e-3)
     spread = []
     for _ in range(1000):
         optimizer.zero_grad()
-        adversary.penalty(centre[kind] + torch.randn(60, 3), cells).backward()
+        adversary.penalty(centre[pattern] + torch.randn(60, 3), cells).backward()
         optimizer.step()
         adversary.learn()
         spread.append(torch.pdist(centre.detach()).max().item())
@@ -100,7 +100,7 @@ def test_a_new_one_costs_nothing(make_cells, make_program):
 
 def test_penalty_by_hand(make_cells, make_program):
     cells = make_cells()
-    adversary = Adversary(make_program(), batches(cells), AdversaryOptions(target="batch"))
+    adversary = Adversary(make_program(), batches(cells), FitOptions(adversarial_target="batch"))
     assert adversary.share.tolist() == [0.5, 0.5]
     with torch.no_grad():
         adversary.classifier[-1].bias.copy_(torch.tensor([0.8, 0.2]).log())
@@ -127,7 +127,7 @@ def test_the_classifier_learns(make_cells, make_program):
 
 def test_gradients_reach_the_program_or_the_classifier_never_both(make_cells, make_program):
     cells, program = make_cells(), make_program()
-    adversary = Adversary(program, batches(cells), AdversaryOptions(schedule="constant", weight=3.0))
+    adversary = Adversary(program, batches(cells), FitOptions(adversarial_schedule="constant", adversarial_weight=3.0))
     with torch.no_grad():
         adversary.classifier[-1].weight.normal_()
     gradients = {}
@@ -187,7 +187,7 @@ def test_schedules(model, schedule, expected):
         assert rest == pytest.approx(1e4 * weight * row["adversary_train"], rel=1e-2, abs=1e-2)
 
 
-def test_off_unless_asked_for(model):
+def test_off_by_default(model):
     model.train(**BRIEF)
     assert "adversary_train" not in model.history
     model.train(**BRIEF, adversarial_mixing=False, adversarial_target="batch")
@@ -281,7 +281,7 @@ def test_a_batch_without_training_cells_is_no_class(make_cells):
         batch_code=design.argmax(-1), n_genes=7, n_regions=9, n_batch=3,
     )  # fmt: skip
     program = pm.MultiVIProgram(pm.ProgramConfig(n_genes=7, n_regions=9, n_batch=3, n_covariates=3, n_latent=3))
-    adversary = Adversary(program, Minibatches(table), AdversaryOptions("batch"))
+    adversary = Adversary(program, Minibatches(table), FitOptions(adversarial_target="batch"))
     assert adversary.share.tolist() == [0.5, 0.5]
     with pyro.validation_enabled(False):
         adversary.penalty(torch.randn(12, 3), table.batch(torch.arange(12)))

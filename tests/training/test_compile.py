@@ -63,11 +63,11 @@ def test_a_bad_weight_still_stops_training_and_is_named(build):
     model = build()
     hooks = []
 
-    def spoil(epoch, row, program):
+    def break_prior(epoch, row, program):
         hooks.append(program.log_theta.register_hook(lambda grad: grad * torch.nan))
 
     with pytest.raises(pm.TrainingDiverged, match="epoch 2, minibatch 1: the gradient of parameter 'log_theta'"):
-        train(model, 5, callbacks=[spoil], train_size=1.0, compile=True)
+        train(model, 5, callbacks=[break_prior], train_size=1.0, compile=True)
     hooks[0].remove()
     assert np.isfinite(model.get_latent_representation()).all()
 

@@ -1,4 +1,4 @@
-"""The loop: what it promises when all goes well."""
+"""Training loop: same curves from the same seed, history, early stopping, going on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 
 import pyro_multivi as pm
-from pyro_multivi.training import EarlyStopping, History, kl_weight
+from pyro_multivi.training import History, kl_weight
+from pyro_multivi.training.schedules import EarlyStopping
 
 
 def train(model, max_epochs=3, **options):
@@ -207,7 +208,7 @@ def test_early_stopping_counts_epochs_without_improvement():
     assert answers == [True, False, True, False, False]
     assert stopping.best == 9.4
     assert stopping.exhausted
-    assert not EarlyStopping().update(float("nan"))
+    assert not stopping.update(float("nan"))
 
 
 def stop(model, patience, **options):
@@ -217,7 +218,7 @@ def stop(model, patience, **options):
 
 @pytest.mark.parametrize("monitor", ["elbo_validation", "reconstruction_loss_validation", "train_loss"])
 @pytest.mark.parametrize("patience", [1, 3])
-def test_patience_is_what_was_asked_for(build, monitor, patience):
+def test_patience_is_that_of_the_argument(build, monitor, patience):
     model = stop(build(), patience, early_stopping_monitor=monitor)
     assert len(model.history["train_loss"]) == 1 + patience
 
@@ -285,13 +286,13 @@ def test_training_again_goes_on(build):
 def test_order_and_noise_are_new_when_training_goes_on_and_under_another_seed(build, monkeypatch):
     orders, seeds, whole = [], [], pm.MultiVIProgram.guide
 
-    def watched(program, cells):
+    def recorded(program, cells):
         if program.training:
             orders.append(tuple(cells.index.tolist()))
             seeds.append(torch.initial_seed())
         return whole(program, cells)
 
-    monkeypatch.setattr(pm.MultiVIProgram, "guide", watched)
+    monkeypatch.setattr(pm.MultiVIProgram, "guide", recorded)
     model = train(build(), 1, batch_size=60, train_size=1.0)
     train(model, 1, batch_size=60)
     train(build(), 1, batch_size=60, train_size=1.0, seed=5)
@@ -332,3 +333,43 @@ def test_going_on_never_ends_worse(mosaic):
     model.train(max_epochs=2, lr=1.0, progress_bar=False)
     assert model.history["elbo_validation"]["elbo_validation"].iloc[-2:].min() > best
     assert model.get_elbo(indices=held_out) == before
+
+
+# ---------------------------------------------------------------------- odd sizes, clipping
+
+
+@pytest.mark.parametrize("batch_size", [1, 53, 54, 1000])
+@pytest.mark.parametrize("use_batch_norm", ["both", "none"])
+def test_a_last_minibatch_of_one_cell_and_other_odd_sizes(build, batch_size, use_batch_norm):
+    model = train(build(use_batch_norm=use_batch_norm), 1, batch_size=batch_size)
+    assert np.isfinite(model.history["train_loss"]["train_loss"]).all()
+
+
+@pytest.mark.parametrize("n", [(1, 0, 0), (2, 0, 0), (1, 1, 1), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("use_batch_norm", ["both", "none"])
+def test_a_handful_of_cells_trains(n, use_batch_norm):
+    adata = pm.simulate_multiome(n, n_genes=20, n_regions=30)
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2, use_batch_norm=use_batch_norm, modality_penalty="MMD")
+    train(model, 2)
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_gradients_are_clipped(build):
+    norms = []
+    model = build()
+    step = torch.optim.Adam.step
+
+    def recorded(optimizer, *args, **kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", recorded)
+        train(model, 1)
+        free = list(norms)
+        norms.clear()
+        train(build(), 1, gradient_clip=0.5)
+    assert min(free) > 0.5
+    assert norms == pytest.approx([0.5] * len(norms), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Our ELBO is Pyro's, number for number and gradient for gradient; only nobody looks at the number."""
+"""MeanFieldELBO is Pyro's, number for number and gradient for gradient; only the host does not read the number."""
 
 from __future__ import annotations
 

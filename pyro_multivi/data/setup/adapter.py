@@ -1,8 +1,8 @@
-"""Where in an AnnData or MuData the things lie that setup was told about."""
+"""Adapter: counts and columns of an AnnData or a MuData in one form, as setup described them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_unique, first_names, unknown_key
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.extra import ExtraSource
 from pyro_multivi.data.setup.options import Setup, is_mudata
-from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, spelled
+from pyro_multivi.data.vocabulary import spelled
 
 # Rows looked at when searching for the layer that holds counts.
 _PEEK = 200
@@ -28,7 +29,7 @@ class Counts:
     Attributes
     ----------
     modality
-        ``"RNA"`` or ``"ATAC"``.
+        RNA or ATAC.
     matrix
         (rows, all columns): sparse, dense, or lying in a file.
     owner, where
@@ -40,10 +41,10 @@ class Counts:
     rows
         Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
     hint
-        Says where raw counts may be found, should these be none.
+        Suggests where raw counts may be found if these are none.
     """
 
-    modality: str
+    modality: Modality
     matrix: Any
     owner: str
     where: str
@@ -68,24 +69,23 @@ class Opened:
         ``"adata"`` or ``"mdata"``, for messages.
     cells
         Names of the cells: the row order of everything made from the data.
-    rna, atac
-        Counts, or None where the object has no such features.
+    counts
+        Counts of each modality of which the object has features, in the order of ``MODALITIES``.
     tables
         Tables of cells by how the user would write them; the main one first.
     table_of
-        For arguments whose columns lie in one modality of a MuData: the name of that table.
+        Name of the table for each argument whose columns lie in one modality of a MuData.
     ignored
         Number of features of each other type.
     type_key, kept_types
         The column of var, and its values that are genes or regions, in an AnnData.
     extra
-        Further measurements by name, those that are there.
+        Extra modalities by name, those that are there.
     """
 
     name: str
     cells: pd.Index[Any]
-    rna: Counts | None
-    atac: Counts | None
+    counts: dict[Modality, Counts]
     tables: dict[str, pd.DataFrame]
     table_of: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
@@ -93,15 +93,16 @@ class Opened:
     kept_types: tuple[str, ...] = ()
     extra: dict[str, ExtraSource] = field(default_factory=dict)
 
-    def only(self, rna: bool, atac: bool) -> Opened:
-        """The same without a modality that is not wanted."""
-        return replace(self, rna=self.rna if rna else None, atac=self.atac if atac else None)
+    def only(self, wanted: Sequence[Modality]) -> Opened:
+        """The same without the modalities that are not wanted."""
+        return replace(self, counts={modality: part for modality, part in self.counts.items() if modality in wanted})
 
     def has_column(self, argument: str, key: str) -> bool:
         """Whether the column that an argument names is there."""
-        return key in self.tables[self._place(argument)]
+        return key in self.tables[self.place_of(argument)]
 
-    def _place(self, argument: str) -> str:
+    def place_of(self, argument: str) -> str:
+        """Key among ``tables`` of the one in which an argument's columns lie."""
         return self.table_of.get(argument, next(iter(self.tables)))
 
     def column(self, argument: str, key: str) -> pd.Series[Any]:
@@ -112,11 +113,11 @@ class Opened:
         ValueError
             If it is not there, or lies in a modality that does not have all cells.
         """
-        where = self._place(argument)
+        where = self.place_of(argument)
         table = self.tables[where]
         if key not in table:
             others = [place for place, other in self.tables.items() if key in other]
-            found = f" It is in {' and in '.join(others)}: say so by modalities." if others else ""
+            found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
             raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
         rows = table.index.get_indexer(self.cells)
         absent = rows < 0
@@ -138,14 +139,14 @@ def open_data(data: Any, setup: Setup) -> Opened:
         The object that was set up, or another one with the same features. It may lack a modality.
     setup
         The arguments of the setup. An object of the other kind is read by the same keys: modalities of
-        a MuData are then known by name, genes and peaks of an AnnData by ``var["feature_types"]``.
+        a MuData are then found by name, genes and peaks of an AnnData by ``var["feature_types"]``.
 
     Raises
     ------
     TypeError
         If it is neither, or an AnnData without feature types where a MuData was set up.
     ValueError
-        If something is not where setup says, or names of cells or features are not unique.
+        If something is not where setup places it, or names of cells or features are not unique.
     """
     if is_mudata(data):
         return _open_mudata(data, setup)
@@ -157,24 +158,30 @@ def open_data(data: Any, setup: Setup) -> Opened:
 def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
     _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
     types = _feature_types(adata, setup)
-    kinds = {"RNA": types.isin(setup.gene_types), "ATAC": types.isin(setup.region_types)}
-    found = {kind: np.flatnonzero(chosen) for kind, chosen in kinds.items() if chosen.any()}
-    if not found:
+    kept_types = [kind for modality in MODALITIES for kind in setup.types_of(modality)]
+    matrices: dict[str | None, Any] = {}
+    chosen = {modality: types.isin(setup.types_of(modality)).to_numpy() for modality in MODALITIES}
+    counts = {
+        modality: _counts(adata, "adata", modality, setup, matrices, np.flatnonzero(columns))
+        for modality, columns in chosen.items()
+        if columns.any()
+    }
+    if not counts:
+        wanted = " nor ".join(f"{each.features} ({first_names(setup.types_of(each))})" for each in MODALITIES)
+        values = ", ".join(f"{each.features!r}: ..." for each in MODALITIES)
         raise ValueError(
-            f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither genes "
-            f"({first_names(setup.gene_types)}) nor regions ({first_names(setup.region_types)}). Say which "
-            f"is which: feature_type_values={{'genes': ..., 'regions': ...}}."
+            f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither {wanted}. Say which "
+            f"is which: feature_type_values={{{values}}}."
         )
-    other = types[~(kinds["RNA"] | kinds["ATAC"])]
+    other = types[~types.isin(kept_types)]
     return Opened(
         name="adata",
         cells=adata.obs_names,
-        rna=_counts(adata, "adata", "RNA", setup, found["RNA"]) if "RNA" in found else None,
-        atac=_counts(adata, "adata", "ATAC", setup, found["ATAC"]) if "ATAC" in found else None,
+        counts=counts,
         tables={"adata.obs": adata.obs},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         type_key=setup.feature_type_key,
-        kept_types=(*setup.gene_types, *setup.region_types),
+        kept_types=tuple(kept_types),
         extra=_in_obsm(adata, "adata", setup),
     )
 
@@ -189,8 +196,8 @@ def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
             f"or say what each feature is: adata.var[{key!r}] = 'Gene Expression' (or 'Peaks')."
         )
     raise ValueError(
-        f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column tells genes "
-        f"from regions; if all features are of one kind, write adata.var[{key!r}] = 'Gene Expression' "
+        f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column separates genes "
+        f"from regions; if all features are of one type, write adata.var[{key!r}] = 'Gene Expression' "
         f"(or 'Peaks')."
     )
 
@@ -199,25 +206,24 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
     if mdata.axis != 0:
         raise ValueError(f"mdata.axis is {mdata.axis}: modalities must share cells (axis 0), not features.")
     _check_cells(mdata.obs_names, "mdata.obs_names", "mdata.obs_names_make_unique()")
-    rna, atac = setup.rna_modality, setup.atac_modality
+    names = {modality: setup.mudata_name(modality) for modality in MODALITIES}
     if setup.kind == "anndata":
-        rna, atac = known_modalities(mdata)
-    opened = {}
-    for modality, name in (("RNA", rna), ("ATAC", atac)):
+        names = known_modalities(mdata)
+    counts = {}
+    for modality, name in names.items():
         if name in mdata.mod:
             part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
             rows = _rows_of(mdata, part, owner)
-            opened[modality] = _counts(part, owner, modality, setup, np.arange(part.n_vars), rows)
-    if not opened:
-        wanted = first_names(name for name in (rna, atac) if name is not None)
+            counts[modality] = _counts(part, owner, modality, setup, {}, np.arange(part.n_vars), rows)
+    if not counts:
+        wanted = first_names(name for name in names.values() if name is not None)
         raise ValueError(f"mdata has none of the modalities {wanted}; it has {first_names(mdata.mod)}.")
     return Opened(
         name="mdata",
         cells=mdata.obs_names,
-        rna=opened.get("RNA"),
-        atac=opened.get("ATAC"),
+        counts=counts,
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
-        # An object without that modality is asked for the column in its main table.
+        # In an object without that modality the column is looked for in the main table.
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
         extra={**_in_obsm(mdata, "mdata", setup), **_in_modalities(mdata, setup)},
     )
@@ -245,22 +251,21 @@ def _obs_of(modality: str) -> str:
     return f"mdata.mod[{modality!r}].obs"
 
 
-def known_modalities(mdata: Any) -> tuple[str | None, str | None]:
-    """Names of the RNA and the ATAC modality of a MuData, told by their spelling; None where there is none.
+def known_modalities(mdata: Any) -> dict[Modality, str | None]:
+    """Name of each modality in a MuData, recognised by its spelling; None where there is none.
 
     Raises
     ------
     ValueError
-        If there is neither, or more than one of a kind.
+        If there is none at all, or more than one name for a modality.
     """
-    found = {kind: [name for name in mdata.mod if spelled(name) == kind] for kind in (EXPRESSION, ACCESSIBILITY)}
+    found = {modality: [name for name in mdata.mod if spelled(name) == modality.name] for modality in MODALITIES}
     if not any(found.values()) or any(len(names) > 1 for names in found.values()):
         raise ValueError(
-            f"Which modality of mdata is RNA and which ATAC cannot be told from their names: "
+            f"Which modality of mdata is RNA and which ATAC cannot be seen from their names: "
             f"{first_names(mdata.mod)}. Give modalities={{'rna_layer': ..., 'atac_layer': ...}}."
         )
-    rna, atac = (next(iter(names), None) for names in found.values())
-    return rna, atac
+    return {modality: next(iter(names), None) for modality, names in found.items()}
 
 
 def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
@@ -284,19 +289,21 @@ def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
 def _counts(
     adata: AnnData,
     owner: str,
-    modality: str,
+    modality: Modality,
     setup: Setup,
+    matrices: dict[str | None, Any],
     columns: NDArray[np.intp],
     rows: NDArray[np.intp] | None = None,
 ) -> Counts:
-    layer = setup.rna_layer if modality == "RNA" else setup.atac_layer
-    argument = "layer" if setup.kind == "anndata" else f"{modality.lower()}_layer"
+    layer, argument = setup.layer_of(modality), setup.layer_argument(modality)
     features = adata.var_names[columns]
-    what = "genes" if modality == "RNA" else "regions"
-    check_unique(features, f"{owner}.var_names ({what})", f"{owner}.var_names_make_unique()")
+    check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
     if layer is not None and layer not in adata.layers:
         raise unknown_key(argument, layer, f"{owner}.layers", adata.layers)
-    matrix = adata.X if layer is None else adata.layers[layer]
+    if layer not in matrices:
+        # Once, and for both modalities the same: each access to a view copies, each to a file makes a new object.
+        matrices[layer] = adata.X if layer is None else adata.layers[layer]
+    matrix = matrices[layer]
     where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
         raise ValueError(f"{where} is empty. Give {argument}, one of {first_names(adata.layers)}.")
@@ -314,7 +321,7 @@ def _counts(
 
 
 def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
-    """Where raw counts seem to be: the end of the sentence "Raw counts are needed".
+    """The end of the sentence "Raw counts are needed": where they seem to be.
 
     Parameters
     ----------

@@ -1,9 +1,8 @@
-"""Reading counts out of a matrix of any kind, block by block."""
+"""Reader of counts: a matrix of any kind, block by block, checked, into compact tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
 
@@ -22,66 +22,69 @@ _BLOCK_ENTRIES = 2**24
 _BLOCK_ROWS = 512
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What the counts of one modality are like.
+def read(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]) -> dict[Modality, SparseCounts]:
+    """Read and check the counts of some features of each modality, for every cell of the data set.
 
-    Attributes
+    A matrix that several modalities share is cut into blocks of rows once. Columns of the result are int32. Values are
+    as small as they may be without being changed: one byte each for counts up to 255, no memory if all of them are 1.
+
+    Parameters
     ----------
-    nnz
-        Number of non-zero counts of each cell, shape (n,); 0 for cells without a row.
-    whole
-        Whether all values are whole numbers.
-    largest
-        The largest value.
-    """
-
-    nnz: NDArray[np.int64]
-    whole: bool
-    largest: float
-
-
-def survey(counts: Counts, n_cells: int) -> Survey:
-    """Look at every count once, holding one block at a time; wrong values raise ValueError."""
-    sizes: list[NDArray[np.int64]] = []
-    whole, largest = True, 0.0
-    for block in _blocks(counts, None):
-        sizes.append(np.diff(block.indptr).astype(np.int64))
-        if block.nnz:
-            whole = whole and bool((block.data == np.floor(block.data)).all())
-            largest = max(largest, float(block.data.max()))
-    nnz = np.concatenate(sizes)
-    if counts.rows is not None:
-        # One more entry, for the cells without a row (-1).
-        nnz = np.append(nnz, 0)[counts.rows]
-    return Survey(nnz, whole, largest)
-
-
-def read(counts: Counts, names: tuple[str, ...]) -> SparseCounts:
-    """The counts of the features ``names``, in that order, for every cell of the data set.
-
-    Columns are int32. Values are as small as they may be without being changed: one byte each for counts
-    up to 255, no memory if all of them are 1. Cells without a row in the matrix get an empty one.
+    sources
+        The counts.
+    names
+        Features wanted of each modality, in this order.
 
     Raises
     ------
     ValueError
         If features are missing or values are no counts.
     """
-    take = match_features(counts.features, names, counts.modality, counts.where)
-    sizes, col, val = [np.zeros(1, np.int64)], np.zeros(0, np.int32), np.zeros(0, np.uint8)
-    for block in _blocks(counts, take):
-        sizes.append(np.diff(block.indptr).astype(np.int64))
-        col, val = _extended(col, block.indices), _extended(val, block.data, smallest(block.data))
-    crow = np.cumsum(np.concatenate(sizes))
-    n, width = len(crow) - 1, len(names)
-    parts = torch.from_numpy(col), _ones_once(torch.from_numpy(val))
-    if counts.rows is None:
-        return SparseCounts(torch.from_numpy(crow), *parts, (n, width))
-    # An empty row at the end, for the cells without one (-1).
-    padded = SparseCounts(torch.from_numpy(np.append(crow, crow[-1])), *parts, (n + 1, width))
-    rows = np.where(counts.rows < 0, n, counts.rows)
-    return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
+    made = {modality: _Compact(counts, names[modality]) for modality, counts in sources.items()}
+    by_matrix: dict[int, list[_Compact]] = {}
+    for compact in made.values():
+        by_matrix.setdefault(id(compact.counts.matrix), []).append(compact)
+    for sharing in by_matrix.values():
+        for start, block in _blocks(sharing[0].counts):
+            for compact in sharing:
+                compact.add(start, block)
+    return {modality: compact.finish() for modality, compact in made.items()}
+
+
+class _Compact:
+    """Counts of some features of one modality, growing block by block."""
+
+    def __init__(self, counts: Counts, names: tuple[str, ...]) -> None:
+        take = match_features(counts.features, names, counts.modality, counts.where)
+        self.counts = counts
+        self._columns = counts.columns if take is None else counts.columns[take]
+        self._features = counts.features if take is None else counts.features[take]
+        self._every = np.array_equal(self._columns, np.arange(counts.matrix.shape[1]))
+        self._sizes = [np.zeros(1, np.int64)]
+        self._col, self._val = np.zeros(0, np.int32), np.zeros(0, np.uint8)
+
+    def add(self, start: int, rows: sp.csr_array[Any, tuple[int, int]]) -> None:
+        """Add the rows from ``start`` on, in canonical form: sorted, no duplicates, no stored zeros."""
+        counts, block = self.counts, rows if self._every else rows[:, self._columns]
+        block.sum_duplicates()
+        block.eliminate_zeros()
+        cells = counts.cells[start : start + block.shape[0]]
+        check_values(block, counts.modality, counts.where, cells, self._features, counts.hint)
+        self._sizes.append(np.diff(block.indptr).astype(np.int64))
+        self._col = _extended(self._col, block.indices)
+        self._val = _extended(self._val, block.data, smallest(block.data))
+
+    def finish(self) -> SparseCounts:
+        """The counts, in the order of the data set's cells; those without a row in the matrix get an empty one."""
+        crow = np.cumsum(np.concatenate(self._sizes))
+        n, width = len(crow) - 1, len(self._features)
+        parts = torch.from_numpy(self._col), _ones_once(torch.from_numpy(self._val))
+        if self.counts.rows is None:
+            return SparseCounts(torch.from_numpy(crow), *parts, (n, width))
+        # An empty row at the end, for the cells without one (-1).
+        padded = SparseCounts(torch.from_numpy(np.append(crow, crow[-1])), *parts, (n + 1, width))
+        rows = np.where(self.counts.rows < 0, n, self.counts.rows)
+        return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
 
 
 def smallest(values: NDArray[Any]) -> np.dtype[Any]:
@@ -118,7 +121,9 @@ def _ones_once(values: Tensor) -> Tensor:
     return values[:1].clone().expand(len(values))
 
 
-def match_features(found: pd.Index[Any], names: tuple[str, ...], modality: str, where: str) -> NDArray[np.intp] | None:
+def match_features(
+    found: pd.Index[Any], names: tuple[str, ...], modality: Modality, where: str
+) -> NDArray[np.intp] | None:
     """Position of each wanted feature among those found; None if they are the same in the same order.
 
     Raises
@@ -131,40 +136,29 @@ def match_features(found: pd.Index[Any], names: tuple[str, ...], modality: str, 
     take = found.get_indexer(pd.Index(names, dtype=object))
     missing = take < 0
     if missing.any():
-        what = "genes" if modality == "RNA" else "regions"
+        what = modality.features
         absent = [name for name, gone in zip(names, missing, strict=True) if gone]
         raise ValueError(
             f"{where} lacks {len(absent)} of the model's {len(names)} {what}: {first_names(absent)}. It has "
             f"{len(found)} {what}: {first_names(found)}. All of them are needed, by the same names in any "
-            f"order; or leave out all {what}: then these cells count as not measured for {modality}."
+            f"order; or leave out all {what}: then these cells count as not measured for {modality.assay}."
         )
     return take
 
 
-def _blocks(counts: Counts, take: NDArray[np.intp] | None) -> Iterator[sp.csr_array[Any, tuple[int, int]]]:
-    """Checked rows, block after block, in canonical form: sorted, no duplicates, no stored zeros."""
-    columns, features = counts.columns, counts.features
-    if take is not None:
-        columns, features = columns[take], features[take]
+def _blocks(counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
+    """Rows of a matrix, block after block, each with the number of its first row; they may be changed."""
     matrix = _by_rows(counts.matrix)
     n_rows, n_columns = matrix.shape
-    every = np.array_equal(columns, np.arange(n_columns))
     sparse = sp.issparse(matrix) or hasattr(matrix, "format")
     step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))
     for start in range(0, n_rows, step):
-        block = _compressed(matrix[start : start + step], counts)
-        if not every:
-            block = block[:, columns]
-        block.sum_duplicates()
-        block.eliminate_zeros()
-        cells = counts.cells[start : start + step]
-        check_values(block, counts.modality, counts.where, cells, features, counts.hint)
-        yield block
+        yield start, _compressed(matrix[start : start + step], counts)
 
 
 def _by_rows(matrix: Any) -> Any:
     """The matrix in a form whose rows are cheap to cut: sparse ones by rows, others as they are."""
-    # Backed sparse matrices of AnnData say their format as SciPy's do.
+    # Backed sparse matrices of AnnData have the attribute "format" as SciPy's do.
     form = getattr(matrix, "format", "csr")
     if form == "csr":
         return matrix
@@ -173,21 +167,21 @@ def _by_rows(matrix: Any) -> Any:
 
 
 def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]]:
-    """A block as sparse rows. It may be changed: cutting rows out of a matrix has copied them."""
+    """A block as sparse rows, a copy: so has cutting rows out of a matrix made it."""
     if not sp.issparse(block):
         block = np.asarray(block)
     if block.dtype.kind not in "buif":
         raise ValueError(
-            f"{counts.where} holds values of type {block.dtype}; {counts.modality} counts must be numbers."
+            f"{counts.where} holds values of type {block.dtype}; {counts.modality.assay} counts must be numbers."
         )
-    if block.dtype == np.float16:  # which SciPy's sparse matrices do not know
+    if block.dtype == np.float16:  # which SciPy's sparse matrices do not have
         block = block.astype(np.float32)
     return sp.csr_array(block)
 
 
 def check_values(
     block: sp.csr_array,
-    modality: str,
+    modality: Modality,
     where: str,
     cells: pd.Index,
     features: pd.Index,
@@ -200,14 +194,14 @@ def check_values(
     block
         Some rows of a matrix.
     modality
-        ``"RNA"``: whole numbers are needed. ``"ATAC"``: any value that is not negative will do,
-        since only zero or not is used.
+        Of a binary one any value that is not negative will do, since only zero or not is used; counts of
+        any other have to be whole numbers.
     where
         How the user would write the matrix.
     cells, features
         Names of the rows and columns of the block.
     hint
-        Says what to do about it: the end of the sentence "Raw counts are needed".
+        Gives the end of the sentence "Raw counts are needed": what to do about it.
 
     Raises
     ------
@@ -216,7 +210,7 @@ def check_values(
     """
     values = block.data
     rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
-    if modality == "RNA":
+    if not modality.binary:
         rules.append(("not a whole number", values != np.floor(values)))
     for what, wrong in rules:
         if wrong.any():
@@ -224,7 +218,7 @@ def check_values(
             row = int(np.searchsorted(block.indptr, at, side="right")) - 1
             feature = features[int(block.indices[at])]
             raise ValueError(
-                f"{where} holds {modality} values that are {what}, for instance {values[at]!s} for cell "
-                f"{str(cells[row])!r} and {'gene' if modality == 'RNA' else 'region'} {str(feature)!r}. "
+                f"{where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for cell "
+                f"{str(cells[row])!r} and {modality.feature} {str(feature)!r}. "
                 f"Raw counts are needed{hint()}"
             )

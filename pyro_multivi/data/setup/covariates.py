@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
-
-# Size factors of cells without the modality: never read by a likelihood, but must be valid numbers.
-_UNUSED_RNA_SIZE = 1.0
-_UNUSED_ATAC_SIZE = 0.5
+from pyro_multivi.data.setup.options import Setup
 
 
 def categories(opened: Opened, argument: str, key: str) -> tuple[str, ...]:
@@ -61,12 +60,11 @@ def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
 
 
 def size_factors(
-    opened: Opened,
-    keys: tuple[str | None, str | None],
-    has_rna: NDArray[np.bool_],
-    has_atac: NDArray[np.bool_],
-) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Fixed size factors of RNA (> 0) and of ATAC (between 0 and 1), shape (n,) or None where not given.
+    opened: Opened, setup: Setup, measured: Mapping[Modality, NDArray[np.bool_]]
+) -> dict[Modality, NDArray[np.float64]]:
+    """Fixed size factors, shape (n,), of the modalities for which a column is given.
+
+    They are above 0, and those of a binary modality below 1: a share of what is open rather than a depth.
 
     A cell without the modality may have NaN there, and a data set without it may lack the column; such
     cells get 1 and 0.5, which nothing reads.
@@ -76,36 +74,24 @@ def size_factors(
     ValueError
         If a measured cell has no value or one out of range.
     """
-    rna_key, atac_key = keys
-    rna = atac = None
-    if rna_key is not None:
-        rna = _size(opened, rna_key, has_rna, (0.0, np.inf), "RNA", _UNUSED_RNA_SIZE)
-    if atac_key is not None:
-        atac = _size(opened, atac_key, has_atac, (0.0, 1.0), "ATAC", _UNUSED_ATAC_SIZE)
-    return rna, atac
+    keys = zip(MODALITIES, setup.size_factor_keys, strict=True)
+    return {each: _sizes(opened, each, key, measured[each]) for each, key in keys if key is not None}
 
 
-def _size(
-    opened: Opened,
-    key: str,
-    measured: NDArray[np.bool_],
-    bounds: tuple[float, float],
-    modality: str,
-    unused: float,
-) -> NDArray[np.float64]:
-    filled = np.full(len(measured), unused)
+def _sizes(opened: Opened, modality: Modality, key: str, measured: NDArray[np.bool_]) -> NDArray[np.float64]:
+    # Of cells without the modality no likelihood reads them, but they must be valid numbers.
+    filled = np.full(len(measured), 0.5 if modality.binary else 1.0)
     if not measured.any() and not opened.has_column("size_factor_key", key):
         return filled
     values = _numeric(opened, "size_factor_key", key)
-    low, high = bounds
     # NaN compares false, so that a measured cell without a value is caught too.
-    wrong = measured & ~((values > low) & (values < high))
+    wrong = measured & ~((values > 0) & (values < (1.0 if modality.binary else np.inf)))
     if wrong.any():
         at = int(np.argmax(wrong))
-        allowed = "above 0 and finite" if high == np.inf else "above 0 and below 1"
+        allowed = "above 0 and below 1" if modality.binary else "above 0 and finite"
         raise ValueError(
-            f"size_factor_key: the {modality} size factors {key!r} must be {allowed} for every cell with "
-            f"{modality}; {int(wrong.sum())} cells have others, for instance {values[at]!s} for cell "
+            f"size_factor_key: the {modality.assay} size factors {key!r} must be {allowed} for every cell with "
+            f"{modality.assay}; {int(wrong.sum())} cells have others, for instance {values[at]!s} for cell "
             f"{str(opened.cells[at])!r}."
         )
     filled[measured] = values[measured]

@@ -1,4 +1,4 @@
-"""Measurements besides RNA and ATAC: a matrix of obsm, a further modality of a MuData."""
+"""Extra modalities, those besides RNA and ATAC: matrices of obsm, or other modalities of a MuData."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_multivi.data.minibatch import Measurement
 
 @dataclass(frozen=True)
 class ExtraSource:
-    """A matrix of further measurements, not read yet.
+    """The matrix of an extra modality, not read yet.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class ExtraSource:
     cells
         Names of its rows.
     names
-        Names of its columns where they are kept beside it; those of a frame are its own.
+        Names of its columns where they are kept beside it; None for a frame, which holds its own.
     rows
         Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
     """

@@ -1,4 +1,4 @@
-"""What was said at setup, as it is kept with the data."""
+"""Arguments of the setup, as they are kept with the data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pyro_multivi.data.modality import ATAC, RNA, Modality
 
 #: Where it is kept: ``data.uns["pyro_multivi"]["setup"]``, a JSON string, which h5ad and h5mu carry as it is.
 UNS_KEY = "pyro_multivi"
@@ -33,7 +35,7 @@ class Setup:
         Words of the ``modality_key`` column beyond the known ones, each for "paired",
         "expression" or "accessibility".
     feature_type_key
-        Column of var that tells genes from regions in an AnnData.
+        Column of var that distinguishes genes from regions in an AnnData.
     gene_types, region_types
         Its values for genes and for regions.
     rna_modality, atac_modality
@@ -41,7 +43,7 @@ class Setup:
     obs_modalities
         For arguments whose columns lie in the obs of one modality of a MuData: its name.
     extra
-        Names of further measurements: keys of obsm, or modalities of a MuData.
+        Names of extra modalities: keys of obsm, or modalities of a MuData.
     """
 
     kind: str
@@ -55,12 +57,40 @@ class Setup:
     continuous_covariate_keys: tuple[str, ...] = ()
     modality_values: dict[str, str] = field(default_factory=dict)
     feature_type_key: str = "feature_types"
-    gene_types: tuple[str, ...] = ("Gene Expression",)
-    region_types: tuple[str, ...] = ("Peaks", "Chromatin Accessibility")
+    gene_types: tuple[str, ...] = RNA.feature_types
+    region_types: tuple[str, ...] = ATAC.feature_types
     rna_modality: str | None = None
     atac_modality: str | None = None
     obs_modalities: dict[str, str] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+
+    def layer_of(self, modality: Modality) -> str | None:
+        """Layer of a modality's counts, None for ``.X``."""
+        layer: str | None = getattr(self, f"{modality.key}_layer")
+        return layer
+
+    def layer_argument(self, modality: Modality) -> str:
+        """Argument that names that layer."""
+        return "layer" if self.kind == "anndata" else f"{modality.key}_layer"
+
+    def types_of(self, modality: Modality) -> tuple[str, ...]:
+        """Feature types that belong to a modality."""
+        types: tuple[str, ...] = getattr(self, f"{modality.feature}_types")
+        return types
+
+    def mudata_name(self, modality: Modality) -> str | None:
+        """Name of a modality in a MuData."""
+        name: str | None = getattr(self, f"{modality.key}_modality")
+        return name
+
+    def columns(self) -> list[tuple[str, str]]:
+        """Every column of obs that is used, after the argument that names it."""
+        single = ("batch_key", "modality_key", "labels_key")
+        several = ("categorical_covariate_keys", "continuous_covariate_keys")
+        named = [(argument, getattr(self, argument)) for argument in single]
+        named += [("size_factor_key", key) for key in self.size_factor_keys]
+        named += [(argument, key) for argument in several for key in getattr(self, argument)]
+        return [(argument, key) for argument, key in named if key is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""

@@ -1,4 +1,4 @@
-"""Telling the model where things lie in an AnnData or MuData."""
+"""Registration: the places of counts, batches and covariates in an AnnData or a MuData, checked and kept with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from anndata import AnnData, ImplicitModificationWarning
 
 from pyro_multivi.data.checks import first_names, name_list, nearest
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
@@ -21,8 +23,7 @@ logger = logging.getLogger("pyro_multivi")
 
 #: Arguments of ``setup_mudata`` that ``modalities`` may place in a modality.
 _PLACED = (
-    "rna_layer",
-    "atac_layer",
+    *(f"{modality.key}_layer" for modality in MODALITIES),
     "batch_key",
     "size_factor_key",
     "categorical_covariate_keys",
@@ -46,9 +47,9 @@ def setup_anndata(
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
     extra_obsm_keys: Sequence[str] | None = None,
 ) -> SetupReport:
-    """Say where counts, batches and covariates lie in an AnnData, and check them.
+    """Declare where counts, batches and covariates lie in an AnnData, and check them.
 
-    Genes and regions are told apart by a column of ``var``, in any order of columns; genes alone or
+    Genes and regions are distinguished by a column of ``var``, in any order of columns; genes alone or
     regions alone will do. Cells may have RNA, ATAC or both. Counts may be sparse, dense or in a file
     (``backed="r"``); those of ATAC may be binary, since only zero or not zero is used.
 
@@ -64,11 +65,11 @@ def setup_anndata(
     batch_key
         Column of ``obs`` with the batch of each cell. By default all cells are of one.
     modality_key
-        Column of ``obs`` that says what each cell was measured for: "paired", "expression" or
+        Column of ``obs`` with the measurement pattern of each cell: "paired", "expression" or
         "accessibility", or a usual spelling of it ("multiome", "rna", "ATAC", ...). Without it, a
         modality counts as measured where a cell has any count.
     feature_type_key
-        Column of ``var`` that tells genes from regions.
+        Column of ``var`` that distinguishes genes from regions.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
@@ -78,13 +79,13 @@ def setup_anndata(
     labels_key
         Column of ``obs`` with labels, for dispersion by gene and label.
     modality_values
-        What other words of the ``modality_key`` column mean, ``{"both assays": "paired"}``.
+        Meaning of other words of the ``modality_key`` column, ``{"both assays": "paired"}``.
     feature_type_values
         Words of the ``feature_type_key`` column: ``{"genes": "Gene Expression", "regions": ["Peaks",
         "Chromatin Accessibility"]}`` by default. Features of other types are ignored and reported.
     extra_obsm_keys
-        Keys of ``obsm`` with further measurements, such as protein counts: arrays, sparse matrices or
-        frames, a row of NaN for a cell that was not measured. A model of your own finds them in
+        Keys of ``obsm`` with extra modalities, such as protein counts: arrays, sparse matrices or
+        frames, a row of NaN for a cell that was not measured. A custom program finds them in
         ``cells.extra[key]``.
 
     Returns
@@ -144,10 +145,10 @@ def setup_mudata(
     modality_values: Mapping[str, str] | None = None,
     extra_modalities: Sequence[str] | None = None,
 ) -> SetupReport:
-    """Say where counts, batches and covariates lie in a MuData, and check them.
+    """Declare where counts, batches and covariates lie in a MuData, and check them.
 
     Cells that a modality does not list are not measured there; nothing has to be padded with zeros. An
-    object that was padded is taken too: by ``modality_key``, or by its rows without counts. One
+    object that was padded will do as well: by ``modality_key``, or by its rows without counts. One
     modality alone will do, and their order does not matter.
 
     The only thing written is ``mdata.uns["pyro_multivi"]["setup"]``, a string. A view becomes an object of
@@ -165,12 +166,12 @@ def setup_mudata(
         ``modalities`` names for that argument (which must then have every cell).
     modalities
         Names of arguments to names of modalities: ``{"rna_layer": "rna", "atac_layer": "atac",
-        "batch_key": "rna"}``. Without the first two, RNA and ATAC are known by their names, such as
+        "batch_key": "rna"}``. Without the first two, RNA and ATAC are recognised by their names, such as
         "rna" and "atac"; columns of arguments that are not listed are in ``mdata.obs``.
     modality_values
-        What other words of the ``modality_key`` column mean, ``{"both assays": "paired"}``.
+        Meaning of other words of the ``modality_key`` column, ``{"both assays": "paired"}``.
     extra_modalities
-        Names of further modalities (their ``.X``), or keys of ``mdata.obsm``, for a model of your own:
+        Names of extra modalities (their ``.X``), or keys of ``mdata.obsm``, for a custom program:
         see ``extra_obsm_keys`` of :func:`setup_anndata`.
 
     Returns
@@ -211,7 +212,7 @@ def _set_up(data: Any, setup: Setup) -> SetupReport:
 
 
 def _keep(data: Any, setup: Setup) -> None:
-    """Write the arguments into ``uns``, beside whatever else is kept there by us."""
+    """Write the arguments into ``uns``, beside whatever else the package keeps there."""
     kept = data.uns.get(UNS_KEY)
     entry = {**(kept if isinstance(kept, Mapping) else {}), "setup": setup.to_json()}
     if not data.is_view:
@@ -232,7 +233,7 @@ def _keep(data: Any, setup: Setup) -> None:
 
 def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
     keys: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not 1 <= len(keys) <= 2 or not all(key is None or isinstance(key, str) for key in keys):
+    if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
         raise ValueError(
             f"size_factor_key={value!r} must be the column of RNA size factors, or a list of that and the "
             f"column of ATAC size factors, [rna_column, atac_column]."
@@ -252,18 +253,28 @@ def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
 
 def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:
     given = dict(values or {})
+    known = [modality.features for modality in MODALITIES]
     for word in given:
-        if word not in ("genes", "regions"):
+        if word not in known:
             raise ValueError(
-                f"feature_type_values has the key {word!r}. {nearest(word, ('genes', 'regions'))} For "
+                f"feature_type_values has the key {word!r}. {nearest(word, known)} For "
                 f"instance {{'genes': 'Gene Expression', 'regions': 'Peaks'}}."
             )
-    genes = name_list("feature_type_values['genes']", given.get("genes", setup.gene_types))
-    regions = name_list("feature_type_values['regions']", given.get("regions", setup.region_types))
-    shared = set(genes) & set(regions)
-    if shared:
-        raise ValueError(f"feature_type_values: {first_names(sorted(shared))} cannot be both genes and regions.")
-    return replace(setup, gene_types=genes, region_types=regions)
+    types = {
+        modality: name_list(
+            f"feature_type_values[{modality.features!r}]", given.get(modality.features, setup.types_of(modality))
+        )
+        for modality in MODALITIES
+    }
+    for one, other in combinations(MODALITIES, 2):
+        shared = set(types[one]) & set(types[other])
+        if shared:
+            raise ValueError(
+                f"feature_type_values: {first_names(sorted(shared))} cannot be both {one.features} and "
+                f"{other.features}."
+            )
+    fields: dict[str, Any] = {f"{modality.feature}_types": names for modality, names in types.items()}
+    return replace(setup, **fields)
 
 
 def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
@@ -278,19 +289,18 @@ def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | N
             raise ValueError(
                 f"modalities[{argument!r}] is {name!r}, which is not in mdata.mod. {nearest(name, mdata.mod)}"
             )
-    rna: str | None = given.pop("rna_layer", None)
-    atac: str | None = given.pop("atac_layer", None)
-    if rna is None and atac is None:
-        rna, atac = known_modalities(mdata)
-    if rna == atac:
-        raise ValueError(f"modalities: {rna!r} cannot be both RNA and ATAC.")
-    for argument, layer, modality in (
-        ("rna_layer", setup.rna_layer, rna),
-        ("atac_layer", setup.atac_layer, atac),
-    ):
-        if layer is not None and modality is None:
+    found: dict[Modality, str | None] = {each: given.pop(setup.layer_argument(each), None) for each in MODALITIES}
+    if not any(found.values()):
+        found = known_modalities(mdata)
+    names = [name for name in found.values() if name is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(f"modalities: {names[0]!r} cannot be both {' and '.join(each.assay for each in MODALITIES)}.")
+    for modality, place in found.items():
+        argument, layer = setup.layer_argument(modality), setup.layer_of(modality)
+        if layer is not None and place is None:
             raise ValueError(
-                f"{argument}={layer!r} was given, but modalities does not say in which modality: "
+                f"{argument}={layer!r} was given, but modalities does not name its modality: "
                 f"modalities={{{argument!r}: ...}}, one of {first_names(mdata.mod)}."
             )
-    return replace(setup, rna_modality=rna, atac_modality=atac, obs_modalities=given)
+    placed: dict[str, Any] = {f"{modality.key}_modality": name for modality, name in found.items()}
+    return replace(setup, obs_modalities=given, **placed)

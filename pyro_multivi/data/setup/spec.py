@@ -1,4 +1,4 @@
-"""What a model knows of its data: names, categories, and how to find them in an object."""
+"""Specification of a model's data: names and categories, and the table of an object that has them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import nearest, unknown_key
 from pyro_multivi.data.minibatch import Measurement
+from pyro_multivi.data.modality import MODALITIES, Modality, modelled
+from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
-from pyro_multivi.data.setup.counts import Survey, read, survey
+from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.covariates import categories, codes, numbers, size_factors
 from pyro_multivi.data.setup.modalities import Measured, find_measured
 from pyro_multivi.data.setup.options import Setup
@@ -51,9 +52,9 @@ class DataSpec:
     label_categories
         Sorted as strings; empty without ``labels_key``.
     n_cells
-        Number of cells that are "paired", have "expression" only, "accessibility" only.
+        Number of cells of each measurement pattern: "paired", "expression" only, "accessibility" only.
     extra
-        Names of the features of each further measurement.
+        Names of the features of each extra modality.
 
     Examples
     --------
@@ -78,14 +79,20 @@ class DataSpec:
 
     @classmethod
     def of(cls, data: Any) -> DataSpec:
-        """The specification of an AnnData or MuData that was set up, made anew from what it holds now.
+        """The specification of an AnnData or MuData that was set up, for what it holds now.
 
         Raises
         ------
         ValueError
-            If it was not set up, or no longer holds what setup was told.
+            If it was not set up, or no longer holds what the setup describes.
         """
-        return describe(data, Setup.of(data)).spec
+        setup = Setup.of(data)
+        opened = open_data(data, setup)
+        content = latest.checksum(opened, setup)
+        found = latest.find(data, content)
+        if found is not None and found.own and found.spec.setup == setup:
+            return found.spec
+        return _describe(data, opened, setup, content).spec
 
     @property
     def kind(self) -> str:
@@ -108,16 +115,6 @@ class DataSpec:
         return len(self.batch_categories)
 
     @property
-    def n_cats_per_cov(self) -> tuple[int, ...]:
-        """Number of categories of each categorical covariate."""
-        return tuple(len(known) for known in self.categorical.values())
-
-    @property
-    def n_continuous(self) -> int:
-        """Number of continuous covariates."""
-        return len(self.continuous)
-
-    @property
     def n_labels(self) -> int:
         """Number of labels, 0 without ``labels_key``."""
         return len(self.label_categories)
@@ -125,7 +122,7 @@ class DataSpec:
     @property
     def design_width(self) -> int:
         """Width S of the design: batches, categories of every covariate, continuous covariates."""
-        return self.n_batch + sum(self.n_cats_per_cov) + self.n_continuous
+        return self.n_batch + sum(map(len, self.categorical.values())) + len(self.continuous)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -203,11 +200,7 @@ class DataSpec:
                 raise type(error)(f"{argument}={batches!r}: {error}") from error
         return tuple(codes)
 
-    def cell_names(self, data: Any) -> pd.Index[Any]:
-        """Names of the cells of an object, in the row order of its table."""
-        return open_data(data, self.setup).cells
-
-    def table(self, data: Any, batch_missing_ok: bool = False) -> CellTable:
+    def table(self, data: Any) -> CellTable:
         """The data as tensors, in the order of the model's features.
 
         Parameters
@@ -217,9 +210,12 @@ class DataSpec:
             set up itself. Features are matched by name: their order does not matter, others are ignored,
             and where an object has no genes at all (or no regions) its cells count as not measured for it.
             Without the ``modality_key`` column, a modality counts as measured where a cell has counts.
-        batch_missing_ok
-            Whether the ``batch_key`` column may be absent. Then every cell lies between the batches:
-            each weighs 1 / K in its design, and its batch code is -1.
+
+        Returns
+        -------
+        CellTable
+            The one made last, if that was for the same object and the object still holds the same: leave its
+            tensors as they are.
 
         Raises
         ------
@@ -230,28 +226,39 @@ class DataSpec:
             If some but not all features of a modality are missing, values are no counts, a column is
             missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = open_data(data, self.setup).only(rna=self.n_genes > 0, atac=self.n_regions > 0)
-        x = None if opened.rna is None else read(opened.rna, self.gene_names)
-        y = None if opened.atac is None else read(opened.atac, self.region_names)
-        measured = find_measured(opened, self.setup, _counted(x, opened), _counted(y, opened), key_needed=False)
+        opened = open_data(data, self.setup).only(modelled(self))
+        content = latest.checksum(opened, self.setup)
+        found = latest.find(data, content)
+        if found is not None and found.spec == self:
+            return found.table
+        latest.clear()
+        counts = read(opened.counts, {modality: modality.feature_names_in(self) for modality in MODALITIES})
+        measured = find_measured(opened, self.setup, _counted(opened, counts), key_needed=False)
         for note in measured.notes:
             logger.info(note)
-        batch_code = self._batch_codes(opened, batch_missing_ok)
-        sizes = size_factors(opened, self.setup.size_factor_keys, measured.has_rna, measured.has_atac)
+        table = self._table(opened, counts, measured)
+        latest.keep(data, content, self, table, own=False)
+        return table
+
+    def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
+        batch_code = self._batch_codes(opened)
+        sizes = size_factors(opened, self.setup, measured.masks)
+        parts: dict[str, Any] = {}
+        for modality in MODALITIES:
+            parts[modality.counts] = counts.get(modality)
+            parts[modality.mask] = torch.from_numpy(measured.masks[modality])
+            if modality in sizes:
+                parts[modality.size_factor] = torch.from_numpy(sizes[modality]).float()
         return CellTable(
-            x=x,
-            y=y,
-            has_rna=torch.from_numpy(measured.has_rna),
-            has_atac=torch.from_numpy(measured.has_atac),
             design=self._design(opened, batch_code),
             batch_code=torch.from_numpy(batch_code),
             n_genes=self.n_genes,
             n_regions=self.n_regions,
             n_batch=self.n_batch,
             label=self._labels(opened),
-            rna_size=None if sizes[0] is None else torch.from_numpy(sizes[0]).float(),
-            atac_size=None if sizes[1] is None else torch.from_numpy(sizes[1]).float(),
             extra={name: self._extra(opened, name) for name in self.extra},
+            cell_names=tuple(map(str, opened.cells)),
+            **parts,
         )
 
     def _extra(self, opened: Opened, name: str) -> Measurement:
@@ -261,12 +268,10 @@ class DataSpec:
         n = len(opened.cells)
         return Measurement(torch.zeros(n, len(self.extra[name])), torch.zeros(n, dtype=torch.bool))
 
-    def _batch_codes(self, opened: Opened, missing_ok: bool) -> NDArray[np.int64]:
+    def _batch_codes(self, opened: Opened) -> NDArray[np.int64]:
         key = self.setup.batch_key
         if key is None:
             return np.zeros(len(opened.cells), dtype=np.int64)
-        if missing_ok and not opened.has_column("batch_key", key):
-            return np.full(len(opened.cells), -1, dtype=np.int64)
         return codes(opened, "batch_key", key, self.batch_categories)
 
     def _labels(self, opened: Opened) -> Tensor | None:
@@ -275,9 +280,7 @@ class DataSpec:
 
     def _design(self, opened: Opened, batch_code: NDArray[np.int64]) -> Tensor:
         """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
-        batch = _one_hot(batch_code, self.n_batch)
-        batch[batch_code < 0] = 1.0 / self.n_batch
-        parts = [batch]
+        parts = [_one_hot(batch_code, self.n_batch)]
         for key, known in self.categorical.items():
             parts.append(_one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
         for key, mean, sd in zip(self.continuous, self.continuous_mean, self.continuous_sd, strict=True):
@@ -288,42 +291,42 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Description:
-    """A specification, and what was seen of the data while making it."""
+    """Result of one pass over an object that is set up: its specification and table, and remarks for a report."""
 
     spec: DataSpec
+    table: CellTable
     opened: Opened
     measured: Measured
-    rna: Survey | None
-    atac: Survey | None
-    extra: dict[str, int]
 
 
 def describe(data: Any, setup: Setup) -> Description:
-    """Look at the data that a setup points to: every count is checked, nothing is kept of them.
+    """Read and check the data that a setup describes.
+
+    The table is kept for the constructor of a model, as long as the object lives and is not changed.
 
     Raises
     ------
     TypeError, ValueError
-        If the data are not what setup was told, as in ``setup_anndata``.
+        If the data are not as described, as in ``setup_anndata``.
     """
     opened = open_data(data, setup)
-    n = len(opened.cells)
-    rna = None if opened.rna is None else survey(opened.rna, n)
-    atac = None if opened.atac is None else survey(opened.atac, n)
-    none = np.zeros(n, dtype=bool)
-    counted = [none if seen is None else seen.nnz > 0 for seen in (rna, atac)]
-    measured = find_measured(opened, setup, counted[0], counted[1], key_needed=True)
-    size_factors(opened, setup.size_factor_keys, measured.has_rna, measured.has_atac)
+    return _describe(data, opened, setup, latest.checksum(opened, setup))
+
+
+def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> Description:
+    latest.clear()
+    names = {modality: tuple(map(str, part.features)) for modality, part in opened.counts.items()}
+    counts = read(opened.counts, names)
+    measured = find_measured(opened, setup, _counted(opened, counts), key_needed=True)
+    size_factors(opened, setup, measured.masks)
     for name in setup.extra:
         if name not in opened.extra:
             argument, place = ("modalities", "mod") if opened.name == "mdata" else ("obsm_keys", "obsm")
             raise unknown_key(f"extra_{argument}", name, f"{opened.name}.{place}", getattr(data, place))
-    extra = {name: opened.extra[name].feature_names() for name in setup.extra}
     columns = [numbers(opened, "continuous_covariate_keys", key) for key in setup.continuous_covariate_keys]
+    features: dict[str, Any] = {f"{modality.feature}_names": names.get(modality, ()) for modality in MODALITIES}
     spec = DataSpec(
         setup=setup,
-        gene_names=() if opened.rna is None else tuple(map(str, opened.rna.features)),
-        region_names=() if opened.atac is None else tuple(map(str, opened.atac.features)),
         batch_categories=_categories(opened, "batch_key", setup.batch_key) or (SINGLE_BATCH,),
         categorical={
             key: categories(opened, "categorical_covariate_keys", key) for key in setup.categorical_covariate_keys
@@ -334,21 +337,23 @@ def describe(data: Any, setup: Setup) -> Description:
         continuous_sd=tuple(float(values.std()) if np.ptp(values) > 0 else 1.0 for values in columns),
         label_categories=_categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
-        extra=extra,
+        extra={name: opened.extra[name].feature_names() for name in setup.extra},
+        **features,
     )
-    sizes = {name: int(opened.extra[name].read().measured.sum()) for name in extra}
-    return Description(spec, opened, measured, rna, atac, sizes)
+    table = spec._table(opened, counts, measured)
+    latest.keep(data, content, spec, table, own=True)
+    return Description(spec, table, opened, measured)
 
 
 def _categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
     return () if key is None else categories(opened, argument, key)
 
 
-def _counted(counts: SparseCounts | None, opened: Opened) -> NDArray[np.bool_]:
-    if counts is None:
-        return np.zeros(len(opened.cells), dtype=bool)
-    any_count: NDArray[np.bool_] = (counts.crow.diff() > 0).numpy()
-    return any_count
+def _counted(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
+    """Whether a cell has any count, for every modality."""
+    counted = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
+    counted.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
+    return counted
 
 
 def _one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:

@@ -1,14 +1,15 @@
-"""What setup found, for the user to read."""
+"""Summary of a setup, for the user to read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyro_multivi.data.setup.adapter import Counts
-from pyro_multivi.data.setup.counts import Survey
-from pyro_multivi.data.setup.covariates import codes
-from pyro_multivi.data.setup.spec import DataSpec, Description
-from pyro_multivi.data.vocabulary import ACCESSIBILITY, EXPRESSION, PAIRED
+import torch
+
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.vocabulary import PAIRED
 
 # Batches listed by name in the text; more are summed up.
 _LISTED = 8
@@ -16,16 +17,16 @@ _LISTED = 8
 
 @dataclass(frozen=True, repr=False)
 class SetupReport:
-    """What ``setup_anndata`` or ``setup_mudata`` found; printing it gives the text.
+    """Findings of ``setup_anndata`` or ``setup_mudata``; printing them gives the text.
 
     Attributes
     ----------
     kind
         ``"anndata"`` or ``"mudata"``.
     n_cells
-        Number of "paired" cells, of those with "expression" only, with "accessibility" only.
+        Number of cells of each measurement pattern: "paired", "expression" only, "accessibility" only.
     inferred
-        Whether which modalities a cell has was read off its counts rather than stated in the data.
+        Whether the modalities of a cell were inferred from its counts rather than stated in the data.
     n_genes, n_regions
         Number of features.
     batches
@@ -37,11 +38,11 @@ class SetupReport:
     labels
         Label categories.
     density
-        For "RNA" and "ATAC": share of the values of measured cells that are not zero.
+        Share of the values of measured cells that are not zero, for "RNA" and "ATAC".
     counts
-        For "RNA" and "ATAC": where the counts lie and what they are.
+        Place and type of the counts, for "RNA" and "ATAC".
     notes
-        What a user should know.
+        Remarks for the user.
     """
 
     kind: str
@@ -58,35 +59,31 @@ class SetupReport:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, seen: Description) -> SetupReport:
-        """Sum up what was seen."""
-        spec, measured = seen.spec, seen.measured
+    def of(cls, described: Description) -> SetupReport:
+        """Sum up a description."""
+        spec, table, measured = described.spec, described.table, described.measured
         density, counts, notes = {}, {}, list(measured.notes)
-        for modality, place, found, has in (
-            ("RNA", seen.opened.rna, seen.rna, measured.has_rna),
-            ("ATAC", seen.opened.atac, seen.atac, measured.has_atac),
-        ):
-            if place is None or found is None:
-                continue
-            n_measured = int(has.sum())
+        for modality, place in described.opened.counts.items():
+            found, n_measured = modality.counts_in(table), int(measured.masks[modality].sum())
             values = n_measured * len(place.features)
-            density[modality] = float(found.nnz.sum()) / values if values else 0.0
-            counts[modality] = _describe_counts(place, found)
+            density[modality.assay] = len(found.col) / values if values else 0.0
+            counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
             if n_measured == 0:
-                notes.append(f"No cell was measured for {modality}: nothing can be learned about its features.")
-            if modality == "ATAC" and not found.whole:
+                notes.append(f"No cell was measured for {modality.assay}: nothing can be learned about its features.")
+            if modality.binary and not _are_whole(found):
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
-        for name, size in seen.extra.items():
-            width = len(spec.extra[name])
-            notes.append(f"{name!r}: {width} features measured in {size} cells, for a model of your own.")
-        notes += [f"{size} features of type {kind!r} are ignored." for kind, size in seen.opened.ignored.items()]
+        for name, known in spec.extra.items():
+            size = int(table.extra[name].measured.sum())
+            notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
+        notes += [f"{size} features of type {kind!r} are ignored." for kind, size in described.opened.ignored.items()]
+        batch_sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         return cls(
             kind=spec.kind,
             n_cells=spec.n_cells,
             inferred=measured.inferred,
             n_genes=spec.n_genes,
             n_regions=spec.n_regions,
-            batches=_batch_sizes(seen),
+            batches=dict(zip(spec.batch_categories, batch_sizes, strict=True)),
             categorical=spec.categorical,
             continuous={
                 key: (mean, sd)
@@ -100,11 +97,11 @@ class SetupReport:
 
     def __repr__(self) -> str:
         sizes = self.n_cells
+        alone = ", ".join(f"{sizes[modality.name]} {modality.assay} only" for modality in MODALITIES)
         how = "inferred from the counts" if self.inferred else "as the data say"
         lines = [
             f"pyro-multivi setup of {'an AnnData' if self.kind == 'anndata' else 'a MuData'}",
-            f"  cells       {sum(sizes.values())}: {sizes[PAIRED]} paired, {sizes[EXPRESSION]} RNA only, "
-            f"{sizes[ACCESSIBILITY]} ATAC only ({how})",
+            f"  cells       {sum(sizes.values())}: {sizes[PAIRED]} paired, {alone} ({how})",
             f"  features    {self.n_genes} genes, {self.n_regions} regions",
         ]
         lines += [
@@ -124,18 +121,12 @@ class SetupReport:
         return "\n".join(lines)
 
 
-def _describe_counts(place: Counts, found: Survey) -> str:
-    if not found.whole:
-        return f"{place.where}: not whole numbers, at most {found.largest:g}"
-    if found.largest <= 1:
-        return f"{place.where}: binary"
-    return f"{place.where}: raw counts (whole numbers), at most {found.largest:g}"
+def _describe_values(counts: SparseCounts) -> str:
+    largest = float(counts.val.max()) if len(counts.val) else 0.0
+    if not _are_whole(counts):
+        return f"not whole numbers, at most {largest:g}"
+    return "binary" if largest <= 1 else f"raw counts (whole numbers), at most {largest:g}"
 
 
-def _batch_sizes(seen: Description) -> dict[str, int]:
-    spec: DataSpec = seen.spec
-    key = spec.setup.batch_key
-    if key is None:
-        return {spec.batch_categories[0]: len(seen.opened.cells)}
-    code = codes(seen.opened, "batch_key", key, spec.batch_categories)
-    return {name: int((code == at).sum()) for at, name in enumerate(spec.batch_categories)}
+def _are_whole(counts: SparseCounts) -> bool:
+    return not counts.val.is_floating_point() or bool((counts.val == counts.val.floor()).all())

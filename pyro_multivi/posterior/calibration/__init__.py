@@ -1,1 +1,1 @@
-"""Calibration after training, on cells of both modalities."""
+"""Calibration after training, on cells of both modalities: how to impute what was not measured."""

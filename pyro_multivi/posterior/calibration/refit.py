@@ -1,31 +1,32 @@
-"""What is learned after training of the weights that came out of it, while these are trained on."""
+"""Calibration of a model while it is trained again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.calibration.fit_depth import clear_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import clear_mixture
-from pyro_multivi.posterior.engine.depth_regression import LINK
-from pyro_multivi.posterior.engine.population_mixture import MIXTURE_WEIGHT, POPULATION
+from pyro_multivi.posterior.engine.depth_regression import regression_buffer
+from pyro_multivi.posterior.engine.population_mixture import population_buffer, weight_buffer
 from pyro_multivi.program import MultiVIProgram
-
-_NAMES = (*LINK.values(), *MIXTURE_WEIGHT.values(), *POPULATION.values())
 
 
 @contextmanager
 def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None]:
-    """Forget what was learned: of other weights it is wrong. It comes back if an error ends training before an epoch.
+    """Clear the calibration, which other weights invalidate; restore it if an error ends training before an epoch.
 
     Parameters
     ----------
     program
-        To be trained inside.
+        Program that is trained inside the context.
     n_epochs
-        Tells how many epochs it was trained for so far.
+        Function that returns the number of epochs it was trained for so far.
     """
-    kept = {name: getattr(program, name).clone() for name in _NAMES}
+    kept = [buffer.clone() for buffer in _buffers(program)]
     before = n_epochs()
     clear_depth_regressions(program)
     clear_mixture(program)
@@ -33,7 +34,13 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
         yield
     except BaseException:
         if n_epochs() == before:
-            for name, value in kept.items():
-                # Looked up anew: training may have moved the program to another device.
-                getattr(program, name).copy_(value)
+            # Looked up anew: training may have moved the program to another device.
+            for buffer, value in zip(_buffers(program), kept, strict=True):
+                buffer.copy_(value)
         raise
+
+
+def _buffers(program: MultiVIProgram) -> list[Tensor]:
+    """Buffers of the program that are calibrated."""
+    stores = (regression_buffer, weight_buffer, population_buffer)
+    return [buffer(program, modality) for modality in MODALITIES for buffer in stores]

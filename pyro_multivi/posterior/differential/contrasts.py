@@ -49,7 +49,7 @@ class Contrast:
 
 def resolve_contrasts(
     obs: pd.DataFrame,
-    names: pd.Index[Any],
+    names: Sequence[str],
     groupby: str | None = None,
     group1: GroupChoice = None,
     group2: str | float | None = None,
@@ -148,7 +148,7 @@ def _by_column(obs: pd.DataFrame, groupby: str, group1: GroupChoice, group2: str
     return found
 
 
-def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: CellChoice, idx2: CellChoice) -> Contrast:
+def _by_cells(obs: pd.DataFrame, names: Sequence[str], idx1: CellChoice, idx2: CellChoice) -> Contrast:
     first = _select("idx1", idx1, obs, names)
     if idx2 is None:
         rest = np.ones(len(names), dtype=bool)
@@ -159,13 +159,12 @@ def _by_cells(obs: pd.DataFrame, names: pd.Index[Any], idx1: CellChoice, idx2: C
     second = _select("idx2", idx2, obs, names)
     shared = np.intersect1d(first.numpy(), second.numpy())
     if len(shared):
-        raise ValueError(
-            f"idx1 and idx2 share {len(shared)} cells ({first_names(names[shared])}): groups must not overlap."
-        )
+        names_shared = first_names(names[place] for place in shared)
+        raise ValueError(f"idx1 and idx2 share {len(shared)} cells ({names_shared}): groups must not overlap.")
     return Contrast(first, second)
 
 
-def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: pd.Index[Any]) -> Tensor:
+def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: Sequence[str]) -> Tensor:
     if isinstance(wanted, str):
         try:
             chosen = obs.index.get_indexer(obs.query(wanted).index)

@@ -1,9 +1,9 @@
-"""Noise that belongs to a cell: the same however the cells are cut into minibatches.
+"""Noise that belongs to a cell: the same in whatever minibatches the cells come.
 
 Every number is a hash of the seed, the site, the cell's position in its data set, the number of
 the draw and the component (a counter-based generator); those of :meth:`CellNoise.evenly`, which are spread over
 the draws of a cell, follow from such a hash and the number of the draw. So a cell's draws depend neither on
-``batch_size`` nor on which other cells are asked for, the first draws of many are those of few,
+``batch_size`` nor on the other cells, the first draws of many are those of few,
 and no global random state is read or moved.
 """
 
@@ -110,14 +110,14 @@ class CellNoise:
         return drawn
 
     def torch_seed(self, site: str, of_cells: bool = True) -> int:
-        """A seed for torch's generator, from the seed, the site and (unless told not to) the first cell."""
+        """Seed for torch's generator, from the seed, the site and, with ``of_cells``, the first cell."""
         cell = int(self.index[0]) if of_cells and len(self.index) else -1
         root = _mix(torch.tensor([_signed(self.seed)]))
         return int(_mix(_mix(_mix(root + zlib.crc32(site.encode())) + cell) + self.first))
 
 
 def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tensor]) -> Tensor | None:
-    """The draw that uniform numbers make, of shape ``fn.shape()``; None if the way is not known."""
+    """Draw by transforming uniform numbers, of shape ``fn.shape()``; None if there is no such transform."""
     if isinstance(fn, dist.Delta):
         value: Tensor = fn.v
         return value

@@ -1,4 +1,4 @@
-"""Decoding: latents of some cells, once for every batch they are put into."""
+"""Decoding of the latents of some cells, once for every batch they are put into."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BLOCK = 2**22
 
 @dataclass(frozen=True)
 class Average:
-    """Over what a quantity is averaged.
+    """Averaging of a quantity: over which draws and batches, and into which summaries.
 
     Attributes
     ----------
     n_samples
-        Draws from the posterior.
+        Number of draws from the posterior.
     use_mean
         With a single draw, take the latents at their posterior means instead.
     batches
@@ -32,11 +32,10 @@ class Average:
     keep_draws
         Return all draws instead of their average.
     seed
-        Of the draws.
+        Seed of the draws.
     plain
-        Decode the posterior as the guide has it, also what was not measured of a cell. Otherwise that is trusted as
-        far as it predicts (:mod:`~pyro_multivi.posterior.engine.population_mixture`) and has a predicted depth
-        (:mod:`~pyro_multivi.posterior.engine.depth_regression`), which estimates the cell best.
+        Decode the latents of the guide also where a modality was not measured, instead of those of
+        :func:`~pyro_multivi.posterior.engine.draws.imputation_latents`, which predict single cells better.
     """
 
     n_samples: int = 1
@@ -49,7 +48,7 @@ class Average:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of what is computed: mean, sd, lower, upper; or draws."""
+        """Names of the summaries: mean, sd, lower, upper; or draws."""
         if self.keep_draws:
             return ("draws",)
         return ("mean",) if self.level is None else ("mean", "sd", "lower", "upper")
@@ -57,7 +56,7 @@ class Average:
 
 @dataclass(frozen=True)
 class DecodedDraws:
-    """What the model makes of some cells, once for every batch they are put into."""
+    """Latents of some cells, and values of sites by name, once for every batch the cells are put into."""
 
     latents: Latents
     sites: Sequence[dict[str, Tensor]]
@@ -69,11 +68,13 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         latents = mean_latents(program, cells)
     else:
         latents = draw_latents(program, cells, average.n_samples, average.seed)
-    asked: list[dict[str, Tensor]] = [{}]
+    interventions: list[dict[str, Tensor]] = [{}]
     if average.batches is not None:
-        # The guide has spoken under the observed design: only the model is asked what would be elsewhere.
-        asked = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
-    return DecodedDraws(latents, [replay(program, cells, latents, sites, s, plain=average.plain) for s in asked])
+        # Of the model alone: the latents are those under the observed design.
+        interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
+    return DecodedDraws(
+        latents, [replay(program, cells, latents, sites, forced, plain=average.plain) for forced in interventions]
+    )
 
 
 def _in_batch(design: Tensor, code: int, n_batch: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The one engine behind every posterior quantity: draws of the latents, and what the model makes of them.
+"""Draws of the latents from the guide, and their replay by the model: the engine of every posterior quantity.
 
 The guide is run once per minibatch and gives S draws of every latent site, which the model then
-replays. Wide sites are handed on as :class:`~pyro_multivi.distributions.Readout`: nobody pays for
-a feature that is not asked for, and nothing of size cells x features x draws is ever made here.
+replays. Wide sites are passed on as :class:`~pyro_multivi.distributions.Readout`, so that features that are not
+wanted cost nothing, and nothing of size cells x features x draws is made here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
-from pyro_multivi.posterior.engine.depth_regression import TRANSFORM, is_inferred, mean_depth, predicted
-from pyro_multivi.posterior.engine.population_mixture import MIXTURE_WEIGHT, AggregatePosterior, mixed, normal_in
+from pyro_multivi.posterior.engine.depth_regression import imputation_depth
+from pyro_multivi.posterior.engine.population_mixture import imputation_state
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, is_deterministic
 
@@ -36,7 +37,7 @@ ENTRIES = 2**24
 
 
 def cells_at_a_time(batch_size: int, n_samples: int, whole_rows: int = 0) -> int:
-    """Cells of a minibatch such that its draws stay within bounds.
+    """Number of cells of a minibatch such that its draws stay within bounds.
 
     Parameters
     ----------
@@ -70,28 +71,28 @@ def draw(
     Parameters
     ----------
     program
-        Model and guide; overridden ones are honoured, for both are traced.
+        Model and guide. Both are traced, so that overridden ones are used.
     cells
         B cells.
     sites
         Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
         extension, or ``"x"`` and ``"y"`` (and other observed sites) for predicted counts, measured or not.
         Expression and library size of cells without RNA, accessibility and cell factor of cells without ATAC
-        are those of :func:`imputation_latents`; ``"z"`` itself is the guide's.
+        follow from :func:`imputation_latents`; ``"z"`` itself is drawn from the guide.
     n_samples
         Number of draws S.
     intervene
         Values to force on sites of the model, as :func:`pyro.poutine.do` does. ``{"s": design}``
-        asks what would be in another batch; the guide never sees it.
+        puts the cells into another batch; the guide sees their own one.
     seed
-        Of the draws. A draw belongs to a cell (its ``cells.index``) and to its number: it does not
-        depend on the other cells or on S. Predicted counts are the exception: they depend on how
+        Seed of the draws. A draw depends on its cell (``cells.index``) and its number, not
+        on the other cells or on S. Predicted counts are the exception: they depend on how
         the cells are cut into minibatches.
 
     Returns
     -------
     dict
-        By site, (S, B, ...), or (S, 1, ...) where all cells share it. ``rho`` and ``p`` are not
+        Values by site, (S, B, ...), or (S, 1, ...) where all cells share them. ``rho`` and ``p`` are not
         evaluated yet: take ``.select(features)`` of some features, ``.blocks()`` of all, or any tensor
         operation for the dense values.
 
@@ -120,9 +121,9 @@ def draw(
 
 @dataclass(frozen=True)
 class Latents:
-    """What the guide says of some cells: a trace whose latent sites hold S draws, (S, B, ...).
+    """Trace of the guide for some cells, whose latent sites hold S draws, (S, B, ...).
 
-    ``noise`` is what they were drawn with; None where they are the means of their posteriors.
+    ``noise`` is the noise of these draws; None where the sites hold the means of their posteriors.
     """
 
     trace: Trace
@@ -130,14 +131,14 @@ class Latents:
     noise: CellNoise | None
 
     def at(self, site: str, value: Tensor) -> Latents:
-        """The same latents but for the value of one site."""
+        """Latents with another value of one site."""
         trace = self.trace.copy()
         nodes: Any = trace.nodes
         nodes[site] = {**nodes[site], "value": value}
         return Latents(trace, self.n_samples, self.noise)
 
     def some(self, draws: slice) -> Latents:
-        """Some of the draws; of the guide's distributions nothing is known any more."""
+        """Some of the draws, without the guide's distributions."""
         trace = Trace()
         nodes: dict[str, Any] = dict(self.trace.nodes)
         for name, node in nodes.items():
@@ -149,12 +150,12 @@ class Latents:
 def draw_latents(program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0) -> Latents:
     """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluation_mode``."""
     noise = CellNoise(cells.index, seed, first)
-    return Latents(_guided(program, cells, n_samples, noise), n_samples, noise)
+    return Latents(_guide_trace(program, cells, n_samples, noise), n_samples, noise)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
-    """Every latent at the mean of its posterior, as one draw. For use within ``evaluation_mode``."""
-    return Latents(_guided(program, cells, 1, None), 1, None)
+    """Posterior mean of every latent, as one draw. For use within ``evaluation_mode``."""
+    return Latents(_guide_trace(program, cells, 1, None), 1, None)
 
 
 def replay(
@@ -173,8 +174,8 @@ def replay(
     """
     parts = [(list(sites), latents)] if plain else imputation_latents(program, cells, latents, sites)
     values: dict[str, Tensor] = {}
-    for names, trusted in parts:
-        values |= _values(program, cells, trusted, names, dict(intervene or {}), seed)
+    for names, changed in parts:
+        values |= _values(program, cells, changed, names, dict(intervene or {}), seed)
     return {name: values[name] for name in sites}
 
 
@@ -189,8 +190,8 @@ def _values(
     for name in (*sites, *forced):
         if name not in known:
             raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
-    if any(is_measured(nodes[name]) for name in sites):
-        # Nothing wide was evaluated so far: the second trace is what costs.
+    if any(nodes[name]["is_observed"] and not is_deterministic(nodes[name]) for name in sites):
+        # Counts are drawn. Nothing wide was evaluated so far: the second trace is what costs.
         torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
         nodes = trace(poutine.uncondition(program.model))
     values = {}
@@ -203,66 +204,43 @@ def _values(
 
 
 def imputation_latents(
-    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Iterable[str], known_depth: str | None = None
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Iterable[str], known_depth: Modality | None = None
 ) -> list[tuple[list[str], Latents]]:
-    """Sites that are decoded from the same latents, and these. For use within ``evaluation_mode``.
+    """Latents to decode sites from, with the sites that share them. For use within ``evaluation_mode``.
 
-    Where a cell has only the other modality than a site belongs to, z is that of the cell or of another one
-    (:mod:`~pyro_multivi.posterior.engine.population_mixture`), and l or d is what the other modality says of it
-    (:mod:`~pyro_multivi.posterior.engine.depth_regression`), unless it is ``known_depth`` or z has no Normal posterior.
-    Without such cells, and where neither was learned, all sites have the latents that the guide drew.
+    Sites of a modality that some cells lack, while they have another, get latents of their own: in these cells z is
+    drawn from :mod:`~pyro_multivi.posterior.engine.population_mixture`, and the depth from
+    :mod:`~pyro_multivi.posterior.engine.depth_regression` unless it is that of ``known_depth``. All other sites are
+    decoded from the latents that the guide drew.
     """
-    found: list[tuple[list[str], Latents]] = []
-    plain = list(sites)
-    for names, site, depth, has, other in (
-        (("rho", "x", "l"), "x", "l", cells.has_rna, cells.has_atac),
-        (("p", "y", "d"), "y", "d", cells.has_atac, cells.has_rna),
-    ):
-        wanted = [name for name in plain if name in names]
-        if not wanted or bool(has.all()):
+    nodes: dict[str, Any] = dict(latents.trace.nodes)
+    parts: list[tuple[list[str], Latents]] = []
+    rest = list(sites)
+    for modality in MODALITIES:
+        names = [name for name in rest if name in modality.sites]
+        measured = modality.measured_in(cells)
+        if not names or bool(measured.all()):
             continue
-        trusted, told_by_other = latents, ~has & other
-        trust = float(getattr(program, MIXTURE_WEIGHT[site]))
-        population = AggregatePosterior.of(program, site) if trust != 1 else None
-        if population is not None:
-            z = _node(latents, "z")["value"]
-            batch = cells.design[:, : program.config.n_batch].argmax(1)
-            some_of_others = mixed(z, population, trust, batch, latents.noise)
-            trusted = trusted.at("z", torch.where(told_by_other[:, None], some_of_others, z))
-        if depth != known_depth and is_inferred(program, cells, depth, dict(latents.trace.nodes)):
-            posterior = normal_in(_node(latents, "z")["fn"])
-            normal = None if posterior is None else predicted(program, cells, depth, posterior.loc)
-            if normal is not None:
-                told = _told(depth, normal, latents, len(cells))
-                trusted = trusted.at(depth, torch.where(told_by_other, told, _node(latents, depth)["value"]))
-        if trusted is not latents:
-            found.append((wanted, trusted))
-            plain = [name for name in plain if name not in wanted]
-    return [*found, (plain, latents)] if plain else found
-
-
-def _told(depth: str, normal: dist.Normal, latents: Latents, n_cells: int) -> Tensor:
-    """l or d as the other modality tells it, (S, B): drawn, or its mean where the latents are means."""
-    normal = normal.expand((latents.n_samples, n_cells))
-    if latents.noise is None:
-        return mean_depth(depth, normal)
-    value: Tensor = TRANSFORM[depth](latents.noise.draw(f"{depth} told", normal))
-    return value
-
-
-def _node(latents: Latents, site: str) -> Any:
-    return latents.trace.nodes[site]
-
-
-def is_measured(site: Any) -> bool:
-    """Whether a site of the model holds data, rather than a latent or what follows from latents."""
-    return bool(site["is_observed"]) and not is_deterministic(site)
+        imputed = ~measured & torch.stack([other.measured_in(cells) for other in MODALITIES]).any(0)
+        changed = latents
+        z = imputation_state(program, cells, modality, nodes, latents.noise)
+        if z is not None:
+            changed = changed.at("z", torch.where(imputed[:, None], z, nodes["z"]["value"]))
+        depth = None
+        if modality is not known_depth:
+            depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
+        if depth is not None:
+            changed = changed.at(modality.depth, torch.where(imputed, depth, nodes[modality.depth]["value"]))
+        if changed is not latents:
+            parts.append((names, changed))
+            rest = [name for name in rest if name not in names]
+    return [*parts, (rest, latents)] if rest else parts
 
 
 def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
-    """The trace of a model at given latents. For use within ``evaluation_mode``."""
+    """Trace of a model at given latents. For use within ``evaluation_mode``."""
     # The plate lies inside the replay: a handler that gives values hides sites from plates around it.
-    return poutine.trace(poutine.replay(_drawn(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
+    return poutine.trace(poutine.replay(_repeated(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
 
 
 def mean_of(name: str, fn: Any) -> Tensor:
@@ -271,7 +249,7 @@ def mean_of(name: str, fn: Any) -> Tensor:
     Raises
     ------
     ValueError
-        If it is not known, as that of a normalising flow.
+        If the distribution does not know its mean, as a normalising flow.
     """
     try:
         mean: Tensor = fn.mean
@@ -284,7 +262,7 @@ def mean_of(name: str, fn: Any) -> Tensor:
 
 
 def region_factors(program: MultiVIProgram) -> Tensor | None:
-    """r of each region, (M,), at the mean of what the guide says of it; None where the model has none."""
+    """Factor r of each region, (M,), at its posterior mean; None where the model has none."""
     with evaluation_mode(program), _Fill(program, None, None):
         guide = poutine.trace(program.guide_shared).get_trace()
         factors: Tensor | None = poutine.replay(program.region_factors, trace=guide)()
@@ -306,7 +284,7 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
     Yields
     ------
     slice, Tensor
-        Which of the k features, and their values (..., width).
+        Positions among the k features, and their values, (..., width).
     """
     if not isinstance(values, Readout):
         chosen = values if features is None else values[..., features]
@@ -318,7 +296,7 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
     elif len(features) <= width:
         yield slice(0, len(features)), values.select(features)
     else:
-        # A softmax is summed over all features once, not once for each block of those asked for.
+        # A softmax is summed over all features once, not once for each block.
         norm = values.log_normalizer()[..., None] if values.link == "softmax" else None
         link = values.link if norm is None else "identity"
         part = Readout(values.hidden, values.weight[features], values.bias[features], link, values.gemm_dtype)
@@ -326,13 +304,13 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
             yield block, block_values if norm is None else (block_values - norm).exp()
 
 
-def _guided(program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None) -> Trace:
+def _guide_trace(program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None) -> Trace:
     with _Fill(program, cells, noise):
-        return poutine.trace(_drawn(program.guide, n_samples)).get_trace(cells)
+        return poutine.trace(_repeated(program.guide, n_samples)).get_trace(cells)
 
 
-def _drawn(statements: Any, n_samples: int) -> Callable[[Cells], None]:
-    """The statements of a model or guide for S draws at once, on the left of all else."""
+def _repeated(statements: Any, n_samples: int) -> Callable[[Cells], None]:
+    """Statements of a model or guide for S draws at once, in a dimension on the left of all others."""
 
     def run(cells: Cells) -> None:
         with pyro.plate("draws", n_samples, dim=-2):
@@ -342,9 +320,9 @@ def _drawn(statements: Any, n_samples: int) -> Callable[[Cells], None]:
 
 
 class _Fill(Messenger):
-    """Gives each latent site of a guide its value: from a cell's noise, or the mean where there is none.
+    """Handler that sets each latent site of a guide: to a draw from a cell's noise, or to the mean without any.
 
-    The guide holds d of a cell without ATAC at one number that it drew by itself. Here d of such
+    The guide fixes d of a cell without ATAC at one number that it draws itself. Here d of such
     cells follows its prior, as every latent does of which nothing was measured.
     """
 
@@ -358,7 +336,7 @@ class _Fill(Messenger):
         name, fn, cells = msg["name"], msg["fn"], self.cells
         of_cells = is_of_cells(msg)
         value = self._value(name, fn, of_cells)
-        if name == "d" and isinstance(fn, dist.Delta) and cells is not None and _guesses_factor(cells):
+        if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
             prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)
             value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))
             msg["fn"] = dist.Delta(value)
@@ -368,5 +346,6 @@ class _Fill(Messenger):
         return mean_of(name, fn) if self.noise is None else self.noise.draw(name, fn, of_cells)
 
 
-def _guesses_factor(cells: Cells) -> bool:
+def _lacks_factor(cells: Cells) -> bool:
+    """Whether the cell factor of some cells is neither known nor inferred from their counts."""
     return cells.atac_size is None and not bool(cells.has_atac.all())

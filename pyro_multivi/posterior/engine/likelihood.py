@@ -1,4 +1,4 @@
-"""How well the model explains cells: the ELBO, its parts, and the marginal likelihood."""
+"""Likelihood of cells: the ELBO, its parts, and the marginal likelihood."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, kl, random_site
 
 #: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
 LIKELIHOOD_ROWS = 1024
-# Draws per cell in one go of importance sampling; the rest of the rows are cells.
-_DRAWS_AT_A_TIME = 64
+#: Draws of each cell among them; the rest of the rows are cells.
+LIKELIHOOD_DRAWS = 64
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ElboParts:
 
 
 def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particles: int = 1, seed: int = 0) -> ElboParts:
-    """The ELBO of each cell, term by term.
+    """ELBO of each cell, term by term.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
         Draws per cell over which expectations are averaged. KL terms are exact where Pyro knows
         their closed form.
     seed
-        Of the draws.
+        Seed of the draws.
     """
     parts: dict[str, dict[str, list[Any]]] = {"log_likelihood": {}, "measured": {}, "kl": {}}
 
@@ -117,8 +117,8 @@ def marginal_likelihood(
     errors: list[NDArray[np.float64]] = []
     for cells in minibatches:
         weights = []
-        for first in range(0, n_samples, _DRAWS_AT_A_TIME):
-            size = min(_DRAWS_AT_A_TIME, n_samples - first)
+        for first in range(0, n_samples, LIKELIHOOD_DRAWS):
+            size = min(LIKELIHOOD_DRAWS, n_samples - first)
             with evaluation_mode(program):
                 latents = draw_latents(program, cells, size, seed, first)
                 weights.append(log_weights(*scored_traces(program, cells, latents)))
@@ -132,8 +132,8 @@ def marginal_likelihood(
 
 
 def cells_for_likelihood(batch_size: int, n_samples: int) -> int:
-    """Cells of a minibatch such that the rows whose likelihood is evaluated stay within bounds."""
-    return min(batch_size, max(1, LIKELIHOOD_ROWS // min(n_samples, _DRAWS_AT_A_TIME)))
+    """Number of cells of a minibatch such that the rows whose likelihood is evaluated stay within bounds."""
+    return min(batch_size, max(1, LIKELIHOOD_ROWS // min(n_samples, LIKELIHOOD_DRAWS)))
 
 
 def scored_traces(program: MultiVIProgram, cells: Cells, latents: Latents) -> tuple[Trace, Trace]:
@@ -149,7 +149,7 @@ def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
     for name, site in random_sites(model).items():
         if not is_of_cells(site):
             raise ValueError(
-                f"The model shares {name!r} among cells, so that cells have no evidence of their own: evaluate a "
+                f"The model shares {name!r} among cells, so that cells have no likelihood of their own: evaluate a "
                 "Pyro ELBO of program.model and program.guide."
             )
         yield name, site

@@ -1,7 +1,7 @@
-"""Replicated data: what the model would have measured in the same cells.
+"""Replicated data: counts as the model would have measured them in the same cells.
 
 Observed sites are drawn instead (:func:`pyro.poutine.uncondition`), at latents drawn
-from the guide. A modality can be hidden from the guide first, so that it is predicted, not rebuilt.
+from the guide. A modality can be hidden from the guide first, so that it is predicted, not reconstructed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modality_at
+from pyro_multivi.data.modality import Modality, modality_at, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
-#: What is measured in each modality, by site.
-MODALITY = {"x": "expression", "y": "accessibility"}
-#: How the depth of a hidden modality is known: from the hidden counts, from the other modality, or from the prior.
+#: Sources of the depth of a hidden modality: the hidden counts, the other modality, or the prior.
 DEPTHS = ("observed", "predicted", "prior")
 #: Bytes that replicates kept in memory may take.
 MEMORY_LIMIT = 4 * 2**30
 # Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
 _BLOCK = 2**22
-#: The latent site that says how deeply a modality was sequenced, by site of its counts.
-DEPTH_SITE = {"x": "l", "y": "d"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,9 @@ class Replicate:
     values
         Replicated counts, (S, B, F); accessibility is 0 or 1.
     fn
-        The distribution they were drawn from, one per draw of the latents.
+        Distribution that they were drawn from, one per draw of the latents.
     expected
-        What that distribution expects of them: counts, or the probability of a region to be open.
+        Function of that distribution: expected counts, or the probability of a region to be open.
     """
 
     values: Tensor
@@ -62,32 +58,39 @@ class Replicate:
 
 def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
     """Sites of counts that the program has: ``"x"``, ``"y"`` or both."""
-    return tuple(site for site, width in (("x", program.config.n_genes), ("y", program.config.n_regions)) if width)
+    return tuple(modality.counts for modality in modelled(program.config))
 
 
 def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
     """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
-    if site == "x":
-        return _dense(cells.x), cells.has_rna
-    return _opened(_dense(cells.y)), cells.has_atac
+    modality = modality_at(site)
+    counts = _dense(modality.counts_in(cells))
+    return _opened(counts) if modality.binary else counts, modality.measured_in(cells)
 
 
-def hide(cells: Cells, site: str) -> Cells:
-    """The same cells with one modality taken away.
+def paired(minibatches: Minibatches) -> Tensor:
+    """Positions of the cells in which every modality of the data was measured, (n,), int64."""
+    table, index = minibatches.table, minibatches.index
+    return index[torch.stack([modality.measured_in(table)[index] for modality in modelled(table)]).all(0)]
+
+
+def hide(cells: Cells, modality: Modality) -> Cells:
+    """Take one modality away from cells.
 
     Examples
     --------
+    >>> from pyro_multivi.data.modality import ATAC
     >>> both = torch.ones(2, dtype=torch.bool)
     >>> cells = Cells(torch.arange(2), 2, torch.ones(2, 3), torch.ones(2, 4), both, both, torch.ones(2, 1))
-    >>> hide(cells, "y").has_atac, hide(cells, "y").y
+    >>> hide(cells, ATAC).has_atac, hide(cells, ATAC).y
     (tensor([False, False]), SparseCounts(shape=(2, 4), nnz=0))
     """
-    counts = cells.x if site == "x" else cells.y
+    counts = modality.counts_in(cells)
     crow = torch.zeros(len(cells) + 1, dtype=torch.long, device=cells.device)
     nothing = torch.zeros(0, dtype=counts.dtype, device=cells.device)
     empty = SparseCounts(crow, crow[:0], nothing, (len(cells), counts.shape[1]))
-    never = torch.zeros_like(cells.has_rna)
-    return cells.replace(x=empty, has_rna=never) if site == "x" else cells.replace(y=empty, has_atac=never)
+    never = torch.zeros_like(modality.measured_in(cells))
+    return cells.replace(**{modality.counts: empty, f"has_{modality.key}": never})
 
 
 def replicate(
@@ -109,52 +112,55 @@ def replicate(
     n_samples
         Number of draws.
     seed
-        Of the draws. Latents belong to a cell; counts depend on how cells are cut into minibatches.
+        Seed of the draws. Latents belong to a cell; counts depend on how cells are cut into minibatches.
     hidden
-        A site that the guide is not shown.
+        Site of counts that the guide does not see.
     hidden_depth
-        How the depth of the hidden modality (l or d) is known. ``"observed"``: the guide is shown
-        the hidden counts for it, and only for it, so that what is judged is the profile of a cell.
-        ``"predicted"``: what the other modality says of it. ``"prior"``: not at all.
+        Source of the depth (l or d) of the hidden modality. ``"observed"``: the guide sees
+        the hidden counts for it, and only for it, so that the profile of a cell is predicted and not its depth.
+        ``"predicted"``: it is predicted from the other modality. ``"prior"``: it follows its prior.
 
     Yields
     ------
     slice, dict
-        Which of the draws, and their counts by site.
+        Numbers of the draws, and their counts by site.
     """
-    seen = cells if hidden is None else hide(cells, hidden)
-    known_depth = None if hidden is None or hidden_depth == "predicted" else DEPTH_SITE[hidden]
-    for draws in _draws_at_a_time(n_samples, len(cells) * max(program.config.n_genes, program.config.n_regions)):
+    hidden_modality = None if hidden is None else modality_at(hidden)
+    seen = cells if hidden_modality is None else hide(cells, hidden_modality)
+    known_depth = None if hidden_depth == "predicted" else hidden_modality
+    width = max(modality.n_features_in(program.config) for modality in modelled(program.config))
+    for draws in _draws_at_a_time(n_samples, len(cells) * width):
         with evaluation_mode(program):
             n = draws.stop - draws.start
-            latents = _latents(program, cells, draws, seed, hidden, hidden_depth)
+            latents = _latents(program, cells, draws, seed, hidden_modality, hidden_depth)
             drawn = {}
-            for sites, trusted in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
+            for sites, part in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
-                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, trusted).nodes)
+                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, part).nodes)
                 for site in sites:
+                    modality = modality_at(site)
                     fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
-                    # A likelihood of counts may say more of a region than open or closed: that much is compared.
-                    value = value if site == "x" else _opened(value)
+                    # A custom likelihood may draw counts of a region; only open or closed is compared.
+                    value = _opened(value) if modality.binary else value
                     shape = (n, len(cells), value.shape[-1])
-                    drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, site))
+                    drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, modality))
         # Outside, so that no state of torch is held while the caller is at work.
         yield draws, {site: drawn[site] for site in observed_sites(program)}
 
 
-def expected_counts(program: MultiVIProgram, cells: Cells, site: str, n_samples: int, seed: int = 0) -> Tensor:
-    """What is expected of a hidden site, (B, F): counts, or probabilities to be open, averaged over draws.
+def expected_counts(program: MultiVIProgram, cells: Cells, modality: Modality, n_samples: int, seed: int = 0) -> Tensor:
+    """Expected counts of a hidden modality, or probabilities to be open, (B, F), averaged over draws.
 
-    The depth is known from the hidden counts, as :func:`replicate` has it by default.
+    The depth is inferred from the hidden counts, the default of :func:`replicate`.
     """
-    seen = hide(cells, site)
+    seen = hide(cells, modality)
     total: Tensor | None = None
     with evaluation_mode(program):
-        latents = _latents(program, cells, slice(0, n_samples), seed, site, "observed")
-        [(_, trusted)] = imputation_latents(program, seen, latents, [site], DEPTH_SITE[site])
-        for draws in _draws_at_a_time(n_samples, (cells.x if site == "x" else cells.y).numel()):
-            fn: Any = model_trace(program.model, seen, trusted.some(draws)).nodes[site]["fn"]
-            part = _expected_by(program, site)(fn).sum(0)
+        latents = _latents(program, cells, slice(0, n_samples), seed, modality, "observed")
+        [(_, latents)] = imputation_latents(program, seen, latents, [modality.counts], modality)
+        for draws in _draws_at_a_time(n_samples, modality.counts_in(cells).numel()):
+            fn: Any = model_trace(program.model, seen, latents.some(draws)).nodes[modality.counts]["fn"]
+            part = _expected_by(program, modality)(fn).sum(0)
             total = part if total is None else total + part
     assert total is not None
     return total / n_samples
@@ -168,22 +174,21 @@ def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
 
 
 def _latents(
-    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: str | None, hidden_depth: str
+    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: Modality | None, hidden_depth: str
 ) -> Latents:
     n = draws.stop - draws.start
     if hidden is None:
         return draw_latents(program, cells, n, seed, draws.start)
     latents = draw_latents(program, hide(cells, hidden), n, seed, draws.start)
-    depth = DEPTH_SITE[hidden]
-    if hidden_depth != "observed" or depth not in latents.trace.nodes:
+    if hidden_depth != "observed" or hidden.depth not in latents.trace.nodes:
         return latents
-    known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[depth]
-    return latents.at(depth, known["value"])
+    known: Any = draw_latents(program, cells, n, seed, draws.start).trace.nodes[hidden.depth]
+    return latents.at(hidden.depth, known["value"])
 
 
-def _expected_by(program: MultiVIProgram, site: str) -> Callable[[Any], Tensor]:
-    """What a distribution at a site of counts expects of them: counts, or the probability of a region to be open."""
-    return _mean if site == "x" else program.open_probability
+def _expected_by(program: MultiVIProgram, modality: Modality) -> Callable[[Any], Tensor]:
+    """Function of a distribution of counts: expected counts, or the probability of a region to be open."""
+    return program.open_probability if modality.binary else _mean
 
 
 def sample_replicates(
@@ -197,10 +202,12 @@ def sample_replicates(
 
     Parameters
     ----------
-    program, minibatches
-        Whose.
+    program
+        Model and guide.
+    minibatches
+        The cells.
     features
-        By site, the positions of the features wanted, int64; None for all. Sites that are not
+        Positions of the wanted features by site, int64; None for all. Sites that are not
         named are left out.
     n_samples, seed
         As in :func:`replicate`.
@@ -264,7 +271,7 @@ def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp
 
 
 def check_memory(n_bytes: float, what: str, alternatives: Sequence[str]) -> None:
-    """Refuse what would not fit.
+    """Refuse results that would not fit into memory.
 
     Raises
     ------

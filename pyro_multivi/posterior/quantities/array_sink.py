@@ -1,4 +1,4 @@
-"""Where a streamed result goes: arrays in memory here, a file in store.py."""
+"""Destinations of a streamed result: the protocol, and arrays in memory. A file is in file_sink.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class Sink(Protocol):
-    """Takes rows of cells in order: dense ones block by block, sparse ones whole."""
+    """Destination of rows of cells, which come in order: dense ones block by block, sparse ones whole."""
 
     @property
     def n_done(self) -> int:
@@ -28,7 +28,7 @@ class Sink(Protocol):
         ...
 
     def commit(self, n_done: int) -> None:
-        """All of the first ``n_done`` cells has been given."""
+        """Note that the first ``n_done`` cells are complete."""
         ...
 
 
@@ -63,7 +63,7 @@ class Arrays:
         self.n_done = n_done
 
     def __getitem__(self, name: str) -> Any:
-        """The result: ndarray or csr matrix."""
+        """Result of that name: ndarray or csr matrix."""
         if name in self._dense:
             return self._dense[name]
         return sp.vstack(self._sparse[name], format="csr")

@@ -41,8 +41,8 @@ class Quantity:
     features
         Positions, (k,), int64; None for all.
     by_cell
-        Factor of each cell: a number, one number per cell asked for, (n,), or a latent site
-        (``"l"``, ``"d"``), of which each draw is multiplied with its own.
+        Factor of each cell: a number, one number per cell, (n,), or a latent site
+        (``"l"``, ``"d"``), whose draws are multiplied with those of the quantity.
     by_feature
         Factor of each of the features, (k,); None for 1.
     threshold
@@ -57,7 +57,7 @@ class Quantity:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """All sites of the model that it is made of."""
+        """Sites of the model that it is made of."""
         return (self.site, self.by_cell) if isinstance(self.by_cell, str) else (self.site,)
 
 
@@ -69,13 +69,18 @@ def blocks(
     Parameters
     ----------
     decoded
-        A minibatch.
+        Decoded draws of a minibatch.
     quantity, average
-        What is asked.
+        The quantity, and what it is averaged over.
     start
-        Position of the minibatch's first cell among all cells asked for.
+        Position of the minibatch's first cell among all cells of the result.
     rows
-        Which cells of the minibatch are wanted; None for all.
+        Positions of the wanted cells in the minibatch; None for all.
+
+    Yields
+    ------
+    slice, dict
+        Positions among the features of the quantity, and the summaries by name, (B, W).
     """
     values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
     n_rows = values[0].shape[:-1].numel()
@@ -86,8 +91,8 @@ def blocks(
     for parts in zip(*(feature_blocks(value, quantity.features, width) for value in values), strict=True):
         block = parts[0][0]
         mean_sbw = parts[0][1]
-        for _, further in parts[1:]:
-            mean_sbw = mean_sbw + further
+        for _, other_batch in parts[1:]:
+            mean_sbw = mean_sbw + other_batch
         if len(parts) > 1:
             mean_sbw = mean_sbw / len(parts)
         if factor is not None:
@@ -127,7 +132,7 @@ def compress(values: NDArray[np.float32], threshold: float = 0.0) -> sp.csr_matr
 
 
 def _of_cells(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Some cells of (S, B, F)."""
+    """Some of the cells of (S, B, F); all without ``rows``."""
     if rows is None:
         return values
     if isinstance(values, Readout):
@@ -136,7 +141,7 @@ def _of_cells(values: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _cell_factor(decoded: DecodedDraws, quantity: Quantity, start: int, rows: Tensor | None) -> Tensor | None:
-    """What each draw of each cell is multiplied with, (S, B, 1) or (B, 1); None for 1."""
+    """Factor of each draw of each cell, (S, B, 1) or (B, 1); None for 1."""
     by_cell = quantity.by_cell
     if isinstance(by_cell, str):
         return _of_cells(decoded.sites[0][by_cell][..., None], rows)

@@ -47,14 +47,14 @@ class Store:
     Parameters
     ----------
     out
-        Where to write; see :func:`check_path`.
+        Path of the file; see :func:`check_path`.
     request
-        Stands for everything the result depends on: an unfinished file is continued only if it
+        Digest of everything the result depends on: an unfinished file is continued only if it
         was made for the same request, else written anew.
     obs, var, uns
-        Of the AnnData.
+        Parts of the AnnData.
     dense, sparse
-        Where results go, by name: ``{"mean": "X", "sd": "layers/sd"}``.
+        Elements of the file by name of the result: ``{"mean": "X", "sd": "layers/sd"}``.
 
     Raises
     ------
@@ -218,7 +218,7 @@ class Store:
 
 
 def check_path(out: str | os.PathLike[str]) -> Path:
-    """Where a result may be written.
+    """Check that a result can be written to a path.
 
     Raises
     ------
@@ -242,7 +242,7 @@ def check_path(out: str | os.PathLike[str]) -> Path:
 
 
 def digest(arguments: Mapping[str, Any], *tensors: Tensor | None) -> str:
-    """A short text that differs when anything of the arguments or tensors does."""
+    """Digest of arguments and tensors: a short text that differs if any of them does."""
     found = hashlib.blake2b(json.dumps(arguments, sort_keys=True, default=str).encode(), digest_size=16)
     for tensor in tensors:
         if tensor is not None:
@@ -256,7 +256,7 @@ def _is_zarr(path: Path) -> bool:
 
 
 def _write_frame(root: Any, frame: AnnData) -> None:
-    """The AnnData without any matrix; those are added as they come."""
+    """Write the AnnData without its matrices, which are added as they come."""
     try:
         from anndata.io import write_elem
     except ImportError:  # before anndata 0.11

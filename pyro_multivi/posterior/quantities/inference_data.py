@@ -1,4 +1,4 @@
-"""Posterior draws, replicates and log-likelihoods for ArviZ."""
+"""Posterior draws, replicates and log-likelihoods of cells for ArviZ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from torch import Tensor
 from pyro_multivi._optional import require
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES, modality_at
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.likelihood import cells_for_likelihood
+from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_DRAWS, cells_for_likelihood
 from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
-
-# Draws whose likelihood is evaluated together.
-_DRAWS_AT_A_TIME = 64
-_FEATURE_DIM = {"x": "gene", "y": "region"}
 
 
 def inference_data(
@@ -33,16 +30,18 @@ def inference_data(
     n_samples: int,
     seed: int = 0,
 ) -> Any:
-    """Everything ArviZ wants to know of some cells, dense.
+    """ArviZ's groups of draws and data of some cells, dense.
 
     Parameters
     ----------
-    program, minibatches
-        Whose.
+    program
+        Model and guide.
+    minibatches
+        The cells.
     features, feature_names
-        By site, positions (None for all) and names of the features of replicates and observed data.
+        Positions (None for all) and names of the features of replicates and observed data, by site.
     cell_names
-        Of the cells.
+        Names of the cells.
     n_samples, seed
         Number of draws, one chain, and their seed.
 
@@ -53,12 +52,12 @@ def inference_data(
     Raises
     ------
     ImportError
-        Without ArviZ.
+        If ArviZ is not installed.
     MemoryError
-        If it would not fit.
+        If the result would not fit into memory.
     """
     with warnings.catch_warnings():
-        # ArviZ announces its next version whenever it is imported.
+        # ArviZ warns of its next version whenever it is imported.
         warnings.simplefilter("ignore", FutureWarning)
         arviz = require("arviz", "arviz")
     width = sum(map(len, feature_names.values()))
@@ -85,17 +84,19 @@ def inference_data(
                 drawn[site].append(values if chosen is None else values[..., chosen])
         for site, chosen in features.items():
             add("posterior_predictive", site, torch.cat(drawn[site]))
-            counts, has = counts_of(cells, site)
-            counts = counts.masked_fill(~has[:, None], torch.nan)
+            counts, measured = counts_of(cells, site)
+            counts = counts.masked_fill(~measured[:, None], torch.nan)
             add("observed_data", site, counts if chosen is None else counts[:, chosen])
-        add("constant_data", "has_rna", cells.has_rna)
-        add("constant_data", "has_atac", cells.has_atac)
+        for modality in MODALITIES:
+            add("constant_data", f"has_{modality.key}", modality.measured_in(cells))
     coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
-    dims: dict[str, list[str]] = {"z": ["cell", "latent"], "l": ["cell"], "d": ["cell"]}
-    dims.update(has_rna=["cell"], has_atac=["cell"])
+    dims = {"z": ["cell", "latent"]}
+    for modality in MODALITIES:
+        dims[modality.depth] = dims[f"has_{modality.key}"] = ["cell"]
     for site in features:
-        coords[_FEATURE_DIM[site]] = list(feature_names[site])
-        dims[site] = ["cell", _FEATURE_DIM[site]]
+        feature = modality_at(site).feature
+        coords[feature] = list(feature_names[site])
+        dims[site] = ["cell", feature]
     # One chain in front of the draws; cells are joined along their own axis.
     groups: dict[str, dict[str, Any]] = {}
     for group, by_site in parts.items():
@@ -113,7 +114,7 @@ def _joined(
     coords: Mapping[str, Any],
     dims: Mapping[str, list[str]],
 ) -> Any:
-    """One object of all groups: x has genes everywhere but in the log-likelihood, hence two steps."""
+    """InferenceData of all groups, in two steps because x has genes everywhere but in the log-likelihood."""
     others = {name: values for name, values in groups.items() if name != "log_likelihood"}
     used = {site for values in others.values() for site in values}
     made = arviz.from_dict(
@@ -128,8 +129,8 @@ def _joined(
 def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) -> dict[tuple[str, str], Tensor]:
     """Latents and log-likelihoods of a minibatch by group and site, (S, B, ...)."""
     parts: dict[tuple[str, str], list[Tensor]] = {}
-    for first in range(0, n_samples, _DRAWS_AT_A_TIME):
-        size = min(_DRAWS_AT_A_TIME, n_samples - first)
+    for first in range(0, n_samples, LIKELIHOOD_DRAWS):
+        size = min(LIKELIHOOD_DRAWS, n_samples - first)
         with evaluation_mode(program):
             latents = draw_latents(program, cells, size, seed, first)
             trace = model_trace(program.model, cells, latents)

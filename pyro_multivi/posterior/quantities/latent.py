@@ -1,4 +1,4 @@
-"""The latent state and the depth variables of cells."""
+"""Latent state and depth variables of cells."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
-
-MODALITIES = ("joint", "expression", "accessibility")
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class LatentState:
     Attributes
     ----------
     mean, variance
-        Those of z, (n, K).
+        Moments of z, (n, K).
     point
-        What the decoders read of the posterior mean of z, (n, K).
+        Input of the decoders at the posterior mean of z, (n, K).
     """
 
     mean: NDArray[np.float32]
@@ -41,7 +40,7 @@ class LatentState:
 
 
 def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint") -> LatentState:
-    """q(z) given all measured modalities of a cell, or one of them.
+    """Moments of q(z) given all measured modalities of a cell, or one of them.
 
     Rows of cells in which ``modality`` was not measured are NaN.
 
@@ -64,7 +63,7 @@ def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str 
 def latent_draws(
     program: MultiVIProgram, cells: Iterable[Cells], modality: str, n_samples: int, seed: int = 0
 ) -> NDArray[np.float32]:
-    """Draws of what the decoders read of z, (S, n, K): those that every posterior quantity of that seed is made of.
+    """Draws of the input of the decoders, (S, n, K), the same that every posterior quantity of that seed uses.
 
     Rows of cells in which ``modality`` was not measured are NaN.
     """
@@ -78,13 +77,13 @@ def latent_draws(
 
 
 def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
-    """q(z) of each cell, and NaN where the modality was not measured, (B, 1)."""
+    """q(z) of each cell, and 0, or NaN where the modality was not measured, (B, 1)."""
     q, measured = _joint(program, cells) if modality == "joint" else _single(program, cells, modality)
     return q, torch.where(measured, 0.0, torch.nan)[:, None]
 
 
 def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Any, Tensor]:
-    # From the guide's trace, not from its parts, so that an overridden guide is honoured.
+    # From the guide's trace, not from its parts, so that an overridden guide is used.
     return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], torch.ones_like(cells.has_rna)
 
 
@@ -99,20 +98,18 @@ def _single(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, 
 
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:
     """Posterior mean of the library size and the cell factor of accessibility, NaN where unmeasured."""
-    library, factor = [], []
+    parts: dict[str, list[Tensor]] = {}
     for minibatch in cells:
         with evaluation_mode(program):
             nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
-            if "l" in nodes:
-                library.append(nodes["l"]["fn"].mean.masked_fill(~minibatch.has_rna, torch.nan))
-            if "d" in nodes:
-                factor.append(nodes["d"]["value"].masked_fill(~minibatch.has_atac, torch.nan))
-    found = {}
-    if library:
-        found["expression"] = _gather(library)
-    if factor:
-        found["accessibility"] = _gather(factor)
-    return found
+            for modality in MODALITIES:
+                if modality.depth in nodes:
+                    site = nodes[modality.depth]
+                    # The cell factor is a point estimate.
+                    depth = site["value"] if modality.binary else site["fn"].mean
+                    depth = depth.masked_fill(~modality.measured_in(minibatch), torch.nan)
+                    parts.setdefault(modality.name, []).append(depth)
+    return {name: _gather(depths) for name, depths in parts.items()}
 
 
 def _gather(parts: list[Tensor], axis: int = 0) -> NDArray[np.float32]:

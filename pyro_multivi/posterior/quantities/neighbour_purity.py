@@ -1,4 +1,4 @@
-"""How well labels agree among neighbours in the latent space."""
+"""Agreement of labels among neighbours in the latent space."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k
     Parameters
     ----------
     latent
-        (cells, K).
+        Latent states, (cells, K).
     labels
-        One per cell.
+        One label per cell.
     k
         Number of neighbours.
 

@@ -1,9 +1,9 @@
-"""A streamed quantity as the analyst wants it: a frame, an array, a sparse matrix or a file."""
+"""Output of a streamed quantity: a frame, an array, a sparse matrix or a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from pyro_multivi._version import __version__
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.quantities.array_sink import Arrays
@@ -29,8 +30,8 @@ from pyro_multivi.program import MultiVIProgram
 #: Forms of an estimated quantity.
 Estimates: TypeAlias = pd.DataFrame | NDArray[np.float32] | sp.csr_matrix | Estimate | Path
 
-#: Where estimates lie in a file.
-PLACES = {"mean": "X", "sd": "layers/sd", "lower": "layers/lower", "upper": "layers/upper"}
+#: Elements of a file by the summary that they hold.
+SUMMARY_ELEMENTS = {"mean": "X", "sd": "layers/sd", "lower": "layers/lower", "upper": "layers/upper"}
 
 
 def deliver(
@@ -45,24 +46,33 @@ def deliver(
     out: str | os.PathLike[str] | None = None,
     silent: bool | None = None,
 ) -> Estimates:
-    """Compute a quantity of some cells and put it into the form asked for.
+    """Compute a quantity of some cells and return it in the wanted form.
 
     Parameters
     ----------
     program
         Model and guide.
     cells
-        The cells asked for.
+        The cells.
     quantity, average
-        What is asked.
+        The quantity, and what it is averaged over.
     cell_names, feature_names
-        Of those cells, and of the features of the quantity.
+        Names of those cells, and of the features of the quantity.
     return_numpy
-        Arrays (or a csr matrix) rather than frames.
+        Return arrays (or a csr matrix) rather than frames.
     out
         Write to this file instead and return its path.
     silent
         Show no bar; None shows it only when writing.
+
+    Returns
+    -------
+    DataFrame, ndarray or csr_matrix
+        The expectation, (cells, features), or an array of all draws, (n_samples, cells, features).
+    Estimate
+        Four of these, with an interval.
+    Path
+        Path of the file, with ``out``.
 
     Raises
     ------
@@ -74,16 +84,16 @@ def deliver(
     if out is not None:
         if average.keep_draws:
             raise ValueError("out holds summaries and return_mean=False asks for all draws: leave one of them out.")
-        places = {name: PLACES[name] for name in average.names}
+        places = {name: SUMMARY_ELEMENTS[name] for name in average.names}
         dense_places, sparse_places = ({}, places) if sparse else (places, {})
-        request = request_of(program, cells, [quantity], average, [*index, *columns])
+        request = request_digest(program, cells, [quantity], average, [*index, *columns])
         frames = (pd.DataFrame(index=index.astype(str)), pd.DataFrame(index=columns.astype(str)))
         with Store(out, request, *frames, {}, dense_places, sparse_places) as store:
-            estimate(program, remaining(cells, store.n_done, silent is True), quantity, average, store)
+            estimate(program, remaining_minibatches(cells, store.n_done, silent is True), quantity, average, store)
         return store.path
     draws = (average.n_samples,) if average.keep_draws else ()
     kept = Arrays((*draws, len(index), len(columns)), **{"sparse" if sparse else "dense": average.names})
-    estimate(program, remaining(cells, 0, silent is not False), quantity, average, kept)
+    estimate(program, remaining_minibatches(cells, 0, silent is not False), quantity, average, kept)
     found = [kept[name] for name in average.names]
     if sparse and not return_numpy:
         as_frame: Any = pd.DataFrame.sparse
@@ -93,7 +103,7 @@ def deliver(
     return found[0] if average.level is None else Estimate(*found)
 
 
-def remaining(cells: Minibatches, n_done: int, silent: bool) -> Iterator[Cells]:
+def remaining_minibatches(cells: Minibatches, n_done: int, silent: bool) -> Iterator[Cells]:
     """Minibatches of the cells that are not done yet, with a progress bar over all of them."""
     rest = Minibatches(cells.table, cells.index[n_done:], batch_size=cells.batch_size, device=cells.device)
     with tqdm(total=cells.n_cells, initial=n_done, desc="posterior", unit="cell", disable=silent) as bar:
@@ -102,39 +112,38 @@ def remaining(cells: Minibatches, n_done: int, silent: bool) -> Iterator[Cells]:
             bar.update(len(minibatch))
 
 
-def request_of(
+def request_digest(
     program: MultiVIProgram,
     cells: Minibatches,
     quantities: Sequence[Quantity],
     average: Average,
     names: Sequence[str],
-    **further: Any,
+    **extra: Any,
 ) -> str:
-    """Stands for everything that a written result depends on: weights, cells, what is asked of them.
+    """Digest of everything that a written result depends on: weights, cells, quantities and other arguments.
 
-    The counts enter by how many each cell has and by their sum: not all of them are read.
+    Counts enter by their number in each cell and their sum, so that not all of them are read.
     """
     table, index = cells.table, cells.index
     tensors: list[Tensor | None] = [*program.state_dict().values(), index, table.design[index]]
-    tensors += [table.has_rna[index], table.has_atac[index], table.label, table.rna_size, table.atac_size]
-    for counts in (table.x, table.y):
+    tensors.append(table.label)
+    for modality in MODALITIES:
+        tensors += [modality.measured_in(table)[index], modality.size_factor_in(table)]
+        counts = modality.counts_in(table)
         if isinstance(counts, SparseCounts):
             tensors += [counts.crow, counts.val.sum(dtype=torch.float64)[None]]
-    asked: Mapping[str, Any] = {
+    arguments: dict[str, Any] = {
         "version": __version__,
         "program": f"{type(program).__module__}:{type(program).__qualname__}",
         "config": program.config.to_dict(),
         "average": vars(average),
         "names": list(names),
-        **further,
+        **extra,
     }
     for number, quantity in enumerate(quantities):
-        parts = dict(vars(quantity))
-        tensors += [part for part in parts.values() if isinstance(part, torch.Tensor)]
-        asked = {
-            **asked,
-            f"quantity {number}": {
-                name: "tensor" if isinstance(part, torch.Tensor) else part for name, part in parts.items()
-            },
+        parts = vars(quantity)
+        tensors += [part for part in parts.values() if isinstance(part, Tensor)]
+        arguments[f"quantity {number}"] = {
+            name: "tensor" if isinstance(part, Tensor) else part for name, part in parts.items()
         }
-    return digest(asked, *tensors)
+    return digest(arguments, *tensors)

@@ -1,4 +1,4 @@
-"""From draws to numbers: expectation, standard deviation, interval."""
+"""Summaries of draws: expectation, standard deviation, interval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """A posterior quantity and how sure the model is of it.
+    """Posterior quantity with its uncertainty.
 
     Attributes
     ----------
@@ -32,13 +32,12 @@ class Estimate(NamedTuple):
 def summarise(values: Tensor, level: float | None = None, keep_draws: bool = False) -> dict[str, NDArray[Any]]:
     """Summarise S draws.
 
-    All draws of a block are at hand, so ends of the interval are exact quantiles of them (linear
-    between neighbouring draws, as NumPy's default).
+    Ends of the interval are exact quantiles of the draws (linear between neighbouring ones, as NumPy's default).
 
     Parameters
     ----------
     values
-        (S, B, W).
+        Draws, (S, B, W).
     level
         Posterior probability of the interval; None leaves sd and interval out.
     keep_draws

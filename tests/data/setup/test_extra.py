@@ -93,14 +93,6 @@ def test_cells_without_it_count_as_not_measured(stained, caplog):
     assert "There is no 'protein'" in caplog.text
 
 
-def test_a_subset_takes_its_rows_along(stained):
-    set_up(stained)
-    table = DataSpec.of(stained).table(stained)
-    index = torch.tensor([5, 0])
-    for mine, theirs in zip(table.subset(index).extra["protein"], table.extra["protein"], strict=True):
-        assert torch.equal(mine, theirs[index])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,7 +61,7 @@ def test_unpaired_cells_need_no_padding(parts, order):
     spec = DataSpec.of(mdata)
     table = spec.table(mdata)
     cells = mdata.obs_names
-    assert spec.cell_names(mdata).equals(cells)
+    assert list(table.cell_names) == cells.tolist()
     np.testing.assert_array_equal(table.x.to_dense(), expected_rows(parts["rna"], cells))
     np.testing.assert_array_equal(table.y.to_dense(), expected_rows(parts["atac"], cells))
     assert table.has_rna.tolist() == cells.isin(parts["rna"].obs_names).tolist()
@@ -74,7 +74,7 @@ def test_names_of_modalities_are_known_without_saying(parts):
     setup = DataSpec.of(mdata).setup
     assert (setup.rna_modality, setup.atac_modality) == ("GEX", "peaks")
     mdata = mudata.MuData({"a": parts["rna"], "b": parts["atac"]})
-    with pytest.raises(ValueError, match=r"cannot be told from their names: 'a', 'b'. Give modalities="):
+    with pytest.raises(ValueError, match=r"cannot be seen from their names: 'a', 'b'. Give modalities="):
         setup_mudata(mdata)
     setup_mudata(mdata, modalities={"rna_layer": "a", "atac_layer": "b"})
     assert DataSpec.of(mdata).region_names == ("p0", "p1", "p2", "p3")
@@ -150,7 +150,7 @@ def test_column_of_a_modality_that_lacks_cells(mdata):
         setup_mudata(mdata, batch_key="site", modalities={**RNA, "batch_key": "rna"})
     with pytest.raises(
         ValueError,
-        match=r"batch_key='site' is not in mdata.obs. .*It is in mdata.mod\['rna'\].obs: say so by modalities",
+        match=r"batch_key='site' is not in mdata.obs. .*It is in mdata.mod\['rna'\].obs: name it by modalities",
     ):
         setup_mudata(mdata, batch_key="site", modalities=RNA)
 

@@ -56,7 +56,7 @@ def test_spec_holds_names_and_categories(spec):
     assert spec.categorical == {"donor": ("10", "2")}
     assert spec.label_categories == ("B", "N", "T")
     assert (spec.n_genes, spec.n_regions, spec.n_batch, spec.n_labels) == (3, 4, 3, 3)
-    assert (spec.n_cats_per_cov, spec.n_continuous, spec.design_width) == ((2,), 2, 7)
+    assert spec.design_width == 7
     assert spec.kind == "anndata"
     assert spec.n_cells == {"paired": 6, "expression": 0, "accessibility": 0}
 
@@ -79,7 +79,7 @@ def test_design_is_batch_then_categories_then_standardised_numbers(spec, adata):
     np.testing.assert_array_equal(table.y.to_dense(), adata.X[:, 3:])
     assert table.x.col.dtype == table.y.col.dtype
     assert str(table.x.col.dtype) == "torch.int32"
-    assert spec.cell_names(adata).tolist() == adata.obs_names.tolist()
+    assert list(table.cell_names) == adata.obs_names.tolist()
 
 
 def test_without_batches_there_is_one(adata):
@@ -166,10 +166,6 @@ def test_missing_batch_column(spec, adata):
     del other.obs["batch"]
     with pytest.raises(ValueError, match="batch_key='batch' is not in adata.obs"):
         spec.table(other)
-    table = spec.table(other, batch_missing_ok=True)
-    np.testing.assert_allclose(table.design[:, :3], 1 / 3)
-    assert table.batch_code.tolist() == [-1] * 6
-    assert spec.table(adata, batch_missing_ok=True).batch_code.tolist() == [2, 0, 1, 2, 0, 1]
 
 
 def test_counts_of_other_objects_are_checked(spec, adata):

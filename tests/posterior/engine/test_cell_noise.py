@@ -85,7 +85,7 @@ def test_correlated_and_transformed_normals():
     np.testing.assert_allclose(drawn.sum(-1), 1.0, rtol=1e-5)
 
 
-def test_what_torch_must_draw_is_reproducible_and_what_cells_share_knows_no_cell():
+def test_draws_by_torch_are_reproducible_and_shared_ones_depend_on_no_cell():
     gamma = dist.Gamma(2.0, 3.0)
     one, other = CellNoise(torch.arange(4), seed=0), CellNoise(torch.arange(4, 8), seed=0)
     assert torch.equal(one.draw("a", expanded(gamma, 3, 4)), one.draw("a", expanded(gamma, 3, 4)))

@@ -1,4 +1,4 @@
-"""The engine: draws of the latents, replayed by the model."""
+"""Draws of the latents, replayed by the model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_cells_draws_do_not_depend_on_the_others(make_program, make_cells):
     assert not torch.equal(draw(program, cells, ("z",), 6, seed=8)["z"], whole["z"])
 
 
-def test_another_batch_is_asked_of_the_model_alone(make_program, make_cells):
+def test_another_batch_changes_the_model_alone(make_program, make_cells):
     program, cells = make_program(encode_covariates=True), make_cells()
     factual = draw(program, cells, ("s", "z", "l", "rho", "p"), n_samples=5)
     there = draw(program, cells, ("s", "z", "l", "rho", "p"), 5, intervene={"s": other_batch(cells)})
@@ -138,10 +138,10 @@ def test_blocks_of_features_are_the_columns_of_all(make_program, make_cells, sit
     drawn = draw(make_program(), make_cells(), (site,), n_samples=2)[site]
     features = torch.tensor([6, 0, 3, 5, 2])
     for values in (drawn, drawn.dense()):
-        for asked, expected in ((None, drawn.dense()), (features, drawn.dense()[..., features])):
+        for chosen, expected in ((None, drawn.dense()), (features, drawn.dense()[..., features])):
             for width in (2, 100):
                 found = torch.empty_like(expected)
-                for block, part in feature_blocks(values, asked, width):
+                for block, part in feature_blocks(values, chosen, width):
                     assert part.shape[-1] <= width
                     found[..., block] = part
                 torch.testing.assert_close(found, expected)
@@ -160,7 +160,7 @@ class ByHand(MultiVIProgram):
             pyro.sample("d", dist.Delta(torch.full((len(cells),), 0.3)))
 
 
-def test_an_overridden_guide_is_honoured(make_program, make_cells):
+def test_an_overridden_guide_is_used(make_program, make_cells):
     program = ByHand(make_program().config)
     cells = make_cells()
     drawn = draw(program, cells, ("z", "l", "d"), n_samples=500)
@@ -216,7 +216,7 @@ def test_every_state_is_as_before_also_after_an_error(make_program, make_cells):
         dist.Normal(0.0, -1.0)  # validation is on again
 
 
-def test_replay_takes_latents_once_for_many_questions(make_program, make_cells):
+def test_latents_are_replayed_many_times(make_program, make_cells):
     program, cells = make_program(), make_cells()
     with evaluation_mode(program):
         latents = draw_latents(program, cells, 3, seed=2)

@@ -156,7 +156,7 @@ def test_global_state_is_left_alone(fitted):
     fitted.get_marginal_ll(n_mc_samples=3, indices=[0, 120, 199])
 
 
-def test_cells_that_share_a_latent_have_no_evidence_of_their_own(make_program, make_cells):
+def test_cells_that_share_a_latent_have_no_likelihood_of_their_own(make_program, make_cells):
     class Shared(MultiVIProgram):
         def model(self, cells):
             pyro.sample("level", dist.Normal(0.0, 1.0))
@@ -166,7 +166,9 @@ def test_cells_that_share_a_latent_have_no_evidence_of_their_own(make_program, m
             pyro.sample("level", dist.Normal(0.0, 1.0))
             super().guide(cells)
 
-    with pytest.raises(ValueError, match="The model shares 'level' among cells"):
+    with pytest.raises(
+        ValueError, match="The model shares 'level' among cells, so that cells have no likelihood of their own"
+    ):
         elbo_parts(Shared(make_program().config), [make_cells()])
 
 

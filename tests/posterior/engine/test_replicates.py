@@ -7,6 +7,7 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.modality import RNA
 from pyro_multivi.posterior.engine import replicates as predictive
 from pyro_multivi.posterior.engine.draws import draw
 from pyro_multivi.posterior.engine.replicates import hide, observed_matrix, replicate
@@ -71,7 +72,7 @@ def test_hidden_counts_are_not_seen(make_program, make_cells, site, other):
 def test_depth_of_a_hidden_modality_is_that_inferred_from_it(make_program, make_cells):
     program, cells = make_program(), make_cells((6, 0, 0))
     hidden = drawn(program, cells, 20, hidden="x")["x"][1]
-    shares = draw(program, hide(cells, "x"), ("rho",), 20)["rho"].dense()
+    shares = draw(program, hide(cells, RNA), ("rho",), 20)["rho"].dense()
     library = draw(program, cells, ("l",), 20)["l"]
     # Zero inflation takes part of the mean away; the rest is depth times profile.
     ratio = hidden / (shares * library[..., None])

@@ -63,9 +63,9 @@ def reference(model, cells, n_draws=3000):
     return w / w.sum(1, keepdims=True), rho, p
 
 
-# Of 30 cells of a kind chance leaves a few per cent. Mixing moves the means of kinds of cells: with the default weight
-# intervals of the accessibility of cells that have nothing else are too narrow, here 0.81 of the posterior (see
-# tutorials/how_defaults_were_chosen.md).
+# With 30 cells of each measurement pattern, chance leaves a few per cent. The mixing penalty moves the means of the
+# patterns: with its default weight, intervals of accessibility in ATAC-only cells are too narrow, here 0.81 of the
+# posterior.
 @pytest.mark.parametrize(("name", "of_open"), [("unmixed_continuum", 0.08), ("continuum", 0.10)])
 def test_intervals_cover_an_independent_posterior(name, of_open, request):
     model = request.getfixturevalue(name)

@@ -32,26 +32,26 @@ def features(method):
 # ---------------------------------------------------------------------- what is computed
 
 
-def test_one_sample_at_the_mean_decodes_the_mean(whole_trust):
-    cells, program = whole_trust.minibatch(), whole_trust.program
-    z = torch.from_numpy(whole_trust.get_latent_representation())
+def test_one_sample_at_the_mean_decodes_the_mean(without_mixture):
+    cells, program = without_mixture.minibatch(), without_mixture.program
+    z = torch.from_numpy(without_mixture.get_latent_representation())
     with torch.no_grad():
         rho = program.expression(z, cells.design).rho.dense().numpy()
         p = program.accessibility(z, cells.design).dense().numpy()
-    np.testing.assert_allclose(whole_trust.get_normalized_expression(return_numpy=True), rho, rtol=1e-5)
-    np.testing.assert_allclose(whole_trust.get_accessibility_estimates(return_numpy=True), p, rtol=1e-5)
+    np.testing.assert_allclose(without_mixture.get_normalized_expression(return_numpy=True), rho, rtol=1e-5)
+    np.testing.assert_allclose(without_mixture.get_accessibility_estimates(return_numpy=True), p, rtol=1e-5)
     np.testing.assert_allclose(rho.sum(1), 1, rtol=1e-5)
     # One draw is something else.
-    assert np.abs(whole_trust.get_normalized_expression(use_z_mean=False, return_numpy=True) - rho).max() > 1e-3
+    assert np.abs(without_mixture.get_normalized_expression(use_z_mean=False, return_numpy=True) - rho).max() > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(whole_trust, method):
-    get = getattr(whole_trust, method)
+def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(without_mixture, method):
+    get = getattr(without_mixture, method)
     draws = get(indices=SOME, n_samples=30, return_mean=False, seed=4)
     assert isinstance(draws, np.ndarray)
-    z = torch.from_numpy(whole_trust.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
-    cells, program = whole_trust.minibatch(SOME), whole_trust.program
+    z = torch.from_numpy(without_mixture.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
+    cells, program = without_mixture.minibatch(SOME), without_mixture.program
     with torch.no_grad():
         decode = (lambda: program.expression(z, cells.design).rho) if method == METHODS[0] else None
         expected = (decode() if decode else program.accessibility(z, cells.design)).dense().numpy()
@@ -157,7 +157,7 @@ def test_some_features_are_the_columns_of_all(fitted, method, monkeypatch):
     for chosen in ([11, 2, 37], mask, pd.Index(wanted), np.array(wanted)):
         assert set(get(**{argument: chosen}).columns) == set(wanted)
     assert list(get(**{argument: f"{kind}_05"}).columns) == [f"{kind}_05"]
-    # Blocks narrower than the features asked for.
+    # Blocks narrower than the chosen features.
     monkeypatch.setattr(estimates, "BLOCK", 1)
     monkeypatch.setattr(estimates, "_LEAST_WIDTH", 2)
     np.testing.assert_allclose(get(n_samples=25, **{argument: wanted}), part.mean, rtol=1e-5)
@@ -193,17 +193,17 @@ def test_a_few_features_never_cost_the_rest(fitted, method, monkeypatch):
 
 
 @contextmanager
-def without_links(program):
-    """As if nothing had been learned of depths that were not measured."""
-    links = [program.rna_depth_regression, program.atac_depth_regression]
-    kept = [link.clone() for link in links]
-    for link in links:
-        link.zero_()
+def without_regressions(program):
+    """As if depths that were not measured had not been predicted."""
+    stored = [program.rna_depth_regression, program.atac_depth_regression]
+    kept = [regression.clone() for regression in stored]
+    for regression in stored:
+        regression.zero_()
     try:
         yield
     finally:
-        for link, before in zip(links, kept, strict=True):
-            link.copy_(before)
+        for regression, before in zip(stored, kept, strict=True):
+            regression.copy_(before)
 
 
 def test_library_sizes_scale_expression(fitted):
@@ -217,16 +217,16 @@ def test_library_sizes_scale_expression(fitted):
     drawn = draw(fitted.program, fitted.minibatch(SOME), ("l",), n_samples=40, seed=1)["l"].numpy()
     found = get(indices=SOME, library_size="latent", n_samples=40, seed=1, return_mean=False)
     np.testing.assert_allclose(found, drawn[..., None] * rho, rtol=1e-4)
-    # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior, or what ATAC says of it.
-    told = get(indices=SOME, library_size="latent").sum(1)
+    # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior, or predicted from ATAC.
+    sums = get(indices=SOME, library_size="latent").sum(1)
     expected = fitted.get_library_size_factors(indices=SOME)["expression"]
-    np.testing.assert_allclose(told[:3], expected[:3], rtol=1e-4)
-    with without_links(fitted.program):
+    np.testing.assert_allclose(sums[:3], expected[:3], rtol=1e-4)
+    with without_regressions(fitted.program):
         l = get(indices=SOME, library_size="latent").sum(1)
     prior = fitted.program.library_prior(fitted.minibatch(SOME), fitted.minibatch(SOME).design)
-    np.testing.assert_allclose(l[:3], told[:3], rtol=1e-6)
+    np.testing.assert_allclose(l[:3], sums[:3], rtol=1e-6)
     np.testing.assert_allclose(l.iloc[3], prior.mean[3], rtol=1e-4)
-    assert abs(told.iloc[3] / l.iloc[3] - 1) > 1e-3
+    assert abs(sums.iloc[3] / l.iloc[3] - 1) > 1e-3
 
 
 def test_factors_scale_accessibility(fitted):
@@ -235,9 +235,9 @@ def test_factors_scale_accessibility(fitted):
     d = fitted.get_library_size_factors()["accessibility"]
     np.testing.assert_allclose(get(normalize_regions=True), p * r, rtol=1e-5)
     np.testing.assert_allclose(get(normalize_regions=True, region_list=[7, 3]), (p * r)[:, [7, 3]], rtol=1e-5)
-    # Without ATAC, and without pairs to learn from, d has its prior, of mean 1/2.
+    # Without ATAC and without a regression, d has its prior, of mean 1/2.
     d = np.where(np.isnan(d), 0.5, d)
-    with without_links(fitted.program):
+    with without_regressions(fitted.program):
         np.testing.assert_allclose(get(normalize_cells=True), p * d[:, None], rtol=1e-5)
         both = get(normalize_cells=True, normalize_regions=True)
         np.testing.assert_allclose(both, p * d[:, None] * r, rtol=1e-5)
@@ -357,7 +357,7 @@ def test_other_cells_by_name(fitted):
     (METHODS[0], {"n_samples": 2.5}, "n_samples=2.5 is not allowed"),
     (METHODS[1], {"n_samples_overall": -1}, "n_samples_overall=-1 is not allowed"),
     (METHODS[1], {"n_samples_overall": 5, "n_samples": 3}, "n_samples=3 and n_samples_overall=5 both mean"),
-    (METHODS[0], {"library_size": [1.0, 2.0]}, r"library_size has shape \(2,\) and 200 cells are asked for"),
+    (METHODS[0], {"library_size": [1.0, 2.0]}, r"library_size has shape \(2,\) and 200 cells are chosen"),
     (METHODS[0], {"library_size": [np.nan] * 200}, "library_size holds nan at position 0"),
     (METHODS[0], {"library_size": [1.0] * 199 + [-1.0]}, "library_size holds -1.0 at position 199"),
     (METHODS[0], {"library_size": -2}, "library_size=-2 is not allowed: a library size is positive"),
@@ -369,7 +369,7 @@ def test_other_cells_by_name(fitted):
     (METHODS[1], {"threshold": 0.5, "return_mean": False}, "threshold makes one .* return_mean=False asks for more"),
     (METHODS[0], {"return_interval": 0.9}, "return_interval=0.9 needs at least 20 draws.* give n_samples=100"),
     (METHODS[0], {"return_interval": 90, "n_samples": 100}, "return_interval=90 is not allowed"),
-    (METHODS[0], {"return_interval": 0.9, "n_samples": 20, "return_mean": False}, "return_interval is a summary"),
+    (METHODS[0], {"return_interval": 0.9, "n_samples": 20, "return_mean": False}, "return_interval summarises"),
     (METHODS[0], {"batch_size": 0}, "batch_size=0 is not allowed"),
 ])  # fmt: skip
 def test_bad_input_is_named_with_what_is_allowed(fitted, method, arguments, message):
@@ -383,7 +383,7 @@ def test_a_batch_is_a_name_or_a_position(fitted, batch):
         fitted.get_normalized_expression(transform_batch=batch)
 
 
-def test_an_untrained_model_knows_nothing(mosaic):
+def test_an_untrained_model_has_no_estimates(mosaic):
     MULTIVI.setup_anndata(mosaic, modality_key="modality")
     model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
     for method in (*METHODS, "impute", "get_elbo", "get_marginal_ll", "get_reconstruction_error"):

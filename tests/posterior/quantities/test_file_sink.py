@@ -13,11 +13,9 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi import MULTIVI
-from pyro_multivi.posterior.quantities import array_sink as sinks
-from pyro_multivi.posterior.quantities import estimates
-from pyro_multivi.posterior.quantities import file_sink as store
-from pyro_multivi.posterior.quantities import output as deliver
+from pyro_multivi.posterior.quantities import array_sink, estimates, file_sink
 from pyro_multivi.posterior.quantities.file_sink import Store, digest
+from pyro_multivi.posterior.quantities.output import request_digest
 
 SUFFIXES = [".h5ad", ".zarr"]
 
@@ -40,7 +38,7 @@ def no_arrays(monkeypatch):
     def never(*_, **__):
         raise AssertionError("the result was collected in memory")
 
-    monkeypatch.setattr(sinks.Arrays, "__init__", never)
+    monkeypatch.setattr(array_sink.Arrays, "__init__", never)
 
 
 @pytest.fixture
@@ -141,11 +139,11 @@ def test_other_weights_are_another_request(mosaic):
     model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
     model.is_trained = True
     cells = model._cells(None, None, 10)
-    asked = ([estimates.Quantity("p")], estimates.Average(), ["a"])
-    one = deliver.request_of(model.program, cells, *asked)
-    assert deliver.request_of(model.program, model._cells(None, None, 7), *asked) == one
+    rest = ([estimates.Quantity("p")], estimates.Average(), ["a"])
+    one = request_digest(model.program, cells, *rest)
+    assert request_digest(model.program, model._cells(None, None, 7), *rest) == one
     model.program.accessibility_decoder.p.bias.data[0] += 1e-3
-    assert deliver.request_of(model.program, cells, *asked) != one
+    assert request_digest(model.program, cells, *rest) != one
 
 
 def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted):
@@ -169,7 +167,7 @@ def test_a_file_that_another_process_writes_is_left_alone(fitted, tmp_path):
     with h5py.File(part, "w"):
         busy = BlockingIOError("unable to lock file")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store.h5py, "File", lambda *_, **__: (_ for _ in ()).throw(busy))
+            patch.setattr(file_sink.h5py, "File", lambda *_, **__: (_ for _ in ()).throw(busy))
             with pytest.raises(RuntimeError, match="is being written by another process"):
                 fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)
     assert part.exists()
@@ -213,7 +211,7 @@ def test_an_object_that_cannot_be_written_leaves_nothing(out, monkeypatch):
     def refuse(*_):
         raise TypeError("a column of sets")
 
-    monkeypatch.setattr(store, "_write_frame", refuse)
+    monkeypatch.setattr(file_sink, "_write_frame", refuse)
     with pytest.raises(TypeError, match="a column of sets"):
         Store(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
     assert list(out.parent.iterdir()) == []
@@ -234,7 +232,7 @@ def test_an_unfinished_file_without_a_mark_is_written_anew(fitted, tmp_path, cap
 
 
 def test_a_folder_without_permission(fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(store.os, "access", lambda *_: False)
+    monkeypatch.setattr(file_sink.os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="may not be written to"):
         fitted.get_normalized_expression(out=tmp_path / "a.h5ad")
 

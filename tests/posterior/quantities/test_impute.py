@@ -51,10 +51,10 @@ def test_scales_batches_draws_and_intervals_are_those_of_the_estimates(fitted):
         expected = np.hstack([getattr(rho, name), getattr(p, name)])
         np.testing.assert_allclose(found.layers[f"imputed{layer}"].toarray(), expected, rtol=1e-4, atol=1e-6)
     assert (found.obs["expression_source"] == "imputed").sum() == 50, "measured entries stay called measured"
-    asked = json.loads(found.uns["imputation"])
-    assert asked["n_samples"] == 25
-    assert asked["transform_batch"] == "batch_1"
-    assert asked["library_size"] == "latent"
+    arguments = json.loads(found.uns["imputation"])
+    assert arguments["n_samples"] == 25
+    assert arguments["transform_batch"] == "batch_1"
+    assert arguments["library_size"] == "latent"
 
 
 def test_a_threshold_drops_what_is_hardly_accessible(fitted):
