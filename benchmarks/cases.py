@@ -1,4 +1,4 @@
-"""What is measured: sizes of data and of models."""
+"""Cases of the benchmark: sizes of data and of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Case:
     name
         As given to ``--case``.
     n_genes, n_regions, n_train, n_predict
-        Features; cells to train on; cells to predict. All None for real data, whose file says.
+        Features; cells to train on; cells to predict. All None for real data, where the file decides.
     n_hidden, n_latent
         Widths, by the rule both packages use if none are given: the square root of the number of
         regions, at most 128, and the square root of that.

@@ -1,8 +1,8 @@
-"""Differential accessibility of several groups against the rest: the peer and ours in alternation.
+"""Differential accessibility of several groups against the rest: scvi-tools (`peer`) and ours in alternation.
 
 One fresh process per turn, on the same random data; each trains a model for one epoch first.
 Only the test itself is timed and its memory watched. Ours is measured with both units: `cell` is
-what the peer computes, `group` is our default. Working memory is the peak above what data, model and
+what scvi-tools computes, `group` is our default. Working memory is the peak above what data, model and
 training took and above the tables that are returned.
 """
 
@@ -57,8 +57,8 @@ def main() -> None:
                     task = {"system": system, "data": f"{folder}/data", **vars(options), "out": None}
                     outcome = start([python, Path(__file__)], task, options)
                     records.append({"system": system, "n_regions": n_regions, "round": number, **outcome._asdict()})
-                    told = outcome.result or outcome.detail
-                    print(f"{n_regions} regions, round {number}, {system}: {told}", flush=True)
+                    found = outcome.result or outcome.detail
+                    print(f"{n_regions} regions, round {number}, {system}: {found}", flush=True)
             print(render(records, n_regions), flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(records, indent=1), encoding="utf-8")
@@ -101,7 +101,7 @@ def render(records: list[dict[str, Any]], n_regions: int) -> str:
     return "\n".join(lines)
 
 
-def work(asked: dict[str, Any]) -> None:
+def work(job: dict[str, Any]) -> None:
     """Train for a moment, then time the test."""
     import warnings
 
@@ -111,14 +111,14 @@ def work(asked: dict[str, Any]) -> None:
     from make_data import load
     from measure import Memory, report, seconds
 
-    torch.set_num_threads(asked["threads"])
-    mdata = load(asked["data"])
-    mdata.obs["group"] = [f"group_{i % asked['groups']}" for i in range(mdata.n_obs)]
+    torch.set_num_threads(job["threads"])
+    mdata = load(job["data"])
+    mdata.obs["group"] = [f"group_{i % job['groups']}" for i in range(mdata.n_obs)]
     setup = {"modalities": {"rna_layer": "rna", "atac_layer": "atac"}}
     brief = {"max_epochs": 1, "lr": 1e-4, "accelerator": "cpu", "train_size": 1.0, "validation_size": 0.0}
     brief |= {"batch_size": 128, "early_stopping": False}
-    arguments: dict[str, Any] = {"groupby": "group", "n_samples_overall": asked["samples"]}
-    if asked["system"] == "peer":
+    arguments: dict[str, Any] = {"groupby": "group", "n_samples_overall": job["samples"]}
+    if job["system"] == "peer":
         import scvi
 
         scvi.model.MULTIVI.setup_mudata(mdata, **setup)
@@ -130,7 +130,7 @@ def work(asked: dict[str, Any]) -> None:
         def compare() -> list[Any]:
             return [
                 model.differential_accessibility(
-                    idx1=(mdata.obs["group"] == group).to_numpy(), silent=True, n_samples_overall=asked["samples"]
+                    idx1=(mdata.obs["group"] == group).to_numpy(), silent=True, n_samples_overall=job["samples"]
                 )
                 for group in groups
             ]
@@ -141,7 +141,7 @@ def work(asked: dict[str, Any]) -> None:
         pm.MULTIVI.setup_mudata(mdata, **setup)
         model = pm.MULTIVI(mdata, n_hidden=128, n_latent=11)
         model.train(**brief, progress_bar=False)
-        arguments["unit"] = asked["system"].removeprefix("ours ")
+        arguments["unit"] = job["system"].removeprefix("ours ")
 
         def compare() -> list[Any]:
             return [model.differential_accessibility(**arguments)]
@@ -150,7 +150,7 @@ def work(asked: dict[str, Any]) -> None:
     memory = Memory()
     taken, tables = seconds(compare)
     peak, table_bytes = memory.peak(), sum(int(table.memory_usage(index=True).sum()) for table in tables)
-    if sum(map(len, tables)) != mdata["atac"].n_vars * asked["groups"]:
+    if sum(map(len, tables)) != mdata["atac"].n_vars * job["groups"]:
         raise RuntimeError("the tables do not hold every region once for each group")
     effect = np.concatenate([table["effect_size"] for table in tables])
     if not np.isfinite(effect.astype(float)).all():

@@ -72,11 +72,11 @@ def optimizer_seconds(n_genes: int, n_regions: int, n_hidden: int) -> float:
 
 def main() -> None:
     """Measure one task."""
-    asked = task()
-    torch.set_num_threads(asked["threads"])
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[asked["precision"]]
-    n_genes, n_regions, n_hidden = asked["n_genes"], asked["n_regions"], asked["n_hidden"]
-    shared = (n_hidden, asked["batch_size"], dtype)
+    job = task()
+    torch.set_num_threads(job["threads"])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
+    n_genes, n_regions, n_hidden = job["n_genes"], job["n_regions"], job["n_hidden"]
+    shared = (n_hidden, job["batch_size"], dtype)
     report(
         {
             "versions": {"torch": torch.__version__},

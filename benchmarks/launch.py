@@ -15,7 +15,7 @@ _LOOK = 0.25
 
 
 class Outcome(NamedTuple):
-    """What became of a worker.
+    """Outcome of a worker.
 
     Attributes
     ----------

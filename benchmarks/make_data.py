@@ -1,6 +1,6 @@
 """Data for the benchmarks: written once, read by every worker as the same two files.
 
-Runs in our environment and in the peer's: numpy, scipy, anndata and mudata only.
+Runs in our environment and in that of scvi-tools: numpy, scipy, anndata and mudata only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_random(
 
 
 def write_file(folder: Path, path: str) -> None:
-    """Write the genes and peaks of an h5ad whose ``var["feature_types"]`` tells them apart."""
+    """Write the genes and peaks of an h5ad by its ``var["feature_types"]``."""
     adata = ad.read_h5ad(path)
     kind = adata.var["feature_types"].to_numpy()
     counts = sp.csc_matrix(adata.X)
@@ -91,12 +91,12 @@ def check_shape(accessibility: Any, mdata: MuData) -> None:
 
 def main() -> None:
     """Write the data of one task and report its size."""
-    asked = task()
-    folder = Path(asked["folder"])
-    if "path" in asked:
-        write_file(folder, asked["path"])
+    job = task()
+    folder = Path(job["folder"])
+    if "path" in job:
+        write_file(folder, job["path"])
     else:
-        write_random(folder, **asked["random"])
+        write_random(folder, **job["random"])
     rna, atac = (ad.read_h5ad(folder / f"{name}.h5ad", backed="r") for name in ("rna", "atac"))
     report({"n_cells": rna.n_obs, "n_genes": rna.n_vars, "n_regions": atac.n_vars})
 

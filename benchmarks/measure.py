@@ -1,4 +1,4 @@
-"""Time and memory of a worker, and how it reports them. Standard library only: the peer's environment has it."""
+"""Time and memory of a worker, and how it reports them. Standard library only, for any environment."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _status(key: str) -> int:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """How long one call took, and what it returned."""
+    """Duration of one call, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
@@ -69,11 +69,11 @@ def median_seconds(call: Callable[[], Any], at_least: int = 5, at_most: int = 50
 
 
 def task() -> dict[str, Any]:
-    """What this worker was asked to do."""
+    """The task of this worker, from its command line."""
     if len(sys.argv) != 2:
         sys.exit("This is a worker: benchmarks/run.py starts it with a task as JSON.")
-    asked: dict[str, Any] = json.loads(sys.argv[1])
-    return asked
+    job: dict[str, Any] = json.loads(sys.argv[1])
+    return job
 
 
 def report(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The peer and ours side by side: fresh processes in alternation on the same data, one table per case.
+"""scvi-tools and ours side by side: fresh processes in alternation on the same data, one table per case.
 
 See README.md in this folder for the environments and for how to read the table.
 """
@@ -21,7 +21,7 @@ from table import arithmetic, render
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"data": "make_data.py", "peer": "worker_peer.py", "ours": "worker_ours.py", "floor": "floor.py"}
-NO_PEER = "The peer was not run: give --peer-python or set PYRO_MULTIVI_PEER_PYTHON (see benchmarks/README.md)."
+NO_PEER = "scvi-tools was not run: give --peer-python or set PYRO_MULTIVI_PEER_PYTHON (see benchmarks/README.md)."
 BATCH_SIZE = 128
 # The same for everyone; it costs no time, and with random counts a larger one could diverge.
 LEARNING_RATE = 1e-4
@@ -30,7 +30,7 @@ _STEPS_BEFORE_PREDICTION = 2
 
 
 def main() -> None:
-    """Measure what was asked for and print it."""
+    """Measure and print the tables."""
     options = arguments()
     environment = describe_machine(options)
     measured = []
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for, checked."""
+    """Command-line options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=["small"], help="what to measure")
     parser.add_argument(
@@ -167,7 +167,7 @@ def environment_of(ours: bool, threads: int) -> dict[str, str]:
 
 
 def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Machine and versions, on which the figures depend."""
     fields = dict(
         (part.strip() for part in line.split(":", 1))
         for line in Path("/proc/cpuinfo").read_text().splitlines()

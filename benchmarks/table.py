@@ -61,8 +61,8 @@ def render(case: Mapping[str, Any], records: Sequence[Record]) -> str:
     case
         ``name``, ``n_genes``, ``n_regions``, ``n_train``, ``n_predict``, ``n_hidden``, ``n_latent``, ``batch_size``.
     records
-        One per worker: ``system`` (peer, ours, floor), ``precision`` (fp32, bf16, also with +compile), ``part`` (train,
-        predict), ``round``, and ``result`` or, if it failed, ``failed`` and ``detail``.
+        One per worker: ``system`` (peer for scvi-tools, ours, floor), ``precision`` (fp32, bf16, also with +compile),
+        ``part`` (train, predict), ``round``, and ``result`` or, if it failed, ``failed`` and ``detail``.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def render(case: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def arithmetic(precision: str) -> str:
-    """That of the matrix products: compiling changes nothing about them."""
+    """Precision of the matrix products: compiling changes nothing about them."""
     return precision.removesuffix("+compile")
 
 
@@ -126,7 +126,7 @@ def _floor_rows(records: Sequence[Record], precisions: Iterable[str], with_peer:
 def _of(
     records: Iterable[Record], system: str, precision: str | None = None, part: str | None = None
 ) -> dict[int, Record]:
-    """Records of a system by round. The peer knows one precision only."""
+    """Records of a system by round. scvi-tools has one precision only."""
     return {
         r["round"]: r
         for r in records

@@ -17,28 +17,28 @@ import pyro_multivi as pm
 
 def main() -> None:
     """Do one task."""
-    asked = task()
+    job = task()
     memory = Memory()
-    torch.set_num_threads(asked["threads"])
-    mdata = load(asked["data"])
+    torch.set_num_threads(job["threads"])
+    mdata = load(job["data"])
     pm.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
-    # The peer's penalty: the same objective.
-    model = pm.MULTIVI(mdata, n_hidden=asked["n_hidden"], n_latent=asked["n_latent"], modality_penalty="Jeffreys")
+    # The penalty of scvi-tools: the same objective.
+    model = pm.MULTIVI(mdata, n_hidden=job["n_hidden"], n_latent=job["n_latent"], modality_penalty="Jeffreys")
     ends = [time.perf_counter()]
 
     def epoch_ended(*_: Any) -> None:
         ends.append(time.perf_counter())
 
-    # Defaults are not named, so that the benchmark also runs on versions that know nothing else.
-    precision, _, compiled = asked["precision"].partition("+")
+    # Defaults are not named, so that the benchmark also runs on versions that have nothing else.
+    precision, _, compiled = job["precision"].partition("+")
     how = {**({} if precision == "fp32" else {"precision": precision}), **({"compile": True} if compiled else {})}
     model.train(
-        max_epochs=asked["epochs"],
-        lr=asked["lr"],
+        max_epochs=job["epochs"],
+        lr=job["lr"],
         accelerator="cpu",
-        train_size=asked["train_size"],
+        train_size=job["train_size"],
         validation_size=0.0,
-        batch_size=asked["batch_size"],
+        batch_size=job["batch_size"],
         early_stopping=False,
         callbacks=[epoch_ended],
         progress_bar=False,
@@ -49,9 +49,9 @@ def main() -> None:
         "peak_reset": memory.resettable,
         "import_bytes": memory.start,
     }
-    if asked["part"] == "train":
+    if job["part"] == "train":
         result["epoch_seconds"] = [end - start for start, end in pairwise(ends)]
-        result["n_steps"] = math.ceil(mdata.n_obs / asked["batch_size"])
+        result["n_steps"] = math.ceil(mdata.n_obs / job["batch_size"])
         result["peak_bytes"] = memory.peak()
     else:
         result["latent_seconds"], _ = seconds(model.get_latent_representation)

@@ -1,6 +1,6 @@
 """scvi-tools' MULTIVI in one fresh process: trains or predicts once and prints one line of JSON.
 
-Runs in the peer's environment, where pyro_multivi is not installed.
+Runs in the environment of scvi-tools, where pyro_multivi is not installed.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class EpochEnds(Callback):
 
 def main() -> None:
     """Do one task."""
-    asked = task()
+    job = task()
     memory = Memory()
-    torch.set_num_threads(asked["threads"])
-    mdata = load(asked["data"])
+    torch.set_num_threads(job["threads"])
+    mdata = load(job["data"])
     scvi.model.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
-    model = scvi.model.MULTIVI(mdata, n_hidden=asked["n_hidden"], n_latent=asked["n_latent"])
+    model = scvi.model.MULTIVI(mdata, n_hidden=job["n_hidden"], n_latent=job["n_latent"])
     ends = EpochEnds()
     model.train(
-        max_epochs=asked["epochs"],
-        lr=asked["lr"],
+        max_epochs=job["epochs"],
+        lr=job["lr"],
         accelerator="cpu",
-        train_size=asked["train_size"],
+        train_size=job["train_size"],
         validation_size=0.0,
-        batch_size=asked["batch_size"],
+        batch_size=job["batch_size"],
         early_stopping=False,
         adversarial_mixing=False,
         callbacks=[ends],
@@ -60,9 +60,9 @@ def main() -> None:
         "peak_reset": memory.resettable,
         "import_bytes": memory.start,
     }
-    if asked["part"] == "train":
+    if job["part"] == "train":
         result["epoch_seconds"] = [end - start for start, end in pairwise(ends.at)]
-        result["n_steps"] = math.ceil(mdata.n_obs / asked["batch_size"])
+        result["n_steps"] = math.ceil(mdata.n_obs / job["batch_size"])
         result["peak_bytes"] = memory.peak()
     else:
         result["latent_seconds"], _ = seconds(model.get_latent_representation)

@@ -1,4 +1,4 @@
-"""Sphinx: pages are written by hand, what they list is read from the docstrings."""
+"""Sphinx: pages are written by hand, the entries that they list come from the docstrings."""
 
 from pyro_multivi import __version__
 
@@ -10,7 +10,7 @@ release = version = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "numpydoc"]
 exclude_patterns = ["_build"]
 
-# Public methods of a class are listed by hand, by what they are for; tests/test_docs.py sees that none is missing.
+# Public methods of a class are listed by hand, by topic; tests/project/test_docs.py demands that none is missing.
 numpydoc_show_class_members = False
 autosummary_generate = True
 autosummary_ignore_module_all = False

@@ -1,4 +1,4 @@
-"""Quality of the peer, of ours and of a linear baseline over data sets and seeds, and the time to the peer's quality.
+"""Quality of scvi-tools (`peer`), ours and a linear baseline over data sets and seeds; time to equal quality.
 
 See README.md in this folder.
 """
@@ -21,7 +21,7 @@ from launch import Outcome, available_memory, launch  # noqa: E402
 from run import NO_PEER, environment_of  # noqa: E402
 from summary import METRICS, render, render_times  # noqa: E402
 
-#: Both without early stopping, as the peer's figures were always taken; its default is the first.
+#: Settings of scvi-tools, without early stopping, as its figures were always taken; its default is the first.
 PEERS = {
     "peer, adversary": {"train": {"adversarial_mixing": True, "early_stopping": False}},
     "peer, no adversary": {"train": {"adversarial_mixing": False, "early_stopping": False}},
@@ -37,7 +37,7 @@ _STRIDE = 1.1
 
 
 def main() -> None:
-    """Run what was asked for, and print tables."""
+    """Run the systems, and print tables."""
     options = arguments()
     if options.render:
         records = [json.loads(line) for path in options.render for line in path.read_text().splitlines()]
@@ -64,7 +64,7 @@ def print_tables(records: list[dict[str, Any]], options: argparse.Namespace) -> 
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for, checked."""
+    """Command-line options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["simulated"], help="h5ad files of paired cells, or 'simulated'")
     parser.add_argument("--simulate", type=json.loads, default={}, help="JSON: arguments of simulate_multiome")
@@ -74,14 +74,14 @@ def arguments() -> argparse.Namespace:
         "--ours", action="append", metavar="NAME=JSON", help="a setting of ours, see ours.py; may be repeated"
     )
     parser.add_argument(
-        "--peer", action="append", metavar="NAME=JSON", help="a setting of the peer, see peer.py; may be repeated"
+        "--peer", action="append", metavar="NAME=JSON", help="a setting of scvi-tools, see peer.py; may be repeated"
     )
     parser.add_argument("--epochs", type=int, help="of ours (default: the package's)")
-    parser.add_argument("--peer-epochs", type=int, default=300, help="of the peer")
+    parser.add_argument("--peer-epochs", type=int, default=300, help="of scvi-tools")
     parser.add_argument("--batch-key", help="column of obs, given to both and scored as batch_mixing")
     parser.add_argument("--cells", type=int, help="take so many cells of each file")
-    parser.add_argument("--peer-python", default=os.environ.get("PYRO_MULTIVI_PEER_PYTHON"), help="else without peer")
-    parser.add_argument("--time", action="store_true", help="score ours during training: time to the peer's quality")
+    parser.add_argument("--peer-python", default=os.environ.get("PYRO_MULTIVI_PEER_PYTHON"), help="else left out")
+    parser.add_argument("--time", action="store_true", help="score ours during training: time to equal quality")
     parser.add_argument("--to-reach", nargs="+", choices=list(METRICS), default=list(TO_REACH), help="with --time")
     parser.add_argument("--threads", type=int, default=1, help="threads of every worker")
     parser.add_argument("--timeout", type=float, default=36_000.0, help="seconds before a worker is stopped")
@@ -113,7 +113,7 @@ def named(texts: list[str] | None) -> dict[str, Any]:
 
 
 def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every system for every seed, the peer and ours in alternation; yields one record per run."""
+    """Every system for every seed, scvi-tools and ours in alternation; yields one record per run."""
     for number, seed in enumerate(options.seeds):
         path = data
         if data == "simulated":
@@ -128,7 +128,7 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
         for name, kind, epochs, settings in turns if number % 2 == 0 else reversed(turns):
             print(f"{Path(path).stem}, seed {seed}: {name}", file=sys.stderr, flush=True)
             watched = options.time and kind == "ours"
-            asked = {
+            job = {
                 "system": kind,
                 "data": path,
                 "n_cells": options.cells,
@@ -140,7 +140,7 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
                 "checkpoints": list(checkpoints(epochs)) if watched else None,
                 "scored": options.to_reach,
             }
-            outcome = start(options.peer_python if kind == "peer" else sys.executable, "worker.py", asked, options)
+            outcome = start(options.peer_python if kind == "peer" else sys.executable, "worker.py", job, options)
             yield {
                 "data": Path(data).stem, "seed": seed, "system": name, "kind": kind, "settings": settings,
                 **outcome._asdict(),
@@ -148,7 +148,7 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
 
 
 def systems(options: argparse.Namespace) -> Iterator[tuple[str, str, int | None, dict[str, Any]]]:
-    """Name, kind, epochs and settings of everyone who takes part."""
+    """Name, kind, epochs and settings of each system."""
     if "linear" in options.systems:
         yield "linear", "linear", None, {}
     if "peer" in options.systems and options.peer_python is not None:
@@ -162,7 +162,7 @@ def systems(options: argparse.Namespace) -> Iterator[tuple[str, str, int | None,
 
 
 def checkpoints(epochs: int | None) -> Iterator[int]:
-    """After which epochs ours is scored."""
+    """Epochs after which ours is scored."""
     at = 1
     while at <= (epochs or 1000):
         yield at

@@ -47,18 +47,18 @@ def fit(
     watch, watched
         Called after these epochs. What it takes does not count as training.
     """
-    asked = json.loads(os.environ.get(VARIABLE, "{}")) if settings is None else settings
+    chosen = json.loads(os.environ.get(VARIABLE, "{}")) if settings is None else settings
     known = ("setup", "model", "train", "results", "accessibility", "latent")
-    unknown = asked.keys() - set(known)
+    unknown = chosen.keys() - set(known)
     if unknown:
         raise ValueError(f"settings has {sorted(unknown)}: allowed are {', '.join(known)}.")
     adata = adata.copy()
     adata.obs["modality"] = np.select([has_rna & has_atac, has_rna], ["paired", "expression"], "accessibility")
-    pm.MULTIVI.setup_anndata(adata, **{"modality_key": "modality", **asked.get("setup", {})})
-    model = pm.MULTIVI(adata, **{"seed": seed, **asked.get("model", {})})
-    draws, latent = asked.get("results", {}), asked.get("latent", {})
-    # What would be detected in a cell: how deep it would be belongs to it.
-    detection = {"normalize_cells": True, **asked.get("accessibility", {})}
+    pm.MULTIVI.setup_anndata(adata, **{"modality_key": "modality", **chosen.get("setup", {})})
+    model = pm.MULTIVI(adata, **{"seed": seed, **chosen.get("model", {})})
+    draws, latent = chosen.get("results", {}), chosen.get("latent", {})
+    # The chance of detection in a cell includes its sequencing depth.
+    detection = {"normalize_cells": True, **chosen.get("accessibility", {})}
     watching = 0.0
     n_epochs = 0
 
@@ -68,13 +68,13 @@ def fit(
         if watch is None or n_epochs not in watched:
             return
         stopped = time.perf_counter()
-        # The model may be asked before train() returns; the noise of training goes on as if it had not been.
+        # Results before train() returns; the noise of training goes on as if there had been none.
         model.is_trained = True
         with torch.random.fork_rng(devices=[]):
             watch(n_epochs, stopped - started - watching, results(model, draws, detection, latent))
         watching += time.perf_counter() - stopped
 
-    options = {"progress_bar": False, "seed": seed, **asked.get("train", {})}
+    options = {"progress_bar": False, "seed": seed, **chosen.get("train", {})}
     options["callbacks"] = [count]
     if epochs is not None:
         options["max_epochs"] = epochs
@@ -87,7 +87,7 @@ def fit(
 def results(
     model: pm.MULTIVI, draws: dict[str, Any], detection: dict[str, Any], latent: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the protocol scores."""
+    """Results that the protocol scores."""
     return {
         "latent": model.get_latent_representation(**latent),
         "z_rna": model.get_latent_representation(modality="expression"),

@@ -1,4 +1,4 @@
-"""scvi-tools' MULTIVI as a system of the protocol. Runs in the peer's environment."""
+"""scvi-tools' MULTIVI as a system of the protocol. Runs in its environment."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def fit(
     seed: int,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train once, with the peer's defaults but for what is said.
+    """Train once, with its defaults except for ``settings``.
 
     Parameters
     ----------
     epochs
-        At most; None is the peer's default.
+        At most; None is its default.
     settings
         ``{"batch_key": ..., "model": {...}, "train": {...}}``, all optional. The batch is the
-        modality, as the peer's users do it for its adversary to mix modalities, unless a column
+        modality, as its users do it for its adversary to mix modalities, unless a column
         of obs is named.
     """
-    asked = {"batch_key": "modality", "model": {}, "train": {}} | (settings or {})
+    chosen = {"batch_key": "modality", "model": {}, "train": {}} | (settings or {})
     scvi.settings.seed = seed
     part = np.select([has_rna & has_atac, has_rna], ["paired", "expression"], "accessibility")
     obs = adata.obs.assign(modality=part).astype({"modality": "category"})
@@ -49,11 +49,11 @@ def fit(
     mdata = mudata.MuData(parts)
     scvi.model.MULTIVI.setup_mudata(
         mdata,
-        batch_key=asked["batch_key"],
+        batch_key=chosen["batch_key"],
         modalities={"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"},
     )
-    model = scvi.model.MULTIVI(mdata, **asked["model"])
-    options = {"accelerator": "cpu", "enable_progress_bar": False, **asked["train"]}
+    model = scvi.model.MULTIVI(mdata, **chosen["model"])
+    options = {"accelerator": "cpu", "enable_progress_bar": False, **chosen["train"]}
     if epochs is not None:
         # Its default of 50 would leave a short run without a KL term.
         options = {"max_epochs": epochs, "n_epochs_kl_warmup": min(50, epochs // 2), **options}

@@ -14,7 +14,7 @@ of an AnnData of raw counts (genes first, csr) in which what was hidden is zero.
 ``seconds``             of training
 ======================  ==========================================================================
 
-This module knows no system; it needs numpy, scipy, anndata and scikit-learn.
+This module imports no system; it needs numpy, scipy, anndata and scikit-learn.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def score(
     batch_key: str | None = None,
     groups: Sequence[str] = GROUPS,
 ) -> dict[str, float]:
-    """Every metric of the groups asked for.
+    """Every metric of some groups.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def score(
 
 
 def score_latent(hidden: Hidden, found: Mapping[str, Any], batch_key: str | None = None) -> dict[str, float]:
-    """How cell types, modalities (and batches) lie in the latent space."""
+    """Scores of cell types, modalities (and batches) in the latent space."""
     z_nk = np.asarray(found["latent"])
     label = _codes(hidden.whole.obs["cell_type"])
     clusters = KMeans(len(np.unique(label)), n_init=10, random_state=0).fit_predict(z_nk)

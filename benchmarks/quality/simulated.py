@@ -47,9 +47,9 @@ def simulate(seed: int, **arguments: Any) -> Any:
 
 def main() -> None:
     """Write one file."""
-    asked = task()
-    simulate(asked["seed"], **asked["arguments"]).write_h5ad(asked["path"])
-    report({"path": asked["path"]})
+    job = task()
+    simulate(job["seed"], **job["arguments"]).write_h5ad(job["path"])
+    report({"path": job["path"]})
 
 
 if __name__ == "__main__":

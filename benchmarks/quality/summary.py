@@ -11,7 +11,7 @@ Record = Mapping[str, Any]
 
 
 class Metric(NamedTuple):
-    """What a score means.
+    """Meaning of a score.
 
     Attributes
     ----------
@@ -53,18 +53,18 @@ METRICS: dict[str, Metric] = {
 
 
 def render(records: Sequence[Record]) -> str:
-    """One table per data set: every system, and ours against the peer's best setting.
+    """One table per data set: every system, and ours against the best setting of scvi-tools.
 
     Parameters
     ----------
     records
-        One per run: ``data``, ``seed``, ``system`` (its name), ``kind`` (peer, ours, linear) and
+        One per run: ``data``, ``seed``, ``system`` (its name), ``kind`` (peer for scvi-tools, ours, linear) and
         ``result`` or, if it failed, ``failed`` and ``detail``.
 
     Returns
     -------
     str
-        Scores are mean ± standard deviation over seeds. The peer's best setting is chosen for each
+        Scores are mean ± standard deviation over seeds. The best setting of scvi-tools is chosen for each
         metric by its mean; gains are taken within seeds, and above 0 ours is better.
     """
     parts = []
@@ -102,7 +102,7 @@ def _scores(done: Sequence[Record]) -> list[str]:
 
 
 def _gaps(done: Sequence[Record]) -> list[str]:
-    """How far from the mean of the measured cells to the true rates: simulated cells only."""
+    """Share of the way from the mean of the measured cells to the true rates: simulated cells only."""
     systems = _systems(done)
     header = ["share of the gap closed", "mean of the measured", "true rates", *systems]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
@@ -121,7 +121,7 @@ def _gaps(done: Sequence[Record]) -> list[str]:
 
 
 def render_times(records: Sequence[Record], names: Sequence[str]) -> str:
-    """Seconds of training until ours is as good as the peer's end, for each peer setting.
+    """Seconds of training until ours is as good as scvi-tools at its end, for each of its settings.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def best_setting(found: Mapping[str, Mapping[int, float]], metric: Metric) -> st
 
 
 def _systems(done: Iterable[Record]) -> dict[str, str]:
-    """Kinds by name: linear, then the peer, then ours."""
+    """Kinds by name: linear, then scvi-tools, then ours."""
     kinds = {r["system"]: r["kind"] for r in done}
     return dict(sorted(kinds.items(), key=lambda item: ("linear", "peer", "ours").index(item[1])))
 

@@ -1,6 +1,6 @@
 """One system on one data set in one fresh process; prints one line of JSON.
 
-Runs in the environment of the system: ours, or the peer's, where pyro_multivi is not installed.
+Runs in the environment of the system: ours, or that of scvi-tools, where pyro_multivi is not installed.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ PACKAGES = ("pyro_multivi", "scvi-tools", "torch")
 
 def main() -> None:
     """Do one task."""
-    asked = task()
+    job = task()
     import torch
 
-    torch.set_num_threads(asked["threads"])
-    system = importlib.import_module(asked["system"])
-    hidden = protocol.prepare(asked["data"], asked["seed"], asked["n_cells"])
+    torch.set_num_threads(job["threads"])
+    system = importlib.import_module(job["system"])
+    hidden = protocol.prepare(job["data"], job["seed"], job["n_cells"])
     memory = Memory()
     checkpoints: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
-    if asked["checkpoints"]:
-        more = {"watched": tuple(asked["checkpoints"]), "watch": watcher(hidden, asked, checkpoints)}
+    if job["checkpoints"]:
+        more = {"watched": tuple(job["checkpoints"]), "watch": watcher(hidden, job, checkpoints)}
     found = system.fit(
         hidden.seen, hidden.n_genes, hidden.has_rna, hidden.has_atac,
-        asked["epochs"], asked["seed"], asked["settings"], **more,
+        job["epochs"], job["seed"], job["settings"], **more,
     )  # fmt: skip
     peak = memory.peak()
     result = {
-        "scores": protocol.score(hidden, found, asked["batch_key"]),
+        "scores": protocol.score(hidden, found, job["batch_key"]),
         "seconds": found["seconds"],
         "epochs": found.get("epochs"),
         "peak_bytes": peak,
@@ -55,20 +55,20 @@ def main() -> None:
     report(result)
 
 
-def watcher(hidden: protocol.Hidden, asked: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Any:
-    """What scores a model during training."""
-    groups = sorted({summary.METRICS[name].group for name in asked["scored"]})
+def watcher(hidden: protocol.Hidden, job: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Any:
+    """A function that scores a model during training."""
+    groups = sorted({summary.METRICS[name].group for name in job["scored"]})
 
     def watch(epoch: int, seconds: float, found: dict[str, Any]) -> None:
-        scores = protocol.score(hidden, found, asked["batch_key"], groups)
-        chosen = {name: scores[name] for name in asked["scored"]}
+        scores = protocol.score(hidden, found, job["batch_key"], groups)
+        chosen = {name: scores[name] for name in job["scored"]}
         checkpoints.append({"epochs": epoch, "seconds": seconds, "scores": chosen})
 
     return watch
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide, where they are installed."""
+    """Versions of the packages that matter, where they are installed."""
     found = {}
     for name in PACKAGES:
         module = sys.modules.get(name)

@@ -218,7 +218,7 @@ class EstimatesMixin(ModelBase):
         silent: bool | None = None,
         seed: int = 0,
     ) -> Estimates:
-        r"""Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`.
+        """Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`.
 
         Denoised where ATAC was measured, imputed where it was not, as in :meth:`get_normalized_expression`.
         Also available as ``get_normalized_accessibility``.

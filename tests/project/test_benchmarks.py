@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that need neither the peer nor time: the table, and what is said of a failure."""
+"""The parts of the benchmarks that need neither scvi-tools nor time: the table, and reports of failures."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_ratios_are_paired_within_rounds():
-    # Peer 8, 12, 40 and ours 4, 3, 20: the medians have ratio 3, the paired ratios are 2, 4, 2.
+    # scvi-tools 8, 12, 40 and ours 4, 3, 20: the medians have ratio 3, the paired ratios are 2, 4, 2.
     records = [record("peer", n, training(99.0, epoch)) for n, epoch in enumerate((8.0, 12.0, 40.0))]
-    # In another order than the peer's, as when the turns alternate.
+    # In another order than those of scvi-tools, as when the turns alternate.
     records += [record("ours", n, training(99.0, epoch)) for n, epoch in ((1, 3.0), (0, 4.0), (2, 20.0))]
     table = rows(module("table").render(CASE, records))
     assert table[""] == ["peer", "ours, fp32", "peer / ours"]
@@ -109,7 +109,7 @@ def test_compiled_training_is_measured_against_the_same_floor():
     assert table["ours / floor"] == ["–", "**2.00** (2.00–2.00)", "**1.00** (1.00–1.00)"]
 
 
-def test_a_peer_out_of_memory_is_shown():
+def test_scvi_tools_out_of_memory_is_shown():
     records = [
         record("peer", 0, None, failed="out of memory", detail="stopped at 21.0 GB"),
         record("ours", 0, training(1.0, 1.0)),
@@ -203,12 +203,12 @@ def test_a_worker_is_stopped_at_its_limits(limits, failed):
 
 @linux
 @pytest.mark.slow
-def test_differential_runs_without_the_peer(tmp_path):
+def test_differential_runs_without_scvi_tools(tmp_path):
     sizes = {"regions": 300, "genes": 30, "cells": 80, "groups": 3, "samples": 50, "rounds": 1, "threads": 1}
-    asked = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    arguments = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     out = tmp_path / "records.json"
     env = {name: value for name, value in os.environ.items() if name != "PYRO_MULTIVI_PEER_PYTHON"}
-    command = [sys.executable, str(BENCHMARKS / "differential.py"), *asked, "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "differential.py"), *arguments, "--out", str(out)]
     printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     records = json.loads(out.read_text())
     assert [one["system"] for one in records] == ["ours cell", "ours group"]

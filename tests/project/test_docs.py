@@ -43,7 +43,7 @@ def test_every_method_of_the_program_is_listed():
     assert not public(pm.MultiVIProgram) - listed("program.rst")
 
 
-def test_every_picture_is_listed():
+def test_every_figure_is_listed():
     made = {f"plots.{name}" for name in plots.__all__ if callable(getattr(plots, name))}
     assert made == listed("plots.rst")
 
@@ -59,3 +59,23 @@ def test_builds_without_a_warning(tmp_path):
     page = (tmp_path / "html" / "program.html").read_text(encoding="utf-8")
     assert r"\mathrm{Bernoulli}" in page
     assert "cell factor of accessibility, in (0, 1)" in page
+
+
+def test_architecture_lists_every_file_of_the_package():
+    text = (FOLDER / "architecture.md").read_text(encoding="utf-8")
+    tree = text.split("```\npyro_multivi/\n")[1].split("```")[0]
+    found, folders = set(), ["pyro_multivi"]
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            found.add("/".join(folders))
+    package = FOLDER.parent / "pyro_multivi"
+    assert found == {path.relative_to(FOLDER.parent).as_posix() for path in package.rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda page: page.stem)
+def test_pages_of_the_repository_link_to_what_exists(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (FOLDER / target).exists()] == []

@@ -18,7 +18,7 @@ PACKAGE = "pyro_multivi"
 OPTIONAL = {"mudata", "matplotlib", "arviz", "zarr", "numba", "sklearn", "scanpy", "scvi", "xarray", "seaborn"}
 #: What Numba compiles has to be written beside it; whoever wants it imports these modules late, as if they were Numba.
 COMPILED = tuple(f"distributions.kernels.numba.{name}" for name in ("loops", "scalar_math"))
-#: Third parties that read or hold a user's tables; the tensors' side knows none of them.
+#: Third parties that read or hold a user's tables; the tensors' side imports none of them.
 TABLES = {"anndata", "pandas", "mudata"}
 #: The tensors' side: what a modeler uses without AnnData.
 TENSORS = (
@@ -33,14 +33,14 @@ TENSORS = (
         for name in ("checks", "loader", "marginals", "minibatch", "modality", "resident", "sparse", "split", "table")
     ),
 )
-#: Parts of posterior/ that know the engine, and not each other.
+#: Parts of posterior/ that import the engine, and not each other.
 ON_THE_ENGINE = ("calibration", "quantities", "differential", "checks")
 #: Methods of the analyst's class, side by side.
 SIBLINGS = ("latent", "estimates", "checks", "differential")
 
 
 def forbidden_to(name: str) -> tuple[str, ...]:
-    """What a module of ours may not import."""
+    """Modules and packages that a module of ours may not import."""
     found = ["cli", "__main__"]
     if not is_within(name, ("plots", "cli")):
         found.append("plots")
@@ -69,7 +69,7 @@ def forbidden_to(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Import:
-    """One import: what, and whether it happens when the module is imported."""
+    """One import: its target, and whether it happens when the module is imported."""
 
     target: str
     at_top: bool
@@ -129,7 +129,7 @@ def violations(root: Path) -> list[str]:
 
 
 def reached(root: Path, start: str) -> dict[str, str]:
-    """Modules of ours that ``start`` imports directly or not, each with the one that imports it."""
+    """Modules of ours that ``start`` imports directly or through others, each with the one that imports it."""
     files = {module_name(path, root): path for path in (root / PACKAGE).rglob("*.py")}
     by: dict[str, str] = {}
     pending = [name for name in files if name == start or name.startswith(f"{start}.")]

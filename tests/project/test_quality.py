@@ -1,4 +1,4 @@
-"""The quality benchmark: scores where the answer is known, tables, and a run on tiny cells without the peer."""
+"""The quality benchmark: scores where the answer is known, tables, and a run on tiny cells without scvi-tools."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def hidden(module, tmp_path):
     return protocol.prepare(path, seed=0)
 
 
-def test_a_third_is_left_of_each_kind_and_nothing_else_is_told(hidden):
+def test_each_pattern_is_a_third_and_nothing_else_is_seen(hidden):
     assert np.bincount(hidden.part).tolist() == [40, 40, 40]
     whole, seen = (data.X.toarray() for data in (hidden.whole, hidden.seen))
     genes = np.arange(whole.shape[1]) < hidden.n_genes
@@ -61,7 +61,7 @@ def test_a_third_is_left_of_each_kind_and_nothing_else_is_told(hidden):
 
 
 def test_true_rates_are_the_oracle(module, hidden):
-    """What generated the counts beats the mean of the measured; and a system that returns it scores the same."""
+    """True rates beat the mean of the measured; and a system that returns them scores the same."""
     protocol = sys.modules["protocol"]
     rate = hidden.whole.layers[protocol.TRUE_RATE]
     label = protocol._codes(hidden.whole.obs["cell_type"])
@@ -89,7 +89,7 @@ def test_scores_of_the_latent_space(module):
     z_nk = rng.standard_normal((600, 2))
     kind = np.repeat([0, 1, 2], 200)
     assert protocol.mixing(z_nk, kind) > 0.95
-    # Far apart: every cell sees its own kind only.
+    # Far apart: every cell has neighbours of its own group only.
     assert protocol.mixing(z_nk + 100 * kind[:, None], kind) == pytest.approx(0, abs=1e-6)
     assert protocol.neighbours(np.array([[0.0], [1.0], [3.0]]), 1).tolist() == [[1], [0], [1]]
     assert protocol.foscttm(z_nk, z_nk) == 0
@@ -192,7 +192,7 @@ def test_gains_are_over_the_best_setting_of_each_score_within_seeds(module):
     assert found["training, s"]["ours: gain over best peer"] == "5.000 ± 0.000×"
 
 
-def test_time_to_the_peers_quality(module):
+def test_time_to_the_quality_of_scvi_tools(module):
     purity, nll = "knn_celltype_purity", "rna_imputed_poisson_nll_per_count"
 
     def at(epochs, seconds, *scores):
@@ -202,7 +202,7 @@ def test_time_to_the_peers_quality(module):
     records = [
         record("peer", 0, 100.0, **{purity: 0.8, nll: 1.2}),
         record("ours", 0, 5.0, checkpoints, **{purity: 0.9, nll: 1.1}),
-        # In the second seed the peer is out of reach.
+        # In the second seed scvi-tools is out of reach.
         record("peer", 1, 100.0, **{purity: 1.0, nll: 1.2}),
         record("ours", 1, 5.0, checkpoints, **{purity: 0.9, nll: 1.1}),
     ]
@@ -223,7 +223,7 @@ def test_time_to_the_peers_quality(module):
     assert table["all at once, means over seeds"]["reached"] == "no"
 
 
-def test_time_to_the_peers_mean_quality(module):
+def test_time_to_the_mean_quality_of_scvi_tools(module):
     purity = "knn_celltype_purity"
 
     def at(epochs, seconds, score):

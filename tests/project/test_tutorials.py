@@ -35,13 +35,13 @@ def test_there_are_notebooks():
 def test_committed_outputs_are_of_one_run_from_top_to_bottom(path):
     cells = code_cells(path)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = [(output["output_type"], output.get("name")) for cell in cells for output in cell["outputs"]]
-    assert not [kind for kind in kinds if kind[0] == "error" or kind[1] == "stderr"], "an error or a warning"
+    types = [(output["output_type"], output.get("name")) for cell in cells for output in cell["outputs"]]
+    assert not [one for one in types if one[0] == "error" or one[1] == "stderr"], "an error or a warning"
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
 
 
 @each_notebook
-def test_committed_outputs_are_small_and_tell_nothing_of_a_machine(path):
+def test_committed_outputs_are_small_and_hold_no_paths_of_a_machine(path):
     assert path.stat().st_size < 400_000
     said = json.dumps([cell["outputs"] for cell in code_cells(path)])
     # Pictures are base64, in which anything may occur.
@@ -57,7 +57,7 @@ def test_links_lead_somewhere(path):
 
 
 @each_notebook
-def test_short_mode_is_asked_for_by_the_variable_the_tests_set(path):
+def test_short_mode_depends_on_the_variable_the_tests_set(path):
     sources = ["".join(cell["source"]) for cell in code_cells(path)]
     python = "\n".join(line for source in sources for line in source.splitlines() if not line.startswith("%"))
     names = {node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)}
@@ -70,7 +70,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="needs the extra test")
     pytest.importorskip("ipykernel", reason="needs the extra test")
     monkeypatch.setenv("PYRO_MULTIVI_SHORT", "1")
-    # One thread: a kernel knows nothing of the tests' own settings.
+    # One thread: a kernel does not inherit the tests' own settings.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

@@ -27,8 +27,8 @@ def python_blocks() -> list[tuple[int, str]]:
 
 def definitions() -> str:
     """Imports, classes and functions of the page; nothing of what it does with them."""
-    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-    found = [node for _, source in python_blocks() for node in ast.parse(source).body if isinstance(node, kinds)]
+    statements = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    found = [node for _, source in python_blocks() for node in ast.parse(source).body if isinstance(node, statements)]
     return ast.unparse(ast.Module(found, []))
 
 
@@ -40,7 +40,7 @@ def page() -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="session")
 def source() -> str:
-    """What the page defines, as the text of a module."""
+    """Definitions of the page, as the text of a module."""
     return definitions()
 
 

@@ -98,7 +98,7 @@ def test_predicted_proteins_are_draws_of_the_likelihood(recipes, fitted):
     assert (parts.log_likelihood["protein"][~measured.numpy()] == 0).all()
 
 
-def test_replicates_of_fragments_are_open_as_often_as_the_model_says(recipes, fitted):
+def test_replicates_of_fragments_are_open_at_the_rate_of_the_model(recipes, fitted):
     model = fitted(recipes.PoissonFragments)
     cells = model.minibatch()
     drawn = draw(model.program, cells, ("y", "p", "d"), n_samples=300)

@@ -1,4 +1,4 @@
-"""What each recipe adds to the ELBO, against NumPy and SciPy."""
+"""Terms that each recipe adds to the ELBO, against NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_a_prior_without_closed_form_enters_at_the_draw(recipes, randomised, sta
     assert losses[TraceMeanField_ELBO] - losses[Trace_ELBO] == pytest.approx(gap, rel=1e-6)
 
 
-def test_vamp_prior_is_the_mixture_of_what_the_guide_says_of_pseudo_cells(recipes, randomised, stained):
+def test_vamp_prior_is_the_mixture_of_posteriors_of_pseudo_cells(recipes, randomised, stained):
     program = randomised(recipes.VampPrior)
-    # Counts of a cell of typical depth: the encoder reads them as they are.
+    # Counts of a cell of typical depth, which the encoder takes as they are.
     counts = torch.rand(4, 7, dtype=torch.float64)
     counts *= program.rna_log_depth.exp() / counts.sum(1, keepdim=True)
     with torch.no_grad():

@@ -35,5 +35,5 @@ def test_the_guide_agrees_with_nuts(recipes, caplog):
     assert np.corrcoef(mean.flatten(), z.mean(0).flatten())[0, 1] > 0.95
     assert gap.mean() < 0.4
     assert 0.4 < np.median(ratio) < 1.6
-    # The program that was asked stays trainable.
+    # The program itself stays trainable.
     assert all(p.requires_grad for p in model.program.parameters())
