@@ -226,7 +226,9 @@ class DataSpec:
             If some but not all features of a modality are missing, values are no counts, a column is
             missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = open_data(data, self.setup).only(modelled(self))
+        opened = open_data(data, self.setup)
+        for modality in opened.counts.keys() - modelled(self):
+            del opened.counts[modality]
         content = latest.checksum(opened, self.setup)
         found = latest.find(data, content)
         if found is not None and found.spec == self:
