@@ -15,9 +15,9 @@ from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
 
 
-def categories(opened: Opened, argument: str, key: str) -> tuple[str, ...]:
-    """The distinct values of a column as strings, in the order of sorted strings."""
-    return tuple(sorted(set(_words(opened, argument, key))))
+def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
+    """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
+    return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
 
 
 def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> NDArray[np.int64]:

@@ -100,7 +100,8 @@ class Setup:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Setup:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in values.items()}
+        return cls(**read)
 
     def to_json(self) -> str:
         """The string kept in ``uns``."""
