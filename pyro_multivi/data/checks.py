@@ -40,26 +40,14 @@ def unknown_key(argument: str, key: object, where: str, known: Iterable[object])
 
 
 def check_unique(names: Any, where: str, fix: str) -> None:
-    """Names must be unique, for rows and columns are found by them.
-
-    Raises
-    ------
-    ValueError
-        Naming the first duplicates and ``fix``.
-    """
+    """Refuse names that are not unique, for rows and columns are found by them."""
     if not names.is_unique:
         repeated = names[names.duplicated()].unique()
         raise ValueError(f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}.")
 
 
 def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
-    """A list of names; None is no name and one string is one name.
-
-    Raises
-    ------
-    TypeError
-        If an entry is not a string.
-    """
+    """A list of names, all of them strings; None is no name and one string is one name."""
     if value is None:
         return ()
     names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
@@ -70,13 +58,7 @@ def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ..
 
 
 def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
-    """One number of draws out of two names for it.
-
-    Raises
-    ------
-    ValueError
-        If either is below 1, or they differ.
-    """
+    """One number of draws, at least 1, out of two names for it, which may not differ."""
     found = check_draws("n_samples", n_samples)
     if n_samples_overall is None:
         return found
@@ -101,13 +83,7 @@ def least_draws(level: float) -> int:
 
 
 def check_draws(argument: str, value: Any, least: int = 1) -> int:
-    """A number of draws.
-
-    Raises
-    ------
-    ValueError
-        If it is not a whole number of at least ``least``.
-    """
+    """A number of draws: a whole number of at least ``least``, which a float may hold."""
     whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value % 1 == 0
     if not whole or value < least:
         raise ValueError(f"{argument}={value!r} is not allowed: give a whole number of at least {least}.")
@@ -115,13 +91,7 @@ def check_draws(argument: str, value: Any, least: int = 1) -> int:
 
 
 def check_number(argument: str, value: Any) -> float:
-    """A finite number.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
+    """A finite number."""
     numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not numeric or not np.isfinite(value):
         raise ValueError(f"{argument}={value!r} is not a number.")
@@ -129,13 +99,7 @@ def check_number(argument: str, value: Any) -> float:
 
 
 def check_choice(name: str, found: object, allowed: Sequence[str]) -> None:
-    """Refuse what is not one of some words.
-
-    Raises
-    ------
-    ValueError
-        Naming the argument, the words allowed, and the nearest of them.
-    """
+    """Refuse what is not one of some words, and name them and the nearest."""
     if found not in allowed:
         near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -143,12 +107,6 @@ def check_choice(name: str, found: object, allowed: Sequence[str]) -> None:
 
 
 def check_at_least(name: str, found: object, least: int) -> None:
-    """Refuse what is not a whole number, or too small.
-
-    Raises
-    ------
-    ValueError
-        Naming the argument and the least value.
-    """
+    """Refuse what is not an integer of at least ``least``."""
     if not isinstance(found, int) or isinstance(found, bool) or found < least:
         raise ValueError(f"{name}={found!r} is not a whole number of at least {least}.")

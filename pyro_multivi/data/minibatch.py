@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,22 +99,10 @@ class Cells:
 
     def parts(self) -> list[Tensor]:
         """All tensors that the cells are made of; those inside of sparse counts rather than the counts."""
-        found: list[Tensor] = []
-
-        def add(part: Tensor) -> Tensor:
-            found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
-            return part
-
-        self._map(add)
-        return found
+        return tensors_in(self)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Cells:
-        changed: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            changed[entry.name] = change(value) if isinstance(value, Tensor) else value
-        changed["extra"] = {name: Measurement(*map(change, part)) for name, part in self.extra.items()}
-        return Cells(**changed)
+        return replace(self, **with_changed_tensors(self, change))
 
     def measured(self, site: str) -> Tensor:
         """Whether an observed site was measured in each cell, (B,), bool.
@@ -126,8 +114,7 @@ class Cells:
             return self.extra[site].measured
         for modality in MODALITIES:
             if site == modality.counts:
-                measured: Tensor = modality.measured_in(self)
-                return measured
+                return modality.measured_in(self)
         return torch.ones_like(self.has_rna)
 
     def replace(self, **changes: Any) -> Cells:
@@ -136,3 +123,18 @@ class Cells:
             if {modality.counts, modality.mask} & changes.keys():
                 changes.setdefault(modality.rows, None)
         return replace(self, **changes)
+
+
+def with_changed_tensors(owner: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Fields of a minibatch or table that hold tensors, each tensor changed."""
+    changed: dict[str, Any] = {name: change(part) for name, part in vars(owner).items() if isinstance(part, Tensor)}
+    return {**changed, "extra": {name: Measurement(*map(change, part)) for name, part in owner.extra.items()}}
+
+
+def tensors_in(owner: Any) -> list[Tensor]:
+    """All tensors of a minibatch or table; those inside of sparse counts rather than the counts."""
+    found: list[Tensor] = []
+    for part in (*vars(owner).values(), *(part for each in owner.extra.values() for part in each)):
+        if isinstance(part, Tensor):
+            found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
+    return found

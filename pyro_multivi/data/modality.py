@@ -102,23 +102,17 @@ class Modality:
         """Whether each cell of a minibatch, a table or a setup was measured, (n,), bool."""
         return getattr(cells, self.mask)
 
-    def rows_in(self, cells: Any) -> Any:
-        """Positions of the measured cells of a minibatch, or None where they are not known."""
-        return getattr(cells, self.rows)
-
     def size_factor_in(self, cells: Any) -> Any:
         """Fixed size factors of a minibatch or table, (n,), or None."""
         return getattr(cells, self.size_factor)
 
     def n_features_in(self, owner: Any) -> int:
         """Number of features in a configuration, table or specification."""
-        number: int = getattr(owner, f"n_{self.features}")
-        return number
+        return getattr(owner, f"n_{self.features}")
 
     def feature_names_in(self, spec: Any) -> tuple[str, ...]:
         """Names of the features in a specification."""
-        names: tuple[str, ...] = getattr(spec, f"{self.feature}_names")
-        return names
+        return getattr(spec, f"{self.feature}_names")
 
 
 RNA = Modality(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.minibatch import Cells, tensors_in, with_changed_tensors
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.table import CellTable, floating, no_counts
+from pyro_multivi.data.table import CellTable, cut
 
 #: Share of a device's free memory that the counts may take: weights, gradients, the optimiser's
 #: moments and the buffers of a step need the rest.
@@ -35,6 +32,7 @@ class ResidentTable:
 
     Examples
     --------
+    >>> from pyro_multivi.data.sparse import SparseCounts
     >>> table = CellTable(x=SparseCounts.from_dense(torch.tensor([[3.0, 0.0], [2.0, 2.0]])), y=None,
     ...                   has_rna=torch.tensor([True, True]), has_atac=torch.tensor([False, False]),
     ...                   design=torch.ones(2, 1), batch_code=torch.zeros(2, dtype=torch.long),
@@ -46,7 +44,10 @@ class ResidentTable:
     def __init__(self, table: CellTable, device: torch.device | str) -> None:
         self.table = table
         self.device = torch.device(device)
-        self._there = _map(table, lambda part: part.to(self.device))
+        # A table's parts are checked when it is made; on a device that would mean to wait for it.
+        self._there = copy.copy(table)
+        for name, value in with_changed_tensors(table, lambda part: part.to(self.device)).items():
+            object.__setattr__(self._there, name, value)
         counts = [modality.counts_in(table) for modality in MODALITIES]
         self._lengths = [None if part is None else part.crow.diff() for part in counts]
 
@@ -67,7 +68,7 @@ class ResidentTable:
         there, counts = self._there, []
         for modality, length in zip(MODALITIES, self._lengths, strict=True):
             total = 0 if length is None else int(length[index].sum())
-            counts.append(self._cut(modality.counts_in(there), places, total, modality.n_features_in(there)))
+            counts.append(cut(modality.counts_in(there), places, modality.n_features_in(there), total))
         return there.cells(places, n_total, counts, rows)
 
     def _send(self, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -77,42 +78,15 @@ class ResidentTable:
             joined = joined.pin_memory()
         return joined.to(self.device, non_blocking=True).split([len(part) for part in parts])
 
-    def _cut(self, counts: SparseCounts | None, index: Tensor, total: int, width: int) -> SparseCounts:
-        if counts is None:
-            return no_counts(len(index), width, self.device)
-        return floating(counts.gather_rows(index, total))
 
-
-def resident_if_it_fits(
-    table: CellTable, device: torch.device, share: float = RESIDENT_SHARE
-) -> CellTable | ResidentTable:
+def resident_if_it_fits(table: CellTable, device: torch.device) -> CellTable | ResidentTable:
     """The table on a GPU if it takes no more than a share of the memory that is free there; else as it is."""
     if device.type != "cuda":
         return table
     free, _ = torch.cuda.mem_get_info(device)
-    return ResidentTable(table, device) if n_bytes(table) <= share * free else table
+    return ResidentTable(table, device) if n_bytes(table) <= RESIDENT_SHARE * free else table
 
 
 def n_bytes(table: CellTable) -> int:
     """Memory that a table takes."""
-    sizes: list[int] = []
-
-    def add(part: Tensor) -> Tensor:
-        pieces = part.parts() if isinstance(part, SparseCounts) else (part,)
-        sizes.extend(piece.untyped_storage().nbytes() for piece in pieces)
-        return part
-
-    _map(table, add)
-    return sum(sizes)
-
-
-def _map(table: CellTable, change: Callable[[Tensor], Tensor]) -> CellTable:
-    # A table's parts are checked when it is made; on a device that would mean to wait for it.
-    changed = copy.copy(table)
-    for entry in fields(table):
-        value = getattr(table, entry.name)
-        if isinstance(value, Tensor):
-            object.__setattr__(changed, entry.name, change(value))
-    extra = {name: Measurement(*map(change, part)) for name, part in table.extra.items()}
-    object.__setattr__(changed, "extra", extra)
-    return changed
+    return sum(part.untyped_storage().nbytes() for part in tensors_in(table))

@@ -132,14 +132,9 @@ class SparseCounts(torch.Tensor):
         return SparseCounts(crow, col, val, (len(index), self.shape[1]))
 
     def gather_rows(self, index: Tensor, total: int) -> SparseCounts:
-        """The rows at ``index`` by arithmetic alone, so that the host does not wait for the device.
+        """The rows at ``index`` (int64, on the same device), which hold ``total`` entries.
 
-        Parameters
-        ----------
-        index
-            Positions of the rows, int64, on the same device.
-        total
-            Number of entries that these rows hold.
+        By arithmetic alone, so that the host does not wait for the device.
         """
         device = self.col.device
         start = self.crow[:-1].index_select(0, index)
@@ -153,12 +148,9 @@ class SparseCounts(torch.Tensor):
         return SparseCounts(crow, self.col.index_select(0, take), val, (len(index), self.shape[1]))
 
     def without_empty(self, kept: Tensor) -> SparseCounts:
-        """The rows at ``kept``, of which all others are empty: nothing is copied, no device is waited for.
+        """The rows at ``kept`` (ascending, int64): nothing is copied, no device is waited for.
 
-        Parameters
-        ----------
-        kept
-            Positions of the rows, ascending, int64; it is not checked that the others are empty.
+        All other rows have to be empty, which is not checked.
         """
         crow = torch.cat([self.crow[:-1].index_select(0, kept), self.crow[-1:]])
         made = SparseCounts(crow, self.col, self.val, (len(kept), self.shape[1]))
@@ -181,11 +173,8 @@ class SparseCounts(torch.Tensor):
         loader finds it ahead of the step.
         """
         if not self._order or (self._order[0].order is None and not _is_repeated(self.val)):
-            self._order[:] = [self._feature_order()]
+            self._order[:] = [self._counted_order() if self.col.device.type == "cpu" else self._sorted_order()]
         return self._order[0]
-
-    def _feature_order(self) -> _FeatureOrder:
-        return self._counted_order() if self.col.device.type == "cpu" else self._sorted_order()
 
     def _counted_order(self) -> _FeatureOrder:
         """By SciPy's counting sort: several times faster than a stable argsort."""

@@ -132,7 +132,7 @@ class CellTable:
             Number of cells the minibatch stands for; all of the table by default. Give the
             number of training cells when only those are fitted.
         """
-        counts = [_cut(modality.counts_in(self), index, modality.n_features_in(self)) for modality in MODALITIES]
+        counts = [cut(modality.counts_in(self), index, modality.n_features_in(self)) for modality in MODALITIES]
         return self.cells(index, n_total, counts, self.measured_rows(index))
 
     def measured_rows(self, index: Tensor) -> list[Tensor]:
@@ -169,21 +169,16 @@ class CellTable:
         return Marginals.of(blocks, self.n_batch)
 
 
-def _cut(counts: SparseCounts | None, index: Tensor, width: int) -> SparseCounts:
+def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | None = None) -> SparseCounts:
+    """Rows of the cells at ``index``, floating; empty ones for a modality that no cell has.
+
+    With ``total``, the number of entries in these rows, the host does not wait for the device.
+    """
     if counts is None:
-        return no_counts(len(index), width, index.device)
-    return floating(counts.select_rows(index))
-
-
-def no_counts(n: int, width: int, device: torch.device) -> SparseCounts:
-    """Empty rows of n cells, for a modality that no cell has."""
-    crow = torch.zeros(n + 1, dtype=torch.int32, device=device)
-    return SparseCounts(crow, crow[:0], torch.zeros(0, device=device), (n, width))
-
-
-def floating(counts: SparseCounts) -> SparseCounts:
-    """The same counts in float32, unless they are floating already."""
-    return counts if counts.val.is_floating_point() else counts.to(torch.float32)
+        crow = torch.zeros(len(index) + 1, dtype=torch.int32, device=index.device)
+        return SparseCounts(crow, crow[:0], torch.zeros(0, device=index.device), (len(index), width))
+    rows = counts.select_rows(index) if total is None else counts.gather_rows(index, total)
+    return rows if rows.val.is_floating_point() else rows.to(torch.float32)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -318,28 +319,15 @@ def _variables(features: dict[str, list[str]]) -> pd.DataFrame:
     for column in ("feature_types", "genome"):
         if column in columns:
             columns[column] = pd.Categorical(columns[column])
-    return pd.DataFrame(columns, index=pd.Index(_unique(names)))
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """The first of equal names as it is, the later ones with the lowest free -1, -2, ..."""
-    taken = set(names)
-    seen: set[str] = set()
-    count: dict[str, int] = {}
-    made = []
-    for name in names:
-        if name in seen:
-            new = name
-            while new in taken:
-                count[name] = count.get(name, 0) + 1
-                new = f"{name}-{count[name]}"
-            taken.add(new)
-            name = new
-        seen.add(name)
-        made.append(name)
-    return made
+    return pd.DataFrame(columns, index=pd.Index(names))
 
 
 def _assemble(x: sp.csr_matrix, barcodes: list[str], var: pd.DataFrame) -> AnnData:
     x.sum_duplicates()
-    return AnnData(x, obs=pd.DataFrame(index=pd.Index(_unique(barcodes))), var=var)
+    with warnings.catch_warnings():
+        # AnnData warns of equal names before they can be made unique, and of suffixes that exist.
+        warnings.simplefilter("ignore", UserWarning)
+        adata = AnnData(x, obs=pd.DataFrame(index=pd.Index(barcodes)), var=var)
+        adata.obs_names_make_unique()
+        adata.var_names_make_unique()
+    return adata

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,6 @@ class Opened:
         Name of the table for each argument whose columns lie in one modality of a MuData.
     ignored
         Number of features of each other type.
-    type_key, kept_types
-        The column of var, and its values that are genes or regions, in an AnnData.
     extra
         Extra modalities by name, those that are there.
     """
@@ -89,13 +87,7 @@ class Opened:
     tables: dict[str, pd.DataFrame]
     table_of: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-    type_key: str = ""
-    kept_types: tuple[str, ...] = ()
     extra: dict[str, ExtraSource] = field(default_factory=dict)
-
-    def only(self, wanted: Sequence[Modality]) -> Opened:
-        """The same without the modalities that are not wanted."""
-        return replace(self, counts={modality: part for modality, part in self.counts.items() if modality in wanted})
 
     def has_column(self, argument: str, key: str) -> bool:
         """Whether the column that an argument names is there."""
@@ -106,13 +98,7 @@ class Opened:
         return self.table_of.get(argument, next(iter(self.tables)))
 
     def column(self, argument: str, key: str) -> pd.Series[Any]:
-        """The column that an argument names, one value per cell, indexed by cell.
-
-        Raises
-        ------
-        ValueError
-            If it is not there, or lies in a modality that does not have all cells.
-        """
+        """The column that an argument names, one value per cell, indexed by cell; every cell has to have one."""
         where = self.place_of(argument)
         table = self.tables[where]
         if key not in table:
@@ -133,20 +119,8 @@ class Opened:
 def open_data(data: Any, setup: Setup) -> Opened:
     """Find counts and columns in an AnnData or MuData, as setup described them.
 
-    Parameters
-    ----------
-    data
-        The object that was set up, or another one with the same features. It may lack a modality.
-    setup
-        The arguments of the setup. An object of the other kind is read by the same keys: modalities of
-        a MuData are then found by name, genes and peaks of an AnnData by ``var["feature_types"]``.
-
-    Raises
-    ------
-    TypeError
-        If it is neither, or an AnnData without feature types where a MuData was set up.
-    ValueError
-        If something is not where setup places it, or names of cells or features are not unique.
+    The object may lack a modality. One of the other kind than was set up is read by the same keys: modalities of
+    a MuData are then found by name, genes and peaks of an AnnData by ``var["feature_types"]``.
     """
     if is_mudata(data):
         return _open_mudata(data, setup)
@@ -158,7 +132,6 @@ def open_data(data: Any, setup: Setup) -> Opened:
 def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
     _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
     types = _feature_types(adata, setup)
-    kept_types = [kind for modality in MODALITIES for kind in setup.types_of(modality)]
     matrices: dict[str | None, Any] = {}
     chosen = {modality: types.isin(setup.types_of(modality)).to_numpy() for modality in MODALITIES}
     counts = {
@@ -173,16 +146,14 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
             f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither {wanted}. Say which "
             f"is which: feature_type_values={{{values}}}."
         )
-    other = types[~types.isin(kept_types)]
+    other = types[~types.isin(setup.kept_types())]
     return Opened(
         name="adata",
         cells=adata.obs_names,
         counts=counts,
         tables={"adata.obs": adata.obs},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
-        type_key=setup.feature_type_key,
-        kept_types=tuple(kept_types),
-        extra=_in_obsm(adata, "adata", setup),
+        extra=_extra_sources(adata, "adata", setup),
     )
 
 
@@ -225,25 +196,19 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
         # In an object without that modality the column is looked for in the main table.
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
-        extra={**_in_obsm(mdata, "mdata", setup), **_in_modalities(mdata, setup)},
+        extra=_extra_sources(mdata, "mdata", setup),
     )
 
 
-def _in_obsm(data: Any, owner: str, setup: Setup) -> dict[str, ExtraSource]:
-    return {
-        name: ExtraSource(f"{owner}.obsm[{name!r}]", data.obsm[name], data.obs_names)
-        for name in setup.extra
-        if name in data.obsm
-    }
-
-
-def _in_modalities(mdata: Any, setup: Setup) -> dict[str, ExtraSource]:
+def _extra_sources(data: Any, owner: str, setup: Setup) -> dict[str, ExtraSource]:
     found = {}
     for name in setup.extra:
-        if name in mdata.mod:
-            part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
-            rows = _rows_of(mdata, part, owner)
-            found[name] = ExtraSource(f"{owner}.X", part.X, part.obs_names, part.var_names, rows)
+        if is_mudata(data) and name in data.mod:
+            part, where = data.mod[name], f"mdata.mod[{name!r}]"
+            rows = _rows_of(data, part, where)
+            found[name] = ExtraSource(f"{where}.X", part.X, part.obs_names, part.var_names, rows)
+        elif name in data.obsm:
+            found[name] = ExtraSource(f"{owner}.obsm[{name!r}]", data.obsm[name], data.obs_names)
     return found
 
 
@@ -254,10 +219,7 @@ def _obs_of(modality: str) -> str:
 def known_modalities(mdata: Any) -> dict[Modality, str | None]:
     """Name of each modality in a MuData, recognised by its spelling; None where there is none.
 
-    Raises
-    ------
-    ValueError
-        If there is none at all, or more than one name for a modality.
+    An error if there is none at all, or more than one name for a modality.
     """
     found = {modality: [name for name in mdata.mod if spelled(name) == modality.name] for modality in MODALITIES}
     if not any(found.values()) or any(len(names) > 1 for names in found.values()):
@@ -321,19 +283,7 @@ def _counts(
 
 
 def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
-    """The end of the sentence "Raw counts are needed": where they seem to be.
-
-    Parameters
-    ----------
-    owner
-        The AnnData that holds the matrix in question.
-    layer
-        The layer that was wrong; None for ``.X``.
-    name
-        How the user would write ``owner``.
-    argument
-        The setup argument that chooses the layer.
-    """
+    """The end of the sentence "Raw counts are needed": where in ``owner``, called ``name``, they seem to be."""
     for other in owner.layers:
         if other != layer and _looks_like_counts(owner.layers[other]):
             return f": {name}.layers[{other!r}] looks like counts, give {argument}={other!r}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,24 +55,42 @@ class _Compact:
     """Counts of some features of one modality, growing block by block."""
 
     def __init__(self, counts: Counts, names: tuple[str, ...]) -> None:
-        take = match_features(counts.features, names, counts.modality, counts.where)
+        take = _places_of(names, counts)
         self.counts = counts
-        self._columns = counts.columns if take is None else counts.columns[take]
-        self._features = counts.features if take is None else counts.features[take]
+        self._columns, self._features = counts.columns[take], counts.features[take]
         self._every = np.array_equal(self._columns, np.arange(counts.matrix.shape[1]))
         self._sizes = [np.zeros(1, np.int64)]
         self._col, self._val = np.zeros(0, np.int32), np.zeros(0, np.uint8)
 
     def add(self, start: int, rows: sp.csr_array[Any, tuple[int, int]]) -> None:
         """Add the rows from ``start`` on, in canonical form: sorted, no duplicates, no stored zeros."""
-        counts, block = self.counts, rows if self._every else rows[:, self._columns]
+        block = rows if self._every else rows[:, self._columns]
         block.sum_duplicates()
         block.eliminate_zeros()
-        cells = counts.cells[start : start + block.shape[0]]
-        check_values(block, counts.modality, counts.where, cells, self._features, counts.hint)
+        self._check_values(start, block)
         self._sizes.append(np.diff(block.indptr).astype(np.int64))
         self._col = _extended(self._col, block.indices)
         self._val = _extended(self._val, block.data, smallest(block.data))
+
+    def _check_values(self, start: int, block: sp.csr_array[Any, tuple[int, int]]) -> None:
+        """Refuse values that are no counts, at the first with its cell and feature.
+
+        Of a binary modality any value that is not negative will do, since only zero or not is used.
+        """
+        counts, values = self.counts, block.data
+        modality = counts.modality
+        rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
+        if not modality.binary:
+            rules.append(("not a whole number", values != np.floor(values)))
+        for what, wrong in rules:
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
+                feature = self._features[int(block.indices[at])]
+                raise ValueError(
+                    f"{counts.where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for "
+                    f"cell {str(cell)!r} and {modality.feature} {str(feature)!r}. Raw counts are needed{counts.hint()}"
+                )
 
     def finish(self) -> SparseCounts:
         """The counts, in the order of the data set's cells; those without a row in the matrix get an empty one."""
@@ -96,12 +114,9 @@ def smallest(values: NDArray[Any]) -> np.dtype[Any]:
     (dtype('uint8'), dtype('int16'), dtype('float32'))
     """
     largest = values.max(initial=0)
-    for kind in (np.uint8, np.int16):
-        if largest <= np.iinfo(kind).max:
-            if values.dtype.kind != "f" or bool((values == np.floor(values)).all()):
-                return np.dtype(kind)
-            break
-    return np.dtype(np.float32)
+    whole = values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+    fitting = (kind for kind in (np.uint8, np.int16) if whole and largest <= np.iinfo(kind).max)
+    return np.dtype(next(fitting, np.float32))
 
 
 def _extended(values: NDArray[Any], more: NDArray[Any], least: np.dtype[Any] | None = None) -> NDArray[Any]:
@@ -121,27 +136,16 @@ def _ones_once(values: Tensor) -> Tensor:
     return values[:1].clone().expand(len(values))
 
 
-def match_features(
-    found: pd.Index[Any], names: tuple[str, ...], modality: Modality, where: str
-) -> NDArray[np.intp] | None:
-    """Position of each wanted feature among those found; None if they are the same in the same order.
-
-    Raises
-    ------
-    ValueError
-        If some are missing.
-    """
-    if len(found) == len(names) and bool((found == np.asarray(names, dtype=object)).all()):
-        return None
+def _places_of(names: tuple[str, ...], counts: Counts) -> NDArray[np.intp]:
+    """Position of each wanted feature among those that are there; none may be missing."""
+    found, what = counts.features, counts.modality.features
     take = found.get_indexer(pd.Index(names, dtype=object))
-    missing = take < 0
-    if missing.any():
-        what = modality.features
-        absent = [name for name, gone in zip(names, missing, strict=True) if gone]
+    absent = [name for name, place in zip(names, take, strict=True) if place < 0]
+    if absent:
         raise ValueError(
-            f"{where} lacks {len(absent)} of the model's {len(names)} {what}: {first_names(absent)}. It has "
+            f"{counts.where} lacks {len(absent)} of the model's {len(names)} {what}: {first_names(absent)}. It has "
             f"{len(found)} {what}: {first_names(found)}. All of them are needed, by the same names in any "
-            f"order; or leave out all {what}: then these cells count as not measured for {modality.assay}."
+            f"order; or leave out all {what}: then these cells count as not measured for {counts.modality.assay}."
         )
     return take
 
@@ -177,48 +181,3 @@ def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]
     if block.dtype == np.float16:  # which SciPy's sparse matrices do not have
         block = block.astype(np.float32)
     return sp.csr_array(block)
-
-
-def check_values(
-    block: sp.csr_array,
-    modality: Modality,
-    where: str,
-    cells: pd.Index,
-    features: pd.Index,
-    hint: Callable[[], str],
-) -> None:
-    """Refuse stored values that are no counts.
-
-    Parameters
-    ----------
-    block
-        Some rows of a matrix.
-    modality
-        Of a binary one any value that is not negative will do, since only zero or not is used; counts of
-        any other have to be whole numbers.
-    where
-        How the user would write the matrix.
-    cells, features
-        Names of the rows and columns of the block.
-    hint
-        Gives the end of the sentence "Raw counts are needed": what to do about it.
-
-    Raises
-    ------
-    ValueError
-        At the first wrong value, with its cell and feature.
-    """
-    values = block.data
-    rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
-    if not modality.binary:
-        rules.append(("not a whole number", values != np.floor(values)))
-    for what, wrong in rules:
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            row = int(np.searchsorted(block.indptr, at, side="right")) - 1
-            feature = features[int(block.indices[at])]
-            raise ValueError(
-                f"{where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for cell "
-                f"{str(cells[row])!r} and {modality.feature} {str(feature)!r}. "
-                f"Raw counts are needed{hint()}"
-            )

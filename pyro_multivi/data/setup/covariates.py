@@ -15,19 +15,13 @@ from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
 
 
-def categories(opened: Opened, argument: str, key: str) -> tuple[str, ...]:
-    """The distinct values of a column as strings, in the order of sorted strings."""
-    return tuple(sorted(set(_words(opened, argument, key))))
+def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
+    """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
+    return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
 
 
 def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> NDArray[np.int64]:
-    """Position of each cell's category among those known, shape (n,).
-
-    Raises
-    ------
-    ValueError
-        If a cell has a category that is not known, or none.
-    """
+    """Position of each cell's category among those known, shape (n,); every cell has to have one."""
     words = _words(opened, argument, key)
     code = pd.Index(known, dtype=object).get_indexer(pd.Index(words))
     unseen = code < 0
@@ -42,13 +36,7 @@ def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> ND
 
 
 def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
-    """A numeric column without gaps, shape (n,).
-
-    Raises
-    ------
-    ValueError
-        If it is not numeric or holds NaN or infinite values.
-    """
+    """A numeric column of finite values, shape (n,)."""
     values = _numeric(opened, argument, key)
     wrong = ~np.isfinite(values)
     if wrong.any():
@@ -68,11 +56,6 @@ def size_factors(
 
     A cell without the modality may have NaN there, and a data set without it may lack the column; such
     cells get 1 and 0.5, which nothing reads.
-
-    Raises
-    ------
-    ValueError
-        If a measured cell has no value or one out of range.
     """
     keys = zip(MODALITIES, setup.size_factor_keys, strict=True)
     return {each: _sizes(opened, each, key, measured[each]) for each, key in keys if key is not None}

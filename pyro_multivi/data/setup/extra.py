@@ -47,22 +47,11 @@ class ExtraSource:
             return tuple(map(str, self.matrix.columns))
         return tuple(map(str, range(self.matrix.shape[1] if self.matrix.ndim == 2 else 1)))
 
-    def read(self, wanted: tuple[str, ...] | None = None) -> Measurement:
-        """Values of each cell of the data set; rows that are NaN as a whole were not measured.
-
-        Parameters
-        ----------
-        wanted
-            Names of the features wanted, in this order; all as they lie by default.
-
-        Raises
-        ------
-        ValueError
-            If a feature is missing, values are no numbers, or a row is NaN in part or infinite.
-        """
+    def read(self, wanted: tuple[str, ...]) -> Measurement:
+        """Values of some features of each cell of the data set; rows that are NaN as a whole were not measured."""
         values = self._numbers()
         found = self.feature_names()
-        if wanted is not None and wanted != found:
+        if wanted != found:
             take = pd.Index(found).get_indexer(pd.Index(wanted))
             absent = [name for name, place in zip(wanted, take, strict=True) if place < 0]
             if absent:

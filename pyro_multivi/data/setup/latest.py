@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,7 @@ class _Slot:
 def find(data: Any, content: int | None) -> Latest | None:
     """The entry of this object, if its content is still the same."""
     entry = _Slot.entry
-    if entry is None or entry.owner() is not data or entry.content != content:
-        return None
-    return entry
+    return entry if entry is not None and entry.owner() is data and entry.content == content else None
 
 
 def keep(data: Any, content: int | None, spec: DataSpec, table: CellTable, own: bool) -> None:
@@ -84,89 +82,74 @@ def checksum(opened: Opened, setup: Setup) -> int | None:
 
     Of a matrix in a file, it covers the file's name, size and time of change rather than the values.
     """
-    total = _Checksum()
+    value = 0
     try:
-        total.add_names(opened.cells)
-        matrices = {id(counts.matrix): counts.matrix for counts in opened.counts.values()}
-        for matrix in matrices.values():
-            total.add_matrix(matrix)
-        for modality, counts in opened.counts.items():
-            total.add_text(modality.key)
-            total.add_names(counts.features)
-            total.add_array(counts.columns)
-            total.add_rows(counts.rows)
-        for argument, key in setup.columns():
-            table = opened.tables[opened.place_of(argument)]
-            total.add_text(argument, key, str(key in table))
-            if key in table:
-                if not table.index.equals(opened.cells):
-                    total.add_names(table.index)
-                total.add_frame(table[key])
-        for name, extra in opened.extra.items():
-            total.add_text(name)
-            total.add_names(extra.feature_names())
-            total.add_names(extra.cells)
-            total.add_matrix(extra.matrix)
-            total.add_rows(extra.rows)
+        for part in _contents(opened, setup):
+            value = zlib.crc32(part, value)
     except (_NoChecksumError, TypeError, ValueError, OSError):
         return None
-    return total.value
+    return value
 
 
 class _NoChecksumError(Exception):
     """Something that has no checksum."""
 
 
-class _Checksum:
-    """A checksum of arrays, names, columns and files, one after the other."""
+def _contents(opened: Opened, setup: Setup) -> Iterator[Any]:
+    """All that a table is made from, as bytes."""
+    yield _words(opened.cells)
+    for matrix in {id(counts.matrix): counts.matrix for counts in opened.counts.values()}.values():
+        yield from _of_matrix(matrix)
+    for modality, counts in opened.counts.items():
+        yield _words([modality.key, *counts.features])
+        yield from _of_array(counts.columns)
+        yield from _of_array(counts.rows)
+    for argument, key in setup.columns():
+        table = opened.tables[opened.place_of(argument)]
+        yield _words([argument, key, key in table])
+        if key in table:
+            if not table.index.equals(opened.cells):
+                yield _words(table.index)
+            yield from _of_frame(table[key])
+    for name, extra in opened.extra.items():
+        yield _words([name, *extra.feature_names()])
+        yield _words(extra.cells)
+        yield from _of_matrix(extra.matrix)
+        yield from _of_array(extra.rows)
 
-    def __init__(self) -> None:
-        self.value = 0
 
-    def add_text(self, *parts: str) -> None:
-        """Add words in their order."""
-        self.add_names(parts)
+def _words(words: Iterable[Any]) -> bytes:
+    return "\0".join(map(str, words)).encode() + b"\1"
 
-    def add_names(self, names: Iterable[Any]) -> None:
-        """Add names in their order."""
-        self.value = zlib.crc32("\0".join(map(str, names)).encode() + b"\1", self.value)
 
-    def add_array(self, array: Any) -> None:
-        """Add the values of an array, and its type and shape."""
-        if array.dtype.hasobject:
-            raise _NoChecksumError
-        self.add_text(str(array.dtype), str(array.shape))
-        # Row by row where they do not lie one behind the other, to copy no more than a row at a time.
-        for part in array if array.ndim > 1 and not array.flags.c_contiguous else (array,):
-            self.value = zlib.crc32(np.ascontiguousarray(part).data, self.value)
+def _of_array(array: Any) -> Iterator[Any]:
+    """Type, shape and values of an array; None, for positions of cells that are all cells, is told from any."""
+    if array is None:
+        yield _words(["all"])
+        return
+    if array.dtype.hasobject:
+        raise _NoChecksumError
+    yield _words([array.dtype, array.shape])
+    # Row by row where they do not lie one behind the other, to copy no more than a row at a time.
+    for part in array if array.ndim > 1 and not array.flags.c_contiguous else (array,):
+        yield np.ascontiguousarray(part).data
 
-    def add_rows(self, rows: Any) -> None:
-        """Add positions of cells, or that there are none."""
-        if rows is None:
-            self.add_text("all")
-        else:
-            self.add_array(rows)
 
-    def add_frame(self, frame: pd.DataFrame | pd.Series[Any]) -> None:
-        """Add the values of columns."""
-        types = frame.dtypes if isinstance(frame, pd.DataFrame) else [frame.dtype]
-        self.add_text(*(kind.name for kind in types))
-        self.add_array(pd.util.hash_pandas_object(frame, index=False).to_numpy())
+def _of_frame(frame: pd.DataFrame | pd.Series[Any]) -> Iterator[Any]:
+    yield _words(kind.name for kind in (frame.dtypes if isinstance(frame, pd.DataFrame) else [frame.dtype]))
+    yield from _of_array(pd.util.hash_pandas_object(frame, index=False).to_numpy())
 
-    def add_matrix(self, matrix: Any) -> None:
-        """Add a matrix: sparse, dense, a frame, or the file that it lies in."""
-        if isinstance(matrix, pd.DataFrame):
-            self.add_frame(matrix)
-        elif isinstance(matrix, np.ndarray):
-            self.add_array(matrix)
-        elif isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):
-            self.add_text(matrix.format, str(matrix.shape))
-            for part in (matrix.data, matrix.indices, matrix.indptr):
-                self.add_array(part)
-        else:
-            self._add_file(matrix)
 
-    def _add_file(self, matrix: Any) -> None:
+def _of_matrix(matrix: Any) -> Iterator[Any]:
+    if isinstance(matrix, pd.DataFrame):
+        yield from _of_frame(matrix)
+    elif isinstance(matrix, np.ndarray):
+        yield from _of_array(matrix)
+    elif isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):
+        yield _words([matrix.format, matrix.shape])
+        for part in (matrix.data, matrix.indices, matrix.indptr):
+            yield from _of_array(part)
+    else:
         # A dataset of h5py, or anndata's wrapper of a group with a sparse one.
         stored = getattr(matrix, "group", matrix)
         file = getattr(stored, "file", None)
@@ -174,4 +157,4 @@ class _Checksum:
         if file is None or getattr(file, "mode", None) != "r":
             raise _NoChecksumError
         status = os.stat(file.filename)
-        self.add_text(file.filename, stored.name, str(status.st_size), str(status.st_mtime_ns))
+        yield _words([file.filename, stored.name, status.st_size, status.st_mtime_ns])

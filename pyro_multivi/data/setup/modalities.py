@@ -53,20 +53,12 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
 
     Parameters
     ----------
-    opened
-        The data.
-    setup
-        The arguments; ``modality_key`` and ``modality_values`` are read.
+    opened, setup
+        The data, and where they lie.
     counted
         Whether a cell has any count, for every modality.
     key_needed
         Whether a ``modality_key`` that the data lack is an error. Otherwise it is as if not given.
-
-    Raises
-    ------
-    ValueError
-        If a word of the column is not known or missing, if a cell has counts in a modality it is marked
-        as not having or the other way round, or if a cell has nothing measured.
     """
     key = setup.modality_key
     if key is not None and (key_needed or opened.has_column("modality_key", key)):
@@ -77,7 +69,7 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
     if nothing.any():
         raise ValueError(
             f"{int(nothing.sum())} of {len(nothing)} cells have nothing measured, neither RNA nor ATAC: "
-            f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened)}"
+            f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened, setup)}"
         )
     return measured
 
@@ -167,13 +159,13 @@ def _as_counted(opened: Opened, key: str | None, counted: Masks) -> Measured:
     return Measured(counted, inferred=True, notes=tuple(notes))
 
 
-def _how_to_drop(opened: Opened) -> str:
+def _how_to_drop(opened: Opened, setup: Setup) -> str:
     if opened.name == "mdata":
         sums = " + ".join(
             f"pd.Series(np.ravel({counts.where}.sum(1)), {counts.owner}.obs_names).reindex(mdata.obs_names).fillna(0)"
             for counts in opened.counts.values()
         )
         return f"mdata = mdata[({sums}).to_numpy() > 0].copy()"
-    columns = "" if not opened.ignored else f"[:, adata.var[{opened.type_key!r}].isin({list(opened.kept_types)!r})]"
+    columns = f"[:, adata.var[{setup.feature_type_key!r}].isin({setup.kept_types()!r})]" if opened.ignored else ""
     where = next(counts.where for counts in opened.counts.values())
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"

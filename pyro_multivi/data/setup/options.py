@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyro_multivi.data.modality import ATAC, RNA, Modality
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 
 #: Where it is kept: ``data.uns["pyro_multivi"]["setup"]``, a JSON string, which h5ad and h5mu carry as it is.
 UNS_KEY = "pyro_multivi"
@@ -66,8 +66,7 @@ class Setup:
 
     def layer_of(self, modality: Modality) -> str | None:
         """Layer of a modality's counts, None for ``.X``."""
-        layer: str | None = getattr(self, f"{modality.key}_layer")
-        return layer
+        return getattr(self, f"{modality.key}_layer")
 
     def layer_argument(self, modality: Modality) -> str:
         """Argument that names that layer."""
@@ -75,13 +74,15 @@ class Setup:
 
     def types_of(self, modality: Modality) -> tuple[str, ...]:
         """Feature types that belong to a modality."""
-        types: tuple[str, ...] = getattr(self, f"{modality.feature}_types")
-        return types
+        return getattr(self, f"{modality.feature}_types")
+
+    def kept_types(self) -> list[str]:
+        """Feature types that belong to any modality."""
+        return [kind for modality in MODALITIES for kind in self.types_of(modality)]
 
     def mudata_name(self, modality: Modality) -> str | None:
         """Name of a modality in a MuData."""
-        name: str | None = getattr(self, f"{modality.key}_modality")
-        return name
+        return getattr(self, f"{modality.key}_modality")
 
     def columns(self) -> list[tuple[str, str]]:
         """Every column of obs that is used, after the argument that names it."""
@@ -94,15 +95,12 @@ class Setup:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
-        values = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Setup:
         """The inverse of :meth:`to_dict`."""
-        read: dict[str, Any] = {}
-        for key, value in values.items():
-            read[key] = tuple(value) if isinstance(value, list) else value
+        read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in values.items()}
         return cls(**read)
 
     def to_json(self) -> str:

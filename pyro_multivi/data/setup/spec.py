@@ -135,10 +135,8 @@ class DataSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        read: dict[str, Any] = {}
-        for entry in fields(cls):
-            value = values[entry.name]
-            read[entry.name] = tuple(value) if isinstance(value, list) else value
+        given = {entry.name: values[entry.name] for entry in fields(cls)}
+        read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in given.items()}
         read["setup"] = Setup.from_dict(values["setup"])
         for name in ("categorical", "extra"):
             read[name] = {key: tuple(known) for key, known in read[name].items()}
@@ -172,19 +170,9 @@ class DataSpec:
         return code
 
     def batch_codes(self, argument: str, batches: Any) -> tuple[int, ...] | None:
-        """Codes of one batch or several, by name or position; None stays None.
+        """Codes of a batch or a list of them, each as in :meth:`batch_code`; None stays None.
 
-        Parameters
-        ----------
-        argument
-            Name of the argument, for messages.
-        batches
-            A name, a position, or a list of these.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a batch is not known, or is neither a name nor a position.
+        Errors name ``argument``.
         """
         if batches is None:
             return None
@@ -226,7 +214,9 @@ class DataSpec:
             If some but not all features of a modality are missing, values are no counts, a column is
             missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = open_data(data, self.setup).only(modelled(self))
+        opened = open_data(data, self.setup)
+        for modality in opened.counts.keys() - modelled(self):
+            del opened.counts[modality]
         content = latest.checksum(opened, self.setup)
         found = latest.find(data, content)
         if found is not None and found.spec == self:
@@ -327,7 +317,7 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     features: dict[str, Any] = {f"{modality.feature}_names": names.get(modality, ()) for modality in MODALITIES}
     spec = DataSpec(
         setup=setup,
-        batch_categories=_categories(opened, "batch_key", setup.batch_key) or (SINGLE_BATCH,),
+        batch_categories=categories(opened, "batch_key", setup.batch_key) or (SINGLE_BATCH,),
         categorical={
             key: categories(opened, "categorical_covariate_keys", key) for key in setup.categorical_covariate_keys
         },
@@ -335,7 +325,7 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
         continuous_mean=tuple(float(values.mean()) for values in columns),
         # A constant column becomes 0 rather than 0 / 0, or rounding error over rounding error.
         continuous_sd=tuple(float(values.std()) if np.ptp(values) > 0 else 1.0 for values in columns),
-        label_categories=_categories(opened, "labels_key", setup.labels_key),
+        label_categories=categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
         extra={name: opened.extra[name].feature_names() for name in setup.extra},
         **features,
@@ -343,10 +333,6 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     table = spec._table(opened, counts, measured)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)
-
-
-def _categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
-    return () if key is None else categories(opened, argument, key)
 
 
 def _counted(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
