@@ -140,10 +140,8 @@ class ProgramConfig:
         check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        check_at_least("n_latent", self.latent, 1)
-        check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
-        check_at_least("n_layers_decoder", self.n_layers_decoder, 1)
-        check_at_least("n_batch", self.n_batch, 1)
+        for name in ("n_latent", "n_layers_encoder", "n_layers_decoder", "n_batch"):
+            check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
         if self.dispersion == "gene-label" and self.n_labels < 1:

@@ -105,12 +105,8 @@ class LatentMixin(ModelBase):
 
         Parameters
         ----------
-        adata
-            Other cells; default: those of training.
-        indices
-            Positions, names or a mask of cells.
-        batch_size
-            Cells at a time.
+        adata, indices, batch_size
+            As in :meth:`get_latent_representation`.
 
         Returns
         -------
@@ -288,18 +284,12 @@ class LatentMixin(ModelBase):
 
         Parameters
         ----------
-        adata, indices
-            Cells; default: all of training.
+        adata, indices, return_mean, batch_size, seed
+            As in :meth:`get_elbo`.
         n_mc_samples
             Draws per cell.
-        return_mean
-            The mean over cells; otherwise one number per cell.
-        batch_size
-            Cells at a time.
         return_se
             Also return the Monte Carlo standard error.
-        seed
-            Seed of the draws.
 
         Returns
         -------

@@ -167,13 +167,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
-        ax.plot(
-            part["nominal"],
-            part["covered"],
-            **_look(place),
-            markersize=4,
-            label=f"{setting}, {counts}",
-        )
+        ax.plot(part["nominal"], part["covered"], **_look(place), markersize=4, label=f"{setting}, {counts}")
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
     ax.legend(frameon=False)
     return labelled(ax, "probability of the interval", "share of counts inside", xlim=(0, 1), ylim=(0, 1))
