@@ -64,10 +64,9 @@ class ProgramConfig:
         other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
         :mod:`pyro_multivi.networks.alignment`.
     contrast_weight
-        Weight of the term by which the experts of a paired cell must find each other among those of the other
-        paired cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves
-        of a cell are matched less closely, but types of cells are purer and measurement patterns mix better in
-        shallow data.
+        Weight of the term by which the experts of a paired cell must find each other among those of the other paired
+        cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves of a cell
+        are matched less closely, but types of cells are purer and measurement patterns mix better in shallow data.
         Default: 2.5 with ``modality_penalty="contrastive"``, 0 with any other.
     mixing_weight
         Weight, in nats, of a penalty for measurement patterns whose posterior means lie apart: the squared maximum

@@ -123,13 +123,12 @@ class ChecksMixin(ModelBase):
         adata, indices, n_samples, batch_size, seed
             As in :meth:`posterior_predictive_sample`.
         statistics
-            None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``,
-            ``"cv"``, ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions,
-            ``"expression_depth"``, ``"detected_genes"``, ``"accessible_regions"`` of cells); or a
-            mapping ``{"name": f}`` of statistics of your own beside all built-in ones. ``f`` is given
-            a csr matrix (cells, genes + regions), genes first, accessibility as 0 or 1, rows empty
-            where a modality was not measured, observed and replicated alike, and returns a number or a
-            flat array.
+            None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``, ``"cv"``,
+            ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions, ``"expression_depth"``, ``"detected_genes"``,
+            ``"accessible_regions"`` of cells); or a mapping ``{"name": f}`` of statistics of your own beside all
+            built-in ones. ``f`` is given a csr matrix (cells, genes + regions), genes first, accessibility as 0 or 1,
+            rows empty where a modality was not measured, observed and replicated alike, and returns a number or a flat
+            array.
         held_out
             Check cells that the model was not trained on: its validation cells (among ``indices``).
             Otherwise all of ``indices``.
@@ -138,8 +137,7 @@ class ChecksMixin(ModelBase):
         gene_list, region_list
             Features to check; default: all.
         hide_modalities
-            Also hide each modality of the paired cells in turn, predict it from the other and score
-            the prediction.
+            Also hide each modality of the paired cells in turn, predict it from the other and score the prediction.
         hidden_depth
             Sequencing depth, l or d, of a hidden modality, which the other predicts only roughly. ``"observed"``:
             it is inferred from the hidden counts, which serve for nothing else. ``"predicted"``: it is predicted

@@ -213,8 +213,7 @@ class LatentMixin(ModelBase):
     ) -> dict[str, float] | dict[str, NDArray[np.float64]]:
         """Minus the expected log-likelihood of the counts of each modality, in nats per measured cell.
 
-        Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter
-        as 0).
+        Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter as 0).
 
         Parameters
         ----------
@@ -277,10 +276,9 @@ class LatentMixin(ModelBase):
     ) -> MarginalLL:
         r"""Log marginal likelihood log p(x, y | s) in nats per cell, by importance sampling.
 
-        The posterior is the proposal for z and the library size; their joint density with the
-        counts, divided by the proposal's, is averaged before the logarithm is taken. The cell factor
-        d of accessibility is not integrated out but held at f_l(y), as everywhere in this model;
-        the density of its uniform prior there is 1.
+        The posterior is the proposal for z and the library size; their joint density with the counts, divided by the
+        proposal's, is averaged before the logarithm is taken. The cell factor d of accessibility is not integrated out
+        but held at f_l(y), as everywhere in this model; the density of its uniform prior there is 1.
 
         Parameters
         ----------

@@ -25,8 +25,7 @@ def observed_against_replicated(
     Parameters
     ----------
     table
-        ``genes``, ``regions`` or ``cells`` of a
-        :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+        ``genes``, ``regions`` or ``cells`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     statistic
         Name of the statistic.
     ax
@@ -34,8 +33,7 @@ def observed_against_replicated(
     level
         Probability of the table's intervals; points outside are orange triangles.
     log
-        Logarithmic axes, linear next to zero; default: where positive values span
-        more than a factor of 30.
+        Logarithmic axes, linear next to zero; default: where positive values span more than a factor of 30.
 
     Raises
     ------
