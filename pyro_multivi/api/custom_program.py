@@ -60,14 +60,8 @@ def import_path(program_class: type[MultiVIProgram]) -> str:
 def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> type[MultiVIProgram]:
     """Class of a saved program. Only a class that the user names is imported, whatever the file says.
 
-    Parameters
-    ----------
-    given
-        The class, or its import path ``"module:name"``.
-    wanted
-        Import path in the saved model.
-    where
-        The saved model, for messages.
+    The user gives the class or its import path, ``"module:name"``; ``wanted`` is the import path in the saved model,
+    and messages begin with ``where``.
 
     Raises
     ------
