@@ -64,10 +64,9 @@ class ProgramConfig:
         other among the other cells; ``"MMD"``; or ``"None"``, for which ``None`` is accepted too. See
         :mod:`pyro_multivi.networks.alignment`.
     contrast_weight
-        Weight of the term by which the experts of a paired cell must find each other among those of the other
-        paired cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves
-        of a cell are matched less closely, but types of cells are purer and measurement patterns mix better in
-        shallow data.
+        Weight of the term by which the experts of a paired cell must find each other among those of the other paired
+        cells of a minibatch, :func:`~pyro_multivi.networks.alignment.contrast`. With less of it the halves of a cell
+        are matched less closely, but types of cells are purer and measurement patterns mix better in shallow data.
         Default: 2.5 with ``modality_penalty="contrastive"``, 0 with any other.
     mixing_weight
         Weight, in nats, of a penalty for measurement patterns whose posterior means lie apart: the squared maximum
@@ -140,10 +139,8 @@ class ProgramConfig:
         check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        check_at_least("n_latent", self.latent, 1)
-        check_at_least("n_layers_encoder", self.n_layers_encoder, 1)
-        check_at_least("n_layers_decoder", self.n_layers_decoder, 1)
-        check_at_least("n_batch", self.n_batch, 1)
+        for name in ("n_latent", "n_layers_encoder", "n_layers_decoder", "n_batch"):
+            check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
         if self.dispersion == "gene-label" and self.n_labels < 1:

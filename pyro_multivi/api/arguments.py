@@ -61,28 +61,12 @@ class AccessibilityOptions(_Options, total=False):
     normalize_regions: bool
 
 
-def select_features(
-    argument: str, wanted: FeatureList, names: Sequence[str], what: str, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """Positions of the features meant by a list of names, positions or a mask.
+def choose_features(
+    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
-    Parameters
-    ----------
-    argument
-        Name of the argument, for messages.
-    wanted
-        Names, positions (negative ones count from the end), a boolean mask, one name, or None for all.
-    names
-        Names of all features of the modality.
-    what
-        ``"gene"`` or ``"region"``, for messages.
-    device
-        Device of the positions.
-
-    Returns
-    -------
-    Tensor
-        int64, in the order given; None for all.
+    One name stands for a list of one; None stands for all features, and for their positions.
 
     Raises
     ------
@@ -91,11 +75,14 @@ def select_features(
 
     Examples
     --------
-    >>> select_features("gene_list", ["CD4", "ACTB"], ["ACTB", "CD3E", "CD4"], "gene")
-    tensor([2, 0])
+    >>> from types import SimpleNamespace
+    >>> spec = SimpleNamespace(gene_names=("ACTB", "CD3E", "CD4"))
+    >>> choose_features(spec, RNA, ["CD4", "ACTB"], torch.device("cpu"))
+    (tensor([2, 0]), ('CD4', 'ACTB'))
     """
+    argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
     if wanted is None:
-        return None
+        return None, names
     chosen = np.atleast_1d(np.asarray(wanted))
     if chosen.ndim != 1:
         raise ValueError(f"{argument} has {chosen.ndim} dimensions: give a flat list of {what} names.")
@@ -122,16 +109,7 @@ def select_features(
     if (count > 1).any():
         twice = first_names(names[number] for number in found[count > 1])
         raise ValueError(f"{argument} holds {twice} more than once: give each {what} once.")
-    return torch.from_numpy(places.astype(np.int64)).to(device)
-
-
-def choose_features(
-    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Positions of the chosen features of a modality, None for all, and their names."""
-    names = modality.feature_names_in(spec)
-    places = select_features(modality.list_argument, wanted, names, modality.feature, device)
-    return places, names if places is None else tuple(names[place] for place in places.tolist())
+    return torch.from_numpy(places.astype(np.int64)).to(device), tuple(names[place] for place in places.tolist())
 
 
 def average_over(

@@ -149,10 +149,9 @@ class ModelBase:
             the model is fitted. It keeps features of which the data say little near their mean over all
             cells, and matters less the more cells there are. None: no prior.
         average_steps
-            The model has the average of the weights after so many of the latest steps (of the last tenth of them
-            while that is less), which fits and holds still better than the latest weights; validation cells are
-            scored with it. From the 100th step on it takes the memory of one more copy of the weights. None: the
-            latest weights.
+            The model has the average of the weights after so many of the latest steps (of the last tenth of them while
+            that is less), which fits and holds still better than the latest weights; validation cells are scored with
+            it. From the 100th step on it takes the memory of one more copy of the weights. None: the latest weights.
         adversarial_mixing
             True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what
             it can tell (:class:`~pyro_multivi.training.adversary.Adversary`). None is False. The classifier belongs to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.api.arguments import Data, FeatureList, Indices, select_features
+from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import number_of_draws
 from pyro_multivi.data.loader import Minibatches
@@ -92,7 +92,7 @@ class ChecksMixin(ModelBase):
         (3, (80, 2), (80, 50))
         """
         n_samples = number_of_draws(n_samples, None)
-        features = self._features(gene_list, region_list)
+        features, _ = self._features(gene_list, region_list)
         wanted = {site: features[modality_at(site)] for site in self._sites(sites)}
         return sample_replicates(self.program, self._cells(adata, indices, batch_size), wanted, n_samples, seed)
 
@@ -120,20 +120,15 @@ class ChecksMixin(ModelBase):
 
         Parameters
         ----------
-        adata
-            Other cells; default: those of training.
-        indices
-            Positions, names or a mask of cells.
+        adata, indices, n_samples, batch_size, seed
+            As in :meth:`posterior_predictive_sample`.
         statistics
-            None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``,
-            ``"cv"``, ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions,
-            ``"expression_depth"``, ``"detected_genes"``, ``"accessible_regions"`` of cells); or a
-            mapping ``{"name": f}`` of statistics of your own beside all built-in ones. ``f`` is given
-            a csr matrix (cells, genes + regions), genes first, accessibility as 0 or 1, rows empty
-            where a modality was not measured, observed and replicated alike, and returns a number or a
-            flat array.
-        n_samples
-            Number of replicates.
+            None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``, ``"cv"``,
+            ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions, ``"expression_depth"``, ``"detected_genes"``,
+            ``"accessible_regions"`` of cells); or a mapping ``{"name": f}`` of statistics of your own beside all
+            built-in ones. ``f`` is given a csr matrix (cells, genes + regions), genes first, accessibility as 0 or 1,
+            rows empty where a modality was not measured, observed and replicated alike, and returns a number or a flat
+            array.
         held_out
             Check cells that the model was not trained on: its validation cells (among ``indices``).
             Otherwise all of ``indices``.
@@ -142,18 +137,13 @@ class ChecksMixin(ModelBase):
         gene_list, region_list
             Features to check; default: all.
         hide_modalities
-            Also hide each modality of the paired cells in turn, predict it from the other and score
-            the prediction.
+            Also hide each modality of the paired cells in turn, predict it from the other and score the prediction.
         hidden_depth
             Sequencing depth, l or d, of a hidden modality, which the other predicts only roughly. ``"observed"``:
             it is inferred from the hidden counts, which serve for nothing else. ``"predicted"``: it is predicted
             from the other modality, as where a modality was not measured. ``"prior"``: it follows its prior.
         level
             Probability of the intervals of replicates.
-        batch_size
-            Cells at a time.
-        seed
-            Seed of the draws.
 
         Returns
         -------
@@ -191,10 +181,10 @@ class ChecksMixin(ModelBase):
         >>> check.genes.columns.tolist()
         ['statistic', 'gene', 'observed', 'replicated', 'lower', 'upper', 'p_value']
         """
-        features = self._features(gene_list, region_list)
+        features, names = self._features(gene_list, region_list)
         request = CheckRequest(
             features=features,
-            feature_names=self._names(features),
+            feature_names=names,
             statistics=statistics,
             n_samples=n_samples,
             level=level,
@@ -247,10 +237,10 @@ class ChecksMixin(ModelBase):
             If draws, cells and features together would take more than 4.3 GB.
         """
         n_samples = number_of_draws(n_samples, None)
-        features = self._features(gene_list, region_list)
+        features, chosen = self._features(gene_list, region_list)
+        positions = {modality.counts: places for modality, places in features.items()}
+        names = {modality.counts: found for modality, found in chosen.items()}
         cells = self._cells(adata, indices, batch_size)
-        positions = {modality.counts: chosen for modality, chosen in features.items()}
-        names = {modality.counts: chosen for modality, chosen in self._names(features).items()}
         return inference_data(self.program, cells, positions, names, cells.cell_names, n_samples, seed)
 
     # ------------------------------------------------------------------ shared by the methods
@@ -264,23 +254,17 @@ class ChecksMixin(ModelBase):
             raise ValueError(f"sites={sites!r} is not allowed: choose from {', '.join(map(repr, known))}.")
         return tuple(dict.fromkeys(wanted))
 
-    def _features(self, gene_list: FeatureList, region_list: FeatureList) -> dict[Modality, Tensor | None]:
-        """Positions of the chosen features of each modality of the model; None for all."""
-        found = {}
+    def _features(
+        self, gene_list: FeatureList, region_list: FeatureList
+    ) -> tuple[dict[Modality, Tensor | None], dict[Modality, tuple[str, ...]]]:
+        """Positions of the chosen features of each modality of the model, None for all, and their names."""
+        positions, names = {}, {}
         for modality, wanted in ((RNA, gene_list), (ATAC, region_list)):
-            argument, names = modality.list_argument, modality.feature_names_in(self.spec)
             if wanted is not None:
-                self._check_modality(argument, modality.name)
-            found[modality] = select_features(argument, wanted, names, modality.feature, self.device)
-        return {modality: found[modality] for modality in modelled(self.program.config)}
-
-    def _names(self, features: Mapping[Modality, Tensor | None]) -> dict[Modality, tuple[str, ...]]:
-        """Names of chosen features."""
-        found = {}
-        for modality, chosen in features.items():
-            names = modality.feature_names_in(self.spec)
-            found[modality] = names if chosen is None else tuple(names[place] for place in chosen.tolist())
-        return found
+                self._check_modality(modality.list_argument, modality.name)
+            if modality in modelled(self.spec):
+                positions[modality], names[modality] = choose_features(self.spec, modality, wanted, self.device)
+        return positions, names
 
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
         """Those of the cells that the model was not trained on."""

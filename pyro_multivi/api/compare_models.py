@@ -27,9 +27,8 @@ def compare_models(
     """Compare models by the log-likelihood of the same held-out cells.
 
     The marginal likelihood of each cell, log p(x, y | s), is estimated by importance sampling, as in
-    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`, with the cell factor of accessibility at the guide's
-    value. Cells differ far more than models do, so the error that counts is that of the differences between
-    models within cells.
+    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`, with the cell factor of accessibility at the guide's value. Cells
+    differ far more than models do, so the error that counts is that of the differences between models within cells.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from pyro_multivi.config import ProgramConfig
@@ -38,10 +39,11 @@ def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], *
     return config_class(**choices, **options)
 
 
-def check_program(program_class: object) -> None:
-    """Refuse anything but a class of programs."""
+def check_program(program_class: object) -> type[MultiVIProgram]:
+    """The same class; anything but a class of programs is refused."""
     if not (isinstance(program_class, type) and issubclass(program_class, MultiVIProgram)):
         raise TypeError(f"program_class must be a subclass of MultiVIProgram, got {program_class!r}.")
+    return program_class
 
 
 def import_path(program_class: type[MultiVIProgram]) -> str:
@@ -58,14 +60,8 @@ def import_path(program_class: type[MultiVIProgram]) -> str:
 def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> type[MultiVIProgram]:
     """Class of a saved program. Only a class that the user names is imported, whatever the file says.
 
-    Parameters
-    ----------
-    given
-        The class, or its import path ``"module:name"``.
-    wanted
-        Import path in the saved model.
-    where
-        The saved model, for messages.
+    The user gives the class or its import path, ``"module:name"``; ``wanted`` is the import path in the saved model,
+    and messages begin with ``where``.
 
     Raises
     ------
@@ -81,19 +77,14 @@ def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> 
             f"program_class={wanted.rpartition('.')[2].rpartition(':')[2]}, or let it be imported: "
             f"program_class={wanted!r}."
         )
-    if not isinstance(given, str):
-        check_program(given)
-        return given
-    module, _, name = given.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"program_class={given!r} cannot be imported ({error}). Give the class itself, or put its module where "
-            "Python finds it."
-        ) from error
-    check_program(found)
-    program: type[MultiVIProgram] = found
-    return program
+    found: Any = given
+    if isinstance(given, str):
+        module, _, name = given.partition(":")
+        try:
+            found = attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"program_class={given!r} cannot be imported ({error}). Give the class itself, or put its module where "
+                "Python finds it."
+            ) from error
+    return check_program(found)

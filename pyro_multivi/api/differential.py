@@ -80,10 +80,9 @@ class DifferentialMixin(ModelBase):
         all_stats
             Also give statistics of the raw counts.
         batch_correction
-            Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs
-            share it. The state z of a cell is inferred in its own batch. Default batches: all that
-            hold cells of either group, also those where a group has no cell, which extrapolates if
-            the groups share few batches.
+            Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs share it. The state
+            z of a cell is inferred in its own batch. Default batches: all that hold cells of either group, also those
+            where a group has no cell, which extrapolates if the groups share few batches.
         batchid1, batchid2
             Names or positions of the batches to decode group 1 and 2 in, with ``batch_correction``.
             One of them stands for both. If they differ, the change holds their difference too.
@@ -156,8 +155,7 @@ class DifferentialMixin(ModelBase):
         Raises
         ------
         ValueError
-            If the model has no genes, groups are unknown, empty or overlap, or an argument is
-            misspelt or out of range.
+            If the model has no genes, groups are unknown, empty or overlap, or an argument is misspelt or out of range.
 
         Notes
         -----
@@ -169,32 +167,28 @@ class DifferentialMixin(ModelBase):
         - Each mean is multiplied by the ratio of the counts of the group's measured cells (its
           pseudobulk) to those that the model expects, each cell in its own batch, with half a count
           added to both. The cells of a group that were not measured share in it.
-        - The error of a mean is the spread of its n cells and of the posterior of each (variance of
-          a draw / n) plus the error of its mean count. That counts the sampling of cells twice, and
-          errs on the safe side.
-        - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt
-          from all genes (adaptive shrinkage, ash), so that the probabilities hold also for the genes
-          picked as largest. Where a few genes take a larger share of the counts, all others have a
-          smaller one: of log-fold changes the centre of the prior is learnt too. If it is further
-          from 0 than ``delta``, the others have changed, and are called.
+        - The error of a mean is the spread of its n cells and of the posterior of each (variance of a draw / n) plus
+          the error of its mean count. That counts the sampling of cells twice, and errs on the safe side.
+        - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt from all genes
+          (adaptive shrinkage, ash), so that the probabilities hold also for the genes picked as largest. Where a few
+          genes take a larger share of the counts, all others have a smaller one: of log-fold changes the centre of the
+          prior is learnt too. If it is further from 0 than ``delta``, the others have changed, and are called.
 
         ``calibrated=False`` compares the means of the model with an error of variance of a draw / n
         and without a prior. In simulation that calls far too much.
 
-        **Cells** (``unit="cell"``, as in scvi-tools). The probability is that of random pairs of
-        cells, with neither the error of the decoder nor a prior: with few cells, ``is_de_fdr``
-        understates the false discoveries.
+        **Cells** (``unit="cell"``, as in scvi-tools). The probability is that of random pairs of cells, with neither
+        the error of the decoder nor a prior: with few cells, ``is_de_fdr`` understates the false discoveries.
 
         **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
         groups, each with its share of the cells. In a single comparison against the rest, the rest
         is drawn as one group, with other draws.
 
-        **Donors and replicates.** The probability accounts for the posterior of each cell and for
-        the sampling of cells, within the donors at hand. It does *not* account for how donors
-        differ: cells of one donor are no replicates, and a difference between three patients and
-        three controls may be that of two donors. Compare within each donor and look for agreement,
-        as below, or sum the counts of each donor and group (pseudobulk) and test these with a
-        method for bulk counts.
+        **Donors and replicates.** The probability accounts for the posterior of each cell and for the sampling of
+        cells, within the donors at hand. It does *not* account for how donors differ: cells of one donor are no
+        replicates, and a difference between three patients and three controls may be that of two donors. Compare within
+        each donor and look for agreement, as below, or sum the counts of each donor and group (pseudobulk) and test
+        these with a method for bulk counts.
 
         References
         ----------
@@ -266,8 +260,7 @@ class DifferentialMixin(ModelBase):
     ) -> pd.DataFrame:
         """Regions whose accessibility p differs between two groups of cells.
 
-        Every change and sign is **group 1 over group 2** (``effect_size`` of scvi-tools is the
-        opposite).
+        Every change and sign is **group 1 over group 2** (``effect_size`` of scvi-tools is the opposite).
 
         Parameters
         ----------
@@ -276,10 +269,9 @@ class DifferentialMixin(ModelBase):
         n_samples_overall, use_permutation, m_permutation, weights, seed
             As in :meth:`differential_expression`.
         delta
-            Least change that counts, on the scale of ``change_fn`` and ``probability``. Default: 0.05,
-            five percentage points, for ``"difference"``; 0.25 and 0.5 in log2 units for
-            ``"log-fold"`` and ``"log-odds"``. None estimates it, as in
-            :meth:`differential_expression`, but at least 0.02 for ``"difference"``.
+            Least change that counts, on the scale of ``change_fn`` and ``probability``. Default: 0.05, five percentage
+            points, for ``"difference"``; 0.25 and 0.5 in log2 units for ``"log-fold"`` and ``"log-odds"``. None
+            estimates it, as in :meth:`differential_expression`, but at least 0.02 for ``"difference"``.
         two_sided
             False counts only regions that are more open in group 1.
         pseudocounts, threshold_counts
@@ -327,12 +319,11 @@ class DifferentialMixin(ModelBase):
         -----
         The notes of :meth:`differential_expression` apply: calibration, shrinkage, donors.
 
-        Counts determine the product p d r, and hardly how it splits: a region that is found in few
-        cells may be open in few or be hard to see. In simulation the p of one region is off by a
-        factor of 1.7 in either direction, for all cells alike. That cancels in a ratio, but decides
-        whether a difference of p exceeds ``delta``. Probabilities of detection are determined by the
-        data. As d and r are at most 1, a region whose detection differs by ``delta`` differs by no
-        less in p.
+        Counts determine the product p d r, and hardly how it splits: a region that is found in few cells may be open in
+        few or be hard to see. In simulation the p of one region is off by a factor of 1.7 in either direction, for all
+        cells alike. That cancels in a ratio, but decides whether a difference of p exceeds ``delta``. Probabilities of
+        detection are determined by the data. As d and r are at most 1, a region whose detection differs by ``delta``
+        differs by no less in p.
 
         Examples
         --------

@@ -105,12 +105,8 @@ class LatentMixin(ModelBase):
 
         Parameters
         ----------
-        adata
-            Other cells; default: those of training.
-        indices
-            Positions, names or a mask of cells.
-        batch_size
-            Cells at a time.
+        adata, indices, batch_size
+            As in :meth:`get_latent_representation`.
 
         Returns
         -------
@@ -217,8 +213,7 @@ class LatentMixin(ModelBase):
     ) -> dict[str, float] | dict[str, NDArray[np.float64]]:
         """Minus the expected log-likelihood of the counts of each modality, in nats per measured cell.
 
-        Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter
-        as 0).
+        Cells in which a modality was not measured do not enter its mean (in scvi-tools they enter as 0).
 
         Parameters
         ----------
@@ -281,25 +276,18 @@ class LatentMixin(ModelBase):
     ) -> MarginalLL:
         r"""Log marginal likelihood log p(x, y | s) in nats per cell, by importance sampling.
 
-        The posterior is the proposal for z and the library size; their joint density with the
-        counts, divided by the proposal's, is averaged before the logarithm is taken. The cell factor
-        d of accessibility is not integrated out but held at f_l(y), as everywhere in this model;
-        the density of its uniform prior there is 1.
+        The posterior is the proposal for z and the library size; their joint density with the counts, divided by the
+        proposal's, is averaged before the logarithm is taken. The cell factor d of accessibility is not integrated out
+        but held at f_l(y), as everywhere in this model; the density of its uniform prior there is 1.
 
         Parameters
         ----------
-        adata, indices
-            Cells; default: all of training.
+        adata, indices, return_mean, batch_size, seed
+            As in :meth:`get_elbo`.
         n_mc_samples
             Draws per cell.
-        return_mean
-            The mean over cells; otherwise one number per cell.
-        batch_size
-            Cells at a time.
         return_se
             Also return the Monte Carlo standard error.
-        seed
-            Seed of the draws.
 
         Returns
         -------

@@ -13,6 +13,7 @@ from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
@@ -82,6 +83,8 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
     ) -> None:
+        # First, while the arguments are the only local names.
+        choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
         spec = DataSpec.of(adata)
         for modality, given in zip(MODALITIES, (n_genes, n_regions), strict=True):
             name, found = f"n_{modality.features}", modality.n_features_in(spec)
@@ -100,34 +103,16 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
                 "library='size_factor' needs size factors in the data: give size_factor_key to setup_anndata or "
                 "setup_mudata, or choose 'latent' or 'observed'."
             )
-        config = configure(
-            program_class,
-            program_options or {},
+        choices.update(
             n_genes=spec.n_genes,
             n_regions=spec.n_regions,
             n_batch=spec.n_batch,
             n_labels=spec.n_labels,
             n_covariates=spec.design_width,
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers_encoder=n_layers_encoder,
-            n_layers_decoder=n_layers_decoder,
-            dropout_rate=dropout_rate,
-            gene_likelihood=gene_likelihood,
-            dispersion=dispersion,
-            latent_distribution=latent_distribution,
-            modality_weights=modality_weights,
-            modality_penalty=modality_penalty,
-            contrast_weight=contrast_weight,
-            mixing_weight=mixing_weight,
-            region_factors=region_factors,
-            encode_covariates=encode_covariates,
-            deeply_inject_covariates=deeply_inject_covariates,
-            use_batch_norm=use_batch_norm,
-            use_layer_norm=use_layer_norm,
             library="size_factor" if given_size else library,
             extra={name: len(features) for name, features in spec.extra.items()},
         )
+        config = configure(program_class, program_options or {}, **choices)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             program = program_class(config)

@@ -87,12 +87,7 @@ def write_model(
         torch.save(tensors, beside / WEIGHTS)
         for name, write in (extra_files or {}).items():
             write(beside / name)
-        text = {
-            "format": FORMAT,
-            "version": __version__,
-            "weights_sha256": _checksum(beside / WEIGHTS),
-            **description,
-        }
+        text = {"format": FORMAT, "version": __version__, "weights_sha256": _checksum(beside / WEIGHTS), **description}
         (beside / DESCRIPTION).write_text(json.dumps(text), encoding="utf-8")
         beside.chmod(0o755)
         if target.exists():
@@ -107,18 +102,7 @@ def write_model(
 
 
 def read_model(folder: str | os.PathLike[str], needed: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify a model folder.
-
-    Parameters
-    ----------
-    folder
-        Folder of the model.
-    needed
-        Entries that the description must hold.
-
-    Returns
-    -------
-    state, description
+    """State and description of a model folder, verified; the description must hold all entries that are ``needed``.
 
     Raises
     ------

@@ -25,8 +25,7 @@ def observed_against_replicated(
     Parameters
     ----------
     table
-        ``genes``, ``regions`` or ``cells`` of a
-        :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
+        ``genes``, ``regions`` or ``cells`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     statistic
         Name of the statistic.
     ax
@@ -34,8 +33,7 @@ def observed_against_replicated(
     level
         Probability of the table's intervals; points outside are orange triangles.
     log
-        Logarithmic axes, linear next to zero; default: where positive values span
-        more than a factor of 30.
+        Logarithmic axes, linear next to zero; default: where positive values span more than a factor of 30.
 
     Raises
     ------
@@ -167,13 +165,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
-        ax.plot(
-            part["nominal"],
-            part["covered"],
-            **_look(place),
-            markersize=4,
-            label=f"{setting}, {counts}",
-        )
+        ax.plot(part["nominal"], part["covered"], **_look(place), markersize=4, label=f"{setting}, {counts}")
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
     ax.legend(frameon=False)
     return labelled(ax, "probability of the interval", "share of counts inside", xlim=(0, 1), ylim=(0, 1))

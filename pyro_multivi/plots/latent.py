@@ -89,11 +89,7 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
     for place, name in enumerate(found):
         values = history[name][name].dropna()
         ax.plot(
-            values.index + 1,
-            values,
-            color=PALETTE[place],
-            linestyle=("-", "--")[place],
-            label=name.rsplit("_", 1)[1],
+            values.index + 1, values, color=PALETTE[place], linestyle=("-", "--")[place], label=name.rsplit("_", 1)[1]
         )
     ax.legend(frameon=False)
     label = "minus ELBO" if quantity == "elbo" else quantity.replace("_", " ")

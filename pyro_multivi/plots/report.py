@@ -6,10 +6,9 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -41,19 +40,8 @@ p.help { max-width: 52em; }
 """
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
-
-    Attributes
-    ----------
-    title
-        Heading.
-    help
-        One sentence on how to read it.
-    panels
-        Functions that draw into an argument ``ax``, side by side.
-    """
+class Picture(NamedTuple):
+    """A picture of the page: heading, a sentence on how to read it, functions that draw side by side into ``ax``."""
 
     title: str
     help: str
@@ -138,7 +126,7 @@ def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> s
 
 
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
-    """Pictures of the tables that a check has."""
+    """Pictures of the tables that a check has, and of training."""
     found: list[Picture] = []
     for things in (*_FEATURES, "cells"):
         table, title = getattr(check, things), things.capitalize()
@@ -162,47 +150,43 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
                     [partial(plots.p_value_histogram, table, name) for name in names],
                 )
             )
-    if len(check.histogram):
-        found.append(
-            Picture(
-                "Counts of genes: rootogram",
-                "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends "
-                "above it is a count rarer in the data than in the model, one that reaches below is more frequent.",
-                [partial(plots.rootogram, check.histogram, start=start) for start in (0, 2)],
-            )
-        )
-    if len(check.reliability):
-        found.append(
-            Picture(
-                "Is predicted accessibility reliable?",
-                "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the "
-                "black line are right, points below it too confident that regions are open. Hidden accessibility was "
-                "predicted from RNA.",
-                [partial(plots.calibration_curve, check.reliability)],
-            )
-        )
-    if len(check.coverage):
-        found.append(
-            Picture(
-                "Are intervals of expression wide enough?",
-                "A curve below the line means intervals that are too narrow, above it too wide; where most counts are "
-                "0 any model is right, so look at counts expected to be at least 1.",
-                [partial(plots.coverage_curve, check.coverage)],
-            )
-        )
-    if len(check.imputed):
-        found.append(
-            Picture(
-                "Predicted from the other modality, against measured",
-                "On the line the mean of a feature is right; the colour (yellow is good) shows whether the prediction "
-                "is also high in the right cells.",
-                [
-                    partial(plots.imputed_against_measured, check.imputed, modality)
-                    for modality in pd.unique(check.imputed["modality"])
-                ],
-            )
-        )
-    return [*found, _about_training(model, labels)]
+    latent = np.asarray(model.get_latent_representation())
+    kinds = None if labels is None else model.adata.obs[labels].astype(str).to_numpy()
+    hidden = pd.unique(check.imputed["modality"]) if len(check.imputed) else ()
+    found += [
+        Picture(
+            "Counts of genes: rootogram",
+            "Blue bars hang from the orange curve of the model and should end on the zero line: one that ends "
+            "above it is a count rarer in the data than in the model, one that reaches below is more frequent.",
+            [partial(plots.rootogram, check.histogram, start=start) for start in (0, 2) if len(check.histogram)],
+        ),
+        Picture(
+            "Is predicted accessibility reliable?",
+            "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the "
+            "black line are right, points below it too confident that regions are open. Hidden accessibility was "
+            "predicted from RNA.",
+            [partial(plots.calibration_curve, check.reliability)] if len(check.reliability) else [],
+        ),
+        Picture(
+            "Are intervals of expression wide enough?",
+            "A curve below the line means intervals that are too narrow, above it too wide; where most counts are "
+            "0 any model is right, so look at counts expected to be at least 1.",
+            [partial(plots.coverage_curve, check.coverage)] if len(check.coverage) else [],
+        ),
+        Picture(
+            "Predicted from the other modality, against measured",
+            "On the line the mean of a feature is right; the colour (yellow is good) shows whether the prediction "
+            "is also high in the right cells.",
+            [partial(plots.imputed_against_measured, check.imputed, modality) for modality in hidden],
+        ),
+        Picture(
+            "Training and latent space",
+            "Curves that still fall mean that training was too short, a validation curve that rises that it was too "
+            "long; the right picture shows all cells in the two widest directions of the latent space.",
+            [partial(plots.training_history, model.history, "elbo"), partial(plots.latent_scatter, latent, kinds)],
+        ),
+    ]
+    return [picture for picture in found if picture.panels]
 
 
 def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
@@ -215,18 +199,6 @@ def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     rank = {name: place for place, name in enumerate(pd.unique(table["statistic"]))}
     chosen = chosen.sort_values("statistic", key=lambda names: names.map(rank), kind="stable")
     return chosen[["statistic", feature, "observed", "replicated", "lower", "upper", "p_value"]]
-
-
-def _about_training(model: MULTIVI, labels: str | None) -> Picture:
-    latent = np.asarray(model.get_latent_representation())
-    names = None if labels is None else model.adata.obs[labels].astype(str).to_numpy()
-
-    return Picture(
-        "Training and latent space",
-        "Curves that still fall mean that training was too short, a validation curve that rises that it was too long; "
-        "the right picture shows all cells in the two widest directions of the latent space.",
-        [partial(plots.training_history, model.history, "elbo"), partial(plots.latent_scatter, latent, names)],
-    )
 
 
 def _png(picture: Picture) -> str:

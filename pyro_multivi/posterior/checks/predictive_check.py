@@ -25,6 +25,7 @@ from pyro_multivi.posterior.engine.replicates import (
     counts_of,
     masked_replicates,
     observed_matrix,
+    paired,
     replicate,
 )
 from pyro_multivi.program import MultiVIProgram
@@ -40,20 +41,7 @@ def predictive_check(
     cell_names: Sequence[str],
     groupings: Sequence[stats.Grouping],
 ) -> PredictiveCheck:
-    """Compare replicated with measured counts.
-
-    Parameters
-    ----------
-    program
-        Model and guide.
-    minibatches
-        The n cells, in order.
-    request
-        Arguments of the check.
-    cell_names
-        Names of the cells.
-    groupings
-        Groups of the cells to compute statistics in, besides all cells together.
+    """Compare replicated with measured counts of some cells, all together and within each of their groups.
 
     Raises
     ------
@@ -124,13 +112,12 @@ class _Check:
 
     def predict_hidden(self) -> None:
         """Hide each modality of the paired cells in turn, predict it from the other, and add scores."""
-        request, table, index = self.request, self.minibatches.table, self.minibatches.index
-        paired = index[torch.stack([modality.measured_in(table)[index] for modality in request.features]).all(0)]
-        if len(request.features) < 2 or not len(paired):
+        request, every = self.request, self.minibatches
+        with_both = paired(every)
+        if len(request.features) < 2 or not len(with_both):
             self.notes.append("no modality was hidden and predicted: none of these cells has both")
             return
-        batch_size, device = self.minibatches.batch_size, self.minibatches.device
-        paired_cells = Minibatches(table, paired, batch_size=batch_size, device=device)
+        paired_cells = Minibatches(every.table, with_both, batch_size=every.batch_size, device=every.device)
         for modality, features in request.features.items():
             names, site = list(request.feature_names[modality]), modality.counts
             scorer = Scorer(modality, len(names))
@@ -193,7 +180,7 @@ class _Check:
         """Add statistics of measured cells, their mean and deviation in each group, and the histogram of counts."""
         level = self.request.level
         data, model = (
-            {name: values[:, measured_n] for name, values in self._chosen_statistics(sums.cells.totals).items()}
+            {name: values[:, measured_n] for name, values in self._chosen_statistics(sums.cells).items()}
             for sums in (observed, replicated)
         )
         names = [name for name, measured in zip(self.cell_names, measured_n, strict=True) if measured]
@@ -207,7 +194,7 @@ class _Check:
                 totals = stats.over_cells(data, rows), stats.over_cells(model, rows)
                 self._add({"totals": stats.compare_all(*totals, {"by": grouping.by, "group": group}, level)})
         if observed.histogram is not None and replicated.histogram is not None:
-            frequency = stats.compare(observed.histogram.frequency[0], replicated.histogram.frequency, level)
+            frequency = stats.compare(observed.histogram[0], replicated.histogram, level)
             self._add({"histogram": pd.DataFrame({"count": np.arange(stats.LARGEST_COUNT + 2), **frequency})})
 
     def _chosen_statistics(self, statistics: Mapping[str, stats.Array]) -> dict[str, stats.Array]:

@@ -85,14 +85,7 @@ class CheckRequest:
 
 
 class UserStatistic:
-    """A statistic ``f(counts) -> array`` of the user's.
-
-    Parameters
-    ----------
-    name
-        For messages.
-    function
-        Maps a csr matrix (cells, genes + regions) to a number or a flat array.
+    """A statistic of the user's: a function of a csr matrix (cells, genes + regions) to a number or a flat array.
 
     Raises
     ------
@@ -134,18 +127,7 @@ class UserStatistic:
 def batches_and_groups(
     spec: DataSpec, batch_n: NDArray[np.int64], obs: pd.DataFrame, groupby: str | None
 ) -> list[Grouping]:
-    """Groupings of some cells by batch, if there are several, and by a column of obs.
-
-    Parameters
-    ----------
-    spec
-        Set-up of the data.
-    batch_n
-        Batch of each cell.
-    obs
-        Description of the same cells.
-    groupby
-        Column of ``obs``; None for batches alone.
+    """Groupings of cells by batch, if there are several, and by a column of their ``obs``, if one is named.
 
     Raises
     ------

@@ -82,11 +82,7 @@ class Coverage:
         self._n = dict.fromkeys(COUNTS, 0)
 
     def add(
-        self,
-        below: NDArray[np.float64],
-        equal: NDArray[np.float64],
-        n_samples: int,
-        expected: NDArray[np.float64],
+        self, below: NDArray[np.float64], equal: NDArray[np.float64], n_samples: int, expected: NDArray[np.float64]
     ) -> None:
         """Add numbers of replicates below and equal to measured counts, and expected counts, (B, G) each."""
         start, end = below / (n_samples + 1), (below + equal + 1) / (n_samples + 1)
@@ -149,13 +145,7 @@ class Imputation:
 class Scorer:
     """Scores of one modality over many minibatches, each with all of its draws.
 
-    Parameters
-    ----------
-    modality
-        Modality of the counts: where it only holds open or closed the probabilities are scored, otherwise
-        the intervals.
-    n_features
-        F.
+    Where only open or closed is modelled the probabilities are scored, otherwise the intervals.
     """
 
     def __init__(self, modality: Modality, n_features: int) -> None:

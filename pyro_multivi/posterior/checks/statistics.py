@@ -47,23 +47,14 @@ def cell_statistics(modality: Modality) -> tuple[str, ...]:
 
 
 class FeatureSums:
-    """Sums over the cells of each group from which the statistics of features follow.
-
-    Parameters
-    ----------
-    modality
-        Modality of the counts.
-    n_groups, n_samples, n_features
-        Sizes.
-    """
+    """Sums over the cells of each group, (groups, S, F), from which the statistics of features follow."""
 
     def __init__(self, modality: Modality, n_groups: int, n_samples: int, n_features: int) -> None:
         self._binary = modality.binary
         self.n_cells = np.zeros(n_groups)
-        shape = (n_groups, n_samples, n_features)
         # The sum of values of 0 or 1 determines the others.
         names = ("sum",) if self._binary else ("sum", "squares", "positive")
-        self._sums = {name: np.zeros(shape) for name in names}
+        self._sums = {name: np.zeros((n_groups, n_samples, n_features)) for name in names}
 
     @staticmethod
     def bytes_needed(modality: Modality, n_groups: int, n_samples: int, n_features: int) -> float:
@@ -72,10 +63,9 @@ class FeatureSums:
 
     def add(self, group_b: NDArray[np.int64], draws: slice, values: Tensor) -> None:
         """Add some draws (S, B, F) of measured cells, with the group of each."""
-        n_groups = len(self.n_cells)
         if draws.start == 0:
-            self.n_cells += np.bincount(group_b, minlength=n_groups)
-        member = torch.zeros(n_groups, len(group_b), dtype=torch.float64)
+            self.n_cells += np.bincount(group_b, minlength=len(self.n_cells))
+        member = torch.zeros(len(self.n_cells), len(group_b), dtype=torch.float64)
         member[torch.from_numpy(group_b), torch.arange(len(group_b))] = 1.0
         values = values.double()
         parts = {"sum": values}
@@ -102,54 +92,20 @@ class FeatureSums:
             }
 
 
-class CellTotals:
-    """Depth and number of detected features of each cell, (S, n) by statistic."""
-
-    def __init__(self, modality: Modality, n_samples: int, n_cells: int) -> None:
-        self._binary = modality.binary
-        self.totals = {name: np.zeros((n_samples, n_cells)) for name in cell_statistics(modality)}
-
-    def add(self, rows: NDArray[np.int64], draws: slice, values: Tensor) -> None:
-        """Add some draws (S, B, F) of the cells at ``rows``."""
-        found = [values.double().sum(-1)]
-        if not self._binary:
-            found.append((values > 0).sum(-1).double())
-        for total, value in zip(self.totals.values(), found, strict=True):
-            total[draws, rows] = value.numpy()
-
-
-class CountHistogram:
-    """Number of counts that are 0, 1, ... in all measured cells and features, (S, LARGEST_COUNT + 2)."""
-
-    def __init__(self, n_samples: int) -> None:
-        self.frequency = np.zeros((n_samples, LARGEST_COUNT + 2))
-
-    def add(self, draws: slice, values: Tensor) -> None:
-        """Add some draws, (S, B, F)."""
-        capped = values.clamp(max=LARGEST_COUNT + 1).long()
-        for number, counts in zip(range(draws.start, draws.stop), capped, strict=True):
-            self.frequency[number] += torch.bincount(counts.reshape(-1), minlength=LARGEST_COUNT + 2).numpy()
-
-
 class CountSums:
-    """All sums over the observed or the replicated counts of one modality.
+    """All sums over the replicated counts of one modality, or the observed ones, which are a single sample.
 
-    Parameters
-    ----------
-    modality
-        Modality of the counts.
-    groupings
-        Groups of all n cells to compute statistics of features in.
-    n_samples, n_features
-        Sizes; observed counts are a single sample.
+    Those of features are taken within the groups of each of ``groupings`` of all n cells.
     """
 
     def __init__(self, modality: Modality, groupings: Sequence[Grouping], n_samples: int, n_features: int) -> None:
         self._code_n = [grouping.code_n for grouping in groupings]
         #: Sums of features, for each grouping.
         self.features = [FeatureSums(modality, len(by.names), n_samples, n_features) for by in groupings]
-        self.cells = CellTotals(modality, n_samples, len(self._code_n[0]))
-        self.histogram = None if modality.binary else CountHistogram(n_samples)
+        #: Statistics of cells by name, (n_samples, n).
+        self.cells = {name: np.zeros((n_samples, len(self._code_n[0]))) for name in cell_statistics(modality)}
+        #: Number of counts that are 0, 1, ... in all measured cells and features, (n_samples, LARGEST_COUNT + 2).
+        self.histogram = None if modality.binary else np.zeros((n_samples, LARGEST_COUNT + 2))
 
     def add(self, rows: NDArray[np.int64], draws: slice, values: Tensor) -> None:
         """Add some draws (S, B, F) of the measured cells at ``rows``."""
@@ -159,9 +115,14 @@ class CountSums:
             grouped = code >= 0
             part = values if grouped.all() else values[:, torch.from_numpy(grouped)]
             sums.add(code[grouped], draws, part)
-        self.cells.add(rows, draws, values)
+        totals = [values.double().sum(-1)]
         if self.histogram is not None:
-            self.histogram.add(draws, values)
+            totals.append((values > 0).sum(-1).double())
+            capped = values.clamp(max=LARGEST_COUNT + 1).long()
+            for number, counts in zip(range(draws.start, draws.stop), capped, strict=True):
+                self.histogram[number] += torch.bincount(counts.reshape(-1), minlength=LARGEST_COUNT + 2).numpy()
+        for by_cell, total in zip(self.cells.values(), totals, strict=True):
+            by_cell[draws, rows] = total.numpy()
 
 
 def compare(observed: Array, replicated: Array, level: float) -> dict[str, Array]:
@@ -190,23 +151,19 @@ def compare(observed: Array, replicated: Array, level: float) -> dict[str, Array
     (0.625, 2.5)
     """
     defined = np.isfinite(replicated)
-    n_defined = defined.sum(0)
+    n_defined, some, whole = defined.sum(0), defined.any(0), defined.all(0)
     above = (replicated > observed).sum(0) + 0.5 * (replicated == observed).sum(0)
-    usable = (n_defined > 0) & np.isfinite(observed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_value = np.where(usable, above / n_defined, np.nan)
+        p_value = np.where(some & np.isfinite(observed), above / n_defined, np.nan)
         mean = np.where(defined, replicated, 0.0).sum(0) / n_defined
-    lower, upper = np.full(len(observed), np.nan), np.full(len(observed), np.nan)
-    some = n_defined > 0
-    if some.any():
-        ends = [(1 - level) / 2, (1 + level) / 2]
-        whole = defined.all(0)
-        lower[whole], upper[whole] = np.quantile(replicated[:, whole], ends, axis=0)
-        partly = some & ~whole
-        if partly.any():
-            lower[partly], upper[partly] = np.nanquantile(
-                np.where(defined, replicated, np.nan)[:, partly], ends, axis=0
-            )
+    ends = np.full((2, len(observed)), np.nan)
+    for quantile, values, columns in (
+        (np.quantile, replicated, whole),
+        (np.nanquantile, np.where(defined, replicated, np.nan), some & ~whole),
+    ):
+        if columns.any():
+            ends[:, columns] = quantile(values[:, columns], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    lower, upper = ends
     return {"observed": observed, "replicated": mean, "lower": lower, "upper": upper, "p_value": p_value}
 
 
@@ -222,10 +179,10 @@ def compare_all(
     labels
         Further columns, each a scalar or one value per feature.
     """
-    frames = []
-    for name, values in replicated.items():
-        found = compare(np.asarray(observed[name]).reshape(-1), values, level)
-        frames.append(pd.DataFrame({"statistic": name, **labels, **found}))
+    frames = [
+        pd.DataFrame({"statistic": name, **labels, **compare(np.asarray(observed[name]).reshape(-1), values, level)})
+        for name, values in replicated.items()
+    ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
