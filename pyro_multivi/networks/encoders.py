@@ -49,8 +49,6 @@ class SharedFirstLayer(nn.Module):
 
     Parameters
     ----------
-    n_features, n_hidden
-        Widths.
     n_covariates
         Length of s given to the encoder; 0 hides s from it.
     **options
@@ -129,8 +127,6 @@ class LibraryHead(nn.Module):
 
     Parameters
     ----------
-    n_hidden
-        Width.
     n_out
         Number of arguments; the first starts at the log depth, the others at ``start``.
     start

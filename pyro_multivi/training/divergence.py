@@ -46,12 +46,8 @@ class DivergenceMonitor:
 
     Parameters
     ----------
-    program
-        Model and guide being trained.
     optimizer
         A fused optimiser of torch, which heeds ``found_inf``.
-    train
-        Source of the minibatches.
     check_gradients
         Also check gradients: without weights to go back to, no step may be taken along a bad one.
     check_every
@@ -108,13 +104,7 @@ class DivergenceMonitor:
             self._flag(self._found_inf, ~torch.isfinite(loss.detach()))
 
     def check_gradients(self) -> None:
-        """Check the gradients of the latest minibatch, before the optimiser applies them.
-
-        Raises
-        ------
-        TrainingDiverged
-            As in :meth:`check_loss`.
-        """
+        """Check the gradients of the latest minibatch as :meth:`check_loss`, before the optimiser applies them."""
         norms = [
             parameter.new_zeros(()) if parameter.grad is None else torch.linalg.vector_norm(parameter.grad)
             for parameter in self._parameters.values()

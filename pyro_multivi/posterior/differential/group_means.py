@@ -66,10 +66,6 @@ def statistics_of_posterior(
     ----------
     posterior
         Function that gives the posterior of the change of a block of features.
-    n_features
-        Number of features F.
-    specification
-        Changes that count, and the statistics to report.
     n_draws
         Draws where there have to be some.
     rng

@@ -63,10 +63,6 @@ def impute(
 
     Parameters
     ----------
-    program
-        Model and guide.
-    cells
-        The cells.
     quantities
         Expression and accessibility, of all features.
     average
