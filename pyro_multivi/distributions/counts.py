@@ -133,7 +133,7 @@ class NegativeBinomialCounts(_Counts):
     Parameters
     ----------
     rho, library
-        As in :class:`PoissonCounts`, which raises the same errors.
+        As in :class:`~pyro_multivi.distributions.PoissonCounts`, which raises the same errors.
     theta
         Inverse dispersion, shape (G,) or (..., G), positive. Large means close to Poisson.
 
@@ -171,7 +171,7 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
     Parameters
     ----------
     rho, library, theta
-        As in :class:`NegativeBinomialCounts`, which raises the same errors.
+        As in :class:`~pyro_multivi.distributions.NegativeBinomialCounts`, which raises the same errors.
     gate_logits
         Logit of the dropout probability pi, shape (..., G): a :class:`Readout` with link
         "identity", or dense.
