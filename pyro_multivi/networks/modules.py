@@ -75,8 +75,9 @@ class ProgramModules(nn.Module):
             }
 
         encoder = options("encoder", config.n_covariates if config.encode_covariates else 0)
-        encoder["dropout_rate"] = config.dropout_rate
-        decoder = {"inject_everywhere": everywhere, **options("decoder", config.n_covariates)}
+        encoder |= {"dropout_rate": config.dropout_rate}
+        decoder = options("decoder", config.n_covariates)
+        decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
 
         def encoder_of(n_features: int) -> tuple[SharedFirstLayer, NormalHead]:
             first_layer = SharedFirstLayer(n_features, hidden, **encoder)
@@ -90,8 +91,6 @@ class ProgramModules(nn.Module):
             self.expression_decoder = ExpressionDecoder(
                 latent,
                 config.n_genes,
-                hidden,
-                config.n_layers_decoder,
                 simplex=config.library != "size_factor",
                 zero_inflation=config.gene_likelihood == "zinb",
                 cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
@@ -103,9 +102,7 @@ class ProgramModules(nn.Module):
         if config.n_regions:
             self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions)
             self.cell_factor_head = LibraryHead(hidden, 1)
-            self.accessibility_decoder = AccessibilityDecoder(
-                latent, config.n_regions, hidden, config.n_layers_decoder, **decoder
-            )
+            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **decoder)
             if config.region_factors:
                 self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":

@@ -51,8 +51,6 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
 
     Parameters
     ----------
-    program
-        A trained program.
     train, held_out
         Cells that it was and was not trained on; only those of both modalities are used.
     """

@@ -52,8 +52,6 @@ def fit_mixture(program: MultiVIProgram, train: Minibatches, held_out: Minibatch
 
     Parameters
     ----------
-    program
-        A trained program.
     train, held_out
         Cells that it was and was not trained on. The former make the populations, pairs among the latter are predicted.
     """

@@ -65,10 +65,6 @@ def blocks(
 
     Parameters
     ----------
-    decoded
-        Decoded draws of a minibatch.
-    quantity, average
-        The quantity, and what it is averaged over.
     start
         Position of the minibatch's first cell among all cells of the result.
     rows

@@ -65,8 +65,6 @@ def impute(
     ----------
     quantities
         Expression and accessibility, of all features.
-    average
-        What the estimates are averaged over.
     spec
         Names of features, and whether a MuData is wanted.
     obs
