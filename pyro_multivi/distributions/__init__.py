@@ -2,11 +2,7 @@
 
 from pyro_multivi.distributions.accessibility import ScaledBernoulli
 from pyro_multivi.distributions.base import measured_only
-from pyro_multivi.distributions.counts import (
-    NegativeBinomialCounts,
-    PoissonCounts,
-    ZeroInflatedNegativeBinomialCounts,
-)
+from pyro_multivi.distributions.counts import NegativeBinomialCounts, PoissonCounts, ZeroInflatedNegativeBinomialCounts
 from pyro_multivi.distributions.kernels.readout import Readout
 
 __all__ = [

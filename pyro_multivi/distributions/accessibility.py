@@ -58,11 +58,7 @@ class ScaledBernoulli(CellDistribution):
     }
 
     def __init__(
-        self,
-        p: Tensor,
-        cell_factor: Tensor,
-        region_factor: Tensor | None = None,
-        validate_args: bool | None = None,
+        self, p: Tensor, cell_factor: Tensor, region_factor: Tensor | None = None, validate_args: bool | None = None
     ) -> None:
         super().__init__({"p": p, "cell_factor": cell_factor, "region_factor": region_factor}, validate_args)
 

@@ -54,10 +54,7 @@ class _Counts(CellDistribution):
     library: Tensor
 
     cell_parameters = ("library",)
-    links: ClassVar[dict[str, tuple[Link, ...]]] = {
-        "rho": ("softmax", "softplus"),
-        "gate_logits": ("identity",),
-    }
+    links: ClassVar[dict[str, tuple[Link, ...]]] = {"rho": ("softmax", "softplus"), "gate_logits": ("identity",)}
     support = constraints.independent(constraints.nonnegative_integer, 1)
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "rho": nonnegative_vector,
@@ -135,19 +132,10 @@ class NegativeBinomialCounts(_Counts):
 
     Parameters
     ----------
-    rho
-        Share of each gene, shape (..., G): a :class:`Readout` with link "softmax" or
-        "softplus", or dense and nonnegative.
-    library
-        Size factor of each cell, shape (...).
+    rho, library
+        As in :class:`~pyro_multivi.distributions.PoissonCounts`, which raises the same errors.
     theta
         Inverse dispersion, shape (G,) or (..., G), positive. Large means close to Poisson.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not broadcast, a readout has another link, or (with validation on) a value
-        is out of bounds.
 
     Examples
     --------
@@ -159,10 +147,7 @@ class NegativeBinomialCounts(_Counts):
     theta: Tensor
 
     feature_parameters = ("rho", "theta")
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        **_Counts.arg_constraints,
-        "theta": positive_vector,
-    }
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {**_Counts.arg_constraints, "theta": positive_vector}
 
     def __init__(self, rho: Tensor, library: Tensor, theta: Tensor, validate_args: bool | None = None) -> None:
         super().__init__({"rho": rho, "library": library, "theta": theta}, validate_args)
@@ -185,22 +170,11 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
 
     Parameters
     ----------
-    rho
-        Share of each gene, shape (..., G): a :class:`Readout` with link "softmax" or
-        "softplus", or dense and nonnegative.
-    library
-        Size factor of each cell, shape (...).
-    theta
-        Inverse dispersion, shape (G,) or (..., G), positive.
+    rho, library, theta
+        As in :class:`~pyro_multivi.distributions.NegativeBinomialCounts`, which raises the same errors.
     gate_logits
         Logit of the dropout probability pi, shape (..., G): a :class:`Readout` with link
         "identity", or dense.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not broadcast, a readout has another link, or (with validation on) a value
-        is out of bounds.
 
     Examples
     --------
@@ -221,12 +195,7 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
     }
 
     def __init__(
-        self,
-        rho: Tensor,
-        library: Tensor,
-        theta: Tensor,
-        gate_logits: Tensor,
-        validate_args: bool | None = None,
+        self, rho: Tensor, library: Tensor, theta: Tensor, gate_logits: Tensor, validate_args: bool | None = None
     ) -> None:
         super().__init__({"rho": rho, "library": library, "theta": theta, "gate_logits": gate_logits}, validate_args)
 

@@ -7,7 +7,7 @@ block by block, prediction evaluates only the requested features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,14 @@ class ExpressionDecoder(nn.Module):
 
     Parameters
     ----------
-    n_latent, n_genes, n_hidden, n_layers, n_covariates
+    n_latent, n_genes, n_hidden, n_layers
         Widths.
     simplex
         Whether rho sums to one within a cell (softmax) or is only non-negative (softplus).
     zero_inflation, cell_dispersion
         Whether these arguments are decoded as well.
+    **options
+        Other arguments of :class:`~pyro_multivi.networks.layers.CovariateStack`.
     """
 
     def __init__(
@@ -55,25 +57,13 @@ class ExpressionDecoder(nn.Module):
         n_hidden: int,
         n_layers: int,
         *,
-        n_covariates: int,
-        inject_everywhere: bool,
-        batch_norm: bool,
-        layer_norm: bool,
         simplex: bool,
         zero_inflation: bool,
         cell_dispersion: bool,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.stack = CovariateStack(
-            n_latent,
-            n_hidden,
-            n_layers,
-            n_covariates=n_covariates,
-            inject_everywhere=inject_everywhere,
-            batch_norm=batch_norm,
-            layer_norm=layer_norm,
-            activation=nn.ReLU,
-        )
+        self.stack = CovariateStack(n_latent, n_hidden, n_layers, activation=nn.ReLU, **options)
         self.link: Link = "softmax" if simplex else "softplus"
         self.rho = nn.Linear(self.stack.n_out, n_genes)
         self.pi = nn.Linear(self.stack.n_out, n_genes) if zero_inflation else None
@@ -95,31 +85,14 @@ class ExpressionDecoder(nn.Module):
 
 
 class AccessibilityDecoder(nn.Module):
-    """Decoder of accessibility, g_z: probability that a region is accessible, before cell and region factors."""
+    """Decoder of accessibility, g_z: probability that a region is accessible, before cell and region factors.
 
-    def __init__(
-        self,
-        n_latent: int,
-        n_regions: int,
-        n_hidden: int,
-        n_layers: int,
-        *,
-        n_covariates: int,
-        inject_everywhere: bool,
-        batch_norm: bool,
-        layer_norm: bool,
-    ) -> None:
+    Arguments as those of :class:`ExpressionDecoder`.
+    """
+
+    def __init__(self, n_latent: int, n_regions: int, n_hidden: int, n_layers: int, **options: Any) -> None:
         super().__init__()
-        self.stack = CovariateStack(
-            n_latent,
-            n_hidden,
-            n_layers,
-            n_covariates=n_covariates,
-            inject_everywhere=inject_everywhere,
-            batch_norm=batch_norm,
-            layer_norm=layer_norm,
-            activation=nn.LeakyReLU,
-        )
+        self.stack = CovariateStack(n_latent, n_hidden, n_layers, activation=nn.LeakyReLU, **options)
         self.p = nn.Linear(self.stack.n_out, n_regions)
         self.gemm_dtype: torch.dtype | None = None
 

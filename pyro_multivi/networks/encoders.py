@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,32 +49,17 @@ class SharedFirstLayer(nn.Module):
 
     Parameters
     ----------
-    n_features, n_hidden
-        Widths.
     n_covariates
         Length of s given to the encoder; 0 hides s from it.
+    **options
+        Other arguments of :class:`~pyro_multivi.networks.layers.NormActivate`.
     """
 
-    def __init__(
-        self,
-        n_features: int,
-        n_hidden: int,
-        *,
-        n_covariates: int,
-        batch_norm: bool,
-        layer_norm: bool,
-        dropout_rate: float,
-    ) -> None:
+    def __init__(self, n_features: int, n_hidden: int, *, n_covariates: int, **options: Any) -> None:
         super().__init__()
         self.counts = CountsLinear(n_features, n_hidden)
         self.covariates = nn.Linear(n_covariates, n_hidden, bias=False) if n_covariates else None
-        self.after = NormActivate(
-            n_hidden,
-            batch_norm=batch_norm,
-            layer_norm=layer_norm,
-            activation=nn.LeakyReLU(),
-            dropout_rate=dropout_rate,
-        )
+        self.after = NormActivate(n_hidden, activation=nn.LeakyReLU(), **options)
 
     def forward(
         self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor, rows: Tensor | None = None
@@ -117,28 +102,12 @@ class NormalHead(nn.Module):
     """Expert of one modality: a diagonal Normal over the latent state, from the encoder's hidden state."""
 
     def __init__(
-        self,
-        n_hidden: int,
-        n_latent: int,
-        n_layers: int,
-        *,
-        n_covariates: int,
-        inject_everywhere: bool,
-        batch_norm: bool,
-        layer_norm: bool,
-        dropout_rate: float,
+        self, n_hidden: int, n_latent: int, n_layers: int, *, n_covariates: int, inject_everywhere: bool, **options: Any
     ) -> None:
         super().__init__()
+        injected = n_covariates if inject_everywhere else 0
         self.stack = CovariateStack(
-            n_hidden,
-            n_hidden,
-            n_layers,
-            n_covariates=n_covariates if inject_everywhere else 0,
-            inject_everywhere=inject_everywhere,
-            batch_norm=batch_norm,
-            layer_norm=layer_norm,
-            activation=nn.LeakyReLU,
-            dropout_rate=dropout_rate,
+            n_hidden, n_hidden, n_layers, n_covariates=injected, inject_everywhere=inject_everywhere, **options
         )
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
@@ -158,8 +127,6 @@ class LibraryHead(nn.Module):
 
     Parameters
     ----------
-    n_hidden
-        Width.
     n_out
         Number of arguments; the first starts at the log depth, the others at ``start``.
     start

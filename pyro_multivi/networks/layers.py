@@ -106,20 +106,12 @@ class CovariateStack(nn.Module):
     ) -> None:
         super().__init__()
         self.n_out = n_hidden if n_layers else n_in
-        self.linear = nn.ModuleList()
-        self.after = nn.ModuleList()
+        self.linear, self.after = nn.ModuleList(), nn.ModuleList()
+        norms: Any = {"batch_norm": batch_norm, "layer_norm": layer_norm, "dropout_rate": dropout_rate}
         for layer in range(n_layers):
             injected = n_covariates if layer == 0 or inject_everywhere else 0
             self.linear.append(nn.Linear((n_in if layer == 0 else n_hidden) + injected, n_hidden))
-            self.after.append(
-                NormActivate(
-                    n_hidden,
-                    batch_norm=batch_norm,
-                    layer_norm=layer_norm,
-                    activation=activation(),
-                    dropout_rate=dropout_rate,
-                )
-            )
+            self.after.append(NormActivate(n_hidden, activation=activation(), **norms))
 
     def forward(self, hidden: Tensor, s: Tensor) -> Tensor:
         """Map ``hidden`` (..., n_in) and ``s`` (B, n_covariates) to (..., n_hidden)."""

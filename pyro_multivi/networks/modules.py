@@ -59,47 +59,33 @@ class ProgramModules(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
-    rna_mixture_weight: Tensor
-    atac_mixture_weight: Tensor
-    rna_population: Tensor
-    atac_population: Tensor
-    rna_depth_regression: Tensor
-    atac_depth_regression: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
         self.config = config
         # Param sites of two programs in one process must differ; see param_sites.py.
         self.uid = f"multivi{next(ProgramModules._uid)}"
-        encoder, decoder = _network_options(config)
-        hidden, latent = config.hidden, config.latent
-        in_encoder = config.n_covariates if config.encode_covariates else 0
+        hidden, latent, everywhere = config.hidden, config.latent, config.deeply_inject_covariates
 
-        def first_layer(n_features: int) -> SharedFirstLayer:
-            return SharedFirstLayer(
-                n_features, hidden, n_covariates=in_encoder, dropout_rate=config.dropout_rate, **encoder
-            )
+        def options(where: str, n_covariates: int) -> dict[str, Any]:
+            return {
+                "n_covariates": n_covariates,
+                "batch_norm": config.use_batch_norm in (where, "both"),
+                "layer_norm": config.use_layer_norm in (where, "both"),
+            }
 
-        def expert() -> NormalHead:
-            return NormalHead(
-                hidden,
-                latent,
-                config.n_layers_encoder - 1,
-                n_covariates=in_encoder,
-                inject_everywhere=config.deeply_inject_covariates,
-                dropout_rate=config.dropout_rate,
-                **encoder,
-            )
+        encoder = options("encoder", config.n_covariates if config.encode_covariates else 0)
+        encoder |= {"dropout_rate": config.dropout_rate}
+        decoder = options("decoder", config.n_covariates)
+        decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
 
-        shared: dict[str, Any] = {
-            "n_hidden": hidden,
-            "n_layers": config.n_layers_decoder,
-            "n_covariates": config.n_covariates,
-            "inject_everywhere": config.deeply_inject_covariates,
-            **decoder,
-        }
+        def encoder_of(n_features: int) -> tuple[SharedFirstLayer, NormalHead]:
+            first_layer = SharedFirstLayer(n_features, hidden, **encoder)
+            n_layers = config.n_layers_encoder - 1
+            return first_layer, NormalHead(hidden, latent, n_layers, inject_everywhere=everywhere, **encoder)
+
         if config.n_genes:
-            self.rna_first_layer, self.rna_expert = first_layer(config.n_genes), expert()
+            self.rna_first_layer, self.rna_expert = encoder_of(config.n_genes)
             # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
             self.library_head = LibraryHead(hidden, 2, start=-2.0)
             self.expression_decoder = ExpressionDecoder(
@@ -108,15 +94,15 @@ class ProgramModules(nn.Module):
                 simplex=config.library != "size_factor",
                 zero_inflation=config.gene_likelihood == "zinb",
                 cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
-                **shared,
+                **decoder,
             )
             sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
             if config.gene_likelihood != "poisson" and sets is not None:
                 self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
         if config.n_regions:
-            self.atac_first_layer, self.atac_expert = first_layer(config.n_regions), expert()
+            self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions)
             self.cell_factor_head = LibraryHead(hidden, 1)
-            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **shared)
+            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **decoder)
             if config.region_factors:
                 self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":
@@ -193,15 +179,3 @@ class ProgramModules(nn.Module):
                 self.region_logit.copy_(torch.logit(r))
                 wanted = (wanted / r).clamp(1e-7, 0.99)
             self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
-
-
-def _network_options(config: ProgramConfig) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Normalisation of encoders and of decoders."""
-
-    def options(where: str) -> dict[str, bool]:
-        return {
-            "batch_norm": config.use_batch_norm in (where, "both"),
-            "layer_norm": config.use_layer_norm in (where, "both"),
-        }
-
-    return options("encoder"), options("decoder")

@@ -105,8 +105,6 @@ class Adversary:
         ----------
         z
             Input of the decoders, (..., B, K).
-        cells
-            The minibatch.
         """
         origin = torch.searchsorted(self._origins, self._origin(cells)).expand(z.shape[:-1])
         fixed = {name: parameter.detach() for name, parameter in self.classifier.named_parameters()}

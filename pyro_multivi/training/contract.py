@@ -34,10 +34,6 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
 
     Parameters
     ----------
-    program
-        Model and guide.
-    cells
-        A minibatch.
     elbo
         Objective of training; None is ``TraceMeanField_ELBO``.
 

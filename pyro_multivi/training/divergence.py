@@ -18,7 +18,7 @@ from pyro_multivi.traces import random_sites
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.
 STEPS_BETWEEN_CHECKS = 100
-REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
+_REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
 # Gradients of more elements are not checked in every step.
 _WIDE = 1_000_000
 
@@ -46,12 +46,8 @@ class DivergenceMonitor:
 
     Parameters
     ----------
-    program
-        Model and guide being trained.
     optimizer
         A fused optimiser of torch, which heeds ``found_inf``.
-    train
-        Source of the minibatches.
     check_gradients
         Also check gradients: without weights to go back to, no step may be taken along a bad one.
     check_every
@@ -108,13 +104,7 @@ class DivergenceMonitor:
             self._flag(self._found_inf, ~torch.isfinite(loss.detach()))
 
     def check_gradients(self) -> None:
-        """Check the gradients of the latest minibatch, before the optimiser applies them.
-
-        Raises
-        ------
-        TrainingDiverged
-            As in :meth:`check_loss`.
-        """
+        """Check the gradients of the latest minibatch as :meth:`check_loss`, before the optimiser applies them."""
         norms = [
             parameter.new_zeros(()) if parameter.grad is None else torch.linalg.vector_norm(parameter.grad)
             for parameter in self._parameters.values()
@@ -164,10 +154,7 @@ class DivergenceMonitor:
     def _refuse_gradients(self, place: int, bad: list[bool]) -> None:
         for name, is_bad in zip(self._parameters, bad, strict=True):
             if is_bad:
-                raise TrainingDiverged(
-                    f"Training diverged in epoch {self._epoch + 1}, minibatch {place + 1}: the gradient of parameter "
-                    f"{name!r} is not finite. {REMEDY}"
-                )
+                raise _error(self._epoch, place, f"the gradient of parameter {name!r} is not finite")
 
     def _diagnosis(self, step: _Step) -> TrainingDiverged:
         return diagnose(self.program, self.train.cut(step.index.cpu()), self._epoch, step.place)
@@ -176,10 +163,9 @@ class DivergenceMonitor:
 @torch.no_grad()
 def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> TrainingDiverged:
     """Error that names the first parameter or site that is not finite, and the cells concerned."""
-    where = f"epoch {epoch + 1}, minibatch {place + 1}"
     for name, parameter in program.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            return TrainingDiverged(f"Training diverged in {where}: parameter {name!r} is not finite. {REMEDY}")
+            return _error(epoch, place, f"parameter {name!r} is not finite")
     with pyro.validation_enabled(False):
         guide_trace = poutine.trace(program.guide).get_trace(cells)
         model_trace = poutine.trace(poutine.replay(program.model, trace=guide_trace)).get_trace(cells)
@@ -189,17 +175,16 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
         for name, site in random_sites(trace).items():
             bad = _bad_cells(site["unscaled_log_prob"])
             if len(bad) and not is_of_cells(site):
-                return TrainingDiverged(
-                    f"Training diverged in {where}: site {name!r} of the {role}, which all cells share, is not "
-                    f"finite. {REMEDY}"
-                )
+                return _error(epoch, place, f"site {name!r} of the {role}, which all cells share, is not finite")
             if len(bad):
                 which = cells.index.cpu()[bad.cpu()].tolist()
-                return TrainingDiverged(
-                    f"Training diverged in {where}: site {name!r} of the {role} is not finite for {len(which)} "
-                    f"cells, the first at positions {which[:5]} of the data. {REMEDY}"
-                )
-    return TrainingDiverged(f"Training diverged in {where}: the loss is not finite. {REMEDY}")
+                found = f"not finite for {len(which)} cells, the first at positions {which[:5]} of the data"
+                return _error(epoch, place, f"site {name!r} of the {role} is {found}")
+    return _error(epoch, place, "the loss is not finite")
+
+
+def _error(epoch: int, place: int, found: str) -> TrainingDiverged:
+    return TrainingDiverged(f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: {found}. {_REMEDY}")
 
 
 def _bad_cells(log_prob: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import Terms, measure
+from pyro_multivi.traces import Terms, evaluation_mode, measure
 from pyro_multivi.training.adversary import Adversary
 from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
@@ -26,7 +26,7 @@ from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
 from pyro_multivi.training.history import History
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
-from pyro_multivi.training.options import Callback, FitOptions
+from pyro_multivi.training.options import FitOptions
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
 
 logger = logging.getLogger("pyro_multivi")
@@ -75,15 +75,7 @@ def fit(
     history = history if history is not None else History()
     first = history.n_epochs
     program.to(train.device)
-    optimizer = make_optimizer(
-        program,
-        len(train.index),
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        effect_sd=options.effect_sd,
-        eps=options.eps,
-        state=optimizer_state,
-    )
+    optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
     adversary = Adversary(program, train, options) if options.adversarial_mixing else None
     objective = NegativeELBO(program, options.elbo, adversary)
     stopping = EarlyStopping(
@@ -105,7 +97,10 @@ def fit(
         range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
     )
     loops = compiled_loops() if options.compile else nullcontext()
-    with _seeded(options.seed + first, train.device), loops, bar:
+    # Torch's global generators stay as they were.
+    forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
+    with forked, loops, bar:
+        torch.manual_seed(options.seed + first)
         program.use_precision(options.precision)
         try:
             for epoch in bar:
@@ -165,7 +160,9 @@ def fit(
                     # Until there is a score, the current weights are the best known.
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
-                    if _any_stops(options.callbacks, epoch, row, program):
+                    # Every callback is called, also after one that stops.
+                    answers = [callback(epoch, row, program) for callback in options.callbacks]
+                    if any(answers):
                         break
                     if stopping.exhausted:
                         logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
@@ -187,19 +184,13 @@ def fit(
     return history, state
 
 
-@torch.no_grad()
-def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALIDATION_SEED) -> Terms:
+def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
     """Terms of the ELBO over minibatches, in evaluation mode, with noise of its own."""
-    training = program.training
-    program.eval()
     terms = Terms()
-    device = next(program.parameters()).device
-    try:
-        with _seeded(seed, device), pyro.validation_enabled(False):
-            for minibatch in cells:
-                terms += measure(program, minibatch)
-    finally:
-        program.train(training)
+    with evaluation_mode(program):
+        torch.manual_seed(_VALIDATION_SEED)
+        for minibatch in cells:
+            terms += measure(program, minibatch)
     return terms
 
 
@@ -217,12 +208,6 @@ class _Snapshot:
         program.load_state_dict(self._state)
 
 
-def _any_stops(callbacks: Sequence[Callback], epoch: int, row: dict[str, float], program: MultiVIProgram) -> bool:
-    # Every callback is called, also after one that stops.
-    answers = [callback(epoch, row, program) for callback in callbacks]
-    return any(answers)
-
-
 def _named(terms: Terms, split: str) -> dict[str, float]:
     return {f"{name}_{split}": value for name, value in terms.per_cell().items()}
 
@@ -238,13 +223,4 @@ def _no_nan_warning() -> Iterator[None]:
     """Without Pyro's warning of a NaN loss: the loop raises an error that says more."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered (NaN|.*inf)", category=UserWarning)
-        yield
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw noise from ``seed`` and leave torch's global generators as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
         yield

@@ -81,8 +81,6 @@ class NegativeELBO(nn.Module):
 
     Parameters
     ----------
-    program
-        Model and guide.
     elbo
         A Pyro ELBO. Default: ``TraceMeanField_ELBO``, with KL terms in closed form. A guide that
         is not mean-field needs ``Trace_ELBO()``.

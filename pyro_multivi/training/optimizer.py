@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training.options import FitOptions
 
 
 def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
@@ -30,14 +31,7 @@ def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    program: MultiVIProgram,
-    n_train: int,
-    *,
-    lr: float,
-    weight_decay: float,
-    effect_sd: float | None,
-    eps: float,
-    state: dict[str, Any] | None = None,
+    program: MultiVIProgram, n_train: int, options: FitOptions, state: dict[str, Any] | None = None
 ) -> torch.optim.Optimizer:
     r"""Adam with a Normal prior on loadings.
 
@@ -47,24 +41,20 @@ def make_optimizer(
     the size of a gradient, so without it the loadings of a rare feature grow as fast as those of a common
     one, from noise.
 
+    Weight decay is of the other weight matrices. Biases, dispersions and region factors have none: it would pull them
+    away from the data's marginals.
+
     Parameters
     ----------
-    program
-        Model and guide to train.
     n_train
         Number N of training cells.
-    lr, eps
-        Learning rate of Adam, constant in its denominator.
-    weight_decay
-        Weight decay of the weight matrices other than loadings. Biases, dispersions and region factors have none: it
-        would pull them away from the data's marginals.
-    effect_sd
-        Standard deviation :math:`\sigma`, about how far cells differ in the logit of a feature before any data are
-        seen, whatever the width. None for a flat prior.
+    options
+        Options of training. ``effect_sd`` is :math:`\sigma`, about how far cells differ in the logit of a feature
+        before any data are seen, whatever the width; None for a flat prior.
     state
         Moments to go on from.
     """
-    last = loadings(program)
+    last, sd = loadings(program), options.effect_sd
     chosen = {id(parameter) for parameter in last.values()}
     weights: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -74,16 +64,16 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [
         {
             "params": [parameter for parameter in last.values() if parameter.requires_grad],
-            "weight_decay": 0.0 if effect_sd is None else program.config.hidden / (effect_sd**2 * max(n_train, 1)),
+            "weight_decay": 0.0 if sd is None else program.config.hidden / (sd**2 * max(n_train, 1)),
         },
-        {"params": weights, "weight_decay": weight_decay},
+        {"params": weights, "weight_decay": options.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.Adam(groups, lr=lr, eps=eps, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=options.lr, eps=options.eps, fused=True)
     if state is not None:
         # A copy: a run that diverges must not change the moments that the caller keeps.
         optimizer.load_state_dict(copy.deepcopy(state))
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
-            group.update(lr=lr, eps=eps, weight_decay=wanted["weight_decay"])
+            group.update(lr=options.lr, eps=options.eps, weight_decay=wanted["weight_decay"])
     return optimizer

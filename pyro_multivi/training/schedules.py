@@ -15,11 +15,6 @@ class AnnealLatents(Messenger):
 
     Wrapped around an ELBO it multiplies the KL terms by ``weight``, also of latents that an
     extension adds. ``weight`` may be 0.
-
-    Parameters
-    ----------
-    weight
-        Weight of the KL terms.
     """
 
     def __init__(self, weight: float) -> None:

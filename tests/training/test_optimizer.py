@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi.training import FitOptions
 from pyro_multivi.training.optimizer import loadings, make_optimizer
 
 CHOICES = {"lr": 1e-2, "weight_decay": 0.0, "effect_sd": 0.2, "eps": 1e-8}
@@ -19,7 +20,7 @@ def gradients(program, seed=0):
 
 def stepped(program, given, **choices):
     """Values of all parameters after two steps along the gradients given."""
-    optimizer = make_optimizer(program, 50, **{**CHOICES, **choices})
+    optimizer = make_optimizer(program, 50, FitOptions(**{**CHOICES, **choices}))
     for _ in range(2):
         for name, parameter in program.named_parameters():
             parameter.grad = given[name].clone()
@@ -70,7 +71,7 @@ def test_frozen_loadings_stay(make_program):
     for parameter in loadings(program).values():
         parameter.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in loadings(program).items()}
-    make_optimizer(program, 50, **CHOICES).step()
+    make_optimizer(program, 50, FitOptions(**CHOICES)).step()
     assert all(torch.equal(before[name], parameter) for name, parameter in loadings(program).items())
 
 

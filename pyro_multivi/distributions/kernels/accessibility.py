@@ -28,13 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_multivi.distributions.kernels.blocks import (
-    Block,
-    Entries,
-    block_width,
-    sum_of_logs,
-    sum_of_logs_of_products,
-)
+from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_width, sum_of_logs, sum_of_logs_of_products
 from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for

@@ -28,11 +28,7 @@ from pyro_multivi.distributions.kernels.readout import Readout
 
 
 def counts_log_prob(
-    rho: Readout,
-    library: Tensor,
-    entries: Entries,
-    theta: Tensor | None = None,
-    gate_logits: Readout | None = None,
+    rho: Readout, library: Tensor, entries: Entries, theta: Tensor | None = None, gate_logits: Readout | None = None
 ) -> Tensor:
     """Log-probability of each cell, shape (n,).
 

@@ -19,7 +19,7 @@ from pyro_multivi.posterior.engine.depth_regression import (
     regression_buffer,
 )
 from pyro_multivi.posterior.engine.draws import draw_latents
-from pyro_multivi.posterior.engine.replicates import hide, paired
+from pyro_multivi.posterior.engine.replicates import hide, paired, spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -51,8 +51,6 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
 
     Parameters
     ----------
-    program
-        A trained program.
     train, held_out
         Cells that it was and was not trained on; only those of both modalities are used.
     """
@@ -60,7 +58,7 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
     modalities = modelled(program.config)
     if len(modalities) < 2:
         return
-    train_pairs, held_out_pairs = _some_pairs(train), _some_pairs(held_out)
+    train_pairs, held_out_pairs = (spread(paired(cells), _MOST) for cells in (train, held_out))
     if min(len(train_pairs), len(held_out_pairs)) < _FEWEST:
         return
     for modality in modalities:
@@ -116,14 +114,6 @@ def _ridge(x_nf: Tensor, y_n: Tensor, penalty: float, n_latent: int) -> Tensor:
     found = torch.zeros_like(weight)
     found[kept] = torch.linalg.solve(x.T @ x + weight[kept].diag(), x.T @ y_n)
     return found
-
-
-def _some_pairs(cells: Minibatches) -> Tensor:
-    """Positions of cells of both modalities, not too many, spread over all of them."""
-    pairs = paired(cells)
-    if len(pairs) <= _MOST:
-        return pairs
-    return pairs[torch.linspace(0, len(pairs) - 1, _MOST).long()]
 
 
 def _regression_data(

@@ -15,7 +15,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.posterior.engine.population_mixture import AggregatePosterior, population_buffer, weight_buffer
-from pyro_multivi.posterior.engine.replicates import counts_of, expected_counts, paired
+from pyro_multivi.posterior.engine.replicates import counts_of, expected_counts, paired, spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -52,8 +52,6 @@ def fit_mixture(program: MultiVIProgram, train: Minibatches, held_out: Minibatch
 
     Parameters
     ----------
-    program
-        A trained program.
     train, held_out
         Cells that it was and was not trained on. The former make the populations, pairs among the latter are predicted.
     """
@@ -87,10 +85,7 @@ def store_population(program: MultiVIProgram, train: Minibatches, modality: Moda
     room = max(1, len(stored) // len(batches))
     first = 0
     for batch in batches[: len(stored)].tolist():
-        members = index[code == batch]
-        if len(members) > room:
-            # Spread over all of them, because their order may mean something.
-            members = members[torch.linspace(0, len(members) - 1, room).long()]
+        members = spread(index[code == batch], room)
         z = torch.cat([_states(program, train.cut(part)) for part in members.split(_AT_ONCE)])
         rows = stored[first : first + len(members)]
         rows[:, 0] = batch
@@ -107,8 +102,8 @@ def _states(program: MultiVIProgram, cells: Cells) -> Tensor:
 
 
 def _best_weight(program: MultiVIProgram, held_out: Minibatches, pairs: Tensor, modality: Modality) -> float:
-    n = min(len(pairs), _MOST, max(_LEAST, _ENTRIES // modality.n_features_in(program.config)))
-    cells = held_out.cut(pairs[torch.linspace(0, len(pairs) - 1, n).long()])
+    most = min(_MOST, max(_LEAST, _ENTRIES // modality.n_features_in(program.config)))
+    cells = held_out.cut(spread(pairs, most))
     weight = weight_buffer(program, modality)
     try:
         expected = []
@@ -124,7 +119,7 @@ def _best_weight(program: MultiVIProgram, held_out: Minibatches, pairs: Tensor, 
         _warn(modality, f"held-out counts at {modality.counts!r} have scores that are not finite")
         return 1.0
     best = nearest_to_neutral(found_tn)
-    logger.info("%s of %d held-out pairs: weight %.2f of the cell's own posterior", modality.name, n, best)
+    logger.info("%s of %d held-out pairs: weight %.2f of the cell's own posterior", modality.name, len(cells), best)
     return best
 
 

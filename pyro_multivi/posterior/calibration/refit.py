@@ -21,8 +21,6 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
 
     Parameters
     ----------
-    program
-        Program that is trained inside the context.
     n_epochs
         Function that returns the number of epochs it was trained for so far.
     """

@@ -55,16 +55,8 @@ def compare_groups(
 
     Parameters
     ----------
-    program, table
-        Model and data.
-    contrasts
-        The groups.
-    request
-        Options of the test.
     names
         Names of the features to report.
-    device
-        Device of the program.
     silent
         Show no progress bar.
 

@@ -17,7 +17,7 @@ from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential.request import DifferentialRequest
-from pyro_multivi.posterior.engine.decode import BLOCK, Average, DecodedDraws, decode
+from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.program import MultiVIProgram
@@ -27,8 +27,6 @@ Array = NDArray[np.float64]
 
 # Draws of a cell of which some are chosen by importance weights.
 _CANDIDATES = 64
-# Narrower blocks would cost more in calls than in arithmetic.
-_LEAST_WIDTH = 128
 
 
 class DrawKey(NamedTuple):
@@ -72,8 +70,9 @@ class GroupDraws:
         weight_n = torch.as_tensor(
             weight / max(1, self.measured.sum()), dtype=self.values.dtype, device=self.values.device
         )
-        gates = repeat(None) if self.gate_logits is None else feature_blocks(self.gate_logits, None, _width(n))
-        for (block, values), gate in zip(feature_blocks(self.values, None, _width(n)), gates, strict=False):
+        width = block_width(n)
+        gates = repeat(None) if self.gate_logits is None else feature_blocks(self.gate_logits, None, width)
+        for (block, values), gate in zip(feature_blocks(self.values, None, width), gates, strict=False):
             expected = values if gate is None else values * torch.sigmoid(-gate[1])
             found.expected[block] = (weight_n @ expected).cpu().numpy()
             # By hand: torch's own variance along this axis takes several times longer on a CPU.
@@ -118,17 +117,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class DrawSource:
-    """Source of the draws that a request needs.
-
-    Attributes
-    ----------
-    program, table
-        Model and data.
-    request
-        Options of the test.
-    device
-        Device of the program.
-    """
+    """Source of the draws that a request needs."""
 
     program: MultiVIProgram
     table: CellTable
@@ -227,15 +216,10 @@ def feature_blocks_of(
     draws: Mapping[DrawKey, GroupDraws], features: Tensor | None
 ) -> Iterator[tuple[slice, dict[DrawKey, Tensor]]]:
     """Blocks of features (default: of all), with the values of all draws in each, (n, f)."""
-    width = _width(sum(len(group.values) for group in draws.values()))
+    width = block_width(sum(len(group.values) for group in draws.values()))
     streams = [feature_blocks(group.values, features, width) for group in draws.values()]
     for parts in zip(*streams, strict=True):
         yield parts[0][0], {key: values for key, (_, values) in zip(draws, parts, strict=True)}
-
-
-def _width(n_rows: int) -> int:
-    """Features of a block."""
-    return max(_LEAST_WIDTH, BLOCK // n_rows)
 
 
 def _cell_factors(modality: Modality, decoded: DecodedDraws) -> Array:

@@ -66,14 +66,8 @@ def statistics_of_posterior(
     ----------
     posterior
         Function that gives the posterior of the change of a block of features.
-    n_features
-        Number of features F.
-    specification
-        Changes that count, and the statistics to report.
     n_draws
         Draws where there have to be some.
-    rng
-        Generator of the seed of the draws.
     """
     found = StatisticsByBlock(n_features)
     drawing = specification.extremes or bool(specification.levels) or specification.m1_domain_fn is not None

@@ -124,12 +124,8 @@ def pseudobulk_means(
 
     Parameters
     ----------
-    observed
-        Statistics of the counts of the two groups.
     means
         Model's means of the groups, (F,).
-    modality
-        The modality of the counts.
     additive
         Whether the groups are compared by their difference, rather than by a ratio.
 
@@ -161,13 +157,9 @@ def pseudobulk_correction(observed: PseudobulkStatistics, expected: Array, modal
 
     Parameters
     ----------
-    observed
-        Statistics of the counts.
     expected
-        Their expectation: of a binary modality the probability of being found open, otherwise
+        Expectation of the counts: of a binary modality the probability of being found open, otherwise
         a number in proportion to the mean count, (F,).
-    modality
-        The modality of the counts.
     """
     n = observed.n_measured
     if n == 0:

@@ -13,6 +13,13 @@ from pyro_multivi.program import MultiVIProgram
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
 BLOCK = 2**22
+# Narrower blocks would cost more in calls than in arithmetic.
+_LEAST_WIDTH = 128
+
+
+def block_width(n_rows: int) -> int:
+    """Features of a block of so many draws x cells."""
+    return max(_LEAST_WIDTH, BLOCK // n_rows)
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,6 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
 
     Parameters
     ----------
-    program
-        Model and guide.
-    minibatches
-        The cells.
     n_particles
         Draws per cell over which expectations are averaged. KL terms are exact where Pyro knows
         their closed form.

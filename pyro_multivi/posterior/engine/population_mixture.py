@@ -102,12 +102,7 @@ def imputation_state(
 ) -> Tensor | None:
     """z from the mixture, to decode a modality of cells that lack it, (S, B, K); None if it is the posterior itself.
 
-    Parameters
-    ----------
-    nodes
-        Sites of the guide's trace.
-    noise
-        Noise of the draws in the trace; None if they are posterior means.
+    Arguments are those of :func:`~pyro_multivi.posterior.engine.depth_regression.imputation_depth`.
     """
     weight = float(weight_buffer(program, modality))
     population = AggregatePosterior.of(program, modality) if weight != 1 else None

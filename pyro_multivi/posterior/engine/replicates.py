@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pyro.poutine as poutine
@@ -19,6 +20,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modality_at, modelled
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.base import dense_rows
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
 from pyro_multivi.program import MultiVIProgram
@@ -64,7 +66,7 @@ def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
 def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
     """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
     modality = modality_at(site)
-    counts = _dense(modality.counts_in(cells))
+    counts = dense_rows(modality.counts_in(cells))
     return _opened(counts) if modality.binary else counts, modality.measured_in(cells)
 
 
@@ -72,6 +74,11 @@ def paired(minibatches: Minibatches) -> Tensor:
     """Positions of the cells in which every modality of the data was measured, (n,), int64."""
     table, index = minibatches.table, minibatches.index
     return index[torch.stack([modality.measured_in(table)[index] for modality in modelled(table)]).all(0)]
+
+
+def spread(index: Tensor, n: int) -> Tensor:
+    """At most n of some positions, spread over all of them, because their order may mean something."""
+    return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
 
 
 def hide(cells: Cells, modality: Modality) -> Cells:
@@ -105,8 +112,6 @@ def replicate(
 
     Parameters
     ----------
-    program
-        Model and guide.
     cells
         B cells. Both modalities are drawn in all of them, measured or not.
     n_samples
@@ -188,7 +193,7 @@ def _latents(
 
 def _expected_by(program: MultiVIProgram, modality: Modality) -> Callable[[Any], Tensor]:
     """Function of a distribution of counts: expected counts, or the probability of a region to be open."""
-    return program.open_probability if modality.binary else _mean
+    return program.open_probability if modality.binary else attrgetter("mean")
 
 
 def sample_replicates(
@@ -202,10 +207,6 @@ def sample_replicates(
 
     Parameters
     ----------
-    program
-        Model and guide.
-    minibatches
-        The cells.
     features
         Positions of the wanted features by site, int64; None for all. Sites that are not
         named are left out.
@@ -295,12 +296,3 @@ def check_memory(n_bytes: float, what: str, alternatives: Sequence[str]) -> None
 
 def _opened(counts: Tensor) -> Tensor:
     return (counts > 0).to(counts.dtype)
-
-
-def _mean(fn: Any) -> Tensor:
-    mean: Tensor = fn.mean
-    return mean
-
-
-def _dense(counts: Tensor) -> Tensor:
-    return counts.to_dense() if isinstance(counts, SparseCounts) else counts

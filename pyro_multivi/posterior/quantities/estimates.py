@@ -2,7 +2,7 @@
 
 For each minibatch the guide gives draws of the latents, the model decodes them, and blocks of
 features are evaluated, summarised over the draws and handed to a sink. What is in memory at any
-time is a minibatch's draws of one block: at most ``BLOCK`` numbers, and a few copies of them.
+time is a minibatch's draws of one block (``decode.BLOCK`` numbers), and a few copies of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.engine.decode import BLOCK, Average, DecodedDraws, decode
+from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
 from pyro_multivi.posterior.engine.draws import feature_blocks
 from pyro_multivi.posterior.quantities.array_sink import Sink
 from pyro_multivi.posterior.quantities.summary import summarise
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
-
-# Narrower blocks would cost more in calls than in arithmetic.
-_LEAST_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,6 @@ def blocks(
 
     Parameters
     ----------
-    decoded
-        Decoded draws of a minibatch.
-    quantity, average
-        The quantity, and what it is averaged over.
     start
         Position of the minibatch's first cell among all cells of the result.
     rows
@@ -87,12 +80,10 @@ def blocks(
     if n_rows == 0:
         return
     factor = _cell_factor(decoded, quantity, start, rows)
-    width = max(_LEAST_WIDTH, BLOCK // n_rows)
-    for parts in zip(*(feature_blocks(value, quantity.features, width) for value in values), strict=True):
-        block = parts[0][0]
-        mean_sbw = parts[0][1]
-        for _, other_batch in parts[1:]:
-            mean_sbw = mean_sbw + other_batch
+    streams = (feature_blocks(value, quantity.features, block_width(n_rows)) for value in values)
+    for parts in zip(*streams, strict=True):
+        block, first = parts[0]
+        mean_sbw = sum((values for _, values in parts[1:]), start=first)
         if len(parts) > 1:
             mean_sbw = mean_sbw / len(parts)
         if factor is not None:

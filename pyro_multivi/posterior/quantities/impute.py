@@ -63,14 +63,8 @@ def impute(
 
     Parameters
     ----------
-    program
-        Model and guide.
-    cells
-        The cells.
     quantities
         Expression and accessibility, of all features.
-    average
-        What the estimates are averaged over.
     spec
         Names of features, and whether a MuData is wanted.
     obs

@@ -34,14 +34,8 @@ def inference_data(
 
     Parameters
     ----------
-    program
-        Model and guide.
-    minibatches
-        The cells.
     features, feature_names
         Positions (None for all) and names of the features of replicates and observed data, by site.
-    cell_names
-        Names of the cells.
     n_samples, seed
         Number of draws, one chain, and their seed.
 
@@ -98,29 +92,17 @@ def inference_data(
         coords[feature] = list(feature_names[site])
         dims[site] = ["cell", feature]
     # One chain in front of the draws; cells are joined along their own axis.
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, Any] = {}
     for group, by_site in parts.items():
         of_draws = group not in ("observed_data", "constant_data")
         groups[group] = {
             site: np.concatenate(values, 1)[None] if of_draws else np.concatenate(values)
             for site, values in by_site.items()
         }
-    return _joined(arviz, groups, coords, dims)
-
-
-def _joined(
-    arviz: Any,
-    groups: Mapping[str, dict[str, Any]],
-    coords: Mapping[str, Any],
-    dims: Mapping[str, list[str]],
-) -> Any:
-    """InferenceData of all groups, in two steps because x has genes everywhere but in the log-likelihood."""
-    others = {name: values for name, values in groups.items() if name != "log_likelihood"}
-    used = {site for values in others.values() for site in values}
-    made = arviz.from_dict(
-        **others, coords=dict(coords), dims={site: names for site, names in dims.items() if site in used}
-    )
-    scored = groups["log_likelihood"]
+    # In two steps, because x has genes everywhere but in the log-likelihood.
+    scored = groups.pop("log_likelihood")
+    used = {site for values in groups.values() for site in values}
+    made = arviz.from_dict(**groups, coords=coords, dims={site: dims[site] for site in dims if site in used})
     of_cells = {site: ["cell"] for site in scored}
     made.extend(arviz.from_dict(log_likelihood=scored, coords={"cell": coords["cell"]}, dims=of_cells))
     return made

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.networks.experts import Expert
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
 from pyro_multivi.program import MultiVIProgram
@@ -78,22 +77,16 @@ def latent_draws(
 
 def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
     """q(z) of each cell, and 0, or NaN where the modality was not measured, (B, 1)."""
-    q, measured = _joint(program, cells) if modality == "joint" else _single(program, cells, modality)
-    return q, torch.where(measured, 0.0, torch.nan)[:, None]
-
-
-def _joint(program: MultiVIProgram, cells: Cells) -> tuple[Any, Tensor]:
-    # From the guide's trace, not from its parts, so that an overridden guide is used.
-    return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], torch.ones_like(cells.has_rna)
-
-
-def _single(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
+    if modality == "joint":
+        # From the guide's trace, not from its parts, so that an overridden guide is used.
+        return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
     experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
     if modality not in experts:
         known = ", ".join(map(repr, ("joint", *experts)))
         raise ValueError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
-    expert: Expert = experts[modality]
-    return dist.Normal(expert.loc, expert.scale).to_event(1), expert.measured
+    expert = experts[modality]
+    hole = torch.where(expert.measured, 0.0, torch.nan)[:, None]
+    return dist.Normal(expert.loc, expert.scale).to_event(1), hole
 
 
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:

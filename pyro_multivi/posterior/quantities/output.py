@@ -50,12 +50,6 @@ def deliver(
 
     Parameters
     ----------
-    program
-        Model and guide.
-    cells
-        The cells.
-    quantity, average
-        The quantity, and what it is averaged over.
     cell_names, feature_names
         Names of those cells, and of the features of the quantity.
     return_numpy

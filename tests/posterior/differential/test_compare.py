@@ -11,6 +11,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential import group_draws
 from pyro_multivi.posterior.differential.effect import estimated_delta
 from pyro_multivi.posterior.differential.tables import expected_fdr_calls
+from pyro_multivi.posterior.engine import decode
 from pyro_multivi.posterior.engine.draws import draw
 
 
@@ -167,8 +168,8 @@ def test_no_tensor_holds_all_features_of_all_draws(groups, modality, unit, monke
 
     monkeypatch.setattr(Readout, "_logits_at", spy)
     monkeypatch.setattr(Readout, "dense", lambda self: pytest.fail("all features at once"))
-    monkeypatch.setattr(group_draws, "_LEAST_WIDTH", 1)
-    monkeypatch.setattr(group_draws, "BLOCK", 8 * groups.n)
+    monkeypatch.setattr(decode, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(decode, "BLOCK", 8 * groups.n)
     monkeypatch.setattr("pyro_multivi.distributions.kernels.readout.STREAM_WIDTH", 8)
     whole = groups.compared(modality, unit=unit, cred_interval_lvls=[0.9], delta=None, pseudocounts=None)
     assert max(widths) == 8

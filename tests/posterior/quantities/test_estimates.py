@@ -15,9 +15,9 @@ from pyro_multivi.data.checks import least_draws
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
+from pyro_multivi.posterior.engine import decode
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import draw
-from pyro_multivi.posterior.quantities import estimates
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.summary import Estimate, summarise
 
@@ -158,8 +158,8 @@ def test_some_features_are_the_columns_of_all(fitted, method, monkeypatch):
         assert set(get(**{argument: chosen}).columns) == set(wanted)
     assert list(get(**{argument: f"{kind}_05"}).columns) == [f"{kind}_05"]
     # Blocks narrower than the chosen features.
-    monkeypatch.setattr(estimates, "BLOCK", 1)
-    monkeypatch.setattr(estimates, "_LEAST_WIDTH", 2)
+    monkeypatch.setattr(decode, "BLOCK", 1)
+    monkeypatch.setattr(decode, "_LEAST_WIDTH", 2)
     np.testing.assert_allclose(get(n_samples=25, **{argument: wanted}), part.mean, rtol=1e-5)
     np.testing.assert_allclose(get(n_samples=25), whole.mean, rtol=1e-5)
 
