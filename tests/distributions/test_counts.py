@@ -100,8 +100,8 @@ def test_extreme_dispersion(theta: float, dtype: torch.dtype, lazy: bool) -> Non
         expected = torch.from_numpy(scipy.stats.nbinom.logpmf(x, t, t / (t + mu)).sum(-1))
     else:
         expected = torch.from_numpy(scipy.stats.poisson.logpmf(x, mu).sum(-1))
-    # In float32 the gamma functions of a count of 3000 (some 20 000) leave an error of 1e-3.
-    close = {"rtol": 1e-5 if dtype == torch.float32 else 1e-9, "atol": 0.0}
+    # In float32 each of three gamma functions of a count of 3000 (some 20 000) is rounded by up to 1e-3.
+    close = {"rtol": 1e-5, "atol": 3e-3} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 0.0}
     if theta > 1e7:
         close["rtol"] = 1e-5  # NB at 1e8 is not quite Poisson when x is 3000
     torch.testing.assert_close(found.double(), expected, **close)
