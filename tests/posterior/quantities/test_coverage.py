@@ -65,15 +65,16 @@ def reference(model, cells, n_draws=3000):
 
 # Coverage in ATAC-only cells over training seeds and processors' kernels: accessibility 0.78 to 0.84 with the default
 # mixing penalty, which moves the means of the measurement patterns and leaves these intervals too narrow, 0.84 to 0.88
-# without; expression 0.82 to 0.95, by the weight of the mixture that held-out pairs choose.
-@pytest.mark.parametrize(("name", "of_open"), [("unmixed_continuum", 0.10), ("continuum", 0.14)])
+# without; expression 0.82 to 0.95, by the weight of the mixture that held-out pairs choose. The bounds stay at what the
+# intervals should reach, which on some processors they do not.
+@pytest.mark.parametrize(("name", "of_open"), [("unmixed_continuum", 0.08), ("continuum", 0.10)])
 def test_intervals_cover_an_independent_posterior(name, of_open, request):
     model = request.getfixturevalue(name)
     rows = np.r_[0:30, 120:150, 180:210]  # paired, RNA only, ATAC only
     w, rho, p = reference(model, model.minibatch(rows))
     assert (1 / (w**2).sum(1)).min() > 50, "the reference itself rests on too few draws"
     for method, values, of_atac in (
-        ("get_normalized_expression", rho, 0.12),
+        ("get_normalized_expression", rho, 0.08),
         ("get_accessibility_estimates", p, of_open),
     ):
         found = getattr(model, method)(indices=rows, n_samples=400, return_interval=0.9, return_numpy=True)
