@@ -23,19 +23,22 @@ def comparisons_with_modalities(source: str) -> list[int]:
     """Lines that compare something with the name of a modality."""
 
     def is_name(node: ast.expr) -> bool:
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            return any(map(is_name, node.elts))
         return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES
 
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Compare)
-        and isinstance(node.ops[0], ast.Eq | ast.NotEq)
+        and isinstance(node.ops[0], ast.Eq | ast.NotEq | ast.In | ast.NotIn)
         and any(map(is_name, (node.left, *node.comparators)))
     ]
 
 
 def test_comparisons_are_found():
-    assert comparisons_with_modalities("a = site == 'x'\nb = 'RNA' != c\nd = mode == 'change'") == [1, 2]
+    source = "a = site == 'x'\nb = 'RNA' != c\nd = e in ('p', 'y')\nf = mode == 'change'"
+    assert comparisons_with_modalities(source) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
