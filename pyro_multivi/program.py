@@ -155,7 +155,7 @@ class MultiVIProgram(ProgramModules):
             if self.config.n_regions:
                 pyro.sample("d", dist.Delta(self.cell_factor(cells, hidden)))
             # Terms of training, not of the model: hidden whenever an ELBO is reported.
-            pyro.factor("alignment", self.alignment(experts), has_rsample=True)
+            pyro.factor("alignment", self.alignment(experts, s), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
             self.guide_extra(cells, s)
 
@@ -338,12 +338,13 @@ class MultiVIProgram(ProgramModules):
         d = (log_depth - self.atac_log_depth).sigmoid()
         return hidden.atac.scatter(d, prior).clamp(max=_LARGEST_FACTOR)
 
-    def alignment(self, experts: dict[str, Expert]) -> Tensor:
+    def alignment(self, experts: dict[str, Expert], s: Tensor) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
+        batch = s[:, : self.config.n_batch].argmax(-1)
         loc = next(iter(experts.values())).loc
         total = loc.new_zeros(len(loc))
         for a, b in itertools.combinations(experts.values(), 2):
-            total = total + penalty(a, b, str(self.config.modality_penalty), self.config.contrast)
+            total = total + penalty(a, b, str(self.config.modality_penalty), self.config.contrast, batch)
         return total
 
     def mixing(self, experts: dict[str, Expert]) -> Tensor:

@@ -123,11 +123,13 @@ class Oracle:
         return total
 
     def contrast(self, loc_x, loc_y, paired):
-        """Mean surprisal at finding a cell's other expert among those of the paired cells, times its weight."""
+        """Mean surprisal at finding a cell's other expert among those of its batch's pairs, times its weight."""
         surprisal = np.zeros(len(paired))
-        score = -((loc_x[paired][:, None] - loc_y[paired][None]) ** 2).sum(-1)
-        both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
-        surprisal[paired] = both_ways / 2 - np.diag(score)
+        for batch in np.unique(self.batch):
+            rows = np.flatnonzero(paired & (self.batch == batch))
+            score = -((loc_x[rows][:, None] - loc_y[rows][None]) ** 2).sum(-1)
+            both_ways = special.logsumexp(score, axis=1) + special.logsumexp(score, axis=0)
+            surprisal[rows] = both_ways / 2 - np.diag(score)
         return self.config.contrast_weight * surprisal
 
     def log_x(self, z, l):

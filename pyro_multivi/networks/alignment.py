@@ -87,31 +87,40 @@ def _bandwidth(squared_nn: Tensor) -> Tensor:
     return squared_nn.detach().median().clamp(min=1e-12)
 
 
-def contrast(a: Expert, b: Expert) -> Tensor:
-    r"""Contrastive penalty of a cell's two experts against those of the other paired cells, in nats, (B,).
+def contrast(a: Expert, b: Expert, batch: Tensor) -> Tensor:
+    r"""Contrastive penalty of a cell's two experts against those of the paired cells of its batch, in nats, (B,).
 
     .. math:: -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_n - b_m\|^2}}
               -\tfrac12 \log \frac{e^{-\|a_n - b_n\|^2}}{\sum_m e^{-\|a_m - b_n\|^2}}
 
-    over the means, m running over the paired cells of the minibatch: InfoNCE (van den Oord et al. 2018) in
-    both directions. A divergence alone is also small if the experts do not depend on the cell; this is not.
-    Rows that are not paired hold a number without meaning.
+    over the means, m running over the paired cells of the minibatch that are of the cell's batch: InfoNCE (van den
+    Oord et al. 2018) in both directions. A divergence alone is also small if the experts do not depend on the cell;
+    this is not. Cells of other batches take no part: to tell them apart the experts would only have to encode the
+    batch. Rows that are not paired hold a number without meaning.
+
+    Parameters
+    ----------
+    a, b
+        Experts of the same cells.
+    batch
+        Code of each cell's batch, (B,).
 
     Examples
     --------
-    >>> measured = torch.tensor([True, True])
+    >>> measured, same, other = torch.tensor([True, True]), torch.tensor([0, 0]), torch.tensor([0, 1])
     >>> apart = Expert(torch.tensor([[0.0], [9.0]]), torch.ones(2, 1), measured)
     >>> constant = Expert(torch.zeros(2, 1), torch.ones(2, 1), measured)
-    >>> contrast(apart, apart), contrast(constant, constant)
-    (tensor([-0., -0.]), tensor([0.6931, 0.6931]))
+    >>> contrast(apart, apart, same), contrast(constant, constant, same), contrast(constant, constant, other)
+    (tensor([-0., -0.]), tensor([0.6931, 0.6931]), tensor([-0., -0.]))
     """
     score_nn = -(a.loc[:, None] - b.loc[None]).square().sum(-1)
-    # Others that are not paired are left out; the cell itself stays, so that no row is empty.
+    # The cell itself stays, so that no row is empty.
     paired = a.measured & b.measured
     own = torch.eye(len(paired), dtype=torch.bool, device=paired.device)
+    same_batch = batch[:, None] == batch
     left_out = -torch.inf
-    by_row = score_nn.masked_fill(~(paired[None] | own), left_out).log_softmax(1).diagonal()
-    by_column = score_nn.masked_fill(~(paired[:, None] | own), left_out).log_softmax(0).diagonal()
+    by_row = score_nn.masked_fill(~(paired & same_batch | own), left_out).log_softmax(1).diagonal()
+    by_column = score_nn.masked_fill(~(paired[:, None] & same_batch | own), left_out).log_softmax(0).diagonal()
     return -0.5 * (by_row + by_column)
 
 
@@ -130,7 +139,7 @@ DIVERGENCES: dict[str, Callable[[Expert, Expert], Tensor]] = {
 }
 
 
-def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float) -> Tensor:
+def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float, batch: Tensor) -> Tensor:
     """Penalty that draws two experts of a cell together, in nats, (B,); zero unless both were measured.
 
     Parameters
@@ -141,19 +150,21 @@ def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float) -> Te
         One of :data:`DIVERGENCES`, or ``"None"``.
     contrast_weight
         Weight of :func:`contrast` beside it.
+    batch
+        Code of each cell's batch, (B,).
 
     Examples
     --------
     >>> paired, single = torch.tensor([True, True]), torch.tensor([True, False])
     >>> a = Expert(torch.tensor([[0.0], [1.0]]), torch.ones(2, 1), paired)
     >>> b = Expert(torch.tensor([[0.5], [0.0]]), torch.ones(2, 1), single)
-    >>> penalty(a, b, "Jeffreys", contrast_weight=0.0)
+    >>> penalty(a, b, "Jeffreys", contrast_weight=0.0, batch=torch.tensor([0, 0]))
     tensor([0.2500, 0.0000])
     """
     total = a.loc.new_zeros(len(a.loc))
     if divergence in DIVERGENCES:
         total = total + DIVERGENCES[divergence](a, b)
     if contrast_weight:
-        total = total + contrast_weight * contrast(a, b)
+        total = total + contrast_weight * contrast(a, b, batch)
     # Rows that are not paired may hold anything, also NaN.
     return torch.where(a.measured & b.measured, total, total.new_zeros(()))

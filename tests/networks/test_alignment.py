@@ -105,16 +105,40 @@ def contrast_by_hand(a, b):
     return -(there + back) / 2
 
 
+def one_batch(n):
+    return torch.zeros(n, dtype=torch.long)
+
+
 def test_contrast_by_hand_among_paired_cells_only():
     a = expert(seed=1, measured=[True, True, True, False, True, False])
     b = expert(seed=2, measured=[True, False, True, True, True, False])
     paired = [0, 2, 4]
     expected = contrast_by_hand(a.loc.numpy()[paired], b.loc.numpy()[paired])
-    np.testing.assert_allclose(contrast(a, b)[paired].numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(contrast(a, b, one_batch(6))[paired].numpy(), expected, rtol=1e-12)
     for divergence, plain in (("contrastive", jeffreys(a, b)[paired].numpy()), ("None", 0.0)):
-        found = penalty(a, b, divergence, contrast_weight=1.7)
+        found = penalty(a, b, divergence, contrast_weight=1.7, batch=one_batch(6))
         np.testing.assert_allclose(found[paired].numpy(), plain + 1.7 * expected, rtol=1e-12)
         assert not np.delete(found.numpy(), paired).any()
+
+
+def test_contrast_is_that_of_each_batch_alone():
+    measured = [True, True, True, True, False, True, True]
+    a, b = expert(7, seed=1, measured=measured), expert(7, seed=2)
+    batch = torch.tensor([0, 1, 0, 1, 0, 2, 0])
+    found = contrast(a, b, batch)
+    for rows in ([0, 2, 6], [1, 3], [5]):
+        expected = contrast_by_hand(a.loc.numpy()[rows], b.loc.numpy()[rows])
+        np.testing.assert_allclose(found[rows].numpy(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_latent_state_that_tells_batches_apart_is_not_rewarded():
+    """Adding a large number to both experts of one batch finds a cell's half among all cells, not within a batch."""
+    a, b, batch = expert(40, 3, seed=1), expert(40, 3, seed=2), torch.arange(40) % 2
+    shift = torch.zeros(40, 3, dtype=a.loc.dtype)
+    shift[:, 0] = 50.0 * batch
+    apart = [Expert(side.loc + shift, side.scale, side.measured) for side in (a, b)]
+    torch.testing.assert_close(contrast(*apart, batch), contrast(a, b, batch))
+    assert contrast(*apart, one_batch(40)).sum() < contrast(a, b, one_batch(40)).sum()
 
 
 def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
@@ -122,9 +146,9 @@ def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
     b = expert(4, 2, seed=2, measured=[True, True, False, False])
     loc = a.loc.clone().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda means: penalty(Expert(means, a.scale, a.measured), b, "contrastive", 3.0), (loc,)
+        lambda means: penalty(Expert(means, a.scale, a.measured), b, "contrastive", 3.0, one_batch(4)), (loc,)
     )
-    penalty(Expert(loc, a.scale, a.measured), b, "contrastive", 3.0).sum().backward()
+    penalty(Expert(loc, a.scale, a.measured), b, "contrastive", 3.0, one_batch(4)).sum().backward()
     assert loc.grad[:2].any()
     assert not loc.grad[2:].any()
 
@@ -132,15 +156,15 @@ def test_the_gradient_of_contrast_is_exact_and_stays_among_the_paired():
 @pytest.mark.parametrize("measured", [[False, False], [True, False]])
 def test_contrast_without_other_cells_is_zero(measured):
     a, b = expert(2, seed=1, measured=measured), expert(2, seed=2, measured=measured)
-    assert not contrast(a, b)[torch.tensor(measured)].any()
-    assert torch.isfinite(penalty(a, b, "contrastive", 3.0)).all()
+    assert not contrast(a, b, one_batch(2))[torch.tensor(measured)].any()
+    assert torch.isfinite(penalty(a, b, "contrastive", 3.0, one_batch(2))).all()
 
 
 def test_contrast_does_not_reward_experts_that_ignore_the_cell():
     separate, constant = points(10 * torch.randn(8, 3)), points(torch.zeros(8, 3))
     assert jeffreys(constant, constant).sum() == 0
-    torch.testing.assert_close(contrast(constant, constant), torch.full((8,), 8.0).log())
-    assert contrast(separate, separate).max() < 0.1
+    torch.testing.assert_close(contrast(constant, constant, one_batch(8)), torch.full((8,), 8.0).log())
+    assert contrast(separate, separate, one_batch(8)).max() < 0.1
 
 
 # ---------------------------------------------------------------------- measurement patterns
@@ -231,9 +255,10 @@ def test_the_alignment_of_a_program_is_its_divergence_and_its_contrast(make_prog
     for weight in (0.0, 0.5, 2.0):
         program = make_program(modality_penalty=divergence, contrast_weight=weight)
         experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
-        found.append(program.alignment(experts))
+        found.append(program.alignment(experts, cells.design))
     paired = cells.has_rna & cells.has_atac
-    apart = torch.where(paired, contrast(experts["expression"], experts["accessibility"]), 0.0)
+    batch = cells.design[:, : program.config.n_batch].argmax(1)
+    apart = torch.where(paired, contrast(experts["expression"], experts["accessibility"], batch), 0.0)
     assert (apart[paired] > 0).all()
     torch.testing.assert_close(found[1], found[0] + 0.5 * apart)
     torch.testing.assert_close(found[2], found[0] + 2.0 * apart)
@@ -243,8 +268,8 @@ def test_every_two_of_three_experts_are_drawn_together(make_program):
     program = make_program(contrast_weight=0.5, modality_penalty="Jeffreys")
     experts = {name: expert(5, 3, seed=seed) for seed, name in enumerate(("expression", "accessibility", "protein"))}
     pairs = [("expression", "accessibility"), ("expression", "protein"), ("accessibility", "protein")]
-    expected = sum(penalty(experts[a], experts[b], "Jeffreys", 0.5) for a, b in pairs)
-    torch.testing.assert_close(program.alignment(experts), expected)
+    expected = sum(penalty(experts[a], experts[b], "Jeffreys", 0.5, one_batch(5)) for a, b in pairs)
+    torch.testing.assert_close(program.alignment(experts, torch.ones(5, program.config.n_covariates)), expected)
 
 
 def test_the_weights_given_to_a_model_are_those_of_its_program(mosaic):
@@ -279,7 +304,9 @@ def test_counts_outweigh_the_mixing_of_patterns_that_hold_other_cell_types():
 @pytest.mark.parametrize("penalty", ["contrastive", "Jeffreys", "MMD"])
 def test_only_paired_cells_are_drawn_together(make_program, make_cells, penalty):
     program, cells = make_program(modality_penalty=penalty), make_cells()
-    penalties = program.alignment(program.experts(cells, cells.design, program.encode(cells, cells.design)))
+    penalties = program.alignment(
+        program.experts(cells, cells.design, program.encode(cells, cells.design)), cells.design
+    )
     assert penalties.shape == (12,)
     assert (penalties[:5] != 0).all()
     assert not penalties[5:].any()

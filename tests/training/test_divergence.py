@@ -117,8 +117,8 @@ def diverging(site, cell):
             d = super().cell_factor(cells, hidden)
             return self._nan_where_hit(cells, d) if site == "d" else d
 
-        def alignment(self, experts):
-            penalty = super().alignment(experts)
+        def alignment(self, experts, s):
+            penalty = super().alignment(experts, s)
             return penalty * torch.nan if site == "alignment" and self.armed and self.training else penalty
 
     return Diverging
