@@ -25,6 +25,7 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
+from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import FitOptions, History, fit, resolve_device
@@ -194,6 +195,7 @@ class ModelBase:
                     self.program, train, validation, options, self._history, self._optimizer_state
                 )
             self.is_trained = True
+            fit_posterior_scale(self.program, batches(split.train))
             if validation is not None:
                 fit_depth_regressions(self.program, batches(split.train), validation)
                 fit_mixture(self.program, batches(split.train), validation)

@@ -38,6 +38,9 @@ class ProgramModules(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    posterior_scale
+        Factor of the standard deviations of q(z) by measurement pattern, (2^E, K), with which draws are made after
+        training; see :mod:`pyro_multivi.posterior.engine.posterior_scale`. Not part of the model itself.
     rna_mixture_weight, atac_mixture_weight
         Weight of a cell's own posterior in its mixture with the batch's aggregate posterior, from which expression
         (accessibility) that was not measured is imputed, scalars in [0, 1]; see
@@ -59,6 +62,7 @@ class ProgramModules(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
+    posterior_scale: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
@@ -116,12 +120,18 @@ class ProgramModules(nn.Module):
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
+        self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
         n_others = max(_POPULATION, _POPULATION_OF_A_BATCH * config.n_batch)
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_mixture_weight", torch.tensor(1.0))
             self.register_buffer(f"{modality.key}_population", torch.full((n_others, 1 + latent), -1.0))
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Models of earlier versions were saved without it.
+        state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def use_precision(self, precision: str) -> None:
         """Use ``"fp32"`` or ``"bf16"`` for the matrix products of the decoders' last layers.

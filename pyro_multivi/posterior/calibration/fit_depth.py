@@ -15,10 +15,10 @@ from pyro_multivi.posterior.engine.depth_regression import (
     depth_transform,
     features,
     is_inferred,
-    normal_in,
     regression_buffer,
 )
 from pyro_multivi.posterior.engine.draws import draw_latents
+from pyro_multivi.posterior.engine.posterior_scale import normal_in
 from pyro_multivi.posterior.engine.replicates import hide, paired, spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode

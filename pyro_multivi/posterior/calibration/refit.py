@@ -28,6 +28,7 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     before = n_epochs()
     clear_depth_regressions(program)
     clear_mixture(program)
+    program.posterior_scale.fill_(1.0)
     try:
         yield
     except BaseException:
@@ -41,4 +42,4 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
 def _buffers(program: MultiVIProgram) -> list[Tensor]:
     """Buffers of the program that are calibrated."""
     stores = (regression_buffer, weight_buffer, population_buffer)
-    return [buffer(program, modality) for modality in MODALITIES for buffer in stores]
+    return [program.posterior_scale, *(buffer(program, modality) for modality in MODALITIES for buffer in stores)]

@@ -25,12 +25,12 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.distributions as torchdist
-from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modelled
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
+from pyro_multivi.posterior.engine.posterior_scale import normal_in
 from pyro_multivi.program import MultiVIProgram, open_regions, rna_totals
 
 # Ending of the names of streams of random numbers. Another one would change the draws of every seed.
@@ -152,13 +152,6 @@ def is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality, nodes
     if modality.depth not in nodes:
         return False
     return modality.size_factor_in(cells) is None if modality.binary else program.config.library == "latent"
-
-
-def normal_in(fn: Any) -> torchdist.Normal | None:
-    """Normal over single numbers that a distribution is made of; None if it is made of something else."""
-    while isinstance(fn, (torchdist.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn if isinstance(fn, torchdist.Normal) else None
 
 
 def _log_depth(program: MultiVIProgram, cells: Cells, modality: Modality) -> Tensor:

@@ -26,6 +26,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.population_mixture import imputation_state
+from pyro_multivi.posterior.engine.posterior_scale import corrected
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, is_deterministic
 
@@ -147,10 +148,22 @@ class Latents:
         return Latents(trace, len(range(self.n_samples)[draws]), self.noise)
 
 
-def draw_latents(program: MultiVIProgram, cells: Cells, n_samples: int = 1, seed: int = 0, first: int = 0) -> Latents:
-    """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluation_mode``."""
+def draw_latents(
+    program: MultiVIProgram,
+    cells: Cells,
+    n_samples: int = 1,
+    seed: int = 0,
+    first: int = 0,
+    *,
+    as_trained: bool = False,
+) -> Latents:
+    """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluation_mode``.
+
+    With ``as_trained`` z is drawn from the guide itself, for the ELBO; otherwise with the standard deviations of
+    :mod:`~pyro_multivi.posterior.engine.posterior_scale`.
+    """
     noise = CellNoise(cells.index, seed, first)
-    return Latents(_guide_trace(program, cells, n_samples, noise), n_samples, noise)
+    return Latents(_guide_trace(program, cells, n_samples, noise, as_trained), n_samples, noise)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
@@ -304,8 +317,10 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
             yield block, block_values if norm is None else (block_values - norm).exp()
 
 
-def _guide_trace(program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None) -> Trace:
-    with _Fill(program, cells, noise):
+def _guide_trace(
+    program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None, as_trained: bool = False
+) -> Trace:
+    with _Fill(program, cells, noise, as_trained):
         return poutine.trace(_repeated(program.guide, n_samples)).get_trace(cells)
 
 
@@ -326,15 +341,19 @@ class _Fill(Messenger):
     cells follows its prior, as every latent does of which nothing was measured.
     """
 
-    def __init__(self, program: MultiVIProgram, cells: Cells | None, noise: CellNoise | None) -> None:
+    def __init__(
+        self, program: MultiVIProgram, cells: Cells | None, noise: CellNoise | None, as_trained: bool = False
+    ) -> None:
         super().__init__()
-        self.program, self.cells, self.noise = program, cells, noise
+        self.program, self.cells, self.noise, self.as_trained = program, cells, noise, as_trained
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
         name, fn, cells = msg["name"], msg["fn"], self.cells
         of_cells = is_of_cells(msg)
+        if name == "z" and cells is not None and not self.as_trained:
+            fn = msg["fn"] = corrected(self.program, cells, fn)
         value = self._value(name, fn, of_cells)
         if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
             prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)

@@ -68,7 +68,7 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
 
     for cells in minibatches:
         with evaluation_mode(program):
-            latents = draw_latents(program, cells, n_particles, seed)
+            latents = draw_latents(program, cells, n_particles, seed, as_trained=True)
             model, guide = scored_traces(program, cells, latents)
             for name, site in _sites(model):
                 if site["is_observed"]:
@@ -116,7 +116,7 @@ def marginal_likelihood(
         for first in range(0, n_samples, LIKELIHOOD_DRAWS):
             size = min(LIKELIHOOD_DRAWS, n_samples - first)
             with evaluation_mode(program):
-                latents = draw_latents(program, cells, size, seed, first)
+                latents = draw_latents(program, cells, size, seed, first, as_trained=True)
                 weights.append(log_weights(*scored_traces(program, cells, latents)))
         log_w = torch.cat(weights)  # (S, B)
         log_mean = log_w.logsumexp(0) - math.log(n_samples)

@@ -1,0 +1,56 @@
+r"""Standard deviation of a cell's posterior, corrected after training.
+
+An encoder shared by all cells leaves the mean of q(z) beside the posterior mean of a single cell, and the penalties
+that align measurement patterns move it further; the standard deviations, which were trained with them, do not make up
+for it. So draws from the posterior are
+
+.. math:: z_{nk} \sim Normal(\mu_{nk},\ (f_{ck}\, \sigma_{nk})^2)
+
+with one factor f for each measurement pattern c (RNA only, ATAC only, both) and latent dimension k, the buffer
+``posterior_scale`` of the program: set by :mod:`pyro_multivi.posterior.calibration.fit_scale`, 1 before that. Posterior
+means do not change. The guide itself stays as it was trained, and so do ELBO and marginal likelihood.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch.distributions as torchdist
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.program import MultiVIProgram
+
+
+def pattern_code(cells: Cells | CellTable) -> Tensor:
+    """Measurement pattern of each cell, (B,): 0 nothing, 1 RNA only, 2 ATAC only, 3 both; a row of the buffer."""
+    code = sum(2**place * modality.measured_in(cells).long() for place, modality in enumerate(MODALITIES))
+    assert isinstance(code, Tensor)
+    return code
+
+
+def corrected(program: MultiVIProgram, cells: Cells, fn: Any) -> Any:
+    """q(z) of some cells with corrected standard deviations; as it is unless it is Normal in each dimension."""
+    normal = normal_in(fn)
+    if normal is None or normal.loc.shape[-1:] != program.posterior_scale.shape[-1:]:
+        return fn
+    factor_nk = program.posterior_scale[pattern_code(cells)]
+    return dist.Normal(normal.loc, normal.scale * factor_nk, validate_args=False).to_event(1)
+
+
+def normal_in(fn: Any) -> torchdist.Normal | None:
+    """Normal over single numbers that a distribution is made of; None if it is made of something else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> normal_in(dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)).loc.shape
+    torch.Size([3, 2])
+    """
+    while isinstance(fn, (torchdist.Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn if isinstance(fn, torchdist.Normal) else None
