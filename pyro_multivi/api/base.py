@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,12 +14,13 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_multivi.api import saving as io
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.custom_program import find_program, import_path
+from pyro_multivi.api.saving.description import Description, todays_names
+from pyro_multivi.api.saving.folder import broken, read_model, write_model
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modality_named
+from pyro_multivi.data.modality import MODALITIES, modality_named
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.spec import DataSpec
@@ -30,13 +33,12 @@ from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import FitOptions, History, fit, resolve_device
 from pyro_multivi.training.options import Callback
 
+logger = logging.getLogger("pyro_multivi")
+
 Model = TypeVar("Model", bound="ModelBase")
 
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
-
-#: Entries of a saved model's description beside those of the file format.
-_DESCRIBED = ("config", "program_class", "spec", "history", "split", "is_trained")
 
 
 class NotTrainedError(RuntimeError):
@@ -59,6 +61,8 @@ class ModelBase:
         self._history = History()
         self._optimizer_state: dict[str, Any] | None = None
         self._split: Split | None = None
+        # That of the file and the names of its cells, kept as long as no other data are trained on.
+        self._saved_split: tuple[Split | None, tuple[str, ...] | None] = (None, None)
         self.is_trained = False
 
     # ------------------------------------------------------------------ training
@@ -132,7 +136,8 @@ class ModelBase:
             Seed of the split, the order of cells and the noise: same seed, same device, same torch: same curve.
         callbacks
             Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
-            would have if training ended; True stops training.
+            would have if training ended; True stops training. One may call :meth:`save`, to keep what a killed
+            training had learned; the optimizer's state and the calibration at the end of training are not in it.
         progress_bar
             Show a bar.
         elbo
@@ -175,6 +180,8 @@ class ModelBase:
             If the loss becomes NaN; the model goes back to its best weights.
         """
         options = FitOptions.from_arguments(locals())
+        # First: a model that a callback saves or asks for results has the weights of a whole epoch.
+        options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
         device = resolve_device(accelerator, devices)
         if batch_size is None:
@@ -225,24 +232,41 @@ class ModelBase:
         dir_path
             Folder to write; its parent must exist.
         overwrite
-            Replace a model that is there.
+            Replace a model that is there, in one step: whatever interrupts it leaves the old one or the new one.
         save_anndata
-            Also write the data, so that :meth:`load` needs nothing else.
+            Also write the data, so that :meth:`load` needs nothing else. Without it, data that are saved in a folder
+            which is replaced stay there if they hold this model's cells and features.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something at ``dir_path`` that may not be replaced: a model without ``overwrite=True``,
+            anything that is no saved model, data of other cells.
+        FileNotFoundError
+            If its parent does not exist.
+        OSError
+            If it cannot be written, for instance to a full disk; what was there is as it was.
         """
-        description = {
-            "config": self.program.config.to_dict(),
-            "program_class": import_path(type(self.program)),
-            "spec": self.spec.to_dict(),
-            "history": self._history.rows,
-            "split": None if self._split is None else self._split.to_dict(),
-            "is_trained": self.is_trained,
-        }
-        extra = {}
-        if save_anndata:
-            if self.adata is None:
-                raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-            extra = io.data_file(self.adata)
-        io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
+        if save_anndata and self.adata is None:
+            raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
+        split, cells = self._split_to_save()
+        description = Description(
+            config=self.program.config.to_dict(),
+            program_class=import_path(type(self.program)),
+            spec=self.spec,
+            history=self._history.rows,
+            split=split,
+            cells=cells,
+            is_trained=self.is_trained,
+        )
+        write_model(
+            dir_path,
+            self.program.state_dict(),
+            description.to_dict(),
+            overwrite=overwrite,
+            data=self.adata if save_anndata else None,
+            names=(cells or (), [name for each in MODALITIES for name in each.feature_names_in(self.spec)]),
+        )
 
     @classmethod
     def load(
@@ -260,7 +284,8 @@ class ModelBase:
             Folder of the saved model.
         adata
             Data to use by default, with the features of training; without it (and without saved
-            data) give ``adata`` to each method.
+            data) give ``adata`` to each method. Cells are known by name: a log line says how they differ from those
+            of training.
         device
             Device of the program.
         program_class
@@ -272,34 +297,40 @@ class ModelBase:
         FileNotFoundError
             If there is no saved model.
         BrokenModelError
-            If it is damaged.
+            If a file in it is damaged (each has a checksum, compared before it is read), missing or malformed.
         ValueError
             If it is of another class than ``program_class``, or that cannot be imported.
         """
-        state, description = io.read_model(dir_path, _DESCRIBED)
-        found = find_program(program_class, description["program_class"], f"dir_path={str(dir_path)!r}")
-        spec = DataSpec.from_dict(description["spec"])
-        # The random start that the weights replace leaves torch's generator alone.
-        with torch.random.fork_rng(devices=[]):
-            program = found(found.config_class(**description["config"]))
-        try:
-            program.load_state_dict(state)
-        except RuntimeError as error:
-            raise io.BrokenModelError(
-                f"dir_path={str(dir_path)!r}: the weights do not fit the model: {error}"
-            ) from error
+        where = f"dir_path={str(dir_path)!r}"
+        saved = read_model(dir_path, with_data=adata is None)
+        description = Description.of(saved, where)
+        found = find_program(program_class, description.program_class, where)
+        program = description.make_program(found, todays_names(saved), where)
         program.to(device).eval()
-        if adata is None:
-            adata = io.read_data(dir_path)
+        spec, table = description.spec, None
+        if adata is not None:
+            table = spec.table(adata)
+        elif saved.data is not None:
+            adata = saved.data
+            with broken(where, "the data in it do not fit the model"):
+                table = spec.table(adata)
         model = cls.__new__(cls)
-        model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
-        model._history = History(description["history"])
-        # Held-out cells are stored by position, which means nothing in other data.
-        same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
-        if description["split"] is not None and same_cells:
-            model._split = Split.from_dict(description["split"])
-        model.is_trained = description["is_trained"]
+        model._assemble(spec, program, adata, table)
+        model._history = History(description.history)
+        model._saved_split = (description.split, description.cells)
+        model._split = description.split
+        if table is not None:
+            model._split, differences = description.split_among(table.cell_names)
+            if differences:
+                logger.warning("adata %s. Cells held out of training are known by their names.", differences)
+        model.is_trained = description.is_trained
         return model
+
+    def _split_to_save(self) -> tuple[Split | None, tuple[str, ...] | None]:
+        """Training and validation cells, and the names of the cells among which these are positions."""
+        if self._table is not None and (self._split is not None or self._saved_split[0] is None):
+            return self._split, tuple(self._table.cell_names)
+        return self._saved_split
 
     # ------------------------------------------------------------------ shared by the methods
 
@@ -315,6 +346,9 @@ class ModelBase:
         """
         table, index = self._select(adata, indices)
         return table.batch(index).to(self.device)
+
+    def _mark_trained(self, *_: Any) -> None:
+        self.is_trained = True
 
     def _check_trained(self) -> None:
         if not self.is_trained:
