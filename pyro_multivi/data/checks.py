@@ -46,6 +46,17 @@ def check_unique(names: Any, where: str, fix: str) -> None:
         raise ValueError(f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}.")
 
 
+def check_strings(names: Any, where: str) -> None:
+    """Refuse names that are no strings: by numbers, positions would be mistaken for them, and NaN is equal to none."""
+    # Of repeated categories each is looked at once.
+    distinct = getattr(names, "categories", names)
+    if names.hasnans or distinct.inferred_type not in ("string", "empty"):
+        first = next((name for name in names if not isinstance(name, str)), None)
+        number = sum(not isinstance(name, str) for name in names)
+        mend = "give every one a name" if names.hasnans else f"make them strings: {where} = {where}.astype(str)"
+        raise ValueError(f"{where} holds {number} names that are no strings, for instance {first!r}: {mend}.")
+
+
 def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
     """A list of names, all of them strings; None is no name and one string is one name."""
     if value is None:

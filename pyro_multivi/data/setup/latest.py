@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pyro_multivi.data.setup.adapter import Opened
-from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.setup.options import Setup, is_lazy
 from pyro_multivi.data.table import CellTable
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ def _of_frame(frame: pd.DataFrame | pd.Series[Any]) -> Iterator[Any]:
 def _of_matrix(matrix: Any) -> Iterator[Any]:
     if isinstance(matrix, pd.DataFrame):
         yield from _of_frame(matrix)
+    elif is_lazy(matrix):
+        # Dask gives arrays of the same name the same values.
+        yield _words([matrix.name, matrix.shape])
     elif isinstance(matrix, np.ndarray):
         yield from _of_array(matrix)
     elif isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):
