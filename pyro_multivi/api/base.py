@@ -20,6 +20,8 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modality_named
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.setup import latest
+from pyro_multivi.data.setup.adapter import frame_of
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
@@ -56,6 +58,8 @@ class ModelBase:
         self.program = program
         self.adata = adata
         self._table = table
+        # Of the data that the table was made of, by which changes of them are noticed.
+        self._checksum = None if table is None else latest.checksum_of(adata, table)
         self._history = History()
         self._optimizer_state: dict[str, Any] | None = None
         self._split: Split | None = None
@@ -113,7 +117,8 @@ class ModelBase:
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
-            Shares of the cells; default 0.9 and the rest.
+            Shares of the cells; default 0.9 and the rest. Going on keeps the cells of the first call unless a share is
+            given; a cell once trained on is never held out again.
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
@@ -180,9 +185,10 @@ class ModelBase:
         if batch_size is None:
             batch_size = default_batch_size(len(table))
         split = self._split
-        if split is None or (train_size, validation_size) != (None, None):
+        if split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
-            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
+            names = table.cell_names
+            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
         train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
@@ -241,6 +247,7 @@ class ModelBase:
         if save_anndata:
             if self.adata is None:
                 raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
+            self._training_table()
             extra = io.data_file(self.adata)
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
@@ -294,10 +301,9 @@ class ModelBase:
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
         model._history = History(description["history"])
-        # Held-out cells are stored by position, which means nothing in other data.
-        same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
-        if description["split"] is not None and same_cells:
-            model._split = Split.from_dict(description["split"])
+        if description["split"] is not None:
+            names = None if model._table is None else model._table.cell_names
+            model._split = Split.from_dict(description["split"]).among(names, sum(spec.n_cells.values()))
         model.is_trained = description["is_trained"]
         return model
 
@@ -323,12 +329,30 @@ class ModelBase:
     def _training_table(self) -> CellTable:
         if self._table is None:
             raise ValueError("adata is not given and the model was loaded without data: give adata.")
+        changed = self._change_of_data(self._table)
+        if changed is not None:
+            raise ValueError(
+                f"The data of this model were changed in place since it read them: {changed} Its results would stand "
+                "beside other cells or other counts. Undo the change or make a new model; for results of raw counts as "
+                "they are now, give them: adata=adata. What is to be changed is best a copy: adata = adata[...].copy()."
+            )
         return self._table
 
+    def _change_of_data(self, table: CellTable) -> str | None:
+        """Difference of the model's object from the table that was made of it; None without any."""
+        changed, self._checksum = self.spec.change(self.adata, table, self._checksum)
+        return changed
+
     def _table_of(self, adata: Data | None) -> tuple[CellTable, Any]:
-        if adata is None or adata is self.adata:
+        if adata is None:
             return self._training_table(), self.adata
+        if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
+            return self._table, adata
         return self.spec.table(adata), adata
+
+    def _obs_of(self, adata: Data | None) -> pd.DataFrame:
+        """Annotation of the cells that a method was given, in their order."""
+        return frame_of((self.adata if adata is None else adata).obs)
 
     def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
         table, _ = self._table_of(adata)

@@ -66,6 +66,12 @@ def keep(data: Any, content: int | None, spec: DataSpec, table: CellTable, own: 
         _Slot.entry = Latest(weakref.ref(data, _forget), content, spec, table, own)
 
 
+def checksum_of(data: Any, table: CellTable) -> int | None:
+    """Checksum of an object from which a table was made just now; None if it is not kept."""
+    entry = _Slot.entry
+    return entry.content if entry is not None and entry.owner() is data and entry.table is table else None
+
+
 def clear() -> None:
     """Free the memory, before another table is made."""
     _Slot.entry = None

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import nearest, unknown_key
+from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
@@ -221,9 +221,7 @@ class DataSpec:
             If some but not all features of a modality are missing, values are no counts, a column is
             missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = open_data(data, self.setup)
-        for modality in opened.counts.keys() - modelled(self):
-            del opened.counts[modality]
+        opened = self._open(data)
         content = latest.checksum(opened, self.setup)
         found = latest.find(data, content)
         if found is not None and found.spec == self:
@@ -236,6 +234,42 @@ class DataSpec:
         table = self._table(opened, counts, measured)
         latest.keep(data, content, self, table, own=False)
         return table
+
+    def _open(self, data: Any) -> Opened:
+        """An object without the counts of which the model has no features."""
+        opened = open_data(data, self.setup)
+        for modality in opened.counts.keys() - modelled(self):
+            del opened.counts[modality]
+        return opened
+
+    def change(self, data: Any, table: CellTable, content: int | None) -> tuple[str | None, int | None]:
+        """Find out whether an object still holds the cells and counts of which a table was made.
+
+        Other columns, another order of features or another type of matrix are no change.
+
+        Parameters
+        ----------
+        data, table
+            The object and the table.
+        content
+            Checksum (:func:`~pyro_multivi.data.setup.latest.checksum`) of the object when it was as the table is. Of an
+            object that has none, such as a file open for writing, the names of cells alone are compared.
+
+        Returns
+        -------
+        A sentence on the first difference, None without any; and the checksum for the next time.
+        """
+        try:
+            opened = self._open(data)
+            now = latest.checksum(opened, self.setup)
+            if now is not None and now == content:
+                return None, now
+            changed = difference_of_names(table.cell_names, opened.cells)
+            if changed is None and now is not None:
+                changed = table.difference(self.table(data))
+        except (ValueError, TypeError) as error:
+            return str(error), content
+        return changed, content if changed else now
 
     def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
         batch_code = self._batch_codes(opened)
