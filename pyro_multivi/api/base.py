@@ -1,13 +1,11 @@
-"""Data, training and files of every model; the methods that give results are in the mixins beside this file."""
+"""Data and training of every model; the methods that give results are in the mixins beside this file."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,14 +13,13 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.custom_program import find_program, import_path
-from pyro_multivi.api.saving.description import Description, todays_names
-from pyro_multivi.api.saving.folder import broken, read_model, write_model
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, modality_named
+from pyro_multivi.data.modality import modality_named
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.setup import latest
+from pyro_multivi.data.setup.adapter import frame_of
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
@@ -33,10 +30,6 @@ from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import FitOptions, History, fit, resolve_device
 from pyro_multivi.training.options import Callback
 
-logger = logging.getLogger("pyro_multivi")
-
-Model = TypeVar("Model", bound="ModelBase")
-
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
 
@@ -46,7 +39,7 @@ class NotTrainedError(RuntimeError):
 
 
 class ModelBase:
-    """A program together with the data it was set up on, trained, saved and loaded."""
+    """A program together with the data it was set up on, trained."""
 
     spec: DataSpec
     program: MultiVIProgram
@@ -58,11 +51,13 @@ class ModelBase:
         self.program = program
         self.adata = adata
         self._table = table
+        # Of the data that the table was made of, by which changes of them are noticed.
+        self._checksum = None if table is None else latest.checksum_of(adata, table)
         self._history = History()
         self._optimizer_state: dict[str, Any] | None = None
         self._split: Split | None = None
-        # That of the file and the names of its cells, kept as long as no other data are trained on.
-        self._saved_split: tuple[Split | None, tuple[str, ...] | None] = (None, None)
+        # That of the file, which is saved again as long as no other data are trained on.
+        self._saved_split: Split | None = None
         self.is_trained = False
 
     # ------------------------------------------------------------------ training
@@ -117,7 +112,8 @@ class ModelBase:
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
-            Shares of the cells; default 0.9 and the rest.
+            Shares of the cells; default 0.9 and the rest. Going on keeps the cells of the first call unless a share is
+            given; a cell once trained on is never held out again.
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
@@ -187,14 +183,15 @@ class ModelBase:
         if batch_size is None:
             batch_size = default_batch_size(len(table))
         split = self._split
-        if split is None or (train_size, validation_size) != (None, None):
+        if split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
-            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
+            names = table.cell_names
+            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
         train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
         validation = batches(split.validation) if len(split.validation) else None
-        self._split = split
+        self._split, self._saved_split = split, None
         try:
             with refit(self.program, lambda: self._history.n_epochs):
                 self._history, self._optimizer_state = fit(
@@ -222,116 +219,6 @@ class ModelBase:
         """Move the program to a device."""
         self.program.to(device)
 
-    # ------------------------------------------------------------------ files
-
-    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
-        """Write the model to a folder, as a whole or not at all.
-
-        Parameters
-        ----------
-        dir_path
-            Folder to write; its parent must exist.
-        overwrite
-            Replace a model that is there, in one step: whatever interrupts it leaves the old one or the new one.
-        save_anndata
-            Also write the data, so that :meth:`load` needs nothing else. Without it, data that are saved in a folder
-            which is replaced stay there if they hold this model's cells and features.
-
-        Raises
-        ------
-        FileExistsError
-            If there is something at ``dir_path`` that may not be replaced: a model without ``overwrite=True``,
-            anything that is no saved model, data of other cells.
-        FileNotFoundError
-            If its parent does not exist.
-        OSError
-            If it cannot be written, for instance to a full disk; what was there is as it was.
-        """
-        if save_anndata and self.adata is None:
-            raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-        split, cells = self._split_to_save()
-        description = Description(
-            config=self.program.config.to_dict(),
-            program_class=import_path(type(self.program)),
-            spec=self.spec,
-            history=self._history.rows,
-            split=split,
-            cells=cells,
-            is_trained=self.is_trained,
-        )
-        write_model(
-            dir_path,
-            self.program.state_dict(),
-            description.to_dict(),
-            overwrite=overwrite,
-            data=self.adata if save_anndata else None,
-            names=(cells or (), [name for each in MODALITIES for name in each.feature_names_in(self.spec)]),
-        )
-
-    @classmethod
-    def load(
-        cls: type[Model],
-        dir_path: str | os.PathLike[str],
-        adata: Data | None = None,
-        device: str | torch.device = "cpu",
-        program_class: type[MultiVIProgram] | str = MultiVIProgram,
-    ) -> Model:
-        """Read a saved model. Nothing in the folder is executed.
-
-        Parameters
-        ----------
-        dir_path
-            Folder of the saved model.
-        adata
-            Data to use by default, with the features of training; without it (and without saved
-            data) give ``adata`` to each method. Cells are known by name: a log line says how they differ from those
-            of training.
-        device
-            Device of the program.
-        program_class
-            Class of a model of your own, or its import path, ``"module:name"``. The file says
-            which class it needs, and nothing is imported unless you name that class here.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no saved model.
-        BrokenModelError
-            If a file in it is damaged (each has a checksum, compared before it is read), missing or malformed.
-        ValueError
-            If it is of another class than ``program_class``, or that cannot be imported.
-        """
-        where = f"dir_path={str(dir_path)!r}"
-        saved = read_model(dir_path, with_data=adata is None)
-        description = Description.of(saved, where)
-        found = find_program(program_class, description.program_class, where)
-        program = description.make_program(found, todays_names(saved), where)
-        program.to(device).eval()
-        spec, table = description.spec, None
-        if adata is not None:
-            table = spec.table(adata)
-        elif saved.data is not None:
-            adata = saved.data
-            with broken(where, "the data in it do not fit the model"):
-                table = spec.table(adata)
-        model = cls.__new__(cls)
-        model._assemble(spec, program, adata, table)
-        model._history = History(description.history)
-        model._saved_split = (description.split, description.cells)
-        model._split = description.split
-        if table is not None:
-            model._split, differences = description.split_among(table.cell_names)
-            if differences:
-                logger.warning("adata %s. Cells held out of training are known by their names.", differences)
-        model.is_trained = description.is_trained
-        return model
-
-    def _split_to_save(self) -> tuple[Split | None, tuple[str, ...] | None]:
-        """Training and validation cells, and the names of the cells among which these are positions."""
-        if self._table is not None and (self._split is not None or self._saved_split[0] is None):
-            return self._split, tuple(self._table.cell_names)
-        return self._saved_split
-
     # ------------------------------------------------------------------ shared by the methods
 
     def minibatch(self, indices: Indices = None, adata: Data | None = None) -> Cells:
@@ -357,12 +244,30 @@ class ModelBase:
     def _training_table(self) -> CellTable:
         if self._table is None:
             raise ValueError("adata is not given and the model was loaded without data: give adata.")
+        changed = self._change_of_data(self._table)
+        if changed is not None:
+            raise ValueError(
+                f"The data of this model were changed in place since it read them: {changed} Its results would stand "
+                "beside other cells or other counts. Undo the change or make a new model; for results of raw counts as "
+                "they are now, give them: adata=adata. What is to be changed is best a copy: adata = adata[...].copy()."
+            )
         return self._table
 
+    def _change_of_data(self, table: CellTable) -> str | None:
+        """Difference of the model's object from the table that was made of it; None without any."""
+        changed, self._checksum = self.spec.change(self.adata, table, self._checksum)
+        return changed
+
     def _table_of(self, adata: Data | None) -> tuple[CellTable, Any]:
-        if adata is None or adata is self.adata:
+        if adata is None:
             return self._training_table(), self.adata
+        if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
+            return self._table, adata
         return self.spec.table(adata), adata
+
+    def _obs_of(self, adata: Data | None) -> pd.DataFrame:
+        """Annotation of the cells that a method was given, in their order."""
+        return frame_of((self.adata if adata is None else adata).obs)
 
     def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
         table, _ = self._table_of(adata)

@@ -28,11 +28,8 @@ class Description(NamedTuple):
     ----------
     config, program_class
         Fields of the configuration, and the import path of the class.
-    spec, history, is_trained
+    spec, history, split, is_trained
         As the model has them.
-    split, cells
-        Training and validation cells as positions among the names in ``cells``; None in models saved in format 1 or 2,
-        whose positions are those in the data of training.
     """
 
     config: dict[str, Any]
@@ -40,7 +37,6 @@ class Description(NamedTuple):
     spec: DataSpec
     history: list[dict[str, float]]
     split: Split | None
-    cells: tuple[str, ...] | None
     is_trained: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,20 +64,15 @@ class Description(NamedTuple):
             types = {"config": dict[str, Any], "program_class": str, "is_trained": bool, "history": list, "spec": dict}
             for name, hint in types.items():
                 _check(name, values[name], hint)
-            spec, cells = _spec(values["spec"]), values.get("cells")
+            spec = _spec(values["spec"])
             for row in values["history"]:
                 _check("history", row, dict[str, float], finite=False)
-            if cells is not None:
-                _check("cells", cells, tuple[str, ...])
-                _check_distinct("cells", cells)
-            n_cells = sum(spec.n_cells.values()) if cells is None else len(cells)
             return cls(
                 config=values["config"],
                 program_class=values["program_class"],
                 spec=spec,
                 history=values["history"],
-                split=None if values["split"] is None else _split(values["split"], n_cells),
-                cells=None if cells is None else tuple(cells),
+                split=None if values["split"] is None else _split(values["split"], sum(spec.n_cells.values())),
                 is_trained=values["is_trained"],
             )
 
@@ -97,28 +88,17 @@ class Description(NamedTuple):
             program.load_state_dict(state)
         return program
 
-    def split_among(self, names: Sequence[str]) -> tuple[Split | None, str]:
-        """Split of cells with these names, and a sentence on how they differ from those of training.
 
-        The split is None if cells are among them of which the model does not know.
-        """
-        if self.cells is None:
-            # Formats 1 and 2 have positions, which mean nothing in another number of cells.
-            return (self.split if len(names) == sum(self.spec.n_cells.values()) else None), ""
-        place = {name: position for position, name in enumerate(names)}
-        known = set(self.cells)
-        lacking = [name for name in self.cells if name not in place]
-        new = [name for name in names if name not in known]
-        notes = [f"lacks {len(lacking)} of {len(known)} cells of the model: {first_names(lacking)}"] if lacking else []
-        if new:
-            notes.append(f"has {len(new)} cells that the model does not know: {first_names(new)}")
-        if self.split is None or new:
-            return None, " and ".join(notes)
-        parts = []
-        for part in (self.split.train, self.split.validation):
-            found = [place[name] for name in (self.cells[position] for position in part.tolist()) if name in place]
-            parts.append(torch.tensor(sorted(found), dtype=torch.long))
-        return Split(*parts), " and ".join(notes)
+def difference_of_cells(split: Split, names: Sequence[str]) -> str:
+    """Description of how cells differ from those that were split; empty if they are the same in any order."""
+    known, given = set(split.cell_names), set(names)
+    if not known or known == given:
+        return ""
+    lacking = [name for name in split.cell_names if name not in given]
+    new = [name for name in names if name not in known]
+    notes = [f"lacks {len(lacking)} of the {len(known)} cells of training: {first_names(lacking)}"] if lacking else []
+    notes += [f"has {len(new)} cells that are not among these: {first_names(new)}"] if new else []
+    return " and ".join(notes)
 
 
 def _config(kind: type[ProgramConfig], values: Mapping[str, Any]) -> ProgramConfig:
@@ -176,12 +156,18 @@ def _check_sizes(config: ProgramConfig, spec: DataSpec) -> None:
 
 
 def _split(values: Any, n_cells: int) -> Split:
-    _check("split", values, dict[str, tuple[int, ...]])
-    positions = [*values["train"], *values["validation"]]
-    _check_distinct("split", positions)
+    _check("split", values, dict[str, list[Any]])
+    names = values.get("cell_names", [])
+    positions = [place for name, part in values.items() if name != "cell_names" for place in part]
+    _check("split", positions, tuple[int, ...])
+    _check("split", names, tuple[str, ...])
+    for part in (positions, names):
+        _check_distinct("split", part)
+    split = Split.from_dict(values)
+    n_cells = len(names) or n_cells
     if positions and not 0 <= min(positions) <= max(positions) < n_cells:
         raise ValueError(f"split has positions outside the {n_cells} cells")
-    return Split.from_dict(values)
+    return split
 
 
 def _check_distinct(name: str, values: Sequence[Any]) -> None:
@@ -198,6 +184,8 @@ def _check(name: str, value: Any, hint: Any, finite: bool = True) -> None:
 def _fits(value: Any, hint: Any, finite: bool) -> bool:
     """Whether a value from JSON is of a type; lists stand for tuples. Of other types than those of JSON any is."""
     kind, inner = get_origin(hint), get_args(hint)
+    if kind is list:
+        return isinstance(value, list)
     if kind in (Union, UnionType):
         return any(_fits(value, each, finite) for each in inner)
     if kind is tuple:
