@@ -136,7 +136,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
     _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
     types = _feature_types(adata, setup)
     matrices: dict[str | None, Any] = {}
-    chosen = {modality: types.isin(setup.types_of(modality)).to_numpy() for modality in MODALITIES}
+    chosen = {modality: types.isin(setup.types_found(modality, types)).to_numpy() for modality in MODALITIES}
     counts = {
         modality: _counts(adata, "adata", modality, setup, matrices, np.flatnonzero(columns))
         for modality, columns in chosen.items()
@@ -149,7 +149,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
             f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither {wanted}. Say which "
             f"is which: feature_type_values={{{values}}}."
         )
-    other = types[~types.isin(setup.kept_types())]
+    other = types[~np.any([*chosen.values()], axis=0)]
     return Opened(
         name="adata",
         cells=adata.obs_names,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
+from pyro_multivi.data.vocabulary import spelled
 
 #: Where it is kept: ``data.uns["pyro_multivi"]["setup"]``, a JSON string, which h5ad and h5mu carry as it is.
 UNS_KEY = "pyro_multivi"
@@ -76,9 +77,14 @@ class Setup:
         """Feature types that belong to a modality."""
         return getattr(self, f"{modality.feature}_types")
 
-    def kept_types(self) -> list[str]:
-        """Feature types that belong to any modality."""
-        return [kind for modality in MODALITIES for kind in self.types_of(modality)]
+    def types_found(self, modality: Modality, kinds: Iterable[str]) -> tuple[str, ...]:
+        """Those of the feature types in the data that belong to a modality; without the default ones its spellings."""
+        found = set(kinds)
+        stated = self.types_of(modality)
+        if found & set(stated) or stated != modality.feature_types:
+            return tuple(sorted(found & set(stated)))
+        others = {kind for other in MODALITIES if other is not modality for kind in self.types_of(other)}
+        return tuple(sorted(kind for kind in found - others if spelled(kind) == modality.name))
 
     def mudata_name(self, modality: Modality) -> str | None:
         """Name of a modality in a MuData."""
