@@ -6,13 +6,16 @@ import argparse
 from pathlib import Path
 
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.outputs import refuse_existing
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import read
-from pyro_multivi.plots.report import check_and_report
+from pyro_multivi.plots.report import PAGE, check_and_report
+from pyro_multivi.posterior.checks.result import CSV_FILES
 
 
 def check(options: argparse.Namespace) -> None:
     """Compare a saved model with data, print the result and write tables and a page."""
+    refuse_existing(options.out, (*CSV_FILES, PAGE), options.overwrite)
     data = None
     if options.data is not None:
         built_in = options.data == "demo" and not Path(options.data).exists()

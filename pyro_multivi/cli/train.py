@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import time
 from pathlib import Path
@@ -14,10 +15,15 @@ from anndata import AnnData
 
 from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.outputs import check_model_folder, make_folder, refuse_existing, save_model
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import read
+from pyro_multivi.files import write_whole
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
+
+#: Everything that is written to the folder.
+OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -30,6 +36,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train on a file and write what was learned."""
+    refuse_existing(options.out, OUTPUTS, options.overwrite)
     data = read(options.data)
     keys = {
         "batch_key": options.batch_key,
@@ -74,7 +81,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         if options.labels not in data.obs:
             raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
         labels = data.obs[options.labels].astype(str).to_numpy()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, OUTPUTS, options.overwrite)
+    check_model_folder(model, out / "model")
     print(model)
     started = time.perf_counter()
     model.train(
@@ -85,6 +93,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         accelerator=options.accelerator,
         progress_bar=not options.quiet,
     )
+    # Before anything that may fail.
+    written = [f"{save_model(model, out / 'model', options.overwrite).name}/"]
     latent = np.asarray(model.get_latent_representation())
     figures: dict[str, float] = {
         "cells": len(latent),
@@ -98,11 +108,14 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         shares = pd.Series(labels).value_counts(normalize=True)
         figures["neighbour_purity_chance"] = float((shares**2).sum())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
-    pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns).to_csv(out / "latent.csv")
-    pd.concat(model.history.values(), axis=1).to_csv(out / "history.csv")
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    model.save(out / "model", overwrite=True)
-    written = ["latent.csv", "history.csv", "figures.json", "model/"]
+    table = pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns)
+    for name, text in {
+        "latent.csv": table.to_csv(),
+        "history.csv": pd.concat(model.history.values(), axis=1).to_csv(),
+        "figures.json": json.dumps(figures, indent=1) + "\n",
+    }.items():
+        write_whole(out / name, text.encode())
+        written.append(name)
     if _draw(latent, labels, model, out / "latent.png"):
         written.append("latent.png")
     for name, value in figures.items():
@@ -116,6 +129,8 @@ def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
         figure_class = require("matplotlib.figure", "plot").Figure
     except ImportError as error:
         print(f"no picture: {error}")
+        # One of an earlier run would be taken for one of this model.
+        path.unlink(missing_ok=True)
         return False
     from pyro_multivi import plots
 
@@ -124,5 +139,7 @@ def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
     plots.latent_scatter(latent, labels, left, "latent space")
     plots.training_history(model.history, "elbo", right)
     right.set_title("training")
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(path, picture.getvalue())
     return True

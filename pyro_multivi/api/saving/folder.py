@@ -79,15 +79,15 @@ def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
     if target.exists():
         if not overwrite:
             raise FileExistsError(f"{where} exists: choose another path or give overwrite=True.")
-        foreign = not_of_a_model(target)
-        if foreign:
-            raise FileExistsError(f"{where} {foreign} and is not replaced: choose another path.")
+        found = foreign(target)
+        if found:
+            raise FileExistsError(f"{where} {found} and is not replaced: choose another path.")
         if target == Path.cwd():
             raise FileExistsError(f"{where} is the folder in which this process works: save it from elsewhere.")
     return target
 
 
-def not_of_a_model(target: Path) -> str:
+def foreign(target: Path) -> str:
     """Description of what keeps a path from being replaced: it must hold a whole model and nothing else of the user."""
     if not target.exists():
         return ""
@@ -95,9 +95,18 @@ def not_of_a_model(target: Path) -> str:
         return "is a file"
     found = {path.name for path in target.iterdir()}
     if found - FILES:
-        return f"holds something other than a saved model, {first_names(sorted(found - FILES))},"
+        return f"holds something other than a saved model ({first_names(sorted(found - FILES))})"
     if found and not {DESCRIPTION, WEIGHTS} <= found:
-        return f"holds something other than a saved model, {first_names(sorted(found))} alone,"
+        return f"holds something other than a whole saved model ({first_names(sorted(found))} alone)"
+    return ""
+
+
+def data_of_others(target: Path, cells: Sequence[str], features: Sequence[str]) -> str:
+    """Description of data in a folder that are not a model's: they may be the only copy."""
+    for name in DATA_FILES:
+        problem = difference(target / name, cells, features) if (target / name).is_file() else ""
+        if problem:
+            return f"holds {name}, perhaps the only copy of these data, which are not this model's: it {problem}"
     return ""
 
 
@@ -138,13 +147,11 @@ def write_model(
     """
     target, where = check_target(folder, overwrite), f"dir_path={str(folder)!r}"
     target_files = [name for name in DATA_FILES if (target / name).is_file()]
-    for name in target_files:
-        problem = difference(target / name, *names)
-        if problem and data is None:
-            raise FileExistsError(
-                f"{where} holds {name}, perhaps the only copy of these data; it {problem}, so it does not belong to "
-                "this model and is not deleted. Choose another path, or give save_anndata=True to replace it."
-            )
+    lost = data_of_others(target, *names)
+    if lost and data is None:
+        raise FileExistsError(f"{where} {lost}. Choose another path, or give save_anndata=True to replace them.")
+    if lost:
+        logger.warning("%s %s. They are replaced by the data of this model.", where, lost)
     with replacing(target, where, CHECKSUMS, overwrite) as work:
         sums = {}
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
