@@ -20,6 +20,9 @@ from pyro_multivi.program import MultiVIProgram
 #: Entries beside those of the file format.
 _ENTRIES = ("config", "program_class", "spec", "history", "split", "is_trained")
 
+# Width of a network that no memory is too small for.
+_WIDE = 4096
+
 
 class Description(NamedTuple):
     """Everything of a model beside its tensors.
@@ -64,6 +67,8 @@ class Description(NamedTuple):
             types = {"config": dict[str, Any], "program_class": str, "is_trained": bool, "history": list, "spec": dict}
             for name, hint in types.items():
                 _check(name, values[name], hint)
+            if not all(values["program_class"].partition(":")):
+                raise ValueError(f"program_class is {values['program_class']!r}, not 'module:name'")
             spec = _spec(values["spec"])
             for row in values["history"]:
                 _check("history", row, dict[str, float], finite=False)
@@ -81,6 +86,7 @@ class Description(NamedTuple):
         with broken(where, f"{DESCRIPTION} is damaged"):
             config = _config(program_class.config_class, self.config)
             _check_sizes(config, self.spec)
+            _check_widths(config, state)
             # The random start that the weights replace leaves torch's generator alone.
             with torch.random.fork_rng(devices=[]):
                 program = program_class(config)
@@ -153,6 +159,19 @@ def _check_sizes(config: ProgramConfig, spec: DataSpec) -> None:
     for name, size in sizes.items():
         if getattr(config, name) != size:
             raise ValueError(f"config.{name} is {getattr(config, name)} and spec has {size}")
+
+
+def _check_widths(config: ProgramConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse networks far larger than the weights before memory is taken for them."""
+    widest = max(_WIDE, *(size for tensor in state.values() for size in tensor.shape), 0)
+    for name, most in (
+        ("hidden", widest),
+        ("latent", widest),
+        ("n_layers_encoder", _WIDE),
+        ("n_layers_decoder", _WIDE),
+    ):
+        if getattr(config, name) > most:
+            raise ValueError(f"config.{name} is {getattr(config, name)}, and no tensor is as large")
 
 
 def _split(values: Any, n_cells: int) -> Split:
