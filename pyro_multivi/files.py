@@ -16,6 +16,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class RecordingFile(io.FileIO):
     Libraries that write to it may lose such an error: HDF5 does when a data set is closed by the garbage collector.
     """
 
-    error: OSError | None = None
+    error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it, in several steps where the system takes a part only."""
@@ -73,11 +75,35 @@ def writing(path: Path) -> Iterator[RecordingFile]:
     """A new file, written to the disk on leaving the context; an error of writing is raised then at the latest."""
     with RecordingFile(path, "x+") as stream:
         try:
-            yield stream
+            with _interrupted_at_end(stream):
+                yield stream
         except Exception as error:
             # A library's own error is a consequence of the first.
             raise stream.error or error from error
         stream.finish()
+
+
+@contextlib.contextmanager
+def _interrupted_at_end(stream: RecordingFile) -> Iterator[None]:
+    """Have Ctrl-C end the writing and act after it: raised in the middle, HDF5 may lose it like an error of writing."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+
+    def catch(number: int, frame: Any) -> None:
+        caught[:] = [number, frame]
+        if handler is signal.default_int_handler:
+            stream.error = stream.error or KeyboardInterrupt()
+
+    signal.signal(signal.SIGINT, catch)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught)
 
 
 def write_whole(path: Path, content: bytes) -> None:
