@@ -141,28 +141,29 @@ def replacing(target: Path, where: str, lock: str, overwrite: bool = False) -> I
     OSError
         If it could not be written; the message says what is there now.
     """
-    _clear(target, lock)
-    work, stream = _begin(target, lock)
-    number = work.stat().st_ino
-    try:
-        yield work
-        _sync(work)
-        _put(work, target, where, overwrite)
-        _sync(target.parent)
-    except (OSError, KeyboardInterrupt) as error:
-        placed = target.exists() and target.stat().st_ino == number
-        state = "the new one is there, whole" if placed else "what was there before is unchanged"
-        if isinstance(error, FileExistsError):
+    number = None
+    with contextlib.ExitStack() as stack:
+        try:
+            _clear(target, lock)
+            work, stream = _begin(target, lock)
+            stack.enter_context(stream)
+            # After the exchange this is the old one.
+            stack.callback(shutil.rmtree, work, ignore_errors=True)
+            number = work.stat().st_ino
+            yield work
+            _sync(work)
+            _put(work, target, where, overwrite)
+            _sync(target.parent)
+        except FileExistsError:
             raise
-        if isinstance(error, OSError):
+        except (OSError, KeyboardInterrupt) as error:
+            placed = target.exists() and target.stat().st_ino == number
+            state = "the new one is there, whole" if placed else "what was there before is unchanged"
+            if isinstance(error, KeyboardInterrupt):
+                logger.warning("%s: interrupted; %s.", where, state)
+                raise
             text = f"{where} could not be written ({error.strerror or error}): {state}."
             raise OSError(error.errno or errno.EIO, text) from error
-        logger.warning("%s: interrupted; %s.", where, state)
-        raise
-    finally:
-        # After the exchange this is the old one.
-        shutil.rmtree(work, ignore_errors=True)
-        stream.close()
 
 
 def present(target: Path) -> Path:

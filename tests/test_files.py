@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pyro_multivi.files import replacing, writing
 
 FILES = Path(__file__).parents[1] / "pyro_multivi" / "files.py"
 
@@ -207,3 +210,45 @@ def test_of_two_writers_one_is_whole(tmp_path, way):
     assert seen.pop("whole") > 0
     seen.pop("gone", None)
     assert seen == {"writer 0": 2, "end": 1, "['model']": 1}
+
+
+def test_an_interrupt_that_a_library_loses_is_not_lost(tmp_path):
+    """HDF5 swallows what is raised while it writes to a file in Python: data were missing, and nobody knew."""
+    raised_in_the_middle = []
+
+    def write():
+        with writing(tmp_path / "data") as stream:
+            try:
+                stream.write(b"first")
+                signal.raise_signal(signal.SIGINT)
+                stream.write(b"second")
+            except BaseException as error:
+                raised_in_the_middle.append(error)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert not raised_in_the_middle
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_of_writing_that_a_library_loses_is_raised_at_the_end(tmp_path):
+    def write():
+        with writing(tmp_path / "data") as stream:
+            stream.error = OSError("disk full")
+            assert stream.write(b"lost") == 4
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    def write():
+        with replacing(tmp_path / "model", "dir_path='model'", "SUMS"):
+            pass
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"dir_path='model' could not be written \(Permission denied\)"):
+        write()

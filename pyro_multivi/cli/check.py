@@ -32,5 +32,8 @@ def check(options: argparse.Namespace) -> None:
         hidden_depth=options.hidden_depth,
         seed=options.seed,
     )
+    for name in set(CSV_FILES) - set(written):
+        # A table of an earlier run would be taken for one of this check.
+        (options.out / name).unlink(missing_ok=True)
     print(check)
     print(f"written to {options.out}: {', '.join(written)}")
