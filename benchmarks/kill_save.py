@@ -74,12 +74,16 @@ class Trial:
 
     def in_child(self, work: Callable[[], None]) -> int:
         """Process that does the work: exit status 0, 1 after OSError, 2 after KeyboardInterrupt."""
+        # Held back until the child can take it: else it would unwind the parent's part of the program.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if (pid := os.fork()) != 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             return pid
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        logging.disable()
         status = 0
         try:
+            logging.disable()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             work()
         except OSError:
             status = 1
