@@ -14,8 +14,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_unique, first_names
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, spelled
 
 _log = logging.getLogger(__name__)
 
@@ -135,11 +135,16 @@ def organize_multiome_anndatas(
 def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str) -> _Part:
     if not isinstance(adata, AnnData):
         advice = f"; give its AnnData: {argument}.mod[...]" if hasattr(adata, "mod") else ""
+        if isinstance(adata, (list, tuple, Mapping)):
+            advice = (
+                "; join samples of the same features first: anndata.concat({'s1': a, 's2': b}, label='batch', "
+                "index_unique='-', merge='same'), and give batch_key='batch' to setup_anndata"
+            )
         raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
     _check_matrix(argument, adata)
     allowed = _TYPES[pattern]
     if feature_type_key in adata.var:
-        type_v = adata.var[feature_type_key].astype(str).to_numpy(dtype=object)
+        type_v = _usual_types(adata.var[feature_type_key])
     elif len(allowed) == 1:
         type_v = np.full(adata.n_vars, allowed[0], dtype=object)
     else:
@@ -150,11 +155,22 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
         )
     other = sorted(set(type_v) - set(allowed))
     if other:
+        kinds = f"{argument}.var[{feature_type_key!r}]"
+        advice = f"Write one of these where they mean it: {kinds} = {kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
+        if set(type_v) & set(allowed):
+            advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})]"
         raise ValueError(
-            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. "
-            f"Take the others out: {argument}[:, {argument}.var[{feature_type_key!r}].isin({list(allowed)})]"
+            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. {advice}"
         )
     return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v)
+
+
+def _usual_types(types: pd.Series[Any]) -> NDArray[np.object_]:
+    """Feature types with those of RNA and ATAC as Cell Ranger writes them, whatever their spelling."""
+    found = types.astype(str)
+    names = {kind: modality_named(spelled(kind) or "") for kind in found.unique()}
+    usual = {kind: kind if modality is None else modality.feature_type for kind, modality in names.items()}
+    return found.map(usual).to_numpy(dtype=object)
 
 
 def _from_mudata(mdata: Any, names: tuple[str, str], feature_type_key: str) -> _Part:

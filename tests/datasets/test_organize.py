@@ -247,6 +247,33 @@ def test_feature_types_missing_or_not_allowed(multi, rna):
     assert joined.var["kind"].tolist() == [GENES, GENES, PEAKS, PEAKS]
 
 
+def test_usual_spellings_of_feature_types(multi, rna, atac):
+    expected = organize_multiome_anndatas(multi.copy(), rna.copy(), atac.copy())
+    multi.var["feature_types"] = multi.var["feature_types"].replace({GENES: "GEX", PEAKS: "ATAC"})
+    atac.var["feature_types"] = "Chromatin Accessibility"
+    joined = organize_multiome_anndatas(multi, rna, atac)
+    pd.testing.assert_frame_equal(joined.var, expected.var)
+    assert (joined.X != expected.X).nnz == 0
+
+
+def test_advice_on_feature_types_leaves_features(multi, rna):
+    rna.var["feature_types"] = "transcripts"
+    with pytest.raises(ValueError, match="Write one of these where they mean it: (.*)") as caught:
+        organize_multiome_anndatas(multi, rna)
+    exec(str(caught.value).rpartition("mean it: ")[2], {"rna_anndata": rna})
+    assert organize_multiome_anndatas(multi, rna).n_obs == 3
+    rna.var["feature_types"] = [GENES, "protein", GENES]
+    with pytest.raises(ValueError, match="Take the others out: ") as caught:
+        organize_multiome_anndatas(multi, rna)
+    kept = eval(str(caught.value).rpartition("others out: ")[2], {"rna_anndata": rna})  # noqa: S307
+    assert kept.n_vars == 2
+
+
+def test_several_samples_are_to_be_joined_first(multi):
+    with pytest.raises(TypeError, match=r"not list; join samples of the same features first: anndata.concat\("):
+        organize_multiome_anndatas([multi, multi])
+
+
 def test_modality_key_that_exists(multi, rna):
     multi.obs["modality"] = "paired"
     assert organize_multiome_anndatas(multi, rna).obs["modality"].tolist() == ["paired"] * 2 + ["expression"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import warnings
 
 import h5py
 import numpy as np
@@ -204,7 +205,7 @@ def test_truncated_hdf5(tmp_path, suffix, share):
 def test_hdf5_of_another_kind(tmp_path):
     path = tmp_path / "m.h5"
     simulate_multiome((5, 0, 0), 10, 12).write_h5ad(path)
-    with pytest.raises(ValueError, match="looks like a .h5ad file; give it that suffix"):
+    with pytest.raises(ValueError, match="looks like a .h5ad file: give it that suffix"):
         read(path)
     with h5py.File(path, "w") as file:
         file.create_group("GRCh38")["gene_names"] = ["A"]
@@ -234,8 +235,10 @@ def test_h5_that_contradicts_itself(tmp_path):
 
 def test_mtx_folder_lacks_a_file(tmp_path):
     folder = write_mtx(tmp_path / "m", arc_rows())
-    (folder / "features.tsv.gz").rename(folder / "GSM1_features.tsv.gz")
-    message = r"has no features.tsv or genes.tsv or peaks.bed \(plain or .gz\); it holds 'GSM1_features"
+    (folder / "features.tsv.gz").rename(folder / "features.csv.gz")
+    message = (
+        r"has no features.tsv or genes.tsv or peaks.bed \(plain or .gz\); it holds 'barcodes.tsv.gz', 'features.csv"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         read(folder)
 
@@ -266,5 +269,124 @@ def test_mtx_sizes_that_do_not_fit(tmp_path):
 def test_mtx_features_with_too_few_columns(tmp_path):
     rows = arc_rows()
     rows[1] = rows[1][:2]
-    with pytest.raises(ValueError, match="features.tsv.gz has 2 columns in row 2; .* has at least 3"):
+    with pytest.raises(
+        ValueError, match="features.tsv.gz has 2 columns in row 2; it needs at least 3 in every row: identifier"
+    ):
         read(write_mtx(tmp_path / "m", rows))
+
+
+@pytest.mark.parametrize("gz", [True, False])
+def test_mtx_with_the_prefix_of_a_repository(tmp_path, gz):
+    folder = write_mtx(tmp_path / "m", arc_rows(), gz=gz)
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"GSM1_s1_{path.name}")
+    check(read(folder))
+    check(read(next(folder.glob("*matrix.mtx*"))))
+
+
+def test_mtx_of_several_samples_is_chosen_by_its_matrix(tmp_path):
+    folder = write_mtx(tmp_path / "m", arc_rows())
+    (folder / "features.tsv.gz").rename(folder / "GSE1_features.tsv.gz")
+    for name in ("barcodes.tsv.gz", "matrix.mtx.gz"):
+        (folder / f"GSM2_{name}").write_bytes((folder / name).read_bytes())
+        (folder / name).rename(folder / f"GSM1_{name}")
+    with pytest.raises(
+        ValueError, match=r"more than one matrix.mtx: 'GSM1_.* path of one matrix, such as .*GSM1_matrix"
+    ):
+        read(folder)
+    # The table of features is of both samples, the barcodes are of one.
+    check(read(folder / "GSM2_matrix.mtx.gz"))
+    (folder / "GSM2_barcodes.tsv.gz").rename(folder / "GSM3_barcodes.tsv.gz")
+    with pytest.raises(ValueError, match=r"more than one barcodes.tsv: 'GSM1_barcodes.tsv.gz', 'GSM3_"):
+        read(folder / "GSM2_matrix.mtx.gz")
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("table", ["features.tsv", "genes.tsv"])
+def test_mtx_without_feature_types_has_them_from_the_names(tmp_path, caplog, columns, table):
+    rows = [row[:2] if columns == 2 else [name] for row, name in zip(arc_rows(), VAR_NAMES, strict=True)]
+    rows[4] = ["chr2-5-9"] * columns
+    adata = read(write_mtx(tmp_path / "m", rows, table))
+    check(adata, [*VAR_NAMES[:4], "chr2-5-9"])
+    assert adata.var["feature_types"].tolist() == FEATURES["feature_type"]
+    assert f"{table}.gz has no column of feature types: by their names 3 genes and 2 regions" in caplog.text
+
+
+def test_mtx_named_gz_and_unpacked_by_a_browser(tmp_path):
+    folder = write_mtx(tmp_path / "m", arc_rows(), gz=False)
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"{path.name}.gz")
+    check(read(folder))
+
+
+def test_mtx_of_cells_by_features(tmp_path):
+    folder = write_mtx(tmp_path / "m", arc_rows(), gz=False)
+    scipy.io.mmwrite(folder / "matrix.mtx", sp.coo_matrix(COUNTS))
+    check(read(folder))
+
+
+def test_mtx_tables_with_a_heading(tmp_path):
+    folder = write_mtx(tmp_path / "m", arc_rows(), gz=False)
+    (folder / "barcodes.tsv").write_text("x\n" + (folder / "barcodes.tsv").read_text())
+    with pytest.raises(ValueError, match="5 barcodes are named: is the first row of a table a heading"):
+        read(folder)
+
+
+def test_packed_files_are_to_be_unpacked(tmp_path):
+    (tmp_path / "GSE1_RAW.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="GSE1_RAW.tar is packed: unpack it first"):
+        read(tmp_path / "GSE1_RAW.tar")
+
+
+def test_zarr_as_the_package_writes_it(tmp_path):
+    pytest.importorskip("zarr")
+    adata = simulate_multiome((5, 0, 0), 10, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # AnnData speaks of the default of its next version.
+        adata.write_zarr(tmp_path / "cells.zarr")
+    assert (read(tmp_path / "cells.zarr").X != adata.X).nnz == 0
+    for path in (tmp_path / "cells.zarr" / "X").rglob("*"):
+        if path.is_file() and path.name != "zarr.json":
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cells.zarr is broken"):
+        read(tmp_path / "cells.zarr")
+
+
+def damage(file, kind):
+    if kind == "strings":
+        del file["matrix/barcodes"]
+        file["matrix/barcodes"] = np.arange(4)
+    elif kind == "group":
+        del file["matrix/data"]
+        file.create_group("matrix/data")
+    elif kind == "shape":
+        del file["matrix/shape"]
+        file["matrix/shape"] = [5]
+    elif kind == "scalar":
+        del file["matrix/indptr"]
+        file["matrix/indptr"] = 3
+    elif kind == "text":
+        del file["matrix/data"]
+        file["matrix/data"] = ["many"] * 8
+
+
+@pytest.mark.parametrize("kind", ["strings", "group", "shape", "scalar", "text"])
+def test_h5_with_malformed_content_is_one_error_in_one_line(tmp_path, kind):
+    path = write_h5(tmp_path / "m.h5")
+    with h5py.File(path, "r+") as file:
+        damage(file, kind)
+    with pytest.raises(ValueError, match=f"^{path} ") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["obs", "var", "X", "X/indptr", "obs/modality"])
+def test_h5ad_with_malformed_content_is_one_error_in_one_line(tmp_path, name):
+    path = tmp_path / "cells.h5ad"
+    simulate_multiome((5, 0, 0), 10, 12).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        file[name] = 3
+    with pytest.raises(ValueError, match=f"^{path} is broken, or holds what cannot be read") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)

@@ -117,7 +117,7 @@ def violations(root: Path) -> list[str]:
         for imported in imports_of(path, full):
             target = imported.target
             local = target.removeprefix(f"{PACKAGE}.")
-            if local != target and name not in ("cli", "__main__") and is_within(local, forbidden_to(name)):
+            if local != target and not is_within(name, ("cli", "__main__")) and is_within(local, forbidden_to(name)):
                 wrong.append(f"{full} imports {target}")
             if is_within(target, tables):
                 wrong.append(f"{full} imports {target}")
@@ -252,7 +252,7 @@ def test_a_violation_is_found(tmp_path, file, source, message):
     ("file", "source"),
     [
         ("__init__.py", "from pyro_multivi.api.multivi import MULTIVI"),
-        ("cli.py", "from pyro_multivi.api.multivi import MULTIVI"),
+        ("cli/train.py", "from pyro_multivi.api.multivi import MULTIVI"),
         ("plots/report.py", "from pyro_multivi.api.multivi import MULTIVI"),
         ("plots/latent.py", "def plot():\n    import matplotlib"),
         ("plots/latent.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mudata import MuData"),

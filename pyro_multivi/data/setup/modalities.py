@@ -166,6 +166,6 @@ def _how_to_drop(opened: Opened, setup: Setup) -> str:
             for counts in opened.counts.values()
         )
         return f"mdata = mdata[({sums}).to_numpy() > 0].copy()"
-    columns = f"[:, adata.var[{setup.feature_type_key!r}].isin({setup.kept_types()!r})]" if opened.ignored else ""
+    columns = f"[:, ~adata.var[{setup.feature_type_key!r}].isin({[*opened.ignored]!r})]" if opened.ignored else ""
     where = next(counts.where for counts in opened.counts.values())
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"

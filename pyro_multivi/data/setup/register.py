@@ -82,7 +82,8 @@ def setup_anndata(
         Meaning of other words of the ``modality_key`` column, ``{"both assays": "paired"}``.
     feature_type_values
         Words of the ``feature_type_key`` column: ``{"genes": "Gene Expression", "regions": ["Peaks",
-        "Chromatin Accessibility"]}`` by default. Features of other types are ignored and reported.
+        "Chromatin Accessibility"]}`` by default, or where there are none of these a usual spelling ("GEX", "RNA",
+        "ATAC", ...). Features of other types are ignored and reported.
     extra_obsm_keys
         Keys of ``obsm`` with extra modalities, such as protein counts: arrays, sparse matrices or
         frames, a row of NaN for a cell that was not measured. A custom program finds them in

@@ -227,6 +227,31 @@ def test_layer_and_other_spellings_of_feature_types():
     np.testing.assert_array_equal(table.x.to_dense(), genes)
 
 
+@pytest.mark.parametrize(
+    ("genes", "regions"), [("GEX", "ATAC"), ("rna", "peaks"), ("Gene Expression", "ATAC"), ("gene", "Peaks")]
+)
+def test_usual_spellings_of_feature_types_are_known(genes, regions):
+    adata = make()
+    usual = setup_anndata(adata.copy())
+    kinds = adata.var["feature_types"].astype(str)
+    adata.var["feature_types"] = kinds.replace({"Gene Expression": genes, "Peaks": regions})
+    report = setup_anndata(adata)
+    assert (report.n_genes, report.n_regions) == (usual.n_genes, usual.n_regions)
+    assert "1 features of type 'Antibody Capture' are ignored." in report.notes
+    # A query may spell them as Cell Ranger does.
+    query = make()
+    assert DataSpec.of(adata).table(query).x is not None
+
+
+def test_what_is_said_of_feature_types_holds():
+    adata = make()
+    # Beside features of the usual type those of a like spelling are others, as they are beside stated types.
+    adata.var["feature_types"] = adata.var["feature_types"].astype(str)
+    adata.var.iloc[0, adata.var.columns.get_loc("feature_types")] = "gene"
+    assert setup_anndata(adata).n_genes == GENES - 1
+    assert setup_anndata(adata, feature_type_values={"genes": "gene"}).n_genes == 1
+
+
 @pytest.mark.parametrize(("kind", "genes", "regions"), [("Gene Expression", GENES, 0), ("Peaks", 0, PEAKS)])
 def test_one_modality_alone(kind, genes, regions):
     adata = make()

@@ -1,0 +1,54 @@
+"""``pyro-multivi differential``: features in which groups of cells differ, as a table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pyro_multivi._optional import require
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.outputs import refuse_existing
+from pyro_multivi.data.modality import modelled
+from pyro_multivi.datasets.readers import read
+from pyro_multivi.files import write_whole
+
+
+def differential(options: argparse.Namespace) -> None:
+    """Compare groups of cells and write a table."""
+    out: Path = options.out
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file.")
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}.")
+    refuse_existing(out.parent, [out.name], options.overwrite)
+    if out.suffix == ".parquet":
+        # A missing package is reported before the work.
+        require("pyarrow", "parquet")
+    model = MULTIVI.load(options.model, None if options.data is None else read(options.data))
+    if model.adata is None:
+        raise ValueError(f"{options.model} holds no data: give the file of the cells after it.")
+    modality = options.modality or modelled(model.spec)[0].name
+    table = getattr(model, f"differential_{modality}")(
+        groupby=options.groupby,
+        group1=options.group1,
+        group2=options.group2,
+        mode=options.mode,
+        delta="default" if options.delta is None else options.delta,
+        batch_correction=options.batch_correction,
+        fdr_target=options.fdr_target,
+        silent=options.quiet,
+        unit=options.unit,
+        n_samples=options.n_samples,
+        seed=options.seed,
+    )
+    # A feature has a row in each comparison: a column, unlike an index, need not be unique.
+    table = table.rename_axis("feature").reset_index()
+    content = table.to_csv(index=False).encode() if out.suffix == ".csv" else table.to_parquet(index=False)
+    write_whole(out, content)
+    called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
+    for comparison, rows in table.groupby("comparison", sort=False):
+        found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
+        print(f"  {comparison}, {len(rows)} features{found}")
+    print(f"written to {out}")

@@ -1,0 +1,96 @@
+"""Commands and options of the command line. Nothing heavy is imported here: help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pyro_multivi._version import __version__
+from pyro_multivi.data.modality import MODALITIES
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="pyro-multivi", description="MultiVI: one latent state per cell from RNA, ATAC or both."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="analyse the built-in real cells from start to end")
+    _add_training(demo)
+    demo.set_defaults(labels="cell_type")
+
+    train = commands.add_parser("train", help="train on a file of yours")
+    train.add_argument("data", help=".h5ad, .h5mu, 10x .h5 (Cell Ranger ARC) or a 10x mtx folder")
+    train.add_argument("--labels", help="obs column that colours the picture and scores the latent space")
+    train.add_argument("--layer", help="layer with the raw counts")
+    train.add_argument("--batch-key", help="obs column of batches")
+    train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
+    train.add_argument("--feature-type-key", default="feature_types", help="var column telling genes from peaks")
+    for modality in MODALITIES:
+        key = modality.key
+        train.add_argument(
+            f"--{key}", default=key, help=f"name of the {modality.assay} modality of an .h5mu (default: {key})"
+        )
+    train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
+    train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
+    train.add_argument(
+        "--min-fraction",
+        type=float,
+        default=0.01,
+        help="leave out features detected in a smaller share of the cells (default: 0.01; not for .h5mu)",
+    )
+    train.add_argument("--n-latent", type=int)
+    train.add_argument("--n-hidden", type=int)
+    train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
+    _add_training(train)
+
+    check = commands.add_parser("check", help="compare a trained model's replicates with the data")
+    check.add_argument("model", type=Path, help="folder of a saved model")
+    check.add_argument("data", nargs="?", help="its data, as for train; or demo for the built-in cells")
+    check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
+    _add_overwrite(check)
+    check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
+    check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
+    check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
+    check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
+    check.add_argument("--seed", type=int, default=0)
+
+    differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
+    differential.add_argument("model", type=Path, help="folder of a saved model")
+    differential.add_argument("data", nargs="?", help="file of the cells; not needed if the folder holds the data")
+    differential.add_argument("--groupby", required=True, help="obs column of the groups")
+    differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")
+    differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
+    differential.add_argument(
+        "--modality",
+        choices=[modality.name for modality in MODALITIES],
+        help="genes or regions (default: genes, if the model has any)",
+    )
+    differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    _add_overwrite(differential)
+    differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
+    differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
+    differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
+    differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
+    differential.add_argument("--batch-correction", action="store_true", help="decode both groups in the same batches")
+    differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
+    differential.add_argument("--seed", type=int, default=0)
+    differential.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to; made if it is not there")
+    _add_overwrite(parser)
+    parser.add_argument("--max-epochs", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
