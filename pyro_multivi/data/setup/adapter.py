@@ -186,7 +186,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         names = known_modalities(mdata)
     counts = {}
     for modality, name in names.items():
-        if name in mdata.mod:
+        if name in mdata.mod and mdata.mod[name].n_vars:
             part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
             rows = _rows_of(mdata, part, owner)
             counts[modality] = _counts(part, owner, modality, setup, {}, np.arange(part.n_vars), rows)
