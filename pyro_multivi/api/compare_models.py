@@ -144,12 +144,13 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
     compared = set(cells.cell_names)
     for name, model in models.items():
         split = model._split
-        known = split is not None and split.cell_names
-        trained = sum(split.cell_names[at] in compared for at in split.ever_trained.tolist()) if known else 0
+        if split is None or not split.cell_names:
+            continue
+        trained = sum(split.cell_names[at] in compared for at in split.ever_trained.tolist())
         if trained:
             warnings.warn(
                 f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: their likelihood "
-                "favours the model that follows its training cells most closely. Leave out indices and adata to "
+                "favours models that follow their training cells closely. Leave out indices and adata to "
                 "compare held-out cells.",
                 UserWarning,
                 stacklevel=3,

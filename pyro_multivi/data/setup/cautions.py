@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import MODALITIES, modelled
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.vocabulary import PAIRED
 
@@ -21,6 +21,8 @@ _FEW_PAIRED = 50
 _LEAST_CELLS = 11
 # Variance of the cells' totals, as a share of their mean, below which they were made equal; of counts it is 1 at least.
 _EQUAL = 0.1
+# Times as many cells without any count as there would be of one depth.
+_BEYOND_CHANCE = 3.0
 # Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
@@ -29,9 +31,23 @@ _TRIED, _FOUND = 500, 0.5
 _SIGNS = "-_.:#|/"
 _LAST_PART = re.compile(rf"[{_SIGNS}][^{_SIGNS}]+$")
 _FIRST_PART = re.compile(rf"^.*?[{_SIGNS}](?=.*[ACGT]{{8}})")
-# Other feature types of 10x Genomics: that they are ignored is no mistake.
+# Other feature types of 10x Genomics and usual names of other modalities: that they are ignored is no mistake.
 _OTHER_ASSAYS = frozenset(
-    ("antibody capture", "antigen capture", "crispr guide capture", "custom", "multiplexing capture", "vdj-t", "vdj-b")
+    (
+        "antibody capture",
+        "antigen capture",
+        "crispr guide capture",
+        "custom",
+        "multiplexing capture",
+        "vdj-t",
+        "vdj-b",
+        "prot",
+        "protein",
+        "proteins",
+        "adt",
+        "hto",
+        "airr",
+    )
 )
 
 
@@ -53,7 +69,7 @@ def _without_counts(found: Description) -> Iterator[str]:
         name = found.spec.setup.mudata_name(modality)
         part, mask = found.opened.counts.get(modality), found.measured.masks[modality]
         if part is None and name is not None and found.opened.name == "mdata":
-            yield f"mdata.mod[{name!r}] has no features: {modality.assay} counts as not measured. Is it the right object?"
+            yield f"mdata.mod[{name!r}] has no features: {modality.assay} counts as not measured. The right object?"
         if part is None:
             continue
         if not mask.any():
@@ -62,8 +78,12 @@ def _without_counts(found: Description) -> Iterator[str]:
                 f"{modality.features} in {part.where}. Leave them out, or add cells that have counts of them."
             )
         elif not found.measured.inferred:
-            empty = mask & (modality.counts_in(found.table).crow.diff() == 0).numpy()
-            if empty.any() and len(mask) >= _LEAST_CELLS:
+            detected: NDArray[Any] = modality.counts_in(found.table).crow.diff().numpy()[mask]
+            empty = mask.copy()
+            empty[mask] = detected == 0
+            # Of few features a cell may have none by chance; of many, having none is no chance.
+            expected = mask.sum() * np.exp(-detected[detected > 0].mean()) if detected.any() else 0.0
+            if len(mask) >= _LEAST_CELLS and empty.sum() > _BEYOND_CHANCE * expected:
                 yield (
                     f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
                     f"{part.where}: {first_names(found.opened.cells[empty], 3)}. If it was not measured in them, mark "
@@ -79,9 +99,7 @@ def _unlikely_counts(found: Description) -> Iterator[str]:
             continue
         density = len(counts.val) / (n * len(part.features))
         if float(counts.val.max()) <= 1 and len(counts.val) * density / 2 > _EXPECTED:
-            yield (
-                f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts themselves."
-            )
+            yield (f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts.")
             continue
         totals = counts.row_sums().double()[torch.from_numpy(found.measured.masks[modality])]
         if n >= _LEAST_CELLS and float(totals.var()) < _EQUAL * float(totals.mean()):
@@ -107,8 +125,8 @@ def _few_paired(found: Description) -> Iterator[str]:
         if match is not None:
             number_found, one, other = match
             yield (
-                f"{sizes[PAIRED]} cells are paired, but {number_found} of the {min(alone)} cells with one modality have "
-                f"the same name in the other once an end is cut: {one!r} and {other!r} ({_ends(one, other)}). If they "
+                f"{sizes[PAIRED]} cells are paired, but {number_found} of the {min(alone)} cells of one modality have "
+                f"the same name once an end is cut: {one!r} and {other!r} ({_ends(one, other)}). If they "
                 f"are the same cells, give them one name{_how_to_join(found)}."
             )
 
@@ -167,9 +185,9 @@ def _confounded_batches(found: Description) -> Iterator[str]:
         return
     if len(np.unique(found.table.batch_code.numpy() * 4 + pattern)) == patterns:
         yield (
-            f"batch_key={key!r} says the same as what was measured in a cell, so that effects of batches cannot be told "
-            "from those of modalities, and nothing is learned of a modality in batches without it. Give the experiment "
-            "or donor, or leave batch_key out."
+            f"batch_key={key!r} says the same as what was measured in a cell: effects of batches cannot be told from "
+            "those of modalities, and nothing is learned of a modality in batches without it. Give the donor or "
+            "experiment, or leave batch_key out."
         )
 
 
@@ -189,10 +207,16 @@ def _left_out(found: Description) -> Iterator[str]:
     """Features that are of neither modality."""
     setup = found.spec.setup
     ignored = {kind: size for kind, size in found.opened.ignored.items() if kind.casefold() not in _OTHER_ASSAYS}
-    if ignored:
-        kept = ", ".join(f"{each.features} {first_names(setup.types_of(each))}" for each in modelled(found.spec))
+    if ignored and found.opened.name == "mdata":
+        yield (
+            f"{' and '.join(map(repr, ignored))} of mdata.mod ({sum(ignored.values())} features) left out: if it is "
+            "RNA or ATAC, name it in modalities={'rna_layer': ..., 'atac_layer': ...}; others are for programs of your "
+            "own (extra_modalities)."
+        )
+    elif ignored:
+        kept = ", ".join(f"{each.features} {first_names(setup.types_of(each))}" for each in MODALITIES)
         yield (
             f"{sum(ignored.values())} features are left out, of {setup.feature_type_key} "
-            f"{', '.join(f'{kind!r} ({size})' for kind, size in ignored.items())}: feature_type_values names {kept}. Add "
-            "their words there if they are genes or regions, or drop them from adata."
+            f"{', '.join(f'{kind!r} ({size})' for kind, size in ignored.items())}: feature_type_values names {kept}. "
+            "If they are genes or regions, add their words there; else drop them from adata."
         )

@@ -115,7 +115,10 @@ def test_values_that_are_no_counts(adata, form, cell, feature, value, message):
     dense = adata.X.copy()
     dense[cell, feature] = value
     adata.X = form(dense)
-    with pytest.raises(ValueError, match=message + r".*Raw counts are needed(, and none are in adata|\. These are nearly whole: round them)"):
+    with pytest.raises(
+        ValueError,
+        match=message + r".*Raw counts are needed(, and none are in adata|\. These are nearly whole: round them)",
+    ):
         setup_anndata(adata)
 
 
