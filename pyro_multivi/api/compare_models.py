@@ -150,7 +150,7 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
         if trained:
             warnings.warn(
                 f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: their likelihood "
-                "favours models that follow their training cells closely. Leave out indices and adata to "
+                "favours models that fit training cells closely. Leave out indices and adata to "
                 "compare held-out cells.",
                 UserWarning,
                 stacklevel=3,

@@ -192,9 +192,8 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
             counts[modality] = _counts(part, owner, modality, setup, {}, np.arange(part.n_vars), rows)
     if not counts:
         wanted = first_names(name for name in names.values() if name is not None)
-        raise ValueError(
-            f"mdata has none of the modalities {wanted}, or no features of them; it has {first_names(mdata.mod)}."
-        )
+        empty = " without any features" if any(name in mdata.mod for name in names.values()) else ""
+        raise ValueError(f"mdata has none of the modalities {wanted}; it has {first_names(mdata.mod)}{empty}.")
     return Opened(
         name="mdata",
         cells=mdata.obs_names,

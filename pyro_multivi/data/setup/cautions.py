@@ -21,8 +21,8 @@ _FEW_PAIRED = 50
 _LEAST_CELLS = 11
 # Variance of the cells' totals, as a share of their mean, below which they were made equal; of counts it is 1 at least.
 _EQUAL = 0.1
-# Times as many cells without any count as there would be of one depth.
-_BEYOND_CHANCE = 3.0
+# Cells without any feature, for each with one, that are still a matter of chance.
+_BEYOND_CHANCE = 2
 # Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
@@ -81,9 +81,8 @@ def _without_counts(found: Description) -> Iterator[str]:
             detected: NDArray[Any] = modality.counts_in(found.table).crow.diff().numpy()[mask]
             empty = mask.copy()
             empty[mask] = detected == 0
-            # Of few features a cell may have none by chance; of many, having none is no chance.
-            expected = mask.sum() * np.exp(-detected[detected > 0].mean()) if detected.any() else 0.0
-            if len(mask) >= _LEAST_CELLS and empty.sum() > _BEYOND_CHANCE * expected:
+            # Of few features a cell may have none by chance; then other cells have one.
+            if len(mask) >= _LEAST_CELLS and empty.sum() > _BEYOND_CHANCE * (detected == 1).sum():
                 yield (
                     f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
                     f"{part.where}: {first_names(found.opened.cells[empty], 3)}. If it was not measured in them, mark "
