@@ -149,8 +149,8 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
         trained = sum(split.cell_names[at] in compared for at in split.ever_trained.tolist())
         if trained:
             warnings.warn(
-                f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: that favours models "
-                "which fit training cells closely. Leave out indices and adata to compare held-out cells.",
+                f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: that favours "
+                "models that fit training cells closely. Leave out indices and adata to compare held-out cells.",
                 UserWarning,
                 stacklevel=3,
             )

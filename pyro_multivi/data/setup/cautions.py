@@ -82,7 +82,7 @@ def _without_counts(found: Description) -> Iterator[str]:
             empty = mask.copy()
             empty[mask] = detected == 0
             # Of few features a cell may have none by chance; then other cells have one.
-            if len(mask) >= _LEAST_CELLS and empty.sum() > _BEYOND_CHANCE * (detected == 1).sum():
+            if len(mask) >= _LEAST_CELLS and empty.sum() > max(1, _BEYOND_CHANCE * (detected == 1).sum()):
                 yield (
                     f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
                     f"{part.where}: {first_names(found.opened.cells[empty], 3)}. If it was not measured in them, mark "
