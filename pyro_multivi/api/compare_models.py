@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -86,10 +87,10 @@ def compare_models(
     cells = reference._cells(adata, indices, batch_size)
     for other, model in others:
         _check_comparable((first, reference, cells), (other, model, model._cells(adata, indices, batch_size)))
-    index = cells.index.numpy()
+    _warn_of_training_cells(models, cells)
     scores = {
         name: model.get_marginal_ll(
-            adata, n_mc_samples, index, return_mean=False, batch_size=batch_size, return_se=True, seed=seed
+            adata, n_mc_samples, indices, return_mean=False, batch_size=batch_size, return_se=True, seed=seed
         )
         for name, model in models.items()
     }
@@ -116,20 +117,44 @@ def compare_models(
     return pd.DataFrame(rows).set_index("model").sort_values("log_likelihood", ascending=False)
 
 
-def _same_held_out(models: Mapping[str, MULTIVI]) -> NDArray[np.int64]:
+def _same_held_out(models: Mapping[str, MULTIVI]) -> list[str]:
+    """Names of the cells that all models hold out."""
     (first, one), *others = models.items()
-    held_out = one.validation_indices
-    if not len(held_out):
+    held_out = _held_out(one)
+    if not held_out:
         raise ValueError(
             f"models[{first!r}] holds out no cell that is known: train with validation_size above 0, or give indices."
         )
     for name, model in others:
-        if not np.array_equal(held_out, model.validation_indices):
+        if set(held_out) != set(_held_out(model)):
             raise ValueError(
                 f"models[{first!r}] and models[{name!r}] hold out different cells: train both with the same seed, "
                 "train_size and validation_size, or give indices that neither was trained on."
             )
     return held_out
+
+
+def _held_out(model: MULTIVI) -> list[str]:
+    names = model._training_table().cell_names
+    return [names[position] for position in model.validation_indices.tolist()]
+
+
+def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -> None:
+    """Warn where cells chosen by the caller are ones that a model was trained on, by their names."""
+    compared = set(cells.cell_names)
+    for name, model in models.items():
+        split = model._split
+        if split is None or not split.cell_names:
+            continue
+        trained = sum(split.cell_names[at] in compared for at in split.ever_trained.tolist())
+        if trained:
+            warnings.warn(
+                f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: that favours "
+                "models that fit training cells closely. Leave out indices and adata to compare held-out cells.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, MULTIVI, Minibatches]) -> None:
@@ -146,6 +171,8 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is given the depth that the other "
             "must predict. Compare models with the same library."
         )
+    if list(cells_a.cell_names) != list(cells_b.cell_names):
+        raise ValueError(f"{pair} were given different cells: compare them on the same, by name (indices=[...]).")
     # Size factors of RNA are part of the library.
     has_factors = [ATAC.size_factor_in(cells.table) is not None for cells in (cells_a, cells_b)]
     totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]

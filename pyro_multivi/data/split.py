@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
 
 #: Fields that hold positions.
 _POSITIONS = ("train", "validation", "trained_before")
@@ -114,18 +114,17 @@ class Split:
             known[previous.ever_trained.numpy()] = True
             if shuffle:
                 order = np.concatenate([order[known[order]], order[~known[order]]])
-        train, rest = order[:n_train], order[n_train:]
-        held_out = rest[~known[rest]][:n_validation]
+        train, others = order[:n_train], order[n_train:]
+        held_out = others[~known[others]][:n_validation]
         if len(held_out) < n_validation:
             warnings.warn(
-                f"train_size={train_size:g} leaves out {len(rest)} cells, of which {len(rest) - len(held_out)} were "
+                f"train_size={train_size:g} leaves out {len(others)} cells, of which {int(known[others].sum())} were "
                 f"trained on before: only the other {len(held_out)} count as held out (early stopping, calibration, "
                 "checks). To hold out others, make a new model.",
                 UserWarning,
                 stacklevel=3,
             )
-        parts = (train, held_out, rest[known[rest]])
-        return cls(*(torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts), cell_names)
+        return cls(_ascending(train), _ascending(held_out), _ascending(others[known[others]]), cell_names)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -135,8 +134,8 @@ class Split:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Split:
         """From :meth:`to_dict`; models of version 0.1 kept the first two entries only."""
-        positions = (torch.tensor(values.get(name, []), dtype=torch.long) for name in _POSITIONS)
-        return cls(*positions, tuple(values.get("cell_names", ())))
+        train, validation, before = (torch.tensor(values.get(name, []), dtype=torch.long) for name in _POSITIONS)
+        return cls(train, validation, before, tuple(values.get("cell_names", ())))
 
     def among(self, cell_names: Sequence[str] | None, n_cells: int = 0) -> Split | None:
         """The same cells in other data, by name; None if no cell of this split is known to be there.
@@ -146,13 +145,13 @@ class Split:
         cell_names
             Names of the cells of those data. None: they are those that were split.
         n_cells
-            Number of cells that were split, for a split without names: without names, positions mean nothing in data of
-            another size.
+            Number of cells that were split, for a split without names, whose positions mean nothing in data of another
+            size.
 
         Returns
         -------
-        Where there are other cells besides, only those trained on are kept, as ``trained_before``, since the others have
-        to be split anew.
+        The split. Where there are other cells besides, only those trained on are kept, as ``trained_before``, since the
+        others have to be split anew.
         """
         if cell_names is None or tuple(cell_names) == tuple(self.cell_names):
             return self
@@ -160,9 +159,15 @@ class Split:
             return self if len(cell_names) == n_cells else None
         place = {name: position for position, name in enumerate(cell_names)}
         found = np.array([place.get(name, -1) for name in self.cell_names], dtype=np.int64)
-        parts = [np.sort(kept[kept >= 0]) for kept in (found[getattr(self, name).numpy()] for name in _POSITIONS)]
-        if (found >= 0).sum() == 0:
+        n_found = int((found >= 0).sum())
+        if n_found == 0:
             return None
-        if (found >= 0).sum() < len(cell_names):
-            parts = [parts[0][:0], parts[1][:0], np.sort(np.concatenate([parts[0], parts[2]]))]
-        return Split(*map(torch.from_numpy, parts), tuple(cell_names))
+        train, validation, before = (found[getattr(self, name).numpy()] for name in _POSITIONS)
+        if n_found < len(cell_names):
+            train, validation, before = train[:0], train[:0], np.concatenate([train, before])
+        return Split(_ascending(train), _ascending(validation), _ascending(before), tuple(cell_names))
+
+
+def _ascending(positions: NDArray[np.int64]) -> Tensor:
+    """Positions in order, without those that are not there (-1)."""
+    return torch.from_numpy(np.sort(positions[positions >= 0]).astype(np.int64))

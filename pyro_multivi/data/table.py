@@ -137,17 +137,14 @@ class CellTable:
 
     def difference(self, other: CellTable) -> str | None:
         """A sentence on the first difference of another table of the same cells, ``other`` being the later; or None."""
-        places: list[Tensor] = []
         for modality in MODALITIES:
-            one, two = modality.counts_in(self), modality.counts_in(other)
-            rows = _differing_rows(one, two, len(self))
+            rows = _differing_rows(modality.counts_in(self), modality.counts_in(other), len(self))
             if len(rows):
-                what = f"their {modality.assay} counts are others"
-                return self._at(what, rows)
-            places.append(modality.measured_in(self) != modality.measured_in(other))
-        for what, rows in zip((f"they are marked otherwise as having {each.assay}" for each in MODALITIES), places, strict=True):
-            if bool(rows.any()):
-                return self._at(what, rows.nonzero().squeeze(-1))
+                return self._at(f"their {modality.assay} counts are others", rows)
+        for modality in MODALITIES:
+            rows = (modality.measured_in(self) != modality.measured_in(other)).nonzero().squeeze(-1)
+            if len(rows):
+                return self._at(f"they are marked otherwise as having {modality.assay}", rows)
         parts = {"their batch or covariates are others": "design", "their labels are others": "label"}
         parts.update({f"their {each.assay} size factors are others": each.size_factor for each in MODALITIES})
         for what, name in parts.items():

@@ -19,18 +19,27 @@ from pyro_multivi.distributions.base import (
     real_vector,
 )
 from pyro_multivi.distributions.kernels.counts import counts_log_prob
-from pyro_multivi.distributions.kernels.log_gamma import log_rising
+from pyro_multivi.distributions.kernels.log_gamma import LARGE_COUNT, log_rising
 from pyro_multivi.distributions.kernels.readout import Link, Readout
+
+
+def _has_large(x: Tensor) -> bool:
+    """Whether counts are so large that single precision will not do."""
+    return x.dtype != torch.float64 and x.numel() > 0 and bool(x.max() >= LARGE_COUNT)
 
 
 def _poisson(x: Tensor, mu: Tensor) -> Tensor:
     """Log-probability of counts x under mean mu; 0 at x = mu = 0, elementwise."""
+    if _has_large(x):
+        return _poisson(x.double(), mu.double()).to(mu.dtype)
     # The clamp only meets x > 0 = mu, and keeps the slope x / mu at x = 0 from being 0 / 0.
     return torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny)) - mu - torch.lgamma(x + 1)
 
 
 def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """Log-probability of counts x under mean mu and inverse dispersion theta, elementwise."""
+    if _has_large(x):
+        return _negative_binomial(x.double(), mu.double(), theta.double()).to(mu.dtype)
     rising, is_large = log_rising(x, theta)
     log_ratio = torch.log1p(mu / theta)
     at_mean = torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny))

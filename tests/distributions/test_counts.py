@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from pyro_multivi.distributions import (
     Readout,
     ZeroInflatedNegativeBinomialCounts,
 )
+from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 B, G = 5, 17
@@ -247,3 +249,45 @@ def test_softplus_that_underflows_keeps_its_logarithm() -> None:
     torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-6, atol=0)
     (by_bias,) = torch.autograd.grad(found.sum(), bias)
     torch.testing.assert_close(by_bias, torch.tensor([5.0, 1.0, -2 / (1 + math.exp(-3))]))
+
+
+@pytest.mark.parametrize("family", ["nb", "zinb", "poisson"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_large_counts_in_single_precision(family, dense, compiled):
+    if compiled:
+        pytest.importorskip("numba")
+    n_genes = 8
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(n_genes, generator=generator).requires_grad_()
+    theta = torch.full((n_genes,), 1000.0).requires_grad_()
+    for count in (5e3, 1e5, 1e6):
+        counts = torch.zeros(1, n_genes)
+        counts[0, 3] = count
+        library = torch.tensor([1.1 * count / float(bias.detach().softmax(0)[3])])
+
+        def log_prob(dtype, counts=counts, library=library):
+            rho = Readout(
+                torch.zeros(1, 1, dtype=dtype), torch.zeros(n_genes, 1, dtype=dtype), bias.to(dtype), "softmax"
+            )
+            gate = Readout(rho.hidden, rho.weight, torch.full((n_genes,), -1.0, dtype=dtype), "identity")
+            parts = [bias.to(dtype).softmax(0).unsqueeze(0) if dense else rho, library.to(dtype)]
+            if family != "poisson":
+                parts.append(theta.to(dtype))
+            if family == "zinb":
+                parts.append(torch.full((n_genes,), -1.0, dtype=dtype) if dense else gate)
+            made = {"nb": NegativeBinomialCounts, "poisson": PoissonCounts}.get(
+                family, ZeroInflatedNegativeBinomialCounts
+            )
+            given = counts.to(dtype)
+            return made(*parts).log_prob(given if dense else SparseCounts.from_dense(given)).sum()
+
+        with compiled_loops() if compiled else nullcontext():
+            found = log_prob(torch.float32)
+            slopes = torch.autograd.grad(found, [bias, theta], allow_unused=True)
+        exact = log_prob(torch.float64)
+        # The means themselves are good to 1e-7.
+        assert abs(float(found.detach() - exact.detach())) < 1e-3 * abs(float(exact.detach())) + 1e-7 * count
+        for slope, other in zip(slopes, torch.autograd.grad(exact, [bias, theta], allow_unused=True), strict=True):
+            if other is not None:
+                torch.testing.assert_close(slope, other, rtol=2e-3, atol=2e-3 * float(other.abs().max()))

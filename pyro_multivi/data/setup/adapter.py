@@ -78,7 +78,7 @@ class Opened:
     table_of
         Name of the table for each argument whose columns lie in one modality of a MuData.
     ignored
-        Number of features of each other type.
+        Number of features of each other type, or other modality of a MuData.
     extra
         Extra modalities by name, those that are there.
     """
@@ -186,19 +186,21 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         names = known_modalities(mdata)
     counts = {}
     for modality, name in names.items():
-        if name in mdata.mod:
+        if name in mdata.mod and mdata.mod[name].n_vars:
             part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
             rows = _rows_of(mdata, part, owner)
             counts[modality] = _counts(part, owner, modality, setup, {}, np.arange(part.n_vars), rows)
     if not counts:
         wanted = first_names(name for name in names.values() if name is not None)
-        raise ValueError(f"mdata has none of the modalities {wanted}; it has {first_names(mdata.mod)}.")
+        empty = " without any features" if any(name in mdata.mod for name in names.values()) else ""
+        raise ValueError(f"mdata has none of the modalities {wanted}; it has {first_names(mdata.mod)}{empty}.")
     return Opened(
         name="mdata",
         cells=mdata.obs_names,
         counts=counts,
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
         # In an object without that modality the column is looked for in the main table.
+        ignored={name: part.n_vars for name, part in mdata.mod.items() if name not in (*names.values(), *setup.extra)},
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
         extra=_extra_sources(mdata, "mdata", setup),
     )
@@ -290,7 +292,10 @@ def _counts(
     matrix = matrices[layer]
     where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
-        raise ValueError(f"{where} is empty. Give {argument}, one of {first_names(adata.layers)}.")
+        mend = (
+            f"Give {argument}, one of {first_names(adata.layers)}" if adata.layers else f"Put the counts into {owner}.X"
+        )
+        raise ValueError(f"{where} is empty. {mend}.")
     if isinstance(matrix, np.ma.MaskedArray):
         raise ValueError(
             f"{where} is a masked array, of which {int(np.ma.count_masked(matrix))} values are hidden. Say what they "
@@ -322,7 +327,9 @@ def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
             f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
         )
     where = f"{name}.X" if layer is None else f"{name}.layers[{layer!r}]"
-    nowhere = f", and none are in {name}: {name}.X, layers ({first_names(owner.layers) or 'none'}) and raw were looked at"
+    nowhere = (
+        f", and none are in {name}: {name}.X, layers ({first_names(owner.layers) or 'none'}) and raw were looked at"
+    )
     matrix = owner.X if layer is None else owner.layers[layer]
     values = _first_values(matrix)
     if values.size and values.dtype.kind == "f" and np.isfinite(values).all() and (values >= 0).all():

@@ -21,8 +21,8 @@ from pyro_multivi.data.sparse import SparseCounts
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.
 _BLOCK_ENTRIES = 2**24
 _BLOCK_ROWS = 512
-#: Largest count of RNA. Every sum that enters a likelihood is good to some 1e-7 of the count in single precision: 0.1
-#: nats here. The deepest cells have a few million reads in all.
+#: Largest count of RNA. In single precision sums of log-probabilities are good to 1e-7 of the count, which is 0.1 nats
+#: here; and the deepest cells have a few million reads in all.
 MOST_COUNTS = 10**6
 
 

@@ -14,9 +14,10 @@ from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
 
-
 # Smallest number of full precision in float32.
 _LEAST = np.finfo(np.float32).tiny
+# Smallest size factor: the likelihoods' own floor.
+_LEAST_SIZE = np.float32(1e-30)
 
 
 def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ def _sizes(opened: Opened, modality: Modality, key: str, measured: NDArray[np.bo
     # NaN compares false, so that a measured cell without a value is caught too.
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)  # as the model reads them
-    wrong = measured & ~((single >= _LEAST) & (single < (1.0 if modality.binary else np.inf)))
+    wrong = measured & ~((single >= _LEAST_SIZE) & (single < (1.0 if modality.binary else np.inf)))
     if wrong.any():
         at = int(np.argmax(wrong))
         allowed = "above 0 and below 1" if modality.binary else "above 0 and finite"

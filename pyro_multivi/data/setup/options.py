@@ -117,6 +117,8 @@ class Setup:
         for entry in fields(cls):
             if not _is_of_type(getattr(made, entry.name), str(entry.type)):
                 raise TypeError(f"{entry.name} is {getattr(made, entry.name)!r}, no {entry.type}")
+        if made.kind not in ("anndata", "mudata"):
+            raise TypeError(f"kind is {made.kind!r}, neither 'anndata' nor 'mudata'")
         return made
 
     def to_json(self) -> str:
@@ -156,8 +158,12 @@ class Setup:
 
 def _is_of_type(value: Any, annotation: str) -> bool:
     """Whether a value has the type of a field: strings, their collections, or None."""
+    if annotation == "tuple[str | None, str | None]":
+        return (
+            isinstance(value, tuple) and len(value) == 2 and all(isinstance(name, (str, type(None))) for name in value)
+        )
     if annotation.startswith("tuple"):
-        return isinstance(value, tuple) and all(isinstance(name, str) or name is None for name in value)
+        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
     if annotation.startswith("dict"):
         return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
     return isinstance(value, str) or (value is None and "None" in annotation)

@@ -14,6 +14,7 @@ from anndata import AnnData, ImplicitModificationWarning
 from pyro_multivi.data.checks import first_names, name_list, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
+from pyro_multivi.data.setup.cautions import cautions
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
@@ -206,9 +207,13 @@ def setup_mudata(
 
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:
-    report = SetupReport.of(describe(data, setup))
+    found = describe(data, setup)
+    likely_mistakes = cautions(found)
+    report = SetupReport.of(found, likely_mistakes)
     _keep(data, setup)
     logger.info("%s", report)
+    for sentence in likely_mistakes:
+        warnings.warn(sentence, UserWarning, stacklevel=3)
     return report
 
 

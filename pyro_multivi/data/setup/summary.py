@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +60,15 @@ class SetupReport:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, described: Description) -> SetupReport:
-        """Sum up a description."""
+    def of(cls, described: Description, likely_mistakes: Sequence[str] = ()) -> SetupReport:
+        """Sum up a description, with remarks on what is likely a mistake first."""
         spec, table, measured = described.spec, described.table, described.measured
-        density, counts, notes = {}, {}, list(measured.notes)
+        density, counts, notes = {}, {}, [*likely_mistakes, *measured.notes]
         for modality, place in described.opened.counts.items():
             found, n_measured = modality.counts_in(table), int(measured.masks[modality].sum())
             values = n_measured * len(place.features)
             density[modality.assay] = len(found.col) / values if values else 0.0
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
-            if n_measured == 0:
-                notes.append(f"No cell was measured for {modality.assay}: nothing can be learned about its features.")
             if modality.binary and not _are_whole(found):
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
         for name, known in spec.extra.items():

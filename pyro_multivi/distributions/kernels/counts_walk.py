@@ -5,6 +5,7 @@ The formulas are in :mod:`pyro_multivi.distributions.kernels.counts`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,13 @@ from torch.nn.functional import softplus
 from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_width
 from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.gradients import Gradients
-from pyro_multivi.distributions.kernels.log_gamma import gamma_functions, log_rising_and_slope
+from pyro_multivi.distributions.kernels.log_gamma import LARGE_COUNT, gamma_functions, log_rising_and_slope
 from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
 from pyro_multivi.distributions.kernels.zero_inflation import inflate, inflate_in_logs
 
 # Bound of log2(mean / theta), far from overflow and from where anything depends on it.
 _LARGEST_LOG2 = 126.0
+_LN_2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -218,13 +220,16 @@ class CountsWalk:
         entries = self.term.entries
         row, gene, place = entries.row, entries.feature, entries.place
         x = entries.values().to(self.log2_mean.dtype)
-        log_mean = self.log2_mean.index_select(0, place).div_(LOG2_E)
+        log2_mean = self.log2_mean.index_select(0, place)
+        log_mean = log2_mean / LOG2_E
         if self.term.theta is None:
             value, slope = x * log_mean - torch.lgamma(x + 1), x
+            self.refine_large(x, log2_mean, None, [value])
         else:
             theta, log_theta, *of_theta = self.theta_at_entries()
             u = log_mean - log_theta
             value, slope, by_theta, sp = _nonzero_terms(x, u, theta, log_theta, (of_theta[0], of_theta[1]))
+            self.refine_large(x, log2_mean, theta, [value, slope, by_theta, sp])
             if self.gates_at_entries:
                 # The sum over zeros of a ZINB has left these out.
                 gates = torch.cat(self.gates_at_entries).div_(LOG2_E)
@@ -240,6 +245,25 @@ class CountsWalk:
         if self.weights_n is not None:
             self.slope.index_add_(0, place, slope)
             self.total_slope.index_add_(0, row, slope)
+
+    def refine_large(self, x: Tensor, log2_mean: Tensor, theta: Tensor | None, terms: list[Tensor]) -> None:
+        """Put terms in double precision in place of those of large counts."""
+        if x.dtype == torch.float64:
+            return
+        large = x >= LARGE_COUNT
+        # To find them, the host would wait for an accelerator; there double precision of all is cheap.
+        at = large.nonzero().squeeze(-1) if self.is_quick else slice(None)
+        if self.is_quick and not len(x[at]):
+            return
+        x, log_mean = x[at].double(), log2_mean[at].double() * _LN_2
+        if theta is None:
+            wide: tuple[Tensor, ...] = (x * log_mean - torch.lgamma(x + 1),)
+        else:
+            theta = theta[at].double()
+            log_theta = theta.log()
+            wide = _nonzero_terms(x, log_mean - log_theta, theta, log_theta, gamma_functions(theta))
+        for narrow, better in zip(terms, wide, strict=True):
+            narrow[at] = torch.where(large[at], better.to(narrow.dtype), narrow[at])
 
     def theta_at_entries(self) -> list[Tensor]:
         """Theta, its logarithm and :func:`gamma_functions` at the non-zero counts."""

@@ -8,6 +8,9 @@ from torch import Tensor
 # From here on Stirling's series with four terms is exact to float64 rounding, while the
 # difference of two lgamma would lose digits that grow with theta.
 STIRLING_FROM = 30.0
+# From here on terms of a count are evaluated in double precision: in single precision gamma functions and products of
+# the count with logarithms, which nearly cancel, would leave an error of 1e-6 of the count, in nats.
+LARGE_COUNT = 4096.0
 
 
 def _stirling_tail(z: Tensor) -> Tensor:

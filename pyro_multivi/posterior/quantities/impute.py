@@ -140,6 +140,9 @@ def _variables(spec: DataSpec) -> pd.DataFrame:
     names = [modality.feature_names_in(spec) for modality in MODALITIES]
     codes = np.repeat(np.arange(len(names)), list(map(len, names)))
     types = pd.Categorical.from_codes(codes, pd.Index([modality.feature_type for modality in MODALITIES]))
+    # A region may be called like a gene; in one table each has a name of its own.
+    genes = set(names[0])
+    names[1] = tuple(f"{name} ({MODALITIES[1].feature})" if name in genes else name for name in names[1])
     return pd.DataFrame({"feature_types": types}, index=pd.Index(list(chain(*names)), dtype=object))
 
 
@@ -149,6 +152,7 @@ def _as_mudata(adata: AnnData, spec: DataSpec) -> MuData:
     parts = {}
     for modality in MODALITIES:
         part = adata[:, (adata.var["feature_types"] == modality.feature_type).to_numpy()].copy()
+        part.var_names = list(modality.feature_names_in(spec))
         name = getattr(spec.setup, f"{modality.key}_modality")
         parts[name] = AnnData(part.X, obs=part.obs[[modality.source_column]], var=part.var, layers=dict(part.layers))
     # Nothing to pull from the parts; without the option mudata 0.3 warns of its future default.

@@ -115,7 +115,10 @@ def test_values_that_are_no_counts(adata, form, cell, feature, value, message):
     dense = adata.X.copy()
     dense[cell, feature] = value
     adata.X = form(dense)
-    with pytest.raises(ValueError, match=message + r".*Raw counts are needed, .* layer='counts'"):
+    with pytest.raises(
+        ValueError,
+        match=message + r".*Raw counts are needed(, and none are in adata|\. These are nearly whole: round them)",
+    ):
         setup_anndata(adata)
 
 
@@ -220,3 +223,133 @@ def test_column_removed_after_setup(adata):
     del adata.obs["modality"]
     with pytest.raises(ValueError, match="modality_key='modality' is not in adata.obs"):
         DataSpec.of(adata)
+
+
+@pytest.mark.parametrize("of", ["obs", "var"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (lambda n: pd.RangeIndex(n), r"names that are no strings, for instance 0: make them strings: .*astype\(str\)"),
+        (lambda n: pd.Index([np.nan, *map(str, range(1, n))]), "1 names that are no strings, for instance nan: give"),
+        (lambda n: pd.Index([0, *map(str, range(1, n))], dtype=object), "1 names that are no strings, for instance 0"),
+        (lambda n: pd.CategoricalIndex(range(n)), "names that are no strings, for instance 0"),
+    ],
+)
+def test_names_must_be_strings(adata, of, names, message):
+    frame = getattr(adata, of)
+    frame.index = names(len(frame))
+    with pytest.raises(ValueError, match=rf"adata.{of}_names holds \d+ {message}".replace("1 names", "names")):
+        setup_anndata(adata)
+    frame.index = pd.Index(list(map(str, range(len(frame)))), dtype="string")
+    assert setup_anndata(adata).n_genes == 3
+
+
+@pytest.mark.parametrize(("of", "column", "key"), [("obs", "batch", "batch_key"), ("var", "feature_types", None)])
+def test_a_column_may_be_there_once_only(adata, of, column, key):
+    frame = getattr(adata, of)
+    setattr(adata, f"_{of}", pd.concat([frame, frame[[column]]], axis=1))
+    with pytest.raises(ValueError, match=rf"adata.{of} has 2 columns called '{column}'.* Keep one: (.*)\.") as caught:
+        setup_anndata(adata, **({key: column} if key else {}))
+    mend = str(caught.value).split("Keep one: ")[1].rstrip(".")
+    exec(mend, {"adata": adata})
+    setup_anndata(adata, **({key: column} if key else {}))
+
+
+def test_a_masked_array_is_refused(adata):
+    values = adata.X
+    masked = ad.AnnData(np.ma.masked_array(values, mask=values > 3), obs=adata.obs, var=adata.var)
+    with pytest.raises(ValueError, match=r"adata.X is a masked array, of which \d+ values are hidden.*filled\(0\)"):
+        setup_anndata(masked)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["{", "[]", "null", '{"version": 2}', '{"version": 2, "kind": "x"}',
+     '{"version": 2, "kind": "anndata", "extra": "a"}',
+     '{"version": 2, "kind": "anndata", "batch_key": 3}', '{"version": 2, "kind": "anndata", "later": 1}'],
+)  # fmt: skip
+def test_damaged_arguments_of_the_setup(adata, kept):
+    adata.uns["pyro_multivi"] = {"setup": kept}
+    with pytest.raises(ValueError, match=r"\['setup'\] is damaged: call MULTIVI.setup_anndata\(adata, ...\) again"):
+        DataSpec.of(adata)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1e200, 1, 2, 3, 4, 5], "values from 1 to 1e\\+200, which cannot be standardised in single precision"),
+        (np.arange(6) * 1e-300, "which cannot be standardised in single precision"),
+        ([1e30, 1, 2, 3, 4, 5], "beside the value 1e\\+30 the others differ too little"),
+        (np.arange(6) * 1j, "must be numeric and is of type complex128"),
+    ],
+)
+def test_covariates_out_of_single_precision(adata, values, message):
+    adata.obs["age"] = values
+    with pytest.raises(ValueError, match=f"continuous_covariate_keys='age'.*{message}"):
+        setup_anndata(adata, continuous_covariate_keys=["age"])
+
+
+def test_covariates_of_other_cells_out_of_single_precision(adata):
+    setup_anndata(adata, continuous_covariate_keys=["age"])
+    other = adata.copy()
+    other.obs["age"] = 1e200
+    with pytest.raises(ValueError, match="'age' holds 1e\\+200, which is out of the range of single precision"):
+        DataSpec.of(adata).table(other)
+
+
+def test_a_covariate_that_is_constant_but_for_rounding(adata):
+    adata.obs["age"] = 0.1 + np.arange(6) % 2 * 2e-17
+    setup_anndata(adata, continuous_covariate_keys=["age"])
+    assert DataSpec.of(adata).continuous_sd == (1.0,)
+
+
+@pytest.mark.parametrize(("key", "value"), [(["s", None], 1e-60), (["s", None], 1e60), (["one", "s"], 1 - 1e-12)])
+def test_size_factors_out_of_single_precision(adata, key, value):
+    adata.obs["one"], adata.obs["s"] = 1.0, value
+    with pytest.raises(
+        ValueError, match=r"size factors 's' must be above 0 and .* also in single precision \(float32\)"
+    ):
+        setup_anndata(adata, size_factor_key=key)
+
+
+def test_counts_beyond_what_single_precision_tells_apart(adata):
+    adata.X[2, 1] = 1e6
+    setup_anndata(adata)
+    adata.X[2, 1] = 1e7
+    with pytest.raises(ValueError, match=r"RNA values that are above 1,000,000, .* 'cell2' and gene 'g1'"):
+        setup_anndata(adata)
+
+
+def test_advice_names_what_is_there(adata):
+    adata.X = adata.X * 0.8
+    with pytest.raises(ValueError, match=r"layers \(none\) and raw were looked at. Normalised .*: (.*)\.$") as caught:
+        setup_anndata(adata)
+    assert "layer='counts'" not in str(caught.value)
+    adata.X = np.rint(adata.X * 1.25) + np.float32(1e-3)
+    with pytest.raises(ValueError, match="These are nearly whole: round them, ") as caught:
+        setup_anndata(adata)
+    exec(str(caught.value).split("round them, ")[1].rstrip("."), {"adata": adata, "np": np})
+    setup_anndata(adata)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csr_array])
+def test_dask_arrays_are_read_block_by_block(adata, form):
+    dask = pytest.importorskip("dask.array", reason="dask is not installed")
+    lazy = dask.from_array(adata.X, chunks=(4, 3)).map_blocks(form)
+    setup_anndata(adata)
+    expected = DataSpec.of(adata).table(adata)
+    other = ad.AnnData(lazy, obs=adata.obs, var=adata.var)
+    setup_anndata(other)
+    found = DataSpec.of(other).table(other)
+    assert (found.x.to_dense() == expected.x.to_dense()).all()
+    assert (found.y.to_dense() == expected.y.to_dense()).all()
+
+
+def test_an_object_read_lazily(adata, tmp_path):
+    pytest.importorskip("dask.array", reason="dask is not installed")
+    pytest.importorskip("xarray", reason="xarray is not installed")
+    adata.write_zarr(tmp_path / "a.zarr")
+    lazy = ad.experimental.read_lazy(tmp_path / "a.zarr")
+    report = setup_anndata(lazy, batch_key="batch", modality_key="modality")
+    assert report.n_cells["paired"] == 6
+    assert report.batches == {"a": 2, "b": 2, "c": 2}

@@ -105,6 +105,7 @@ def test_cell_left_with_nothing_by_its_mark(adata):
 
 
 def test_modality_nobody_has_is_reported(adata):
-    report = setup_anndata(adata[2:4].copy())
+    with pytest.warns(UserWarning, match=r"No cell was measured for ATAC: nothing can be learned about the 3 regions"):
+        report = setup_anndata(adata[2:4].copy())
     assert report.n_regions == 3
     assert any("No cell was measured for ATAC" in note for note in report.notes)

@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from pyro_multivi.distributions.kernels.log_gamma import LARGE_COUNT
 from pyro_multivi.distributions.kernels.numba.scalar_math import (
     FAST,
     LN_2,
@@ -33,6 +34,7 @@ from pyro_multivi.distributions.kernels.numba.scalar_math import (
 
 # Features whose probabilities are multiplied before a logarithm is taken.
 FOLD = 8
+_LN_2 = math.log(2)
 _LOG_FACTORIAL = np.array([math.lgamma(x + 1) for x in range(256)])
 # Features of a first layer's weight that are read at once: half a megabyte of 128 columns.
 _AT_A_TIME = 1024
@@ -280,14 +282,20 @@ def nonzeros(
                 log_small, less = log1p(small), ONE / (ONE + small)
                 logs, by_theta = rising(x, theta)
                 factorial = _LOG_FACTORIAL[np.int64(x)] if x < len(_LOG_FACTORIAL) else math.lgamma(x + 1)
-                value[cell] += logs - factorial + x * (min(log2_mean, log2_theta) * LN_2 - log_small)
+                sig = small * less if u < 0 else less
+                if x < LARGE_COUNT:
+                    value[cell] += logs - factorial + x * (min(log2_mean, log2_theta) * LN_2 - log_small)
+                    d_theta += (x * sig - by_theta) / theta * weight_n[cell]
+                else:
+                    log_mean, log_theta = log2_mean * _LN_2, math.log(theta)
+                    rest = math.log1p(math.exp(-abs(log_mean - log_theta)))
+                    value[cell] += logs - factorial + x * (min(log_mean, log_theta) - rest)
+                    d_theta += (x / (1.0 + math.exp(log_theta - log_mean)) - by_theta) / theta * weight_n[cell]
                 if gate_e is not None:
                     value[cell] -= theta * (max(u, np.float32(0)) * LN_2 + log_small) + softplus(gate_e[entry])
-                sig = small * less if u < 0 else less
                 slope = np.float32(x * (less if u < 0 else small * less))
                 slope_gn[gene, cell] += slope
                 slopes[cell] += slope
-                d_theta += (x * sig - by_theta) / theta * weight_n[cell]
             d_theta_g[gene] += d_theta
         for cell in range(len(value)):
             value_cn[chunk, cell] += value[cell]

@@ -1,0 +1,221 @@
+"""Likely mistakes in data that are valid: sentences on what was found and what to do, which setup warns of once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.vocabulary import PAIRED
+
+# Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
+_FEW_PAIRED = 50
+# Data of fewer cells are examples, in which anything may be by chance.
+_LEAST_CELLS = 11
+# Variance of the cells' totals, as a share of their mean, below which they were made equal; of counts it is 1 at least.
+_EQUAL = 0.1
+# Cells without any feature, for each with one, that are still a matter of chance.
+_BEYOND_CHANCE = 2
+# Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
+_EXPECTED = 10.0
+# Names tried, and the share of them that has to be found again for a suffix to be the reason.
+_TRIED, _FOUND = 500, 0.5
+# Signs that divide names into parts; what is left without the first part has to hold a barcode.
+_SIGNS = "-_.:#|/"
+_LAST_PART = re.compile(rf"[{_SIGNS}][^{_SIGNS}]+$")
+_FIRST_PART = re.compile(rf"^.*?[{_SIGNS}](?=.*[ACGT]{{8}})")
+# Other feature types of 10x Genomics and usual names of other modalities: that they are ignored is no mistake.
+_OTHER_ASSAYS = frozenset(
+    (
+        "antibody capture",
+        "antigen capture",
+        "crispr guide capture",
+        "custom",
+        "multiplexing capture",
+        "vdj-t",
+        "vdj-b",
+        "prot",
+        "protein",
+        "proteins",
+        "adt",
+        "hto",
+        "airr",
+    )
+)
+
+
+def cautions(found: Description) -> list[str]:
+    """Sentences on what is likely a mistake, each with what to do."""
+    return [
+        *_without_counts(found),
+        *_unlikely_counts(found),
+        *_few_paired(found),
+        *_confounded_batches(found),
+        *_categories_of_single_cells(found),
+        *_left_out(found),
+    ]
+
+
+def _without_counts(found: Description) -> Iterator[str]:
+    """Modalities, or cells of a modality, that are said to be there and have no counts."""
+    for modality in MODALITIES:
+        name = found.spec.setup.mudata_name(modality)
+        part, mask = found.opened.counts.get(modality), found.measured.masks[modality]
+        if part is None and name is not None and found.opened.name == "mdata":
+            yield f"mdata.mod[{name!r}] has no features: {modality.assay} counts as not measured. The right object?"
+        if part is None:
+            continue
+        if not mask.any():
+            yield (
+                f"No cell was measured for {modality.assay}: nothing can be learned about the {len(part.features)} "
+                f"{modality.features} in {part.where}. Leave them out, or add cells that have counts of them."
+            )
+        elif not found.measured.inferred:
+            detected: NDArray[Any] = modality.counts_in(found.table).crow.diff().numpy()[mask]
+            empty = mask.copy()
+            empty[mask] = detected == 0
+            # Of few features a cell may have none by chance; then other cells have one.
+            if len(mask) >= _LEAST_CELLS and empty.sum() > max(1, _BEYOND_CHANCE * (detected == 1).sum()):
+                yield (
+                    f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
+                    f"{part.where}: {first_names(found.opened.cells[empty], 3)}. If it was not measured in them, mark "
+                    "them so (modality_key); if the counts are elsewhere, put them there; else drop these cells."
+                )
+
+
+def _unlikely_counts(found: Description) -> Iterator[str]:
+    for modality, part in found.opened.counts.items():
+        counts = modality.counts_in(found.table)
+        n = int(found.measured.masks[modality].sum())
+        if modality.binary or n == 0 or len(counts.val) == 0:
+            continue
+        density = len(counts.val) / (n * len(part.features))
+        if float(counts.val.max()) <= 1 and len(counts.val) * density / 2 > _EXPECTED:
+            yield (f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts.")
+            continue
+        totals = counts.row_sums().double()[torch.from_numpy(found.measured.masks[modality])]
+        if n >= _LEAST_CELLS and float(totals.var()) < _EQUAL * float(totals.mean()):
+            yield (
+                f"The {modality.assay} counts of every cell in {part.where} sum to nearly the same, "
+                f"{float(totals.min()):g} to {float(totals.max()):g}, as if they were normalised and rounded: give the "
+                "counts as they were measured."
+            )
+
+
+def _few_paired(found: Description) -> Iterator[str]:
+    sizes = found.measured.sizes()
+    alone = [sizes[modality.name] for modality in MODALITIES]
+    if 0 < sizes[PAIRED] < min(_FEW_PAIRED, sum(alone)) and len(found.table) >= _LEAST_CELLS:
+        yield (
+            f"Only {sizes[PAIRED]} of {len(found.table)} cells are paired. They alone tell how RNA and ATAC belong "
+            f"together: below {_FEW_PAIRED}, see that cells mix across modalities before you rely on what is imputed."
+        )
+    if all(alone) and sizes[PAIRED] < 0.1 * min(alone):
+        number = np.sum([*found.measured.masks.values()], axis=0)
+        names = [found.opened.cells[mask & (number == 1)] for mask in found.measured.masks.values()]
+        match = _match_without_ends(*(part.astype(str).tolist() for part in names))
+        if match is not None:
+            number_found, one, other = match
+            yield (
+                f"{sizes[PAIRED]} cells are paired, but {number_found} of the {min(alone)} cells of one modality have "
+                f"the same name once an end is cut: {one!r} and {other!r} ({_ends(one, other)}). If they "
+                f"are the same cells, give them one name{_how_to_join(found)}."
+            )
+
+
+def _ends(one: str, other: str) -> str:
+    """The suffixes or prefixes by which two names differ."""
+    start = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    longer = max(one, other, key=len)
+    if longer[start : start + 1] not in _SIGNS:
+        # Back to the sign before, so that "_rna" and "_atac" are named whole.
+        start = max(one[:start].rfind(sign) for sign in _SIGNS)
+    parts = [repr(name[start:]) for name in (one, other) if name[start:]]
+    return f"suffix {' and '.join(parts)}" if start > 0 else "another prefix"
+
+
+def _how_to_join(found: Description) -> str:
+    if found.opened.name == "mdata":
+        return " in both modalities, mdata.mod[...].obs_names, and make the MuData anew"
+    return " and put their counts into one row (a paired cell)"
+
+
+def _match_without_ends(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
+    """Number of names that are equal once a suffix or prefix is cut, and an example; None if most are not."""
+    swapped = len(others) < len(names)
+    few, many = (others, names) if swapped else (names, others)
+    tried = list(few[:: max(1, len(few) // _TRIED)])
+    for i, j in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (2, 2), (0, 3), (3, 0), (3, 3)):
+        cut = {_cut(name, i): name for name in tried}
+        if len(cut) < len(tried):  # what is left does not tell cells apart
+            continue
+        first = next((name for name in many if _cut(name, j) in cut), None)
+        if first is None:
+            continue
+        whole, whole_many = {_cut(name, i) for name in few}, [_cut(name, j) for name in many]
+        hits = [name for name in whole_many if name in whole]
+        if len(set(hits)) >= _FOUND * len(few) and len(hits) <= 1.1 * len(set(hits)):
+            example = (cut[_cut(first, j)], first)
+            return len(set(hits)), *(example[::-1] if swapped else example)
+    return None
+
+
+def _cut(name: str, how: int) -> str:
+    """A name without its last part (1), its last two (2) or its first (3), parts being divided by signs."""
+    if how == 3:
+        return _FIRST_PART.sub("", name, count=1)
+    for _ in range(how):
+        name = _LAST_PART.sub("", name)
+    return name
+
+
+def _confounded_batches(found: Description) -> Iterator[str]:
+    key, n_batch = found.spec.setup.batch_key, found.spec.n_batch
+    pattern: NDArray[Any] = np.stack([*found.measured.masks.values()], axis=1) @ (1, 2)
+    patterns = len(np.unique(pattern))
+    if key is None or patterns < 2 or n_batch != patterns:
+        return
+    if len(np.unique(found.table.batch_code.numpy() * 4 + pattern)) == patterns:
+        yield (
+            f"batch_key={key!r} says the same as what was measured in a cell: effects of batches cannot be told from "
+            "those of modalities, and nothing is learned of a modality in batches without it. Give the donor or "
+            "experiment, or leave batch_key out."
+        )
+
+
+def _categories_of_single_cells(found: Description) -> Iterator[str]:
+    spec, n = found.spec, len(found.table)
+    columns = [("batch_key", spec.setup.batch_key, spec.n_batch), ("labels_key", spec.setup.labels_key, spec.n_labels)]
+    columns += [("categorical_covariate_keys", key, len(known)) for key, known in spec.categorical.items()]
+    for argument, key, size in columns:
+        if size > max(1, n // 2):
+            yield (
+                f"{argument}={key!r} has {size} categories for {n} cells, so that most are one cell: its effect cannot "
+                "be told from the cell. Is it a column of names or numbers? Give one with a few groups of cells."
+            )
+
+
+def _left_out(found: Description) -> Iterator[str]:
+    """Features that are of neither modality."""
+    setup = found.spec.setup
+    ignored = {kind: size for kind, size in found.opened.ignored.items() if kind.casefold() not in _OTHER_ASSAYS}
+    if ignored and found.opened.name == "mdata":
+        yield (
+            f"{' and '.join(map(repr, ignored))} of mdata.mod ({sum(ignored.values())} features) left out: if it is "
+            "RNA or ATAC, name it in modalities={'rna_layer': ..., 'atac_layer': ...}; others are for programs of your "
+            "own (extra_modalities)."
+        )
+    elif ignored:
+        kept = ", ".join(f"{each.features} {first_names(setup.types_of(each))}" for each in MODALITIES)
+        yield (
+            f"{sum(ignored.values())} features are left out, of {setup.feature_type_key} "
+            f"{', '.join(f'{kind!r} ({size})' for kind, size in ignored.items())}: feature_type_values names {kept}. "
+            "If they are genes or regions, add their words there; else drop them from adata."
+        )

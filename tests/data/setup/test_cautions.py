@@ -1,0 +1,122 @@
+"""Likely mistakes are said once, at setup, with what to do."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+import pyro_multivi as pm
+from pyro_multivi.data.setup.cautions import _cut, _ends
+
+
+def warned(setup, data, **keys) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = setup(data, **keys)
+    found = [str(each.message) for each in caught if each.category is UserWarning]
+    assert all(sentence in report.notes and "\n" not in sentence for sentence in found)
+    return found
+
+
+def test_nothing_is_said_of_good_data():
+    adata = pm.simulate_multiome((60, 20, 20), n_genes=12, n_regions=40, n_batches=2, seed=0)
+    assert warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality", batch_key="batch") == []
+
+
+def test_cells_marked_as_measured_without_a_count():
+    adata = pm.simulate_multiome((20, 20, 20), n_genes=20, n_regions=30, seed=0)
+    adata.obs["modality"] = "paired"
+    rna, atac = warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality")
+    assert rna.startswith("20 of the 60 cells said to have RNA have no count in adata.X: 'cell_40'")
+    assert atac.startswith("20 of the 60 cells said to have ATAC have no count in adata.X: 'cell_20'")
+
+
+def test_few_paired_cells_and_a_batch_for_each_modality():
+    adata = pm.simulate_multiome((20, 60, 60), n_genes=12, n_regions=40, seed=0)
+    few, same = warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality", batch_key="modality")
+    assert few.startswith("Only 20 of 140 cells are paired.")
+    assert same.startswith("batch_key='modality' says the same as what was measured in a cell")
+
+
+def test_a_batch_for_each_cell():
+    adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
+    adata.obs["name"] = adata.obs_names
+    (batch,) = warned(pm.MULTIVI.setup_anndata, adata, batch_key="name")
+    assert batch.startswith("batch_key='name' has 30 categories for 30 cells")
+    (covariate,) = warned(pm.MULTIVI.setup_anndata, adata, categorical_covariate_keys=["name"])
+    assert covariate.startswith("categorical_covariate_keys='name' has 30 categories")
+
+
+def test_rna_that_is_binary_or_of_equal_depth():
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=20, n_regions=40, seed=0)
+    genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    counts = adata.X.toarray()
+    adata.layers["binary"] = (counts > 0).astype(np.float32)
+    share = counts[:, genes] / counts[:, genes].sum(1, keepdims=True)
+    adata.layers["cpm"] = counts.copy()
+    adata.layers["cpm"][:, genes] = np.rint(10_000 * share)
+    assert warned(pm.MULTIVI.setup_anndata, adata, layer="binary") == [
+        "adata.layers['binary'] holds no RNA count above 1, as if it were binary: give the counts."
+    ]
+    (normalised,) = warned(pm.MULTIVI.setup_anndata, adata, layer="cpm")
+    assert "sum to nearly the same" in normalised
+    assert warned(pm.MULTIVI.setup_anndata, adata) == []
+
+
+def test_features_of_a_type_that_is_not_named():
+    adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
+    adata.var["kind"] = adata.var["feature_types"].astype(str).replace("Peaks", "cCRE")
+    (left_out,) = warned(
+        pm.MULTIVI.setup_anndata, adata, feature_type_key="kind", feature_type_values={"genes": "Gene Expression"}
+    )
+    assert left_out.startswith("40 features are left out, of kind 'cCRE' (40): feature_type_values names genes")
+
+
+@pytest.mark.parametrize(
+    ("of_rna", "of_atac", "ends"),
+    [
+        ("{}-1", "{}-1-0", "suffix '-0'"),
+        ("{}-1_rna", "{}-1_atac", "suffix '_rna' and '_atac'"),
+        ("{}-1", "{}", "suffix '-1'"),
+        ("{}-1", "fragments#{}-1", "another prefix"),
+    ],
+)
+def test_barcodes_that_match_once_an_end_is_cut(of_rna, of_atac, ends):
+    mudata = pytest.importorskip("mudata")
+    adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
+    genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    barcodes = ["".join(np.random.default_rng(i).choice(list("ACGT"), 16)) for i in range(30)]
+    parts = {"rna": adata[:, genes].copy(), "atac": adata[:, ~genes].copy()}
+    for name, form in (("rna", of_rna), ("atac", of_atac)):
+        parts[name].obs_names = [form.format(barcode) for barcode in barcodes]
+        parts[name].obs = parts[name].obs[[]]
+    with mudata.set_options(pull_on_update=False):
+        (sentence,) = warned(pm.MULTIVI.setup_mudata, mudata.MuData(parts))
+    assert sentence.startswith("0 cells are paired, but 30 of the 30 cells of one modality have the same name")
+    assert f"({ends})" in sentence
+
+
+def test_other_cells_do_not_match():
+    assert _cut("AAAC-1-0", 1) == "AAAC-1"
+    assert _cut("rna_ACGTACGTA-1", 3) == "ACGTACGTA-1"
+    assert _cut("rna_007", 3) == "rna_007"  # what is left is no barcode
+    assert _ends("AAAC-1-rna", "AAAC-1-atac") == "suffix '-rna' and '-atac'"
+
+
+def test_a_modality_of_a_mudata_without_cells():
+    mudata = pytest.importorskip("mudata")
+    adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
+    genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    adata.obs = adata.obs[[]]
+    with mudata.set_options(pull_on_update=False):
+        mdata = mudata.MuData({"rna": adata[:0, genes].copy(), "atac": adata[:, ~genes].copy()})
+        (sentence,) = warned(pm.MULTIVI.setup_mudata, mdata)
+        assert sentence.startswith("No cell was measured for RNA")
+        none = mudata.MuData({"rna": adata[:, genes][:, :0].copy(), "atac": adata[:, ~genes].copy()})
+        (sentence,) = warned(pm.MULTIVI.setup_mudata, none)
+        assert sentence.startswith("mdata.mod['rna'] has no features")
+        other = mudata.MuData({"rna": adata[:, genes].copy(), "tiles": adata[:, ~genes].copy()})
+        (sentence,) = warned(pm.MULTIVI.setup_mudata, other)
+        assert sentence.startswith("'tiles' of mdata.mod (40 features) left out")
