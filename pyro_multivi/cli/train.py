@@ -14,9 +14,11 @@ from anndata import AnnData
 
 from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.inputs import at_least, feature_types, modality_names, prepare, read_cells, state_features
+from pyro_multivi.cli.messages import in_options
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 
@@ -30,22 +32,37 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train on a file and write what was learned."""
-    data = read(options.data)
-    keys = {
+    if len(options.data) > 1:
+        raise ValueError(
+            f"{len(options.data)} files were given and one is read: join samples of the same features first, for "
+            "instance with cellranger-arc aggr, or anndata.concat(..., label='sample') and --batch-key sample."
+        )
+    data = read_cells(options.data[0])
+    keys: dict[str, Any] = {
         "batch_key": options.batch_key,
         "modality_key": options.modality_key,
         "categorical_covariate_keys": options.categorical_covariate or None,
         "continuous_covariate_keys": options.continuous_covariate or None,
     }
+    key = options.feature_type_key
+    state_features(data, key, options)
     if isinstance(data, AnnData):
-        data = _detected(data, options.min_fraction)
-        report = MULTIVI.setup_anndata(data, layer=options.layer, feature_type_key=options.feature_type_key, **keys)
+        words = feature_types(data, key, options)
+        keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
+        places: dict[str, Any] = {
+            f"{modality.feature}_types": (words[modality.features],)
+            for modality in MODALITIES
+            if modality.features in words
+        }
     else:
-        names = {f"{modality.key}_layer": getattr(options, modality.key) for modality in MODALITIES}
-        modalities = {layer: name for layer, name in names.items() if name in data.mod}
-        layers = dict.fromkeys(names, options.layer)
-        report = MULTIVI.setup_mudata(data, modalities=modalities, **layers, **keys)
-    print(report)
+        names = modality_names(data, options)
+        keys["modalities"] = {f"{modality.key}_layer": name for modality, name in names.items()}
+        keys |= dict.fromkeys(keys["modalities"], options.layer)
+        places = {f"{modality.key}_modality": name for modality, name in names.items()}
+    kind = "anndata" if isinstance(data, AnnData) else "mudata"
+    setup = Setup(kind, options.layer, options.layer, modality_key=options.modality_key, feature_type_key=key, **places)
+    data = prepare(data, setup, options, at_least(options.min_fraction))
+    print(in_options(getattr(MULTIVI, f"setup_{kind}")(data, **keys), vars(options)))
     model = MULTIVI(
         data,
         n_latent=options.n_latent,
@@ -54,16 +71,6 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _analyse(model, data, options)
-
-
-def _detected(adata: AnnData, min_fraction: float) -> AnnData:
-    """Features detected in at least a share of the cells."""
-    if not 0 <= min_fraction < 1:
-        raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
-    kept = np.asarray((adata.X > 0).mean(0)).ravel() >= min_fraction
-    if not kept.any():
-        raise ValueError(f"--min-fraction {min_fraction} leaves no feature: give a smaller share.")
-    return adata[:, kept].copy()
 
 
 def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
