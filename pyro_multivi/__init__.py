@@ -7,7 +7,7 @@ from pyro_multivi._version import __version__
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.compare_models import compare_models
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.api.saving import BrokenModelError
+from pyro_multivi.api.saving.folder import BrokenModelError
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.organize import organize_multiome_anndatas

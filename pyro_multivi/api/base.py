@@ -1,25 +1,25 @@
-"""Data, training and files of every model; the methods that give results are in the mixins beside this file."""
+"""Data and training of every model; the methods that give results are in the mixins beside this file."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_multivi.api import saving as io
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modality_named
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.setup import latest
+from pyro_multivi.data.setup.adapter import frame_of
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
@@ -30,13 +30,8 @@ from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import FitOptions, History, fit, resolve_device
 from pyro_multivi.training.options import Callback
 
-Model = TypeVar("Model", bound="ModelBase")
-
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
-
-#: Entries of a saved model's description beside those of the file format.
-_DESCRIBED = ("config", "program_class", "spec", "history", "split", "is_trained")
 
 
 class NotTrainedError(RuntimeError):
@@ -44,7 +39,7 @@ class NotTrainedError(RuntimeError):
 
 
 class ModelBase:
-    """A program together with the data it was set up on, trained, saved and loaded."""
+    """A program together with the data it was set up on, trained."""
 
     spec: DataSpec
     program: MultiVIProgram
@@ -56,9 +51,13 @@ class ModelBase:
         self.program = program
         self.adata = adata
         self._table = table
+        # Of the data that the table was made of, by which changes of them are noticed.
+        self._checksum = None if table is None else latest.checksum_of(adata, table)
         self._history = History()
         self._optimizer_state: dict[str, Any] | None = None
         self._split: Split | None = None
+        # That of the file, which is saved again as long as no other data are trained on.
+        self._saved_split: Split | None = None
         self.is_trained = False
 
     # ------------------------------------------------------------------ training
@@ -113,7 +112,8 @@ class ModelBase:
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
-            Shares of the cells; default 0.9 and the rest.
+            Shares of the cells; default 0.9 and the rest. Going on keeps the cells of the first call unless a share is
+            given; a cell once trained on is never held out again.
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
@@ -132,7 +132,8 @@ class ModelBase:
             Seed of the split, the order of cells and the noise: same seed, same device, same torch: same curve.
         callbacks
             Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
-            would have if training ended; True stops training.
+            would have if training ended; True stops training. One may call :meth:`save`, to keep what a killed
+            training had learned; the optimizer's state and the calibration at the end of training are not in it.
         progress_bar
             Show a bar.
         elbo
@@ -175,19 +176,22 @@ class ModelBase:
             If the loss becomes NaN; the model goes back to its best weights.
         """
         options = FitOptions.from_arguments(locals())
+        # First: a model that a callback saves or asks for results has the weights of a whole epoch.
+        options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = default_batch_size(len(table))
         split = self._split
-        if split is None or (train_size, validation_size) != (None, None):
+        if split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
-            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed)
+            names = table.cell_names
+            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
         train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
         validation = batches(split.validation) if len(split.validation) else None
-        self._split = split
+        self._split, self._saved_split = split, None
         try:
             with refit(self.program, lambda: self._history.n_epochs):
                 self._history, self._optimizer_state = fit(
@@ -215,92 +219,6 @@ class ModelBase:
         """Move the program to a device."""
         self.program.to(device)
 
-    # ------------------------------------------------------------------ files
-
-    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
-        """Write the model to a folder, as a whole or not at all.
-
-        Parameters
-        ----------
-        dir_path
-            Folder to write; its parent must exist.
-        overwrite
-            Replace a model that is there.
-        save_anndata
-            Also write the data, so that :meth:`load` needs nothing else.
-        """
-        description = {
-            "config": self.program.config.to_dict(),
-            "program_class": import_path(type(self.program)),
-            "spec": self.spec.to_dict(),
-            "history": self._history.rows,
-            "split": None if self._split is None else self._split.to_dict(),
-            "is_trained": self.is_trained,
-        }
-        extra = {}
-        if save_anndata:
-            if self.adata is None:
-                raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
-            extra = io.data_file(self.adata)
-        io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
-
-    @classmethod
-    def load(
-        cls: type[Model],
-        dir_path: str | os.PathLike[str],
-        adata: Data | None = None,
-        device: str | torch.device = "cpu",
-        program_class: type[MultiVIProgram] | str = MultiVIProgram,
-    ) -> Model:
-        """Read a saved model. Nothing in the folder is executed.
-
-        Parameters
-        ----------
-        dir_path
-            Folder of the saved model.
-        adata
-            Data to use by default, with the features of training; without it (and without saved
-            data) give ``adata`` to each method.
-        device
-            Device of the program.
-        program_class
-            Class of a model of your own, or its import path, ``"module:name"``. The file says
-            which class it needs, and nothing is imported unless you name that class here.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no saved model.
-        BrokenModelError
-            If it is damaged.
-        ValueError
-            If it is of another class than ``program_class``, or that cannot be imported.
-        """
-        state, description = io.read_model(dir_path, _DESCRIBED)
-        found = find_program(program_class, description["program_class"], f"dir_path={str(dir_path)!r}")
-        spec = DataSpec.from_dict(description["spec"])
-        # The random start that the weights replace leaves torch's generator alone.
-        with torch.random.fork_rng(devices=[]):
-            program = found(found.config_class(**description["config"]))
-        try:
-            program.load_state_dict(state)
-        except RuntimeError as error:
-            raise io.BrokenModelError(
-                f"dir_path={str(dir_path)!r}: the weights do not fit the model: {error}"
-            ) from error
-        program.to(device).eval()
-        if adata is None:
-            adata = io.read_data(dir_path)
-        model = cls.__new__(cls)
-        model._assemble(spec, program, adata, None if adata is None else spec.table(adata))
-        model._history = History(description["history"])
-        # Held-out cells are stored by position, which means nothing in other data.
-        same_cells = model._table is None or len(model._table) == sum(spec.n_cells.values())
-        if description["split"] is not None and same_cells:
-            model._split = Split.from_dict(description["split"])
-        model.is_trained = description["is_trained"]
-        return model
-
     # ------------------------------------------------------------------ shared by the methods
 
     def minibatch(self, indices: Indices = None, adata: Data | None = None) -> Cells:
@@ -316,6 +234,9 @@ class ModelBase:
         table, index = self._select(adata, indices)
         return table.batch(index).to(self.device)
 
+    def _mark_trained(self, *_: Any) -> None:
+        self.is_trained = True
+
     def _check_trained(self) -> None:
         if not self.is_trained:
             raise NotTrainedError("This model is not trained: call model.train() first.")
@@ -323,12 +244,30 @@ class ModelBase:
     def _training_table(self) -> CellTable:
         if self._table is None:
             raise ValueError("adata is not given and the model was loaded without data: give adata.")
+        changed = self._change_of_data(self._table)
+        if changed is not None:
+            raise ValueError(
+                f"The data of this model were changed in place since it read them: {changed} Its results would stand "
+                "beside other cells or other counts. Undo the change or make a new model; for results of raw counts as "
+                "they are now, give them: adata=adata. What is to be changed is best a copy: adata = adata[...].copy()."
+            )
         return self._table
 
+    def _change_of_data(self, table: CellTable) -> str | None:
+        """Difference of the model's object from the table that was made of it; None without any."""
+        changed, self._checksum = self.spec.change(self.adata, table, self._checksum)
+        return changed
+
     def _table_of(self, adata: Data | None) -> tuple[CellTable, Any]:
-        if adata is None or adata is self.adata:
+        if adata is None:
             return self._training_table(), self.adata
+        if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
+            return self._table, adata
         return self.spec.table(adata), adata
+
+    def _obs_of(self, adata: Data | None) -> pd.DataFrame:
+        """Annotation of the cells that a method was given, in their order."""
+        return frame_of((self.adata if adata is None else adata).obs)
 
     def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
         table, _ = self._table_of(adata)

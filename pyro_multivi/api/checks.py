@@ -32,7 +32,11 @@ class ChecksMixin(ModelBase):
     @property
     def validation_indices(self) -> NDArray[np.int64]:
         """Positions of the cells held out of training, ascending; empty if there are none or they are unknown."""
-        return np.zeros(0, dtype=np.int64) if self._split is None else self._split.validation.numpy()
+        if self._split is None:
+            return np.zeros(0, dtype=np.int64)
+        if self._table is not None:
+            self._training_table()  # positions of an object that was changed are those of other cells
+        return self._split.validation.numpy()
 
     def posterior_predictive_sample(
         self,
@@ -194,7 +198,7 @@ class ChecksMixin(ModelBase):
             hidden_depth=hidden_depth,
         )
         cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
-        obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
+        obs = self._obs_of(adata).iloc[cells.index.numpy()]
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
         return predictive_check(self.program, cells, request, cells.cell_names, groupings)
 
@@ -273,13 +277,17 @@ class ChecksMixin(ModelBase):
                 "held_out=True means the cells that training left out of its data, and adata is other data: "
                 "give held_out=False to check all of it."
             )
-        if not len(self.validation_indices):
+        if self._split is None or not len(self._split.validation):
             raise ValueError(
                 "held_out=True, but no cell is known to be held out: train with validation_size above 0, load the "
                 "model with the data of training, or give held_out=False."
             )
         cells = self._cells(adata, indices, batch_size)
-        index = cells.index[torch.from_numpy(np.isin(cells.index.numpy(), self.validation_indices))]
+        validation = self._split.validation
+        if cells.table is not self._table:  # the object was changed: the same cells by name
+            among = self._split.among(cells.table.cell_names)
+            validation = validation[:0] if among is None else among.validation
+        index = cells.index[torch.isin(cells.index, validation)]
         if not len(index):
             raise ValueError(
                 f"held_out=True, but none of the {cells.n_cells} cells asked for was held out of training: give "

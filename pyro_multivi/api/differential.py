@@ -346,10 +346,10 @@ class DifferentialMixin(ModelBase):
         """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
         self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained()
-        table, data = self._table_of(arguments["adata"])
+        table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
         features, names = choose_features(self.spec, modality, wanted, self.device)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
-        contrasts = resolve_contrasts(data.obs, table.cell_names, **chosen)
+        contrasts = resolve_contrasts(self._obs_of(arguments["adata"]), table.cell_names, **chosen)
         return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])

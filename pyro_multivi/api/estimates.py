@@ -385,7 +385,7 @@ class EstimatesMixin(ModelBase):
             "transform_batch": transform_batch, "library_size": sizes, "threshold": threshold,
             "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
         }  # fmt: skip
-        obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
+        obs = self._obs_of(adata).iloc[cells.index.numpy()]
         return impute(
             self.program, cells, quantities, average, self.spec, obs, arguments,
             measured_too=measured_too, out=out, silent=silent,

@@ -13,6 +13,7 @@ from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.api.saving.mixin import SavingMixin
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
@@ -20,7 +21,7 @@ from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters

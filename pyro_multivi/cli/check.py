@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 
 from pyro_multivi.cli.inputs import load_model
-from pyro_multivi.plots.report import check_and_report
+from pyro_multivi.cli.outputs import refuse_existing
+from pyro_multivi.plots.report import PAGE, check_and_report
+from pyro_multivi.posterior.checks.result import CSV_FILES
 
 
 def check(options: argparse.Namespace) -> None:
     """Compare a saved model with data, print the result and write tables and a page."""
+    refuse_existing(options.out, (*CSV_FILES, PAGE), options.overwrite)
     model = load_model(options)
     check, written = check_and_report(
         model,

@@ -54,6 +54,7 @@ def command_parser() -> argparse.ArgumentParser:
     check.add_argument("data", nargs="?", help="its data, as for train; or demo for the built-in cells")
     _add_data(check)
     check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
+    _add_overwrite(check)
     check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
     check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
     check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
@@ -73,6 +74,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="genes or regions (default: genes, if the model has any)",
     )
     differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    _add_overwrite(differential)
     differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
     differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
     differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
@@ -98,9 +100,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to; made if it is not there")
+    _add_overwrite(parser)
     parser.add_argument("--max-epochs", type=int, default=200)
     parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")

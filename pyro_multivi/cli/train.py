@@ -12,14 +12,20 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.cli.inputs import at_least, feature_types, modality_names, prepare, read_cells, state_features
 from pyro_multivi.cli.messages import in_options
+from pyro_multivi.cli.outputs import check_model_folder, make_folder, refuse_existing, save_model
+from pyro_multivi.cli.picture import first_picture
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.datasets.examples import cell_lines
+from pyro_multivi.files import write_whole
+from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
+
+#: Everything that is written to the folder.
+OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -32,6 +38,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train on a file and write what was learned."""
+    refuse_existing(options.out, OUTPUTS, options.overwrite)
     if len(options.data) > 1:
         raise ValueError(
             f"{len(options.data)} files were given and one is read: join samples of the same features first, for "
@@ -80,8 +87,9 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     if options.labels is not None:
         if options.labels not in data.obs:
             raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
-        labels = data.obs[options.labels].astype(str).to_numpy()
-    out.mkdir(parents=True, exist_ok=True)
+        labels = data.obs[options.labels]
+    make_folder(out, OUTPUTS, options.overwrite)
+    check_model_folder(model, out / "model")
     print(model)
     started = time.perf_counter()
     model.train(
@@ -92,6 +100,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         accelerator=options.accelerator,
         progress_bar=not options.quiet,
     )
+    # Before anything that may fail.
+    written = [f"{save_model(model, out / 'model', options.overwrite).name}/"]
     latent = np.asarray(model.get_latent_representation())
     figures: dict[str, float] = {
         "cells": len(latent),
@@ -100,36 +110,27 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         "elbo_per_cell": model.get_elbo(),
         **model.get_reconstruction_error(),
     }
-    if labels is not None and len(latent) > 30:
-        figures["neighbour_purity_30"] = neighbour_purity(latent, labels, 30)
-        shares = pd.Series(labels).value_counts(normalize=True)
+    names = None if labels is None or is_continuous(labels) else labels.astype(str).to_numpy()
+    if names is not None and len(latent) > 30:
+        figures["neighbour_purity_30"] = neighbour_purity(latent, names, 30)
+        shares = pd.Series(names).value_counts(normalize=True)
         figures["neighbour_purity_chance"] = float((shares**2).sum())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
-    pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns).to_csv(out / "latent.csv")
-    pd.concat(model.history.values(), axis=1).to_csv(out / "history.csv")
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    model.save(out / "model", overwrite=True)
-    written = ["latent.csv", "history.csv", "figures.json", "model/"]
-    if _draw(latent, labels, model, out / "latent.png"):
+    table = pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns)
+    for name, text in {
+        "latent.csv": table.to_csv(),
+        "history.csv": pd.concat(model.history.values(), axis=1).to_csv(),
+        "figures.json": json.dumps(figures, indent=1) + "\n",
+    }.items():
+        write_whole(out / name, text.encode())
+        written.append(name)
+    drawn = first_picture(model, latent, None if labels is None else {options.labels: labels}, options.seed)
+    if drawn is None:
+        # One of an earlier run would be taken for one of this model.
+        (out / "latent.png").unlink(missing_ok=True)
+    else:
+        write_whole(out / "latent.png", drawn)
         written.append("latent.png")
     for name, value in figures.items():
         print(f"  {name:40s} {value:.4g}" if isinstance(value, float) else f"  {name:40s} {value}")
     print(f"written to {out}: {', '.join(written)}")
-
-
-def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
-    """Draw the latent space beside the training curve; without matplotlib print a hint instead."""
-    try:
-        figure_class = require("matplotlib.figure", "plot").Figure
-    except ImportError as error:
-        print(f"no picture: {error}")
-        return False
-    from pyro_multivi import plots
-
-    figure = figure_class(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    plots.latent_scatter(latent, labels, left, "latent space")
-    plots.training_history(model.history, "elbo", right)
-    right.set_title("training")
-    figure.savefig(path, dpi=150)
-    return True

@@ -46,6 +46,33 @@ def check_unique(names: Any, where: str, fix: str) -> None:
         raise ValueError(f"{where} holds names more than once: {first_names(repeated)}. Make them unique: {fix}.")
 
 
+def difference_of_names(then: Sequence[str], now: Iterable[str]) -> str | None:
+    """A sentence on how cells differ from those that were there before; None if they are the same in order."""
+    names = list(map(str, now))
+    if names == list(then):
+        return None
+    at = next((place for place, (one, other) in enumerate(zip(then, names, strict=False)) if one != other), None)
+    sizes = f"they had {len(then)} cells and have {len(names)}" if len(then) != len(names) else None
+    if at is None:
+        at = min(len(then), len(names))
+        where = f"up to position {at} they are the same"
+    else:
+        where = f"cell {then[at]!r} was at position {at}, where {names[at]!r} is now"
+    reordered = "they were reordered" if sizes is None and set(names) == set(then) else None
+    return f"{', '.join(part for part in (sizes or reordered or 'cells have other names', where))}."
+
+
+def check_strings(names: Any, where: str) -> None:
+    """Refuse names that are no strings: by numbers, positions would be mistaken for them, and NaN is equal to none."""
+    # Of repeated categories each is looked at once.
+    distinct = getattr(names, "categories", names)
+    if names.hasnans or distinct.inferred_type not in ("string", "empty"):
+        first = next((name for name in names if not isinstance(name, str)), None)
+        number = sum(not isinstance(name, str) for name in names)
+        mend = "give every one a name" if names.hasnans else f"make them strings: {where} = {where}.astype(str)"
+        raise ValueError(f"{where} holds {number} names that are no strings, for instance {first!r}: {mend}.")
+
+
 def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
     """A list of names, all of them strings; None is no name and one string is one name."""
     if value is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,45 @@ import torch
 from torch import Tensor
 
 
+#: Fields that hold positions.
+_POSITIONS = ("train", "validation", "trained_before")
+
+
 @dataclass(frozen=True)
 class Split:
-    """Positions of training and validation cells, each ascending, int64."""
+    """Cells of a data set by what training made of them.
+
+    Attributes
+    ----------
+    train, validation
+        Positions of training and validation cells, each ascending, int64.
+    trained_before
+        Positions of other cells that an earlier split trained on: they are not held out.
+    cell_names
+        Names of all cells, by which they are found again in other data; may be left empty.
+    """
 
     train: Tensor
     validation: Tensor
+    trained_before: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    cell_names: Sequence[str] = ()
+
+    @property
+    def ever_trained(self) -> Tensor:
+        """Positions of all cells that were trained on."""
+        return torch.cat([self.train, self.trained_before])
 
     @classmethod
-    def of(cls, n: int, train_size: float | None, validation_size: float | None, shuffle: bool, seed: int) -> Split:
+    def of(
+        cls,
+        n: int,
+        train_size: float | None,
+        validation_size: float | None,
+        shuffle: bool,
+        seed: int,
+        previous: Split | None = None,
+        cell_names: Sequence[str] = (),
+    ) -> Split:
         """Divide n cells.
 
         Parameters
@@ -33,11 +65,21 @@ class Split:
             At random, or the first cells for training.
         seed
             Of the random choice.
+        previous
+            The split of these cells that the model was trained on so far. Cells that were trained on are never held
+            out; where the choice is random, they are trained on again before any other.
+        cell_names
+            Names of the n cells.
 
         Raises
         ------
         ValueError
             If a share is out of range, they exceed 1 together, or no training cell is left.
+
+        Warns
+        -----
+        UserWarning
+            If fewer cells are held out than wanted, since others were trained on before.
 
         Examples
         --------
@@ -67,14 +109,60 @@ class Split:
         if n_train < 1:
             raise ValueError(f"There are {n} cells: at least one is needed for training.")
         order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
-        chosen = (order[:n_train], order[n_train : n_train + n_validation])
-        return cls(*(torch.from_numpy(np.sort(part).astype(np.int64)) for part in chosen))
+        known = np.zeros(n, dtype=bool)
+        if previous is not None:
+            known[previous.ever_trained.numpy()] = True
+            if shuffle:
+                order = np.concatenate([order[known[order]], order[~known[order]]])
+        train, rest = order[:n_train], order[n_train:]
+        held_out = rest[~known[rest]][:n_validation]
+        if len(held_out) < n_validation:
+            warnings.warn(
+                f"train_size={train_size:g} leaves out {len(rest)} cells, of which {len(rest) - len(held_out)} were "
+                f"trained on before: only the other {len(held_out)} count as held out (early stopping, calibration, "
+                "checks). To hold out others, make a new model.",
+                UserWarning,
+                stacklevel=3,
+            )
+        parts = (train, held_out, rest[known[rest]])
+        return cls(*(torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts), cell_names)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"train": self.train.tolist(), "validation": self.validation.tolist()}
+        positions = {name: getattr(self, name).tolist() for name in _POSITIONS}
+        return {**positions, "cell_names": list(self.cell_names)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Split:
-        """From :meth:`to_dict`."""
-        return cls(*(torch.tensor(values[name], dtype=torch.long) for name in ("train", "validation")))
+        """From :meth:`to_dict`; models of version 0.1 kept the first two entries only."""
+        positions = (torch.tensor(values.get(name, []), dtype=torch.long) for name in _POSITIONS)
+        return cls(*positions, tuple(values.get("cell_names", ())))
+
+    def among(self, cell_names: Sequence[str] | None, n_cells: int = 0) -> Split | None:
+        """The same cells in other data, by name; None if no cell of this split is known to be there.
+
+        Parameters
+        ----------
+        cell_names
+            Names of the cells of those data. None: they are those that were split.
+        n_cells
+            Number of cells that were split, for a split without names: without names, positions mean nothing in data of
+            another size.
+
+        Returns
+        -------
+        Where there are other cells besides, only those trained on are kept, as ``trained_before``, since the others have
+        to be split anew.
+        """
+        if cell_names is None or tuple(cell_names) == tuple(self.cell_names):
+            return self
+        if not self.cell_names:
+            return self if len(cell_names) == n_cells else None
+        place = {name: position for position, name in enumerate(cell_names)}
+        found = np.array([place.get(name, -1) for name in self.cell_names], dtype=np.int64)
+        parts = [np.sort(kept[kept >= 0]) for kept in (found[getattr(self, name).numpy()] for name in _POSITIONS)]
+        if (found >= 0).sum() == 0:
+            return None
+        if (found >= 0).sum() < len(cell_names):
+            parts = [parts[0][:0], parts[1][:0], np.sort(np.concatenate([parts[0], parts[2]]))]
+        return Split(*map(torch.from_numpy, parts), tuple(cell_names))

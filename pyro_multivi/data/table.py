@@ -135,6 +135,36 @@ class CellTable:
         counts = [cut(modality.counts_in(self), index, modality.n_features_in(self)) for modality in MODALITIES]
         return self.cells(index, n_total, counts, self.measured_rows(index))
 
+    def difference(self, other: CellTable) -> str | None:
+        """A sentence on the first difference of another table of the same cells, ``other`` being the later; or None."""
+        places: list[Tensor] = []
+        for modality in MODALITIES:
+            one, two = modality.counts_in(self), modality.counts_in(other)
+            rows = _differing_rows(one, two, len(self))
+            if len(rows):
+                what = f"their {modality.assay} counts are others"
+                return self._at(what, rows)
+            places.append(modality.measured_in(self) != modality.measured_in(other))
+        for what, rows in zip((f"they are marked otherwise as having {each.assay}" for each in MODALITIES), places, strict=True):
+            if bool(rows.any()):
+                return self._at(what, rows.nonzero().squeeze(-1))
+        parts = {"their batch or covariates are others": "design", "their labels are others": "label"}
+        parts.update({f"their {each.assay} size factors are others": each.size_factor for each in MODALITIES})
+        for what, name in parts.items():
+            one, two = getattr(self, name), getattr(other, name)
+            if (one is None) != (two is None) or (one is not None and one.shape != two.shape):
+                return f"{what}."
+            if one is not None and not torch.equal(one, two):
+                return self._at(what, (one != two).reshape(len(self), -1).any(1).nonzero().squeeze(-1))
+        for name, measurement in self.extra.items():
+            if not all(map(torch.equal, measurement, other.extra[name])):
+                return f"{name!r} holds other values."
+        return None
+
+    def _at(self, what: str, rows: Tensor) -> str:
+        first = self.cell_names[int(rows[0])]
+        return f"{what} in {len(rows)} of {len(self)} cells, the first being {first!r}."
+
     def measured_rows(self, index: Tensor) -> list[Tensor]:
         """Positions in ``index`` of the cells measured in each modality, int64, in the order of ``MODALITIES``."""
         return [modality.measured_in(self)[index].nonzero().squeeze(-1) for modality in MODALITIES]
@@ -179,6 +209,17 @@ def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | Non
         return SparseCounts(crow, crow[:0], torch.zeros(0, device=index.device), (len(index), width))
     rows = counts.select_rows(index) if total is None else counts.gather_rows(index, total)
     return rows if rows.val.is_floating_point() else rows.to(torch.float32)
+
+
+def _differing_rows(one: SparseCounts | None, other: SparseCounts | None, n: int) -> Tensor:
+    """Rows in which counts differ, int64; all of them where one is absent."""
+    if one is None or other is None:
+        return torch.arange(0 if one is other else n)
+    if torch.equal(one.crow, other.crow):
+        wrong = (one.col != other.col) | (one.val != other.val)
+        return torch.repeat_interleave(torch.arange(n), one.crow.diff())[wrong].unique()
+    sizes = one.crow.diff() != other.crow.diff()
+    return sizes.nonzero().squeeze(-1)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

@@ -101,14 +101,18 @@ def latent_scatter(
     values = pd.Series(np.zeros(len(xy)) if labels is None else np.asarray(labels))
     missing = values.isna().to_numpy()
     if missing.any():
-        ax.scatter(*xy[missing].T, color=_MISSING, **options)
+        ax.scatter(xy[missing, 0], xy[missing, 1], color=_MISSING, **options)
     if labels is not None and is_continuous(values):
         # In random order: no value lies on top of the others.
         order = np.random.default_rng(0).permutation(np.flatnonzero(~missing))
-        points = ax.scatter(*xy[order].T, c=values.to_numpy(dtype=float)[order], cmap="viridis", **options)
+        points = ax.scatter(
+            xy[order, 0], xy[order, 1], c=values.to_numpy(dtype=float)[order], cmap="viridis", **options
+        )
         ax.figure.colorbar(points, ax=ax)
     else:
-        _draw_categories(ax, xy[~missing], values[~missing].to_numpy(), labels is not None, missing.any(), options)
+        _draw_categories(
+            ax, xy[~missing], values[~missing].to_numpy(), labels is not None, bool(missing.any()), options
+        )
     kind = directions or ("latent direction" if latent.shape[1] == 2 else "principal direction")
     return labelled(ax, f"{kind} 1", f"{kind} 2", title=title)
 
@@ -130,7 +134,7 @@ def _draw_categories(
     # The last colour is of all categories that have none of their own.
     colours = np.array([*distinct_colours(len(names)), _OTHER])
     order = np.random.default_rng(0).permutation(len(xy))
-    ax.scatter(*xy[order].T, c=colours[code][order], **options)
+    ax.scatter(xy[order, 0], xy[order, 1], c=colours[code][order], **options)
     if not legend:
         return
     numbered = len(names) > len(PALETTE)
@@ -155,8 +159,8 @@ def _draw_categories(
     for place in range(len(names) if numbered else 0):
         cells = xy[code == place]
         # At one of its cells: the median of two clusters lies between them.
-        at = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
-        ax.text(*at, str(place + 1), ha="center", va="center", fontsize=8, weight="bold", path_effects=[outline])
+        x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
+        ax.text(x, y, str(place + 1), ha="center", va="center", fontsize=8, weight="bold", path_effects=[outline])
 
 
 def legend_columns(texts: Sequence[str], width: float) -> int:

@@ -81,15 +81,15 @@ def overview(
         Of a predictive check; None leaves its panel out.
     """
     figure: Figure = require("matplotlib.figure", "plot").Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    below = ["training", "training" if summary is None else "check"]
-    if len(colourings) == 1:
-        width = _WIDTH * 0.6
-        cells, rest = figure.subfigures(1, 2, width_ratios=[0.6, 0.4])
-        axes = cells.subplot_mosaic([["0"]]) | rest.subplot_mosaic([[name] for name in dict.fromkeys(below)])
-    else:
-        width = _WIDTH
-        cells, rest = figure.subfigures(2, 1, height_ratios=[1.6, 1])
-        axes = cells.subplot_mosaic([["0", "1"]]) | rest.subplot_mosaic([below])
+    single = len(colourings) == 1
+    parts: Any = (
+        figure.subfigures(1, 2, width_ratios=[0.6, 0.4]) if single else figure.subfigures(2, height_ratios=[1.6, 1])
+    )
+    cells, rest = parts
+    width = 0.6 * _WIDTH if single else _WIDTH
+    axes = cells.subplot_mosaic([["0"]] if single else [["0", "1"]])
+    names = ["training"] if summary is None else ["training", "check"]
+    axes |= rest.subplot_mosaic([[name] for name in names] if single else [names])
     for place, (title, labels) in enumerate(colourings.items()):
         ax = latent_scatter(xy, labels, axes[str(place)], title, directions)
         ax.set(xticks=[], yticks=[])

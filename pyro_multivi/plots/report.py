@@ -18,6 +18,7 @@ from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.files import write_whole
 from pyro_multivi.posterior.checks.result import PredictiveCheck
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def check_and_report(
     check = model.posterior_predictive_check(groupby=labels, **arguments)
     out.mkdir(parents=True, exist_ok=True)
     written = [path.name for path in check.to_csv(out)]
-    (out / PAGE).write_text(page(model, check, labels), encoding="utf-8")
+    write_whole(out / PAGE, page(model, check, labels).encode())
     return check, [*written, PAGE]
 
 

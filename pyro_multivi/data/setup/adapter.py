@@ -12,14 +12,16 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import check_unique, first_names, unknown_key
+from pyro_multivi.data.checks import check_strings, check_unique, first_names, unknown_key
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.extra import ExtraSource
-from pyro_multivi.data.setup.options import Setup, is_mudata
+from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
 from pyro_multivi.data.vocabulary import spelled
 
 # Rows looked at when searching for the layer that holds counts.
 _PEEK = 200
+# Values of which most lie this near to whole numbers were counts before they were computed with.
+_NEARLY, _MOSTLY = 0.01, 0.95
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Opened:
             others = [place for place, other in self.tables.items() if key in other]
             found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
             raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
+        _check_once(table, key, where)
         rows = table.index.get_indexer(self.cells)
         absent = rows < 0
         if absent.any():
@@ -151,7 +154,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         name="adata",
         cells=adata.obs_names,
         counts=counts,
-        tables={"adata.obs": adata.obs},
+        tables={"adata.obs": frame_of(adata.obs)},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         extra=_extra_sources(adata, "adata", setup),
     )
@@ -160,7 +163,8 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
 def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
     key = setup.feature_type_key
     if key in adata.var:
-        return adata.var[key].astype(str)
+        _check_once(adata.var, key, "adata.var")
+        return frame_of(adata.var)[key].astype(str)
     if setup.kind == "mudata":
         raise TypeError(
             f"A MuData was set up and an AnnData was given whose var has no column {key!r}. Give a MuData, "
@@ -232,6 +236,7 @@ def known_modalities(mdata: Any) -> dict[Modality, str | None]:
 
 def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
     """Row in a modality of each cell of the MuData, by name: ``obsmap`` may be out of date."""
+    check_strings(part.obs_names, f"{owner}.obs_names")
     check_unique(part.obs_names, f"{owner}.obs_names", f"{owner}.obs_names_make_unique(); mdata.update()")
     stray = ~part.obs_names.isin(mdata.obs_names)
     if stray.any():
@@ -245,7 +250,23 @@ def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
 def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
     if len(names) == 0:
         raise ValueError(f"{where} is empty: there are no cells.")
+    check_strings(names, where)
     check_unique(names, where, fix)
+
+
+def frame_of(table: Any) -> pd.DataFrame:
+    """A table of cells or features in memory; those of anndata's ``read_lazy`` are read, counts are not."""
+    return table if isinstance(table, pd.DataFrame) else table.to_memory()
+
+
+def _check_once(table: Any, key: str, where: str) -> None:
+    """Refuse a column that is there more than once."""
+    number = list(table.columns).count(key)
+    if number > 1:
+        raise ValueError(
+            f"{where} has {number} columns called {key!r}, and which is meant cannot be known. Keep one: "
+            f"{where} = {where}.loc[:, ~{where}.columns.duplicated()]."
+        )
 
 
 def _counts(
@@ -258,6 +279,7 @@ def _counts(
     rows: NDArray[np.intp] | None = None,
 ) -> Counts:
     layer, argument = setup.layer_of(modality), setup.layer_argument(modality)
+    check_strings(adata.var_names, f"{owner}.var_names")
     features = adata.var_names[columns]
     check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
     if layer is not None and layer not in adata.layers:
@@ -269,6 +291,11 @@ def _counts(
     where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
         raise ValueError(f"{where} is empty. Give {argument}, one of {first_names(adata.layers)}.")
+    if isinstance(matrix, np.ma.MaskedArray):
+        raise ValueError(
+            f"{where} is a masked array, of which {int(np.ma.count_masked(matrix))} values are hidden. Say what they "
+            f"are, for instance zero: {where} = {where}.filled(0)."
+        )
     return Counts(
         modality=modality,
         matrix=matrix,
@@ -294,13 +321,32 @@ def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
             f": {name}.raw looks like counts, copy it to a layer ({name}.layers['counts'] = "
             f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
         )
-    return f", for instance from a layer: {argument}='counts'."
+    where = f"{name}.X" if layer is None else f"{name}.layers[{layer!r}]"
+    nowhere = f", and none are in {name}: {name}.X, layers ({first_names(owner.layers) or 'none'}) and raw were looked at"
+    matrix = owner.X if layer is None else owner.layers[layer]
+    values = _first_values(matrix)
+    if values.size and values.dtype.kind == "f" and np.isfinite(values).all() and (values >= 0).all():
+        rounded = f"{where}.rint()" if hasattr(matrix, "rint") else f"np.rint({where})"
+        if np.mean(np.abs(values - np.rint(values)) < _NEARLY) > _MOSTLY:
+            return f". These are nearly whole: round them, {where} = {rounded}."
+        return (
+            f"{nowhere}. Normalised values (TPM, CPM, logarithms) are not to be used: read the counts they were made "
+            f"from. Counts that were corrected for ambient RNA may be rounded: {where} = {rounded}."
+        )
+    return f"{nowhere}. Read the counts that these values were made from."
+
+
+def _first_values(matrix: Any) -> NDArray[Any]:
+    """Values of the first rows, without the zeros that a sparse matrix leaves out."""
+    block: Any = matrix[:_PEEK]
+    if is_lazy(block):
+        block = block.compute()
+    # A compressed block has its stored values in .data; NumPy's .data is a buffer.
+    return np.asarray(getattr(block, "data", block) if sp.issparse(block) else block)
 
 
 def _looks_like_counts(matrix: Any) -> bool:
-    block: Any = matrix[:_PEEK]
-    # A compressed block has its stored values in .data; NumPy's .data is a buffer.
-    values: NDArray[Any] = np.asarray(getattr(block, "data", block) if sp.issparse(block) else block)
+    values = _first_values(matrix)
     if values.size == 0 or values.dtype.kind not in "buif":
         return False
     return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all())

@@ -15,11 +15,15 @@ from torch import Tensor
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
+from pyro_multivi.data.setup.options import is_lazy
 from pyro_multivi.data.sparse import SparseCounts
 
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.
 _BLOCK_ENTRIES = 2**24
 _BLOCK_ROWS = 512
+#: Largest count of RNA. Every sum that enters a likelihood is good to some 1e-7 of the count in single precision: 0.1
+#: nats here. The deepest cells have a few million reads in all.
+MOST_COUNTS = 10**6
 
 
 def read(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]) -> dict[Modality, SparseCounts]:
@@ -49,6 +53,13 @@ def read(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str,
             for compact in sharing:
                 compact.add(start, block)
     return {modality: compact.finish() for modality, compact in made.items()}
+
+
+_TOO_LARGE = f"above {MOST_COUNTS:,}"
+_ADVICE_TOO_LARGE = (
+    "No gene of one cell has as many reads or molecules: are these intensities, scaled values or sums over cells? Give "
+    "the counts of single cells."
+)
 
 
 class _Compact:
@@ -82,14 +93,16 @@ class _Compact:
         rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
         if not modality.binary:
             rules.append(("not a whole number", values != np.floor(values)))
+            rules.append((_TOO_LARGE, values > MOST_COUNTS))
         for what, wrong in rules:
             if wrong.any():
+                advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint()}"
                 at = int(np.argmax(wrong))
                 cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
                 feature = self._features[int(block.indices[at])]
                 raise ValueError(
                     f"{counts.where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for "
-                    f"cell {str(cell)!r} and {modality.feature} {str(feature)!r}. Raw counts are needed{counts.hint()}"
+                    f"cell {str(cell)!r} and {modality.feature} {str(feature)!r}. {advice}"
                 )
 
     def finish(self) -> SparseCounts:
@@ -152,7 +165,24 @@ def _places_of(names: tuple[str, ...], counts: Counts) -> NDArray[np.intp]:
 
 def _blocks(counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
     """Rows of a matrix, block after block, each with the number of its first row; they may be changed."""
-    matrix = _by_rows(counts.matrix)
+    if is_lazy(counts.matrix):
+        yield from _computed_blocks(counts)
+        return
+    yield from _stored_blocks(_by_rows(counts.matrix), counts)
+
+
+def _computed_blocks(counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
+    """Blocks of a dask array: its chunks of rows are computed one after the other, each once."""
+    first = 0
+    for number, n_rows in enumerate(counts.matrix.chunks[0]):
+        pieces = [counts.matrix.blocks[number, place].compute() for place in range(len(counts.matrix.chunks[1]))]
+        whole = sp.hstack([sp.csr_array(piece) for piece in pieces]) if sp.issparse(pieces[0]) else np.hstack(pieces)
+        for start, block in _stored_blocks(_by_rows(whole), counts):
+            yield first + start, block
+        first += n_rows
+
+
+def _stored_blocks(matrix: Any, counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
     n_rows, n_columns = matrix.shape
     sparse = sp.issparse(matrix) or hasattr(matrix, "format")
     step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))

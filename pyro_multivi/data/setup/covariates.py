@@ -15,6 +15,10 @@ from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
 
 
+# Smallest number of full precision in float32.
+_LEAST = np.finfo(np.float32).tiny
+
+
 def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
     """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
     return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
@@ -47,6 +51,40 @@ def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
     return values
 
 
+def mean_and_sd(argument: str, key: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and standard deviation by which a covariate is standardised; the sd of a constant is 1.
+
+    Raises
+    ------
+    ValueError
+        If the standardised values would not be told apart, or not be finite, in single precision.
+    """
+    spread = float(np.ptp(values))
+    # A constant column becomes 0 rather than 0 / 0, or rounding error over rounding error.
+    if spread <= 4 * np.finfo(np.float64).eps * float(np.abs(values).max()):
+        return float(values.mean()), 1.0
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        mean, sd = float(values.mean()), float(values.std())
+        kept = standardised(values, mean, sd)
+    if not np.isfinite(sd) or sd < _LEAST or not np.isfinite(kept).all():
+        raise ValueError(
+            f"{argument}={key!r} has values from {values.min():g} to {values.max():g}, which cannot be standardised "
+            "in single precision (float32). Give it in another unit, or correct the extreme values."
+        )
+    if 2 * len(np.unique(kept)) < len(np.unique(values)):
+        far = int(np.argmax(np.abs(kept)))
+        raise ValueError(
+            f"{argument}={key!r}: beside the value {values[far]:g} the others differ too little to be told apart in "
+            "single precision (float32). Correct the extreme values, or give the covariate on a log scale."
+        )
+    return mean, sd
+
+
+def standardised(values: NDArray[np.float64], mean: float, sd: float) -> NDArray[np.float32]:
+    """A covariate as it enters the design."""
+    return ((values - mean) / sd).astype(np.float32)
+
+
 def size_factors(
     opened: Opened, setup: Setup, measured: Mapping[Modality, NDArray[np.bool_]]
 ) -> dict[Modality, NDArray[np.float64]]:
@@ -68,10 +106,14 @@ def _sizes(opened: Opened, modality: Modality, key: str, measured: NDArray[np.bo
         return filled
     values = _numeric(opened, "size_factor_key", key)
     # NaN compares false, so that a measured cell without a value is caught too.
-    wrong = measured & ~((values > 0) & (values < (1.0 if modality.binary else np.inf)))
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)  # as the model reads them
+    wrong = measured & ~((single >= _LEAST) & (single < (1.0 if modality.binary else np.inf)))
     if wrong.any():
         at = int(np.argmax(wrong))
         allowed = "above 0 and below 1" if modality.binary else "above 0 and finite"
+        if 0 < values[at] < (1.0 if modality.binary else np.inf):
+            allowed += " also in single precision (float32)"
         raise ValueError(
             f"size_factor_key: the {modality.assay} size factors {key!r} must be {allowed} for every cell with "
             f"{modality.assay}; {int(wrong.sum())} cells have others, for instance {values[at]!s} for cell "
@@ -94,7 +136,7 @@ def _words(opened: Opened, argument: str, key: str) -> NDArray[np.object_]:
 
 def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
     column: pd.Series[Any] = opened.column(argument, key)
-    if not pd.api.types.is_numeric_dtype(column.dtype):
+    if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_complex_dtype(column.dtype):
         raise ValueError(
             f"{argument}={key!r} must be numeric and is of type {column.dtype}, with values like "
             f"{first_names(column.unique())}. Categories belong into categorical_covariate_keys."

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Measurement
+from pyro_multivi.data.setup.options import is_lazy
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,22 @@ class ExtraSource:
 
     def _numbers(self) -> NDArray[np.float32]:
         matrix: Any = self.matrix
+        if is_lazy(matrix):
+            matrix = matrix.compute()
+        elif hasattr(matrix, "group"):  # anndata's wrapper of a sparse matrix in a file
+            matrix = matrix[:]
+        if isinstance(matrix, np.ma.MaskedArray):
+            raise ValueError(
+                f"{self.where} is a masked array. Say what the hidden values are: NaN in every column of a cell that "
+                "was not measured."
+            )
         if sp.issparse(matrix):
             matrix = matrix.toarray()  # type: ignore[attr-defined,unused-ignore]
         try:
-            values = np.array(matrix, dtype=np.float32)
+            if np.iscomplexobj(matrix):
+                raise ValueError("they are complex")
+            with np.errstate(over="ignore"):  # what is out of range is infinite, and refused
+                values = np.array(matrix, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.where} holds values that are no numbers: {error}") from None
         if values.ndim != 2:

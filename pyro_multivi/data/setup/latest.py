@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pyro_multivi.data.setup.adapter import Opened
-from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.setup.options import Setup, is_lazy
 from pyro_multivi.data.table import CellTable
 
 if TYPE_CHECKING:
@@ -64,6 +64,12 @@ def keep(data: Any, content: int | None, spec: DataSpec, table: CellTable, own: 
     """Keep a table until the object is gone or another one is read; not without a checksum."""
     if content is not None:
         _Slot.entry = Latest(weakref.ref(data, _forget), content, spec, table, own)
+
+
+def checksum_of(data: Any, table: CellTable) -> int | None:
+    """Checksum of an object from which a table was made just now; None if it is not kept."""
+    entry = _Slot.entry
+    return entry.content if entry is not None and entry.owner() is data and entry.table is table else None
 
 
 def clear() -> None:
@@ -143,6 +149,9 @@ def _of_frame(frame: pd.DataFrame | pd.Series[Any]) -> Iterator[Any]:
 def _of_matrix(matrix: Any) -> Iterator[Any]:
     if isinstance(matrix, pd.DataFrame):
         yield from _of_frame(matrix)
+    elif is_lazy(matrix):
+        # Dask gives arrays of the same name the same values.
+        yield _words([matrix.name, matrix.shape])
     elif isinstance(matrix, np.ndarray):
         yield from _of_array(matrix)
     elif isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):

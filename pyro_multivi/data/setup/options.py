@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
@@ -105,9 +105,19 @@ class Setup:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Setup:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        TypeError
+            If an entry is missing, unknown or of another type.
+        """
         read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in values.items()}
-        return cls(**read)
+        made = cls(**read)
+        for entry in fields(cls):
+            if not _is_of_type(getattr(made, entry.name), str(entry.type)):
+                raise TypeError(f"{entry.name} is {getattr(made, entry.name)!r}, no {entry.type}")
+        return made
 
     def to_json(self) -> str:
         """The string kept in ``uns``."""
@@ -126,14 +136,40 @@ class Setup:
         kept = data.uns.get(UNS_KEY)
         if not isinstance(kept, Mapping) or "setup" not in kept:
             raise ValueError(f"This {type(data).__name__} was not set up: call MULTIVI.{verb} first.")
-        values = json.loads(str(kept["setup"]))
+        try:
+            values = json.loads(str(kept["setup"]))
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise _damaged(verb)
         version = values.pop("version", None)
         if version != SETUP_VERSION:
             raise ValueError(
                 f"uns[{UNS_KEY!r}]['setup'] has version {version!r} and this package reads "
                 f"{SETUP_VERSION}: call MULTIVI.{verb} again."
             )
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except TypeError:
+            raise _damaged(verb) from None
+
+
+def _is_of_type(value: Any, annotation: str) -> bool:
+    """Whether a value has the type of a field: strings, their collections, or None."""
+    if annotation.startswith("tuple"):
+        return isinstance(value, tuple) and all(isinstance(name, str) or name is None for name in value)
+    if annotation.startswith("dict"):
+        return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
+    return isinstance(value, str) or (value is None and "None" in annotation)
+
+
+def _damaged(verb: str) -> ValueError:
+    return ValueError(f"uns[{UNS_KEY!r}]['setup'] is damaged: call MULTIVI.{verb} again.")
+
+
+def is_lazy(matrix: object) -> bool:
+    """Whether a matrix is a dask array, without importing dask."""
+    return hasattr(matrix, "dask") and hasattr(matrix, "compute")
 
 
 def is_mudata(data: object) -> bool:

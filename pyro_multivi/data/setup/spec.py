@@ -12,13 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import nearest, unknown_key
+from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.counts import read
-from pyro_multivi.data.setup.covariates import categories, codes, numbers, size_factors
+from pyro_multivi.data.setup.covariates import (
+    categories,
+    codes,
+    mean_and_sd,
+    numbers,
+    size_factors,
+    standardised,
+)
 from pyro_multivi.data.setup.modalities import Measured, find_measured
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
@@ -214,9 +221,7 @@ class DataSpec:
             If some but not all features of a modality are missing, values are no counts, a column is
             missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = open_data(data, self.setup)
-        for modality in opened.counts.keys() - modelled(self):
-            del opened.counts[modality]
+        opened = self._open(data)
         content = latest.checksum(opened, self.setup)
         found = latest.find(data, content)
         if found is not None and found.spec == self:
@@ -229,6 +234,42 @@ class DataSpec:
         table = self._table(opened, counts, measured)
         latest.keep(data, content, self, table, own=False)
         return table
+
+    def _open(self, data: Any) -> Opened:
+        """An object without the counts of which the model has no features."""
+        opened = open_data(data, self.setup)
+        for modality in opened.counts.keys() - modelled(self):
+            del opened.counts[modality]
+        return opened
+
+    def change(self, data: Any, table: CellTable, content: int | None) -> tuple[str | None, int | None]:
+        """Find out whether an object still holds the cells and counts of which a table was made.
+
+        Other columns, another order of features or another type of matrix are no change.
+
+        Parameters
+        ----------
+        data, table
+            The object and the table.
+        content
+            Checksum (:func:`~pyro_multivi.data.setup.latest.checksum`) of the object when it was as the table is. Of an
+            object that has none, such as a file open for writing, the names of cells alone are compared.
+
+        Returns
+        -------
+        A sentence on the first difference, None without any; and the checksum for the next time.
+        """
+        try:
+            opened = self._open(data)
+            now = latest.checksum(opened, self.setup)
+            if now is not None and now == content:
+                return None, now
+            changed = difference_of_names(table.cell_names, opened.cells)
+            if changed is None and now is not None:
+                changed = table.difference(self.table(data))
+        except (ValueError, TypeError) as error:
+            return str(error), content
+        return changed, content if changed else now
 
     def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
         batch_code = self._batch_codes(opened)
@@ -274,8 +315,16 @@ class DataSpec:
         for key, known in self.categorical.items():
             parts.append(_one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
         for key, mean, sd in zip(self.continuous, self.continuous_mean, self.continuous_sd, strict=True):
-            values = (numbers(opened, "continuous_covariate_keys", key) - mean) / sd
-            parts.append(values.astype(np.float32)[:, None])
+            values = numbers(opened, "continuous_covariate_keys", key)
+            with np.errstate(over="ignore"):
+                kept = standardised(values, mean, sd)
+            if not np.isfinite(kept).all():
+                worst = values[int(np.argmax(~np.isfinite(kept)))]
+                raise ValueError(
+                    f"continuous_covariate_keys={key!r} holds {worst:g}, which is out of the range of single precision "
+                    f"(float32) beside the mean {mean:g} and sd {sd:g} of the model's data. Correct it."
+                )
+            parts.append(kept[:, None])
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
@@ -311,9 +360,10 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     size_factors(opened, setup, measured.masks)
     for name in setup.extra:
         if name not in opened.extra:
-            argument, place = ("modalities", "mod") if opened.name == "mdata" else ("obsm_keys", "obsm")
-            raise unknown_key(f"extra_{argument}", name, f"{opened.name}.{place}", getattr(data, place))
-    columns = [numbers(opened, "continuous_covariate_keys", key) for key in setup.continuous_covariate_keys]
+            keys, place = ("modalities", "mod") if opened.name == "mdata" else ("obsm_keys", "obsm")
+            raise unknown_key(f"extra_{keys}", name, f"{opened.name}.{place}", getattr(data, place))
+    argument = "continuous_covariate_keys"
+    scales = [mean_and_sd(argument, key, numbers(opened, argument, key)) for key in setup.continuous_covariate_keys]
     features: dict[str, Any] = {f"{modality.feature}_names": names.get(modality, ()) for modality in MODALITIES}
     spec = DataSpec(
         setup=setup,
@@ -322,9 +372,8 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
             key: categories(opened, "categorical_covariate_keys", key) for key in setup.categorical_covariate_keys
         },
         continuous=setup.continuous_covariate_keys,
-        continuous_mean=tuple(float(values.mean()) for values in columns),
-        # A constant column becomes 0 rather than 0 / 0, or rounding error over rounding error.
-        continuous_sd=tuple(float(values.std()) if np.ptp(values) > 0 else 1.0 for values in columns),
+        continuous_mean=tuple(mean for mean, _ in scales),
+        continuous_sd=tuple(sd for _, sd in scales),
         label_categories=categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
         extra={name: opened.extra[name].feature_names() for name in setup.extra},

@@ -11,6 +11,7 @@ import pandas as pd
 import scipy.stats
 
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.files import write_whole
 
 #: Tables whose rows carry a p-value.
 TESTED = (*(modality.features for modality in MODALITIES), "cells", "groups", "totals", "user")
@@ -122,7 +123,7 @@ class PredictiveCheck:
         written = []
         for name, table in {"summary": self.summary(), **self.tables}.items():
             path = Path(folder) / f"{name}.csv"
-            table.to_csv(path, index=False)
+            write_whole(path, table.to_csv(index=False).encode())
             written.append(path)
         return written
 
@@ -139,3 +140,10 @@ class PredictiveCheck:
             values = [f"{name} {value:.4f}" for name, value in zip(part["score"], part["value"], strict=True)]
             lines.append(f"  {setting!s}: {', '.join(values)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+#: Names of the files that :meth:`PredictiveCheck.to_csv` may write.
+CSV_FILES = tuple(
+    f"{name}.csv"
+    for name in ("summary", *(entry.name for entry in fields(PredictiveCheck) if entry.default_factory is pd.DataFrame))
+)

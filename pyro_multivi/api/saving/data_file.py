@@ -1,0 +1,84 @@
+"""Data saved beside a model: the file is written without a change of the user's object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.setup.options import is_mudata
+from pyro_multivi.files import writing
+
+#: Names of the file of an AnnData and of a MuData.
+ANNDATA, MUDATA = "adata.h5ad", "mdata.h5mu"
+DATA_FILES = (ANNDATA, MUDATA)
+
+# Bytes before the HDF5 part of an .h5mu file, which begin with a sentence on its format.
+_HEADER_SIZE, _HEADER = 512, b"MuData (format-version=0.1.0;creator=pyro-multivi)"
+
+
+def write_data(folder: Path, data: Data) -> str:
+    """Write the data of a model to a folder, and return the file's name.
+
+    The writers of anndata and mudata turn columns of text of the object itself into categories, and point one that is
+    backed to the new file. Here the elements are written one by one.
+    """
+    name = MUDATA if is_mudata(data) else ANNDATA
+    with writing(folder / name) as stream:
+        with h5py.File(stream, "w", userblock_size=_HEADER_SIZE if name == MUDATA else None) as file:
+            if name == MUDATA:
+                _write_mudata(file, data)
+            else:
+                _write(file, "/", data)
+        if name == MUDATA:
+            stream.seek(0)
+            stream.write(_HEADER.ljust(_HEADER_SIZE, b"\0"))
+    return name
+
+
+def difference(path: Path, cells: Sequence[str], features: Sequence[str]) -> str:
+    """Description of what a file of data lacks of a model's cells and features; empty if nothing."""
+    try:
+        with h5py.File(path) as file:
+            parts = [file, *(file["mod"].values() if "mod" in file else ())]
+            has_cells = {str(name) for name in _index(file["obs"])}
+            has_features = {str(name) for part in parts for name in _index(part["var"])}
+    except Exception as error:  # whatever a damaged file makes the reader stumble on
+        return f"cannot be read ({error})"
+    for what, names, found in (("cells", cells, has_cells), ("features", features, has_features)):
+        lacking = [name for name in names if name not in found]
+        if lacking:
+            return f"lacks {len(lacking)} {what} of this model: {first_names(lacking)}"
+    return ""
+
+
+def _write_mudata(file: h5py.File, mdata: Any) -> None:
+    """The elements of an .h5mu file, as its format has them."""
+    _write(file, "obs", mdata.obs)
+    _write(file, "var", mdata.var)
+    for name in ("obsm", "varm", "obsp", "varp", "uns", "obsmap", "varmap"):
+        _write(file, name, dict(getattr(mdata, name)))
+    for name, part in mdata.mod.items():
+        _write(file.require_group("mod"), name, part)
+    file["mod"].attrs["mod-order"] = list(mdata.mod)
+    file.attrs.update({"axis": mdata.axis, "encoding-type": "MuData", "encoding-version": "0.1.0"})
+
+
+def _write(place: Any, name: str, element: Any) -> None:
+    try:
+        from anndata.io import write_elem
+    except ImportError:  # before anndata 0.11
+        from anndata.experimental import write_elem
+    write_elem(place, name, element)
+
+
+def _index(frame: Any) -> Any:
+    try:
+        from anndata.io import read_elem
+    except ImportError:  # before anndata 0.11
+        from anndata.experimental import read_elem
+    return read_elem(frame).index

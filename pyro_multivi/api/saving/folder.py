@@ -1,0 +1,333 @@
+"""Folder of a saved model: tensors, JSON and data, without anything that can run code, each with a checksum.
+
+``weights.pt`` holds the program's tensors and is read with ``weights_only=True``; ``model.json`` holds everything
+else and the version of the format; ``adata.h5ad`` or ``mdata.h5mu`` the data, if they were saved. ``SHA256SUMS`` has
+the checksums of all of them, as ``sha256sum -c SHA256SUMS`` reads it; they are compared before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pyro_multivi._version import __version__
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.api.saving.data_file import DATA_FILES, difference, write_data
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.datasets.readers import read
+from pyro_multivi.files import present, replacing, writing
+
+logger = logging.getLogger("pyro_multivi")
+
+#: Formats 1 and 2 had a checksum of the weights only, in ``model.json``.
+FORMAT, FIRST_FORMAT_WITH_CHECKSUMS = 3, 3
+WEIGHTS, DESCRIPTION, CHECKSUMS = "weights.pt", "model.json", "SHA256SUMS"
+FILES = {WEIGHTS, DESCRIPTION, CHECKSUMS, *DATA_FILES}
+
+
+class BrokenModelError(ValueError):
+    """A saved model that cannot be read."""
+
+
+@contextmanager
+def broken(where: str, what: str, remedy: str = "Save the model again.") -> Iterator[None]:
+    """Whatever malformed content makes the code inside stumble on becomes one :class:`BrokenModelError`."""
+    try:
+        yield
+    except (BrokenModelError, ImportError):
+        raise
+    except Exception as error:
+        found = str(error) or type(error).__name__
+        raise BrokenModelError(f"{where}: {what} ({found}). {remedy}") from error
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Content of a model folder, verified: tensors, description, format, and the data if they were asked for."""
+
+    state: dict[str, Tensor]
+    description: dict[str, Any]
+    version: int
+    data: Data | None
+
+
+def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The folder to write a model to, links followed.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``folder`` that may not be replaced.
+    FileNotFoundError
+        If the parent folder does not exist.
+    """
+    target, where = Path(folder).resolve(), f"dir_path={str(folder)!r}"
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{where}: the folder {str(target.parent)!r} does not exist.")
+    if target.exists():
+        if not overwrite:
+            raise FileExistsError(f"{where} exists: choose another path or give overwrite=True.")
+        found = foreign(target)
+        if found:
+            raise FileExistsError(f"{where} {found} and is not replaced: choose another path.")
+        if target == Path.cwd():
+            raise FileExistsError(f"{where} is the folder in which this process works: save it from elsewhere.")
+    return target
+
+
+def foreign(target: Path) -> str:
+    """Description of what keeps a path from being replaced: it must hold a whole model and nothing else of the user."""
+    if not target.exists():
+        return ""
+    if not target.is_dir():
+        return "is a file"
+    found = {path.name for path in target.iterdir()}
+    if found - FILES:
+        return f"holds something other than a saved model ({first_names(sorted(found - FILES))})"
+    if found and not {DESCRIPTION, WEIGHTS} <= found:
+        return f"holds something other than a whole saved model ({first_names(sorted(found))} alone)"
+    return ""
+
+
+def data_of_others(target: Path, cells: Sequence[str], features: Sequence[str]) -> str:
+    """Description of data in a folder that are not a model's: they may be the only copy."""
+    for name in DATA_FILES:
+        problem = difference(target / name, cells, features) if (target / name).is_file() else ""
+        if problem:
+            return f"holds {name}, perhaps the only copy of these data, which are not this model's: it {problem}"
+    return ""
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    description: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    data: Data | None = None,
+    names: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> None:
+    """Write a model folder as a whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Folder to write; its parent must exist.
+    state
+        Tensors of the program.
+    description
+        JSON-serialisable.
+    overwrite
+        Replace a model that is there. A folder with anything else in it is left alone.
+    data
+        Data to write beside it. Without, data that a replaced model has stay, if they are this model's too.
+    names
+        Names of this model's cells and features.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``folder`` that may not be replaced, or data that are not this model's.
+    FileNotFoundError
+        If the parent folder does not exist.
+    OSError
+        If it cannot be written; what was there is as it was.
+    """
+    target, where = check_target(folder, overwrite), f"dir_path={str(folder)!r}"
+    target_files = [name for name in DATA_FILES if (target / name).is_file()]
+    lost = data_of_others(target, *names)
+    if lost and data is None:
+        raise FileExistsError(f"{where} {lost}. Choose another path, or give save_anndata=True to replace them.")
+    if lost:
+        logger.warning("%s %s. They are replaced by the data of this model.", where, lost)
+    with replacing(target, where, CHECKSUMS, overwrite) as work:
+        sums = {}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        with writing(work / WEIGHTS) as stream:
+            torch.save(tensors, stream)
+        sums[WEIGHTS] = _checksum(work / WEIGHTS)
+        if data is not None:
+            name = write_data(work, data)
+            sums[name] = _checksum(work / name)
+        else:
+            for name in target_files:
+                _link(target / name, work / name)
+                sums[name] = _known_checksum(target, name) or _checksum(work / name)
+        # The checksum of the weights is where earlier versions look for it, which then say that they are too old.
+        text = {"format": FORMAT, "version": __version__, "weights_sha256": sums[WEIGHTS], **description}
+        with writing(work / DESCRIPTION) as stream:
+            stream.write(json.dumps(text).encode())
+        sums[DESCRIPTION] = _checksum(work / DESCRIPTION)
+        # The file is there and locked: it is not made anew.
+        with (work / CHECKSUMS).open("w", encoding="utf-8") as lines:
+            lines.writelines(f"{value}  {name}\n" for name, value in sums.items())
+            lines.flush()
+            os.fsync(lines.fileno())
+        if target.exists():
+            shutil.copymode(target, work)
+            # What came since the beginning must not be deleted either.
+            check_target(folder, overwrite)
+    if data is None:
+        for name in target_files:
+            logger.info("%s: %s stays as it was saved; save_anndata=True writes the data again.", where, name)
+
+
+def read_model(folder: str | os.PathLike[str], with_data: bool = False) -> Saved:
+    """Read a model folder; nothing is parsed before its checksum is compared.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    with_data
+        Read the data saved in it too.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model at ``folder``.
+    BrokenModelError
+        If a file is missing, damaged or of a newer format.
+    """
+    where = f"dir_path={str(folder)!r}"
+    while True:
+        source = present(Path(folder).resolve())
+        before = _identity(source)
+        try:
+            saved = _read(source, where, with_data)
+        except (BrokenModelError, OSError):
+            if _identity(source) == before:
+                raise
+        else:
+            if _identity(source) == before:
+                return saved
+        # Another process has replaced the model while it was read: files of both may have been read.
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _read(source: Path, where: str, with_data: bool) -> Saved:
+    if not any((source / name).is_file() for name in (DESCRIPTION, CHECKSUMS)):
+        raise FileNotFoundError(
+            f"{where} is not a saved model: {DESCRIPTION} is missing. Give the folder that MULTIVI.save wrote."
+        )
+    sums = _read_checksums(source, where) if (source / CHECKSUMS).is_file() else {}
+    if sums and not {WEIGHTS, DESCRIPTION} <= sums.keys():
+        raise BrokenModelError(f"{where}: {CHECKSUMS} is damaged (it lacks a file). Save the model again.")
+    for name in (DESCRIPTION, WEIGHTS, *sums):
+        # Data that were deleted are missed by those who need them only.
+        if not (source / name).is_file() and (with_data or name not in DATA_FILES):
+            raise BrokenModelError(f"{where}: {name} is missing. Copy it again or save the model again.")
+    text = (source / DESCRIPTION).read_bytes()
+    if sums:
+        _compare(where, DESCRIPTION, hashlib.sha256(text).hexdigest(), sums[DESCRIPTION])
+    with broken(where, f"{DESCRIPTION} is damaged"):
+        description = json.loads(text.decode("utf-8"))
+        version, expected = description["format"], description["weights_sha256"]
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1 or not isinstance(expected, str):
+            raise ValueError(f"format is {version!r}")
+    if version > FORMAT:
+        raise BrokenModelError(
+            f"{where} was saved in format {version} by version {description.get('version')}; "
+            f"this version reads up to format {FORMAT}. Upgrade pyro-multivi."
+        )
+    if version >= FIRST_FORMAT_WITH_CHECKSUMS and not sums:
+        raise BrokenModelError(f"{where}: {CHECKSUMS} is missing. Copy it again or save the model again.")
+    with (source / WEIGHTS).open("rb") as stream:
+        _compare(where, WEIGHTS, _digest(stream), sums.get(WEIGHTS, expected))
+        stream.seek(0)
+        state = _tensors(stream, where)
+    data = None
+    for name in DATA_FILES:
+        path = source / name
+        if not path.is_file():
+            continue
+        if name in sums:
+            _compare(where, name, _checksum(path), sums[name])
+        elif sums and with_data:
+            raise BrokenModelError(
+                f"{where}: {name} was not saved with this model ({CHECKSUMS} has no line for it). "
+                "Move it elsewhere and load the model with adata=read(...)."
+            )
+        if with_data and data is None:
+            with broken(where, f"{name} cannot be read"):
+                data = read(path)
+    return Saved(state, description, version, data)
+
+
+def _tensors(stream: BinaryIO, where: str) -> dict[str, Tensor]:
+    """State of the program; nothing in the file is executed."""
+    try:
+        state = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        # Torch's own error would advise to load the file in a way that runs the code in it.
+        raise BrokenModelError(f"{where}: {WEIGHTS} holds something that is not a set of tensors and was not loaded.")
+    return state
+
+
+def _link(source: Path, copy: Path) -> None:
+    """The same file under another name, or a copy where the file system has no such links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        with source.open("rb") as old, writing(copy) as new:
+            shutil.copyfileobj(old, new)
+
+
+def _read_checksums(folder: Path, where: str) -> dict[str, str]:
+    text = (folder / CHECKSUMS).read_bytes()
+    lines = re.findall(rb"([0-9a-f]{64})  ([\w.]+)\n", text)
+    sums = {name.decode(): value.decode() for value, name in lines}
+    if b"".join(value + b"  " + name + b"\n" for value, name in lines) != text or not sums.keys() <= FILES or not sums:
+        raise BrokenModelError(f"{where}: {CHECKSUMS} is damaged. Copy it again or save the model again.")
+    return sums
+
+
+def _known_checksum(folder: Path, name: str) -> str | None:
+    """Checksum that a file had when it was saved: damage since then is not hidden by a new one."""
+    try:
+        return _read_checksums(folder, "").get(name)
+    except (FileNotFoundError, BrokenModelError):
+        return None
+
+
+def _compare(where: str, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise BrokenModelError(
+            f"{where}: {name} is damaged or truncated (its checksum does not match). "
+            "Copy it again or save the model again."
+        )
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return _digest(stream)
+
+
+def _digest(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Mixin: a model written to a folder and read again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.api.base import ModelBase
+from pyro_multivi.api.custom_program import find_program, import_path
+from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
+from pyro_multivi.api.saving.folder import broken, read_model, write_model
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training import History
+
+logger = logging.getLogger("pyro_multivi")
+
+Model = TypeVar("Model", bound="SavingMixin")
+
+
+class SavingMixin(ModelBase):
+    """Methods about saved models."""
+
+    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
+        """Write the model to a folder, as a whole or not at all.
+
+        Parameters
+        ----------
+        dir_path
+            Folder to write; its parent must exist.
+        overwrite
+            Replace a model that is there, in one step: whatever interrupts it leaves the old one or the new one.
+        save_anndata
+            Also write the data, so that :meth:`load` needs nothing else. Without it, data that are saved in a folder
+            which is replaced stay there if they hold this model's cells and features.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something at ``dir_path`` that may not be replaced: a model without ``overwrite=True``,
+            anything that is no saved model, data of other cells.
+        FileNotFoundError
+            If its parent does not exist.
+        OSError
+            If it cannot be written, for instance to a full disk; what was there is as it was.
+        """
+        if save_anndata:
+            if self.adata is None:
+                raise ValueError("save_anndata=True, but this model was loaded without data: leave it out.")
+            self._training_table()
+        description = Description(
+            config=self.program.config.to_dict(),
+            program_class=import_path(type(self.program)),
+            spec=self.spec,
+            history=self._history.rows,
+            split=self._split if self._saved_split is None else self._saved_split,
+            is_trained=self.is_trained,
+        )
+        write_model(
+            dir_path,
+            self.program.state_dict(),
+            description.to_dict(),
+            overwrite=overwrite,
+            data=self.adata if save_anndata else None,
+            names=self._names(),
+        )
+
+    @classmethod
+    def load(
+        cls: type[Model],
+        dir_path: str | os.PathLike[str],
+        adata: Data | None = None,
+        device: str | torch.device = "cpu",
+        program_class: type[MultiVIProgram] | str = MultiVIProgram,
+    ) -> Model:
+        """Read a saved model. Nothing in the folder is executed.
+
+        Parameters
+        ----------
+        dir_path
+            Folder of the saved model.
+        adata
+            Data to use by default, with the features of training; without it (and without saved
+            data) give ``adata`` to each method. Cells are known by name: a log line says how they differ from those
+            of training.
+        device
+            Device of the program.
+        program_class
+            Class of a model of your own, or its import path, ``"module:name"``. The file says
+            which class it needs, and nothing is imported unless you name that class here.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no saved model.
+        BrokenModelError
+            If a file in it is damaged (each has a checksum, compared before it is read), missing or malformed.
+        ValueError
+            If it is of another class than ``program_class``, or that cannot be imported.
+        """
+        where = f"dir_path={str(dir_path)!r}"
+        saved = read_model(dir_path, with_data=adata is None)
+        description = Description.of(saved, where)
+        found = find_program(program_class, description.program_class, where)
+        program = description.make_program(found, todays_names(saved), where)
+        program.to(device).eval()
+        spec, table = description.spec, None
+        if adata is not None:
+            table = spec.table(adata)
+        elif saved.data is not None:
+            adata = saved.data
+            with broken(where, "the data in it do not fit the model"):
+                table = spec.table(adata)
+        model = cls.__new__(cls)
+        model._assemble(spec, program, adata, table)
+        model._history = History(description.history)
+        split = description.split
+        if split is not None:
+            model._split = split.among(None if table is None else table.cell_names, sum(spec.n_cells.values()))
+            model._saved_split = split
+        differences = "" if table is None or split is None else difference_of_cells(split, table.cell_names)
+        if differences:
+            logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
+        model.is_trained = description.is_trained
+        return model
+
+    def _names(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Names of the cells and features of the model's own data; of no cells if they are not known."""
+        split = self._split if self._saved_split is None else self._saved_split
+        cells = split.cell_names if split is not None else () if self._table is None else self._table.cell_names
+        return cells, [name for each in MODALITIES for name in each.feature_names_in(self.spec)]

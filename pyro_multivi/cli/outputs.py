@@ -1,0 +1,57 @@
+"""Files that a command writes: none of an earlier run is replaced without ``--overwrite``, and no model is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.api.saving.folder import data_of_others, foreign
+from pyro_multivi.data.checks import first_names
+
+
+def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Refuse, before any work, what is there and would be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: give a folder.")
+    there = [name for name in names if (folder / name).exists()]
+    if "model" in there:
+        _refuse(folder / "model", foreign(folder / "model"))
+    if there and not overwrite:
+        raise ValueError(
+            f"{folder} holds {first_names(there)} already: give --overwrite to replace what an earlier run wrote, or "
+            "another --out."
+        )
+
+
+def make_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Make the folder of a command's output, unless it holds what would be replaced."""
+    refuse_existing(folder, names, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {folder} may not be written to: give another folder.")
+
+
+def check_model_folder(model: MULTIVI, folder: Path) -> None:
+    """Refuse, before a model is trained, to replace a folder that holds data of other cells."""
+    _refuse(folder, data_of_others(folder, *model._names()))
+
+
+def _refuse(folder: Path, found: str) -> None:
+    if found:
+        raise ValueError(f"{folder} {found}. It is not replaced: move it away, or give another --out.")
+
+
+def save_model(model: MULTIVI, folder: Path, overwrite: bool) -> Path:
+    """Save a model that was trained; beside the folder if that was taken meanwhile, so that the model is not lost."""
+    taken, number = folder, 2
+    while True:
+        try:
+            model.save(folder, overwrite=overwrite)
+        except FileExistsError:
+            folder, number = taken.with_name(f"{taken.name}-{number}"), number + 1
+            continue
+        if folder != taken:
+            print(f"{taken} was taken during training; the model is in {folder}")
+        return folder

@@ -1,0 +1,190 @@
+"""Data saved with a model: written without a change of the user's object, and never deleted unasked."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import pyro_multivi as pm
+from pyro_multivi.api.saving import data_file
+from pyro_multivi.files import RecordingFile
+
+SIZES = {"n_hidden": 6, "n_latent": 2}
+
+
+@pytest.fixture
+def model(build):
+    made = build()
+    made.train(1, progress_bar=False)
+    return made
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save(tmp_path / "model", save_anndata=True)
+    return tmp_path / "model"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------- the user's object
+
+
+def test_columns_of_text_stay_columns_of_text(model, tmp_path):
+    obs = model.adata.obs
+    obs["note"] = pd.Series(["a", "b"] * 30, index=obs.index, dtype=object)
+    before = obs.dtypes
+    model.save(tmp_path / "model", save_anndata=True)
+    pd.testing.assert_series_equal(model.adata.obs.dtypes, before)
+    assert pm.MULTIVI.load(tmp_path / "model").adata.obs["note"].tolist() == obs["note"].tolist()
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_backed_anndata_stays_at_its_file(mosaic, tmp_path, mode):
+    mosaic.raw = mosaic.copy()
+    mosaic.write_h5ad(tmp_path / "mine.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "mine.h5ad", backed=mode)
+    pm.MULTIVI.setup_anndata(backed, modality_key="modality")
+    model = pm.MULTIVI(backed, **SIZES)
+    model.train(1, progress_bar=False)
+    expected = model.get_elbo()
+    model.save(tmp_path / "model", save_anndata=True)
+    assert os.path.samefile(backed.filename, tmp_path / "mine.h5ad")
+    backed.file.close()
+    assert model.get_elbo() == expected
+    loaded = pm.MULTIVI.load(tmp_path / "model")
+    assert loaded.get_elbo() == expected
+    for part, original in ((loaded.adata.X, mosaic.X), (loaded.adata.raw.X, mosaic.raw.X)):
+        np.testing.assert_array_equal(part.toarray(), original.toarray())
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_a_mudata_stays_as_it_is(tmp_path, backed):
+    mudata = pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, return_mudata=True, seed=0)
+    for part in mdata.mod.values():
+        part.obs["note"] = pd.Series(["a"] * part.n_obs, index=part.obs_names, dtype=object)
+    if backed:
+        data_file.write_data(tmp_path, mdata)
+        with mudata.set_options(pull_on_update=False):
+            mdata = mudata.read_h5mu(tmp_path / "mdata.h5mu", backed="r")
+    pm.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
+    model = pm.MULTIVI(mdata, **SIZES)
+    model.train(1, progress_bar=False)
+    before = {name: part.obs.dtypes.to_dict() for name, part in {"": mdata, **mdata.mod}.items()}
+    model.save(tmp_path / "model", save_anndata=True)
+    assert {name: part.obs.dtypes.to_dict() for name, part in {"": mdata, **mdata.mod}.items()} == before
+    if backed:
+        assert os.path.samefile(mdata.filename, tmp_path / "mdata.h5mu")
+    loaded = pm.MULTIVI.load(tmp_path / "model")
+    assert loaded.get_elbo() == model.get_elbo()
+    assert list(loaded.adata.mod) == list(mdata.mod)
+    assert (tmp_path / "model" / "mdata.h5mu").read_bytes()[:6] == b"MuData"
+
+
+def test_a_view_of_the_data_is_written_whole(mosaic, tmp_path):
+    view = mosaic[::2]
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    model = pm.MULTIVI(mosaic, **SIZES)
+    model.train(1, progress_bar=False)
+    model.save(tmp_path / "model")
+    part = pm.MULTIVI.load(tmp_path / "model", view)
+    part.save(tmp_path / "part", save_anndata=True)
+    assert view.is_view
+    assert pm.MULTIVI.load(tmp_path / "part").adata.obs_names.tolist() == view.obs_names.tolist()
+
+
+# ---------------------------------------------------------------------- data in a folder that is replaced
+
+
+def test_data_stay_when_their_model_is_replaced(model, folder, caplog):
+    before = files(folder)
+    loaded = pm.MULTIVI.load(folder)
+    loaded.train(1, progress_bar=False)
+    with caplog.at_level(logging.INFO, "pyro_multivi"):
+        loaded.save(folder, overwrite=True)
+    assert "adata.h5ad stays as it was saved" in caplog.text
+    after = files(folder)
+    assert after.keys() == before.keys()
+    assert after["adata.h5ad"] == before["adata.h5ad"]
+    assert after["weights.pt"] != before["weights.pt"]
+    again = pm.MULTIVI.load(folder)
+    assert again.get_elbo() == loaded.get_elbo()
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_data_stay_where_there_are_no_links(model, folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    before = files(folder)["adata.h5ad"]
+    pm.MULTIVI.load(folder).save(folder, overwrite=True)
+    assert files(folder)["adata.h5ad"] == before
+    assert pm.MULTIVI.load(folder).get_elbo() == model.get_elbo()
+
+
+@pytest.mark.parametrize("change", ["cells", "features"])
+def test_data_of_another_model_are_not_deleted(folder, change):
+    other = pm.simulate_multiome((30, 15, 15), n_genes=40, n_regions=60, seed=1)
+    if change == "cells":
+        other.obs_names = [f"other_{name}" for name in other.obs_names]
+    else:
+        other.var_names = [f"other_{name}" for name in other.var_names]
+    pm.MULTIVI.setup_anndata(other, modality_key="modality")
+    model = pm.MULTIVI(other, **SIZES)
+    before = files(folder)
+    with pytest.raises(
+        FileExistsError, match=f"adata.h5ad, perhaps the only copy.*lacks .* {change}.*save_anndata=True"
+    ):
+        model.save(folder, overwrite=True)
+    assert files(folder) == before
+    model.save(folder, overwrite=True, save_anndata=True)
+    assert pm.MULTIVI.load(folder).adata.var_names.tolist() == other.var_names.tolist()
+
+
+def test_data_stay_when_a_model_loaded_with_a_part_of_them_is_saved(folder, mosaic):
+    before = files(folder)["adata.h5ad"]
+    pm.MULTIVI.load(folder, mosaic[::2].copy()).save(folder, overwrite=True)
+    assert files(folder)["adata.h5ad"] == before
+
+
+def test_damage_of_kept_data_is_not_hidden_by_a_new_checksum(model, folder):
+    path = folder / "adata.h5ad"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    model.save(folder, overwrite=True)
+    with pytest.raises(pm.BrokenModelError, match="adata.h5ad is damaged"):
+        pm.MULTIVI.load(folder)
+
+
+# ---------------------------------------------------------------------- disk full
+
+
+@pytest.mark.parametrize("size", [0, 1000, 20_000, 60_000])
+def test_a_full_disk_leaves_the_old_model_and_no_litter(model, folder, monkeypatch, size):
+    before = files(folder)
+    left = [size]
+    real = RecordingFile.write
+
+    def write(self, data):
+        left[0] -= len(memoryview(data).cast("B"))
+        if left[0] < 0 and self.error is None:
+            self.error = OSError(28, "No space left on device")
+        return real(self, data)
+
+    monkeypatch.setattr(RecordingFile, "write", write)
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\): what was there .* unchanged"):
+        model.save(folder, overwrite=True, save_anndata=True)
+    assert files(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    monkeypatch.undo()
+    assert pm.MULTIVI.load(folder).get_elbo() == model.get_elbo()
