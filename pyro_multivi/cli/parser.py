@@ -23,7 +23,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train on a file of yours")
     train.add_argument("data", nargs="+", help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx")
-    train.add_argument("--labels", help="obs column that colours the picture and scores the latent space")
+    train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture")
     train.add_argument("--layer", help="layer with the raw counts")
     train.add_argument("--batch-key", help="obs column of batches")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")

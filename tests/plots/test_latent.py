@@ -81,7 +81,8 @@ def test_numbers_have_a_colour_bar_and_missing_labels_are_grey(ax):
     ("labels", "expected"),
     [
         (np.linspace(0, 1, 50), True), (np.arange(100), True), (np.arange(50) % 10, False),
-        (np.arange(50) % 2 == 0, False), (["1", "2"] * 25, False), ([0.5, 1.5] * 25, False), (np.full(50, np.nan), False),
+        (np.arange(50) % 2 == 0, False), (["1", "2"] * 25, False), ([0.5, 1.5] * 25, False),
+        (np.full(50, np.nan), False),
     ],
 )  # fmt: skip
 def test_which_labels_are_numbers(labels, expected):
