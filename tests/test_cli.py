@@ -68,7 +68,7 @@ def test_train_reads_h5mu(tmp_path, capsys):
         (["--labels", "celltype"], "--labels 'celltype' is not a column of obs; there are"),
         (["--batch-key", "batsh"], "Did you mean 'batch'"),
         (["--min-fraction", "2"], "--min-fraction 2.0 is not allowed"),
-        (["--layer", "spliced"], "layer='spliced'"),
+        (["--layer", "spliced"], "--layer 'spliced' is not in layers"),
     ],
 )
 def test_errors_are_sentences_not_traces(mosaic_file, tmp_path, capsys, arguments, message):

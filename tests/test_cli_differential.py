@@ -61,10 +61,10 @@ def test_options_reach_the_test_and_saved_data_are_used(saved, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("model", ["--groupby", "cell_type"], "holds no data: give the file of the cells"),
+        ("model", ["--groupby", "cell_type"], "holds no data: give DATA"),
         ("with_data", ["--groupby", "celltype"], "Did you mean 'cell_type'"),
         ("with_data", ["--groupby", "cell_type", "--group1", "type0"], "Did you mean 'type_0'"),
-        ("with_data", ["--groupby", "cell_type", "--mode", "chance"], "mode='chance' is not allowed"),
+        ("with_data", ["--groupby", "cell_type", "--mode", "chance"], "--mode 'chance' is not allowed"),
         ("nowhere", ["--groupby", "cell_type"], "nowhere"),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
+from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.parser import command_parser
 
 #: Module and function of each command. They are imported when they run, so that help need not wait for torch.
@@ -18,16 +20,28 @@ _COMMANDS = {
 }
 
 
+#: Errors of what was typed or of what a file holds, and of the machine. Any other is a fault of ours, with its trace.
+_EXPECTED = (ValueError, TypeError, KeyError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = command_parser().parse_args(arguments)
+
+    def say(message: object) -> None:
+        print(f"pyro-multivi: {in_options(' '.join(str(message).split()), vars(options))}", file=sys.stderr)
+
     try:
-        module, name = _COMMANDS[options.command]
-        run: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        run(options)
-    except (ValueError, KeyError, OSError, ImportError, ArithmeticError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            module, name = _COMMANDS[options.command]
+            run: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            run(options)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except _EXPECTED as error:
         # The person who typed the command needs the library's message, not a trace.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"pyro-multivi: {message}", file=sys.stderr)
+        say(error.args[0] if isinstance(error, KeyError) and error.args else error or type(error).__name__)
         return 1
     return 0

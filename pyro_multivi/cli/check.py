@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.inputs import load_model
 from pyro_multivi.cli.outputs import refuse_existing
-from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.plots.report import PAGE, check_and_report
 from pyro_multivi.posterior.checks.result import CSV_FILES
 
@@ -16,13 +13,7 @@ from pyro_multivi.posterior.checks.result import CSV_FILES
 def check(options: argparse.Namespace) -> None:
     """Compare a saved model with data, print the result and write tables and a page."""
     refuse_existing(options.out, (*CSV_FILES, PAGE), options.overwrite)
-    data = None
-    if options.data is not None:
-        built_in = options.data == "demo" and not Path(options.data).exists()
-        data = cell_lines() if built_in else read(options.data)
-    model = MULTIVI.load(options.model, data)
-    if model.adata is None:
-        raise ValueError(f"{str(options.model)!r} holds no data: give DATA, a file or 'demo' for the built-in cells.")
+    model = load_model(options)
     check, written = check_and_report(
         model,
         options.out,

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from pyro_multivi._optional import require
-from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.inputs import load_model
 from pyro_multivi.cli.outputs import refuse_existing
 from pyro_multivi.data.modality import modelled
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.files import write_whole
 
 
@@ -26,9 +25,7 @@ def differential(options: argparse.Namespace) -> None:
     if out.suffix == ".parquet":
         # A missing package is reported before the work.
         require("pyarrow", "parquet")
-    model = MULTIVI.load(options.model, None if options.data is None else read(options.data))
-    if model.adata is None:
-        raise ValueError(f"{options.model} holds no data: give the file of the cells after it.")
+    model = load_model(options)
     modality = options.modality or modelled(model.spec)[0].name
     table = getattr(model, f"differential_{modality}")(
         groupby=options.groupby,

@@ -22,16 +22,18 @@ def command_parser() -> argparse.ArgumentParser:
     demo.set_defaults(labels="cell_type")
 
     train = commands.add_parser("train", help="train on a file of yours")
-    train.add_argument("data", help=".h5ad, .h5mu, 10x .h5 (Cell Ranger ARC) or a 10x mtx folder")
-    train.add_argument("--labels", help="obs column that colours the picture and scores the latent space")
+    train.add_argument("data", nargs="+", help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx")
+    train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture")
     train.add_argument("--layer", help="layer with the raw counts")
     train.add_argument("--batch-key", help="obs column of batches")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
-    train.add_argument("--feature-type-key", default="feature_types", help="var column telling genes from peaks")
+    train.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
     for modality in MODALITIES:
-        key = modality.key
         train.add_argument(
-            f"--{key}", default=key, help=f"name of the {modality.assay} modality of an .h5mu (default: {key})"
+            f"--{modality.key}",
+            metavar="NAME",
+            help=f"what {modality.assay} is called: modality of an .h5mu, else word of the column of feature types "
+            "(default: any usual name)",
         )
     train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
     train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
@@ -39,8 +41,9 @@ def command_parser() -> argparse.ArgumentParser:
         "--min-fraction",
         type=float,
         default=0.01,
-        help="leave out features detected in a smaller share of the cells (default: 0.01; not for .h5mu)",
+        help="leave out features detected in a smaller share of the cells measured (default: 0.01)",
     )
+    _add_data(train)
     train.add_argument("--n-latent", type=int)
     train.add_argument("--n-hidden", type=int)
     train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
@@ -49,6 +52,7 @@ def command_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")
     check.add_argument("model", type=Path, help="folder of a saved model")
     check.add_argument("data", nargs="?", help="its data, as for train; or demo for the built-in cells")
+    _add_data(check)
     check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
     _add_overwrite(check)
     check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
@@ -60,6 +64,7 @@ def command_parser() -> argparse.ArgumentParser:
     differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
     differential.add_argument("model", type=Path, help="folder of a saved model")
     differential.add_argument("data", nargs="?", help="file of the cells; not needed if the folder holds the data")
+    _add_data(differential)
     differential.add_argument("--groupby", required=True, help="obs column of the groups")
     differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")
     differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
@@ -79,6 +84,18 @@ def command_parser() -> argparse.ArgumentParser:
     differential.add_argument("--seed", type=int, default=0)
     differential.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--feature-type",
+        choices=[modality.key for modality in MODALITIES],
+        help="type of all features, for a file that does not say it",
+    )
+    parser.add_argument(
+        "--min-counts", type=int, default=0, help="leave out cells with fewer counts, such as empty barcodes"
+    )
+    parser.add_argument("--round", action="store_true", help="round counts that are not whole numbers")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

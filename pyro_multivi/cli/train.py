@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import time
 from pathlib import Path
@@ -13,13 +12,16 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.inputs import at_least, feature_types, modality_names, prepare, read_cells, state_features
+from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.outputs import check_model_folder, make_folder, refuse_existing, save_model
+from pyro_multivi.cli.picture import first_picture
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.readers import read
 from pyro_multivi.files import write_whole
+from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 #: Everything that is written to the folder.
@@ -37,22 +39,37 @@ def demo(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train on a file and write what was learned."""
     refuse_existing(options.out, OUTPUTS, options.overwrite)
-    data = read(options.data)
-    keys = {
+    if len(options.data) > 1:
+        raise ValueError(
+            f"{len(options.data)} files were given and one is read: join samples of the same features first, for "
+            "instance with cellranger-arc aggr, or anndata.concat(..., label='sample') and --batch-key sample."
+        )
+    data = read_cells(options.data[0])
+    keys: dict[str, Any] = {
         "batch_key": options.batch_key,
         "modality_key": options.modality_key,
         "categorical_covariate_keys": options.categorical_covariate or None,
         "continuous_covariate_keys": options.continuous_covariate or None,
     }
+    key = options.feature_type_key
+    state_features(data, key, options)
     if isinstance(data, AnnData):
-        data = _detected(data, options.min_fraction)
-        report = MULTIVI.setup_anndata(data, layer=options.layer, feature_type_key=options.feature_type_key, **keys)
+        words = feature_types(data, key, options)
+        keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
+        places: dict[str, Any] = {
+            f"{modality.feature}_types": (words[modality.features],)
+            for modality in MODALITIES
+            if modality.features in words
+        }
     else:
-        names = {f"{modality.key}_layer": getattr(options, modality.key) for modality in MODALITIES}
-        modalities = {layer: name for layer, name in names.items() if name in data.mod}
-        layers = dict.fromkeys(names, options.layer)
-        report = MULTIVI.setup_mudata(data, modalities=modalities, **layers, **keys)
-    print(report)
+        names = modality_names(data, options)
+        keys["modalities"] = {f"{modality.key}_layer": name for modality, name in names.items()}
+        keys |= dict.fromkeys(keys["modalities"], options.layer)
+        places = {f"{modality.key}_modality": name for modality, name in names.items()}
+    kind = "anndata" if isinstance(data, AnnData) else "mudata"
+    setup = Setup(kind, options.layer, options.layer, modality_key=options.modality_key, feature_type_key=key, **places)
+    data = prepare(data, setup, options, at_least(options.min_fraction))
+    print(in_options(getattr(MULTIVI, f"setup_{kind}")(data, **keys), vars(options)))
     model = MULTIVI(
         data,
         n_latent=options.n_latent,
@@ -63,16 +80,6 @@ def train(options: argparse.Namespace) -> None:
     _analyse(model, data, options)
 
 
-def _detected(adata: AnnData, min_fraction: float) -> AnnData:
-    """Features detected in at least a share of the cells."""
-    if not 0 <= min_fraction < 1:
-        raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
-    kept = np.asarray((adata.X > 0).mean(0)).ravel() >= min_fraction
-    if not kept.any():
-        raise ValueError(f"--min-fraction {min_fraction} leaves no feature: give a smaller share.")
-    return adata[:, kept].copy()
-
-
 def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     """Train, then write the model, the latent space, the history, figures and a picture."""
     out: Path = options.out
@@ -80,7 +87,7 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     if options.labels is not None:
         if options.labels not in data.obs:
             raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
-        labels = data.obs[options.labels].astype(str).to_numpy()
+        labels = data.obs[options.labels]
     make_folder(out, OUTPUTS, options.overwrite)
     check_model_folder(model, out / "model")
     print(model)
@@ -103,9 +110,10 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         "elbo_per_cell": model.get_elbo(),
         **model.get_reconstruction_error(),
     }
-    if labels is not None and len(latent) > 30:
-        figures["neighbour_purity_30"] = neighbour_purity(latent, labels, 30)
-        shares = pd.Series(labels).value_counts(normalize=True)
+    names = None if labels is None or is_continuous(labels) else labels.astype(str).to_numpy()
+    if names is not None and len(latent) > 30:
+        figures["neighbour_purity_30"] = neighbour_purity(latent, names, 30)
+        shares = pd.Series(names).value_counts(normalize=True)
         figures["neighbour_purity_chance"] = float((shares**2).sum())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
     table = pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns)
@@ -116,30 +124,13 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     }.items():
         write_whole(out / name, text.encode())
         written.append(name)
-    if _draw(latent, labels, model, out / "latent.png"):
+    drawn = first_picture(model, latent, None if labels is None else {options.labels: labels}, options.seed)
+    if drawn is None:
+        # One of an earlier run would be taken for one of this model.
+        (out / "latent.png").unlink(missing_ok=True)
+    else:
+        write_whole(out / "latent.png", drawn)
         written.append("latent.png")
     for name, value in figures.items():
         print(f"  {name:40s} {value:.4g}" if isinstance(value, float) else f"  {name:40s} {value}")
     print(f"written to {out}: {', '.join(written)}")
-
-
-def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
-    """Draw the latent space beside the training curve; without matplotlib print a hint instead."""
-    try:
-        figure_class = require("matplotlib.figure", "plot").Figure
-    except ImportError as error:
-        print(f"no picture: {error}")
-        # One of an earlier run would be taken for one of this model.
-        path.unlink(missing_ok=True)
-        return False
-    from pyro_multivi import plots
-
-    figure = figure_class(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    plots.latent_scatter(latent, labels, left, "latent space")
-    plots.training_history(model.history, "elbo", right)
-    right.set_title("training")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_whole(path, picture.getvalue())
-    return True

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import scipy.io
@@ -75,11 +76,10 @@ def read_10x_mtx(folder: str | os.PathLike[str]) -> AnnData:
     prefix = plain_name(matrix_path).removesuffix(MATRIX)
     features = _feature_table(_file_in(folder, *_FEATURES, prefix=prefix))
     barcodes = [row[0] for row in _rows(_file_in(folder, _BARCODES, prefix=prefix))]
-    with errors_naming(matrix_path, "is broken or not in Matrix Market format"):
-        # The content tells whether a file is compressed: some browsers unpack and keep the name.
-        opened = gzip.open if _is_gzip(matrix_path) else open
-        with opened(matrix_path, "rb") as file:
-            matrix = sp.coo_matrix(scipy.io.mmread(file))
+    # The content tells whether a file is compressed: some browsers unpack and keep the name.
+    opened = gzip.open if _is_gzip(matrix_path) else open
+    with errors_naming(matrix_path, "is broken or not in Matrix Market format"), opened(matrix_path, "rb") as file:
+        matrix = sp.coo_matrix(scipy.io.mmread(cast("IO[bytes]", file)))
     sizes = len(features["id"]), len(barcodes)
     if matrix.shape != sizes and matrix.shape == sizes[::-1]:
         matrix = matrix.T  # Cells x features, as some programs write it.

@@ -156,7 +156,8 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
     other = sorted(set(type_v) - set(allowed))
     if other:
         kinds = f"{argument}.var[{feature_type_key!r}]"
-        advice = f"Write one of these where they mean it: {kinds} = {kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
+        rename = f"{kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
+        advice = f"Write one of these where they mean it: {kinds} = {rename}"
         if set(type_v) & set(allowed):
             advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})]"
         raise ValueError(

@@ -28,7 +28,8 @@ from pyro_multivi.datasets.assembly import (
     existing,
     variables,
 )
-from pyro_multivi.datasets.mtx import MATRIX, plain_name, read_10x_mtx
+from pyro_multivi.datasets.mtx import MATRIX, plain_name
+from pyro_multivi.datasets.mtx import read_10x_mtx as read_10x_mtx
 
 #: Suffixes of what has to be unpacked first.
 _PACKED = (".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz")

@@ -9,16 +9,20 @@ from pyro_multivi.plots.checks import (
     rootogram,
 )
 from pyro_multivi.plots.differential import top_features, volcano
-from pyro_multivi.plots.latent import latent_scatter, principal_plane, training_history
+from pyro_multivi.plots.latent import latent_scatter, neighbour_embedding, principal_plane, training_history
+from pyro_multivi.plots.overview import check_summary, overview
 from pyro_multivi.plots.style import PALETTE
 
 __all__ = [
     "PALETTE",
     "calibration_curve",
+    "check_summary",
     "coverage_curve",
     "imputed_against_measured",
     "latent_scatter",
+    "neighbour_embedding",
     "observed_against_replicated",
+    "overview",
     "p_value_histogram",
     "principal_plane",
     "rootogram",

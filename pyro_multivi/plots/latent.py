@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi._optional import require
+from pyro_multivi.plots.style import PALETTE, axes_or_new, distinct_colours, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKERS = "osD^vP*X"
+# More categories than these are drawn as one: nobody tells their colours apart.
+_MOST_CATEGORIES = 60
+# Letters of an entry of the legend, and the width of one in inches.
+_LONGEST, _LETTER = 26, 0.07
+#: Look of a legend with many entries.
+COMPACT: dict[str, Any] = {"frameon": False, "fontsize": "small", "handletextpad": 0.1, "columnspacing": 0.8}
+_MISSING, _OTHER = "#D9D9D9", "#8C8C8C"
 
 
 def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -27,41 +37,140 @@ def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
     return plane
 
 
+def neighbour_embedding(latent: NDArray[np.floating[Any]], seed: int = 0) -> tuple[NDArray[np.floating[Any]], str]:
+    """Coordinates in which neighbours in the latent space stay neighbours: UMAP where it is installed, else t-SNE.
+
+    Distances between clusters and their sizes mean nothing in them.
+
+    Parameters
+    ----------
+    latent
+        (cells, K), at least four cells.
+    seed
+        Seed of the optimisation.
+
+    Returns
+    -------
+    ndarray, str
+        Coordinates (cells, 2), and the name of the method.
+
+    Raises
+    ------
+    ImportError
+        Without umap-learn and scikit-learn (extra ``plot``).
+    """
+    if find_spec("umap") is not None:
+        with warnings.catch_warnings():
+            # It says that a seed takes it one thread.
+            warnings.simplefilter("ignore", UserWarning)
+            return require("umap", "plot").UMAP(random_state=seed).fit_transform(latent), "UMAP"
+    perplexity = min(30.0, (len(latent) - 1) / 3)
+    manifold = require("sklearn.manifold", "plot")
+    return manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latent), "t-SNE"
+
+
 def latent_scatter(
-    latent: NDArray[np.floating[Any]], labels: Sequence[Any] | None = None, ax: Axes | None = None, title: str = ""
+    latent: NDArray[np.floating[Any]],
+    labels: Sequence[Any] | None = None,
+    ax: Axes | None = None,
+    title: str = "",
+    directions: str | None = None,
 ) -> Axes:
-    """Cells in the two principal directions of the latent space.
+    """Cells in the two principal directions of the latent space, or in coordinates of your own.
+
+    Labels are categories, or numbers of which there are many: these have a colour bar. Past eight categories each has
+    a number as well, which stands at its cells and in the legend. A missing label is grey.
 
     Parameters
     ----------
     latent
         (cells, K); shown as it is if K is 2.
     labels
-        One per cell, shown by colour and, past eight labels, by marker.
+        One per cell.
     ax
         Axes to draw into; default: a new figure.
     title
         Title of the picture.
+    directions
+        Name of the axes, for instance that of an embedding.
     """
     ax = axes_or_new(ax)
     xy = latent if latent.shape[1] == 2 else principal_plane(latent)
-    names = np.zeros(len(xy), dtype=int) if labels is None else np.asarray(labels)
-    for place, name in enumerate(pd.unique(pd.Series(names).sort_values())):
-        chosen = names == name
-        ax.scatter(
-            xy[chosen, 0],
-            xy[chosen, 1],
-            s=14,
-            alpha=0.75,
-            linewidths=0,
-            color=PALETTE[place % len(PALETTE)],
-            marker=_MARKERS[(place // len(PALETTE)) % len(_MARKERS)],
-            label=str(name),
+    size = float(np.clip(12_000 / max(len(xy), 1), 3, 16))
+    options: dict[str, Any] = {"s": size, "alpha": 0.8, "linewidths": 0}
+    values = pd.Series(np.zeros(len(xy)) if labels is None else np.asarray(labels))
+    missing = values.isna().to_numpy()
+    if missing.any():
+        ax.scatter(xy[missing, 0], xy[missing, 1], color=_MISSING, **options)
+    if labels is not None and is_continuous(values):
+        # In random order: no value lies on top of the others.
+        order = np.random.default_rng(0).permutation(np.flatnonzero(~missing))
+        points = ax.scatter(
+            xy[order, 0], xy[order, 1], c=values.to_numpy(dtype=float)[order], cmap="viridis", **options
         )
-    if labels is not None:
-        ax.legend(frameon=False, markerscale=1.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    kind = "latent" if latent.shape[1] == 2 else "principal"
-    return labelled(ax, f"{kind} direction 1", f"{kind} direction 2", title=title)
+        ax.figure.colorbar(points, ax=ax)
+    else:
+        _draw_categories(
+            ax, xy[~missing], values[~missing].to_numpy(), labels is not None, bool(missing.any()), options
+        )
+    kind = directions or ("latent direction" if latent.shape[1] == 2 else "principal direction")
+    return labelled(ax, f"{kind} 1", f"{kind} 2", title=title)
+
+
+def is_continuous(labels: pd.Series[Any]) -> bool:
+    """Whether labels are numbers, and too many or too uneven to be names of groups."""
+    if not pd.api.types.is_numeric_dtype(labels) or pd.api.types.is_bool_dtype(labels):
+        return False
+    values = labels.dropna().unique()
+    return len(values) > _MOST_CATEGORIES or (len(values) > len(PALETTE) and bool((values % 1 != 0).any()))
+
+
+def _draw_categories(
+    ax: Axes, xy: Any, labels: NDArray[Any], legend: bool, missing: bool, options: Mapping[str, Any]
+) -> None:
+    sizes = pd.Series(labels).value_counts()
+    names = sorted(sizes.index[:_MOST_CATEGORIES], key=_natural)
+    code = pd.Index(names).get_indexer(labels)
+    # The last colour is of all categories that have none of their own.
+    colours = np.array([*distinct_colours(len(names)), _OTHER])
+    order = np.random.default_rng(0).permutation(len(xy))
+    ax.scatter(xy[order, 0], xy[order, 1], c=colours[code][order], **options)
+    if not legend:
+        return
+    numbered = len(names) > len(PALETTE)
+    shown = [f"{place + 1}  {name}" if numbered else str(name) for place, name in enumerate(names)]
+    entries = [*zip(shown, colours, strict=False)]
+    if len(sizes) > len(names):
+        entries.append((f"other ({len(sizes) - len(names)} categories)", _OTHER))
+    if missing:
+        entries.append(("missing", _MISSING))
+    handles = [
+        require("matplotlib.lines", "plot").Line2D([], [], linestyle="", marker="o", markersize=5, color=colour)
+        for _, colour in entries
+    ]
+    texts = [text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for text, _ in entries]
+    if numbered:
+        # Below, in as many columns as there is room for: beside it they would leave none for the cells.
+        columns = legend_columns(texts, ax.get_window_extent().width / ax.figure.dpi)
+        ax.legend(handles, texts, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, **COMPACT)
+    else:
+        ax.legend(handles, texts, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handletextpad=0.1)
+    outline = require("matplotlib.patheffects", "plot").withStroke(linewidth=2.5, foreground="white")
+    for place in range(len(names) if numbered else 0):
+        cells = xy[code == place]
+        # At one of its cells: the median of two clusters lies between them.
+        x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
+        ax.text(x, y, str(place + 1), ha="center", va="center", fontsize=8, weight="bold", path_effects=[outline])
+
+
+def legend_columns(texts: Sequence[str], width: float) -> int:
+    """Columns of a legend in small letters that fit in a width in inches."""
+    return max(1, int(width / (_LETTER * (max(map(len, texts)) + 4))))
+
+
+def _natural(name: Any) -> list[Any]:
+    """Order in which "cluster 10" follows "cluster 9"."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(name))]
 
 
 def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo", ax: Axes | None = None) -> Axes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyro_multivi._optional import require
 
 if TYPE_CHECKING:
@@ -26,3 +29,38 @@ def labelled(ax: Axes, x: str, y: str, **options: Any) -> Axes:
     ax.set(xlabel=x, ylabel=y, **options)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def distinct_colours(n: int) -> list[str]:
+    """Colours that differ as much as they can: the palette, then each farthest from those before it.
+
+    Examples
+    --------
+    >>> colours = distinct_colours(45)
+    >>> colours[:2], len(set(colours))
+    (['#0072B2', '#E69F00'], 45)
+    """
+    if n <= len(PALETTE):
+        return list(PALETTE[:n])
+    levels = np.linspace(0, 1, 12)
+    candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    lab = _lab(candidates)
+    # Neither too light on white nor so dark that all look black.
+    usable = (lab[:, 0] > 30) & (lab[:, 0] < 82)
+    candidates, lab = candidates[usable], lab[usable]
+    taken = np.array([[int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)] for colour in PALETTE])
+    nearest = np.linalg.norm(lab[:, None] - _lab(taken), axis=-1).min(1)
+    found = list(PALETTE)
+    while len(found) < n:
+        best = int(nearest.argmax())
+        found.append("#" + "".join(f"{round(255 * value):02X}" for value in candidates[best]))
+        nearest = np.minimum(nearest, np.linalg.norm(lab - lab[best], axis=-1))
+    return found
+
+
+def _lab(rgb: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """CIE L*a*b* of sRGB colours, (n, 3): in it distances are about as large as they look."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(linear @ to_xyz.T / to_xyz.sum(1)).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)

@@ -68,9 +68,9 @@ def test_check_reports_missing_data_and_bad_arguments(trained, tmp_path, capsys)
     assert "holds no data: give DATA" in capsys.readouterr().err
     arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path)]
     assert main([*arguments, "--labels", "kind"]) == 1
-    assert "groupby='kind' is no column of obs" in capsys.readouterr().err
+    assert "--labels 'kind' is no column of obs" in capsys.readouterr().err
     assert main([*arguments, "--n-samples", "3"]) == 1
-    assert "n_samples=3 is too few" in capsys.readouterr().err
+    assert "--n-samples 3 is too few" in capsys.readouterr().err
 
 
 def test_worst_features_come_first():

@@ -1,0 +1,271 @@
+"""Inputs of a command: cells from a file, without those and the features that options leave out, and saved models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from pyro_multivi._optional import require
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
+from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.vocabulary import PAIRED, spelled
+from pyro_multivi.datasets.examples import cell_lines
+from pyro_multivi.datasets.readers import read
+
+Mask = NDArray[np.bool_]
+Values = NDArray[np.floating[Any]]
+
+
+def read_cells(path: str) -> AnnData | Any:  # Any: a MuData
+    """Cells of a file, with names made unique as the readers of 10x files do; what changed is printed."""
+    data = read(path)
+    for part in data.mod.values() if hasattr(data, "mod") else [data]:
+        repeated = int(part.var_names.duplicated().sum())
+        if repeated:
+            part.var_names_make_unique()
+            print(f"{repeated} names of features occur more than once: each got -1, -2, ... behind it.")
+    if isinstance(data, AnnData):
+        repeated = int(data.obs_names.duplicated().sum())
+        if repeated:
+            data.obs_names_make_unique()
+            print(f"{repeated} names of cells occur more than once: each got -1, -2, ... behind it.")
+    else:
+        for name, part in data.mod.items():
+            for column in part.obs:
+                # As mudata calls them itself when it updates.
+                if f"{name}:{column}" not in data.obs:
+                    data.obs[f"{name}:{column}"] = part.obs[column].reindex(data.obs_names)
+    return data
+
+
+def load_model(options: argparse.Namespace) -> MULTIVI:
+    """The saved model that a command is given, with its data."""
+    data = None
+    if options.data == "demo" and not Path("demo").exists():
+        data = cell_lines()
+    elif options.data is not None:
+        data = read_cells(options.data)
+        if options.feature_type or options.min_counts or options.round:
+            spec = MULTIVI.load(options.model).spec
+            state_features(data, spec.setup.feature_type_key, options)
+            names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
+            data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
+    model = MULTIVI.load(options.model, data)
+    if model.adata is None:
+        raise ValueError(f"{str(options.model)!r} holds no data: give DATA, the file of the cells, after it.")
+    return model
+
+
+def state_features(data: Any, key: str, options: argparse.Namespace) -> None:
+    """Write the type of all features that ``--feature-type`` states, where a file does not say it."""
+    if options.feature_type is None:
+        return
+    if not isinstance(data, AnnData):
+        raise ValueError("--feature-type is for a file without modalities: name those of an .h5mu with --rna, --atac.")
+    if key in data.var:
+        found = first_names(data.var[key].astype(str).unique())
+        raise ValueError(f"--feature-type {options.feature_type}: var has a column {key!r}, which says {found}.")
+    data.var[key] = next(each.feature_type for each in MODALITIES if each.key == options.feature_type)
+
+
+def feature_types(adata: AnnData, key: str, options: argparse.Namespace) -> dict[str, str]:
+    """Words of the column of feature types that ``--rna`` and ``--atac`` give, as ``setup_anndata`` takes them."""
+    words = {modality: getattr(options, modality.key) for modality in MODALITIES}
+    given = {modality: word for modality, word in words.items() if word is not None}
+    known = adata.var[key].astype(str).unique() if key in adata.var else []
+    for modality, word in given.items():
+        if word not in known:
+            raise ValueError(
+                f"--{modality.key} {word!r} is not among the words of var[{key!r}]. {nearest(word, known)}"
+            )
+    return {modality.features: word for modality, word in given.items()}
+
+
+def modality_names(mdata: Any, options: argparse.Namespace) -> dict[Modality, str]:
+    """Modalities of a MuData: as ``--rna`` and ``--atac`` name them, else by their usual names; others are printed."""
+    found: dict[Modality, str] = {}
+    for modality in MODALITIES:
+        given = getattr(options, modality.key)
+        names = [name for name in mdata.mod if spelled(name) == modality.name]
+        if given is not None and given not in mdata.mod:
+            raise ValueError(f"--{modality.key} {given!r} is not a modality of the file. {nearest(given, mdata.mod)}")
+        if given is None and len(names) > 1:
+            raise ValueError(f"{first_names(names)} could all be {modality.assay}: choose one with --{modality.key}.")
+        if given is not None or names:
+            found[modality] = names[0] if given is None else given
+    ways = " and ".join(f"--{modality.key} NAME" for modality in MODALITIES)
+    if not found:
+        raise ValueError(f"the file has the modalities {first_names(mdata.mod)}: say which is which with {ways}.")
+    unused = [name for name in mdata.mod if name not in found.values()]
+    if unused:
+        print(f"modalities not used: {first_names(unused)} ({ways} would name others).")
+    return found
+
+
+@dataclass(frozen=True)
+class _Detected:
+    """Which counts of a modality are above zero; matrices of (rows, all columns)."""
+
+    counts: Counts
+    positive: sp.csr_matrix
+    listed: Mask
+
+    @classmethod
+    def of(cls, opened: Opened) -> dict[Modality, _Detected]:
+        made: dict[int, sp.csr_matrix] = {}
+        for counts in opened.counts.values():
+            if id(counts.matrix) not in made:
+                made[id(counts.matrix)] = sp.csr_matrix(counts.matrix > 0)
+        n = len(opened.cells)
+        return {
+            modality: cls(counts, made[id(counts.matrix)], counts.present(n))
+            for modality, counts in opened.counts.items()
+        }
+
+    def per_cell(self, matrix: Any, features: Mask | None = None) -> Values:
+        """Sum over features (default: all) for each cell of the data set, (n,)."""
+        columns = self.counts.columns if features is None else self.counts.columns[features]
+        inside = np.zeros(matrix.shape[1], dtype=np.float32)
+        inside[columns] = 1
+        rows = np.asarray(matrix @ inside).ravel()
+        return rows if self.counts.rows is None else np.where(self.listed, rows[self.counts.rows], 0)
+
+    def share(self, cells: Mask) -> Values:
+        """Share of some cells of the data set in which each feature is detected."""
+        weights = np.zeros(self.positive.shape[0], dtype=np.float64)
+        weights[np.flatnonzero(cells) if self.counts.rows is None else self.counts.rows[cells & self.listed]] = 1
+        return np.asarray(self.positive.T @ weights).ravel()[self.counts.columns] / max(cells.sum(), 1)
+
+
+#: Features of a modality that are kept, from its counts and the share of measured cells in which each is detected.
+Choice = Callable[[Counts, Values], Mask]
+
+
+def prepare(data: Any, setup: Setup, options: argparse.Namespace, choose: Choice) -> Any:
+    """The data without the cells and features that options leave out; both are counted and printed."""
+    if options.round:
+        _round(data, setup)
+    opened = open_data(data, setup)
+    if any(counts.matrix.dtype.kind not in "buif" for counts in opened.counts.values()):
+        return data  # Setup says what is wrong.
+    detected = _Detected.of(opened)
+    n = len(opened.cells)
+    measured, stated = _measured(opened, setup, detected)
+    totals = sum(found.per_cell(found.counts.matrix) for found in detected.values())
+    cells = ~(totals < options.min_counts)
+    _print_left_out(~cells, "cells", f"have fewer than {options.min_counts} counts", "--min-counts")
+    empty = cells & ~np.any([*measured.values()], axis=0)
+    if not cells.any():
+        raise ValueError(f"--min-counts {options.min_counts} leaves no cell: give a smaller number.")
+    if empty.any():
+        raise ValueError(
+            f"{int(empty.sum())} of {n} cells have no count: {first_names(opened.cells[empty])}. Leave such cells out "
+            "with --min-counts 1, or the empty barcodes of a raw_feature_bc_matrix with --min-counts 500 or another "
+            "least number of counts; or give filtered_feature_bc_matrix."
+        )
+    kept = {}
+    for modality, found in detected.items():
+        seen = measured[modality] & cells
+        kept[modality] = (
+            choose(found.counts, found.share(seen)) if seen.any() else np.ones(len(found.counts.columns), bool)
+        )
+    if not stated:
+        left = sum(found.per_cell(found.positive, kept[modality]) for modality, found in detected.items())
+        emptied = cells & (left == 0)
+        if emptied.any() and not options.min_counts:
+            raise ValueError(
+                f"{int(emptied.sum())} of {n} cells have counts only in features that --min-fraction leaves out: "
+                f"{first_names(opened.cells[emptied])}. Give a smaller --min-fraction, or leave such cells out with "
+                "--min-counts 1."
+            )
+        _print_left_out(emptied, "cells", "have counts only in features that are left out", "--min-counts")
+        cells &= ~emptied
+    if cells.all() and all(mask.all() for mask in kept.values()):
+        return data
+    return _subset(data, opened, cells, kept)
+
+
+def at_least(min_fraction: float) -> Choice:
+    """Choice of the features detected in at least a share of the measured cells."""
+    if not 0 <= min_fraction < 1:
+        raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
+
+    def choose(counts: Counts, share: Values) -> Mask:
+        kept: Mask = share >= min_fraction
+        modality = counts.modality
+        if not kept.any():
+            raise ValueError(
+                f"--min-fraction {min_fraction} leaves no {modality.features}: give a smaller share, at most "
+                f"{share.max(initial=0):.3g}."
+            )
+        _print_left_out(
+            ~kept,
+            modality.features,
+            f"are detected in less than {min_fraction:.3g} of the cells measured for {modality.assay}",
+            "--min-fraction",
+        )
+        return kept
+
+    return choose
+
+
+def _print_left_out(mask: Mask, things: str, why: str, option: str) -> None:
+    if mask.any():
+        print(f"left out by {option}: {int(mask.sum())} of {len(mask)} {things}, which {why}")
+
+
+def _measured(
+    opened: Opened, setup: Setup, detected: Mapping[Modality, _Detected]
+) -> tuple[dict[Modality, Mask], bool]:
+    """Measured cells of each modality, as setup finds them, and whether the data state them."""
+    key = setup.modality_key
+    if key is not None and opened.has_column("modality_key", key):
+        words = opened.column("modality_key", key)
+        meaning = {word: setup.modality_values.get(str(word)) or spelled(word) for word in words.unique()}
+        pattern = words.map(meaning).to_numpy(dtype=object)
+        # A word that is not known is for setup to refuse.
+        return {each: np.isin(pattern, [PAIRED, each.name]) | (pattern == None) for each in detected}, True  # noqa: E711
+    if not all(found.listed.all() for found in detected.values()):
+        return {each: found.listed for each, found in detected.items()}, True
+    return {each: found.per_cell(found.positive) > 0 for each, found in detected.items()}, False
+
+
+def _round(data: Any, setup: Setup) -> None:
+    """Round the counts to whole numbers; the object was read for this command alone."""
+    opened = open_data(data, setup)
+    for matrix in {id(counts.matrix): counts.matrix for counts in opened.counts.values()}.values():
+        values: NDArray[Any] = matrix.data if hasattr(matrix, "indptr") else matrix
+        if values.dtype.kind == "f":
+            np.rint(values, out=values)
+
+
+def _subset(data: Any, opened: Opened, cells: Mask, kept: Mapping[Modality, Mask]) -> Any:
+    def columns(adata: AnnData, modality: Modality) -> Mask:
+        wanted = np.ones(adata.n_vars, dtype=bool)
+        wanted[opened.counts[modality].columns[~kept[modality]]] = False
+        return wanted
+
+    if isinstance(data, AnnData):
+        return data[cells, np.all([columns(data, modality) for modality in kept], axis=0)].copy()
+    names = opened.cells[cells]
+    parts = dict(data.mod.items())
+    for modality in kept:
+        name = next(name for name, part in data.mod.items() if opened.counts[modality].owner == f"mdata.mod[{name!r}]")
+        parts[name] = parts[name][:, columns(parts[name], modality)]
+    parts = {name: part[part.obs_names.isin(names)].copy() for name, part in parts.items()}
+    mudata = require("mudata", "mudata")
+    with mudata.set_options(pull_on_update=False):
+        subset = mudata.MuData(parts)
+    subset.obs = data.obs.loc[subset.obs_names]
+    return subset

@@ -1,0 +1,50 @@
+"""Errors and warnings of the library in the words of the command line: options where it speaks of arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+#: Arguments whose option has another name, and what else stands for an argument.
+_OPTIONS = {
+    "categorical_covariate_keys": "--categorical-covariate",
+    "continuous_covariate_keys": "--continuous-covariate",
+    "rna_layer": "--layer",
+    "atac_layer": "--layer",
+    "dir_path": "MODEL",
+    "groupby": "--labels",
+}
+#: Advice in Python that has its option.
+_ADVICE = (
+    (
+        r"Drop them: .*",
+        "Leave them out with --min-counts 1, or the empty barcodes of a raw matrix with --min-counts 500.",
+    ),
+    (r"feature_type_values=\{[^}]*\}", "--rna WORD, --atac WORD"),
+    (r"write \w+\.var\[.*?\] = 'Gene Expression' \(or 'Peaks'\)", "give --feature-type rna (or atac)"),
+    (r"modalities=\{[^}]*\}", "--rna NAME and --atac NAME"),
+    (r"round them, .* = .*?\.?$", "round them with --round."),
+    (r"may be rounded: .* = .*?\.?$", "may be rounded with --round."),
+    (r": \S+\.raw looks like counts, .*", ": raw looks like counts: copy it to a layer of the file, and give --layer."),
+    (r"layer=None", "no --layer"),
+    (r"call model\.train\(\) first", "train it with pyro-multivi train"),
+)
+
+
+def in_options(message: object, arguments: Iterable[str]) -> str:
+    """A text with the options of a command in place of the arguments that they set.
+
+    Examples
+    --------
+    >>> in_options("batch_key='doner' is not in adata.obs.", ["batch_key", "seed"])
+    "--batch-key 'doner' is not in obs."
+    """
+    text = str(message)
+    for pattern, option in _ADVICE:
+        text = re.sub(pattern, option, text)
+    options = {name: f"--{name.replace('_', '-')}" for name in arguments}
+    for name, option in (_OPTIONS | options).items():
+        text = re.sub(rf"(?<![\w.-]){name}=", f"{option} ", text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.-]){name}\b(?!\()", option, text)
+    return re.sub(r"\b[am]data\.(?=obs|var|X|layers|raw|mod)", "", text)
