@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,8 +42,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
 img { max-width: 100%; height: auto; display: block; margin: .5em 0 2em; }
 .wide { overflow-x: auto; margin: .5em 0 2em; }
 table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th.name, td.name { text-align: left; }
 tr.fails td { background: #fdf0e6; }
 p, dl { max-width: 52em; }
 dt { font-weight: 600; }
@@ -336,15 +336,24 @@ def _help(text: str) -> str:
 
 
 def _table(frame: pd.DataFrame, shaded: Sequence[bool] = ()) -> str:
-    def cell(value: Any) -> str:
+    def row_of(values: Iterable[Any], tag: str) -> str:
+        cells = (
+            f"<{tag}{' class=name' * left}>{text(value)}</{tag}>" for value, left in zip(values, names, strict=True)
+        )
+        return "".join(cells)
+
+    def text(value: Any) -> str:
         if isinstance(value, (float, np.floating)):
             return "" if np.isnan(value) else f"{value:.4g}"
         return html.escape(str(value))
 
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+    # Names stand first, in one column or two; numbers are aligned on the right.
+    names = [
+        place < 2 and not pd.api.types.is_numeric_dtype(frame.dtypes.iloc[place]) for place in range(frame.shape[1])
+    ]
     rows = []
     for number, row in enumerate(frame.itertuples(index=False)):
         kind = " class='fails'" if number < len(shaded) and shaded[number] else ""
-        rows.append(f"<tr{kind}>{''.join(f'<td>{cell(value)}</td>' for value in row)}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        rows.append(f"<tr{kind}>{row_of(row, 'td')}</tr>")
+    table = f"<table><thead><tr>{row_of(frame.columns, 'th')}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class='wide'>{table}</div>"
