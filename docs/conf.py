@@ -41,12 +41,14 @@ add_module_names = False
 html_theme = "alabaster"
 html_theme_options = {
     "description": "MultiVI as a Pyro program",
-    "page_width": "1000px",
+    "page_width": "1100px",
     "sidebar_width": "230px",
     "fixed_sidebar": True,
     # Dark enough to be read on white.
     "link": "#005a8c",
 }
+html_static_path = ["style"]
+html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 
@@ -54,7 +56,8 @@ html_math_renderer = "mathml"
 def formula(translator: Any, node: nodes.Element) -> None:
     """Write a formula as MathML, which browsers show without a script and without a network."""
     display = isinstance(node, nodes.math_block)
-    translator.body.append(convert(node.astext(), display="block" if display else "inline"))
+    mathml = convert(node.astext(), display="block" if display else "inline")
+    translator.body.append(f"<div class='formula'>{mathml}</div>" if display else mathml)
     raise nodes.SkipNode
 
 
