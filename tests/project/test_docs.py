@@ -68,7 +68,9 @@ def test_builds_without_a_warning(tmp_path):
         assert not re.search(r"""<(?:script|img|link)[^>]*(?:src|href)=["']https?:""", page), name
     # Notebooks with the outputs they were committed with.
     for notebook in (FOLDER.parent / "tutorials").glob("*.ipynb"):
-        assert pages[f"tutorials/{notebook.stem}"].count("<img ") >= notebook.read_text(encoding="utf-8").count('"image/png": ')
+        assert pages[f"tutorials/{notebook.stem}"].count("<img ") >= notebook.read_text(encoding="utf-8").count(
+            '"image/png": '
+        )
 
 
 def test_every_page_of_the_tutorials_is_in_the_contents():
