@@ -216,7 +216,7 @@ class _Check:
 
 
 def depth_is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality) -> bool:
-    """Whether the guide infers the depth of cells from their counts of this modality, rather than being told.
+    """Whether the guide infers the depth of cells from their counts of this modality, rather than knowing it.
 
     The total count of such a cell is no test of the model. Its replicates have the depth that the total
     suggested, with the error of that guess, and are drawn with the same error once more: over cells they scatter too
