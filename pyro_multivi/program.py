@@ -90,9 +90,11 @@ class MultiVIProgram(ProgramModules):
 
         .. math::
 
-            p(z, \ell, d, x, y \mid s) = \prod_n p(z_n)\, p(\ell_n \mid s_n)\, p(d_n)
-            \prod_g p(x_{ng} \mid \ell_n \rho_{ng}, \theta_g, \pi_{ng})
+            \begin{split}
+            p(z, \ell, d, x, y \mid s) = \prod_n\; & p(z_n)\, p(\ell_n \mid s_n)\, p(d_n) \\
+            & \prod_g p(x_{ng} \mid \ell_n \rho_{ng}, \theta_g, \pi_{ng})
             \prod_j \mathrm{Bernoulli}(y_{nj} \mid p_{nj} d_n r_j)
+            \end{split}
 
         ========== ========== ======= ==========================================================
         symbol     site       shape   meaning

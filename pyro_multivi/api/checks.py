@@ -172,6 +172,11 @@ class ChecksMixin(ModelBase):
         :math:`2\Phi(-1.96 / \sqrt{1 + h / n})` of the time also under the right model: 6 % for one held-out cell
         in ten, 10 % for three in ten.
 
+        Where the guide infers the depth of a cell, its total count has no verdict
+        (:attr:`~pyro_multivi.posterior.checks.result.PredictiveCheck.untested`): the replicates have the depth that
+        this count suggested. The replicates are of the model *and* the guide, so that one which is no posterior, as
+        that of a model trained for a few epochs, fails too.
+
         Examples
         --------
         >>> import pyro_multivi as pm

@@ -30,20 +30,58 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
         AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed.
     n_genes, n_regions
         Numbers of features, checked against the data if given. (scvi-tools needs them.)
-    n_hidden, n_latent, n_layers_encoder, n_layers_decoder, dropout_rate, gene_likelihood, \
-    dispersion, latent_distribution, modality_weights, modality_penalty, contrast_weight, \
-    mixing_weight, region_factors, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm
-        See :class:`~pyro_multivi.config.ProgramConfig`.
+    modality_weights
+        Weights of the average of what RNA and ATAC say of a cell's state: ``"equal"``, ``"universal"`` (learned), or
+        ``"cell"`` (learned for each cell).
+    modality_penalty
+        Penalty that draws the two halves of a paired cell together in training: ``"contrastive"``, ``"Jeffreys"``
+        (the paper's), ``"MMD"`` or None.
+    n_hidden
+        Width of hidden layers; default 128.
+    n_latent
+        Dimension of the latent state; default 20, or ``n_hidden`` where that is less.
+    n_layers_encoder, n_layers_decoder
+        Numbers of hidden layers.
+    dropout_rate
+        Dropout rate of the encoders.
+    region_factors
+        Whether each region has a factor of its own for how often it is found open.
+    gene_likelihood
+        Distribution of gene counts: ``"zinb"``, ``"nb"`` or ``"poisson"``.
+    dispersion
+        Inverse dispersion for each ``"gene"``, or for each gene and batch (``"gene-batch"``), label (``"gene-label"``,
+        needs ``labels_key`` of the setup) or cell (``"gene-cell"``).
+    use_batch_norm, use_layer_norm
+        Networks that have it: ``"none"``, ``"encoder"``, ``"decoder"`` or ``"both"``.
+    latent_distribution
+        ``"normal"``, or ``"ln"``: the decoders are given softmax(z), a composition.
+    deeply_inject_covariates
+        Give batch and covariates to every layer rather than the first.
+    encode_covariates
+        Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
         Raise an error unless every cell has both modalities.
     library
-        ``"latent"`` or ``"observed"``; size factors in the data take precedence.
+        RNA depth of a cell: ``"latent"``, inferred with a prior for each batch, or ``"observed"``, its total count.
+        Size factors in the data (``size_factor_key`` of the setup) take precedence.
     seed
         Seed of the initial weights.
     program_class
         Subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
     program_options
         Values of the options that the ``config_class`` of that class has beyond those above.
+    mixing_weight
+        Weight, in nats, of a penalty for paired, RNA-only and ATAC-only cells whose states lie apart. It takes them for
+        samples of one population: give 0 where they come from different tissues. Default: 3 with
+        ``modality_penalty="contrastive"``, else 0.
+    contrast_weight
+        Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
+        matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
+        ``modality_penalty="contrastive"``, else 0.
+
+    See Also
+    --------
+    pyro_multivi.config.ProgramConfig : The same choices, as the program holds them.
 
     Examples
     --------

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi.posterior.checks.result import outside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +46,15 @@ def observed_against_replicated(
         known = ", ".join(map(repr, pd.unique(table["statistic"])))
         raise KeyError(f"statistic={statistic!r} is not in the table: choose from {known}.")
     part = part.dropna(subset=["observed", "replicated"])
-    tail = (1 - level) / 2
-    outside = (part["p_value"] < tail) | (part["p_value"] > 1 - tail)
-    n_outside, n = int(outside.sum()), len(part)
+    is_outside = pd.Series(np.logical_or(*outside(part["p_value"], level)), index=part.index)
+    n_outside, n = int(is_outside.sum()), len(part)
     if n > _MOST_POINTS:
         part = part.sample(_MOST_POINTS, random_state=0)
-        outside = outside.loc[part.index]
+        is_outside = is_outside.loc[part.index]
     ax = axes_or_new(ax)
     for chosen, colour, marker, label in (
-        (~outside, _BLUE, "o", f"inside ({n - n_outside})"),
-        (outside, _ORANGE, "^", f"outside ({n_outside})"),
+        (~is_outside, _BLUE, "o", f"inside ({n - n_outside})"),
+        (is_outside, _ORANGE, "^", f"outside ({n_outside})"),
     ):
         points = part[chosen]
         columns = ("replicated", "observed", "lower", "upper")
@@ -150,7 +150,7 @@ def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: 
     ax.plot([0, end], [0, end], color="black", linewidth=1)
     if len(shown):
         ax.legend(frameon=False)
-    return labelled(ax, "predicted probability of being open", "share open")
+    return labelled(ax, "predicted probability of being open", "share open, observed")
 
 
 def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -168,11 +168,11 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(part["nominal"], part["covered"], **_look(place), markersize=4, label=f"{setting}, {counts}")
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
     ax.legend(frameon=False)
-    return labelled(ax, "probability of the interval", "share of counts inside", xlim=(0, 1), ylim=(0, 1))
+    return labelled(ax, "probability of the interval", "share of counts inside, observed", xlim=(0, 1), ylim=(0, 1))
 
 
 def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | None = None) -> Axes:
-    """Predicted against measured means of the features of a hidden modality, coloured by correlation over cells.
+    """Measured against predicted means of the features of a hidden modality, coloured by correlation over cells.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     # Features that vary most with the prediction on top.
     shown = shown.sort_values("correlation", na_position="first")
     points = ax.scatter(
-        shown["measured"], shown["imputed"], c=shown["correlation"].fillna(0), cmap="cividis", s=12, vmin=0, vmax=1
+        shown["imputed"], shown["measured"], c=shown["correlation"].fillna(0), cmap="cividis", s=12, vmin=0, vmax=1
     )
     ax.figure.colorbar(points, ax=ax, label="correlation over cells")
     both = part[["measured", "imputed"]].to_numpy()
@@ -205,7 +205,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
         ax.set(xscale="log", yscale="log")
     ends = [positive.min() if positive.size else 0.0, both.max()]
     ax.plot(ends, ends, color=_ORANGE, linewidth=1)
-    return labelled(ax, f"mean {modality}, measured", f"mean {modality}, predicted")
+    return labelled(ax, f"mean {modality}, predicted", f"mean {modality}, observed")
 
 
 def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> Axes:

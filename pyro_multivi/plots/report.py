@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,15 @@ from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.files import write_whole
-from pyro_multivi.posterior.checks.result import PredictiveCheck
+from pyro_multivi.posterior.checks.result import (
+    FAILS,
+    NO_TEST,
+    PredictiveCheck,
+    expected_outside,
+    p_value_text,
+    verdict,
+    verdict_in_words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,16 +36,21 @@ if TYPE_CHECKING:
 _FEATURES = tuple(modality.features for modality in MODALITIES)
 #: Name of the page within the folder.
 PAGE = "check.html"
-# Width of one panel in inches, and dots per inch: at normal size letters are as large as the text.
-_PANEL, _DPI = 4.2, 100
+# Width of one panel in inches; pixels per inch on the page, where letters are as large as the text, and in the file.
+_PANEL, _PAGE_DPI, _FILE_DPI = 4.2, 100, 150
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2em auto; padding: 0 1em; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 img { max-width: 100%; height: auto; display: block; margin: .5em 0 2em; }
-table { border-collapse: collapse; margin: .5em 0 2em; font-size: 14px; }
-th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+.wide { overflow-x: auto; margin: .5em 0 2em; }
+table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th.name, td.name { text-align: left; }
 tr.fails td { background: #fdf0e6; }
-p.help { max-width: 52em; }
+p, dl { max-width: 52em; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .5em 1.5em; }
+nav ul { columns: 2; max-width: 52em; padding-left: 1.2em; }
+a { color: #005a8c; }
 """
 
 
@@ -85,45 +98,102 @@ def check_and_report(
 
 def page(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> str:
     """Self-contained HTML page of a check."""
-    summary = check.summary()
+    sections = _sections(model, check, labels)
+    contents = (f"<li><a href='#s{place}'>{html.escape(title)}</a></li>" for place, (title, _) in enumerate(sections))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>Predictive check</title><style>{_STYLE}</style></head><body>",
         "<h1>Predictive check</h1>",
         f"<p>{html.escape(repr(model))}</p>",
-        f"<p>{check.n_samples} replicates of {check.n_cells} {check.setting}, pyro-multivi {__version__}. "
-        f"{_verdict(summary)}</p>",
+        f"<p>{check.n_samples} replicates of {check.n_cells} {check.setting}, pyro-multivi {__version__}.</p>",
+        f"<p><strong>{html.escape(_verdict(check.summary()))}</strong></p>",
         *(f"<p><strong>Not checked:</strong> {html.escape(note)}.</p>" for note in check.notes),
-        "<h2>Statistics of the data and of replicates</h2>",
-        f"<p class='help'>A replicate is what the model would have measured in the same cells; a good model puts "
-        f"{check.level:.0%} of the observed values inside the central {check.level:.0%} of its replicates, and a "
-        f"statistic fails here (shaded) if more than {2 * (1 - check.level):.0%} lie outside, beyond "
-        "chance. Statistics of single cells are easy to pass, because the depth and "
-        "state of a cell are inferred from its own counts.</p>",
-        _table(_readable(summary), summary["fails"].tolist() if len(summary) else []),
-        "<h2>Calibration in numbers</h2>",
-        "<p class='help'>ece is the mean gap between predicted and actual share of open regions, brier the mean "
-        "squared error of the probabilities (it should be below brier_of_region_rates, what a constant rate per region "
-        "scores), coverage_90 the share of counts inside 90 % intervals, of all counts and of those whose "
-        "expectation is at least 1.</p>",
-        _table(_scores(check.scores)),
+        f"<nav><ul>{''.join(contents)}</ul></nav>",
+        *(f"<h2 id='s{place}'>{html.escape(title)}</h2>\n{body}" for place, (title, body) in enumerate(sections)),
     ]
+    return "\n".join([*parts, "</body></html>"])
+
+
+def _sections(model: MULTIVI, check: PredictiveCheck, labels: str | None) -> list[tuple[str, str]]:
+    """Headings and bodies of the page, in order."""
+    summary = check.summary()
+    found = [
+        (
+            "Statistics of the data and of replicates",
+            _help(
+                f"A row counts the features, cells or groups whose observed value lies outside the central "
+                f"{check.level:.0%} of its replicates. It {FAILS} (shaded) if these are more than twice the share "
+                f"expected under the right model, beyond chance; {NO_TEST}: no test. Terms are defined at the end."
+            )
+            + _table(_readable(summary), [word == FAILS for word in map(verdict, summary["fails"])])
+            if len(summary)
+            else "",
+        )
+    ]
+    if len(check.totals):
+        totals = check.totals[check.totals["by"] == "all"].drop(columns=["by", "group"])
+        text = "Mean and standard deviation over all cells of their depth and of the number of their features."
+        found.append(("Cells, summed up", _help(text) + _table(_with_p_values(totals, check.n_samples))))
+    if len(check.scores):
+        text = (
+            "Small ece and largest_coverage_gap are good, and coverage_90 near 0.9; brier below brier_of_region_rates."
+        )
+        found.append(("Calibration in numbers", _help(text) + _table(_scores(check.scores))))
     for picture in pictures(model, check, labels):
-        parts += [
-            f"<h2>{html.escape(picture.title)}</h2>",
-            f"<p class='help'>{html.escape(picture.help)}</p>",
-            f"<img alt='{html.escape(picture.title, quote=True)}' src='data:image/png;base64,{_png(picture)}'>",
-        ]
+        width, image = _png(picture)
+        alt = html.escape(picture.title, quote=True)
+        image = f"<img alt='{alt}' width='{width}' src='data:image/png;base64,{image}'>"
+        found.append((picture.title, _help(picture.help) + image))
     for name in _FEATURES:
         table = getattr(check, name)
         if len(table):
-            parts += [
-                f"<h2>{name.capitalize()} reproduced worst</h2>",
-                f"<p class='help'>The {name} whose observed value lies farthest from the replicates, in widths of "
-                "their interval.</p>",
-                _table(worst(table)),
-            ]
-    return "\n".join([*parts, "</body></html>"])
+            text = f"The {name} whose observed value lies farthest from the replicates, in widths of their interval."
+            shown = _with_p_values(worst(table), check.n_samples)
+            found.append((f"{name.capitalize()} reproduced worst", _help(text) + _table(shown)))
+    terms = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in _terms(check).items())
+    return [*((title, body) for title, body in found if body), ("Terms", f"<dl>{terms}</dl>")]
+
+
+def _terms(check: PredictiveCheck) -> dict[str, str]:
+    """Words of the page and of its tables."""
+    s, level = check.n_samples, f"{check.level:.0%}"
+    return {
+        "replicate": "Counts that the model would have measured in the same cells: latents drawn from the posterior of "
+        "each cell, counts from the likelihood.",
+        "observed, replicated": "Value of a statistic in the data, and its mean over replicates. In every picture the "
+        "observed value is on the vertical axis.",
+        "lower, upper": f"Ends of the central {level} of the replicates.",
+        "p-value": f"Share of the {s} replicates above the observed value, equal ones counted by half: near 0 the data "
+        f"are larger than the model expects, near 1 smaller. Its standard error is that of a share of {s}, "
+        f"{0.5 / s**0.5:.2f} in the middle; beyond all replicates it is only known to be {p_value_text(0.0, s)}.",
+        "outside, data above, data below": f"Features, cells or groups whose observed value lies outside the central "
+        f"{level} of its replicates, by p-value: above it, or below it.",
+        "expected": f"Share outside under the right model. With {s} replicates it is "
+        f"{expected_outside(s, check.level):.1%}.",
+        "uniformity": "Kolmogorov's distance of the p-values from uniform ones: 0 is best, 1 is worst. Statistics of "
+        "single cells are never uniform, because state and depth of a cell are inferred from its own counts.",
+        FAILS: "More than twice the expected share lie outside, and more than chance would put there (binomial).",
+        NO_TEST: "The depth of a cell is inferred from just these counts, so that its replicates repeat it: neither "
+        "agreement nor a small difference tells anything of the model.",
+        "mean, variance, cv, zero_fraction": "Over cells, of the counts of a gene: cv is the standard deviation over "
+        "the mean, zero_fraction the share of cells without a count.",
+        "detection_rate": "Share of cells in which a region is open.",
+        "expression_depth, detected_genes, accessible_regions": "Of a cell: sum of its gene counts, number of genes "
+        "with a count, number of open regions.",
+        "by": "Statistics within the cells of each batch, or of each group of the labels.",
+        "held-out cells": "Cells that the model was not trained on.",
+        "hidden accessibility, hidden expression": "A modality of paired cells is hidden from the model and predicted "
+        "from the other.",
+        "ece": "Expected calibration error: mean gap between the predicted probability of regions to be open and the "
+        "share that is, over bins of the prediction.",
+        "brier, brier_of_region_rates": "Mean squared error of the predicted probabilities, and that of a constant "
+        "rate for each region.",
+        "predicted_rate, observed_rate": "Mean probability of a region to be open, and share of open regions.",
+        "coverage_90, largest_coverage_gap": "Share of counts inside their 90 % intervals, and the largest difference "
+        "between probability and share over intervals of all widths; expected_1: of counts whose expectation is at "
+        "least 1.",
+    }
 
 
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
@@ -138,7 +208,8 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
             Picture(
                 f"{title}: observed against replicated",
                 f"Each point is one of the {things}, its bar the central {check.level:.0%} of replicates: "
-                "points above the line have more in the data than the model expects, points below less.",
+                "points above the line have more in the data than the model expects, points below less. The numbers of "
+                "points inside and outside are those of the table.",
                 [partial(plots.observed_against_replicated, table, name, level=check.level) for name in names],
             )
         )
@@ -176,8 +247,8 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
         ),
         Picture(
             "Predicted from the other modality, against measured",
-            "On the line the mean of a feature is right; the colour (yellow is good) shows whether the prediction "
-            "is also high in the right cells.",
+            "Each point is a feature. On the line its mean is right, above it the prediction is too low; the colour "
+            "(yellow is good) shows whether the prediction is also high in the right cells.",
             [partial(plots.imputed_against_measured, check.imputed, modality) for modality in hidden],
         ),
         Picture(
@@ -202,60 +273,88 @@ def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     return chosen[["statistic", feature, "observed", "replicated", "lower", "upper", "p_value"]]
 
 
-def _png(picture: Picture) -> str:
+def _png(picture: Picture) -> tuple[int, str]:
+    """Width of a picture on the page in pixels, and the picture in base64."""
     figure_class: type[Figure] = require("matplotlib.figure", "plot").Figure
     n = len(picture.panels)
-    columns = min(n, 2 if n in (2, 4) else 3)
+    # More than two panels side by side are too small to read on a narrow page.
+    columns = min(n, 2)
     rows = -(-n // columns)
-    wide = 1.3 if columns == 1 else 1.2
-    figure = figure_class(figsize=(wide * _PANEL * columns, _PANEL * rows), layout="constrained")
+    width = (1.6 if columns == 1 else 1.2) * _PANEL * columns
+    figure = figure_class(figsize=(width, _PANEL * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for draw, ax in zip(picture.panels, axes, strict=False):
         draw(ax=ax)
     for ax in axes[n:]:
         ax.remove()
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    figure.savefig(file, format="png", dpi=_FILE_DPI)
+    return round(width * _PAGE_DPI), base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _verdict(summary: pd.DataFrame) -> str:
     if not len(summary):
         return ""
-    whole = summary[~summary["table"].str.contains(" by ")]
-    failed = [f"{row['statistic']} ({row['table']})" for row in whole.to_dict("records") if row["fails"]]
-    if not failed:
-        return "<strong>No statistic fails.</strong>"
-    return f"<strong>{len(failed)} of {len(whole)} statistics fail:</strong> {html.escape(', '.join(failed))}."
+    failed = [
+        f"{row['statistic']} ({row['table']})" for row in summary.to_dict("records") if verdict(row["fails"]) == FAILS
+    ]
+    return f"{verdict_in_words(summary)}.{' These are ' * bool(failed)}{', '.join(failed)}{'.' * bool(failed)}"
 
 
 def _readable(summary: pd.DataFrame) -> pd.DataFrame:
-    if not len(summary):
-        return summary
-    shown = summary.copy()
-    for name in ("data_above", "data_below", "expected"):
-        shown[name] = [f"{value:.1%}" for value in summary[name]]
-    shown["fails"] = ["fails" if value else "ok" for value in summary["fails"]]
-    return shown.rename(columns=lambda name: str(name).replace("_", " "))
+    """Summary with counts beside shares, and words for verdicts."""
+    share = summary["data_above"] + summary["data_below"]
+    return pd.DataFrame(
+        {
+            "table": summary["table"],
+            "statistic": summary["statistic"],
+            "outside": [f"{round(part * n)} of {n}" for part, n in zip(share, summary["n"], strict=True)],
+            **{
+                name.replace("_", " "): [f"{value:.1%}" for value in summary[name]]
+                for name in ("data_above", "data_below", "expected")
+            },
+            "uniformity": summary["uniformity"],
+            "verdict": [verdict(value) for value in summary["fails"]],
+        }
+    )
+
+
+def _with_p_values(table: pd.DataFrame, n_samples: int) -> pd.DataFrame:
+    """A table whose p-values are written to the precision that the replicates give."""
+    return table.assign(p_value=[p_value_text(p, n_samples) for p in table["p_value"]]).rename(
+        columns={"p_value": "p-value"}
+    )
 
 
 def _scores(scores: pd.DataFrame) -> pd.DataFrame:
-    if not len(scores):
-        return scores
     wide = scores.pivot(index="score", columns="setting", values="value")
     wide = wide.reindex(index=pd.unique(scores["score"]), columns=pd.unique(scores["setting"]))
     return wide.reset_index(names="score")
 
 
+def _help(text: str) -> str:
+    return f"<p class='help'>{html.escape(text)}</p>\n"
+
+
 def _table(frame: pd.DataFrame, shaded: Sequence[bool] = ()) -> str:
-    def cell(value: Any) -> str:
+    def row_of(values: Iterable[Any], tag: str) -> str:
+        cells = (
+            f"<{tag}{' class=name' * left}>{text(value)}</{tag}>" for value, left in zip(values, names, strict=True)
+        )
+        return "".join(cells)
+
+    def text(value: Any) -> str:
         if isinstance(value, (float, np.floating)):
             return "" if np.isnan(value) else f"{value:.4g}"
         return html.escape(str(value))
 
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+    # Names stand first, in one column or two; numbers are aligned on the right.
+    names = [
+        place < 2 and not pd.api.types.is_numeric_dtype(frame.dtypes.iloc[place]) for place in range(frame.shape[1])
+    ]
     rows = []
     for number, row in enumerate(frame.itertuples(index=False)):
         kind = " class='fails'" if number < len(shaded) and shaded[number] else ""
-        rows.append(f"<tr{kind}>{''.join(f'<td>{cell(value)}</td>' for value in row)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        rows.append(f"<tr{kind}>{row_of(row, 'td')}</tr>")
+    table = f"<table><thead><tr>{row_of(frame.columns, 'th')}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<div class='wide'>{table}</div>"

@@ -58,6 +58,8 @@ def test_pictures_draw_into_the_axes_given(ax):
     imputed = pd.DataFrame({"modality": "expression", "feature": ["g1", "g2"], "measured": [1.0, 2.0],
                             "imputed": [1.0, 3.0], "correlation": [0.5, np.nan]})  # fmt: skip
     assert plots.imputed_against_measured(imputed, "expression", ax) is ax
+    # As in every picture of a check: predicted across, observed up.
+    assert ax.collections[-1].get_offsets().data.tolist() == [[3.0, 2.0], [1.0, 1.0]]
     with pytest.raises(KeyError, match="modality='accessibility' was not hidden"):
         plots.imputed_against_measured(imputed, "accessibility", ax)
 

@@ -13,7 +13,7 @@ import pyro_multivi as pm
 from pyro_multivi.cli import main
 from pyro_multivi.plots import report
 
-pytest.importorskip("matplotlib")
+plt = pytest.importorskip("matplotlib.pyplot")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,51 @@ def test_check_writes_tables_and_one_page(trained, tmp_path, capsys):
     assert len(pictures) == page.count("<img") == 10
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     # Self-contained: nothing is fetched, and every picture has its sentence before it.
-    assert not re.search(r"(src|href)='(?!data:)", page)
+    assert not re.search(r"(src|href)='(?!data:|#)", page)
     assert len(re.findall(r"<p class='help'>[^<]{40,}</p>\s*<img", page)) == 10
+
+    # The list of contents leads to every section, in order.
+    sections = re.findall(r"<h2 id='(\w+)'>([^<]+)</h2>", page)
+    assert re.findall(r"<li><a href='#(\w+)'>([^<]+)</a></li>", page) == sections
+    assert sections[-1][1] == "Terms"
+
+
+def test_page_and_console_and_tables_say_the_same(trained, tmp_path, capsys):
+    arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path)]
+    assert main([*arguments, "--n-samples", "40"]) == 0
+    printed = capsys.readouterr().out
+    summary = pd.read_csv(tmp_path / "summary.csv", dtype={"fails": "boolean"})
+    page = (tmp_path / "check.html").read_text(encoding="utf-8")
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr(?:[^>]*)>(<td.*?)</tr>", page)]
+    rows = rows[: len(summary)]
+    assert len(summary) == 25
+    lines = [line for line in printed.splitlines() if re.search(r" (ok|FAILS|n/a)$", line)]
+    words = {True: "FAILS", False: "ok"}
+    for of_table, on_page, line in zip(summary.to_dict("records"), rows, lines, strict=True):
+        count = round((of_table["data_above"] + of_table["data_below"]) * of_table["n"])
+        word = "n/a" if pd.isna(of_table["fails"]) else words[bool(of_table["fails"])]
+        assert on_page[:3] == [of_table["table"], of_table["statistic"], f"{count} of {of_table['n']}"]
+        assert on_page[-1] == word
+        assert line.split()[-1] == word
+        assert f" {count} of {of_table['n']} " in line
+    sentence = f"FAILS: {int(summary['fails'].sum())} of {summary['fails'].notna().sum()} tested rows"
+    assert sentence in printed
+    assert sentence in page
+    assert page.count("<tr class='fails'>") == summary["fails"].sum() > 0
+    # A share of 40 replicates is known to be below 1 in 40, not to be 0.
+    assert "&lt; 0.03" in page
+
+
+def test_observed_values_are_on_the_vertical_axis(trained):
+    model = pm.MULTIVI.load(trained / "model", pm.read(trained / "cells.h5ad"))
+    check = model.posterior_predictive_check(n_samples=40)
+    for picture in report.pictures(model, check):
+        for panel in picture.panels:
+            ax = panel()
+            assert "observed" not in ax.get_xlabel()
+            if picture.title.startswith(("Genes: o", "Regions: o", "Cells: o", "Is pred", "Are int", "Predicted")):
+                assert "observed" in ax.get_ylabel()
+            plt.close(ax.figure)
 
 
 def test_check_of_all_cells_with_the_prior_for_hidden_depth(trained, tmp_path, capsys):

@@ -49,16 +49,41 @@ def test_every_figure_is_listed():
 
 
 def test_builds_without_a_warning(tmp_path):
-    pytest.importorskip("sphinx", reason="needs the extra docs")
-    pytest.importorskip("numpydoc", reason="needs the extra docs")
-    # A copy: autosummary writes its pages beside the sources.
-    source = shutil.copytree(FOLDER, tmp_path / "docs", ignore=shutil.ignore_patterns("_build", "generated"))
+    for name in ("sphinx", "numpydoc", "myst_nb", "latex2mathml"):
+        pytest.importorskip(name, reason="needs the extra docs")
+    # A copy: pages are made beside the sources.
+    ignored = shutil.ignore_patterns("_build", "generated", "tutorials")
+    source = shutil.copytree(FOLDER, tmp_path / "docs", ignore=ignored)
+    shutil.copytree(FOLDER.parent / "tutorials", tmp_path / "tutorials")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(source), str(tmp_path / "html")]
     built = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert built.returncode == 0, built.stderr
-    page = (tmp_path / "html" / "program.html").read_text(encoding="utf-8")
-    assert r"\mathrm{Bernoulli}" in page
-    assert "cell factor of accessibility, in (0, 1)" in page
+    site = tmp_path / "html"
+    pages = {str(path.relative_to(site).with_suffix("")): path.read_text("utf-8") for path in site.rglob("*.html")}
+    assert "cell factor of accessibility, in (0, 1)" in pages["program"]
+    # Formulas and everything else are shown without a network.
+    assert pages["program"].count("<math ") >= 5
+    assert r"\mathrm" not in pages["program"]
+    for name, page in pages.items():
+        assert not re.search(r"""<(?:script|img|link)[^>]*(?:src|href)=["']https?:""", page), name
+    # Notebooks with the outputs they were committed with.
+    for notebook in (FOLDER.parent / "tutorials").glob("*.ipynb"):
+        assert pages[f"tutorials/{notebook.stem}"].count("<img ") >= notebook.read_text(encoding="utf-8").count(
+            '"image/png": '
+        )
+
+
+def test_every_page_of_the_tutorials_is_in_the_contents():
+    contents = (FOLDER / "index.rst").read_text(encoding="utf-8")
+    pages = {path.stem for path in (FOLDER.parent / "tutorials").iterdir() if path.suffix in (".md", ".ipynb")}
+    assert set(re.findall(r"^   tutorials/(\w+)$", contents, re.MULTILINE)) == pages - {"README"}
+
+
+def test_every_option_of_the_constructor_is_documented():
+    options = set(inspect.signature(pm.MULTIVI.__init__).parameters) - {"self"}
+    section = inspect.getdoc(pm.MULTIVI).split("Parameters\n")[1].split("See Also")[0]
+    heads = re.findall(r"^(\w[\w, ]*)$", section, re.MULTILINE)
+    assert options == {name for head in heads for name in head.split(", ")}
 
 
 def test_architecture_lists_every_file_of_the_package():

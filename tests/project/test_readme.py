@@ -1,12 +1,15 @@
-"""The README's Python examples, run in their order as one session."""
+"""Python examples of the README and of the page on own data, run in their order as one session."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PAGES = [README, ROOT / "tutorials" / "your_data.md"]
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -20,15 +23,16 @@ def test_blocks_are_found_with_their_lines():
     assert python_blocks(text) == [(2, "x = 1\n"), (8, "y = 2\nz = 3\n")]
 
 
-def test_readme_examples_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page, tmp_path, monkeypatch):
     # What the examples write stays out of the repository.
     monkeypatch.chdir(tmp_path)
-    blocks = python_blocks(README.read_text(encoding="utf-8"))
-    assert blocks, "the README has no Python example"
-    session: dict[str, object] = {"__name__": "__readme__"}
+    blocks = python_blocks(page.read_text(encoding="utf-8"))
+    assert blocks, "the page has no Python example"
+    session: dict[str, object] = {"__name__": "__page__"}
     for line, source in blocks:
-        # Blank lines before it make a traceback show the README's own line numbers.
-        exec(compile("\n" * line + source, str(README), "exec"), session)
+        # Blank lines before it make a traceback show the page's own line numbers.
+        exec(compile("\n" * line + source, str(page), "exec"), session)
 
 
 def test_ci_runs_the_command_to_test():

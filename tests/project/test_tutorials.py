@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = [path.name for path in NOTEBOOKS]
 #: Where a machine's own paths begin.
 MACHINE = re.compile(r"(?<![\w./])/(?:home|root|opt|tmp|usr|work|Users|private)/|[A-Z]:\\\\|site-packages")
 
@@ -47,6 +50,30 @@ def test_committed_outputs_are_small_and_hold_no_paths_of_a_machine(path):
     # Pictures are base64, in which anything may occur.
     said = re.sub(r'"image/png": "[^"]*"', "", said)
     assert not MACHINE.findall(said)
+
+
+@each_notebook
+def test_pictures_have_150_dots_per_inch(path):
+    found = [output.get("data", {}) for cell in code_cells(path) for output in cell["outputs"]]
+    pictures = [base64.b64decode("".join(data["image/png"])) for data in found if "image/png" in data]
+    for picture in pictures:
+        # Chunk pHYs of a PNG: pixels per metre across and up.
+        place = picture.index(b"pHYs") + 4
+        assert struct.unpack(">II", picture[place : place + 8]) == (5906, 5906)
+
+
+def test_the_program_is_drawn():
+    found = [output.get("data", {}) for cell in code_cells(FOLDER / NAMES[1]) for output in cell["outputs"]]
+    [picture] = ["".join(data["image/svg+xml"]) for data in found if "image/svg+xml" in data]
+    assert {">z<", ">l<", ">d<", ">x<", ">y<"} <= set(re.findall(r">\w+<", picture))
+
+
+@each_notebook
+def test_sections_are_numbered_without_a_gap(path):
+    prose = ["".join(cell["source"]) for cell in read(path)["cells"] if cell["cell_type"] == "markdown"]
+    numbers = re.findall(r"^## (\d+)\.", "\n".join(prose), re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+    assert len(numbers) >= 5
 
 
 @each_notebook

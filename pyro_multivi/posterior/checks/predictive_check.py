@@ -20,15 +20,18 @@ from pyro_multivi.posterior.checks import statistics as stats
 from pyro_multivi.posterior.checks.request import CheckRequest
 from pyro_multivi.posterior.checks.result import PredictiveCheck
 from pyro_multivi.posterior.checks.scoring import Scorer
+from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.posterior.engine.replicates import (
     check_memory,
     counts_of,
+    hide,
     masked_replicates,
     observed_matrix,
     paired,
     replicate,
 )
 from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode
 
 # Added to the name of a setting, by the source of a hidden modality's depth.
 _DEPTH = {"observed": "", "predicted": ", depth from the other", "prior": ", depth from its prior"}
@@ -69,6 +72,8 @@ class _Check:
     groupings: Sequence[stats.Grouping]
     parts: dict[str, list[pd.DataFrame]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
+    #: Statistics of cells that determine the depth they are replicated at.
+    untested: set[str] = field(default_factory=set)
 
     def compare_statistics(self) -> None:
         """Add the built-in statistics, and scores of cells whose counts the guide is given."""
@@ -92,6 +97,9 @@ class _Check:
                 counts, measured[modality] = _measured(cells, modality, features)
                 scorers[modality].begin(counts)
                 observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
+                total = stats.cell_statistics(modality)[0]
+                if total not in self.untested and depth_is_inferred(self.program, cells, modality):
+                    self.untested.add(total)
             for draws, found in replicate(self.program, cells, n_samples, request.seed):
                 for modality, features in request.features.items():
                     drawn, rows = found[modality.counts], measured[modality]
@@ -157,6 +165,7 @@ class _Check:
             n_samples=self.request.n_samples,
             level=self.request.level,
             setting=self.request.setting,
+            untested=tuple(sorted(self.untested)),
             notes=self.notes,
         )
 
@@ -204,6 +213,24 @@ class _Check:
         for name, table in tables.items():
             if len(table):
                 self.parts[name].append(table)
+
+
+def depth_is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality) -> bool:
+    """Whether the guide infers the depth of cells from their counts of this modality, rather than knowing it.
+
+    The total count of such a cell is no test of the model. Its replicates have the depth that the total
+    suggested, with the error of that guess, and are drawn with the same error once more: over cells they scatter too
+    much, and each cell alone lies near the middle of them.
+    """
+    measured = modality.measured_in(cells)
+    # Measured, but zero: a depth that is known, fixed or the prior's stays as it is.
+    blank = hide(cells, modality).replace(**{modality.mask: measured})
+    with evaluation_mode(program):
+        nodes: list[dict[str, Any]] = [dict(draw_latents(program, some).trace.nodes) for some in (cells, blank)]
+    if modality.depth not in nodes[0]:
+        return False
+    depth, without = (found[modality.depth]["value"][..., measured] for found in nodes)
+    return not torch.equal(depth, without)
 
 
 def _measured(cells: Cells, modality: Modality, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:

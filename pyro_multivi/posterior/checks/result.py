@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
+from numpy.typing import ArrayLike, NDArray
 
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.files import write_whole
 
 #: Tables whose rows carry a p-value.
 TESTED = (*(modality.features for modality in MODALITIES), "cells", "groups", "totals", "user")
+#: Words of the column ``fails`` wherever it is read, on the console and on the page.
+FAILS, PASSES, NO_TEST = "FAILS", "ok", "n/a"
+
+
+def outside(p_value: ArrayLike, level: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether observed values lie above, and below, the central interval of their replicates, by p-value.
+
+    Examples
+    --------
+    >>> outside([0.01, 0.025, 0.5, 0.99], 0.95)
+    (array([ True, False, False, False]), array([False, False, False,  True]))
+    """
+    p = np.asarray(p_value, dtype=np.float64)
+    # 1 - 0.95 is a little more than 0.05: without a margin a share of just 0.025 lies outside on one side alone.
+    tail = (1 - level) / 2 - 1e-9
+    return p < tail, p > 1 - tail
+
+
+def expected_outside(n_samples: int, level: float) -> float:
+    """Probability under the right model that a value lies outside: p is a multiple of 1/S, so not just 1 - level.
+
+    Examples
+    --------
+    >>> round(expected_outside(100, 0.95), 4), round(expected_outside(1000, 0.95), 4)
+    (0.0594, 0.05)
+    """
+    return 2 * math.ceil((1 - level) / 2 * n_samples - 1e-9) / (n_samples + 1)
+
+
+def p_value_text(p_value: float, n_samples: int) -> str:
+    """A p-value to the precision that S replicates give: none of 100 is ``"< 0.01"``, not 0.
+
+    Examples
+    --------
+    >>> [p_value_text(p, 100) for p in (0.0, 0.034, 1.0)]
+    ['< 0.01', '0.03', '> 0.99']
+    """
+    digits = max(2, math.ceil(math.log10(n_samples)))
+    if p_value * n_samples < 0.5:
+        return f"< {1 / n_samples:.{digits}f}"
+    if (1 - p_value) * n_samples < 0.5:
+        return f"> {1 - 1 / n_samples:.{digits}f}"
+    return f"{p_value:.{digits}f}"
 
 
 @dataclass(repr=False)
@@ -24,8 +70,9 @@ class PredictiveCheck:
     Tables with a p-value have the columns ``statistic``, ``observed``, ``replicated`` (mean over
     replicates), ``lower``, ``upper`` (central interval of the replicates) and ``p_value``, the share of
     replicates above the data (ties by half): near 0 the data are larger than the model expects, near 1
-    smaller. Under the right model it is uniform for statistics over cells. Those of single cells
-    gather around 1/2, because the latents of a cell are inferred from it.
+    smaller. It is a share of S replicates: its standard error is up to 0.5 / sqrt(S), and 0 means less than 1 / S.
+    Under the right model it is uniform for statistics over cells. Those of single cells gather around 1/2, because
+    the latents of a cell are inferred from it.
 
     Attributes
     ----------
@@ -54,6 +101,9 @@ class PredictiveCheck:
         per region), ``coverage_90``, ``largest_coverage_gap``, and these of counts of expectation 1 or more.
     n_cells, n_samples, level
         Size of the check and probability of the intervals.
+    untested
+        Statistics of cells that replicates cannot be tested by, because the depth of a cell is inferred from
+        just these counts: a replicate repeats the cell's depth with its error. The tables have them, without a verdict.
     notes
         Checks that were not possible, with the reason.
     """
@@ -73,6 +123,7 @@ class PredictiveCheck:
     n_samples: int = 0
     level: float = 0.95
     setting: str = "cells"
+    untested: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,9 +139,10 @@ class PredictiveCheck:
         the central interval of the replicates by p-value; ``expected``, that share under the right
         model, both sides together; ``uniformity``, Kolmogorov's distance of the p-values from uniform ones
         (0 is best); ``fails``, whether more than twice the expected share lie outside, and more than chance
-        would put there (binomial, at the expected share).
+        would put there (binomial, at the expected share). ``fails`` is missing (``<NA>``) for the statistics in
+        ``untested``. Under the right model a row fails with a probability of at most about the expected share.
         """
-        tail = (1 - self.level) / 2
+        expected = expected_outside(self.n_samples, self.level) if self.n_samples else 1 - self.level
         rows = []
         for name in TESTED:
             table = getattr(self, name)
@@ -101,9 +153,10 @@ class PredictiveCheck:
                 p = np.sort(part["p_value"].dropna().to_numpy())
                 if not len(p):
                     continue
-                above, below = float((p < tail).mean()), float((p > 1 - tail).mean())
+                above, below = (float(side.mean()) for side in outside(p, self.level))
                 steps = np.arange(1, len(p) + 1) / len(p)
-                by_chance = scipy.stats.binom.sf(round((above + below) * len(p)) - 1, len(p), 2 * tail)
+                by_chance = scipy.stats.binom.sf(round((above + below) * len(p)) - 1, len(p), expected)
+                fails = above + below > 2 * expected and by_chance <= expected + 1e-9
                 rows.append(
                     {
                         "table": name if "by" not in table or key[0] == "all" else f"{name} by {key[0]}",
@@ -111,12 +164,13 @@ class PredictiveCheck:
                         "n": len(p),
                         "data_above": above,
                         "data_below": below,
-                        "expected": 2 * tail,
+                        "expected": expected,
                         "uniformity": float(np.maximum(np.abs(steps - p), np.abs(steps - 1 / len(p) - p)).max()),
-                        "fails": above + below > 4 * tail and by_chance <= 2 * tail + 1e-9,
+                        # "mean" and "sd" go before the name of a statistic of cells.
+                        "fails": pd.NA if name != "user" and key[-1].split()[-1] in self.untested else fails,
                     }
                 )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"fails": "boolean"}) if rows else pd.DataFrame()
 
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the summary and every table that is not empty to an existing folder; returns the paths."""
@@ -131,11 +185,16 @@ class PredictiveCheck:
         lines = [f"PredictiveCheck: {self.n_samples} replicates of {self.n_cells} {self.setting}"]
         summary = self.summary()
         if len(summary):
-            lines.append(f"outside the central {100 * self.level:.0f} % of replicates (expected {1 - self.level:.0%}):")
+            expected = summary["expected"].iloc[0]
+            lines.append(f"outside the central {self.level:.0%} of replicates ({expected:.1%} under the right model):")
             for row in summary.to_dict("records"):
                 share = row["data_above"] + row["data_below"]
-                mark = "FAILS" if row["fails"] else "ok"
-                lines.append(f"  {row['table']:22s} {row['statistic']:26s} {share:6.1%} of {row['n']:<7d} {mark}")
+                found = f"{round(share * row['n'])} of {row['n']}"
+                mark = verdict(row["fails"])
+                lines.append(f"  {row['table']:22s} {row['statistic']:26s} {found:>14s} {share:6.1%}  {mark}")
+            lines.append(f"  {verdict_in_words(summary)}")
+            if summary["fails"].isna().any():
+                lines.append(f"  {NO_TEST}: no test, as the depth of a cell is inferred from just these counts")
         for setting, part in self.scores.groupby("setting", sort=False) if len(self.scores) else ():
             values = [f"{name} {value:.4f}" for name, value in zip(part["score"], part["value"], strict=True)]
             lines.append(f"  {setting!s}: {', '.join(values)}")
@@ -147,3 +206,17 @@ CSV_FILES = tuple(
     f"{name}.csv"
     for name in ("summary", *(entry.name for entry in fields(PredictiveCheck) if entry.default_factory is pd.DataFrame))
 )
+
+
+def verdict(fails: Any) -> str:
+    """Word for a value of the column ``fails``."""
+    return NO_TEST if pd.isna(fails) else FAILS if fails else PASSES
+
+
+def verdict_in_words(summary: pd.DataFrame) -> str:
+    """Number of rows of a summary that fail, of those tested, and the number that chance alone allows."""
+    tested = summary.dropna(subset=["fails"])
+    return (
+        f"{FAILS}: {int(tested['fails'].sum())} of {len(tested)} tested rows; under the right model "
+        f"{tested['expected'].sum():.1f} on average, or fewer"
+    )

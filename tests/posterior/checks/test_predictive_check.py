@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import scipy.sparse as sp
@@ -14,6 +15,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro_multivi import MULTIVI, MultiVIProgram, ProgramConfig, compare_models, simulate_multiome
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.split import Split
+from pyro_multivi.posterior.checks.result import PredictiveCheck
 
 N_CELLS, N_GENES, N_REGIONS = 500, 60, 200
 CHOICES = {"n_hidden": 24, "n_latent": 2, "dropout_rate": 0.0, "modality_penalty": None, "n_layers_decoder": 1}
@@ -169,14 +171,129 @@ def test_poisson_fails_on_overdispersed_counts(truth):
     assert "FAILS" in repr(found)
 
 
-class FixedDepth(MultiVIProgram):
-    """Every cell as deep as the typical one."""
+class FixedLibrary(MultiVIProgram):
+    """The library of every cell as large as the typical one."""
 
     def known_library(self, cells, s):
         return self._library_moments(s)[0].exp()
 
+
+class FixedDepth(FixedLibrary):
+    """Every cell as deep as the typical one, in both modalities."""
+
     def cell_factor(self, cells, read):
         return cells.design.new_full((len(cells),), 0.5)
+
+
+class NothingInferred(FixedDepth):
+    """Depth is told and the state has no effect: replicates are drawn from the very distribution of the data."""
+
+    def cell_factor_prior(self, cells):
+        return dist.Delta(self.cell_factor(cells, None))
+
+    def transform(self, z):
+        return torch.zeros_like(z)
+
+
+def with_counts(model: MULTIVI, x: torch.Tensor, y: torch.Tensor, **choices: object) -> MULTIVI:
+    """A program of the same weights, and other counts of the same cells."""
+    adata = model.adata.copy()
+    adata.X = sp.csr_matrix(torch.cat([x, y], 1).numpy())
+    MULTIVI.setup_anndata(adata, modality_key="modality")
+    return as_model(adata, model.program.state_dict(), **choices)
+
+
+def drawn_from(program: MultiVIProgram, cells: Cells, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of a data set drawn from a program, latents from their priors."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        nodes = poutine.trace(poutine.uncondition(program.model)).get_trace(cells).nodes
+    return nodes["x"]["value"].detach(), nodes["y"]["value"].detach()
+
+
+def failures(checks: list[PredictiveCheck]) -> pd.DataFrame:
+    """Whether each row of the summaries fails, (rows, checks)."""
+    return pd.concat([one.summary().set_index(["table", "statistic"])["fails"] for one in checks], axis=1)
+
+
+N_SETS = 12
+# Under the right model a row fails in one of 20 data sets. More than 4 of 12 have a probability of 2 in 10 000.
+MOST_FAILURES = 4
+# Rows of which depth is inferred.
+DEPTHS = [f"{of}{total}" for of in ("", "mean ", "sd ") for total in ("expression_depth", "accessible_regions")]
+
+
+def test_data_of_the_program_itself_fail_no_more_often_than_by_chance(truth):
+    exact = as_model(truth.adata, truth.program.state_dict(), program_class=NothingInferred)
+    checks = []
+    for seed in range(N_SETS):
+        counts = drawn_from(exact.program, exact.minibatch(), seed)
+        model = with_counts(truth, *counts, program_class=NothingInferred)
+        checks.append(
+            model.posterior_predictive_check(
+                indices=range(200), n_samples=40, hide_modalities=False, groupby="half", seed=seed
+            )
+        )
+    failed = failures(checks)
+    assert len(failed) == 25
+    assert failed.notna().all(axis=None)
+    counted = failed.sum(axis=1)
+    assert (counted <= MOST_FAILURES).all(), counted
+    # 300 rows, of which 5 % are 15; 30 would be 4 standard deviations more.
+    assert counted.sum() <= 30, counted
+
+
+def test_depth_that_is_inferred_from_the_counts_has_no_verdict(check, truth):
+    assert check.untested == ("accessible_regions", "expression_depth")
+    summary = check.summary()
+    of_depth = summary["statistic"].isin(DEPTHS)
+    assert of_depth.sum() == 10
+    assert (summary["fails"].isna() == of_depth).all()
+    assert repr(check).count(" n/a\n") == 10
+    # Known depths of one modality leave that of the other.
+    observed = as_model(truth.adata, truth.program.state_dict(), program_class=FixedLibrary)
+    found = observed.posterior_predictive_check(n_samples=40, hide_modalities=False)
+    assert found.untested == ("accessible_regions",)
+
+
+@pytest.mark.slow
+def test_data_of_a_fitted_program_fail_no_more_often_than_by_chance():
+    """Replicates of a trained model, as data of that model."""
+    adata = simulate_multiome((600, 200, 200), n_genes=80, n_regions=200, n_batches=2, seed=0)
+    MULTIVI.setup_anndata(adata, modality_key="modality", batch_key="batch")
+    model = MULTIVI(adata)
+    model.train(max_epochs=150, progress_bar=False)
+    cells = model.minibatch()
+    replicates = model.posterior_predictive_sample(n_samples=N_SETS)
+    checks = []
+    for seed, (x, y) in enumerate(zip(replicates["x"], replicates["y"], strict=True)):
+        drawn = adata.copy()
+        masked = [part.multiply(mask.numpy()[:, None]) for part, mask in ((x, cells.has_rna), (y, cells.has_atac))]
+        drawn.X = sp.hstack(masked, format="csr")
+        MULTIVI.setup_anndata(drawn, modality_key="modality", batch_key="batch")
+        again = MULTIVI(drawn)
+        again.program.load_state_dict(model.program.state_dict())
+        again._split, again.is_trained = model._split, True
+        checks.append(again.posterior_predictive_check(n_samples=100, hide_modalities=False, seed=seed))
+    failed = failures(checks)
+    of_depth = failed.index.get_level_values("statistic").isin(DEPTHS)
+    assert (failed.isna().all(axis=1) == of_depth).all()
+    counted = failed[~of_depth].sum(axis=1)
+    assert (counted <= MOST_FAILURES).all(), counted
+
+
+def test_every_tested_row_can_fail(truth):
+    """Data of other genes and regions, and data in which half of the cells lost half of their genes."""
+    x, y = drawn_from(truth.program, truth.minibatch(), 0)
+    half = (torch.arange(N_CELLS) % 2 == 0)[:, None]
+    lost = torch.where(half, x * (torch.arange(N_GENES) % 2), x)
+    checks = [
+        with_counts(truth, *counts).posterior_predictive_check(n_samples=40, hide_modalities=False)
+        for counts in ((x.flip(1), y.flip(1)), (lost, y))
+    ]
+    failed = failures(checks).dropna()
+    assert len(failed) == 8
+    assert failed.any(axis=1).all(), failed
 
 
 def test_fixed_depth_fails_the_statistics_of_depth(truth):
@@ -186,8 +303,13 @@ def test_fixed_depth_fails_the_statistics_of_depth(truth):
     # The data scatter more than any replicate.
     assert totals["sd expression_depth"] == 0
     assert totals["sd accessible_regions"] == 0
-    outside, _ = shares(found, "cells")
+    outside, summary = shares(found, "cells")
     assert (outside[["expression_depth", "accessible_regions"]] > 0.2).all()
+    # Depth is told to this program, not inferred from the counts: there it is a test.
+    assert found.untested == ()
+    assert summary["fails"].notna().all()
+    assert summary.loc[["expression_depth", "accessible_regions"], "fails"].all()
+    assert "n/a" not in repr(found)
 
 
 def test_groups_have_statistics_of_their_own(check):
