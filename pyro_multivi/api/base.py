@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_multivi.api import saving as io
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.custom_program import find_program, import_path
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modality_named
@@ -63,6 +64,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ training
 
+    @checked
     def train(
         self,
         max_epochs: int = 500,
@@ -211,12 +213,14 @@ class ModelBase:
         """Device of the program."""
         return next(self.program.parameters()).device
 
+    @checked
     def to_device(self, device: str | torch.device) -> None:
         """Move the program to a device."""
         self.program.to(device)
 
     # ------------------------------------------------------------------ files
 
+    @checked
     def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write the model to a folder, as a whole or not at all.
 
@@ -245,6 +249,7 @@ class ModelBase:
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
     @classmethod
+    @checked
     def load(
         cls: type[Model],
         dir_path: str | os.PathLike[str],

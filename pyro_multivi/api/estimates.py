@@ -26,6 +26,7 @@ from pyro_multivi.api.arguments import (
     library_factor,
 )
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, region_factors
@@ -65,6 +66,7 @@ class EstimatesMixin(ModelBase):
         *, library_size: LibrarySize = ..., return_interval: float | None = ..., out: OutPath | None = ...,
         seed: int = ...,
     ) -> Estimates: ...  # fmt: skip
+    @checked
     def get_normalized_expression(
         self,
         adata: Data | None = None,
@@ -197,6 +199,7 @@ class EstimatesMixin(ModelBase):
         batch_size: int = ..., return_numpy: bool = ..., *, n_samples: int = ..., return_mean: bool = ...,
         return_interval: float | None = ..., out: OutPath | None = ..., silent: bool | None = ..., seed: int = ...,
     ) -> Estimates: ...  # fmt: skip
+    @checked
     def get_accessibility_estimates(
         self,
         adata: Data | None = None,
@@ -297,6 +300,7 @@ class EstimatesMixin(ModelBase):
         measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: OutPath,
         silent: bool | None = ..., seed: int = ...,
     ) -> Path: ...  # fmt: skip
+    @checked
     def impute(
         self,
         adata: Data | None = None,

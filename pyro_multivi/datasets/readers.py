@@ -23,7 +23,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import checked, first_names
 from pyro_multivi.data.modality import ATAC, RNA
 
 _ALLOWED = (
@@ -35,6 +35,7 @@ _ALLOWED = (
 _COLUMNS = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "interval": "interval"}
 
 
+@checked
 def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose type needs the extra
     """Read cells from a file or folder of any known format.
 
@@ -86,6 +87,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         return mudata.read_h5mu(path)
 
 
+@checked
 def read_10x_h5(path: str | os.PathLike[str]) -> AnnData:
     """Read a feature-barcode matrix in HDF5, for instance ``filtered_feature_bc_matrix.h5``.
 
@@ -164,6 +166,7 @@ def read_10x_h5(path: str | os.PathLike[str]) -> AnnData:
     return _assemble(x, barcodes, _variables(features))
 
 
+@checked
 def read_10x_mtx(folder: str | os.PathLike[str]) -> AnnData:
     r"""Read a folder with ``matrix.mtx``, ``features.tsv`` and ``barcodes.tsv``, each plain or ``.gz``.
 

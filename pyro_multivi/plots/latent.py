@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi.data.checks import checked, shown
+from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ _MARKERS = "osD^vP*X"
 
 def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Coordinates of cells in the plane of largest variance, (cells, 2)."""
+    latent = as_latent(latent)
     centred = latent - latent.mean(0)
     if centred.shape[1] == 1:
         centred = np.column_stack([centred, np.zeros(len(centred))])
@@ -27,6 +29,7 @@ def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
     return plane
 
 
+@checked
 def latent_scatter(
     latent: NDArray[np.floating[Any]], labels: Sequence[Any] | None = None, ax: Axes | None = None, title: str = ""
 ) -> Axes:
@@ -43,6 +46,9 @@ def latent_scatter(
     title
         Title of the picture.
     """
+    latent = as_latent(latent)
+    if labels is not None and (isinstance(labels, (str, bytes)) or np.shape(labels) != (len(latent),)):
+        raise ValueError(f"labels={shown(labels)} is not allowed: give one for each of the {len(latent)} cells.")
     ax = axes_or_new(ax)
     xy = latent if latent.shape[1] == 2 else principal_plane(latent)
     names = np.zeros(len(xy), dtype=int) if labels is None else np.asarray(labels)
@@ -64,6 +70,7 @@ def latent_scatter(
     return labelled(ax, f"{kind} direction 1", f"{kind} direction 2", title=title)
 
 
+@checked
 def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo", ax: Axes | None = None) -> Axes:
     """A loss over epochs, of training and validation cells.
 
@@ -81,6 +88,8 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
     KeyError
         If the quantity was not recorded.
     """
+    if not isinstance(history, Mapping):
+        raise TypeError(f"history={shown(history)} is not allowed: give the history of a model, model.history.")
     found = [name for name in (f"{quantity}_train", f"{quantity}_validation") if name in history]
     if not found:
         known = sorted({name.rsplit("_", 1)[0] for name in history})

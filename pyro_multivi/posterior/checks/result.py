@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 
 #: Tables whose rows carry a p-value.
@@ -117,6 +118,7 @@ class PredictiveCheck:
                 )
         return pd.DataFrame(rows)
 
+    @checked
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the summary and every table that is not empty to an existing folder; returns the paths."""
         written = []

@@ -14,7 +14,7 @@ TYPE = {"groupby": "cell_type", "group1": "type_0"}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"groupby": "celltype"}, "groupby='celltype' is not a column of obs. Did you mean 'cell_type'"),
+        ({"groupby": "celltype"}, "groupby='celltype' is no column of obs. Did you mean 'cell_type'"),
         ({"groupby": "cell_type", "group1": "type0"}, "group1='type0' is no group .* Did you mean 'type_0'"),
         ({**TYPE, "group2": "type_9"}, "group2='type_9' is no group"),
         ({**TYPE, "group2": "type_0"}, "group1 and group2 are both 'type_0'"),
