@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyro_multivi.data.checks import check_choice, check_fields
+from pyro_multivi.data.checks import check_choice, check_draws, check_fields, shown
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
@@ -122,6 +122,10 @@ class ProgramConfig:
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_fields(self, ProgramConfig)
+        if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
+            raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
+        for name, number in self.extra.items():
+            check_draws(f"extra[{name!r}]", number)
         for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)

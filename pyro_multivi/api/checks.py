@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import checked, name_list, number_of_draws
+from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, RNA, Modality, modality_at, modelled
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
@@ -273,6 +273,8 @@ class ChecksMixin(ModelBase):
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
         """Those of the cells that the model was not trained on."""
         if adata is not None and adata is not self.adata:
+            if not hasattr(adata, "obs_names"):
+                raise TypeError(f"adata must be an AnnData or a MuData, got {shown(adata)}.")
             raise ValueError(
                 "held_out=True means the cells that training left out of its data, and adata is other data: "
                 "give held_out=False to check all of it."

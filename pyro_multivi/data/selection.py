@@ -98,10 +98,10 @@ def as_list(argument: str, values: Any) -> NDArray[Any]:
         values = list(values)
     try:
         found = np.atleast_1d(np.asarray(values))
-    except (TypeError, ValueError, RuntimeError) as error:
+        kinds = set(map(type, found.ravel().tolist())) if found.dtype == object else set()
+        # Objects of one plain type, such as pandas' nullable values, are an array of it.
+        return found.astype(kinds.pop()) if len(kinds) == 1 and kinds <= {bool, int} else found
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(
             f"{argument}={shown(values)} is not allowed: give a flat list of positions or names, or a mask ({error})."
         ) from error
-    kinds = set(map(type, found.ravel().tolist())) if found.dtype == object else set()
-    # Objects of one plain type, such as pandas' nullable values, are an array of it.
-    return found.astype(kinds.pop()) if len(kinds) == 1 and kinds <= {bool, int} else found

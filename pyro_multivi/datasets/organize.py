@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_unique, checked, first_names, name_list, shown
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED
 
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def organize_multiome_anndatas(
             f"mudata_modalities={shown(mudata_modalities)} is not allowed: give two names, of RNA and ATAC"
         )
     parts = []
-    if multi_anndata is not None and hasattr(multi_anndata, "mod"):
+    if is_mudata(multi_anndata):
         parts.append(_from_mudata(multi_anndata, names, feature_type_key))
     elif multi_anndata is not None:
         parts.append(_from_anndata("multi_anndata", multi_anndata, PAIRED, feature_type_key))
@@ -140,7 +141,7 @@ def organize_multiome_anndatas(
 
 def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str) -> _Part:
     if not isinstance(adata, AnnData):
-        advice = f"; give its AnnData: {argument}.mod[...]" if hasattr(adata, "mod") else ""
+        advice = f"; give its AnnData: {argument}.mod[...]" if is_mudata(adata) else ""
         raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
     _check_matrix(argument, adata)
     allowed = _TYPES[pattern]

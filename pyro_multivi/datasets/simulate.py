@@ -264,7 +264,7 @@ def _includes(modality: Modality) -> NDArray[np.bool_]:
 
 def _numbers_of_cells(n_cells: Any) -> list[int]:
     numbers = [unwrapped(count) for count in n_cells] if isinstance(n_cells, Iterable) else [n_cells]
-    if not all(isinstance(count, int) and not isinstance(count, bool) for count in numbers):
+    if not numbers or not all(isinstance(count, int) and not isinstance(count, bool) for count in numbers):
         raise ValueError(f"n_cells is {shown(n_cells)}; give three numbers of cells: paired, RNA-only and ATAC-only")
     return numbers
 

@@ -45,12 +45,12 @@ def test_fit_stops_early_by_the_same_options(build):
 
 
 WRONG = [
-    ({"max_epochs": 0}, "max_epochs=0 is not allowed: give at least 1"),
-    ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed: give at least 1"),
-    ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: give at least 1"),
-    ({"average_steps": 0}, "average_steps=0 is not allowed: give at least 1"),
-    ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed: give at least 0"),
-    ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed: give at least 0"),
+    ({"max_epochs": 0}, "max_epochs=0 is not allowed: give a whole number of at least 1"),
+    ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed: give a whole number of at least 1"),
+    ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: give a whole number of at least 1"),
+    ({"average_steps": 0}, "average_steps=0 is not allowed: give a whole number of at least 1"),
+    ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed: give a whole number of at least 0"),
+    ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed: give a whole number of at least 0"),
     ({"gradient_clip": 0.0}, "gradient_clip=0.0 is not allowed: give a norm above 0, or None"),
     ({"effect_sd": 0.0}, "effect_sd=0.0 is not allowed: give a standard deviation above 0, or None"),
     ({"effect_sd": np.nan}, "effect_sd=nan is not allowed"),

@@ -117,6 +117,8 @@ def draw(
     check_type("program", program, MultiVIProgram)
     check_type("cells", cells, Cells, ": model.minibatch(...) makes them of a model's data")
     sites = name_list("sites", sites)
+    if not sites:
+        raise ValueError("sites=() is not allowed: name at least one site of the model.")
     for name, value in check_mapping("intervene", intervene, "{'s': design}").items():
         check_type(f"intervene[{name!r}]", value, Tensor)
     with evaluation_mode(program):
