@@ -85,7 +85,7 @@ def name_list(argument: str, value: Iterable[str] | str | None) -> tuple[str, ..
     names = tuple(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else (found,)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{argument}={shown(value)} must be a list of strings; {shown(name)} is not a string.")
+            raise TypeError(f"{argument} must be a list of strings; {shown(name)} is not a string.")
     return tuple(sorted(names)) if isinstance(found, (set, frozenset)) else names
 
 
@@ -246,7 +246,9 @@ def _whole(argument: str, value: Any, or_none: str = "", least: int | None = Non
 
 
 def _number(argument: str, value: Any, or_none: str) -> float:
-    return check_number(argument, value, allowed=or_none)
+    check_number(argument, value, allowed=or_none)
+    # An integer stays one, for messages to show it as it was given.
+    return value
 
 
 def _truth(argument: str, value: Any, or_none: str) -> bool:

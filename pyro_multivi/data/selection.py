@@ -54,10 +54,7 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
         )
     if wanted.dtype == bool:
         if len(wanted) != n:
-            raise ValueError(
-                f"indices={shown(indices)} is a mask of {len(wanted)} cells and the data has {n}: "
-                "give one value per cell."
-            )
+            raise ValueError(f"indices is a mask of {len(wanted)} cells and the data has {n}: give one value per cell.")
         wanted = np.flatnonzero(wanted)
         if not len(wanted):
             raise ValueError("indices selects no cell: the mask is False everywhere.")

@@ -264,7 +264,7 @@ def _parts(value: Any) -> list[str]:
         found.append("one number")
     elif isinstance(value, (list, tuple, set, dict)):
         held = [*value, *value.values()] if isinstance(value, dict) else [*value]
-        found += [f"({len(held)},)", *(text for part in held for text in _parts(part))]
+        found += [f"({len(held)},)", f"a mask of {len(held)} ", *(text for part in held for text in _parts(part))]
         found += [] if held else ["empty", "selects no", "at least one"]
     elif callable(value):
         found.append("takes 1 arguments")
