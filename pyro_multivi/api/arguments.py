@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -188,6 +188,13 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
         at = int(np.argmax(wrong))
         raise ValueError(f"library_size holds {sizes[at]} at position {at}: a library size is finite and positive.")
     return torch.from_numpy(sizes.copy()).to(device)
+
+
+def as_json(value: Any, several: str = "") -> Any:
+    """A name or number, or a list of them, as JSON holds it; ``several`` stands for a list if it is given."""
+    found = unwrapped(value)
+    single = found is None or isinstance(found, (str, int, float))
+    return found if single else several or [unwrapped(each) for each in found]
 
 
 def check_threshold(threshold: float | None, average: Average) -> None:

@@ -20,6 +20,7 @@ from pyro_multivi.api.arguments import (
     Indices,
     LibrarySize,
     OutPath,
+    as_json,
     average_over,
     check_threshold,
     choose_features,
@@ -93,10 +94,8 @@ class EstimatesMixin(ModelBase):
 
         Parameters
         ----------
-        adata
-            Other cells; default: those of training.
-        indices
-            Positions, names or a mask of cells.
+        adata, indices
+            Other cells, default: those of training; positions, names or a mask of some of them.
         n_samples_overall
             Another name of ``n_samples``. (In scvi-tools it draws cells, not the posterior.)
         transform_batch
@@ -139,10 +138,8 @@ class EstimatesMixin(ModelBase):
 
         Raises
         ------
-        ValueError
-            If the model has no genes, a gene or batch is unknown, or an argument is out of range.
-        FileExistsError, FileNotFoundError, PermissionError
-            If ``out`` cannot be written.
+        ValueError, TypeError, OSError
+            If the model has no genes, a gene or batch is unknown, an argument is wrong, or ``out`` cannot be written.
 
         Examples
         --------
@@ -384,10 +381,9 @@ class EstimatesMixin(ModelBase):
             Quantity(RNA.decoded, by_cell=library_factor(library_size, cells.n_cells, self.device)),
             self._accessibility(threshold, normalize_cells, normalize_regions),
         ]
-        sizes = library_size if isinstance(library_size, (str, int, float)) else "one number per cell"
         arguments = {
-            "transform_batch": transform_batch, "library_size": sizes, "threshold": threshold,
-            "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
+            "transform_batch": as_json(transform_batch), "library_size": as_json(library_size, "one number per cell"),
+            "threshold": threshold, "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
         }  # fmt: skip
         obs = (self.adata if adata is None else adata).obs.iloc[cells.index.numpy()]
         return impute(

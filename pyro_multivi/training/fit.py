@@ -208,6 +208,8 @@ def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
 
 def _check_monitor(program: MultiVIProgram, cells: Cells, options: FitOptions) -> None:
     """Refuse a column that the history will not have, before anything is learned."""
+    if options.early_stopping_monitor == FitOptions.early_stopping_monitor:
+        return
     terms = evaluate(program, [cells])
     known = ["train_loss", "kl_weight", *_named(terms, "train"), *_named(terms, "validation")]
     if options.adversarial_mixing:

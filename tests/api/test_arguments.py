@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -338,6 +339,14 @@ def test_numpy_numbers_and_words_are_taken_for_their_values(world, name):
         assert one == other or one != one
 
 
+def test_arguments_of_numpy_are_recorded_with_what_is_imputed(world):
+    batches, sizes = np.array(["batch_0", "batch_1"]), np.full(24, 2.0)
+    filled = world.model.impute(transform_batch=batches, library_size=sizes, threshold=np.float64(0.25))
+    kept = json.loads(filled.uns["imputation"])
+    assert (kept["transform_batch"], kept["library_size"]) == (["batch_0", "batch_1"], "one number per cell")
+    assert json.loads(world.model.impute(library_size=np.array(3)).uns["imputation"])["library_size"] == 3
+
+
 CELLS = [4, 1, 0]
 
 
@@ -368,3 +377,23 @@ def test_defaults_that_scvi_tools_users_pass_on(world):
         model.to_device(device)
     assert model.get_latent_representation(batch_size=None).shape == (24, 2)
     assert pm.MULTIVI.load(str(world.folder / "model"), world.adata, device="auto").is_trained
+
+
+def test_two_columns_compare_by_their_combination(world):
+    groups = ["cell_type", "batch"]
+    table = world.model.differential_expression(groupby=groups, n_samples=20)
+    assert table["group1"].unique().tolist() == [f"type_{t}, batch_{b}" for t in (0, 1) for b in (0, 1)]
+    other = world.adata.obs[groups].astype(str).agg("|".join, axis=1)
+    labelled = world.adata.copy()
+    labelled.obs["both"] = other
+    by_hand = world.model.differential_expression(labelled, groupby="both", n_samples=20)
+    np.testing.assert_array_equal(table["lfc_mean"], by_hand["lfc_mean"])
+    check = world.model.posterior_predictive_check(groupby=groups, n_samples=40)
+    assert "cell_type, batch" in set(check.groups["by"])
+
+
+@pytest.mark.parametrize("key", ["batch_key", "labels_key"])
+def test_one_column_is_asked_for_where_several_would_be_a_guess(world, key):
+    remedy = r"make a column of it: obs\['cell_type_batch'\] = obs\['cell_type'\].astype\(str\) \+ ', ' \+"
+    with pytest.raises(TypeError, match=rf"{key}=\['cell_type', 'batch'\] is not allowed: give one string.*{remedy}"):
+        pm.MULTIVI.setup_anndata(world.adata, **{key: ["cell_type", "batch"]})
