@@ -17,7 +17,7 @@ TYPE = {"groupby": "cell_type", "group1": "type_0"}
         ({"groupby": "celltype"}, "groupby='celltype' is no column of obs. Did you mean 'cell_type'"),
         ({"groupby": ["cell_type", "donor"]}, "groupby='donor' is no column of obs"),
         ({"groupby": []}, "groupby=\\[\\] names no column of obs"),
-        ({"groupby": ["cell_type", "batch"], "group1": "type_0"}, "no group of obs.* Did you mean 'type_0, batch_0'"),
+        ({"groupby": ["cell_type", "batch"], "group1": "type_0"}, "no group of obs.* Known: 'type_0, batch_0'"),
         ({"groupby": "cell_type", "group1": "type0"}, "group1='type0' is no group .* Did you mean 'type_0'"),
         ({**TYPE, "group2": "type_9"}, "group2='type_9' is no group"),
         ({**TYPE, "group2": "type_0"}, "group1 and group2 are both 'type_0'"),
