@@ -122,6 +122,14 @@ def check_draws(argument: str, value: Any, least: int = 1) -> int:
     return _whole(argument, found, least=least)
 
 
+def whole_numbers(argument: str, values: Any) -> list[int]:
+    """A list of whole numbers, or one of them alone."""
+    found = [unwrapped(value) for value in values] if isinstance(values, Iterable) else [unwrapped(values)]
+    if not found or not all(isinstance(number, int) and not isinstance(number, bool) for number in found):
+        raise _refused(argument, values, "a list of whole numbers")
+    return found
+
+
 def check_number(
     argument: str,
     value: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.checks import checked, shown, unwrapped
+from pyro_multivi.data.checks import checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
 
@@ -187,7 +187,7 @@ def simulate_multiome(
     ((50, 50), (50, 50))
     """
     arguments: dict[str, Any] = {key: value for key, value in locals().items() if key != "return_mudata"}
-    arguments["n_cells"] = _numbers_of_cells(n_cells)
+    arguments["n_cells"] = whole_numbers("n_cells", n_cells)
     _check(arguments)
     n = sum(arguments["n_cells"])
     rng = np.random.default_rng(seed)
@@ -260,13 +260,6 @@ def simulate_multiome(
 def _includes(modality: Modality) -> NDArray[np.bool_]:
     """Whether each of the measurement patterns includes a modality."""
     return np.array([modality in MODALITIES_OF[pattern] for pattern in MEASUREMENT_PATTERNS])
-
-
-def _numbers_of_cells(n_cells: Any) -> list[int]:
-    numbers = [unwrapped(count) for count in n_cells] if isinstance(n_cells, Iterable) else [n_cells]
-    if not numbers or not all(isinstance(count, int) and not isinstance(count, bool) for count in numbers):
-        raise ValueError(f"n_cells is {shown(n_cells)}; give three numbers of cells: paired, RNA-only and ATAC-only")
-    return numbers
 
 
 def _check(arguments: dict[str, Any]) -> None:
