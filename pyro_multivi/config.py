@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyro_multivi.data.checks import check_at_least, check_choice
+from pyro_multivi.data.checks import check_choice, check_draws, check_fields, shown
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
@@ -87,8 +87,8 @@ class ProgramConfig:
 
     Raises
     ------
-    ValueError
-        If a choice is not one of those allowed or a size is impossible.
+    ValueError, TypeError
+        If a choice is not one of those allowed, a size is impossible, or a value of the wrong type.
     """
 
     n_genes: int
@@ -121,6 +121,11 @@ class ProgramConfig:
             object.__setattr__(self, "modality_penalty", "None")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
+        check_fields(self, ProgramConfig)
+        if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
+            raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
+        for name, number in self.extra.items():
+            check_draws(f"extra[{name!r}]", number)
         for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)
@@ -136,11 +141,8 @@ class ProgramConfig:
             )
         if self.n_hidden is None:
             object.__setattr__(self, "n_hidden", N_HIDDEN)
-        check_at_least("n_hidden", self.hidden, 1)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        for name in ("n_latent", "n_layers_encoder", "n_layers_decoder", "n_batch"):
-            check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
         if self.dispersion == "gene-label" and self.n_labels < 1:

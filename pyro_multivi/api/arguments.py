@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws
+from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.modality import RNA, Modality
+from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.engine.decode import Average
 
@@ -83,9 +84,9 @@ def choose_features(
     argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
     if wanted is None:
         return None, names
-    chosen = np.atleast_1d(np.asarray(wanted))
+    chosen = as_list(argument, wanted)
     if chosen.ndim != 1:
-        raise ValueError(f"{argument} has {chosen.ndim} dimensions: give a flat list of {what} names.")
+        raise ValueError(f"{argument}={shown(wanted)} has {chosen.ndim} dimensions: give a flat list of {what} names.")
     if chosen.dtype == bool:
         if len(chosen) != len(names):
             raise ValueError(f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s.")
@@ -99,7 +100,7 @@ def choose_features(
         places = np.where(chosen < 0, chosen + len(names), chosen)
     else:
         place = {name: number for number, name in enumerate(names)}
-        unknown = [str(name) for name in chosen.tolist() if name not in place]
+        unknown = [str(name) for name in chosen.tolist() if not isinstance(name, str) or name not in place]
         if unknown:
             raise ValueError(
                 f"{argument} holds {first_names(unknown)}: no {what} of the model. {nearest(unknown[0], names)}"
@@ -160,6 +161,7 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
     ValueError
         If it is neither a positive number, nor one per cell, nor ``"latent"``.
     """
+    library_size = unwrapped(library_size)
     if isinstance(library_size, str):
         if library_size != "latent":
             raise ValueError(
@@ -171,7 +173,12 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
         if size <= 0:
             raise ValueError(f"library_size={library_size!r} is not allowed: a library size is positive.")
         return size
-    sizes = np.asarray(library_size, dtype=np.float32)
+    try:
+        sizes = np.asarray(library_size, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"library_size={shown(library_size)} is not allowed: give 'latent', a number, or one number per cell."
+        ) from error
     if sizes.shape != (n_cells,):
         raise ValueError(
             f"library_size has shape {sizes.shape} and {n_cells} cells are asked for: give one number per cell."
@@ -181,6 +188,13 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
         at = int(np.argmax(wrong))
         raise ValueError(f"library_size holds {sizes[at]} at position {at}: a library size is finite and positive.")
     return torch.from_numpy(sizes.copy()).to(device)
+
+
+def as_json(value: Any, several: str = "") -> Any:
+    """A name or number, or a list of them, as JSON holds it; ``several`` stands for a list if it is given."""
+    found = unwrapped(value)
+    single = found is None or isinstance(found, (str, int, float))
+    return found if single else several or [unwrapped(each) for each in found]
 
 
 def check_threshold(threshold: float | None, average: Average) -> None:

@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, Indices
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modality_named
@@ -63,6 +64,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ training
 
+    @checked
     def train(
         self,
         max_epochs: int = 500,
@@ -217,6 +219,7 @@ class ModelBase:
         """Device of the program."""
         return next(self.program.parameters()).device
 
+    @checked
     def to_device(self, device: str | torch.device) -> None:
         """Move the program to a device."""
         self.program.to(device)

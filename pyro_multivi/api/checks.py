@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import number_of_draws
+from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, RNA, Modality, modality_at, modelled
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
@@ -38,6 +38,7 @@ class ChecksMixin(ModelBase):
             self._training_table()  # positions of an object that was changed are those of other cells
         return self._split.validation.numpy()
 
+    @checked
     def posterior_predictive_sample(
         self,
         adata: Data | None = None,
@@ -100,6 +101,7 @@ class ChecksMixin(ModelBase):
         wanted = {site: features[modality_at(site)] for site in self._sites(sites)}
         return sample_replicates(self.program, self._cells(adata, indices, batch_size), wanted, n_samples, seed)
 
+    @checked
     def posterior_predictive_check(
         self,
         adata: Data | None = None,
@@ -108,7 +110,7 @@ class ChecksMixin(ModelBase):
         n_samples: int = 100,
         held_out: bool = True,
         *,
-        groupby: str | None = None,
+        groupby: str | Sequence[str] | None = None,
         gene_list: FeatureList = None,
         region_list: FeatureList = None,
         hide_modalities: bool = True,
@@ -137,7 +139,8 @@ class ChecksMixin(ModelBase):
             Check cells that the model was not trained on: its validation cells (among ``indices``).
             Otherwise all of ``indices``.
         groupby
-            Column of obs: statistics are also computed within its groups, as always within batches.
+            Column of obs, or a list of columns for the combinations of their values: statistics are also computed
+            within its groups, as always within batches.
         gene_list, region_list
             Features to check; default: all.
         hide_modalities
@@ -207,6 +210,7 @@ class ChecksMixin(ModelBase):
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
         return predictive_check(self.program, cells, request, cells.cell_names, groupings)
 
+    @checked
     def to_inference_data(
         self,
         adata: Data | None = None,
@@ -258,7 +262,7 @@ class ChecksMixin(ModelBase):
         known = tuple(modality.counts for modality in modelled(self.program.config))
         if sites is None:
             return known
-        wanted = (sites,) if isinstance(sites, str) else tuple(sites)
+        wanted = name_list("sites", sites)
         if not wanted or any(site not in known for site in wanted):
             raise ValueError(f"sites={sites!r} is not allowed: choose from {', '.join(map(repr, known))}.")
         return tuple(dict.fromkeys(wanted))
@@ -278,6 +282,8 @@ class ChecksMixin(ModelBase):
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
         """Those of the cells that the model was not trained on."""
         if adata is not None and adata is not self.adata:
+            if not hasattr(adata, "obs_names"):
+                raise TypeError(f"adata must be an AnnData or a MuData, got {shown(adata)}.")
             raise ValueError(
                 "held_out=True means the cells that training left out of its data, and adata is other data: "
                 "give held_out=False to check all of it."

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.data.checks import check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 
 
+@checked
 def compare_models(
     models: Mapping[str, MULTIVI],
     adata: Data | None = None,
@@ -80,7 +82,12 @@ def compare_models(
     (['nb', 'poisson'], [10, 10])
     """
     if not isinstance(models, Mapping) or len(models) < 2:
-        raise ValueError("models must be a mapping of at least two trained models, such as {'zinb': a, 'nb': b}.")
+        raise ValueError(
+            f"models={shown(models)} is not allowed: give a dictionary of at least two trained models, such as "
+            "{'zinb': a, 'nb': b}."
+        )
+    for name, model in models.items():
+        check_type(f"models[{name!r}]", model, MULTIVI)
     if adata is None and indices is None:
         indices = _same_held_out(models)
     (first, reference), *others = models.items()

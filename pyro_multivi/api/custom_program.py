@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import first_names, shown
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -42,7 +42,7 @@ def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], *
 def check_program(program_class: object) -> type[MultiVIProgram]:
     """The same class; anything but a class of programs is refused."""
     if not (isinstance(program_class, type) and issubclass(program_class, MultiVIProgram)):
-        raise TypeError(f"program_class must be a subclass of MultiVIProgram, got {program_class!r}.")
+        raise TypeError(f"program_class must be a subclass of MultiVIProgram, got {shown(program_class)}.")
     return program_class
 
 
@@ -68,6 +68,8 @@ def find_program(given: type[MultiVIProgram] | str, wanted: str, where: str) -> 
     ValueError
         If the two differ, or there is no such class.
     """
+    if not isinstance(given, str):
+        check_program(given)
     named = given if isinstance(given, str) else import_path(given)
     # A class defined in a notebook or script belongs to module __main__ there, and to another one elsewhere.
     same_name = named.partition(":")[2] == wanted.partition(":")[2]

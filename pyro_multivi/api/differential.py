@@ -9,6 +9,7 @@ import pandas as pd
 
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
 from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
@@ -18,10 +19,11 @@ from pyro_multivi.posterior.differential.request import DifferentialRequest
 class DifferentialMixin(ModelBase):
     """Methods that find the genes and regions in which groups of cells differ."""
 
+    @checked
     def differential_expression(
         self,
         adata: Data | None = None,
-        groupby: str | None = None,
+        groupby: str | Sequence[str] | None = None,
         group1: GroupChoice = None,
         group2: str | float | None = None,
         idx1: CellChoice = None,
@@ -61,7 +63,8 @@ class DifferentialMixin(ModelBase):
         adata
             Other cells; default: those of training. Nothing is written to them.
         groupby
-            Column of ``obs``. Cells without a value are in no group and in no rest.
+            Column of ``obs``, or a list of columns: then the groups are the combinations of their values, such as
+            "B cell, donor 1". Cells without a value are in no group and in no rest.
         group1
             A group, or a list of groups; default: every group in turn.
         group2
@@ -222,10 +225,11 @@ class DifferentialMixin(ModelBase):
         """
         return self._compare(RNA, locals())
 
+    @checked
     def differential_accessibility(
         self,
         adata: Data | None = None,
-        groupby: str | None = None,
+        groupby: str | Sequence[str] | None = None,
         group1: GroupChoice = None,
         group2: str | float | None = None,
         idx1: CellChoice = None,

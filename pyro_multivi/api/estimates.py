@@ -20,12 +20,14 @@ from pyro_multivi.api.arguments import (
     Indices,
     LibrarySize,
     OutPath,
+    as_json,
     average_over,
     check_threshold,
     choose_features,
     library_factor,
 )
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, region_factors
@@ -65,6 +67,7 @@ class EstimatesMixin(ModelBase):
         *, library_size: LibrarySize = ..., return_interval: float | None = ..., out: OutPath | None = ...,
         seed: int = ...,
     ) -> Estimates: ...  # fmt: skip
+    @checked
     def get_normalized_expression(
         self,
         adata: Data | None = None,
@@ -91,10 +94,8 @@ class EstimatesMixin(ModelBase):
 
         Parameters
         ----------
-        adata
-            Other cells; default: those of training.
-        indices
-            Positions, names or a mask of cells.
+        adata, indices
+            Other cells, default: those of training; positions, names or a mask of some of them.
         n_samples_overall
             Another name of ``n_samples``. (In scvi-tools it draws cells, not the posterior.)
         transform_batch
@@ -137,10 +138,8 @@ class EstimatesMixin(ModelBase):
 
         Raises
         ------
-        ValueError
-            If the model has no genes, a gene or batch is unknown, or an argument is out of range.
-        FileExistsError, FileNotFoundError, PermissionError
-            If ``out`` cannot be written.
+        ValueError, TypeError, OSError
+            If the model has no genes, a gene or batch is unknown, an argument is wrong, or ``out`` cannot be written.
 
         Examples
         --------
@@ -197,6 +196,7 @@ class EstimatesMixin(ModelBase):
         batch_size: int = ..., return_numpy: bool = ..., *, n_samples: int = ..., return_mean: bool = ...,
         return_interval: float | None = ..., out: OutPath | None = ..., silent: bool | None = ..., seed: int = ...,
     ) -> Estimates: ...  # fmt: skip
+    @checked
     def get_accessibility_estimates(
         self,
         adata: Data | None = None,
@@ -297,6 +297,7 @@ class EstimatesMixin(ModelBase):
         measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: OutPath,
         silent: bool | None = ..., seed: int = ...,
     ) -> Path: ...  # fmt: skip
+    @checked
     def impute(
         self,
         adata: Data | None = None,
@@ -380,10 +381,9 @@ class EstimatesMixin(ModelBase):
             Quantity(RNA.decoded, by_cell=library_factor(library_size, cells.n_cells, self.device)),
             self._accessibility(threshold, normalize_cells, normalize_regions),
         ]
-        sizes = library_size if isinstance(library_size, (str, int, float)) else "one number per cell"
         arguments = {
-            "transform_batch": transform_batch, "library_size": sizes, "threshold": threshold,
-            "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
+            "transform_batch": as_json(transform_batch), "library_size": as_json(library_size, "one number per cell"),
+            "threshold": threshold, "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
         }  # fmt: skip
         obs = self._obs_of(adata).iloc[cells.index.numpy()]
         return impute(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import check_choice, check_draws
+from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
@@ -39,6 +39,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., modality: str = ..., indices: Indices = ..., give_mean: bool = ...,
         batch_size: int = ..., return_dist: bool = ..., n_samples: int = ..., seed: int = ...,
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]: ...  # fmt: skip
+    @checked
     def get_latent_representation(
         self,
         adata: Data | None = None,
@@ -98,6 +99,7 @@ class LatentMixin(ModelBase):
         state = latent_state(self.program, cells, modality)
         return (state.mean, state.variance) if return_dist else state.point
 
+    @checked
     def get_library_size_factors(
         self, adata: Data | None = None, indices: Indices = None, batch_size: int = PREDICTION_BATCH
     ) -> dict[str, NDArray[np.float32]]:
@@ -142,6 +144,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> float | NDArray[np.float64]: ...  # fmt: skip
+    @checked
     def get_elbo(
         self,
         adata: Data | None = None,
@@ -202,6 +205,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> dict[str, float] | dict[str, NDArray[np.float64]]: ...  # fmt: skip
+    @checked
     def get_reconstruction_error(
         self,
         adata: Data | None = None,
@@ -264,6 +268,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., return_mean: bool = ...,
         batch_size: int = ..., return_se: bool = ..., seed: int = ...,
     ) -> MarginalLL: ...  # fmt: skip
+    @checked
     def get_marginal_ll(
         self,
         adata: Data | None = None,

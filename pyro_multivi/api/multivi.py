@@ -15,6 +15,7 @@ from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.saving.mixin import SavingMixin
 from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
@@ -94,6 +95,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
     (80, 3)
     """
 
+    @checked
     def __init__(
         self,
         adata: Data,
@@ -151,7 +153,8 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
             library="size_factor" if given_size else library,
             extra={name: len(features) for name, features in spec.extra.items()},
         )
-        config = configure(program_class, program_options or {}, **choices)
+        options = check_mapping("program_options", program_options, "{'name': value}")
+        config = configure(program_class, options, **choices)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             program = program_class(config)

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Names shown in a message: enough to recognise a pattern, few enough to read.
 _SHOWN = 5
 # Of the names one can choose from, more: the right one should be among them.
 _SHOWN_CHOICES = 12
+# Of a wrong value, in characters: a number, a name or a short list as a whole.
+_SHOWN_VALUE = 60
+
+#: Whole numbers among the arguments that may be 0; all others are at least 1.
+_FROM_ZERO = frozenset({
+    "seed", "n_genes", "n_regions", "n_labels", "n_covariates", "n_epochs_kl_warmup", "n_steps_kl_warmup", "start",
+    "least",
+})  # fmt: skip
+#: Numbers of draws, which people write as 1e3: a float that holds a whole number will do.
+_DRAWS = frozenset({"n_samples", "n_samples_overall", "n_mc_samples", "n_particles", "m_permutation"})
+#: Choices of some words, which the function that knows the words checks.
+_CHOICES = frozenset({
+    "gene_likelihood", "dispersion", "latent_distribution", "modality_weights", "modality_penalty", "use_batch_norm",
+    "use_layer_norm", "accelerator", "precision", "adversarial_target", "adversarial_schedule", "modality",
+    "hidden_depth", "mode", "test_mode", "unit", "weights", "probability",
+})  # fmt: skip
+#: What a seed, and any other whole number, may be at most: those of torch's generators, and of its shapes.
+_MOST_SEED, _MOST = 2**63 - 1, 2**31 - 1
 
 
 def first_names(names: Iterable[object], limit: int = _SHOWN) -> str:
@@ -73,15 +98,22 @@ def check_strings(names: Any, where: str) -> None:
         raise ValueError(f"{where} holds {number} names that are no strings, for instance {first!r}: {mend}.")
 
 
-def name_list(argument: str, value: Sequence[str] | str | None) -> tuple[str, ...]:
-    """A list of names, all of them strings; None is no name and one string is one name."""
-    if value is None:
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and shortened."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 3]}... ({type(value).__name__})"
+
+
+def name_list(argument: str, value: Iterable[str] | str | None) -> tuple[str, ...]:
+    """A list of names, all of them strings; None is no name, one string is one name, a set is put in order."""
+    found = unwrapped(value)
+    if found is None:
         return ()
-    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    names = tuple(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else (found,)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{argument} must be a list of strings; {name!r} is not a string.")
-    return names
+            raise TypeError(f"{argument} must be a list of strings; {shown(name)} is not a string.")
+    return tuple(sorted(names)) if isinstance(found, (set, frozenset)) else names
 
 
 def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
@@ -111,29 +143,198 @@ def least_draws(level: float) -> int:
 
 def check_draws(argument: str, value: Any, least: int = 1) -> int:
     """A number of draws: a whole number of at least ``least``, which a float may hold."""
-    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value % 1 == 0
-    if not whole or value < least:
-        raise ValueError(f"{argument}={value!r} is not allowed: give a whole number of at least {least}.")
-    return int(value)
+    found = unwrapped(value)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    return _whole(argument, found, least=least)
 
 
-def check_number(argument: str, value: Any) -> float:
-    """A finite number."""
-    numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not numeric or not np.isfinite(value):
-        raise ValueError(f"{argument}={value!r} is not a number.")
-    return float(value)
+def whole_numbers(argument: str, values: Any) -> list[int]:
+    """A list of whole numbers, or one of them alone."""
+    found = [unwrapped(value) for value in values] if isinstance(values, Iterable) else [unwrapped(values)]
+    if not found or not all(isinstance(number, int) and not isinstance(number, bool) for number in found):
+        raise _refused(argument, values, "a list of whole numbers")
+    return found
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    allowed: str = "",
+) -> float:
+    """A finite number, above or of at least some other if one is given; ``allowed`` ends the message."""
+    found = unwrapped(value)
+    numeric = isinstance(found, (int, float)) and not isinstance(found, bool)
+    # Everything is computed in float32, where larger numbers are infinite.
+    if not numeric or not abs(found) <= float(np.finfo(np.float32).max):
+        raise _refused(argument, value, f"a finite number{allowed}")
+    if above is not None and not found > above:
+        raise _refused(argument, value, f"a number above {above}{allowed}")
+    if least is not None and not found >= least:
+        raise _refused(argument, value, f"a number of at least {least}{allowed}")
+    return float(found)
 
 
 def check_choice(name: str, found: object, allowed: Sequence[str]) -> None:
     """Refuse what is not one of some words, and name them and the nearest."""
-    if found not in allowed:
+    if not isinstance(found, str) or found not in allowed:
         near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={found!r} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
+        raise ValueError(f"{name}={shown(found)} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
 
 
-def check_at_least(name: str, found: object, least: int) -> None:
-    """Refuse what is not an integer of at least ``least``."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < least:
-        raise ValueError(f"{name}={found!r} is not a whole number of at least {least}.")
+def check_type(argument: str, value: Any, kind: type, remedy: str = "") -> None:
+    """Refuse what is no object of a class; ``remedy`` follows in the message."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument} must be of class {kind.__name__}, got {shown(value)}{remedy}.")
+
+
+def check_mapping(argument: str, value: Any, example: str) -> dict[Any, Any]:
+    """A copy of a mapping; None is an empty one."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{argument}={shown(value)} is not allowed: give a dictionary such as {example}.")
+    return dict(value or {})
+
+
+def unwrapped(value: Any) -> Any:
+    """A number or string of numpy or torch, also an array of no dimensions, as Python's own; all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which refuses wrong values of its plain arguments before anything else happens.
+
+    Plain are those annotated as a number, a truth value, a string, a path or a device, or one of these or None. The
+    function gets them as Python's own types: ``np.int64(3)`` as 3.
+
+    Examples
+    --------
+    >>> @checked
+    ... def draw(n_samples: int, level: float | None = None) -> int:
+    ...     return n_samples
+    >>> draw(np.int64(3))
+    3
+    >>> draw(3, level="high")
+    Traceback (most recent call last):
+    ValueError: level='high' is not allowed: give a finite number, or None.
+    """
+    signature = inspect.signature(function)
+    plain = {name: each for name, each in signature.parameters.items() if _kind(each.annotation) in _PLAIN}
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            # Python's own error names the function too.
+            return function(*args, **kwargs)
+        for name, parameter in plain.items():
+            if name not in given.arguments:
+                continue
+            value = given.arguments[name]
+            if value is None and name == "batch_size" and isinstance(parameter.default, int):
+                # The default of scvi-tools, whose users pass it on.
+                value = parameter.default
+            given.arguments[name] = _check_plain(name, parameter.annotation, value)
+        return function(*given.args, **given.kwargs)
+
+    return run
+
+
+def check_fields(options: Any, kind: type) -> None:
+    """Refuse wrong values of the plain fields of a frozen dataclass, those of class ``kind``, as :func:`checked`."""
+    for entry in fields(kind):
+        if _kind(entry.type) in _PLAIN:
+            value = _check_plain(entry.name, str(entry.type), getattr(options, entry.name))
+            object.__setattr__(options, entry.name, value)
+
+
+def _check_plain(argument: str, annotation: str, value: Any) -> Any:
+    if value is None and annotation.endswith(_OR_NONE):
+        return None
+    check = _PLAIN[_kind(annotation)]
+    return check(argument, unwrapped(value), ", or None" if annotation.endswith(_OR_NONE) else "")
+
+
+def _kind(annotation: object) -> str:
+    return annotation.removesuffix(_OR_NONE) if isinstance(annotation, str) else ""
+
+
+def _refused(argument: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{argument}={shown(value)} is not allowed: give {allowed}.")
+
+
+def _whole(argument: str, value: Any, or_none: str = "", least: int | None = None) -> int:
+    if argument in _DRAWS and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if least is None:
+        least = 0 if argument in _FROM_ZERO else 1
+    most = _MOST_SEED if argument == "seed" else _MOST
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _refused(argument, value, f"a whole number of at least {least}{or_none}")
+    if value > most:
+        raise _refused(argument, value, f"a whole number of at most {most}{or_none}")
+    return int(value)
+
+
+def _number(argument: str, value: Any, or_none: str) -> float:
+    check_number(argument, value, allowed=or_none)
+    # An integer stays one, for messages to show it as it was given.
+    return value
+
+
+def _truth(argument: str, value: Any, or_none: str) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(argument, value, f"True or False{or_none}")
+    return value
+
+
+def _text(argument: str, value: Any, or_none: str) -> str:
+    if isinstance(value, str) or argument in _CHOICES:
+        return value
+    remedy = ""
+    several = not isinstance(value, bytes) and isinstance(value, Sequence) and all(isinstance(v, str) for v in value)
+    if several and len(value) > 1 and argument in ("batch_key", "labels_key", "labels"):
+        made = " + ', ' + ".join(f"obs[{name!r}].astype(str)" for name in value)
+        remedy = f". For the combination of several make a column of it: obs[{'_'.join(value)!r}] = {made}"
+    raise TypeError(f"{argument}={shown(value)} is not allowed: give one string{or_none}{remedy}.")
+
+
+def _path(argument: str, value: Any, or_none: str) -> str | os.PathLike[str]:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise TypeError(f"{argument}={shown(value)} is not allowed: give a path, a string or pathlib.Path{or_none}.")
+    return value
+
+
+def _device(argument: str, value: Any, or_none: str) -> Any:
+    import torch
+
+    if isinstance(value, str) and value == "auto":
+        value = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(value) if isinstance(value, (str, torch.device)) else None
+        if device is not None and device.type != "meta":
+            torch.empty(0, device=device)
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass
+    names = ", ".join(repr(f"cuda:{number}") for number in range(torch.cuda.device_count()))
+    found = f" or {names}" if names else " (torch finds no GPU)"
+    raise _refused(argument, value, f"a device of torch that is there: 'auto', 'cpu'{found}{or_none}")
+
+
+_OR_NONE = " | None"
+_PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
+    "int": _whole,
+    "float": _number,
+    "bool": _truth,
+    "str": _text,
+    "OutPath": _path,
+    "str | os.PathLike[str]": _path,
+    "str | torch.device": _device,
+    "torch.device | str": _device,
+}

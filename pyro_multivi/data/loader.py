@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.resident import ResidentTable
@@ -61,6 +62,7 @@ class Minibatches:
     [2, 3]
     """
 
+    @checked
     def __init__(
         self,
         table: CellTable | ResidentTable,

@@ -1,15 +1,16 @@
-"""Selection of cells by position, mask or name."""
+"""Selection of cells, or features, by position, mask or name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import nearest
+from pyro_multivi.data.checks import nearest, shown
 
 
 def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
@@ -44,11 +45,13 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     n = len(names)
     if indices is None:
         return torch.arange(n)
-    wanted = np.atleast_1d(np.asarray(indices))
+    wanted = as_list("indices", indices)
     if wanted.size == 0:
         raise ValueError("indices selects no cell: give at least one, or None for all cells.")
     if wanted.ndim != 1:
-        raise ValueError(f"indices has {wanted.ndim} dimensions: give a flat list of positions, names or a mask.")
+        raise ValueError(
+            f"indices={shown(indices)} has {wanted.ndim} dimensions: give a flat list of positions, names or a mask."
+        )
     if wanted.dtype == bool:
         if len(wanted) != n:
             raise ValueError(f"indices is a mask of {len(wanted)} cells and the data has {n}: give one value per cell.")
@@ -62,10 +65,40 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
         wanted = np.where(wanted < 0, wanted + n, wanted)
     elif wanted.dtype.kind in "OUS":
         place = {name: position for position, name in enumerate(names)}
-        unknown = [name for name in wanted.tolist() if name not in place]
+        unknown = [name for name in wanted.tolist() if not isinstance(name, str) or name not in place]
         if unknown:
-            raise KeyError(f"indices holds {unknown[0]!r}, which is no cell of the data. {nearest(unknown[0], names)}")
+            raise KeyError(
+                f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}"
+            )
         wanted = np.asarray([place[name] for name in wanted.tolist()])
     else:
-        raise ValueError(f"indices has values of type {wanted.dtype}: give positions, names, a mask or None.")
+        raise ValueError(
+            f"indices={shown(indices)} has values of type {wanted.dtype}: give positions, names, a mask or None."
+        )
     return torch.from_numpy(wanted.astype(np.int64))
+
+
+def as_list(argument: str, values: Any) -> NDArray[Any]:
+    """Positions, names or a mask as an array; one of them alone as a list of one.
+
+    Raises
+    ------
+    TypeError
+        If the values have no order of their own, as a set, or are no list.
+    """
+    if isinstance(values, (slice, bytes, Mapping)) or (isinstance(values, Set) and not hasattr(values, "mapping")):
+        raise TypeError(
+            f"{argument}={shown(values)} is not allowed: give a list of positions or names, or a mask; of a set "
+            "sorted(...), of a slice range(...)."
+        )
+    if isinstance(values, Iterable) and not isinstance(values, str) and not hasattr(values, "__array__"):
+        values = list(values)
+    try:
+        found = np.atleast_1d(np.asarray(values))
+        kinds = set(map(type, found.ravel().tolist())) if found.dtype == object else set()
+        # Objects of one plain type, such as pandas' nullable values, are an array of it.
+        return found.astype(kinds.pop()) if len(kinds) == 1 and kinds <= {bool, int} else found
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"{argument}={shown(values)} is not allowed: give a flat list of positions or names, or a mask ({error})."
+        ) from error

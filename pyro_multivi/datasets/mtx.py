@@ -14,7 +14,7 @@ import scipy.io
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import checked, first_names
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.datasets.assembly import ALLOWED, assemble, check_sizes, errors_naming, existing, variables
 
@@ -27,6 +27,7 @@ _FEATURES = ("features.tsv", "genes.tsv", "peaks.bed")
 _REGION = re.compile(r"\S+:\d+-\d+|chr\S+[-_]\d+[-_]\d+")
 
 
+@checked
 def read_10x_mtx(folder: str | os.PathLike[str]) -> AnnData:
     r"""Read a folder with ``matrix.mtx``, ``features.tsv`` and ``barcodes.tsv``, each plain or ``.gz``.
 

@@ -13,8 +13,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import check_unique, first_names
+from pyro_multivi.data.checks import check_unique, checked, first_names, name_list, shown
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
+from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, spelled
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class _Part:
     type_v: NDArray[np.object_]
 
 
+@checked
 def organize_multiome_anndatas(
     multi_anndata: AnnData | Any | None = None,
     rna_anndata: AnnData | None = None,
@@ -103,9 +105,14 @@ def organize_multiome_anndatas(
     >>> joined.obs["modality"].value_counts().to_dict()
     {'paired': 4, 'expression': 3, 'accessibility': 2}
     """
+    names = name_list("mudata_modalities", mudata_modalities)
+    if len(names) != len(MODALITIES):
+        raise ValueError(
+            f"mudata_modalities={shown(mudata_modalities)} is not allowed: give two names, of RNA and ATAC"
+        )
     parts = []
-    if multi_anndata is not None and hasattr(multi_anndata, "mod"):
-        parts.append(_from_mudata(multi_anndata, mudata_modalities, feature_type_key))
+    if is_mudata(multi_anndata):
+        parts.append(_from_mudata(multi_anndata, names, feature_type_key))
     elif multi_anndata is not None:
         parts.append(_from_anndata("multi_anndata", multi_anndata, PAIRED, feature_type_key))
     for modality, adata in ((RNA, rna_anndata), (ATAC, atac_anndata)):
@@ -134,7 +141,7 @@ def organize_multiome_anndatas(
 
 def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str) -> _Part:
     if not isinstance(adata, AnnData):
-        advice = f"; give its AnnData: {argument}.mod[...]" if hasattr(adata, "mod") else ""
+        advice = f"; give its AnnData: {argument}.mod[...]" if is_mudata(adata) else ""
         if isinstance(adata, (list, tuple, Mapping)):
             advice = (
                 "; join samples of the same features first: anndata.concat({'s1': a, 's2': b}, label='batch', "
@@ -174,7 +181,7 @@ def _usual_types(types: pd.Series[Any]) -> NDArray[np.object_]:
     return found.map(usual).to_numpy(dtype=object)
 
 
-def _from_mudata(mdata: Any, names: tuple[str, str], feature_type_key: str) -> _Part:
+def _from_mudata(mdata: Any, names: tuple[str, ...], feature_type_key: str) -> _Part:
     absent = [name for name in names if name not in mdata.mod]
     if absent:
         raise ValueError(

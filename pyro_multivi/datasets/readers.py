@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import checked, first_names
 from pyro_multivi.datasets.assembly import (
     ALLOWED,
     FEATURE_COLUMNS,
@@ -35,6 +35,7 @@ from pyro_multivi.datasets.mtx import read_10x_mtx as read_10x_mtx
 _PACKED = (".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz")
 
 
+@checked
 def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose type needs the extra
     """Read cells from a file or folder of any known format.
 
@@ -96,6 +97,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         return mdata
 
 
+@checked
 def read_10x_h5(path: str | os.PathLike[str]) -> AnnData:
     """Read a feature-barcode matrix in HDF5, for instance ``filtered_feature_bc_matrix.h5``.
 

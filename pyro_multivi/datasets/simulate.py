@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.checks import checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
 
@@ -54,6 +55,7 @@ class _Decoders:
         return _sigmoid(z_nk @ self.atac_loading_km + self.atac_bias_m + batch_nm)
 
 
+@checked
 def simulate_multiome(
     n_cells: Sequence[int] = (200, 100, 100),
     n_genes: int = 300,
@@ -185,7 +187,7 @@ def simulate_multiome(
     ((50, 50), (50, 50))
     """
     arguments: dict[str, Any] = {key: value for key, value in locals().items() if key != "return_mudata"}
-    arguments["n_cells"] = [int(count) for count in np.atleast_1d(n_cells)]
+    arguments["n_cells"] = whole_numbers("n_cells", n_cells)
     _check(arguments)
     n = sum(arguments["n_cells"])
     rng = np.random.default_rng(seed)

@@ -49,6 +49,7 @@ class ScaledBernoulli(CellDistribution):
 
     feature_parameters = ("p", "region_factor")
     cell_parameters = ("cell_factor",)
+    optional_parameters = ("region_factor",)
     links: ClassVar[dict[str, tuple[Link, ...]]] = {"p": ("sigmoid",)}
     support = constraints.independent(constraints.boolean, 1)
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {

@@ -14,6 +14,7 @@ from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_multivi.data.checks import shown
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.kernels.blocks import Entries
 from pyro_multivi.distributions.kernels.readout import Link, Readout
@@ -49,6 +50,8 @@ class CellDistribution(TorchDistribution):
     # Parameters with a trailing feature axis, and those with one number per cell.
     feature_parameters: ClassVar[tuple[str, ...]]
     cell_parameters: ClassVar[tuple[str, ...]]
+    # Those that may be None.
+    optional_parameters: ClassVar[tuple[str, ...]] = ()
     # Links that a readout may carry, by parameter.
     links: ClassVar[dict[str, tuple[Link, ...]]]
 
@@ -61,8 +64,12 @@ class CellDistribution(TorchDistribution):
         n_features = 1
         for name, value in parameters.items():
             setattr(self, name, value)
-            if value is None:
+            if value is None and name in self.optional_parameters:
                 continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} of {type(self).__name__} must be a tensor, got {shown(value)}")
+            if name not in self.cell_parameters and not value.dim():
+                raise ValueError(f"{name} of {type(self).__name__} must have an axis of features, got one number")
             if isinstance(value, Readout) and value.link not in self.links.get(name, ()):
                 raise ValueError(
                     f"{name} of {type(self).__name__} must have link "

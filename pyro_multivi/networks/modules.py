@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.checks import check_choice
+from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
@@ -66,6 +66,7 @@ class ProgramModules(nn.Module):
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
+        check_type("config", config, ProgramConfig)
         self.config = config
         # Param sites of two programs in one process must differ; see param_sites.py.
         self.uid = f"multivi{next(ProgramModules._uid)}"

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi.data.checks import check_choice, check_number, checked
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled
 from pyro_multivi.posterior.checks.result import outside
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ _BLUE, _ORANGE = PALETTE[0], PALETTE[5]
 _MOST_POINTS = 4000
 
 
+@checked
 def observed_against_replicated(
     table: pd.DataFrame, statistic: str, ax: Axes | None = None, level: float = 0.95, log: bool | None = None
 ) -> Axes:
@@ -41,10 +44,10 @@ def observed_against_replicated(
     KeyError
         If the table does not hold the statistic.
     """
-    part = table[table["statistic"] == statistic]
-    if not len(part):
-        known = ", ".join(map(repr, pd.unique(table["statistic"])))
-        raise KeyError(f"statistic={statistic!r} is not in the table: choose from {known}.")
+    part = _of_statistic(table, statistic)
+    level = check_number("level", level)
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is not allowed: give a probability such as 0.95.")
     part = part.dropna(subset=["observed", "replicated"])
     is_outside = pd.Series(np.logical_or(*outside(part["p_value"], level)), index=part.index)
     n_outside, n = int(is_outside.sum()), len(part)
@@ -91,6 +94,7 @@ def observed_against_replicated(
     return labelled(ax, f"{name}, replicated", f"{name}, observed")
 
 
+@checked
 def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -> Axes:
     """Hanging rootogram (Tukey): bars of observed counts hang from the curve of replicated ones.
 
@@ -103,6 +107,9 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -
     start
         Smallest count shown: zeros may dwarf all others.
     """
+    check_table("histogram", histogram, ("count", "observed", "replicated", "lower", "upper"))
+    if not (histogram["count"] >= start).any():
+        raise ValueError(f"start={start} is not allowed: the largest count of the histogram is less.")
     ax = axes_or_new(ax)
     histogram = histogram[histogram["count"] >= start]
     count = histogram["count"].to_numpy()
@@ -120,6 +127,7 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -
     return labelled(ax, "count", "square root of how often it occurs")
 
 
+@checked
 def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: int = 100) -> Axes:
     """Share of regions that were open against the predicted probability.
 
@@ -132,6 +140,7 @@ def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: 
     least
         Bins of fewer cell-region pairs are left out: their share is mostly chance.
     """
+    check_table("reliability", reliability, ("setting", "n", "predicted", "observed"))
     ax = axes_or_new(ax)
     shown = reliability[reliability["n"] >= least]
     for place, (setting, part) in enumerate(shown.groupby("setting", sort=False)):
@@ -163,6 +172,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax
         Axes to draw into; default: a new figure.
     """
+    check_table("coverage", coverage, ("setting", "counts", "nominal", "covered"))
     ax = axes_or_new(ax)
     for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
         ax.plot(part["nominal"], part["covered"], **_look(place), markersize=4, label=f"{setting}, {counts}")
@@ -171,6 +181,7 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return labelled(ax, "probability of the interval", "share of counts inside, observed", xlim=(0, 1), ylim=(0, 1))
 
 
+@checked
 def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | None = None) -> Axes:
     """Measured against predicted means of the features of a hidden modality, coloured by correlation over cells.
 
@@ -188,6 +199,8 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     KeyError
         If the modality was not hidden.
     """
+    check_table("imputed", imputed, ("modality", "measured", "imputed", "correlation"))
+    check_choice("modality", modality, [each.name for each in MODALITIES])
     part = imputed[imputed["modality"] == modality]
     if not len(part):
         raise KeyError(f"modality={modality!r} was not hidden and predicted in this check.")
@@ -208,6 +221,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     return labelled(ax, f"mean {modality}, predicted", f"mean {modality}, observed")
 
 
+@checked
 def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> Axes:
     """Histogram of the Bayesian p-values of a statistic; under the right model the bars are level.
 
@@ -220,13 +234,23 @@ def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = Non
     ax
         Axes to draw into; default: a new figure.
     """
+    p = _of_statistic(table, statistic)["p_value"].dropna()
     ax = axes_or_new(ax)
-    p = table.loc[table["statistic"] == statistic, "p_value"].dropna()
     edges = np.linspace(0, 1, 21)
     ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
     return labelled(ax, f"p-value, {statistic.replace('_', ' ')}", "number")
+
+
+def _of_statistic(table: pd.DataFrame, statistic: str) -> pd.DataFrame:
+    """Rows of a statistic."""
+    check_table("table", table, ("statistic", "observed", "replicated", "lower", "upper", "p_value"))
+    part = table[table["statistic"] == statistic]
+    if not len(part):
+        known = ", ".join(map(repr, pd.unique(table["statistic"])))
+        raise KeyError(f"statistic={statistic!r} is not in the table: choose from {known}.")
+    return part
 
 
 def _look(place: int) -> dict[str, Any]:

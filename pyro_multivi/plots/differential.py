@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi.data.checks import checked
+from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ _CHANGE_LABELS = {
 }
 
 
+@checked
 def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None = None, n_labels: int = 10) -> Axes:
     """Volcano plot: the size of changes against the evidence for them.
 
@@ -66,6 +68,7 @@ def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None 
     return labelled(ax, _CHANGE_LABELS[change], "log Bayes factor", title=comparison or "")
 
 
+@checked
 def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axes:
     """Bars of the features called higher in group 1 with the largest changes, for each comparison.
 
@@ -111,6 +114,7 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
 
 def _columns(table: pd.DataFrame) -> tuple[str, str]:
     """Names of the columns of a differential table that hold the change and the calls."""
+    check_table("table", table, ())
     change = next((name for name in _CHANGE_LABELS if name in table), None)
     called = next((str(name) for name in table if str(name).startswith(("is_de_fdr", "is_da_fdr"))), None)
     if change is None or called is None:

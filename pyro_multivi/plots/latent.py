@@ -13,7 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import require
-from pyro_multivi.plots.style import PALETTE, axes_or_new, distinct_colours, labelled
+from pyro_multivi.data.checks import checked
+from pyro_multivi.data.checks import shown as shown_value
+from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, distinct_colours, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +31,7 @@ _MISSING, _OTHER = "#D9D9D9", "#8C8C8C"
 
 def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Coordinates of cells in the plane of largest variance, (cells, 2)."""
+    latent = as_latent(latent)
     centred = latent - latent.mean(0)
     if centred.shape[1] == 1:
         centred = np.column_stack([centred, np.zeros(len(centred))])
@@ -69,6 +72,7 @@ def neighbour_embedding(latent: NDArray[np.floating[Any]], seed: int = 0) -> tup
     return manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latent), "t-SNE"
 
 
+@checked
 def latent_scatter(
     latent: NDArray[np.floating[Any]],
     labels: Sequence[Any] | None = None,
@@ -94,6 +98,9 @@ def latent_scatter(
     directions
         Name of the axes, for instance that of an embedding.
     """
+    latent = as_latent(latent)
+    if labels is not None and (isinstance(labels, (str, bytes)) or np.shape(labels) != (len(latent),)):
+        raise ValueError(f"labels={shown_value(labels)} is not allowed: give one for each of the {len(latent)} cells.")
     ax = axes_or_new(ax)
     xy = latent if latent.shape[1] == 2 else principal_plane(latent)
     size = float(np.clip(12_000 / max(len(xy), 1), 3, 16))
@@ -173,6 +180,7 @@ def _natural(name: Any) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(name))]
 
 
+@checked
 def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo", ax: Axes | None = None) -> Axes:
     """A loss over epochs, of training and validation cells.
 
@@ -190,6 +198,8 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
     KeyError
         If the quantity was not recorded.
     """
+    if not isinstance(history, Mapping):
+        raise TypeError(f"history={shown_value(history)} is not allowed: give the history of a model, model.history.")
     found = [name for name in (f"{quantity}_train", f"{quantity}_validation") if name in history]
     if not found:
         known = sorted({name.rsplit("_", 1)[0] for name in history})

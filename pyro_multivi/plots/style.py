@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.checks import first_names, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +22,37 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 def axes_or_new(ax: Axes | None) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None:
+        if not hasattr(ax, "transAxes"):
+            raise TypeError(f"ax={shown(ax)} is not allowed: give one of matplotlib's Axes, or None for a new figure.")
         return ax
     made: Axes = require("matplotlib.pyplot", "plot").subplots()[1]
     return made
+
+
+def check_table(argument: str, table: object, columns: Sequence[str]) -> None:
+    """Refuse what is no frame with some columns."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{argument}={shown(table)} is not allowed: give a table, a pandas DataFrame.")
+    absent = [name for name in columns if name not in table]
+    if absent:
+        raise ValueError(
+            f"{argument} lacks the columns {first_names(absent)}: give the table that the docstring names; it has "
+            f"{first_names(table.columns) or 'none'}."
+        )
+
+
+def as_latent(latent: ArrayLike) -> NDArray[np.floating[Any]]:
+    """Latent states as an array, (cells, K)."""
+    try:
+        found = np.asarray(latent, dtype=float)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 2 or 0 in found.shape or not np.isfinite(found).all():
+        raise ValueError(
+            f"latent={shown(latent)} is not allowed: give finite numbers of shape (cells, K), as "
+            "get_latent_representation returns them."
+        )
+    return found
 
 
 def labelled(ax: Axes, x: str, y: str, **options: Any) -> Axes:

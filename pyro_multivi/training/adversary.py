@@ -28,6 +28,9 @@ _ONE_ORIGIN = {
     "same in all training cells: choose adversarial_target='batch', or leave adversarial_mixing out.",
 }
 
+#: Columns that it adds to the history.
+RECORDED = ("adversary_train", "classifier_train")
+
 
 class Adversary:
     r"""Classifier of the origin of cells, trained beside the program, and the penalty that hides the origin from it.
@@ -132,7 +135,7 @@ class Adversary:
         """
         penalty, surprise, n = self._sums.tolist()
         self._sums.zero_()
-        return {"adversary_train": penalty / n, "classifier_train": surprise / n}
+        return dict(zip(RECORDED, (penalty / n, surprise / n), strict=True))
 
     def _origin(self, cells: Cells | CellTable) -> Tensor:
         """A number for the origin of each cell, (n,), int64."""

@@ -14,12 +14,13 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
+from pyro_multivi.data.checks import check_type, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
-from pyro_multivi.training.adversary import Adversary
+from pyro_multivi.training.adversary import RECORDED, Adversary
 from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
 from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
@@ -67,10 +68,22 @@ def fit(
     ------
     ContractError
         If model and guide do not fit together: checked on the first minibatch.
+    TypeError, ValueError
+        If an argument is of the wrong type, or ``early_stopping_monitor`` is no column of the history.
     TrainingDiverged
         If the loss is not finite; the message names the site and the cells. The program goes back to
         its best weights (without validation cells, it stays at the last finite ones).
     """
+    check_type("program", program, MultiVIProgram)
+    check_type("train", train, Minibatches)
+    for name, value, kind in (
+        ("validation", validation, Minibatches),
+        ("options", options, FitOptions),
+        ("history", history, History),
+        ("optimizer_state", optimizer_state, dict),
+    ):
+        if value is not None:
+            check_type(name, value, kind, ", or leave it out")
     options = options or FitOptions()
     history = history if history is not None else History()
     first = history.n_epochs
@@ -116,6 +129,7 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                     if validate:
                         check_contract(program, cells, options.elbo)
+                        _check_monitor(program, cells, options)
                     try:
                         with pyro.validation_enabled(validate), _no_nan_warning():
                             loss = objective(cells, weight)
@@ -147,11 +161,6 @@ def fit(
                 with average.in_place():
                     if validation is not None and is_due:
                         row.update(_named(evaluate(program, validation), "validation"))
-                        if stopping.monitor not in row:
-                            raise ValueError(
-                                f"early_stopping_monitor={stopping.monitor!r} is not recorded; choose one of "
-                                f"{', '.join(row)}."
-                            )
                     row["seconds"] = time.perf_counter() - started
                     history.add(row)
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
@@ -186,12 +195,30 @@ def fit(
 
 def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
     """Terms of the ELBO over minibatches, in evaluation mode, with noise of its own."""
+    check_type("program", program, MultiVIProgram)
+    if isinstance(cells, Cells) or not isinstance(cells, Iterable):
+        raise TypeError(f"cells={shown(cells)} is not allowed: give minibatches, for one a list of it.")
     terms = Terms()
     with evaluation_mode(program):
         torch.manual_seed(_VALIDATION_SEED)
         for minibatch in cells:
             terms += measure(program, minibatch)
     return terms
+
+
+def _check_monitor(program: MultiVIProgram, cells: Cells, options: FitOptions) -> None:
+    """Refuse a column that the history will not have, before anything is learned."""
+    if options.early_stopping_monitor == FitOptions.early_stopping_monitor:
+        return
+    terms = evaluate(program, [cells])
+    known = ["train_loss", "kl_weight", *_named(terms, "train"), *_named(terms, "validation")]
+    if options.adversarial_mixing:
+        known += RECORDED
+    if options.early_stopping_monitor not in known:
+        raise ValueError(
+            f"early_stopping_monitor={options.early_stopping_monitor!r} is not recorded; choose one of "
+            f"{', '.join(known)}."
+        )
 
 
 class _Snapshot:

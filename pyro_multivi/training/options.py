@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 
-from pyro_multivi.data.checks import check_choice
+from pyro_multivi.data.checks import check_choice, check_fields, check_number, check_type, checked, shown, unwrapped
 from pyro_multivi.networks.modules import PRECISIONS
 from pyro_multivi.program import MultiVIProgram
 
 #: Called after each epoch with its number, its row of the history and the program, which has the weights that it would
 #: have if training ended now; True stops training.
 Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
+
+#: Words of Lightning, which scvi-tools hands on, for our ones.
+_PRECISIONS = {"32": "fp32", "32-true": "fp32", "bf16-mixed": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class FitOptions:
 
     Raises
     ------
-    ValueError
-        If an option is out of range.
+    ValueError, TypeError
+        If an option is out of range or of the wrong type.
 
     Examples
     --------
@@ -36,7 +39,7 @@ class FitOptions:
     0.001
     >>> FitOptions(max_epochs=0)
     Traceback (most recent call last):
-    ValueError: max_epochs=0 is not allowed: give at least 1.
+    ValueError: max_epochs=0 is not allowed: give a whole number of at least 1.
     """
 
     max_epochs: int = 500
@@ -65,18 +68,15 @@ class FitOptions:
     adversarial_schedule: str = "warmup"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "callbacks", tuple(self.callbacks))
-        for name, least in (
-            ("max_epochs", 1),
-            ("check_val_every_n_epoch", 1),
-            ("early_stopping_patience", 1),
-            ("average_steps", 1),
-            ("n_epochs_kl_warmup", 0),
-            ("n_steps_kl_warmup", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} is not allowed: give at least {least}.")
+        object.__setattr__(self, "callbacks", _functions(self.callbacks))
+        object.__setattr__(self, "precision", _PRECISIONS.get(str(self.precision), self.precision))
+        if self.elbo is not None:
+            check_type("elbo", self.elbo, ELBO, ": give an ELBO of Pyro, or None")
+        check_fields(self, FitOptions)
+        for name in ("lr", "eps"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "early_stopping_min_delta"):
+            check_number(name, getattr(self, name), least=0)
         if self.effect_sd is not None and not self.effect_sd > 0:
             raise ValueError(
                 f"effect_sd={self.effect_sd} is not allowed: give a standard deviation above 0, or None for no prior."
@@ -88,9 +88,10 @@ class FitOptions:
             ("adversarial_target", ("modality", "batch")),
             ("adversarial_schedule", ("warmup", "constant")),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
                 choices = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: choose {choices}.")
+                raise ValueError(f"{name}={shown(value)} is not allowed: choose {choices}.")
         if not 0 < self.adversarial_weight < float("inf"):
             raise ValueError(
                 f"adversarial_weight={self.adversarial_weight} is not allowed: give a finite number above 0, "
@@ -103,6 +104,20 @@ class FitOptions:
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
 
+def _functions(callbacks: Any) -> tuple[Callback, ...]:
+    """Callbacks as a tuple; None is none."""
+    several = callbacks is None or isinstance(callbacks, Iterable)
+    found = tuple(callbacks or ()) if several else (callbacks,)
+    wrong = [each for each in found if not callable(each)]
+    if not several or wrong:
+        raise TypeError(
+            f"callbacks={shown(callbacks)} is not allowed: give a list of functions of (epoch, row, program)"
+            f"{f'; {shown(wrong[0])} is no function' if several else ''}."
+        )
+    return found
+
+
+@checked
 def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.device:
     """The torch device meant by scvi-tools' ``accelerator`` and ``devices``.
 
@@ -111,13 +126,19 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     ValueError
         If there is no such accelerator, or no GPU.
     """
-    number = "" if devices in ("auto", 1, "1") else f":{devices}"
-    if accelerator == "auto":
-        return torch.device(f"cuda{number}" if torch.cuda.is_available() else "cpu")
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if accelerator in ("gpu", "cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"accelerator={accelerator!r}, but torch finds no GPU: use accelerator='cpu' or 'auto'.")
-        return torch.device(f"cuda{number}")
-    raise ValueError(f"accelerator={accelerator!r} is not allowed: choose 'auto', 'cpu', 'gpu' or 'cuda'.")
+    check_choice("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and n_gpus > 0)
+    if on_gpu and not n_gpus:
+        raise ValueError(f"accelerator={accelerator!r}, but torch finds no GPU: use accelerator='cpu' or 'auto'.")
+    # 1 is a number of devices in scvi-tools: one, as everywhere here.
+    default = ("auto", "1", "-1")
+    known = default[:2] if on_gpu else default
+    wanted = unwrapped(devices)
+    valid = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+    text = str(wanted)
+    if not valid or text not in (*known, *(map(str, range(n_gpus)) if on_gpu else ())):
+        allowed = f", or the number of a GPU below {n_gpus}" if on_gpu else " (training runs on one processor)"
+        raise ValueError(f"devices={shown(devices)} is not allowed: give 'auto' or 1{allowed}.")
+    number = "" if text in known else f":{text}"
+    return torch.device(f"cuda{number}" if on_gpu else "cpu")

@@ -198,12 +198,12 @@ def test_mudata_holds_measured_cells_only(mosaic):
         ({"n_cells": 300}, r"n_cells is \(300,\); give three numbers"),
         ({"n_cells": (0, 0, 0)}, "not all zero"),
         ({"n_genes": 0}, "n_genes is 0; it must be at least 1"),
-        ({"n_batches": 0}, "n_batches is 0"),
+        ({"n_batches": 0}, "n_batches=0 is not allowed: give a whole number of at least 1"),
         ({"mean_library": 0.0}, "mean_library is 0.0; it must be finite and positive"),
         ({"batch_effect": -1.0}, "batch_effect is -1.0"),
         ({"type_separation": 1.1}, r"type_separation is 1.1; it must lie in \[0, 1\]"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
-        ({"mean_accessibility": float("nan")}, "mean_accessibility is nan"),
+        ({"mean_accessibility": float("nan")}, "mean_accessibility=nan is not allowed: give a finite number"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

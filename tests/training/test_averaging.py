@@ -149,5 +149,5 @@ def test_the_weights_kept_are_those_that_scored_best(build):
 
 
 def test_an_average_over_no_step_is_refused(build):
-    with pytest.raises(ValueError, match="average_steps=0 is not allowed: give at least 1"):
+    with pytest.raises(ValueError, match="average_steps=0 is not allowed: give a whole number of at least 1"):
         build(average_steps=0)

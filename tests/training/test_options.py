@@ -11,7 +11,7 @@ import torch
 
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.training import FitOptions, fit
+from pyro_multivi.training import FitOptions, fit, resolve_device
 
 
 def test_fit_has_the_options_of_train_and_their_defaults():
@@ -45,12 +45,12 @@ def test_fit_stops_early_by_the_same_options(build):
 
 
 WRONG = [
-    ({"max_epochs": 0}, "max_epochs=0 is not allowed: give at least 1"),
-    ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed: give at least 1"),
-    ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: give at least 1"),
-    ({"average_steps": 0}, "average_steps=0 is not allowed: give at least 1"),
-    ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed: give at least 0"),
-    ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed: give at least 0"),
+    ({"max_epochs": 0}, "max_epochs=0 is not allowed: give a whole number of at least 1"),
+    ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed: give a whole number of at least 1"),
+    ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: give a whole number of at least 1"),
+    ({"average_steps": 0}, "average_steps=0 is not allowed: give a whole number of at least 1"),
+    ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed: give a whole number of at least 0"),
+    ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed: give a whole number of at least 0"),
     ({"gradient_clip": 0.0}, "gradient_clip=0.0 is not allowed: give a norm above 0, or None"),
     ({"effect_sd": 0.0}, "effect_sd=0.0 is not allowed: give a standard deviation above 0, or None"),
     ({"effect_sd": np.nan}, "effect_sd=nan is not allowed"),
@@ -84,7 +84,13 @@ def test_wrong_options_are_refused_whoever_makes_them(options, match):
         ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed"),
         ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed"),
         ({"gradient_clip": 0.0}, "gradient_clip=0.0 is not allowed"),
-        ({"lr": -1.0}, "[Ll]earning rate|lr=-1.0"),
+        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number above 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 is not allowed: give a number of at least 0"),
+        ({"early_stopping_min_delta": np.nan}, "early_stopping_min_delta=nan is not allowed: give a finite number"),
+        ({"devices": 7, "accelerator": "cpu"}, "devices=7 is not allowed: give 'auto' or 1"),
+        ({"early_stopping_monitor": "nonsense"}, "early_stopping_monitor='nonsense' is not recorded; choose one of"),
+        ({"early_stopping_monitor": "nonsense", "train_size": 1.0}, "'nonsense' is not recorded"),
+        ({"early_stopping_monitor": "adversary_train"}, "'adversary_train' is not recorded"),
         ({"accelerator": "tpu"}, "accelerator='tpu' is not allowed"),
     ],
 )
@@ -95,6 +101,37 @@ def test_wrong_arguments_are_named_before_anything_happens(build, options, match
         model.train(**{"max_epochs": 1, "progress_bar": False, **options})
     assert not model.is_trained
     assert all(torch.equal(value, start[name]) for name, value in model.program.state_dict().items())
+
+
+def test_a_wrong_monitor_is_refused_before_anything_is_learned(build):
+    model, seen = build(), []
+    model.train(1, progress_bar=False)
+    before = {name: value.clone() for name, value in model.program.state_dict().items()}
+    with pytest.raises(ValueError, match="early_stopping_monitor='elbo' is not recorded"):
+        model.train(1, progress_bar=False, early_stopping_monitor="elbo", callbacks=[lambda *_: seen.append(1)])
+    assert seen == []
+    assert len(model.history["train_loss"]) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.program.state_dict().items())
+
+
+def test_a_column_of_the_adversary_may_be_monitored(build):
+    model = build()
+    model.train(2, progress_bar=False, adversarial_mixing=True, early_stopping_monitor="classifier_train")
+    assert len(model.history["classifier_train"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "found"),
+    [("auto", "auto", "cuda"), ("gpu", 1, "cuda"), ("cuda", np.int64(0), "cuda:0"), ("gpu", "2", "cuda:2"),
+     ("cpu", 1, "cpu"), ("cpu", -1, "cpu"), ("cpu", "auto", "cpu")],
+)  # fmt: skip
+def test_devices_of_a_machine_with_three_gpus(monkeypatch, accelerator, devices, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert resolve_device(accelerator, devices) == torch.device(found)
+    for wrong in (3, -2, "all", True, 1.0, None):
+        with pytest.raises(ValueError, match=r"devices=.* is not allowed: give 'auto' or 1"):
+            resolve_device(accelerator, wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

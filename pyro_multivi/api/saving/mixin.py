@@ -14,6 +14,7 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
 from pyro_multivi.api.saving.folder import broken, read_model, write_model
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
@@ -26,6 +27,7 @@ Model = TypeVar("Model", bound="SavingMixin")
 class SavingMixin(ModelBase):
     """Methods about saved models."""
 
+    @checked
     def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write the model to a folder, as a whole or not at all.
 
@@ -71,6 +73,7 @@ class SavingMixin(ModelBase):
         )
 
     @classmethod
+    @checked
     def load(
         cls: type[Model],
         dir_path: str | os.PathLike[str],

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import check_strings, check_unique, first_names, unknown_key
+from pyro_multivi.data.checks import check_strings, check_unique, first_names, shown, unknown_key
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.extra import ExtraSource
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
@@ -129,7 +129,7 @@ def open_data(data: Any, setup: Setup) -> Opened:
         return _open_mudata(data, setup)
     if isinstance(data, AnnData):
         return _open_anndata(data, setup)
-    raise TypeError(f"An AnnData or a MuData is needed, got {type(data).__name__}.")
+    raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}.")
 
 
 def _open_anndata(adata: AnnData, setup: Setup) -> Opened:

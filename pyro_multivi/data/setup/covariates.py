@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.checks import first_names, name_list, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
@@ -23,6 +23,51 @@ _LEAST_SIZE = np.float32(1e-30)
 def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
     """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
     return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
+
+
+def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "groupby") -> pd.Series[Any]:
+    """Groups of cells: a column of obs, or the combinations of several.
+
+    Combinations are named by the values of all columns, such as "B cell, donor 1", in the order of the columns'
+    categories. A cell without a value in one of them is in no group.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no such column, or other combinations have the same name.
+
+    Examples
+    --------
+    >>> obs = pd.DataFrame({"type": ["B", "T", "B"], "donor": [2, 1, 1]})
+    >>> grouping(obs, ["type", "donor"]).cat.categories.tolist()
+    ['B, 1', 'B, 2', 'T, 1']
+    """
+    names = name_list(argument, groupby)
+    if not names:
+        raise ValueError(f"{argument}={groupby!r} names no column of obs: give one, or a list of several.")
+    for name in names:
+        if name not in obs:
+            raise ValueError(f"{argument}={name!r} is no column of obs. {nearest(name, obs.columns)}")
+        if (obs.columns == name).sum() > 1:
+            raise ValueError(f"{argument}={name!r} is the name of several columns of obs: give each its own name.")
+    if len(names) == 1:
+        return obs[names[0]]
+    columns = [obs[name].astype("category").cat.remove_unused_categories() for name in dict.fromkeys(names)]
+    position_nk = np.stack([column.cat.codes.to_numpy(dtype=np.int64) for column in columns], axis=1)
+    complete = (position_nk >= 0).all(1)
+    combinations, code = np.unique(position_nk[complete], axis=0, return_inverse=True)
+    labels = [
+        ", ".join(str(column.cat.categories[place]) for column, place in zip(columns, row, strict=True))
+        for row in combinations.tolist()
+    ]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"{argument}={list(names)}: several combinations are named {first_names(twice)}. Rename some.")
+    code_n = np.full(len(obs), -1, dtype=np.int64)
+    code_n[complete] = code.reshape(-1)
+    return pd.Series(
+        pd.Categorical.from_codes(code_n, pd.Index(labels, dtype=object)), index=obs.index, name=", ".join(names)
+    )
 
 
 def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> NDArray[np.int64]:

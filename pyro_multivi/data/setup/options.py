@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pyro_multivi.data.checks import shown
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.data.vocabulary import spelled
 
@@ -134,6 +135,8 @@ class Setup:
         ValueError
             If the object was not set up, or by a version of the package that is not understood.
         """
+        if not hasattr(data, "uns"):
+            raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}.")
         verb = "setup_mudata(mdata, ...)" if is_mudata(data) else "setup_anndata(adata, ...)"
         kept = data.uns.get(UNS_KEY)
         if not isinstance(kept, Mapping) or "setup" not in kept:

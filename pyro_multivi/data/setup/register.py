@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from anndata import AnnData, ImplicitModificationWarning
 
-from pyro_multivi.data.checks import first_names, name_list, nearest
+from pyro_multivi.data.checks import check_mapping, checked, first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
@@ -34,6 +34,7 @@ _PLACED = (
 )
 
 
+@checked
 def setup_anndata(
     adata: AnnData,
     layer: str | None = None,
@@ -133,6 +134,7 @@ def setup_anndata(
     return _set_up(adata, _with_feature_types(setup, feature_type_values))
 
 
+@checked
 def setup_mudata(
     mdata: Any,
     rna_layer: str | None = None,
@@ -238,19 +240,22 @@ def _keep(data: Any, setup: Setup) -> None:
 
 
 def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
-    keys: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    found = unwrapped(value)
+    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, set))
+    keys: list[Any] = list(found) if several else [found]
     if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
         raise ValueError(
-            f"size_factor_key={value!r} must be the column of RNA size factors, or a list of that and the "
+            f"size_factor_key={shown(value)} must be the column of RNA size factors, or a list of that and the "
             f"column of ATAC size factors, [rna_column, atac_column]."
         )
     return keys[0], keys[1] if len(keys) == 2 else None
 
 
 def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
-    given = {str(word): meaning for word, meaning in (values or {}).items()}
+    found = check_mapping("modality_values", values, "{'both assays': 'paired'}")
+    given = {str(word): meaning for word, meaning in found.items()}
     for word, meaning in given.items():
-        if meaning not in MEASUREMENT_PATTERNS:
+        if not isinstance(meaning, str) or meaning not in MEASUREMENT_PATTERNS:
             raise ValueError(
                 f"modality_values[{word!r}] is {meaning!r} and must be one of {first_names(MEASUREMENT_PATTERNS)}."
             )
@@ -258,7 +263,7 @@ def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:
-    given = dict(values or {})
+    given = check_mapping("feature_type_values", values, "{'genes': 'Gene Expression', 'regions': 'Peaks'}")
     known = [modality.features for modality in MODALITIES]
     for word in given:
         if word not in known:
@@ -284,14 +289,14 @@ def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] 
 
 
 def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
-    given = dict(modalities or {})
+    given = check_mapping("modalities", modalities, "{'rna_layer': 'rna', 'atac_layer': 'atac'}")
     for argument, name in given.items():
         if argument not in _PLACED:
             raise ValueError(
                 f"modalities has the key {argument!r}, which is no argument that lies in a modality. "
                 f"{nearest(argument, _PLACED)}"
             )
-        if name not in mdata.mod:
+        if not isinstance(name, str) or name not in mdata.mod:
             raise ValueError(
                 f"modalities[{argument!r}] is {name!r}, which is not in mdata.mod. {nearest(name, mdata.mod)}"
             )

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key
+from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key, unwrapped
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
@@ -181,6 +181,7 @@ class DataSpec:
 
         Errors name ``argument``.
         """
+        batches = unwrapped(batches)
         if batches is None:
             return None
         single = isinstance(batches, (str, bool)) or not isinstance(batches, Iterable)

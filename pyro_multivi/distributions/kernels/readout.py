@@ -10,6 +10,7 @@ from pyro.ops.provenance import extract_provenance
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_multivi.data.checks import check_type
 from pyro_multivi.distributions.kernels.buffers import POOL
 
 Link = Literal["softmax", "sigmoid", "softplus", "identity"]
@@ -71,8 +72,12 @@ class Readout(torch.Tensor):
     def __new__(  # noqa: D102  see the class
         cls, hidden: Tensor, weight: Tensor, bias: Tensor, link: Link, gemm_dtype: torch.dtype | None = None
     ) -> Readout:
-        if link not in get_args(Link):
+        for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            check_type(name, value, Tensor)
+        if not isinstance(link, str) or link not in get_args(Link):
             raise ValueError(f"link must be one of {', '.join(get_args(Link))}, got {link!r}")
+        if gemm_dtype is not None:
+            check_type("gemm_dtype", gemm_dtype, torch.dtype)
         if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
             raise ValueError(
                 "hidden, weight and bias must have shapes (..., H), (F, H) and (F,), "

@@ -11,8 +11,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_choice, check_number, least_draws, nearest, number_of_draws
+from pyro_multivi.data.checks import check_choice, check_number, least_draws, name_list, number_of_draws
 from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.setup.covariates import grouping
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.checks.statistics import Grouping, cell_statistics, feature_statistics
 from pyro_multivi.posterior.engine.replicates import DEPTHS
@@ -125,9 +126,9 @@ class UserStatistic:
 
 
 def batches_and_groups(
-    spec: DataSpec, batch_n: NDArray[np.int64], obs: pd.DataFrame, groupby: str | None
+    spec: DataSpec, batch_n: NDArray[np.int64], obs: pd.DataFrame, groupby: str | Sequence[str] | None
 ) -> list[Grouping]:
-    """Groupings of cells by batch, if there are several, and by a column of their ``obs``, if one is named.
+    """Groupings of cells by batch, if there are several, and by columns of their ``obs``, if any are named.
 
     Raises
     ------
@@ -138,11 +139,10 @@ def batches_and_groups(
     if spec.n_batch > 1:
         found.append(Grouping(spec.setup.batch_key or "batch", batch_n, spec.batch_categories))
     if groupby is not None:
-        if groupby not in obs:
-            raise ValueError(f"groupby={groupby!r} is no column of obs. {nearest(groupby, list(obs))}")
-        groups = pd.Categorical([None if pd.isna(value) else str(value) for value in obs[groupby]])
-        if not found or groupby != found[0].by:
-            found.append(Grouping(groupby, groups.codes.astype(np.int64), list(map(str, groups.categories))))
+        column = grouping(obs, groupby)
+        groups = pd.Categorical([None if pd.isna(value) else str(value) for value in column])
+        if not found or column.name != found[0].by:
+            found.append(Grouping(str(column.name), groups.codes.astype(np.int64), list(map(str, groups.categories))))
     return found
 
 
@@ -154,7 +154,7 @@ def _built_in_and_user(statistics: Statistics, known: Sequence[str]) -> tuple[li
         if used:
             raise ValueError(f"statistics holds {used[0]!r}, the name of a built-in statistic: choose another name.")
         return list(known), {str(name): UserStatistic(str(name), function) for name, function in statistics.items()}
-    wanted = [statistics] if isinstance(statistics, str) else list(statistics)
+    wanted = list(name_list("statistics", statistics))
     if not wanted:
         raise ValueError("statistics is empty: name at least one, or None for all.")
     for name in wanted:

@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
+from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.files import write_whole
 
@@ -172,6 +173,7 @@ class PredictiveCheck:
                 )
         return pd.DataFrame(rows).astype({"fails": "boolean"}) if rows else pd.DataFrame()
 
+    @checked
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the summary and every table that is not empty to an existing folder; returns the paths."""
         written = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.selection import select_cells
+from pyro_multivi.data.setup.covariates import grouping
 
 #: Name of the second group when it is all other labelled cells.
 REST = "Rest"
@@ -50,7 +51,7 @@ class Contrast:
 def resolve_contrasts(
     obs: pd.DataFrame,
     names: Sequence[str],
-    groupby: str | None = None,
+    groupby: str | Sequence[str] | None = None,
     group1: GroupChoice = None,
     group2: str | float | None = None,
     idx1: CellChoice = None,
@@ -65,7 +66,8 @@ def resolve_contrasts(
     names
         Names of the cells, in the same order.
     groupby
-        Column of ``obs``. Cells without a value are in no group and in no rest.
+        Column of ``obs``, or several, whose combinations are the groups. Cells without a value are in no group and
+        in no rest.
     group1
         A group or several, each compared on its own; None for every group.
     group2
@@ -84,6 +86,9 @@ def resolve_contrasts(
     >>> obs = pd.DataFrame({"type": ["B", "T", "T"]}, index=["c1", "c2", "c3"])
     >>> [found.comparison for found in resolve_contrasts(obs, obs.index, "type")]
     ['B vs Rest', 'T vs Rest']
+    >>> obs["donor"] = [1, 1, 2]
+    >>> [found.comparison for found in resolve_contrasts(obs, obs.index, ["type", "donor"], ["T, 2"], "T, 1")]
+    ['T, 2 vs T, 1']
     >>> resolve_contrasts(obs, obs.index, idx1="type == 'T'")[0].index2
     tensor([0])
     """
@@ -99,10 +104,10 @@ def resolve_contrasts(
     return [_by_cells(obs, names, idx1, idx2)]
 
 
-def _by_column(obs: pd.DataFrame, groupby: str, group1: GroupChoice, group2: str | float | None) -> list[Contrast]:
-    if groupby not in obs:
-        raise ValueError(f"groupby={groupby!r} is not a column of obs. {nearest(groupby, obs.columns)}")
-    column = obs[groupby]
+def _by_column(
+    obs: pd.DataFrame, groupby: str | Sequence[str], group1: GroupChoice, group2: str | float | None
+) -> list[Contrast]:
+    column = grouping(obs, groupby)
     if isinstance(column.dtype, pd.CategoricalDtype):
         known = [str(value) for value in column.cat.categories]
     else:
@@ -175,7 +180,7 @@ def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: Sequenc
         return torch.from_numpy(np.unique(chosen).astype(np.int64))
     try:
         return torch.unique(select_cells(wanted, names))
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, TypeError) as error:
         message = str(error.args[0]).replace("indices", argument, 1).replace(", or None for all cells", "")
         raise ValueError(message) from error
 

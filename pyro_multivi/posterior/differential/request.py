@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_draws, check_number, number_of_draws
+from pyro_multivi.data.checks import check_draws, check_number, number_of_draws, shown
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.differential.effect import Change
@@ -91,8 +91,8 @@ class DifferentialRequest:
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not allowed: choose {' or '.join(map(repr, known))}.")
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name}={shown(value)} is not allowed: choose {' or '.join(map(repr, known))}.")
         self._check_change()
         for name in ("pseudocounts", "threshold_counts"):
             number = getattr(self, name)
@@ -128,7 +128,7 @@ class DifferentialRequest:
             )
         if self.m1_domain_fn is not None and not callable(self.m1_domain_fn):
             raise ValueError(f"m1_domain_fn={self.m1_domain_fn!r} is not a function of draws of the change.")
-        if self.delta == "default":
+        if isinstance(self.delta, str) and self.delta == "default":
             needed = self.mode == "change" and self.m1_domain_fn is None
             if needed and self.change.name not in DEFAULT_DELTA[self.modality]:
                 raise ValueError(
@@ -147,9 +147,9 @@ class DifferentialRequest:
         """``delta`` as a number: None if it is to be estimated, NaN where no change is compared with a bound."""
         if self.mode == "vanilla":
             return np.nan
-        if self.delta == "default":
+        if isinstance(self.delta, str):
             return DEFAULT_DELTA[self.modality].get(self.change.name, np.nan)
-        return None if self.delta is None else float(self.delta)
+        return None if self.delta is None else check_number("delta", self.delta)
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_multivi.data.checks import check_mapping, check_type, checked, name_list
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.distributions import Readout
@@ -59,10 +60,11 @@ def cells_at_a_time(batch_size: int, n_samples: int, whole_rows: int = 0) -> int
     return min(batch_size, max(1, min(ROWS // n_samples, fit)))
 
 
+@checked
 def draw(
     program: MultiVIProgram,
     cells: Cells,
-    sites: Sequence[str] = ("rho", "p"),
+    sites: str | Sequence[str] = ("rho", "p"),
     n_samples: int = 1,
     intervene: Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -99,8 +101,8 @@ def draw(
 
     Raises
     ------
-    ValueError
-        If there is no such site, or ``n_samples`` is below 1.
+    ValueError, TypeError
+        If there is no such site, ``n_samples`` is below 1, or an argument is of the wrong type.
 
     Examples
     --------
@@ -113,8 +115,13 @@ def draw(
     >>> drawn["z"].shape, drawn["rho"].select(torch.tensor([0, 3])).shape
     (torch.Size([5, 4, 2]), torch.Size([5, 4, 2]))
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples} is not allowed: give at least 1.")
+    check_type("program", program, MultiVIProgram)
+    check_type("cells", cells, Cells, ": model.minibatch(...) makes them of a model's data")
+    sites = name_list("sites", sites)
+    if not sites:
+        raise ValueError("sites=() is not allowed: name at least one site of the model.")
+    for name, value in check_mapping("intervene", intervene, "{'s': design}").items():
+        check_type(f"intervene[{name!r}]", value, Tensor)
     with evaluation_mode(program):
         latents = draw_latents(program, cells, n_samples, seed)
         return replay(program, cells, latents, sites, intervene, seed)
@@ -200,9 +207,10 @@ def _values(
 
     nodes = trace(program.model)
     known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
-    for name in (*sites, *forced):
-        if name not in known:
-            raise ValueError(f"{name!r} is no site of this model: choose from {', '.join(known)}.")
+    for argument, names in (("sites", sites), ("intervene", forced)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{argument}: {name!r} is no site of this model: choose from {', '.join(known)}.")
     if any(nodes[name]["is_observed"] and not is_deterministic(nodes[name]) for name in sites):
         # Counts are drawn. Nothing wide was evaluated so far: the second trace is what costs.
         torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))

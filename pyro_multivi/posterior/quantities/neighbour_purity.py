@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from pyro_multivi.data.checks import checked
 
+
+@checked
 def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k: int = 30) -> float:
     """Share of each cell's k nearest neighbours that have its label, averaged over cells.
 

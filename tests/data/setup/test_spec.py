@@ -216,5 +216,5 @@ def test_batch_code_of_numbers_as_names():
 
 
 def test_wrong_object(spec):
-    with pytest.raises(TypeError, match="An AnnData or a MuData is needed, got list"):
+    with pytest.raises(TypeError, match="adata must be an AnnData or a MuData, got"):
         spec.table([])

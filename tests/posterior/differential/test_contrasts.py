@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from pyro_multivi.posterior.differential.cell_pairs import DrawSelection, pair_order
-from pyro_multivi.posterior.differential.contrasts import Contrast, Partition
+from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, resolve_contrasts
 from pyro_multivi.posterior.differential.group_draws import DrawKey, choose_evenly
 
 
@@ -72,3 +73,46 @@ def test_any_draws_in_a_row_have_each_cell_nearly_as_often():
         assert np.ptp(times) <= 2
     for cell in range(7):
         assert number[chosen == cell].tolist() == list(range((chosen == cell).sum()))
+
+
+def combinations(**more) -> pd.DataFrame:
+    obs = pd.DataFrame(
+        {
+            "type": pd.Categorical(["T", "B", "B", "T", None, "B"], categories=["T", "B", "NK"]),
+            "donor": [10, 2, 10, 10, 2, 2],
+            **more,
+        }
+    )
+    return obs.set_axis([f"c{n}" for n in range(6)])
+
+
+def test_groups_of_two_columns_are_their_combinations():
+    obs = combinations()
+    found = resolve_contrasts(obs, list(obs.index), ["type", "donor"])
+    # In the order of the categories, numbers in that of numbers; the cell without a type is in no group and no rest.
+    assert [(one.group1, one.index1.tolist(), one.index2.tolist()) for one in found] == [
+        ("T, 10", [0, 3], [1, 2, 5]),
+        ("B, 2", [1, 5], [0, 2, 3]),
+        ("B, 10", [2], [0, 1, 3, 5]),
+    ]
+    (one,) = resolve_contrasts(obs, list(obs.index), ("type", "donor"), "B, 2", "T, 10")
+    assert (one.comparison, one.index1.tolist(), one.index2.tolist()) == ("B, 2 vs T, 10", [1, 5], [0, 3])
+
+
+def test_a_list_of_one_column_is_that_column():
+    obs = combinations()
+    alone, listed = (resolve_contrasts(obs, list(obs.index), groupby) for groupby in ("type", ["type"]))
+    assert [one.comparison for one in alone] == [one.comparison for one in listed] == ["T vs Rest", "B vs Rest"]
+
+
+def test_combinations_that_would_share_a_name_are_refused():
+    obs = combinations(first=["a, b", "a"] * 3, second=["c", "b, c"] * 3)
+    with pytest.raises(ValueError, match=r"groupby=\['first', 'second'\]: several combinations are named 'a, b, c'"):
+        resolve_contrasts(obs, list(obs.index), ["first", "second"])
+
+
+def test_a_name_of_several_columns_is_refused():
+    obs = combinations()
+    obs = pd.concat([obs, obs[["donor"]]], axis=1)
+    with pytest.raises(ValueError, match="groupby='donor' is the name of several columns of obs"):
+        resolve_contrasts(obs, list(obs.index), "donor")

@@ -14,7 +14,10 @@ TYPE = {"groupby": "cell_type", "group1": "type_0"}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"groupby": "celltype"}, "groupby='celltype' is not a column of obs. Did you mean 'cell_type'"),
+        ({"groupby": "celltype"}, "groupby='celltype' is no column of obs. Did you mean 'cell_type'"),
+        ({"groupby": ["cell_type", "donor"]}, "groupby='donor' is no column of obs"),
+        ({"groupby": []}, "groupby=\\[\\] names no column of obs"),
+        ({"groupby": ["cell_type", "batch"], "group1": "type_0"}, "no group of obs.* Known: 'type_0, batch_0'"),
         ({"groupby": "cell_type", "group1": "type0"}, "group1='type0' is no group .* Did you mean 'type_0'"),
         ({**TYPE, "group2": "type_9"}, "group2='type_9' is no group"),
         ({**TYPE, "group2": "type_0"}, "group1 and group2 are both 'type_0'"),
@@ -44,9 +47,9 @@ TYPE = {"groupby": "cell_type", "group1": "type_0"}
         ({**TYPE, "m1_domain_fn": 0.3}, "m1_domain_fn=0.3 is not a function"),
         ({**TYPE, "m1_domain_fn": lambda r: r}, "m1_domain_fn returned .* return a boolean array"),
         ({**TYPE, "delta": -0.1}, "delta=-0.1 is not allowed"),
-        ({**TYPE, "delta": "big"}, "delta='big' is not a number"),
+        ({**TYPE, "delta": "big"}, "delta='big' is not allowed: give a finite number"),
         ({**TYPE, "pseudocounts": -1}, "pseudocounts=-1 is not allowed"),
-        ({**TYPE, "threshold_counts": float("nan")}, "threshold_counts=nan is not a number"),
+        ({**TYPE, "threshold_counts": float("nan")}, "threshold_counts=nan is not allowed: give a finite number"),
         ({**TYPE, "fdr_target": 5}, "fdr_target=5 is not allowed"),
         ({**TYPE, "cred_interval_lvls": [0.9, 95]}, "cred_interval_lvls holds 95"),
         ({**TYPE, "n_samples": 1}, "a test needs at least 2 draws"),

@@ -1,0 +1,399 @@
+"""Wrong values of every argument of every public function: refused by name; numpy's own types: taken."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+import pyro_multivi as pm
+from pyro_multivi import distributions, plots, posterior, training
+from pyro_multivi.data.checks import shown
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.datasets.simulate import simulate_multiome
+from pyro_multivi.posterior.checks.result import PredictiveCheck
+from pyro_multivi.training.fit import evaluate
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**30
+THING = object()
+#: Wrong values of the arguments that are annotated as one plain type; None is one more where it is not allowed.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "int": (-1, 2.5, NAN, INF, HUGE, "16", b"16", "", True, [3], [], {3}, {}, slice(0, 3), THING, np.array([1, 2])),
+    "float": ("0.5", "", b"1", True, NAN, INF, -INF, HUGE**10, [0.1], [], {}, {0.1}, THING, np.array([0.1, 0.2])),
+    "bool": ("yes", "", 1, 0.0, NAN, [], [True], {}, THING, np.array([True, False])),
+    "str": (5, 0.5, True, b"a", ["a"], [], {"a"}, {}, THING, np.array(["a", "b"])),
+    "OutPath": (5, True, "", b"x", ["x"], "a\0b", {}, THING),
+    "str | os.PathLike[str]": (5, True, "", b"x", ["x"], "a\0b", {}, THING),
+    "str | torch.device": (5, True, "", "nonsense", "cuda:99", "meta", b"cpu", ["cpu"], THING),
+}
+#: Words that an argument does not know, and numbers outside its range, beside those of its type.
+BEYOND: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("lr", "eps", "gradient_clip", "effect_sd", "adversarial_weight"), (0, 0.0, -1.0)),
+    **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "pseudocounts", "threshold_counts"), (-1.0, -1e-9)),
+    **dict.fromkeys(("contrast_weight", "mixing_weight", "effect_size", "batch_effect", "library_sd"), (-1.0,)),
+    **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
+    **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
+    **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
+    **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),
+    **dict.fromkeys(("gene_likelihood", "dispersion", "latent_distribution", "library"), ("nonsense", "")),
+    **dict.fromkeys(("modality_weights", "modality_penalty", "use_batch_norm", "use_layer_norm"), ("nonsense", "")),
+    **dict.fromkeys(("accelerator", "precision", "adversarial_target", "adversarial_schedule"), ("nonsense", "")),
+    **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
+    **dict.fromkeys(("layer", "batch_key", "labels_key", "feature_type_key"), ("nonsense", "")),
+    **dict.fromkeys(("rna_layer", "atac_layer", "statistic", "quantity", "comparison"), ("nonsense", "")),
+    **dict.fromkeys(("n_genes", "n_regions"), (3,)),
+    "modality": ("nonsense", "", "rna"),
+    "early_stopping_monitor": ("nonsense", ""),
+}
+_CELLS = (1.5, "nobody", "", ["nobody"], [HUGE], [10**6], {1, 2}, slice(0, 3), [[1], [2]], [], {}, [True], [1.5],
+          [None], [[1], [2, 3]], b"x", THING, [THING], NAN, np.zeros((2, 2), dtype=int))  # fmt: skip
+_NAMES = (5, "nonsense", "", ["nonsense"], [5], True, 1.5, b"x", THING, [None])
+_BATCHES = (5, -1, HUGE, "nonsense", "", 1.5, True, [], ["nonsense"], [1.5], NAN, b"x", THING)
+_GROUPBY = (5, True, "nonsense", "", ["nonsense"], [], ["cell_type", 5], {}, b"x", THING, [["cell_type"]])
+_FRAME = (5, None, "x", [1], {}, THING, pd.DataFrame(), np.zeros((2, 2)))
+_TENSOR = (5, 0.5, None, "x", [1.0], THING, np.ones(3), torch.tensor(NAN), torch.full((1, 3), NAN))
+_DATA = (5, "x", [1], {}, True, THING, pd.DataFrame(), np.zeros((2, 2)))
+_CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
+#: Wrong values of all other arguments.
+OTHER: dict[str, tuple[Any, ...]] = {
+    "adata": _DATA,
+    "mdata": (*_DATA, None),
+    **dict.fromkeys(("multi_anndata", "rna_anndata", "atac_anndata"), _DATA),
+    **dict.fromkeys(("indices", "gene_list", "region_list", "idx1", "idx2"), _CELLS),
+    **dict.fromkeys(("transform_batch", "batchid1", "batchid2"), _BATCHES),
+    "library_size": (0, -1, NAN, INF, "nonsense", "", None, True, [1.0], [], {}, {1.0}, ["a"] * 24, [NAN] * 24, THING),
+    "groupby": _GROUPBY,
+    **dict.fromkeys(("group1", "group2"), ("nonsense", "", 5, NAN, {"nonsense"}, ["nonsense"], [], {}, THING)),
+    "delta": ("big", "", 0, -1, NAN, INF, True, [0.1], {}, THING, np.array([0.1, 0.2])),
+    "change_fn": (5, "nonsense", "", None, ["log-fold"], True, lambda a: a, THING),
+    "m1_domain_fn": (5, "nonsense", [len], True, THING),
+    "cred_interval_lvls": (0, 1, 2, NAN, "a", "", [2], ["a"], [[0.5]], True, {0.9}, {}, THING),
+    "statistics": (5, 1.5, "nonsense", "", [], ["nonsense"], [5], True, {"mean": len}, {"a": 5}, THING),
+    "sites": (5, 1.5, "nonsense", "", [], ["nonsense"], [5], True, THING),
+    "intervene": (5, "z", [1], {"nonsense": torch.ones(1)}, {"s": 5}, {5: torch.ones(1)}, True, THING),
+    "callbacks": (3, [3], "nonsense", lambda *_: None, True, THING),
+    "devices": (7, -3, 1.5, True, "x", "", None, [0], {}, THING),
+    "elbo": (5, "nonsense", Trace_ELBO, True, [], THING),
+    "program_class": _CLASS,
+    "program_options": (5, "x", [1], {"nonsense": 1}, {5: 1}, {"n_latent": 3}, True, THING),
+    "size_factor_key": (5, 1.5, "nonsense", "", ["a", "b", "c"], [], [5], {"a"}, True, b"x", THING),
+    **dict.fromkeys(("categorical_covariate_keys", "continuous_covariate_keys"), _NAMES),
+    **dict.fromkeys(("extra_obsm_keys", "extra_modalities"), _NAMES),
+    "modality_values": (5, "x", [1], {"a": "nonsense"}, {"a": 5}, {"a": None}, True, THING),
+    "feature_type_values": (5, "x", [1], {"nonsense": "a"}, {"genes": 5}, {"genes": [5]}, True, THING),
+    "modalities": (5, "x", [1], {"nonsense": "rna"}, {"rna_layer": "nonsense"}, {"rna_layer": 5}, True, THING),
+    "mudata_modalities": (5, "rna", ("rna",), ("rna", "x", "y"), (1, 2), None, True, THING),
+    "models": (5, None, "x", {}, [1, 2], {"a": 5, "b": 6}, True, THING),
+    "n_cells": (5, None, "abc", (1, 2), (-1, 1, 1), (0, 0, 0), (1.5, 1, 1), (True, 1, 1), {}, THING, ("1", 1, 1)),
+    **dict.fromkeys(("table", "histogram", "reliability", "coverage", "imputed"), _FRAME),
+    "ax": (5, "x", [1], True, THING),
+    "labels": (5, "x", "", ["a"], [], {}, True, THING),
+    "latent": (5, None, "x", [1.0], [["a", "b"]], np.zeros((0, 2)), np.full((3, 2), NAN), {}, THING),
+    "history": (5, "x", [1], True, THING),
+    "program": _CLASS,
+    "config": (5, None, "x", {}, pm.ProgramConfig, THING),
+    "cells": (5, None, True, THING),
+    "train": (5, None, [], True, THING),
+    **dict.fromkeys(("validation", "options", "optimizer_state"), (5, "x", [1], True, THING)),
+    "extra": (5, None, "x", [1], {"a": -1}, {"a": 0}, {"a": "3"}, {5: 3}, True, THING),
+    **dict.fromkeys(("rho", "library", "theta", "gate_logits", "p", "cell_factor"), _TENSOR),
+    "region_factor": (5, 0.5, "x", [1.0], THING, np.ones(3), torch.tensor([2.0, -1.0, NAN])),
+    **dict.fromkeys(("hidden", "weight", "bias"), (5, None, "x", [1.0], THING, np.ones(3), torch.ones(7, 9))),
+    "link": (5, None, "nonsense", "", True, ["softmax"], THING),
+    "gemm_dtype": (5, "float32", True, THING, np.float32),
+}  # fmt: skip
+#: Public, and made or called by the package itself, or without arguments of the user's.
+EXEMPT = {
+    "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
+    **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
+    **dict.fromkeys(("PALETTE", "__version__"), "a constant"),
+    **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
+    **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
+}
+#: Functions that know the allowed values of an argument of several.
+CHECKED_BY = {"n_genes": "MULTIVI", "n_regions": "MULTIVI", "early_stopping_monitor": "MULTIVI.train"}
+#: Arguments that torch checks.
+OF_TORCH = {"validate_args"}
+
+
+def _named() -> dict[str, Any]:
+    found = {name: getattr(module, name) for module in (pm, plots, posterior, training, distributions)
+             for name in module.__all__}  # fmt: skip
+    found["evaluate"] = evaluate
+    for owner in (pm.MULTIVI, PredictiveCheck):
+        members = inspect.getmembers(owner, callable)
+        found |= {f"{owner.__name__}.{name}": value for name, value in members if not name.startswith("_")}
+    return {name: value for name, value in found.items() if name not in EXEMPT}
+
+
+#: Public functions and classes by name.
+PUBLIC = _named()
+
+
+def arguments(name: str) -> dict[str, inspect.Parameter]:
+    """Arguments of a public function, without those of torch."""
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    return {key: each for key, each in parameters.items() if key not in OF_TORCH and key != "self"}
+
+
+def wrong_values(function: str, argument: str, annotation: str) -> Iterator[Any]:
+    """Wrong values of an argument, by its type or by its name."""
+    kind = annotation.removesuffix(" | None")
+    special = function in ("PoissonCounts", "NegativeBinomialCounts", "ZeroInflatedNegativeBinomialCounts")
+    if kind not in PLAIN or special:
+        yield from OTHER[argument]
+        return
+    zero = (
+        argument in ("seed", "n_genes", "n_regions", "n_labels", "n_covariates", "start", "least")
+        or "warmup" in argument
+    )
+    yield from () if kind != "int" or zero else (0,)
+    # Draws are written as 1e3: a float that holds a whole number of them will do.
+    draws = argument.startswith("n_samples") or argument in ("n_mc_samples", "n_particles", "m_permutation")
+    yield from () if kind != "int" or draws else (16.0,)
+    yield from PLAIN[kind]
+    # Checked against the data, or against what the first minibatch records.
+    if function == CHECKED_BY.get(argument, function):
+        yield from BEYOND.get(argument, ())
+    if kind == annotation and argument != "batch_size":
+        yield None
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """One tiny trained model, and what public functions take beside it."""
+    mpl.use("agg")
+    torch.manual_seed(0)
+    adata = simulate_multiome((24, 0, 0), n_genes=8, n_regions=10, n_batches=2, n_types=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    model = pm.MULTIVI(adata, n_hidden=4, n_latent=2)
+    model.train(1, train_size=0.5, progress_bar=False)
+    folder = tmp_path_factory.mktemp("arguments")
+    model.save(folder / "model")
+    check = model.posterior_predictive_check(n_samples=40)
+    table = model.differential_expression(groupby="cell_type", group1="type_0", n_samples=20)
+    table["is_de_fdr_0.05"] = table["lfc_mean"] > 0
+    return SimpleNamespace(
+        adata=adata, model=model, folder=folder, check=check, table=table,
+        plain=simulate_multiome((12, 0, 0), n_genes=4, n_regions=5),
+        mdata=simulate_multiome((12, 0, 0), n_genes=4, n_regions=5, return_mudata=True),
+        options={"seed": 0, "batch_size": 8},
+    )  # fmt: skip
+
+
+def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
+    """Arguments with which a call would work, and quickly."""
+    genes, program = (world.check.genes, world.model.program)
+    rho, one = torch.full((1, 3), 1 / 3), torch.ones(1)
+    differential = {"groupby": "cell_type", "n_samples": 20, "batch_correction": True}
+    calls: dict[str, dict[str, Any]] = {
+        "MULTIVI": {"adata": world.adata, "n_hidden": 4, "n_latent": 2},
+        "ProgramConfig": {"n_genes": 8, "n_regions": 10},
+        "MultiVIProgram": {"config": program.config},
+        "MULTIVI.setup_anndata": {"adata": world.adata},
+        "MULTIVI.setup_mudata": {"mdata": world.mdata, "modalities": {"rna_layer": "rna", "atac_layer": "atac"}},
+        "MULTIVI.train": {"max_epochs": 1, "accelerator": "cpu", "progress_bar": False, "train_size": 0.5},
+        "MULTIVI.save": {"dir_path": world.folder / "again", "overwrite": True},
+        "MULTIVI.load": {"dir_path": world.folder / "model", "adata": world.adata},
+        "MULTIVI.to_device": {"device": "cpu"},
+        "MULTIVI.posterior_predictive_check": {"n_samples": 40},
+        "MULTIVI.differential_expression": differential,
+        "MULTIVI.differential_accessibility": differential,
+        "MULTIVI.get_marginal_ll": {"n_mc_samples": 2},
+        "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
+        "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
+        "organize_multiome_anndatas": {"multi_anndata": world.plain},
+        "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},
+        "simulate_multiome": {"n_cells": (4, 0, 0), "n_genes": 4, "n_regions": 4},
+        "PredictiveCheck.to_csv": {"folder": world.folder},
+        "resolve_device": {"accelerator": "cpu"},
+        "fit": {"program": program, "train": Minibatches(world.model._table)},
+        "evaluate": {"program": program, "cells": []},
+        "draw": {"program": program, "cells": world.model.minibatch()},
+        "PoissonCounts": {"rho": rho, "library": one},
+        "NegativeBinomialCounts": {"rho": rho, "library": one, "theta": torch.ones(3)},
+        "ZeroInflatedNegativeBinomialCounts": {
+            "rho": rho, "library": one, "theta": torch.ones(3), "gate_logits": torch.zeros(3)},
+        "ScaledBernoulli": {"p": rho, "cell_factor": one},
+        "Readout": {"hidden": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), "link": "softmax"},
+        "observed_against_replicated": {"table": genes, "statistic": "mean"},
+        "p_value_histogram": {"table": genes, "statistic": "mean"},
+        "rootogram": {"histogram": world.check.histogram},
+        "calibration_curve": {"reliability": world.check.reliability},
+        "coverage_curve": {"coverage": world.check.coverage},
+        "imputed_against_measured": {"imputed": world.check.imputed, "modality": "expression"},
+        "latent_scatter": {"latent": np.zeros((3, 2))}, "principal_plane": {"latent": np.zeros((3, 2))},
+        "training_history": {"history": world.model.history},
+        "volcano": {"table": world.table}, "top_features": {"table": world.table},
+    }  # fmt: skip
+    return calls.get(name, {})
+
+
+def _bound(world: SimpleNamespace, name: str) -> Callable[..., Any]:
+    owner = {"MULTIVI": world.model, "PredictiveCheck": world.check}.get(name.partition(".")[0])
+    return getattr(owner, name.partition(".")[2]) if "." in name else PUBLIC[name]
+
+
+def cases(name: str) -> list[tuple[str, Any]]:
+    """Every argument of a public function with each of its wrong values."""
+    return [
+        (argument, value)
+        for argument, parameter in arguments(name).items()
+        for value in wrong_values(name, argument, str(parameter.annotation))
+    ]
+
+
+def _parts(value: Any) -> list[str]:
+    """Texts by which a message may show a value: itself, its class or shape, or something that it holds or lacks."""
+    found = [
+        shown(value),
+        type(value).__name__,
+        str(() if isinstance(value, type) else tuple(getattr(value, "shape", ()))),
+    ]
+    if isinstance(value, pd.DataFrame):
+        found += ["lacks the columns", "holds no changes"]
+    elif isinstance(value, torch.Tensor) and not value.dim():
+        found.append("one number")
+    elif isinstance(value, (list, tuple, set, dict)):
+        held = [*value, *value.values()] if isinstance(value, dict) else [*value]
+        found += [f"({len(held)},)", f"a mask of {len(held)} ", *(text for part in held for text in _parts(part))]
+        found += [] if held else ["empty", "selects no", "at least one"]
+    elif callable(value):
+        found.append("takes 1 arguments")
+    elif isinstance(value, str) and value:
+        found.append(f"not {value}.")
+    return found
+
+
+def test_every_public_argument_is_swept():
+    """A new argument of a public function has to say what is wrong for it: in PLAIN by its type, or in OTHER."""
+    lacking = [
+        f"{name}({argument}: {parameter.annotation})"
+        for name in PUBLIC
+        for argument, parameter in arguments(name).items()
+        if str(parameter.annotation).removesuffix(" | None") not in PLAIN and argument not in OTHER
+    ]
+    assert lacking == []
+    assert sum(len(cases(name)) for name in PUBLIC) > 3500
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_wrong_values_are_refused_by_name(world, name):
+    function, valid = _bound(world, name), _call(world, name)
+    before = torch.get_rng_state()
+    problems = []
+    for argument, value in cases(name):
+        given = {**valid, argument: value}
+        if argument in ("idx1", "idx2"):
+            given = {**{key: kept for key, kept in given.items() if key != "groupby"}, "idx1": [0], argument: value}
+        try:
+            function(**given)
+            problems.append(f"{argument}={shown(value)} is accepted")
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            message = str(error)
+            if argument not in message or not any(part in message for part in _parts(value)):
+                problems.append(f"{argument}={shown(value)}: {type(error).__name__}: {message[:150]}")
+        except Exception as error:
+            problems.append(f"{argument}={shown(value)}: {type(error).__name__}: {str(error)[:150]}")
+    assert not problems, "\n".join(problems)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def _as_numpy(value: Any) -> Any:
+    """The same number, truth value or word, as numpy holds it."""
+    if isinstance(value, bool):
+        return np.bool_(value)
+    if isinstance(value, (int, str)):
+        return np.array(value)
+    return np.float64(value) if isinstance(value, float) else value
+
+
+VERBS = {
+    "get_latent_representation": {"give_mean": False, "n_samples": 2},
+    "get_normalized_expression": {"n_samples": 3, "transform_batch": "batch_0", "library_size": 7.5},
+    "get_accessibility_estimates": {"n_samples": 3, "threshold": 0.25},
+    "get_marginal_ll": {"n_mc_samples": 3},
+    "differential_expression": {"groupby": "cell_type", "n_samples": 20, "delta": 0.1, "fdr_target": 0.25},
+    "posterior_predictive_check": {"n_samples": 40, "groupby": "cell_type"},
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_numpy_numbers_and_words_are_taken_for_their_values(world, name):
+    verb, given = getattr(world.model, name), {**VERBS[name], "seed": 3}
+    if name != "differential_expression":
+        given["batch_size"] = 5
+    expected, found = verb(**given), verb(**{key: _as_numpy(value) for key, value in given.items()})
+    if name == "posterior_predictive_check":
+        expected, found = expected.genes, found.genes
+    for one, other in zip(np.asarray(expected).ravel(), np.asarray(found).ravel(), strict=True):
+        assert one == other or one != one
+
+
+def test_arguments_of_numpy_are_recorded_with_what_is_imputed(world):
+    batches, sizes = np.array(["batch_0", "batch_1"]), np.full(24, 2.0)
+    filled = world.model.impute(transform_batch=batches, library_size=sizes, threshold=np.float64(0.25))
+    kept = json.loads(filled.uns["imputation"])
+    assert (kept["transform_batch"], kept["library_size"]) == (["batch_0", "batch_1"], "one number per cell")
+    assert json.loads(world.model.impute(library_size=np.array(3)).uns["imputation"])["library_size"] == 3
+
+
+CELLS = [4, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [tuple(CELLS), np.array(CELLS), np.array(CELLS, dtype=np.uint8), pd.Index(CELLS), pd.Series(CELLS),
+     torch.tensor(CELLS), dict.fromkeys(CELLS).keys(), iter(CELLS), pd.array(CELLS, dtype="Int64"),
+     np.array(CELLS, dtype=object)],
+    ids=lambda given: type(given).__name__,
+)  # fmt: skip
+def test_any_list_of_cells_and_genes_is_taken(world, given):
+    given = list(given) if isinstance(given, type(iter([]))) else given
+    found = world.model.get_normalized_expression(indices=given, gene_list=given)
+    names = world.adata.obs_names[CELLS], world.adata.var_names[CELLS]
+    assert found.index.tolist() == names[0].tolist()
+    assert found.columns.tolist() == names[1].tolist()
+    by_name = world.model.get_normalized_expression(indices=iter(names[0]), gene_list=pd.Series(names[1]))
+    pd.testing.assert_frame_equal(found, by_name)
+
+
+def test_defaults_that_scvi_tools_users_pass_on(world):
+    model = pm.MULTIVI(world.adata, n_hidden=np.int64(4), n_latent=np.int32(2), seed=np.uint8(3))
+    assert model.program.config.to_dict() == pm.MULTIVI(world.adata, n_hidden=4, n_latent=2).program.config.to_dict()
+    for devices, precision, device in (("auto", "32", "auto"), (1, "32-true", "cpu")):
+        accelerator = "auto" if devices == "auto" else "cpu"
+        model.train(accelerator=accelerator, devices=devices, batch_size=None, precision=precision, callbacks=None,
+                    train_size=np.float32(0.5), progress_bar=np.bool_(False), max_epochs=np.int64(1))  # fmt: skip
+        model.to_device(device)
+    assert model.get_latent_representation(batch_size=None).shape == (24, 2)
+    assert pm.MULTIVI.load(str(world.folder / "model"), world.adata, device="auto").is_trained
+
+
+def test_two_columns_compare_by_their_combination(world):
+    groups = ["cell_type", "batch"]
+    table = world.model.differential_expression(groupby=groups, n_samples=20)
+    assert table["group1"].unique().tolist() == [f"type_{t}, batch_{b}" for t in (0, 1) for b in (0, 1)]
+    other = world.adata.obs[groups].astype(str).agg("|".join, axis=1)
+    labelled = world.adata.copy()
+    labelled.obs["both"] = other
+    by_hand = world.model.differential_expression(labelled, groupby="both", n_samples=20)
+    np.testing.assert_array_equal(table["lfc_mean"], by_hand["lfc_mean"])
+    check = world.model.posterior_predictive_check(groupby=groups, n_samples=40)
+    assert "cell_type, batch" in set(check.groups["by"])
+
+
+@pytest.mark.parametrize("key", ["batch_key", "labels_key"])
+def test_one_column_is_asked_for_where_several_would_be_a_guess(world, key):
+    remedy = r"make a column of it: obs\['cell_type_batch'\] = obs\['cell_type'\].astype\(str\) \+ ', ' \+"
+    with pytest.raises(TypeError, match=rf"{key}=\['cell_type', 'batch'\] is not allowed: give one string.*{remedy}"):
+        pm.MULTIVI.setup_anndata(world.adata, **{key: ["cell_type", "batch"]})
