@@ -345,6 +345,7 @@ def test_dask_arrays_are_read_block_by_block(adata, form):
     assert (found.y.to_dense() == expected.y.to_dense()).all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of anndata and zarr, at writing
 def test_an_object_read_lazily(adata, tmp_path):
     pytest.importorskip("dask.array", reason="dask is not installed")
     pytest.importorskip("xarray", reason="xarray is not installed")
