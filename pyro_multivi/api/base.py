@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_multivi.api import saving as io
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modality_named
+from pyro_multivi.data.modality import modality_named, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.refit import refit
@@ -51,6 +55,13 @@ class ModelBase:
     adata: Any
     is_trained: bool
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Every public method of the mixins, and of classes of users.
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, isolated()(method))
+
     def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Data | None, table: CellTable | None) -> None:
         self.spec = spec
         self.program = program
@@ -63,6 +74,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ training
 
+    @isolated()
     def train(
         self,
         max_epochs: int = 500,
@@ -194,9 +206,14 @@ class ModelBase:
                     self.program, train, validation, options, self._history, self._optimizer_state
                 )
             self.is_trained = True
-            if validation is not None:
-                fit_depth_regressions(self.program, batches(split.train), validation)
-                fit_mixture(self.program, batches(split.train), validation)
+            calibrations = []
+            if validation is not None and len(modelled(self.spec)) > 1:
+                calibrations = [fit_depth_regressions, fit_mixture]
+            if progress_bar:
+                follows = "; calibration of imputation follows" if calibrations else ""
+                tqdm.write(f"{self._history.ending}{follows}", file=sys.stderr)
+            for calibrate in tqdm(calibrations, "calibration", disable=not (progress_bar and calibrations)):
+                calibrate(self.program, batches(split.train), validation)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 
@@ -211,12 +228,14 @@ class ModelBase:
         """Device of the program."""
         return next(self.program.parameters()).device
 
+    @isolated()
     def to_device(self, device: str | torch.device) -> None:
         """Move the program to a device."""
         self.program.to(device)
 
     # ------------------------------------------------------------------ files
 
+    @isolated()
     def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write the model to a folder, as a whole or not at all.
 
@@ -245,6 +264,7 @@ class ModelBase:
         io.write_model(dir_path, self.program.state_dict(), description, overwrite=overwrite, extra_files=extra)
 
     @classmethod
+    @isolated()
     def load(
         cls: type[Model],
         dir_path: str | os.PathLike[str],
@@ -303,6 +323,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ shared by the methods
 
+    @isolated()
     def minibatch(self, indices: Indices = None, adata: Data | None = None) -> Cells:
         """Some cells as the tensors that the program takes.
 

@@ -14,8 +14,10 @@ from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
+from pyro_multivi.isolation import isolated
 
 
+@isolated()
 def compare_models(
     models: Mapping[str, MULTIVI],
     adata: Data | None = None,

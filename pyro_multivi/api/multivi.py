@@ -17,6 +17,7 @@ from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -55,6 +56,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin):
     (80, 3)
     """
 
+    @isolated()
     def __init__(
         self,
         adata: Data,
