@@ -83,6 +83,7 @@ class Interruption:
         self._waits = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal, as Python hands it over."""
         self._waits = not self._waits
         if not self._waits:
             self.handler(number, frame)
