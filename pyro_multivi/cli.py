@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from pyro_multivi._files import whole_file
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
@@ -200,10 +201,11 @@ def _differential(options: argparse.Namespace) -> None:
     )
     # A feature has a row in each comparison: a column, unlike an index, need not be unique.
     table = table.rename_axis("feature").reset_index()
-    if out.suffix == ".csv":
-        table.to_csv(out, index=False)
-    else:
-        table.to_parquet(out, index=False)
+    with whole_file(out) as part:
+        if out.suffix == ".csv":
+            table.to_csv(part, index=False)
+        else:
+            table.to_parquet(part, index=False)
     called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
     for comparison, rows in table.groupby("comparison", sort=False):
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
@@ -253,9 +255,12 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         shares = pd.Series(labels).value_counts(normalize=True)
         figures["neighbour_purity_chance"] = float((shares**2).sum())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
-    pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns).to_csv(out / "latent.csv")
-    pd.concat(model.history.values(), axis=1).to_csv(out / "history.csv")
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with whole_file(out / "latent.csv") as part:
+        pd.DataFrame(latent, index=pd.Index(data.obs_names, name="cell"), columns=columns).to_csv(part)
+    with whole_file(out / "history.csv") as part:
+        pd.concat(model.history.values(), axis=1).to_csv(part)
+    with whole_file(out / "figures.json") as part:
+        part.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     model.save(out / "model", overwrite=True)
     written = ["latent.csv", "history.csv", "figures.json", "model/"]
     if _draw(latent, labels, model, out / "latent.png"):
@@ -279,5 +284,6 @@ def _draw(latent: Any, labels: Any, model: MULTIVI, path: Path) -> bool:
     plots.latent_scatter(latent, labels, left, "latent space")
     plots.training_history(model.history, "elbo", right)
     right.set_title("training")
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150)
     return True

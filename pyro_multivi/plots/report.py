@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_multivi import plots
+from pyro_multivi._files import whole_file
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
@@ -78,7 +79,8 @@ def check_and_report(
     check = model.posterior_predictive_check(groupby=labels, **arguments)
     out.mkdir(parents=True, exist_ok=True)
     written = [path.name for path in check.to_csv(out)]
-    (out / PAGE).write_text(page(model, check, labels), encoding="utf-8")
+    with whole_file(out / PAGE) as part:
+        part.write_text(page(model, check, labels), encoding="utf-8")
     return check, [*written, PAGE]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
+from pyro_multivi._files import whole_file
 from pyro_multivi.data.modality import MODALITIES
 
 #: Tables whose rows carry a p-value.
@@ -122,7 +123,8 @@ class PredictiveCheck:
         written = []
         for name, table in {"summary": self.summary(), **self.tables}.items():
             path = Path(folder) / f"{name}.csv"
-            table.to_csv(path, index=False)
+            with whole_file(path) as part:
+                table.to_csv(part, index=False)
             written.append(path)
         return written
 
