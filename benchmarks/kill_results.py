@@ -226,7 +226,7 @@ def _fork(work: Callable[[], Any], notes: Path | None = None) -> int:
         status = 1 if "is being written by another process" in str(error) else 3
     except OSError as error:
         status = 28 if error.errno in (errno.ENOSPC, errno.EFBIG) else 3
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         status = 3
     if status == 3 and notes is not None:
         notes.write_text(traceback.format_exc())
