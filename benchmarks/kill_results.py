@@ -35,20 +35,27 @@ import pyro_multivi as pm
 from pyro_multivi.posterior.quantities import containers, file_sink, unfinished
 
 WRITERS = {module.__file__ for module in (containers, file_sink, unfinished)}
+
+
+def _estimates(**arguments: Any) -> Callable[[pm.MULTIVI, Path], Any]:
+    arguments = {"n_samples": 2, "batch_size": 16, "silent": True, **arguments}
+    return lambda model, out: model.get_accessibility_estimates(out=out, **arguments)
+
+
+def _impute(model: pm.MULTIVI, out: Path) -> Any:
+    return model.impute(out=out, batch_size=16, silent=True)
+
+
 #: Names of results, and the calls that write them.
-CALLS: dict[str, Callable[[pm.MULTIVI, Path | None], Any]] = {
-    "dense.h5ad": lambda model, out: model.get_accessibility_estimates(out=out, **_asked(out, return_interval=0.9)),
-    "dense.zarr": lambda model, out: model.get_accessibility_estimates(out=out, **_asked(out)),
-    "sparse.h5ad": lambda model, out: model.get_accessibility_estimates(out=out, **_asked(out, threshold=0.3)),
-    "sparse.zarr": lambda model, out: model.get_accessibility_estimates(out=out, **_asked(out, threshold=0.3)),
-    "impute.h5ad": lambda model, out: model.impute(out=out, batch_size=32, silent=True),
-    "impute.zarr": lambda model, out: model.impute(out=out, batch_size=32, silent=True),
+CALLS: dict[str, Callable[[pm.MULTIVI, Path], Any]] = {
+    "dense.h5ad": _estimates(n_samples=25, return_interval=0.9),
+    "dense.zarr": _estimates(),
+    "sparse.h5ad": _estimates(threshold=0.3),
+    "sparse.zarr": _estimates(threshold=0.3),
+    "impute.h5ad": _impute,
+    "impute.zarr": _impute,
 }
 ENDS = ("kill", "interrupt", "full", "second")
-
-
-def _asked(out: Path | None, **arguments: Any) -> dict[str, Any]:
-    return {"n_samples": 25, "batch_size": 32, "silent": True, "return_numpy": out is None, **arguments}
 
 
 def main() -> int:
@@ -79,7 +86,7 @@ def main() -> int:
 
 
 def _model() -> pm.MULTIVI:
-    adata = pm.simulate_multiome((400, 100, 100), n_genes=200, n_regions=1500, n_batches=2, seed=0)
+    adata = pm.simulate_multiome((200, 60, 60), n_genes=100, n_regions=500, n_batches=2, seed=0)
     pm.MULTIVI.setup_anndata(adata, modality_key="modality", batch_key="batch")
     model = pm.MULTIVI(adata, n_hidden=16, n_latent=4)
     model.train(max_epochs=1, progress_bar=False)

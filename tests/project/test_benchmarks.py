@@ -68,9 +68,9 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in table}
 
 
-def test_results_survive_kills_and_ctrl_c_at_lines_of_the_code():
+def test_results_survive_kills_at_lines_of_the_code():
     pytest.importorskip("zarr")
-    command = [sys.executable, BENCHMARKS / "kill_results.py", "--trials", "12", "--steps", "--seed", "2"]
+    command = [sys.executable, BENCHMARKS / "kill_results.py", "--trials", "6", "--steps", "--seed", "2"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
