@@ -24,28 +24,48 @@ _SPARSE_CHUNK = 2**18
 
 
 class _File(io.FileIO):
-    """A file whose write errors wait until they are asked for: HDF5 crashes the process after a failed write."""
+    """A file whose write errors wait until they are asked for: HDF5 crashes the process after a failed write.
 
-    error: OSError | None = None
+    To HDF5 it looks as if all had been written: it has the size it should have, with zeros where nothing is.
+    """
+
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
+        self.error: OSError | None = None
+        self._size = os.fstat(self.fileno()).st_size
 
     def write(self, data: Any) -> int:
-        """Write, unless an earlier write failed; always all of it as far as HDF5 can tell."""
-        left = memoryview(data).cast("B")
-        size = len(left)
+        """Write, unless an earlier write failed."""
+        left, start = memoryview(data).cast("B"), self.tell()
+        end = start + len(left)
         while self.error is None and len(left):
             try:
                 left = left[super().write(left) :]
             except OSError as error:
                 self.error = error
-        return size
+        self._size = max(self._size, end)
+        self.seek(end)
+        return end - start
 
     def truncate(self, size: int | None = None) -> int:
         """Change the size."""
+        self._size = self.tell() if size is None else size
         try:
-            return super().truncate(size)
+            super().truncate(self._size)
         except OSError as error:
             self.error = self.error or error
-            return self.tell() if size is None else size
+        return self._size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Change the position."""
+        return super().seek(self._size + offset) if whence == os.SEEK_END else super().seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written, and zeros after it."""
+        whole = memoryview(buffer).cast("B")
+        n_read = super().readinto(whole) or 0
+        whole[n_read:] = bytes(len(whole) - n_read)
+        return len(whole)
 
 
 class Container:

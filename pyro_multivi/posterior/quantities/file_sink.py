@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -293,6 +293,10 @@ def check_path(out: str | os.PathLike[str]) -> Path:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={str(out)!r}: the folder {str(path.absolute().parent)!r} does not exist.")
     if path.exists():
+        if path.with_name(f".{path.name}.unfinished").is_dir():
+            # A kill just before its writer was done left it; if not, it stays.
+            with suppress(RuntimeError, FileExistsError):
+                UnfinishedFolder(path)
         raise FileExistsError(f"out={str(out)!r} exists and is not replaced: choose another path, or delete it.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise PermissionError(f"out={str(out)!r}: the folder {str(path.absolute().parent)!r} may not be written to.")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class UnfinishedFolder:
         self.data = self.folder / f"data{path.suffix}"
         self._lock = self._acquire()
         if path.exists():
-            self.remove()
+            # What a kill between the last two steps of its writer left, or this call began.
+            self.release() if self.data.exists() else self.remove()
             raise FileExistsError(f"out={str(path)!r} was completed by another process meanwhile.")
 
     def _acquire(self) -> int:
@@ -92,7 +94,7 @@ class UnfinishedFolder:
         """Delete everything but the lock."""
         for entry in self.folder.iterdir():
             if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _delete(entry)
 
     def publish(self) -> None:
         """Give the result its name and delete the folder."""
@@ -137,6 +139,18 @@ def _lock_file(descriptor: int) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         logger.warning("This file system has no locks (%s): do not write the same out= twice at once.", error)
+
+
+def _delete(entry: Path) -> None:
+    """Delete a file or folder, also while zarr's own thread ends what it was writing when another write failed."""
+    for wait in (0.01, 0.1, 0.5, None):
+        try:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            return
+        except OSError:
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 def _is_still_there(descriptor: int, path: Path) -> bool:

@@ -226,6 +226,20 @@ def test_a_file_that_another_completes_meanwhile_is_left_alone(out, monkeypatch)
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("has_data", [False, True])
+def test_what_a_kill_left_beside_a_whole_result_is_deleted(fitted, out, has_data):
+    fitted.get_normalized_expression(out=out, silent=True)
+    left = out.with_name(f".{out.name}.unfinished")
+    left.mkdir()
+    (left / "lock").touch()
+    if has_data:
+        # Of a result that is not complete, when a file of its name came from elsewhere.
+        (left / f"data{out.suffix}").touch()
+    with pytest.raises(FileExistsError, match="exists and is not replaced"):
+        fitted.get_normalized_expression(out=out, silent=True)
+    assert left.exists() == has_data
+
+
 @pytest.mark.parametrize("threshold", [None, 0.2], ids=["dense", "sparse"])
 @pytest.mark.parametrize("limit", [300, 6_000, 40_000])
 def test_a_full_disk_is_an_error_and_the_call_can_be_made_again(fitted, out, threshold, limit):
