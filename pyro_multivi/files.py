@@ -107,16 +107,19 @@ def _interrupted_at_end(stream: RecordingFile) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or replace it, in one step."""
-    _clear(path)
-    part, stream = _begin(path)
+    """Write a file, or replace it, in one step; an error of the operating system names it."""
     try:
-        with stream:
-            stream.write(content)
-            stream.finish()
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        _clear(path)
+        part, stream = _begin(path)
+        try:
+            with stream:
+                stream.write(content)
+                stream.finish()
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.isolation import isolated, uninterrupted
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 
 #: Sites that are terms of training, not of the model.
@@ -25,20 +26,25 @@ TRAINING_SITES = ("alignment", "mixing")
 
 @contextmanager
 def evaluation_mode(program: MultiVIProgram) -> Iterator[None]:
-    """Evaluate a program without gradients, dropout or validation; all states, also torch's random one, come back."""
-    modes = [(module, module.training) for module in program.modules()]
+    """Evaluate a program without gradients, dropout or validation; all states, also torch's random one, come back.
+
+    Ctrl-C acts when it is left.
+    """
     device = next(program.parameters()).device
-    program.eval()
-    try:
-        with (
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
+    with (
+        uninterrupted(),
+        isolated(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        modes = [(module, module.training) for module in program.modules()]
+        program.eval()
+        try:
             yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 @dataclass

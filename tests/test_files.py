@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyro_multivi.files import replacing, writing
+from pyro_multivi.files import replacing, write_whole, writing
 
 FILES = Path(__file__).parents[1] / "pyro_multivi" / "files.py"
 
@@ -252,3 +252,19 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(PermissionError, match=r"dir_path='model' could not be written \(Permission denied\)"):
         write()
+
+
+def test_a_disk_that_fills_up_is_an_error_that_names_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(OSError, match="table.csv") as caught:
+            write_whole(path, bytes(5_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import pandas as pd
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modality_named
+from pyro_multivi.data.modality import modality_named, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
@@ -24,6 +27,7 @@ from pyro_multivi.data.setup.adapter import frame_of
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
@@ -48,6 +52,13 @@ class ModelBase:
     adata: Any
     is_trained: bool
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Every public method of the mixins, and of classes of users.
+        for name, method in list(vars(cls).items()):
+            if isinstance(method, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, isolated()(method))
+
     def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Data | None, table: CellTable | None) -> None:
         self.spec = spec
         self.program = program
@@ -64,6 +75,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ training
 
+    @isolated()
     @checked
     def train(
         self,
@@ -201,10 +213,16 @@ class ModelBase:
                     self.program, train, validation, options, self._history, self._optimizer_state
                 )
             self.is_trained = True
-            fit_posterior_scale(self.program, batches(split.train))
-            if validation is not None:
-                fit_depth_regressions(self.program, batches(split.train), validation)
-                fit_mixture(self.program, batches(split.train), validation)
+            seen = batches(split.train)
+            calibrations = [partial(fit_posterior_scale, self.program, seen)]
+            if validation is not None and len(modelled(self.spec)) > 1:
+                calibrations += [
+                    partial(step, self.program, seen, validation) for step in (fit_depth_regressions, fit_mixture)
+                ]
+            if progress_bar:
+                tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
+            for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
+                calibrate()
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 
@@ -219,6 +237,7 @@ class ModelBase:
         """Device of the program."""
         return next(self.program.parameters()).device
 
+    @isolated()
     @checked
     def to_device(self, device: str | torch.device) -> None:
         """Move the program to a device."""
@@ -226,6 +245,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ shared by the methods
 
+    @isolated()
     def minibatch(self, indices: Indices = None, adata: Data | None = None) -> Cells:
         """Some cells as the tensors that the program takes.
 

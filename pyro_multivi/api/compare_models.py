@@ -16,8 +16,10 @@ from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.checks import check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
+from pyro_multivi.isolation import isolated
 
 
+@isolated()
 @checked
 def compare_models(
     models: Mapping[str, MULTIVI],

@@ -125,8 +125,8 @@ class EstimatesMixin(ModelBase):
             standard deviation. The noise of counts is no part of it. Needs at least 2 / (1 - return_interval) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
-            arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file
-            appears when it is complete; after an interruption make the same call again to go on.
+            arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it
+            is complete (until then it is in ``.NAME.unfinished``); after an interruption make the same call to go on.
         seed
             Seed of the draws. A cell's draws do not depend on the other cells.
 

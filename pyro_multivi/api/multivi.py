@@ -19,6 +19,7 @@ from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -95,6 +96,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
     (80, 3)
     """
 
+    @isolated()
     @checked
     def __init__(
         self,

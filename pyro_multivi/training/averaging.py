@@ -49,6 +49,11 @@ class RunningAverage:
         self._steps = steps
         self._average: list[Tensor] | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an average that differs from the latest weights."""
+        return self._average is not None
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after the ``step``-th step, counted from 1."""

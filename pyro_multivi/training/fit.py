@@ -18,13 +18,14 @@ from pyro_multivi.data.checks import check_type, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
+from pyro_multivi.isolation import PyroState, isolated, uninterrupted
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
 from pyro_multivi.training.adversary import RECORDED, Adversary
 from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
 from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
-from pyro_multivi.training.history import History
+from pyro_multivi.training.history import History, Stopwatch
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
 from pyro_multivi.training.options import FitOptions
@@ -36,6 +37,7 @@ logger = logging.getLogger("pyro_multivi")
 _VALIDATION_SEED = 20_230_629
 
 
+@isolated()
 def fit(
     program: MultiVIProgram,
     train: Minibatches,
@@ -47,7 +49,8 @@ def fit(
     """Minimise minus the ELBO of ``program`` over minibatches.
 
     The weights of the best epoch (by ``early_stopping_monitor``, with or without stopping early) are
-    restored at the end when there are validation cells. Ctrl-C ends training the same way.
+    restored at the end when there are validation cells. Ctrl-C ends training the same way: it acts between steps, a
+    second one within them. ``history.ending`` says why training ended.
 
     Parameters
     ----------
@@ -105,6 +108,9 @@ def fit(
     # Without weights to go back to there is no way back from a step that is not a number.
     monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
     interrupted = False
+    reason = "max_epochs is reached"
+    kept = "those of before, which no epoch improved on"
+    pyro_state, watch = PyroState(), Stopwatch()
     step = first * len(train)
     bar = tqdm(
         range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
@@ -112,7 +118,7 @@ def fit(
     loops = compiled_loops() if options.compile else nullcontext()
     # Torch's global generators stay as they were.
     forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
-    with forked, loops, bar:
+    with forked, loops, bar, uninterrupted() as interruption:
         torch.manual_seed(options.seed + first)
         program.use_precision(options.precision)
         try:
@@ -122,6 +128,7 @@ def fit(
                 terms, sizes = Terms(), []
                 monitor.begin_epoch(epoch)
                 for place, cells in enumerate(train):
+                    watch.lap("minibatches")
                     weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
                     validate = epoch == first and place == 0
@@ -152,11 +159,14 @@ def fit(
                     sizes.append(len(cells))
                     step += 1
                     average.update(step)
+                    watch.lap("steps")
+                    interruption.act()
                 losses = zip(monitor.end_epoch(), sizes, strict=True)
                 row = {"train_loss": sum(v * n for v, n in losses) / sum(sizes), "kl_weight": weight}
                 row.update(_named(terms, "train"))
                 if adversary is not None:
                     row.update(adversary.pop_record())
+                watch.lap("steps")
                 is_due = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == first + options.max_epochs
                 with average.in_place():
                     if validation is not None and is_due:
@@ -169,15 +179,23 @@ def fit(
                     # Until there is a score, the current weights are the best known.
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
+                        score = f", the best {stopping.monitor}" if is_better else ""
+                        kept = f"those of epoch {epoch + 1}{score}{_averaged(average)}"
+                    watch.lap("validation")
                     # Every callback is called, also after one that stops.
                     answers = [callback(epoch, row, program) for callback in options.callbacks]
+                    watch.lap("callbacks")
+                    interruption.act()
                     if any(answers):
+                        reason = "a callback stopped it"
                         break
                     if stopping.exhausted:
-                        logger.info("stopped at epoch %d: %s has not improved", epoch + 1, stopping.monitor)
+                        reason = f"{stopping.monitor} has not improved for {stopping.patience} epochs"
                         break
         except KeyboardInterrupt:
-            interrupted = True
+            # A second Ctrl-C may have left a plate of the model open.
+            pyro_state.restore()
+            interrupted, reason = True, "interrupted"
             logger.warning("interrupted in epoch %d; the model is usable", history.n_epochs + 1)
         finally:
             # Also after an error: the program must never stay at weights that diverged. Only what was
@@ -187,9 +205,14 @@ def fit(
             if best is not None and (history.n_epochs > first or not interrupted):
                 best.restore(program)
             else:
+                kept = f"the latest{_averaged(average)}"
                 average.settle()
             program.use_precision("fp32")
             program.eval()
+    watch.lap("restoring")
+    n_epochs = history.n_epochs - first
+    history.ending = f"trained {n_epochs} epochs in {watch}: {reason}; its weights are {kept}"
+    logger.info(history.ending)
     return history, state
 
 
@@ -233,6 +256,10 @@ class _Snapshot:
 
     def restore(self, program: MultiVIProgram) -> None:
         program.load_state_dict(self._state)
+
+
+def _averaged(average: RunningAverage) -> str:
+    return " (averaged over the steps before)" if average.has_begun else ""
 
 
 def _named(terms: Terms, split: str) -> dict[str, float]:

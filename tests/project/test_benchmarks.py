@@ -68,6 +68,16 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in table}
 
 
+def test_results_survive_kills_at_lines_of_the_code():
+    pytest.importorskip("zarr")
+    command = [sys.executable, BENCHMARKS / "kill_results.py", "--trials", "6", "--steps", "--seed", "2"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kill: a part to go on from" in done.stdout
+    assert "FAULT" not in done.stdout
+
+
 def test_ratios_are_paired_within_rounds():
     # scvi-tools 8, 12, 40 and ours 4, 3, 20: the medians have ratio 3, the paired ratios are 2, 4, 2.
     records = [record("peer", n, training(99.0, epoch)) for n, epoch in enumerate((8.0, 12.0, 40.0))]

@@ -16,6 +16,7 @@ from pyro_multivi.api.saving.description import Description, difference_of_cells
 from pyro_multivi.api.saving.folder import broken, read_model, write_model
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
 
@@ -73,6 +74,7 @@ class SavingMixin(ModelBase):
         )
 
     @classmethod
+    @isolated()
     @checked
     def load(
         cls: type[Model],

@@ -19,6 +19,7 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
+from pyro_multivi.isolation import isolated
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -34,6 +35,7 @@ _PLACED = (
 )
 
 
+@isolated()
 @checked
 def setup_anndata(
     adata: AnnData,
@@ -134,6 +136,7 @@ def setup_anndata(
     return _set_up(adata, _with_feature_types(setup, feature_type_values))
 
 
+@isolated()
 @checked
 def setup_mudata(
     mdata: Any,

@@ -1,7 +1,7 @@
 """A result too large for memory, written to an AnnData file block by block.
 
-The file grows under a hidden name beside its own and gets its own name when it is complete, so a
-file of that name is always a whole result. It remembers how many cells are complete and of which
+The file grows in a hidden folder beside its own place and gets its own name when it is complete, so a
+file of that name is always a whole result. The folder remembers how many cells are complete and of which
 request: the same request made again goes on from there.
 """
 
@@ -11,13 +11,12 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -26,16 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi._optional import require
+from pyro_multivi.isolation import uninterrupted
+from pyro_multivi.posterior.quantities.containers import Container, container
+from pyro_multivi.posterior.quantities.unfinished import UnfinishedFolder
 
 logger = logging.getLogger("pyro_multivi")
 
 SUFFIXES = (".h5ad", ".zarr")
-#: Attribute of a file that is not complete.
-_MARK = "pyro_multivi_unfinished"
-# Cells x features of a chunk, 1 MB in float32: neither rows nor columns are slow to read.
-_CHUNK = (256, 1024)
-# Stored entries of a chunk of a sparse matrix.
-_SPARSE_CHUNK = 2**18
 
 
 class Store:
@@ -60,6 +56,8 @@ class Store:
     ------
     RuntimeError
         If another process is writing the same file.
+    OSError
+        If a write fails, for instance because the disk is full; it names ``out``.
     """
 
     def __init__(
@@ -73,51 +71,45 @@ class Store:
         sparse: Mapping[str, str] | None = None,
     ) -> None:
         self.path = check_path(out)
-        self._part = self.path.with_name(f".{self.path.name}.unfinished")
-        self._request = request
-        self._places = {**(dense or {}), **(sparse or {})}
-        self._shape = (len(obs), len(var))
         self.n_done = 0
-        self._root: Any = None
-        if self._part.exists():
-            self._root = self._resume()
-        if self._root is None:
+        self._request = request
+        self._frame = AnnData(obs=obs, var=var, uns=dict(uns))
+        self._dense, self._sparse = dict(dense or {}), dict(sparse or {})
+        self._container: Container | None = None
+        self._rows: dict[str, _SparseRows] = {}
+        self._is_damaged = False
+        with uninterrupted(), self._writing():
+            self._folder = UnfinishedFolder(self.path)
             try:
-                self._begin(AnnData(obs=obs, var=var, uns=dict(uns)), list((dense or {}).values()), sparse or {})
+                if not self._resume():
+                    self._begin()
             except BaseException:
                 # For instance a column of obs that AnnData cannot write.
                 self._close()
-                _remove(self._part)
+                self._folder.remove()
                 raise
-        else:
-            for place in (sparse or {}).values():
-                # Rows of a minibatch that was not complete are dropped.
-                n_stored = int(self._root[place]["indptr"][self.n_done])
-                for part in ("data", "indices"):
-                    self._root[place][part].resize((n_stored,))
 
     # ------------------------------------------------------------------ as a sink
 
     def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
         """See :class:`~pyro_multivi.posterior.quantities.array_sink.Sink`."""
-        self._root[self._places[name]][rows, features] = values
+        assert self._container is not None
+        with self._writing():
+            self._container.put(self._dense[name], rows, features, values)
 
     def append(self, name: str, rows: sp.csr_matrix) -> None:
         """See :class:`~pyro_multivi.posterior.quantities.array_sink.Sink`."""
-        matrix = self._root[self._places[name]]
-        first = matrix["data"].shape[0]
-        for part, values in (("data", rows.data), ("indices", rows.indices)):
-            matrix[part].resize((first + rows.nnz,))
-            matrix[part][first:] = values
-        matrix["indptr"][self.n_done + 1 : self.n_done + 1 + rows.shape[0]] = first + rows.indptr[1:].astype(np.int64)
+        with uninterrupted(), self._writing():
+            self._rows[name].append(rows)
 
     def commit(self, n_done: int) -> None:
         """See :class:`~pyro_multivi.posterior.quantities.array_sink.Sink`."""
-        # The data first, so that the mark never promises what is not on disk.
-        self._flush()
-        self.n_done = n_done
-        self._mark()
-        self._flush()
+        with uninterrupted(), self._writing():
+            # The data first, so that the progress never promises what is not on disk.
+            if self._container is not None:
+                self._container.flush()
+            self.n_done = n_done
+            self._note(self._n_safe())
 
     # ------------------------------------------------------------------ from beginning to end
 
@@ -127,94 +119,162 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish()
-            return
-        self._close()
-        if self.n_done == 0:
-            _remove(self._part)
-            return
-        logger.warning(
-            "out=%r: stopped after %d of %d cells. Make the same call again to go on, or delete %s.",
-            str(self.path), self.n_done, self._shape[0], self._part,
-        )  # fmt: skip
+        with uninterrupted():
+            try:
+                if kind is None:
+                    with self._writing():
+                        self._finish()
+            except BaseException:
+                self._stop()
+                raise
+            if kind is not None:
+                self._stop()
 
-    def _begin(self, frame: AnnData, dense: Sequence[str], sparse: Mapping[str, str]) -> None:
-        if _is_zarr(self.path):
-            zarr = require("zarr", "zarr")
-            # Version 2 of the format is read by every AnnData we support.
-            version = {"zarr_format": 2} if hasattr(zarr.Group, "create_array") else {}
-            _write_frame(zarr.open_group(str(self._part), mode="w", **version), frame)
-        else:
-            with h5py.File(self._part, "w") as file:
-                _write_frame(file, frame)
-        self._root = self._open()
-        n_cells, n_features = self._shape
-        for place in dense:
-            array = self._create(place, self._shape, np.float32, tuple(map(min, self._shape, _CHUNK)))
-            array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        for place in sparse.values():
-            matrix = self._root.create_group(place)
-            for part, kind in (("data", np.float32), ("indices", np.int32)):
-                self._create(f"{place}/{part}", (0,), kind, (_SPARSE_CHUNK,), grows=True)
-            self._create(f"{place}/indptr", (n_cells + 1,), np.int64, (min(n_cells + 1, _SPARSE_CHUNK),))[:] = 0
-            matrix.attrs.update(
-                {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [n_cells, n_features]}
-            )
-        self._mark()
-        self._flush()
+    def _begin(self) -> None:
+        # Also where all matrices are sparse, which come last: what cannot be written is found before the work.
+        begun = container(self._folder.data, self._frame, list(self._dense.values()))
+        self._keep(begun)
+        self._rows = {name: _SparseRows(self._folder.folder, name, 0) for name in self._sparse}
+        self._note(0)
 
-    def _resume(self) -> Any:
-        """The unfinished file if it belongs to this request; otherwise it is removed."""
+    def _resume(self) -> bool:
+        """Go on where an unfinished file of this request ends; otherwise delete it."""
         try:
-            self._root = self._open()
-            mark = json.loads(self._root.attrs[_MARK])
-            if mark["request"] == self._request:
-                self.n_done = int(mark["n_done"])
-                logger.info("out=%r: going on after %d cells.", str(self.path), self.n_done)
-                return self._root
-            why = "was left by another request"
-        except BlockingIOError as error:
-            raise RuntimeError(f"out={str(self.path)!r} is being written by another process.") from error
-        except (OSError, KeyError, ValueError) as error:
-            why = f"cannot be read ({error})"
+            progress = self._folder.read_progress()
+            if progress is None:
+                return False
+            if progress["request"] == self._request:
+                n_done = int(progress["n_done"])
+                if self._dense:
+                    self._keep(container(self._folder.data, dense=list(self._dense.values())))
+                for name in self._sparse:
+                    self._rows[name] = _SparseRows(self._folder.folder, name, n_done)
+                self.n_done = n_done
+                if self._container is not None:
+                    self._container.discard(n_done)
+                    # From now on a kill may damage the rows that are written together with the next.
+                    self._note(self._n_safe())
+                logger.info("out=%r: going on after %d cells.", str(self.path), n_done)
+                return True
+            level, why = logging.WARNING, "was left by another request"
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            level, why = logging.INFO, f"cannot be read ({error})"
         self._close()
-        logger.info("out=%r: an unfinished file %s; beginning anew.", str(self.path), why)
-        _remove(self._part)
-        return None
+        self._folder.clear()
+        self._rows = {}
+        logger.log(level, "out=%r: an unfinished file %s; beginning anew.", str(self.path), why)
+        return False
 
     def _finish(self) -> None:
-        del self._root.attrs[_MARK]
+        if self._sparse:
+            self._container = container(self._folder.data, self._frame)
+            for name, element in self._sparse.items():
+                self._rows[name].write(self._container, element, self._frame.n_vars)
         self._close()
-        os.replace(self._part, self.path)
+        self._folder.publish()
 
-    def _mark(self) -> None:
-        self._root.attrs[_MARK] = json.dumps({"request": self._request, "n_done": self.n_done})
+    def _stop(self) -> None:
+        """Keep what is complete for another try."""
+        n_kept = self.n_done
+        try:
+            if self._is_damaged:
+                n_kept = self._n_safe()
+            else:
+                self._note(n_kept)
+            self._close()
+        except OSError as error:
+            n_kept = self._n_safe()
+            logger.debug("out=%r: %s", str(self.path), error)
+        if n_kept == 0:
+            self._folder.remove()
+            return
+        self._folder.release()
+        logger.warning(
+            "out=%r: stopped after %d of %d cells. Make the same call again to go on, or delete %s.",
+            str(self.path), n_kept, self._frame.n_obs, self._folder.folder,
+        )  # fmt: skip
 
-    # ------------------------------------------------------------------ HDF5 or zarr
+    def _n_safe(self) -> int:
+        """Number of complete cells that no write touches any more."""
+        if self._container is None or self.n_done == self._frame.n_obs:
+            return self.n_done
+        return self.n_done - self.n_done % self._container.rows_at_once
 
-    def _open(self) -> Any:
-        if _is_zarr(self.path):
-            return require("zarr", "zarr").open_group(str(self._part), mode="r+")
-        return h5py.File(self._part, "r+")
+    def _note(self, n_done: int) -> None:
+        self._folder.write_progress({"request": self._request, "n_done": n_done})
 
-    def _create(
-        self, place: str, shape: tuple[int, ...], kind: Any, chunks: tuple[int, ...], grows: bool = False
-    ) -> Any:
-        root = self._root
-        if isinstance(root, h5py.File):
-            return root.create_dataset(place, shape, kind, chunks=chunks, maxshape=(None,) if grows else None)
-        create = root.create_array if hasattr(root, "create_array") else root.create_dataset
-        return create(place, shape=shape, dtype=kind, chunks=chunks)
-
-    def _flush(self) -> None:
-        if isinstance(self._root, h5py.File):
-            self._root.flush()
+    def _keep(self, begun: Container) -> None:
+        """Go on with a container if there are matrices to be written as they come."""
+        if self._dense:
+            self._container = begun
+        else:
+            begun.close()
 
     def _close(self) -> None:
-        if isinstance(self._root, h5py.File):
-            self._root.close()
-        self._root = None
+        begun, self._container = self._container, None
+        for rows in self._rows.values():
+            rows.close()
+        if begun is not None:
+            begun.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the operating system name the result; what is written when one comes may be damaged."""
+        try:
+            yield
+        except OSError as error:
+            self._is_damaged = True
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+class _SparseRows:
+    """Rows of a sparse matrix in three files that only grow, so that no kill damages what was there.
+
+    Parameters
+    ----------
+    folder, name
+        Folder and beginning of the files' names.
+    n_rows
+        Number of rows that are there; more are dropped.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+    """
+
+    def __init__(self, folder: Path, name: str, n_rows: int) -> None:
+        self._paths = {part: folder / f"{name}.{part}" for part in ("lengths", "values", "columns")}
+        self._files = {part: path.open("ab", buffering=0) for part, path in self._paths.items()}
+        lengths = np.fromfile(self._paths["lengths"], np.int64, n_rows)
+        sizes = {"lengths": 8 * n_rows, "values": 4 * int(lengths.sum()), "columns": 4 * int(lengths.sum())}
+        for part, size in sizes.items():
+            if self._paths[part].stat().st_size < size:
+                self.close()
+                raise ValueError(f"{self._paths[part].name} is too short")
+            self._files[part].truncate(size)
+
+    def append(self, rows: sp.csr_matrix) -> None:
+        """Write more rows."""
+        lengths = np.diff(rows.indptr).astype(np.int64)
+        values, columns = rows.data.astype(np.float32), rows.indices.astype(np.int32)
+        parts: dict[str, NDArray[Any]] = {"values": values, "columns": columns, "lengths": lengths}
+        for part, array in parts.items():
+            left = memoryview(array.tobytes())
+            while len(left):
+                left = left[self._files[part].write(left) :]
+
+    def write(self, begun: Container, element: str, width: int) -> None:
+        """Write the whole matrix to a container."""
+        lengths = np.fromfile(self._paths["lengths"], np.int64)
+        begun.write_sparse(element, lengths, self._paths["values"], self._paths["columns"], width)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
 
 
 def check_path(out: str | os.PathLike[str]) -> Path:
@@ -233,10 +293,14 @@ def check_path(out: str | os.PathLike[str]) -> Path:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={str(out)!r}: the folder {str(path.absolute().parent)!r} does not exist.")
     if path.exists():
+        if path.with_name(f".{path.name}.unfinished").is_dir():
+            # A kill just before its writer was done left it; if not, it stays.
+            with suppress(RuntimeError, FileExistsError):
+                UnfinishedFolder(path)
         raise FileExistsError(f"out={str(out)!r} exists and is not replaced: choose another path, or delete it.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise PermissionError(f"out={str(out)!r}: the folder {str(path.absolute().parent)!r} may not be written to.")
-    if _is_zarr(path):
+    if path.suffix == ".zarr":
         require("zarr", "zarr")
     return path
 
@@ -249,23 +313,3 @@ def digest(arguments: Mapping[str, Any], *tensors: Tensor | None) -> str:
             found.update(str(tuple(tensor.shape)).encode())
             found.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).view(np.uint8).data)
     return found.hexdigest()
-
-
-def _is_zarr(path: Path) -> bool:
-    return path.suffix == ".zarr"
-
-
-def _write_frame(root: Any, frame: AnnData) -> None:
-    """Write the AnnData without its matrices, which are added as they come."""
-    try:
-        from anndata.io import write_elem
-    except ImportError:  # before anndata 0.11
-        from anndata.experimental import write_elem
-    write_elem(root, "/", frame)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +28,9 @@ from pyro_multivi.program import MultiVIProgram
 
 #: Forms of an estimated quantity.
 Estimates: TypeAlias = pd.DataFrame | NDArray[np.float32] | sp.csr_matrix | Estimate | Path
+
+# Cells whose counts are copied together to be digested.
+_AT_ONCE = 4096
 
 #: Elements of a file by the summary that they hold.
 SUMMARY_ELEMENTS = {"mean": "X", "sd": "layers/sd", "lower": "layers/lower", "upper": "layers/upper"}
@@ -114,24 +116,21 @@ def request_digest(
     names: Sequence[str],
     **extra: Any,
 ) -> str:
-    """Digest of everything that a written result depends on: weights, cells, quantities and other arguments.
-
-    Counts enter by their number in each cell and their sum, so that not all of them are read.
-    """
+    """Digest of everything that a written result depends on: weights, cells, quantities and other arguments."""
     table, index = cells.table, cells.index
     tensors: list[Tensor | None] = [*program.state_dict().values(), index, table.design[index]]
-    tensors.append(table.label)
+    tensors.append(None if table.label is None else table.label[index])
     for modality in MODALITIES:
-        tensors += [modality.measured_in(table)[index], modality.size_factor_in(table)]
-        counts = modality.counts_in(table)
-        if isinstance(counts, SparseCounts):
-            tensors += [counts.crow, counts.val.sum(dtype=torch.float64)[None]]
+        sizes = modality.size_factor_in(table)
+        tensors += [modality.measured_in(table)[index], None if sizes is None else sizes[index]]
+    tensors += [part[index] for extra in table.extra.values() for part in extra]
     arguments: dict[str, Any] = {
         "version": __version__,
         "program": f"{type(program).__module__}:{type(program).__qualname__}",
         "config": program.config.to_dict(),
         "average": vars(average),
         "names": list(names),
+        "counts": [_digest_of_counts(modality.counts_in(table), index) for modality in MODALITIES],
         **extra,
     }
     for number, quantity in enumerate(quantities):
@@ -141,3 +140,11 @@ def request_digest(
             name: "tensor" if isinstance(part, Tensor) else part for name, part in parts.items()
         }
     return digest(arguments, *tensors)
+
+
+def _digest_of_counts(counts: SparseCounts | None, index: Tensor) -> list[str]:
+    """Digests of the counts of some cells, block by block."""
+    if counts is None:
+        return []
+    parts = (counts.select_rows(block) for block in index.split(_AT_ONCE))
+    return [digest({}, part.crow, part.col, part.val) for part in parts]

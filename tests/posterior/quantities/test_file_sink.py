@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 
 import anndata
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi import MULTIVI
-from pyro_multivi.posterior.quantities import array_sink, estimates, file_sink
+from pyro_multivi.posterior.quantities import array_sink, containers, estimates, file_sink, unfinished
 from pyro_multivi.posterior.quantities.file_sink import Store, digest
 from pyro_multivi.posterior.quantities.output import request_digest
 
@@ -146,6 +147,20 @@ def test_other_weights_are_another_request(mosaic):
     assert request_digest(model.program, cells, *rest) != one
 
 
+def test_other_counts_are_another_request(mosaic):
+    MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+    model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
+    model.is_trained = True
+    other = mosaic[:, np.r_[1, 0, 2 : mosaic.n_vars]].copy()
+    other.var_names = mosaic.var_names
+    assert (other.X != mosaic.X).nnz, "the two genes have the same counts"
+    rest = ([estimates.Quantity("p")], estimates.Average(), ["a"])
+    one, two = (request_digest(model.program, model._cells(data, None, 10), *rest) for data in (mosaic, other))
+    # The number of counts of each cell and their sum are the same.
+    assert one != two
+    assert request_digest(model.program, model._cells(mosaic.copy(), None, 10), *rest) == one
+
+
 def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted):
     interrupted(1)
     with pytest.raises(OSError, match="no space left"):
@@ -153,24 +168,106 @@ def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_broken_unfinished_file_is_written_anew(fitted, tmp_path, caplog):
+def test_a_broken_unfinished_file_of_an_earlier_version_is_written_anew(fitted, tmp_path, caplog):
     out = tmp_path / "a.h5ad"
     (tmp_path / ".a.h5ad.unfinished").write_bytes(b"\x89HDF\r\n\x1a\nnot really")
     with caplog.at_level(logging.INFO, logger="pyro_multivi"):
         fitted.get_normalized_expression(out=out, silent=True)
     assert "cannot be read" in caplog.text
     assert read(out).shape == (200, 40)
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_file_that_another_process_writes_is_left_alone(fitted, tmp_path):
-    part = tmp_path / ".a.h5ad.unfinished"
-    with h5py.File(part, "w"):
-        busy = BlockingIOError("unable to lock file")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(file_sink.h5py, "File", lambda *_, **__: (_ for _ in ()).throw(busy))
-            with pytest.raises(RuntimeError, match="is being written by another process"):
-                fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)
-    assert part.exists()
+@pytest.mark.parametrize("broken", ["data.h5ad", "progress.json", "mean.values"])
+def test_a_broken_unfinished_result_is_written_anew(fitted, tmp_path, interrupted, caplog, broken):
+    threshold = 0.4 if broken == "mean.values" else None
+    out = tmp_path / "a.h5ad"
+    interrupted(3)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.get_accessibility_estimates(out=out, threshold=threshold, batch_size=50, silent=True)
+    part = tmp_path / ".a.h5ad.unfinished" / broken
+    part.write_bytes(part.read_bytes()[:30])
+    interrupted(99)
+    with caplog.at_level(logging.INFO, logger="pyro_multivi"):
+        fitted.get_accessibility_estimates(out=out, threshold=threshold, batch_size=50, silent=True)
+    assert "cannot be read" in caplog.text
+    expected = fitted.get_accessibility_estimates(threshold=threshold, return_numpy=True)
+    found, expected = (part.toarray() if sp.issparse(part) else part for part in (read(out).X, expected))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_that_another_writes_is_left_alone(fitted, out):
+    frames = (pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["f", "g"]))
+    with Store(out, "one", *frames, {}, dense={"mean": "X"}) as kept:
+        with pytest.raises(RuntimeError, match=f"out='.*{out.name}' is being written by another process"):
+            fitted.get_normalized_expression(out=out, silent=True)
+        kept.put("mean", slice(0, 2), slice(0, 2), np.ones((2, 2), np.float32))
+        kept.commit(2)
+    np.testing.assert_array_equal(read(out).X, np.ones((2, 2)))
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_file_that_another_completes_meanwhile_is_left_alone(out, monkeypatch):
+    frames = (pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]))
+    folder, begun = unfinished.UnfinishedFolder, []
+
+    def late(path):
+        # After this process looked for the file and before it has the lock.
+        if not begun:
+            begun.append(path)
+            with Store(out, "one", *frames, {}, dense={"mean": "X"}) as other:
+                other.commit(1)
+        return folder(path)
+
+    monkeypatch.setattr(file_sink, "UnfinishedFolder", late)
+    with pytest.raises(FileExistsError, match="was completed by another process"):
+        Store(out, "two", *frames, {}, dense={"mean": "X"})
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("has_data", [False, True])
+def test_what_a_kill_left_beside_a_whole_result_is_deleted(fitted, out, has_data):
+    fitted.get_normalized_expression(out=out, silent=True)
+    left = out.with_name(f".{out.name}.unfinished")
+    left.mkdir()
+    (left / "lock").touch()
+    if has_data:
+        # Of a result that is not complete, when a file of its name came from elsewhere.
+        (left / f"data{out.suffix}").touch()
+    with pytest.raises(FileExistsError, match="exists and is not replaced"):
+        fitted.get_normalized_expression(out=out, silent=True)
+    assert left.exists() == has_data
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2], ids=["dense", "sparse"])
+@pytest.mark.parametrize("limit", [300, 6_000, 40_000])
+def test_a_full_disk_is_an_error_and_the_call_can_be_made_again(fitted, out, threshold, limit):
+    # A limit to the size of files stands for the disk: the system refuses writes in the same places.
+    resource = pytest.importorskip("resource")
+    arguments = {"threshold": threshold, "n_samples": 3, "silent": True, "batch_size": 30, "return_interval": None}
+    expected = fitted.get_accessibility_estimates(**{**arguments, "return_numpy": True})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    failure = None
+    try:
+        fitted.get_accessibility_estimates(**arguments, out=out)
+    except OSError as error:
+        failure = error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    if failure is None:
+        # The chunks of a zarr folder are files of their own.
+        assert out.suffix == ".zarr"
+        assert limit == 40_000
+    else:
+        assert failure.errno == errno.EFBIG
+        assert failure.filename == str(out)
+        assert not out.exists()
+        fitted.get_accessibility_estimates(**arguments, out=out)
+    found, expected = (part.toarray() if sp.issparse(part) else part for part in (read(out).X, expected))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_mark_is_never_ahead_of_the_rows(out):
@@ -211,7 +308,7 @@ def test_an_object_that_cannot_be_written_leaves_nothing(out, monkeypatch):
     def refuse(*_):
         raise TypeError("a column of sets")
 
-    monkeypatch.setattr(file_sink, "_write_frame", refuse)
+    monkeypatch.setattr(containers, "_write_frame", refuse)
     with pytest.raises(TypeError, match="a column of sets"):
         Store(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
     assert list(out.parent.iterdir()) == []
@@ -223,8 +320,9 @@ def test_rows_without_entries_are_written(fitted, out):
     assert found.nnz == 0
 
 
-def test_an_unfinished_file_without_a_mark_is_written_anew(fitted, tmp_path, caplog):
-    with h5py.File(tmp_path / ".a.h5ad.unfinished", "w"):
+def test_an_unfinished_file_without_progress_is_written_anew(fitted, tmp_path, caplog):
+    (tmp_path / ".a.h5ad.unfinished").mkdir()
+    with h5py.File(tmp_path / ".a.h5ad.unfinished" / "data.h5ad", "w"):
         pass
     with caplog.at_level(logging.INFO, logger="pyro_multivi"):
         fitted.get_normalized_expression(out=tmp_path / "a.h5ad", silent=True)

@@ -1,0 +1,117 @@
+"""Calls that neither depend on the state of the process (modes of torch, Pyro, Ctrl-C) nor leave it changed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import runtime
+
+# Pyro's stack of handlers and its validation are global: one thread at a time.
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run with float32, gradients and Pyro as if nothing were around; used as a context or a decorator.
+
+    A default dtype or device, ``no_grad``, ``inference_mode`` and ``autocast`` of the caller do not act inside and are
+    as they were afterwards. An error or Ctrl-C inside leaves neither handlers and plates in Pyro's stack nor its
+    validation changed. Calls of several threads run one after the other.
+
+    Examples
+    --------
+    >>> with torch.no_grad(), isolated():
+    ...     torch.is_grad_enabled()
+    True
+    """
+    with _LOCK:
+        before, modes = PyroState(), ExitStack()
+        try:
+            with uninterrupted():
+                _enter_neutral_modes(modes)
+            yield
+        except BaseException:
+            # Only then: what ends well leaves Pyro as it was, and a handler of another thread's is not touched.
+            before.restore()
+            raise
+        finally:
+            with uninterrupted():
+                modes.close()
+
+
+def _enter_neutral_modes(modes: ExitStack) -> None:
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+    if torch.get_default_device().type != "cpu":
+        modes.enter_context(torch.device("cpu"))
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.enable_grad())
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        modes.enter_context(torch.autocast(device, enabled=False))
+
+
+class PyroState:
+    """Handlers and plates in Pyro's stack, and its validation, to be restored after an error at any place."""
+
+    def __init__(self) -> None:
+        self._handlers = list(runtime._PYRO_STACK)
+        self._plates = list(runtime._DIM_ALLOCATOR._stack)
+        self._settings = {name: value for name, value in pyro.settings.get().items() if name.startswith("validate_")}
+
+    def restore(self) -> None:
+        """Bring back what was found."""
+        with uninterrupted():
+            runtime._PYRO_STACK[:] = self._handlers
+            runtime._DIM_ALLOCATOR._stack[:] = self._plates
+            pyro.settings.set(**self._settings)
+
+
+class Interruption:
+    """A handler of SIGINT that keeps the first Ctrl-C and passes on the second."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+        self._waits = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal, as Python hands it over."""
+        self._waits = not self._waits
+        if not self._waits:
+            self.handler(number, frame)
+
+    def act(self) -> None:
+        """Let a Ctrl-C that was kept act now."""
+        if self._waits:
+            self(signal.SIGINT, None)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[Interruption]:
+    """Let Ctrl-C act when the block is left or says so, so that nothing stays half done; a second one acts at once.
+
+    Within another such block, outside the main thread (where Python never delivers Ctrl-C) and where SIGINT has no
+    Python handler this does nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if isinstance(before, Interruption):
+        yield before
+        return
+    interruption = Interruption(before)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield interruption
+        return
+    signal.signal(signal.SIGINT, interruption)
+    try:
+        yield interruption
+    finally:
+        signal.signal(signal.SIGINT, before)
+        interruption.act()
