@@ -8,20 +8,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-from anndata import AnnData
+from typing import TYPE_CHECKING, Any
 
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
-from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.modality import MODALITIES, modelled
-from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.readers import read
-from pyro_multivi.plots.report import check_and_report
-from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
+
+# What a command needs is imported in its function: help and errors of arguments must not wait for torch.
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from pyro_multivi.api.multivi import MULTIVI
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,6 +115,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from pyro_multivi.api.multivi import MULTIVI
+    from pyro_multivi.datasets.examples import cell_lines
+
     adata = cell_lines()
     print("SNARE-seq of four human cell lines (Chen et al. 2019, GSE126074), shipped with the package.")
     print(MULTIVI.setup_anndata(adata))
@@ -125,6 +125,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from anndata import AnnData
+
+    from pyro_multivi.api.multivi import MULTIVI
+    from pyro_multivi.datasets.readers import read
+
     data = read(options.data)
     keys = {
         "batch_key": options.batch_key,
@@ -152,6 +157,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from pyro_multivi.api.multivi import MULTIVI
+    from pyro_multivi.datasets.examples import cell_lines
+    from pyro_multivi.datasets.readers import read
+    from pyro_multivi.plots.report import check_and_report
+
     data = None
     if options.data is not None:
         built_in = options.data == "demo" and not Path(options.data).exists()
@@ -173,6 +183,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _differential(options: argparse.Namespace) -> None:
+    from pyro_multivi.api.multivi import MULTIVI
+    from pyro_multivi.datasets.readers import read
+
     out: Path = options.out
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
@@ -213,6 +226,8 @@ def _differential(options: argparse.Namespace) -> None:
 
 def _detected(adata: AnnData, min_fraction: float) -> AnnData:
     """Features detected in at least a share of the cells."""
+    import numpy as np
+
     if not 0 <= min_fraction < 1:
         raise ValueError(f"--min-fraction {min_fraction} is not allowed: give a share from 0 to below 1.")
     kept = np.asarray((adata.X > 0).mean(0)).ravel() >= min_fraction
@@ -223,6 +238,11 @@ def _detected(adata: AnnData, min_fraction: float) -> AnnData:
 
 def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     """Train, then write the model, the latent space, the history, figures and a picture."""
+    import numpy as np
+    import pandas as pd
+
+    from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
+
     out: Path = options.out
     labels = None
     if options.labels is not None:

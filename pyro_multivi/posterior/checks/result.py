@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from pyro_multivi.data.modality import MODALITIES
 
@@ -89,6 +88,9 @@ class PredictiveCheck:
         (0 is best); ``fails``, whether more than twice the expected share lie outside, and more than chance
         would put there (binomial, at the expected share).
         """
+        # Imported late: loading it takes longer than all else that this package imports.
+        from scipy.stats import binom
+
         tail = (1 - self.level) / 2
         rows = []
         for name in TESTED:
@@ -102,7 +104,7 @@ class PredictiveCheck:
                     continue
                 above, below = float((p < tail).mean()), float((p > 1 - tail).mean())
                 steps = np.arange(1, len(p) + 1) / len(p)
-                by_chance = scipy.stats.binom.sf(round((above + below) * len(p)) - 1, len(p), 2 * tail)
+                by_chance = binom.sf(round((above + below) * len(p)) - 1, len(p), 2 * tail)
                 rows.append(
                     {
                         "table": name if "by" not in table or key[0] == "all" else f"{name} by {key[0]}",
