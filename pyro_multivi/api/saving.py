@@ -20,7 +20,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.datasets.readers import read
@@ -154,7 +154,7 @@ def data_file(data: Data) -> dict[str, Write]:
 
     def write(path: Path) -> None:
         # By default writing would copy the modalities' obs columns into those of the MuData.
-        with require("mudata", "mudata").set_options(pull_on_update=False):
+        with mudata_as_given():
             data.write(path)
 
     return {MUDATA: write}

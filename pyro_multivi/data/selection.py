@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -45,6 +46,10 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     if indices is None:
         return torch.arange(n)
     wanted = np.atleast_1d(np.asarray(indices))
+    if wanted.dtype == object:
+        # Nullable arrays of pandas before 2.2 become objects.
+        kind = pd.api.types.infer_dtype(wanted, skipna=False)
+        wanted = wanted.astype({"boolean": bool, "integer": np.int64}.get(kind, object))
     if wanted.size == 0:
         raise ValueError("indices selects no cell: give at least one, or None for all cells.")
     if wanted.ndim != 1:

@@ -22,7 +22,7 @@ import scipy.io
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import ATAC, RNA
 
@@ -80,9 +80,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         pass  # Tells a broken file from one with unexpected content, which the reader below reports.
     if kind == ".h5ad":
         return anndata.read_h5ad(path)
-    mudata = require("mudata", "mudata")
-    # As stored: no columns added to obs or var. Without it mudata 0.3 warns of its future default.
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given() as mudata:
         return mudata.read_h5mu(path)
 
 
@@ -209,7 +207,10 @@ def read_10x_mtx(folder: str | os.PathLike[str]) -> AnnData:
     features = _feature_table(features_path)
     barcodes = [row[0] for row in _rows(barcodes_path)]
     try:
-        matrix = scipy.io.mmread(matrix_path)
+        with warnings.catch_warnings():
+            # SciPy 1.18 warns that it will return another class of sparse matrix; either will do.
+            warnings.filterwarnings("ignore", "The default value for `spmatrix`", DeprecationWarning)
+            matrix = scipy.io.mmread(matrix_path)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{matrix_path} is broken or not in Matrix Market format: {error}") from error
     _check_sizes(matrix_path, *matrix.shape, len(features["id"]), len(barcodes))

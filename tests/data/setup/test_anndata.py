@@ -161,6 +161,8 @@ def test_setup_that_fails_writes_nothing():
 
 @pytest.mark.parametrize("form", ["csr", "csc", "coo-free dense", "int csr", "csr_array", "fortran"])
 def test_any_matrix_form_gives_the_same_table(form):
+    if form == "csr_array":
+        pytest.importorskip("anndata", "0.11", reason="anndata 0.10 has no sparse arrays")
     adata = make()
     setup_anndata(adata)
     expected = DataSpec.of(adata).table(adata)
