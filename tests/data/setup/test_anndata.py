@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.register import setup_anndata
 from pyro_multivi.data.setup.spec import DataSpec
 
@@ -295,3 +296,11 @@ def test_real_mosaic(shared_data):
     inferred = setup_anndata(adata)
     assert inferred.n_cells == stated.n_cells
     assert inferred.inferred
+
+
+def test_x_is_no_layer():
+    # AnnData 0.13 has X among its layers, as None.
+    adata = make()
+    adata.layers["counts"] = adata.X.copy()
+    assert layer_names(adata.layers) == ["counts"]
+    assert layer_names([None, "counts"]) == ["counts"]
