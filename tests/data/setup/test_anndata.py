@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+from importlib.metadata import version
 
 import anndata as ad
 import numpy as np
@@ -162,8 +163,8 @@ def test_setup_that_fails_writes_nothing():
 
 @pytest.mark.parametrize("form", ["csr", "csc", "coo-free dense", "int csr", "csr_array", "fortran"])
 def test_any_matrix_form_gives_the_same_table(form):
-    if form == "csr_array":
-        pytest.importorskip("anndata", "0.11", reason="anndata 0.10 has no sparse arrays")
+    if form == "csr_array" and version("anndata").startswith("0.10."):
+        pytest.skip("anndata 0.10 has no sparse arrays")
     adata = make()
     setup_anndata(adata)
     expected = DataSpec.of(adata).table(adata)
