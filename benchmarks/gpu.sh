@@ -27,7 +27,8 @@ fi
 
 mkdir -p "$out"
 # Both limits together leave a minute for starting. A failed test does not keep the figures from us.
-timeout 200 "$python" -m pytest -m gpu -rs --durations=5 -p no:cacheprovider tests/test_gpu.py | tee "$out/gpu_tests.txt"
+timeout 200 "$python" -m pytest -m gpu -rs --durations=5 -p no:cacheprovider tests/test_gpu.py \
+    tests/distributions/kernels/test_gradients.py | tee "$out/gpu_tests.txt"
 tests=$?
 timeout 340 "$python" benchmarks/run.py --accelerator "$accelerator" --case "${cases[@]}" --rounds "$rounds" \
     --precision fp32 --precision bf16 --timeout 90 --out "$out/$accelerator.md" "$out/$accelerator.json"
