@@ -68,6 +68,7 @@ def arguments() -> argparse.Namespace:
         help="of ours, with compile=True if it ends so; may be repeated (default: fp32)",
     )
     parser.add_argument("--part", nargs="+", choices=["train", "predict"], default=["train", "predict"])
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of everyone; no floor on gpu")
     parser.add_argument("--threads", type=int, default=2, help="threads of every worker")
     parser.add_argument(
         "--data",
@@ -117,7 +118,7 @@ def prepare(case: Case, folder: Path, options: argparse.Namespace) -> tuple[dict
         n_predict, predict_from = make("predict", case.n_predict)["n_cells"], "predict"
     widths = {"n_hidden": case.n_hidden, "n_latent": case.n_latent, "batch_size": BATCH_SIZE}
     features = {key: sizes[key] for key in ("n_genes", "n_regions")}
-    shared = {**widths, **features, "threads": options.threads, "lr": LEARNING_RATE}
+    shared = {**widths, **features, "threads": options.threads, "lr": LEARNING_RATE, "accelerator": options.accelerator}
     # Half a cell less: both packages round the number of training cells up.
     few = min(1.0, (_STEPS_BEFORE_PREDICTION * BATCH_SIZE - 0.5) / n_predict)
     tasks = {
@@ -136,7 +137,7 @@ def rounds(name: str, tasks: dict[str, dict[str, Any]], options: argparse.Namesp
         floors = set()
         for precision in options.precision:
             runs.append(("ours", precision))
-            if part == "train" and arithmetic(precision) not in floors:
+            if part == "train" and options.accelerator == "cpu" and arithmetic(precision) not in floors:
                 floors.add(arithmetic(precision))
                 runs.append(("floor", arithmetic(precision)))
         for number in range(options.rounds):

@@ -30,7 +30,9 @@ class EpochEnds(Callback):
         self.at = [time.perf_counter()]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the time."""
+        """Note the time, when all that was sent to a GPU is done."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.at.append(time.perf_counter())
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     """Do one task."""
     job = task()
     memory = Memory()
+    on_gpu = job["accelerator"] == "gpu"
     torch.set_num_threads(job["threads"])
     mdata = load(job["data"])
     scvi.model.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
@@ -46,7 +49,7 @@ def main() -> None:
     model.train(
         max_epochs=job["epochs"],
         lr=job["lr"],
-        accelerator="cpu",
+        accelerator=job["accelerator"],
         train_size=job["train_size"],
         validation_size=0.0,
         batch_size=job["batch_size"],
@@ -63,7 +66,7 @@ def main() -> None:
     if job["part"] == "train":
         result["epoch_seconds"] = [end - start for start, end in pairwise(ends.at)]
         result["n_steps"] = math.ceil(mdata.n_obs / job["batch_size"])
-        result["peak_bytes"] = memory.peak()
+        result["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else memory.peak()
     else:
         result["latent_seconds"], _ = seconds(model.get_latent_representation)
         memory.reset()

@@ -3,18 +3,24 @@
 Analysts start at :class:`MULTIVI`, modelers at :class:`MultiVIProgram`.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from pyro_multivi._version import __version__
-from pyro_multivi.api.base import NotTrainedError
-from pyro_multivi.api.compare_models import compare_models
-from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.api.saving.folder import BrokenModelError
-from pyro_multivi.config import ProgramConfig
-from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.organize import organize_multiome_anndatas
-from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
-from pyro_multivi.datasets.simulate import simulate_multiome
-from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.training import ContractError, TrainingDiverged
+
+if TYPE_CHECKING:
+    from pyro_multivi.api.base import NotTrainedError
+    from pyro_multivi.api.compare_models import compare_models
+    from pyro_multivi.api.multivi import MULTIVI
+    from pyro_multivi.api.saving.folder import BrokenModelError
+    from pyro_multivi.config import ProgramConfig
+    from pyro_multivi.datasets.examples import cell_lines
+    from pyro_multivi.datasets.organize import organize_multiome_anndatas
+    from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
+    from pyro_multivi.datasets.simulate import simulate_multiome
+    from pyro_multivi.program import MultiVIProgram
+    from pyro_multivi.training import ContractError, TrainingDiverged
 
 __all__ = [
     "MULTIVI",
@@ -33,3 +39,36 @@ __all__ = [
     "read_10x_mtx",
     "simulate_multiome",
 ]
+
+#: Module of each public name. It is imported at the first use: the command line's help does not wait for torch.
+_MODULE_OF = {
+    "MULTIVI": "api.multivi",
+    "BrokenModelError": "api.saving.folder",
+    "ContractError": "training",
+    "MultiVIProgram": "program",
+    "NotTrainedError": "api.base",
+    "ProgramConfig": "config",
+    "TrainingDiverged": "training",
+    "cell_lines": "datasets.examples",
+    "compare_models": "api.compare_models",
+    "organize_multiome_anndatas": "datasets.organize",
+    "read": "datasets.readers",
+    "read_10x_h5": "datasets.readers",
+    "read_10x_mtx": "datasets.readers",
+    "simulate_multiome": "datasets.simulate",
+}
+
+if not TYPE_CHECKING:  # A type checker would take every misspelled name for one of these.
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 
@@ -30,3 +32,16 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(
             f"{module!r} is needed here and is not installed. Install the extra: pip install 'pyro-multivi[{extra}]'"
         ) from error
+
+
+@contextmanager
+def mudata_as_given() -> Iterator[ModuleType]:
+    """Import mudata; within the context a MuData keeps the tables it was given.
+
+    Before 0.4, mudata copies columns between the tables of the modalities and that of the MuData, and warns that it
+    will not for long. From 0.4 on there is nothing to switch off.
+    """
+    mudata = require("mudata", "mudata")
+    set_options = getattr(mudata, "set_options", None)
+    with nullcontext() if set_options is None else set_options(pull_on_update=False):
+        yield mudata

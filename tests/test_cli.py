@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.cli import main
 
 
@@ -53,10 +54,10 @@ def test_train_writes_a_model_of_mosaic_cells(mosaic_file, tmp_path, capsys):
 
 
 def test_train_reads_h5mu(tmp_path, capsys):
-    mudata = pytest.importorskip("mudata")
+    pytest.importorskip("mudata")
     mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, seed=0, return_mudata=True)
     path = tmp_path / "mosaic.h5mu"
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given():
         mdata.write(path)
     assert train(path, "--out", tmp_path / "result") == 0
     assert "20 paired, 10 RNA only, 10 ATAC only" in capsys.readouterr().out

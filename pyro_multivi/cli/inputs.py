@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
@@ -264,8 +264,7 @@ def _subset(data: Any, opened: Opened, cells: Mask, kept: Mapping[Modality, Mask
         name = next(name for name, part in data.mod.items() if opened.counts[modality].owner == f"mdata.mod[{name!r}]")
         parts[name] = parts[name][:, columns(parts[name], modality)]
     parts = {name: part[part.obs_names.isin(names)].copy() for name, part in parts.items()}
-    mudata = require("mudata", "mudata")
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given() as mudata:
         subset = mudata.MuData(parts)
     subset.obs = data.obs.loc[subset.obs_names]
     return subset

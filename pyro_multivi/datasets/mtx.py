@@ -6,6 +6,7 @@ import gzip
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import IO, cast
 
@@ -79,7 +80,13 @@ def read_10x_mtx(folder: str | os.PathLike[str]) -> AnnData:
     barcodes = [row[0] for row in _rows(_file_in(folder, _BARCODES, prefix=prefix))]
     # The content tells whether a file is compressed: some browsers unpack and keep the name.
     opened = gzip.open if _is_gzip(matrix_path) else open
-    with errors_naming(matrix_path, "is broken or not in Matrix Market format"), opened(matrix_path, "rb") as file:
+    with (
+        errors_naming(matrix_path, "is broken or not in Matrix Market format"),
+        opened(matrix_path, "rb") as file,
+        warnings.catch_warnings(),
+    ):
+        # SciPy 1.18 warns that it will return another class of sparse matrix; either will do.
+        warnings.filterwarnings("ignore", "The default value for `spmatrix`", DeprecationWarning)
         matrix = sp.coo_matrix(scipy.io.mmread(cast("IO[bytes]", file)))
     sizes = len(features["id"]), len(barcodes)
     if matrix.shape != sizes and matrix.shape == sizes[::-1]:

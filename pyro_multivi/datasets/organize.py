@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_unique, checked, first_names, name_list, shown
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, spelled
 
@@ -125,7 +126,7 @@ def organize_multiome_anndatas(
     type_v = var[feature_type_key].to_numpy(dtype=object)
     columns = [_place_columns(part, var, type_v) for part in parts]
     layers = {}
-    for name in sorted(set().union(*(part.layers for part in parts))):
+    for name in sorted({name for part in parts for name in layer_names(part.layers)}):
         lacking = [part.argument for part in parts if name not in part.layers]
         if lacking:
             _log.warning("layer %r is left out: %s has none", name, " and ".join(lacking))
@@ -206,7 +207,7 @@ def _from_mudata(mdata: Any, names: tuple[str, ...], feature_type_key: str) -> _
         rows = [sp.csr_matrix(matrix)[index] for matrix, index in zip(matrices, order, strict=True)]
         return sp.hstack(rows, format="csr")
 
-    shared_layers = sorted(set(rna.layers) & set(atac.layers))
+    shared_layers = sorted(set(layer_names(rna.layers)) & set(atac.layers))
     return _Part(
         "multi_anndata",
         PAIRED,

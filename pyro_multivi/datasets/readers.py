@@ -17,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given, require
 from pyro_multivi.data.checks import checked, first_names
 from pyro_multivi.datasets.assembly import (
     ALLOWED,
@@ -88,9 +88,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
     if kind == ".h5ad":
         with errors_naming(path):
             return _sound(anndata.read_h5ad(path))
-    mudata = require("mudata", "mudata")
-    # As stored: no columns added to obs or var. Without it mudata 0.3 warns of its future default.
-    with errors_naming(path), mudata.set_options(pull_on_update=False):
+    with errors_naming(path), mudata_as_given() as mudata:
         mdata = mudata.read_h5mu(path)
         for adata in mdata.mod.values():
             _sound(adata)

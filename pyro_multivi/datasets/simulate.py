@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.checks import checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
@@ -367,15 +367,13 @@ def _variables(decoders: _Decoders) -> pd.DataFrame:
 
 def _as_mudata(adata: AnnData) -> Any:
     """The same cells as a MuData whose modalities hold only the cells measured in them."""
-    mudata = require("mudata", "mudata")
     parts = {}
     for modality in MODALITIES:
         cells = _includes(modality)[adata.obs["modality"].cat.codes]
         features = (adata.var["feature_types"] == modality.feature_type).to_numpy()
         part = adata[cells, features].copy()
         parts[modality.key] = AnnData(part.X, obs=part.obs[[]], var=part.var, varm=dict(part.varm))
-    # Nothing to pull from the parts; without the option mudata 0.3 warns of its future default.
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given() as mudata:
         mdata = mudata.MuData(parts)
     # MuData has an order of cells of its own; what describes them follows it.
     adata = adata[mdata.obs_names]

@@ -61,12 +61,13 @@ def observed_against_replicated(
     ):
         points = part[chosen]
         columns = ("replicated", "observed", "lower", "upper")
-        # Arrays: matplotlib takes the float of a Series that holds a single point, which pandas deprecates.
         replicated, observed, lower, upper = (points[name].to_numpy() for name in columns)
+        # Lists: matplotlib takes the float of an array or Series that holds a single point, which both deprecate.
+        width = [error.clip(min=0).tolist() for error in (replicated - lower, upper - replicated)]
         ax.errorbar(
             replicated,
             observed,
-            xerr=[(replicated - lower).clip(min=0), (upper - replicated).clip(min=0)],
+            xerr=width,
             fmt=marker,
             color=colour,
             markersize=4,

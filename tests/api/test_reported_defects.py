@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.networks.alignment import mmd
 from pyro_multivi.networks.experts import Expert, average
 
@@ -40,7 +41,7 @@ def as_mudata(adata, order=("rna", "atac")):
     for name in order:
         has = (adata.obs["modality"] != word[name]).to_numpy()
         parts[name] = adata[has, (adata.var["feature_types"] == kind[name]).to_numpy()].copy()
-    with mudata().set_options(pull_on_update=False):
+    with mudata_as_given():
         made = mudata().MuData(parts)
     # By name: the cells that only ATAC has come first if ATAC does.
     made.obs["batch"] = adata.obs["batch"].astype(str).reindex(made.obs_names)
@@ -57,7 +58,7 @@ def test_cells_need_not_be_padded_with_zeros_nor_modalities_be_in_order(mosaic, 
     report = pm.MULTIVI.setup_mudata(mdata, batch_key="batch", modalities={"rna_layer": "rna", "atac_layer": "atac"})
     assert report.n_cells == {"paired": 30, "expression": 15, "accessibility": 15}
     latent = pd.DataFrame(trained(mdata).get_latent_representation(), mdata.obs_names)
-    assert np.isfinite(latent).all(None)
+    assert np.isfinite(latent).all(axis=None)
     assert latent.shape == (60, 2)
 
 
@@ -80,7 +81,7 @@ def test_no_protein_and_no_other_modality_is_needed(mosaic):
     pm.MULTIVI.setup_mudata(mdata)
     program = trained(mdata).program
     assert not [name for name, _ in program.named_parameters() if "protein" in name]
-    with mudata().set_options(pull_on_update=False):
+    with mudata_as_given():
         rna = mudata().MuData({"rna": mdata.mod["rna"].copy()})
     pm.MULTIVI.setup_mudata(rna)
     assert trained(rna).get_latent_representation().shape == (45, 2)
@@ -213,7 +214,7 @@ def test_reconstructions_are_not_diluted_by_cells_that_lack_the_modality(ready):
 def test_one_batch_trains_without_nan(mosaic):
     mosaic.obs["one"] = "only"
     pm.MULTIVI.setup_anndata(mosaic, batch_key="one", modality_key="modality")
-    assert np.isfinite(trained(mosaic).history["train_loss"]).all(None)
+    assert np.isfinite(trained(mosaic).history["train_loss"]).all(axis=None)
 
 
 # ---------------------------------------------------------------------- latent state and accessors

@@ -103,6 +103,7 @@ def test_all_rows_empty():
     assert counts.select_rows(torch.tensor([2, 0])).to_dense().sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # by pickle, with torch 2.4 and 2.5
 def test_ones_are_held_once_through_all_that_is_done_to_them(counts):
     ones = counts.binary()
     index = torch.tensor([5, 1, 2])

@@ -9,6 +9,8 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
+from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.datasets.organize import organize_multiome_anndatas
 from pyro_multivi.datasets.simulate import simulate_multiome
 
@@ -158,14 +160,14 @@ def test_columns_of_obs_are_joined(multi, rna, tmp_path):
 
 def test_column_of_unlike_types(multi, rna):
     multi.obs["batch"], rna.obs["batch"] = pd.Categorical(["1", "2"]), [3]
-    with pytest.raises(ValueError, match="column 'batch' is of type object and int64 in different inputs"):
+    with pytest.raises(ValueError, match="column 'batch' is of type (object|str) and int64 in different inputs"):
         organize_multiome_anndatas(multi, rna)
 
 
 def test_layers_that_one_input_lacks_are_left_out(multi, rna, caplog):
     multi.layers["counts"] = multi.X.copy()
     joined = organize_multiome_anndatas(multi, rna[:, ["gA", "gB"]])
-    assert list(joined.layers) == []
+    assert layer_names(joined.layers) == []
     assert caplog.records[0].getMessage() == "layer 'counts' is left out: rna_anndata has none"
 
 
@@ -175,7 +177,7 @@ def test_mudata_stands_for_paired_cells(rna):
     mdata = simulate_multiome((6, 0, 0), 10, 12, return_mudata=True)
     # Another order of cells in one modality.
     parts = {"gex": mdata.mod["rna"].copy(), "acc": mdata.mod["atac"][::-1].copy()}
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given():
         mixed = mudata.MuData(parts)
     mixed.obs["donor"] = [f"d{i}" for i in range(6)]
     joined = organize_multiome_anndatas(mixed, mudata_modalities=("gex", "acc"))

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +188,27 @@ def test_third_parties_are_declared():
         if imported.target != "numba" or name.removeprefix(f"{PACKAGE}.") not in COMPILED
     }
     assert wrong == set()
+
+
+def test_nothing_private_of_anndata_or_mudata_is_used():
+    classes = (anndata.AnnData, pytest.importorskip("mudata").MuData)
+    private = {name for cls in classes for name in dir(cls) if name.startswith("_") and not name.endswith("__")}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} uses {ast.unparse(node)}"
+        for folder in (PACKAGE, "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in private
+        if ast.unparse(node.value) not in ("self", "cls")
+    ]
+    wrong += [
+        f"{name} imports {imported.target}"
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        for name in [module_name(path, ROOT)]
+        for imported in imports_of(path, name)
+        if re.match(r"(anndata|mudata)(\.\w+)*\._", imported.target)
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

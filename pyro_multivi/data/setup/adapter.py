@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,11 @@ class Opened:
                 f"mdata.obs and leave {argument!r} out of modalities."
             )
         return pd.Series(table[key].array[rows], index=self.cells, name=key)
+
+
+def layer_names(layers: Iterable[str | None]) -> list[str]:
+    """Names of the layers of an AnnData, without the None by which anndata counts X among them since 0.13."""
+    return [name for name in layers if name is not None]
 
 
 def open_data(data: Any, setup: Setup) -> Opened:
@@ -285,16 +290,15 @@ def _counts(
     features = adata.var_names[columns]
     check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
     if layer is not None and layer not in adata.layers:
-        raise unknown_key(argument, layer, f"{owner}.layers", adata.layers)
+        raise unknown_key(argument, layer, f"{owner}.layers", layer_names(adata.layers))
     if layer not in matrices:
         # Once, and for both modalities the same: each access to a view copies, each to a file makes a new object.
         matrices[layer] = adata.X if layer is None else adata.layers[layer]
     matrix = matrices[layer]
     where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
-        mend = (
-            f"Give {argument}, one of {first_names(adata.layers)}" if adata.layers else f"Put the counts into {owner}.X"
-        )
+        layers = layer_names(adata.layers)
+        mend = f"Give {argument}, one of {first_names(layers)}" if layers else f"Put the counts into {owner}.X"
         raise ValueError(f"{where} is empty. {mend}.")
     if isinstance(matrix, np.ma.MaskedArray):
         raise ValueError(
@@ -316,7 +320,7 @@ def _counts(
 
 def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
     """The end of the sentence "Raw counts are needed": where in ``owner``, called ``name``, they seem to be."""
-    for other in owner.layers:
+    for other in layer_names(owner.layers):
         if other != layer and _looks_like_counts(owner.layers[other]):
             return f": {name}.layers[{other!r}] looks like counts, give {argument}={other!r}."
     if layer is not None and owner.X is not None and _looks_like_counts(owner.X):

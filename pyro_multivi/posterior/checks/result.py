@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_multivi.data.checks import checked
@@ -143,6 +142,9 @@ class PredictiveCheck:
         would put there (binomial, at the expected share). ``fails`` is missing (``<NA>``) for the statistics in
         ``untested``. Under the right model a row fails with a probability of at most about the expected share.
         """
+        # Imported late: loading it takes longer than all else that this package imports.
+        from scipy.stats import binom
+
         expected = expected_outside(self.n_samples, self.level) if self.n_samples else 1 - self.level
         rows = []
         for name in TESTED:
@@ -156,7 +158,7 @@ class PredictiveCheck:
                     continue
                 above, below = (float(side.mean()) for side in outside(p, self.level))
                 steps = np.arange(1, len(p) + 1) / len(p)
-                by_chance = scipy.stats.binom.sf(round((above + below) * len(p)) - 1, len(p), expected)
+                by_chance = binom.sf(round((above + below) * len(p)) - 1, len(p), expected)
                 fails = above + below > 2 * expected and by_chance <= expected + 1e-9
                 rows.append(
                     {

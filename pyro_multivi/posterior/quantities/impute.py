@@ -17,10 +17,11 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi._optional import require
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES, modality_at
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average, decode
@@ -148,15 +149,14 @@ def _variables(spec: DataSpec) -> pd.DataFrame:
 
 def _as_mudata(adata: AnnData, spec: DataSpec) -> MuData:
     """MuData of modalities that all hold all cells, with the values of an AnnData."""
-    mudata = require("mudata", "mudata")
     parts = {}
     for modality in MODALITIES:
         part = adata[:, (adata.var["feature_types"] == modality.feature_type).to_numpy()].copy()
         part.var_names = list(modality.feature_names_in(spec))
         name = getattr(spec.setup, f"{modality.key}_modality")
-        parts[name] = AnnData(part.X, obs=part.obs[[modality.source_column]], var=part.var, layers=dict(part.layers))
-    # Nothing to pull from the parts; without the option mudata 0.3 warns of its future default.
-    with mudata.set_options(pull_on_update=False):
+        layers = {layer: part.layers[layer] for layer in layer_names(part.layers)}
+        parts[name] = AnnData(part.X, obs=part.obs[[modality.source_column]], var=part.var, layers=layers)
+    with mudata_as_given() as mudata:
         mdata: MuData = mudata.MuData(parts)
     for column in adata.obs:
         mdata.obs[column] = adata.obs[column]

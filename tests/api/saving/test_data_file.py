@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.saving import data_file
 from pyro_multivi.files import RecordingFile
 
@@ -73,7 +74,7 @@ def test_a_mudata_stays_as_it_is(tmp_path, backed):
         part.obs["note"] = pd.Series(["a"] * part.n_obs, index=part.obs_names, dtype=object)
     if backed:
         data_file.write_data(tmp_path, mdata)
-        with mudata.set_options(pull_on_update=False):
+        with mudata_as_given():
             mdata = mudata.read_h5mu(tmp_path / "mdata.h5mu", backed="r")
     pm.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac"})
     model = pm.MULTIVI(mdata, **SIZES)

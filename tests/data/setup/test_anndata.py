@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+from importlib.metadata import version
 
 import anndata as ad
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.register import setup_anndata
 from pyro_multivi.data.setup.spec import DataSpec
 
@@ -161,6 +163,8 @@ def test_setup_that_fails_writes_nothing():
 
 @pytest.mark.parametrize("form", ["csr", "csc", "coo-free dense", "int csr", "csr_array", "fortran"])
 def test_any_matrix_form_gives_the_same_table(form):
+    if form == "csr_array" and version("anndata").startswith("0.10."):
+        pytest.skip("anndata 0.10 has no sparse arrays")
     adata = make()
     setup_anndata(adata)
     expected = DataSpec.of(adata).table(adata)
@@ -318,3 +322,11 @@ def test_real_mosaic(shared_data):
     inferred = setup_anndata(adata)
     assert inferred.n_cells == stated.n_cells
     assert inferred.inferred
+
+
+def test_x_is_no_layer():
+    # AnnData 0.13 has X among its layers, as None.
+    adata = make()
+    adata.layers["counts"] = adata.X.copy()
+    assert layer_names(adata.layers) == ["counts"]
+    assert layer_names([None, "counts"]) == ["counts"]

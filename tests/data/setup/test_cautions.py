@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.setup.cautions import _cut, _ends
 
 
@@ -92,7 +93,7 @@ def test_barcodes_that_match_once_an_end_is_cut(of_rna, of_atac, ends):
     for name, form in (("rna", of_rna), ("atac", of_atac)):
         parts[name].obs_names = [form.format(barcode) for barcode in barcodes]
         parts[name].obs = parts[name].obs[[]]
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given():
         (sentence,) = warned(pm.MULTIVI.setup_mudata, mudata.MuData(parts))
     assert sentence.startswith("0 cells are paired, but 30 of the 30 cells of one modality have the same name")
     assert f"({ends})" in sentence
@@ -110,7 +111,7 @@ def test_a_modality_of_a_mudata_without_cells():
     adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
     genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
     adata.obs = adata.obs[[]]
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given():
         mdata = mudata.MuData({"rna": adata[:0, genes].copy(), "atac": adata[:, ~genes].copy()})
         (sentence,) = warned(pm.MULTIVI.setup_mudata, mdata)
         assert sentence.startswith("No cell was measured for RNA")

@@ -198,6 +198,7 @@ def test_many_names_are_cut_to_five(adata):
         setup_anndata(adata)
 
 
+@pytest.mark.filterwarnings("ignore:Transforming to str index")  # of the empty index, by anndata 0.10
 def test_no_cells(adata):
     with pytest.raises(ValueError, match="adata.obs_names is empty"):
         setup_anndata(adata[:0].copy())

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi import MULTIVI
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.setup.spec import DataSpec
 
@@ -128,7 +129,7 @@ def test_a_modality_of_a_mudata(mosaic, proteins):
         "atac": mosaic[(has != "expression").to_numpy(), ~gene].copy(),
         "adt": AnnData(sp.csr_matrix(proteins[measured]), obs=mosaic.obs[measured][[]], var=pd.DataFrame(index=NAMES)),
     }
-    with mudata.set_options(pull_on_update=False):
+    with mudata_as_given():
         mdata = mudata.MuData(parts)
     MULTIVI.setup_mudata(mdata, extra_modalities=["adt"])
     spec = DataSpec.of(mdata)

@@ -218,11 +218,11 @@ def test_library_sizes_scale_expression(fitted):
     found = get(indices=SOME, library_size="latent", n_samples=40, seed=1, return_mean=False)
     np.testing.assert_allclose(found, drawn[..., None] * rho, rtol=1e-4)
     # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior, or predicted from ATAC.
-    sums = get(indices=SOME, library_size="latent").sum(1)
+    sums = get(indices=SOME, library_size="latent").sum(axis=1)
     expected = fitted.get_library_size_factors(indices=SOME)["expression"]
     np.testing.assert_allclose(sums[:3], expected[:3], rtol=1e-4)
     with without_regressions(fitted.program):
-        l = get(indices=SOME, library_size="latent").sum(1)
+        l = get(indices=SOME, library_size="latent").sum(axis=1)
     prior = fitted.program.library_prior(fitted.minibatch(SOME), fitted.minibatch(SOME).design)
     np.testing.assert_allclose(l[:3], sums[:3], rtol=1e-6)
     np.testing.assert_allclose(l.iloc[3], prior.mean[3], rtol=1e-4)
@@ -281,7 +281,7 @@ def test_intervals_are_quantiles_of_the_draws(fitted, method):
 
 def test_what_was_not_measured_is_less_certain(fitted):
     modality = fitted.adata.obs["modality"].to_numpy()
-    sd = fitted.get_accessibility_estimates(n_samples=50, return_interval=0.9).sd.mean(1)
+    sd = fitted.get_accessibility_estimates(n_samples=50, return_interval=0.9).sd.mean(axis=1)
     assert sd[modality == "expression"].mean() > sd[modality == "paired"].mean()
 
 
