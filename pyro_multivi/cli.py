@@ -100,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
     differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
     differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
-    differential.add_argument("--batch-correction", action="store_true", help="decode both groups in the same batches")
+    differential.add_argument(
+        "--batch-correction",
+        action=argparse.BooleanOptionalAction,
+        help="decode both groups in the same batches (default: where they lie unevenly over the batches)",
+    )
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
     differential.add_argument("--seed", type=int, default=0)
     differential.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -207,6 +211,8 @@ def _differential(options: argparse.Namespace) -> None:
     called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
     for comparison, rows in table.groupby("comparison", sort=False):
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
+        batches = table.attrs["batches"][comparison][0]
+        found += "" if batches is None else f", decoded in {', '.join(batches)}"
         print(f"  {comparison}, {len(rows)} features{found}")
     print(f"written to {out}")
 
