@@ -32,7 +32,8 @@ def weights(model):
 
 
 def same(left, right):
-    return all(torch.equal(left[name], right[name]) for name in left)
+    """Whether weights are equal; what is calibrated after training may differ."""
+    return all(torch.equal(left[name], right[name]) for name in left if name != "posterior_scale")
 
 
 # ---------------------------------------------------------------------- determinism, global state
@@ -319,8 +320,9 @@ def test_training_again_keeps_the_moments_and_takes_the_new_rate(build):
 
 def test_new_sizes_make_a_new_split(build):
     model = train(build(), 1)
-    train(model, 1, train_size=0.5)
-    assert (len(model._split.train), len(model._split.validation)) == (30, 30)
+    with pytest.warns(UserWarning, match="24 were trained on before: only the other 6 count as held out"):
+        train(model, 1, train_size=0.5)
+    assert (len(model._split.train), len(model._split.validation)) == (30, 6)
 
 
 def test_going_on_never_ends_worse(mosaic):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 
-def test_to_inference_data(fitted):
+def test_to_inference_data(fitted, monkeypatch):
     pytest.importorskip("xarray")
     rows = [0, 1, 2, 110, 160]  # paired, RNA only, ATAC only
     found = fitted.to_inference_data(indices=rows, n_samples=30, gene_list=[4, 2], region_list=[0], seed=2)
@@ -23,6 +24,9 @@ def test_to_inference_data(fitted):
     likelihood = found.log_likelihood["x"].values[0]
     assert likelihood.shape == (30, 5)
     assert (likelihood[:, 4] == 0).all()
+    # Draws have corrected standard deviations, those of the ELBO have not.
+    monkeypatch.setattr(fitted.program, "posterior_scale", torch.ones_like(fitted.program.posterior_scale))
+    likelihood = fitted.to_inference_data(indices=rows, n_samples=30, seed=2).log_likelihood["x"].values[0]
     parts = fitted.get_reconstruction_error(indices=rows, n_particles=30, seed=2, return_mean=False)
     np.testing.assert_allclose(-likelihood[:, :4].mean(0), parts["reconstruction_loss_expression"][:4], rtol=1e-4)
     assert found.constant_data["has_atac"].values.tolist() == [True, True, True, False, True]
