@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.arrays import BooleanArray
 
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import caution, first_names
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.contrasts import Contrast
 from pyro_multivi.posterior.differential.effect import Statistics
@@ -186,17 +185,15 @@ def warn_of_unmeasured(
                 few.append(name)
     assay = request.modality.assay
     if imputed:
-        warnings.warn(
+        caution(
             f"No cell of {first_names(dict.fromkeys(imputed))} has {assay}: means are imputed, with an error that is "
             "not known. Calls of these comparisons are missing (NA), and statistics of counts are NaN.",
-            UserWarning, stacklevel=5,
         )  # fmt: skip
     if few:
-        warnings.warn(
+        caution(
             f"Fewer than {LEAST_CELLS} cells of {first_names(dict.fromkeys(few))} have {assay}: changes cannot be told "
             "from how cells differ. Probabilities and changes of these comparisons are NaN, calls are missing (NA). "
             "Join the group with another, or compare cells with unit='cell'.",
-            UserWarning, stacklevel=5,
         )  # fmt: skip
 
 
