@@ -1,0 +1,22 @@
+"""Cells of several batches lie among each other in the latent space."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial import KDTree
+
+import pyro_multivi as pm
+
+
+def test_cells_of_two_batches_mix():
+    """Neighbours of the same batch: 0.998 where the contrast sets cells of all batches against each other.
+
+    Within batches it is 0.49 to 0.57 over five training seeds; 0.5 is mixed.
+    """
+    adata = pm.simulate_multiome((200, 0, 0), n_genes=60, n_regions=120, n_batches=2, batch_effect=1.0, seed=2)
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality", batch_key="batch")
+    model = pm.MULTIVI(adata, n_hidden=32, n_latent=6)
+    model.train(max_epochs=80, progress_bar=False)
+    latent, batch = model.get_latent_representation(), adata.obs["batch"].to_numpy()
+    near = KDTree(latent).query(latent, 16)[1][:, 1:]
+    assert np.mean(batch[near] == batch[:, None]) < 0.75
