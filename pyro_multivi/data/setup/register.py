@@ -18,7 +18,7 @@ from pyro_multivi.data.setup.cautions import cautions
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, feature_type_column
 from pyro_multivi.isolation import isolated
 
 logger = logging.getLogger("pyro_multivi")
@@ -73,7 +73,8 @@ def setup_anndata(
         "accessibility", or a usual spelling of it ("multiome", "rna", "ATAC", ...). Without it, a
         modality counts as measured where a cell has any count.
     feature_type_key
-        Column of ``var`` that distinguishes genes from regions.
+        Column of ``var`` that distinguishes genes from regions; where there is no ``"feature_types"``, the column
+        ``"modality"`` of scvi-tools' reader.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
@@ -130,7 +131,7 @@ def setup_anndata(
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=_modality_values(modality_values),
-        feature_type_key=feature_type_key,
+        feature_type_key=feature_type_column(feature_type_key, adata.var),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
     return _set_up(adata, _with_feature_types(setup, feature_type_values))
