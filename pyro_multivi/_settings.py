@@ -55,6 +55,10 @@ class Settings:
     def seed(self, value: int | None) -> None:
         self._seed = None if value is None else _whole("seed", value, 0)
 
+    def seed_or(self, given: int | None) -> int:
+        """A seed that was given, or this default."""
+        return given if given is not None else self._seed or 0
+
     @property
     def batch_size(self) -> int | None:
         """Cells per step of training where ``batch_size`` is not given; None: by the number of cells."""

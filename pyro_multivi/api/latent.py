@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.api.scvi_arguments import CELLS, takes
 from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
@@ -144,6 +145,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> float | NDArray[np.float64]: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_elbo(
         self,
@@ -205,6 +207,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> dict[str, float] | dict[str, NDArray[np.float64]]: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_reconstruction_error(
         self,
@@ -268,6 +271,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., return_mean: bool = ...,
         batch_size: int = ..., return_se: bool = ..., seed: int = ...,
     ) -> MarginalLL: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_marginal_ll(
         self,

@@ -47,7 +47,7 @@ class FitOptions:
     weight_decay: float = 1e-3
     eps: float = 1e-8
     early_stopping: bool = False
-    check_val_every_n_epoch: int = 1
+    check_val_every_n_epoch: int | None = 1
     n_steps_kl_warmup: int | None = None
     n_epochs_kl_warmup: int | None = 1
     early_stopping_monitor: str = "elbo_validation"
@@ -73,6 +73,8 @@ class FitOptions:
         if self.elbo is not None:
             check_type("elbo", self.elbo, ELBO, ": give an ELBO of Pyro, or None")
         check_fields(self, FitOptions)
+        # None is the default of Lightning: every epoch.
+        object.__setattr__(self, "check_val_every_n_epoch", self.check_val_every_n_epoch or 1)
         for name in ("lr", "eps"):
             check_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "early_stopping_min_delta"):
