@@ -182,6 +182,7 @@ LOAD: dict[str, Foreign] = {
     "datamodule": TRAIN["datamodule"],
     "allowed_classes_names_list": _left_out("the class is checked by program_class"),
 }
+VAR_NAMES = {"legacy_mudata_format": _left_out("names come by modality", False)}
 CELLS: dict[str, Foreign] = {
     "dataloader": _refused("give cells by adata and indices"),
     "data_loader_kwargs": _left_out(_LOADING),

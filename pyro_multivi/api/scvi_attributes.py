@@ -16,7 +16,7 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
-from pyro_multivi.api.scvi_arguments import ABSENT, Absent
+from pyro_multivi.api.scvi_arguments import ABSENT, VAR_NAMES, Absent, takes
 from pyro_multivi.data.checks import checked, nearest
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.spec import DataSpec, describe
@@ -125,6 +125,10 @@ def _place(where: str, key: Any, modality: str | None) -> Record:
 class ScviAttributes(ModelBase):
     """Attributes of scvi-tools' models."""
 
+    #: Objects are never minified here.
+    minified_data_type: None = None
+    get_normalized_function_name: str = "get_normalized_accessibility"
+
     @property
     def module(self) -> MultiVIProgram:
         """The program, :attr:`program`: a ``torch.nn.Module``; its sizes and choices are in ``module.config``."""
@@ -215,6 +219,7 @@ class ScviAttributes(ModelBase):
             raise KeyError(f"setup_arg={setup_arg!r} is no argument of the setup. {nearest(setup_arg, known)}")
         return known[setup_arg]
 
+    @takes(VAR_NAMES)
     def get_var_names(self) -> dict[str, list[str]]:
         """Names of the genes and regions of the model, by modality ("rna", "atac")."""
         return {modality.key: list(modality.feature_names_in(self.spec)) for modality in MODALITIES}
