@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, train_arguments
+from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
@@ -202,6 +202,7 @@ class ModelBase:
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
+        tell_difference("train")
         seed = settings.seed_or(seed)
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.

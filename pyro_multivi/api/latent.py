@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.api.scvi_arguments import CELLS, takes
+from pyro_multivi.api.scvi_arguments import CELLS, takes, tell_difference
 from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
@@ -95,6 +95,7 @@ class LatentMixin(ModelBase):
         if chosen is not None and not chosen.measured_in(cells.table)[cells.index].any():
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
         if not give_mean and not return_dist:
+            tell_difference("seed")
             draws = latent_draws(self.program, cells, modality, n_samples, seed)
             return draws if n_samples > 1 else draws[0]
         state = latent_state(self.program, cells, modality)
@@ -117,6 +118,7 @@ class LatentMixin(ModelBase):
             ``"expression"``: posterior mean of l in counts (scvi-tools returns a logarithm);
             ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
+        tell_difference("library_size")
         return depth_factors(self.program, self._cells(adata, indices, batch_size))
 
     def get_region_factors(self) -> NDArray[np.float32]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from pyro_multivi.data.checks import check_mapping, nearest, shown, unwrapped
+
+logger = logging.getLogger("pyro_multivi")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,6 +29,33 @@ _KL = "KL terms have weight 1 after warm-up; scale them in a program of your own
 _RATE = "the learning rate stays; the average of the latest weights (average_steps) takes the place of smaller steps"
 _PARTS = "every epoch passes over all cells; give fewer cells, or max_epochs"
 _LATER = "queries of new batches cannot be mapped yet; cells of known batches are given to any method: adata=query"
+
+
+#: What means something else here than in scvi-tools though it is called alike; each is said once.
+DIFFERENCES = {
+    "train": (
+        "train(): defaults are lr=1e-3, one epoch of KL warm-up, early stopping on the ELBO with a patience of 30 and no "
+        "adversary, where scvi-tools 1.4 has lr=1e-4, 50 epochs, the reconstruction loss with 50, and "
+        "adversarial_mixing=True."
+    ),
+    "effect_size": (
+        "differential_accessibility(): effect_size and emp_effect are group 1 minus group 2, the opposite of "
+        "scvi-tools; delta=0.05 is five percentage points, not a log2 ratio."
+    ),
+    "library_size": "get_library_size_factors(): 'expression' is in counts, where scvi-tools has a logarithm.",
+    "n_samples_overall": (
+        "n_samples_overall is the number of posterior draws averaged for each cell; scvi-tools draws so many cells."
+    ),
+    "seed": "Draws depend on the argument seed alone: the same call gives the same draws. For others give seed=1, 2.",
+}
+_said: set[str] = set()
+
+
+def tell_difference(name: str) -> None:
+    """Log one of the differences, once in a process, in scripts that say ``scvi.model.MULTIVI``."""
+    if "pyro_multivi.model" in sys.modules and name not in _said:
+        _said.add(name)
+        logger.warning("%s See tutorials/from_scvi_tools.md.", DIFFERENCES[name])
 
 
 @dataclass(frozen=True)

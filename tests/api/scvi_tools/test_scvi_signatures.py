@@ -28,7 +28,7 @@ VALUES: dict[str, Any] = {
     "adversarial_classifier": False, "scale_adversarial_loss": 0.5, "train_size": 0.8, "validation_size": 0.1,
     "shuffle_set_split": False, "batch_size": 8,
 }  # fmt: skip
-#: Places in the order of scvi-tools that are others here: ours stands in the order for a longer time, or theirs is gone.
+#: Methods with another order of arguments than in scvi-tools, or the argument of theirs that has no place here.
 OTHER_PLACES = {
     "get_marginal_ll": "it is an error for scvi-tools' MULTIVI",
     "get_elbo": "after dataloader",
@@ -165,7 +165,7 @@ def test_what_is_given_to_train_comes_before_the_dictionaries(world, monkeypatch
 
 
 def test_one_warning_tells_of_all(world):
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="without effect here") as caught:
         call(world, "train", logger=True, strategy="ddp", plan_kwargs={"reduce_lr_on_plateau": True})
     assert len(caught) == 1
     assert all(name in str(caught[0].message) for name in ("logger=True", "strategy='ddp'", "reduce_lr_on_plateau"))
