@@ -34,7 +34,7 @@ _LATER = "queries of new batches cannot be mapped yet; cells of known batches ar
 #: What means something else here than in scvi-tools though it is called alike; each is said once.
 DIFFERENCES = {
     "train": (
-        "train(): defaults are lr=1e-3, one epoch of KL warm-up, early stopping on the ELBO with a patience of 30 and no "
+        "train(): defaults are lr=1e-3, one epoch of KL warm-up, early stopping on the ELBO with a patience of 30, no "
         "adversary, where scvi-tools 1.4 has lr=1e-4, 50 epochs, the reconstruction loss with 50, and "
         "adversarial_mixing=True."
     ),
@@ -359,6 +359,9 @@ class Absent:
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         raise AttributeError(f"MULTIVI has no {self.name}: {self.says}.")
+
+    def __set__(self, instance: object, value: object) -> None:
+        self.__get__(instance)
 
 
 #: Methods of scvi-tools' MULTIVI that are not here.
