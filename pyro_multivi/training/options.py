@@ -137,6 +137,8 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     default = ("auto", "1", "-1")
     known = default[:2] if on_gpu else default
     wanted = unwrapped(devices)
+    if on_gpu and isinstance(wanted, (list, tuple)) and len(wanted) == 1 and wanted[0] in range(n_gpus):
+        return torch.device(f"cuda:{wanted[0]}")  # Of a list the entries are numbers of GPUs, also 1.
     valid = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
     text = str(wanted)
     if not valid or text not in (*known, *(map(str, range(n_gpus)) if on_gpu else ())):
