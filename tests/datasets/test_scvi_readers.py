@@ -46,13 +46,11 @@ def test_columns_are_those_of_scvi_tools(multiome):
 
 def test_the_setup_knows_its_column_of_types(multiome):
     adata = read_10x_multiome(multiome)
-    with pytest.warns(UserWarning, match="cells are paired"):
-        report = scvi.MULTIVI.setup_anndata(adata)
+    report = scvi.MULTIVI.setup_anndata(adata)
     assert (report.n_genes, report.n_regions) == (2, 1)
-    adata.var["feature_types"] = ["Peaks", "Gene Expression", "Gene Expression"]
-    with pytest.warns(UserWarning, match="cells are paired"):
-        report = scvi.MULTIVI.setup_anndata(adata)
-    assert (report.n_genes, report.n_regions) == (2, 1)
+    adata.var["feature_types"] = ["Peaks", "Peaks", "Gene Expression"]
+    report = scvi.MULTIVI.setup_anndata(adata)
+    assert (report.n_genes, report.n_regions) == (1, 2)
 
 
 def test_barcodes_of_several_wells_are_kept_whole_where_they_have_to(multiome):

@@ -48,7 +48,7 @@ def test_the_script(folder, tmp_path, capsys):
     assert adata_mvi.obs["modality"].value_counts().to_dict() == {"paired": 50, "expression": 50, "accessibility": 50}
     adata_mvi = adata_mvi[:, adata_mvi.var["modality"].argsort()].copy()
 
-    with pytest.warns(UserWarning, match="batch_key='modality' says the same as what was measured"):
+    with pytest.warns(UserWarning, match=r"batch_key='modality' says the same .*goes to modality_key='modality'"):
         scvi.model.MULTIVI.setup_anndata(adata_mvi, batch_key="modality")
     model = scvi.model.MULTIVI(
         adata_mvi,
