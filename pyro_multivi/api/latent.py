@@ -192,7 +192,8 @@ class LatentMixin(ModelBase):
         (80,)
         """
         parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
-        return float(parts.elbo.mean()) if return_mean else parts.elbo
+        # numpy's float, which has the .item() that scripts for scvi-tools call.
+        return np.float64(parts.elbo.mean()) if return_mean else parts.elbo
 
     @overload
     def get_reconstruction_error(

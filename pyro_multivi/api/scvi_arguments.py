@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_multivi.data.checks import check_mapping, nearest, shown, unwrapped
+from pyro_multivi.data.checks import check_mapping, line_of_caller, nearest, shown, unwrapped
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -260,7 +260,7 @@ def takes(
             given = {name: value for name, value in given.items() if name not in positional or name in kwargs}
             if said:
                 warnings.warn(
-                    f"Arguments of scvi-tools without effect here. {'. '.join(said)}.", UserWarning, _caller()
+                    f"Arguments of scvi-tools without effect here. {'. '.join(said)}.", UserWarning, line_of_caller()
                 )
             return function(*args, **given)
 
@@ -338,14 +338,6 @@ def load_arguments(given: dict[str, Any]) -> list[str]:
     elif numbered:
         given["device"] = f"cuda:{number}"
     return []
-
-
-def _caller() -> int:
-    """The ``stacklevel`` of the first line that is neither the package's nor a context manager's."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("pyro_multivi", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 class Absent:

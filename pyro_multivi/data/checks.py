@@ -244,6 +244,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def line_of_caller() -> int:
+    """The ``stacklevel`` of the first line that is neither the package's nor a context manager's."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("pyro_multivi", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def check_fields(options: Any, kind: type) -> None:
     """Refuse wrong values of the plain fields of a frozen dataclass, those of class ``kind``, as :func:`checked`."""
     for entry in fields(kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_the_script(mdata, tmp_path, capsys, caplog):
     assert sizes == [64, 8, 8]
     everyone = np.concatenate([vae.train_indices, vae.validation_indices, vae.test_indices])
     assert sorted(everyone) == list(range(80))
-    assert np.isfinite(vae.get_elbo(indices=vae.validation_indices, batch_size=None))
+    assert np.isfinite(vae.get_elbo(indices=vae.validation_indices, batch_size=None).item())
     assert vae.get_reconstruction_error(indices=vae.validation_indices)["reconstruction_loss_expression"] > 0
 
     mdata.obsm["X_multivi"] = vae.get_latent_representation(batch_size=None)
@@ -86,6 +87,23 @@ def test_the_script(mdata, tmp_path, capsys, caplog):
     again = MULTIVI.load(tmp_path / "models", prefix="run1_", accelerator="cpu", device="auto")
     np.testing.assert_array_equal(again.get_latent_representation(), vae.get_latent_representation())
     np.testing.assert_array_equal(again.validation_indices, vae.validation_indices)
+
+
+def test_differences_are_told_to_scripts_for_scvi_tools_alone(mdata, monkeypatch, caplog):
+    MULTIVI.setup_mudata(mdata)
+    model = MULTIVI(mdata, n_hidden=4, n_latent=2)
+    monkeypatch.delitem(sys.modules, "pyro_multivi.model")
+    with caplog.at_level(logging.WARNING, "pyro_multivi"):
+        model.train(1, progress_bar=False)
+        model.get_library_size_factors()
+    assert not caplog.records
+
+
+def test_warnings_name_the_line_of_the_caller(mdata):
+    mdata.obs["cell"] = mdata.obs_names
+    with pytest.warns(UserWarning, match="has 80 categories for 80 cells") as caught:
+        MULTIVI.setup_mudata(mdata, batch_key="cell")
+    assert caught[0].filename == __file__
 
 
 def test_positions_are_those_of_scvi_tools(mdata):
