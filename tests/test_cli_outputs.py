@@ -7,7 +7,6 @@ import pytest
 
 import pyro_multivi as pm
 from pyro_multivi.cli import main
-from pyro_multivi.cli import train as train_command
 
 QUIET = ("--quiet", "--max-epochs", "1", "--accelerator", "cpu", "--n-hidden", "6", "--n-latent", "2")
 
@@ -108,7 +107,7 @@ def test_a_picture_of_an_earlier_run_does_not_stay(mosaic_file, tmp_path, monkey
     def missing(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr(train_command, "require", missing)
+    monkeypatch.setattr("pyro_multivi.cli.picture.require", missing)
     assert train(mosaic_file, tmp_path / "out", "--overwrite") == 0
     assert not (tmp_path / "out" / "latent.png").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.data.checks import check_type, checked, shown
+from pyro_multivi.data.checks import caution, check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.isolation import isolated
@@ -157,11 +156,9 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
             continue
         trained = sum(split.cell_names[at] in compared for at in split.ever_trained.tolist())
         if trained:
-            warnings.warn(
+            caution(
                 f"{trained} of the {cells.n_cells} cells compared were trained on by models[{name!r}]: that favours "
                 "models that fit training cells closely. Leave out indices and adata to compare held-out cells.",
-                UserWarning,
-                stacklevel=3,
             )
             return
 

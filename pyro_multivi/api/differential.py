@@ -34,7 +34,7 @@ class DifferentialMixin(ModelBase):
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
-        batch_correction: bool = False,
+        batch_correction: bool | None = None,
         batchid1: Batches = None,
         batchid2: Batches = None,
         fdr_target: float = 0.05,
@@ -87,9 +87,12 @@ class DifferentialMixin(ModelBase):
         batch_correction
             Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs share it. The state
             z of a cell is inferred in its own batch. Default batches: all that hold cells of either group, also those
-            where a group has no cell, which extrapolates if the groups share few batches.
+            where a group has no cell, which extrapolates if the groups share few batches. None, the default: in each
+            comparison whose groups lie unevenly over the batches, where more than a tenth of the cells of one group
+            would have to change batch to lie as the other, and that not by chance (chi-squared test, p < 0.01); but
+            not where the groups share no batch. ``attrs["batches"]`` of the table tells what was done.
         batchid1, batchid2
-            Names or positions of the batches to decode group 1 and 2 in, with ``batch_correction``.
+            Names or positions of the batches to decode group 1 and 2 in.
             One of them stands for both. If they differ, the change holds their difference too.
         fdr_target
             False discovery rate of the calls.
@@ -103,8 +106,8 @@ class DifferentialMixin(ModelBase):
             ``"group"``: do the *means* of the groups differ? ``"cell"``: does *a random cell* of
             group 1 differ from a random cell of group 2? See Notes.
         calibrated
-            With ``unit="group"``, correct the decoder by the counts, account for their error, and
-            shrink. See Notes. Default: True with ``unit="group"``.
+            With ``unit="group"``, test the counts of the groups (pseudobulk) and shrink; False compares the means of
+            the model. See Notes. Default: True with ``unit="group"``.
         test_mode
             ``"three"``: probability of the likelier direction, max(P(change >= delta),
             P(change <= -delta)). ``"two"``: of either, their sum. Between cells, ``"two"`` also
@@ -149,7 +152,8 @@ class DifferentialMixin(ModelBase):
             ``non_zeros_proportion1/2``                  share of cells with a count
             ``raw_normalized_mean1/2``                   mean of counts scaled to 10 000 per cell
             ``is_de_fdr_{target}``                       called: the genes of highest probability whose
-                                                         expected share of false ones is within the target
+                                                         expected share of false ones is within the target;
+                                                         NA where nothing can be said (``boolean`` of pandas)
             ``comparison``, ``group1``, ``group2``       with ``groupby``
             ===========================================  ====================================================
 
@@ -164,23 +168,25 @@ class DifferentialMixin(ModelBase):
 
         Notes
         -----
-        **Means of groups** (``unit="group"``). ``scale1`` and ``scale2`` are means of the model. Its
-        decoder has one set of weights without a posterior of their own, learnt from the same
-        counts. It smooths, so that large changes come out too small, and reproduces the chance in
-        the counts. ``calibrated=True`` corrects both, in all statistics of the change:
+        **Means of groups** (``unit="group"``). With ``calibrated=True`` this is a test of the *counts* of the groups.
+        What the model gives to it is the ratio of batches and depths: each group's mean is that of the model times the
+        ratio of the counts of its measured cells to those that the model expects of them, so the rest of the decoder
+        cancels. A model trained for one epoch and one trained to the end give nearly the same table.
 
-        - Each mean is multiplied by the ratio of the counts of the group's measured cells (its
-          pseudobulk) to those that the model expects, each cell in its own batch, with half a count
-          added to both. The cells of a group that were not measured share in it.
-        - The error of a mean is the spread of its n cells and of the posterior of each (variance of a draw / n) plus
-          the error of its mean count. That counts the sampling of cells twice, and errs on the safe side.
+        - The sum of the counts of a group is negative binomial, with a dispersion between cells that is estimated in
+          each group and shrunk over genes; the number of cells in which a region is open is binomial. A likelihood
+          ratio tests whether both groups share a mean; of counts with the tails of a t distribution where cells are
+          few. To each group one cell of the common mean is added. The change over its error is that test's score.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt from all genes
           (adaptive shrinkage, ash), so that the probabilities hold also for the genes picked as largest. Where a few
           genes take a larger share of the counts, all others have a smaller one: of log-fold changes the centre of the
-          prior is learnt too. If it is further from 0 than ``delta``, the others have changed, and are called.
+          prior is learnt too. If it is further from 0 than ``delta``, the others have changed, and are called;
+          ``attrs["changed_as_a_whole"]`` names the comparisons in which nearly all genes are.
+        - With fewer than three measured cells in a group, probabilities and changes are NaN. Without any, means are
+          imputed, with an error that is not known. Either is a warning, and calls are NA.
 
-        ``calibrated=False`` compares the means of the model with an error of variance of a draw / n
-        and without a prior. In simulation that calls far too much.
+        ``calibrated=False`` compares the means of the model, with an error of variance of a draw / n and without a
+        prior. Its decoder smooths, and has no posterior of its own: in simulation that calls far too much.
 
         **Cells** (``unit="cell"``, as in scvi-tools). The probability is that of random pairs of cells, with neither
         the error of the decoder nor a prior: with few cells, ``is_de_fdr`` understates the false discoveries.
@@ -241,7 +247,7 @@ class DifferentialMixin(ModelBase):
         delta: float | str | None = "default",
         batch_size: int = PREDICTION_BATCH,
         all_stats: bool = True,
-        batch_correction: bool = False,
+        batch_correction: bool | None = None,
         batchid1: Batches = None,
         batchid2: Batches = None,
         fdr_target: float = 0.05,
@@ -360,4 +366,6 @@ class DifferentialMixin(ModelBase):
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
         contrasts = resolve_contrasts(self._obs_of(arguments["adata"]), table.cell_names, **chosen)
-        return compare_groups(self.program, table, contrasts, request, names, self.device, arguments["silent"])
+        return compare_groups(
+            self.program, table, contrasts, request, names, self.spec.batch_categories, self.device, arguments["silent"]
+        )

@@ -70,7 +70,8 @@ class LatentMixin(ModelBase):
         batch_size
             Cells at a time.
         return_dist
-            Return mean and variance of q(z) instead.
+            Return mean and variance of q(z) as it was trained instead; draws have standard deviations that are
+            corrected for what training leaves wrong with them.
         n_samples
             Draws per cell if ``give_mean=False``.
         seed

@@ -6,12 +6,11 @@ import functools
 import inspect
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_multivi.data.checks import check_mapping, line_of_caller, nearest, shown, unwrapped
+from pyro_multivi.data.checks import caution, check_mapping, nearest, shown, unwrapped
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -219,7 +218,7 @@ CELLS: dict[str, Foreign] = {
     "data_loader_kwargs": _left_out(_LOADING),
 }
 DIFFERENTIAL: dict[str, Foreign] = {
-    "use_observed_batches": _refused("groups are decoded in their own batches anyway", False),
+    "use_observed_batches": _refused("batch_correction=False decodes groups in their own batches", False),
     "filter_outlier_cells": _refused("choose cells by idx1 and idx2", False),
     "importance_weighting_kwargs": _left_out("weights='importance' has nothing to set"),
     "dataloader": CELLS["dataloader"],
@@ -259,9 +258,7 @@ def takes(
             said += _translated(given, [name for name in foreign if name in given], table, {*positional, *given})
             given = {name: value for name, value in given.items() if name not in positional or name in kwargs}
             if said:
-                warnings.warn(
-                    f"Arguments of scvi-tools without effect here. {'. '.join(said)}.", UserWarning, line_of_caller()
-                )
+                caution(f"Arguments of scvi-tools without effect here. {'. '.join(said)}.")
             return function(*args, **given)
 
         return run

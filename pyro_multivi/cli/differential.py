@@ -47,5 +47,7 @@ def differential(options: argparse.Namespace) -> None:
     called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
     for comparison, rows in table.groupby("comparison", sort=False):
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
+        batches = table.attrs["batches"][comparison][0]
+        found += "" if batches is None else f", decoded in {', '.join(batches)}"
         print(f"  {comparison}, {len(rows)} features{found}")
     print(f"written to {out}")

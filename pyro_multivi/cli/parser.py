@@ -79,7 +79,11 @@ def command_parser() -> argparse.ArgumentParser:
     differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
     differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
     differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
-    differential.add_argument("--batch-correction", action="store_true", help="decode both groups in the same batches")
+    differential.add_argument(
+        "--batch-correction",
+        action=argparse.BooleanOptionalAction,
+        help="decode both groups in the same batches (default: where they lie unevenly over the batches)",
+    )
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
     differential.add_argument("--seed", type=int, default=0)
     differential.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,11 @@ def train(options: argparse.Namespace) -> None:
     kind = "anndata" if isinstance(data, AnnData) else "mudata"
     setup = Setup(kind, options.layer, options.layer, modality_key=options.modality_key, feature_type_key=key, **places)
     data = prepare(data, setup, options, at_least(options.min_fraction))
-    print(in_options(getattr(MULTIVI, f"setup_{kind}")(data, **keys), vars(options)))
+    with warnings.catch_warnings():
+        # They are among the notes of the report.
+        warnings.simplefilter("ignore", UserWarning)
+        report = getattr(MULTIVI, f"setup_{kind}")(data, **keys)
+    print(in_options(report, vars(options)))
     model = MULTIVI(
         data,
         n_latent=options.n_latent,

@@ -7,6 +7,8 @@ import functools
 import inspect
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +18,8 @@ import numpy as np
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Packages between a warning and the code of the caller.
+_NOT_THE_CALLERS = frozenset({"pyro_multivi", "contextlib", "functools", "pyro", "torch"})
 # Names shown in a message: enough to recognise a pattern, few enough to read.
 _SHOWN = 5
 # Of the names one can choose from, more: the right one should be among them.
@@ -96,6 +100,14 @@ def check_strings(names: Any, where: str) -> None:
         number = sum(not isinstance(name, str) for name in names)
         mend = "give every one a name" if names.hasnans else f"make them strings: {where} = {where}.astype(str)"
         raise ValueError(f"{where} holds {number} names that are no strings, for instance {first!r}: {mend}.")
+
+
+def caution(message: str) -> None:
+    """Warn of a likely mistake, at the line of the caller's own code."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def shown(value: object) -> str:
@@ -242,14 +254,6 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*given.args, **given.kwargs)
 
     return run
-
-
-def line_of_caller() -> int:
-    """The ``stacklevel`` of the first line that is neither the package's nor a context manager's."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("pyro_multivi", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def check_fields(options: Any, kind: type) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pyro_multivi.data.checks import caution
 
 #: Fields that hold positions.
 _POSITIONS = ("train", "validation", "trained_before")
@@ -117,12 +118,10 @@ class Split:
         train, others = order[:n_train], order[n_train:]
         held_out = others[~known[others]][:n_validation]
         if len(held_out) < n_validation:
-            warnings.warn(
+            caution(
                 f"train_size={train_size:g} leaves out {len(others)} cells, of which {int(known[others].sum())} were "
                 f"trained on before: only the other {len(held_out)} count as held out (early stopping, calibration, "
                 "checks). To hold out others, make a new model.",
-                UserWarning,
-                stacklevel=3,
             )
         return cls(_ascending(train), _ascending(held_out), _ascending(others[known[others]]), cell_names)
 

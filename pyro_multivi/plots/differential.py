@@ -50,7 +50,11 @@ def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None 
     elif comparison is not None:
         raise ValueError(f"comparison={comparison!r}, but the table holds a single one without a name: leave it out.")
     ax = axes_or_new(ax)
-    x, y, hit = table[change].to_numpy(), table["bayes_factor"].to_numpy(), table[called].to_numpy(dtype=bool)
+    x, y, hit = (
+        table[change].to_numpy(),
+        table["bayes_factor"].to_numpy(),
+        table[called].fillna(False).to_numpy(dtype=bool),
+    )
     for kind, chosen, colour, marker in (
         ("not called", ~hit, "#999999", "o"),
         ("more in group 1", hit & (x > 0), PALETTE[5], "^"),
@@ -87,7 +91,7 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
         If the table is of another kind, or nothing in it is called as higher in group 1.
     """
     change, called = _columns(table)
-    higher = table[table[called].astype(bool) & (table[change] > 0)]
+    higher = table[table[called].fillna(False).astype(bool) & (table[change] > 0)]
     if higher.empty:
         raise ValueError("No feature of the table is called as higher in group 1: there is nothing to draw.")
     names = higher["comparison"] if "comparison" in higher else pd.Series("", index=higher.index)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # More categories than these are drawn as one: nobody tells their colours apart.
 _MOST_CATEGORIES = 60
+# Of fewer cells there are no neighbours to be kept.
+_FEWEST_CELLS = 4
 # Letters of an entry of the legend, and the width of one in inches.
 _LONGEST, _LETTER = 26, 0.07
 #: Look of a legend with many entries.
@@ -40,6 +42,7 @@ def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
     return plane
 
 
+@checked
 def neighbour_embedding(latent: NDArray[np.floating[Any]], seed: int = 0) -> tuple[NDArray[np.floating[Any]], str]:
     """Coordinates in which neighbours in the latent space stay neighbours: UMAP where it is installed, else t-SNE.
 
@@ -59,9 +62,14 @@ def neighbour_embedding(latent: NDArray[np.floating[Any]], seed: int = 0) -> tup
 
     Raises
     ------
+    ValueError
+        If ``latent`` is no such matrix.
     ImportError
         Without umap-learn and scikit-learn (extra ``plot``).
     """
+    latent = as_latent(latent)
+    if len(latent) < _FEWEST_CELLS:
+        raise ValueError(f"latent of {len(latent)} cells is not allowed: give at least {_FEWEST_CELLS}.")
     if find_spec("umap") is not None:
         with warnings.catch_warnings():
             # It says that a seed takes it one thread.

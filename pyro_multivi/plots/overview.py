@@ -10,8 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.checks import checked
+from pyro_multivi.data.checks import shown as shown_value
 from pyro_multivi.plots.latent import COMPACT, latent_scatter, legend_columns, training_history
-from pyro_multivi.plots.style import PALETTE, axes_or_new, labelled
+from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, check_table, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +26,7 @@ _FEWEST = 10
 _WIDTH, _HEIGHT, _ROW = 12, 8, 0.17
 
 
+@checked
 def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Share of each statistic outside the central interval of its replicates, beside the share expected.
 
@@ -35,6 +38,7 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax
         Axes to draw into; default: a new figure.
     """
+    check_table("summary", summary, ("table", "statistic", "n", "data_above", "data_below", "expected", "fails"))
     ax = axes_or_new(ax)
     whole = summary[~summary["table"].str.contains(" by ")]
     # Of very few values the share outside says nothing.
@@ -58,6 +62,7 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return labelled(ax, f"% outside replicates\n(dotted: {expected:.0f} % expected)", "", title=title)
 
 
+@checked
 def overview(
     xy: NDArray[np.floating[Any]],
     directions: str,
@@ -80,6 +85,9 @@ def overview(
     summary
         Of a predictive check; None leaves its panel out.
     """
+    xy = as_latent(xy, "xy")
+    if not isinstance(colourings, Mapping) or not 1 <= len(colourings) <= 2:
+        raise ValueError(f"colourings={shown_value(colourings)} is not allowed: give one or two, a dict of labels.")
     figure: Figure = require("matplotlib.figure", "plot").Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     single = len(colourings) == 1
     parts: Any = (

@@ -41,7 +41,7 @@ def check_table(argument: str, table: object, columns: Sequence[str]) -> None:
         )
 
 
-def as_latent(latent: ArrayLike) -> NDArray[np.floating[Any]]:
+def as_latent(latent: ArrayLike, argument: str = "latent") -> NDArray[np.floating[Any]]:
     """Latent states as an array, (cells, K)."""
     try:
         found = np.asarray(latent, dtype=float)
@@ -49,7 +49,7 @@ def as_latent(latent: ArrayLike) -> NDArray[np.floating[Any]]:
         found = np.zeros(0)
     if found.ndim != 2 or 0 in found.shape or not np.isfinite(found).all():
         raise ValueError(
-            f"latent={shown(latent)} is not allowed: give finite numbers of shape (cells, K), as "
+            f"{argument}={shown(latent)} is not allowed: give finite numbers of shape (cells, K), as "
             "get_latent_representation returns them."
         )
     return found

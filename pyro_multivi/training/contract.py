@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_multivi.data.checks import caution
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import CELLS, MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, random_sites
@@ -78,12 +78,11 @@ def warn_of_unlearned(program: MultiVIProgram) -> None:
     missed = [name for name, parameter in learning.items() if parameter.grad is None]
     if missed:
         shown = ", ".join(map(repr, missed[:5])) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
-        warnings.warn(
+        caution(
             f"Parameters of {type(program).__name__} that got no gradient from the first minibatch, and stay as they "
             f"are: {shown}. A parameter learns if the model or the guide computes with it, not with a copy of its "
             "values (.data, .detach(), torch.tensor(...)). If it is not meant to learn, say so: "
             "requires_grad_(False).",
-            stacklevel=2,
         )
 
 

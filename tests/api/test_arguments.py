@@ -98,6 +98,9 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "ax": (5, "x", [1], True, THING),
     "labels": (5, "x", "", ["a"], [], {}, True, THING),
     "latent": (5, None, "x", [1.0], [["a", "b"]], np.zeros((0, 2)), np.full((3, 2), NAN), {}, THING),
+    "xy": (5, None, "x", [1.0], [["a", "b"]], np.zeros((0, 2)), np.full((3, 2), NAN), {}, THING),
+    "colourings": (5, None, "x", [1], {}, True, THING),
+    "summary": (5, "x", [1], {}, THING, pd.DataFrame(), np.zeros((2, 2))),
     "history": (5, "x", [1], True, THING),
     "program": _CLASS,
     "config": (5, None, "x", {}, pm.ProgramConfig, THING),
@@ -236,6 +239,10 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "coverage_curve": {"coverage": world.check.coverage},
         "imputed_against_measured": {"imputed": world.check.imputed, "modality": "expression"},
         "latent_scatter": {"latent": np.zeros((3, 2))}, "principal_plane": {"latent": np.zeros((3, 2))},
+        "neighbour_embedding": {"latent": np.eye(5)},
+        "check_summary": {"summary": world.check.summary()},
+        "overview": {
+            "xy": np.eye(2), "directions": "axis", "colourings": {"cells": None}, "history": world.model.history},
         "training_history": {"history": world.model.history},
         "volcano": {"table": world.table}, "top_features": {"table": world.table},
     }  # fmt: skip

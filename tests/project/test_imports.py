@@ -199,7 +199,8 @@ def test_nothing_private_of_anndata_or_mudata_is_used():
         for folder in (PACKAGE, "tests", "benchmarks")
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr in private
+        # scanpy shortens an object in place by these methods, and nothing public does.
+        if isinstance(node, ast.Attribute) and node.attr in private - {"_inplace_subset_obs", "_inplace_subset_var"}
         if ast.unparse(node.value) not in ("self", "cls")
     ]
     wrong += [

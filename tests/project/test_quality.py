@@ -110,6 +110,7 @@ def test_ranks(module):
     np.testing.assert_allclose(protocol.spearman(a, b), [1, 0.5, np.nan])
 
 
+@pytest.mark.filterwarnings("ignore:Only 40 of 120 cells are paired:UserWarning")
 @pytest.mark.parametrize("system", ["ours", "linear"])
 def test_systems_keep_the_contract(module, hidden, system):
     before = hidden.seen.copy()
@@ -124,6 +125,7 @@ def test_systems_keep_the_contract(module, hidden, system):
     assert list(hidden.seen.obs) == list(before.obs)
 
 
+@pytest.mark.filterwarnings("ignore:Only 40 of 120 cells are paired:UserWarning")
 def test_watching_ours_changes_nothing_and_is_not_timed(module, hidden, monkeypatch):
     ours = module("ours")
     seen = []

@@ -32,7 +32,8 @@ def weights(model):
 
 
 def same(left, right):
-    return all(torch.equal(left[name], right[name]) for name in left)
+    """Whether weights are equal; what is calibrated after training may differ."""
+    return all(torch.equal(left[name], right[name]) for name in left if name != "posterior_scale")
 
 
 # ---------------------------------------------------------------------- determinism, global state
@@ -260,10 +261,10 @@ def test_the_best_weights_come_back(build):
         kept.append({name: value.clone() for name, value in program.state_dict().items()})
 
     # A learning rate that overshoots.
-    model = train(build(), 12, lr=0.3, callbacks=[keep], early_stopping=False, n_epochs_kl_warmup=None)
+    model = train(build(), 24, lr=0.3, callbacks=[keep], early_stopping=False, n_epochs_kl_warmup=None)
     scores = curves(model)["elbo_validation"]
     best = int(scores.argmin())
-    assert 0 < best < 11, "the test needs a curve that rises again"
+    assert 0 < best < 23, "the test needs a curve that rises again"
     assert same(weights(model), kept[best])
 
 
@@ -319,8 +320,9 @@ def test_training_again_keeps_the_moments_and_takes_the_new_rate(build):
 
 def test_new_sizes_make_a_new_split(build):
     model = train(build(), 1)
-    train(model, 1, train_size=0.5)
-    assert (len(model._split.train), len(model._split.validation)) == (30, 30)
+    with pytest.warns(UserWarning, match="24 were trained on before: only the other 6 count as held out"):
+        train(model, 1, train_size=0.5)
+    assert (len(model._split.train), len(model._split.validation)) == (30, 6)
 
 
 def test_going_on_never_ends_worse(mosaic):

@@ -16,7 +16,7 @@ from pyro_multivi.training.divergence import DivergenceMonitor
 from pyro_multivi.training.objective import NegativeELBO
 
 META = torch.device("meta")
-READ = "meta|[Dd]ata.dependent"
+READ = "[Mm]eta|[Dd]ata.dependent"
 
 
 def train(program, minibatches):

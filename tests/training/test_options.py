@@ -29,7 +29,9 @@ def test_train_gives_every_option_to_fit(build, monkeypatch):
     chosen = {"max_epochs": 2, "lr": 1e-2, "callbacks": [lambda *_: None], "early_stopping_patience": 7, "seed": 3}
     build().train(**chosen, progress_bar=False)
     options = given[0][3]
-    assert {name: getattr(options, name) for name in chosen} == {**chosen, "callbacks": tuple(chosen["callbacks"])}
+    assert {name: getattr(options, name) for name in chosen} == {**chosen, "callbacks": options.callbacks}
+    # The first notes that an epoch was completed.
+    assert options.callbacks[1:] == tuple(chosen["callbacks"])
     assert options.early_stopping
 
 

@@ -11,16 +11,7 @@ from typing import Any
 
 from anndata import AnnData, ImplicitModificationWarning
 
-from pyro_multivi.data.checks import (
-    check_mapping,
-    checked,
-    first_names,
-    line_of_caller,
-    name_list,
-    nearest,
-    shown,
-    unwrapped,
-)
+from pyro_multivi.data.checks import caution, check_mapping, checked, first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
@@ -243,7 +234,7 @@ def _set_up(data: Any, setup: Setup) -> SetupReport:
     _keep(data, setup)
     logger.info("%s", report)
     for sentence in likely_mistakes:
-        warnings.warn(sentence, UserWarning, line_of_caller())
+        caution(sentence)
     return report
 
 

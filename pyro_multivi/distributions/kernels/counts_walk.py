@@ -251,10 +251,10 @@ class CountsWalk:
         if x.dtype == torch.float64:
             return
         large = x >= LARGE_COUNT
+        if self.is_quick and not bool(large.any()):
+            return
         # To find them, the host would wait for an accelerator; there double precision of all is cheap.
         at = large.nonzero().squeeze(-1) if self.is_quick else slice(None)
-        if self.is_quick and not len(x[at]):
-            return
         x, log_mean = x[at].double(), log2_mean[at].double() * _LN_2
         if theta is None:
             wide: tuple[Tensor, ...] = (x * log_mean - torch.lgamma(x + 1),)

@@ -8,7 +8,7 @@ In each dimension its expectations tell the curvature and the distance of the po
 
 Under a posterior that is Normal in each dimension, t is :math:`\sigma^2` over its variance and :math:`\delta` the
 distance of its mean from :math:`\mu` in units of :math:`\sigma`. The factor :math:`f^2 = 1 / t + \delta^2`, averaged
-over cells, gives q the mean squared distance that the posterior has from :math:`\mu`.
+over cells and at least 1, gives q the mean squared distance that the posterior has from :math:`\mu`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _LEAST, _MOST = 32, 256
 # With fewer cells of a pattern the factors would be noise.
 _FEWEST = 10
 _AT_ONCE = 64
-# Beyond these the posterior is not near Normal, and its gradients say little about its width.
-_SMALLEST, _LARGEST = 0.5, 2.0
+# Standard deviations are not made smaller: where the posterior is not Normal, as between cell types, its gradients show
+# the width of one of its modes. Nor is any doubled more than once.
+_SMALLEST, _LARGEST = 1.0, 2.0
 
 
 def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:

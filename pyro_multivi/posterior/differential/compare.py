@@ -11,35 +11,50 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
-from pyro_multivi.posterior.differential.contrasts import Contrast, Partition
+from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
 from pyro_multivi.posterior.differential.effect import Statistics, StatisticsByBlock, TestSpecification, estimated_delta
 from pyro_multivi.posterior.differential.group_draws import DrawKey, DrawSource, GroupDraws, Moments, feature_blocks_of
-from pyro_multivi.posterior.differential.group_means import change_of_means, probability_larger, statistics_of_posterior
-from pyro_multivi.posterior.differential.raw_counts import (
-    PseudobulkStatistics,
-    PseudobulkSums,
-    pseudobulk_correction,
-    pseudobulk_means,
+from pyro_multivi.posterior.differential.group_means import (
+    GroupCounts,
+    change_by_counts,
+    change_of_means,
+    compare_counts,
+    probability_larger,
+    statistics_of_posterior,
+    t_ratio,
 )
+from pyro_multivi.posterior.differential.raw_counts import PseudobulkStatistics, PseudobulkSums
 from pyro_multivi.posterior.differential.request import DifferentialRequest
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior, ShrinkagePrior, unshrunk
-from pyro_multivi.posterior.differential.tables import LAYOUTS, Comparison, arrange
+from pyro_multivi.posterior.differential.tables import (
+    LAYOUTS,
+    LEAST_CELLS,
+    Comparison,
+    arrange,
+    changed_as_a_whole,
+    warn_of_unmeasured,
+)
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
 
 Array = NDArray[np.float64]
-Pair = tuple[Array, Array]
 Group = tuple[DrawKey, ...]
 
 # Least pseudocount that is estimated: far below the share of any gene with counts.
 _LEAST_PSEUDOCOUNT = 1e-10
+# Least number of expected counts: a decoder may give next to nothing.
+_LEAST_EXPECTED = 1e-6
+# Error of the change that all genes have in common, relative to that of independent genes: 1.5 to 2.3 in simulation.
+_COMMON_ERROR = 2.0
 
 
 def compare_groups(
@@ -48,6 +63,7 @@ def compare_groups(
     contrasts: Sequence[Contrast],
     request: DifferentialRequest,
     names: Sequence[str],
+    batch_names: Sequence[str],
     device: torch.device,
     silent: bool = True,
 ) -> pd.DataFrame:
@@ -55,20 +71,37 @@ def compare_groups(
 
     Parameters
     ----------
-    names
-        Names of the features to report.
+    names, batch_names
+        Names of the features to report, and of all batches.
     silent
         Show no progress bar.
 
     Returns
     -------
     DataFrame
-        The comparisons below each other, one row per feature.
+        The comparisons below each other, one row per feature. ``attrs["batches"]`` holds, by comparison, the names of
+        the batches that each group was decoded in, None for each cell in its own; ``attrs["changed_as_a_whole"]`` the
+        comparisons in which nearly all genes are called.
     """
     shared = _SharedDraws(DrawSource(program, table, request, device), contrasts)
-    _warn_of_unmeasured(shared)
+    warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
-    return arrange(compare(shared, silent), contrasts, request, names)
+    compared = compare(shared, silent)
+    found = arrange(compared, contrasts, request, names)
+    found.attrs["batches"] = {
+        contrast.comparison: [
+            None if group[0].batches is None else [batch_names[code] for code in group[0].batches] for group in groups
+        ]
+        for contrast, groups in zip(contrasts, shared.groups, strict=True)
+    }
+    whole = found.attrs["changed_as_a_whole"] = changed_as_a_whole(compared, contrasts, request)
+    if whole:
+        logger.warning(
+            "Nearly all %s are called in %s. They are shares of a whole: where a few take more, all others have less. "
+            "Look at those few first, or compare with a larger delta.", request.modality.features, first_names(whole),
+        )  # fmt: skip
+    logger.info("Batches that the groups are decoded in: %s", found.attrs["batches"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -168,12 +201,24 @@ class _SharedDraws:
         )  # fmt: skip
 
     def _decoded_in(self, contrast: Contrast) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Batches that the groups are decoded in."""
-        if not self.request.batch_correction or self.request.batches[0] is not None:
-            return self.request.batches
-        found = torch.unique(self.source.table.batch_code[torch.cat([contrast.index1, contrast.index2])])
-        both = tuple(int(code) for code in found if code >= 0)
-        n = self.request.n_draws
+        """Batches that the groups are decoded in; None for each cell in its own."""
+        request = self.request
+        if request.batches[0] is not None:
+            return request.batches
+        code = self.source.table.batch_code
+        every = [code[index][code[index] >= 0] for index in (contrast.index1, contrast.index2)]
+        n_cells = [torch.bincount(group, minlength=int(code.max()) + 1).numpy() for group in every]
+        wanted = lie_unevenly(*n_cells) if request.batch_correction is None else request.batch_correction
+        if wanted and request.batch_correction is None and not (n_cells[0] * n_cells[1]).any():
+            logger.warning(
+                "%s: the groups share no batch, so that it is unknown what of a change is due to batches. Each is "
+                "decoded in its own; batch_correction=True extrapolates to those of the other.", contrast.comparison,
+            )  # fmt: skip
+            wanted = False
+        if not wanted:
+            return None, None
+        both = tuple(int(batch) for batch in torch.cat(every).unique())
+        n = request.n_draws
         if len(both) > n:
             raise ValueError(f"n_samples={n} is fewer than the {len(both)} batches: give more draws.")
         return both, both
@@ -262,13 +307,35 @@ def _compare_two_means(
     detection = shared.detection(number, factors)
     factor = 1.0 if detection is None else detection.double().cpu().numpy()
     pseudocounts = shared.pseudocounts(number, [group.largest for group in drawn], detection)
-    means, errors, least = _means_and_errors(shared, number, moments, drawn, factor)
-    if request.mode == "vanilla":
-        delta, statistics = np.nan, {"probability": probability_larger(means, errors)}
+    counted = [_counts_of(shared, group, moments, factor) for group in groups] if request.corrects_by_counts else []
+    tested = None
+    if counted and all(group.n_cells for group in counted):
+        tested = compare_counts((counted[0], counted[1]), request.modality)
+        means, errors = tested.means, tested.errors
     else:
-        change, error = change_of_means(request.change, pseudocounts, means, errors, least)
+        first, second = (group.mean for group in counted) if counted else (group.mean * factor for group in drawn)
+        # The variance of a draw of a random cell holds both the spread of the cells and the posterior of each.
+        n_drawn = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
+        error1, error2 = (np.sqrt(group.var * factor**2 / n) for group, n in zip(drawn, n_drawn, strict=True))
+        means, errors = (first, second), (error1, error2)
+    if request.mode == "vanilla":
+        probability = probability_larger(means, errors) if tested is None else ndtr(tested.score)
+        delta, statistics = np.nan, {"probability": probability}
+    else:
+        if tested is None:
+            change, error = change_of_means(request.change, pseudocounts, means, errors)
+        else:
+            change, error = change_by_counts(request.change, pseudocounts, tested)
         delta = estimated_delta(change, request.change.least_delta) if request.bound is None else request.bound
-        statistics = _change_statistics(shared, shared.specification(delta, pseudocounts), change, error, errors)
+        specification = shared.specification(delta, pseudocounts)
+        common_error = _COMMON_ERROR * float(np.linalg.norm(np.concatenate(errors)) / np.log(2))
+        cells = min(
+            group.n_measured or sum(sizes)
+            for group, sizes in zip(shared.pseudobulk[number], map(shared.sizes, groups), strict=True)
+        )
+        statistics = _change_statistics(shared, specification, change, error, common_error * t_ratio(cells - 1))
+    if any(0 < group.n_measured < LEAST_CELLS for group in shared.pseudobulk[number]):
+        statistics = {name: np.full_like(values, np.nan) for name, values in statistics.items()}
     statistics = {"mean1": drawn[0].mean, "mean2": drawn[1].mean, **statistics}
     if request.features is not None:
         rows = request.features.cpu().numpy()
@@ -276,49 +343,47 @@ def _compare_two_means(
     return Comparison(statistics, shared.pseudobulk[number], delta, pseudocounts)
 
 
-def _means_and_errors(
-    shared: _SharedDraws,
-    number: int,
-    moments: Mapping[DrawKey, Moments],
-    drawn: Sequence[Moments],
-    factor: Array | float,
-) -> tuple[Pair, Pair, tuple[Array | float, Array | float]]:
-    """Mean of each of two groups times a factor, its standard error, and its least value in slopes, (F,) each."""
-    request, groups, observed = shared.request, shared.groups[number], shared.pseudobulk[number]
-    n_cells = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
-    # The variance of a draw of a random cell holds both the spread of the cells and the posterior of each.
-    variances = [group.var * factor**2 / n for group, n in zip(drawn, n_cells, strict=True)]
-    if not request.corrects_by_counts:
-        first, second = (group.mean * factor for group in drawn)
-        return (first, second), (np.sqrt(variances[0]), np.sqrt(variances[1])), (0.0, 0.0)
-    first, second = (_corrected_mean(shared, group, moments) * factor for group in groups)
-    if request.modality.binary:
-        # Probabilities, which a factor above 1 may take beyond it.
-        limits = (1 - 0.5 / (group.n_measured + 1) if group.n_measured else 1.0 for group in observed)
-        first, second = (np.minimum(mean, most) for mean, most in zip((first, second), limits, strict=True))
-    additive = request.mode == "vanilla" or request.change.name == "difference"
-    counted = pseudobulk_means(observed, (first, second), request.modality, additive)
-    error1, error2 = (np.sqrt(var + one.error**2) for var, one in zip(variances, counted, strict=True))
-    return (first, second), (error1, error2), (counted[0].mean, counted[1].mean)
+def _counts_of(
+    shared: _SharedDraws, group: Group, moments: Mapping[DrawKey, Moments], factor: Array | float
+) -> GroupCounts:
+    """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
 
-
-def _corrected_mean(shared: _SharedDraws, group: Group, moments: Mapping[DrawKey, Moments]) -> Array:
-    """Mean of a group, times the ratio of its counts to those that the smooth decoder expects, (F,)."""
-    means = []
-    for key in group:
-        expected = moments[DrawKey(key.part, None)].expected
-        if shared.region_factors is not None:
-            expected = expected * shared.region_factors.double().cpu().numpy()
-        observed = PseudobulkStatistics.from_sums([shared.sums[key.part]])
-        means.append(moments[key].mean * pseudobulk_correction(observed, expected, shared.request.modality))
-    mean: Array = np.average(means, axis=0, weights=shared.sizes(group))
-    return mean
+    So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured.
+    """
+    binary = shared.request.modality.binary
+    sums = [shared.sums[key.part] for key in group]
+    means, exposure = [], np.zeros(0)
+    for key, counted in zip(group, sums, strict=True):
+        mean = moments[key].mean * factor
+        if counted.n_measured:
+            expected = moments[DrawKey(key.part, None)].expected
+            if binary:
+                r = 1.0 if shared.region_factors is None else shared.region_factors.double().cpu().numpy()
+                expected = counted.n_measured * expected * r
+            else:
+                expected = counted.depth * expected / max(float(expected.sum()), 1e-300)
+            own = np.maximum(expected, _LEAST_EXPECTED) / np.maximum(mean, 1e-300)
+            mean, exposure = counted.counts / own, own + (exposure if len(exposure) else 0.0)
+        means.append(mean)
+    measured = [one for one in sums if one.n_measured]
+    n, freedom = sum(one.n_measured for one in measured), sum(one.n_measured - 1 for one in measured)
+    depth, squares = sum(one.depth for one in measured), sum(one.depth_squares for one in measured)
+    of_group: Array = np.sum([one.counts for one in sums], axis=0)
+    return GroupCounts(
+        n_cells=n,
+        freedom=freedom,
+        mean=np.average(means, axis=0, weights=shared.sizes(group)),
+        exposure=exposure,
+        effective_cells=depth**2 / max(squares, 1.0),
+        excess=sum((one.excess for one in measured), np.zeros_like(of_group)),
+        base=of_group**2 / max(depth, 1.0) * freedom / max(n, 1),
+    )
 
 
 def _change_statistics(
-    shared: _SharedDraws, specification: TestSpecification, change: Array, error: Array, errors: Pair
+    shared: _SharedDraws, specification: TestSpecification, change: Array, error: Array, common_error: float
 ) -> Statistics:
-    """Statistics of changes of means, shrunk unless ``calibrated=False``; ``errors`` are those of the means."""
+    """Statistics of changes of means, shrunk unless ``calibrated=False``."""
     request = shared.request
     rng = np.random.default_rng([request.seed, 3])
     prior = None
@@ -326,22 +391,10 @@ def _change_statistics(
         # Shares of a whole: genes that take more of it take it from all others. With size factors rho is no share.
         compositional = not request.modality.binary and shared.source.program.config.library != "size_factor"
         in_common = compositional and request.change.name == "log-fold"
-        common_error = float(np.linalg.norm(np.concatenate(errors)) / np.log(2)) if in_common else None
-        prior = ShrinkagePrior.fit(change, error, rng, common_error)
+        prior = ShrinkagePrior.fit(change, error, rng, common_error if in_common else None)
 
     def posterior(block: slice) -> ChangePosterior:
         estimates = change[block], error[block]
         return unshrunk(*estimates) if prior is None else prior.posterior(*estimates)
 
     return statistics_of_posterior(posterior, len(change), specification, request.n_draws, rng)
-
-
-def _warn_of_unmeasured(shared: _SharedDraws) -> None:
-    for contrast, observed in zip(shared.contrasts, shared.pseudobulk, strict=True):
-        for number, (group, name) in enumerate(zip(observed, (contrast.group1, contrast.group2), strict=True), 1):
-            if group.n_measured == 0:
-                logger.warning(
-                    "Group %d%s has no cell with %s: its estimates are imputed, what the counts leave open of them "
-                    "is not known, and statistics of counts are NaN.",
-                    number, f" ({name})" if name else "", shared.request.modality.assay,
-                )  # fmt: skip

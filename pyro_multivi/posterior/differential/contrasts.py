@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import chi2_contingency
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
@@ -18,6 +19,10 @@ from pyro_multivi.data.setup.covariates import grouping
 
 #: Name of the second group when it is all other labelled cells.
 REST = "Rest"
+
+# Share of the cells of a group that would have to change batch for both groups to lie alike over them, and
+# probability by chance, beyond which they lie unevenly.
+_UNEVEN, _BY_CHANCE = 0.1, 0.01
 
 #: One group or several: values of a column of ``obs``, matched by their text.
 GroupChoice: TypeAlias = "str | float | Sequence[str | float] | NDArray[Any] | pd.Index[Any] | None"
@@ -43,9 +48,14 @@ class Contrast:
     group2: str = ""
 
     @property
+    def names(self) -> tuple[str, str]:
+        """Both names, or what stands for them."""
+        return self.group1 or "group 1", self.group2 or "group 2"
+
+    @property
     def comparison(self) -> str:
         """Both names, as scvi-tools writes them."""
-        return f"{self.group1} vs {self.group2}"
+        return " vs ".join(self.names)
 
 
 def resolve_contrasts(
@@ -187,6 +197,26 @@ def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: Sequenc
 
 def _positions(chosen: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen).astype(np.int64))
+
+
+def lie_unevenly(n_cells1: NDArray[np.int64], n_cells2: NDArray[np.int64]) -> bool:
+    """Whether two groups lie unevenly over the batches, by more than a tenth and not by chance.
+
+    Parameters
+    ----------
+    n_cells1, n_cells2
+        Number of cells of each group in each batch.
+
+    Examples
+    --------
+    >>> lie_unevenly(np.array([80, 20]), np.array([40, 60])), lie_unevenly(np.array([3, 1]), np.array([40, 60]))
+    (True, False)
+    """
+    n_cells = np.stack([n_cells1, n_cells2])[:, n_cells1 + n_cells2 > 0]
+    if not n_cells.sum(1).all():
+        return False
+    share1, share2 = n_cells / n_cells.sum(1, keepdims=True)
+    return bool(np.abs(share1 - share2).sum() / 2 > _UNEVEN and chi2_contingency(n_cells).pvalue < _BY_CHANCE)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class GroupDraws:
     gate_logits
         Logits of the probability that a count is dropped, (n, F), if the observation model has one.
     cell_factors
-        Draws of d, (n,), or NaN without any.
+        Depth of the cell of each draw, (n,): draws of d, or of counts its total; NaN without any.
     measured
         Whether each draw is of a cell in which the modality was measured, (n,).
     """
@@ -59,7 +59,7 @@ class GroupDraws:
 
     @property
     def cell_factor(self) -> float:
-        """Mean of d over the draws of measured cells, or of all if there is none."""
+        """Mean depth over the draws of measured cells, or of all if there is none."""
         return float(self.cell_factors[self.measured if self.measured.any() else slice(None)].mean())
 
     def moments(self, largest: bool) -> Moments:
@@ -93,7 +93,7 @@ class Moments(NamedTuple):
         Mean and variance of rho or p.
     expected
         Mean over measured cells of a number to which their expected counts are proportional: rho times the
-        probability that no count is dropped, or p d.
+        probability that no count is dropped, times the total of the cell, or p d.
     largest
         Largest draw; empty if not wanted.
     """
@@ -175,6 +175,8 @@ class DrawSource:
                 if modality.binary:
                     factor_n[rows] = _cell_factors(modality, decoded)[draw, place]
                 elif batches is None:
+                    # Counts are summed over cells: the deeper a cell, the more it counts.
+                    factor_n[rows] = modality.counts_in(cells).row_sums().clamp(min=1.0).double().cpu().numpy()[place]
                     gates.put(rows, _gate_logits(modality, self.program, cells, decoded), draw, place)
                 for code, sites in enumerate(decoded.sites):
                     mine = stratum[rows] == code

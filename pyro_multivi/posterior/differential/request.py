@@ -41,6 +41,8 @@ class DifferentialRequest:
         The modality that is compared.
     features
         Positions of the features to report, (k,), int64; None for all.
+    batch_correction
+        None: where the groups lie unevenly over the batches.
     batchid1, batchid2
         Codes of the batches in which the groups are decoded.
 
@@ -56,7 +58,7 @@ class DifferentialRequest:
     delta: float | str | None
     batch_size: int
     all_stats: bool
-    batch_correction: bool
+    batch_correction: bool | None
     batchid1: tuple[int, ...] | None
     batchid2: tuple[int, ...] | None
     fdr_target: float
@@ -113,7 +115,7 @@ class DifferentialRequest:
             raise ValueError(f"n_samples={self.n_draws} is not allowed: a test needs at least 2 draws.")
         check_draws("m_permutation", self.m_permutation)
         for name in ("batchid1", "batchid2"):
-            if getattr(self, name) is not None and not self.batch_correction:
+            if getattr(self, name) is not None and self.batch_correction is False:
                 raise ValueError(
                     f"{name} is given and batch_correction=False: set batch_correction=True, or leave it out."
                 )

@@ -1,4 +1,4 @@
-"""Tables of differential tests: columns and order as scvi-tools users know them."""
+"""Tables of differential tests: columns and order as scvi-tools users know them; warnings of what they cannot say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.arrays import BooleanArray
 
+from pyro_multivi.data.checks import caution, first_names
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.contrasts import Contrast
 from pyro_multivi.posterior.differential.effect import Statistics
@@ -18,6 +20,10 @@ from pyro_multivi.posterior.differential.request import DifferentialRequest
 
 # Added to both sides of a ratio of probabilities, which draws may make 0.
 _RATIO_OFFSET = 1e-8
+#: Measured cells below which nothing is said of the mean of a group: of two that differ, either may be the outlier.
+LEAST_CELLS = 3
+# Share of called genes from which a change of the whole composition is the likelier reason.
+_NEARLY_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,14 @@ class Comparison:
     pseudobulk: tuple[PseudobulkStatistics, PseudobulkStatistics]
     delta: float
     pseudocounts: float
+
+    def calls(self, target: float) -> BooleanArray:
+        """Calls at a false discovery rate, (k,): missing where nothing is known, all of them if a group is imputed."""
+        probability = self.statistics["probability"]
+        unknown = np.isnan(probability)
+        if not all(group.n_measured for group in self.pseudobulk):
+            unknown[:] = True
+        return BooleanArray(expected_fdr_calls(probability, target), unknown)
 
 
 def arrange(
@@ -96,7 +110,7 @@ def _expression(tested: Comparison, request: DifferentialRequest) -> dict[str, A
         columns |= _of_both("non_zeros_proportion", "nonzero", tested, request)
         columns |= _of_both("raw_normalized_mean", "normalized", tested, request)
     if request.mode == "change":
-        columns[f"is_de_fdr_{request.fdr_target}"] = expected_fdr_calls(probability, request.fdr_target)
+        columns[f"is_de_fdr_{request.fdr_target}"] = tested.calls(request.fdr_target)
     return columns
 
 
@@ -106,7 +120,7 @@ def _accessibility(tested: Comparison, request: DifferentialRequest) -> dict[str
     if request.mode == "vanilla":
         columns: dict[str, Any] = {"proba_m1": probability, "proba_m2": 1 - probability}
     else:
-        columns = {"prob_da": probability, "is_da_fdr": expected_fdr_calls(probability, request.fdr_target)}
+        columns = {"prob_da": probability, "is_da_fdr": tested.calls(request.fdr_target)}
     columns |= {"bayes_factor": _bayes_factor(probability), "effect_size": found["mean1"] - found["mean2"]}
     observed = _of_both("emp_prob", "nonzero", tested, request) if request.all_stats else {}
     if observed:
@@ -153,3 +167,42 @@ LAYOUTS = {
     RNA: Layout(_expression, sorted=True, extremes=True),
     ATAC: Layout(_accessibility, sorted=False, extremes=False),
 }
+
+
+def warn_of_unmeasured(
+    pseudobulk: Sequence[tuple[PseudobulkStatistics, PseudobulkStatistics]],
+    contrasts: Sequence[Contrast],
+    request: DifferentialRequest,
+) -> None:
+    """Warn of groups without measured cells, and of groups with too few to compare their means."""
+    imputed: list[str] = []
+    few: list[str] = []
+    for contrast, observed in zip(contrasts, pseudobulk, strict=True):
+        for group, name in zip(observed, contrast.names, strict=True):
+            if group.n_measured == 0:
+                imputed.append(name)
+            elif group.n_measured < LEAST_CELLS and request.unit == "group":
+                few.append(name)
+    assay = request.modality.assay
+    if imputed:
+        caution(
+            f"No cell of {first_names(dict.fromkeys(imputed))} has {assay}: means are imputed, with an error that is "
+            "not known. Calls of these comparisons are missing (NA), and statistics of counts are NaN.",
+        )  # fmt: skip
+    if few:
+        caution(
+            f"Fewer than {LEAST_CELLS} cells of {first_names(dict.fromkeys(few))} have {assay}: changes cannot be told "
+            "from how cells differ. Probabilities and changes of these comparisons are NaN, calls are missing (NA). "
+            "Join the group with another, or compare cells with unit='cell'.",
+        )  # fmt: skip
+
+
+def changed_as_a_whole(
+    compared: Sequence[Comparison], contrasts: Sequence[Contrast], request: DifferentialRequest
+) -> list[str]:
+    """Names of the comparisons in which nearly all features of a composition are called."""
+    if request.mode == "vanilla" or request.modality.binary or request.features is not None:
+        return []
+    calls = [one.calls(request.fdr_target).fillna(False).to_numpy(dtype=bool) for one in compared]
+    pairs = zip(calls, contrasts, strict=True)
+    return [contrast.comparison for called, contrast in pairs if called.mean() >= _NEARLY_ALL]

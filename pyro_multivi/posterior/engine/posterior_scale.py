@@ -6,9 +6,10 @@ for it. So draws from the posterior are
 
 .. math:: z_{nk} \sim Normal(\mu_{nk},\ (f_{ck}\, \sigma_{nk})^2)
 
-with one factor f for each measurement pattern c (RNA only, ATAC only, both) and latent dimension k, the buffer
-``posterior_scale`` of the program: set by :mod:`pyro_multivi.posterior.calibration.fit_scale`, 1 before that. Posterior
-means do not change. The guide itself stays as it was trained, and so do ELBO and marginal likelihood.
+with one factor f of 1 to 2 for each measurement pattern c (RNA only, ATAC only, both) and latent dimension k, the
+buffer ``posterior_scale`` of the program: set by :mod:`pyro_multivi.posterior.calibration.fit_scale`, 1 before that.
+Posterior means do not change. The guide itself stays as it was trained, and so do its moments, the ELBO and the
+marginal likelihood.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
+from pyro_multivi.posterior.engine.posterior_scale import corrected
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
 
 @dataclass(frozen=True)
 class LatentState:
-    """Moments of q(z) of each cell.
+    """Moments of q(z) of each cell, as it was trained.
 
     Attributes
     ----------
@@ -70,6 +71,8 @@ def latent_draws(
     for minibatch in cells:
         with evaluation_mode(program):
             q, hole = _posterior(program, minibatch, modality)
+            if modality == "joint":
+                q = corrected(program, minibatch, q)
             z_sbk = CellNoise(minibatch.index, seed).draw("z", q.expand((n_samples, len(minibatch))))
             draws.append(program.transform(z_sbk) + hole)
     return _gather(draws, 1)

@@ -247,6 +247,7 @@ def test_usual_spellings_of_feature_types_are_known(genes, regions):
     assert DataSpec.of(adata).table(query).x is not None
 
 
+@pytest.mark.filterwarnings("ignore:.* features are left out:UserWarning")
 def test_what_is_said_of_feature_types_holds():
     adata = make()
     # Beside features of the usual type those of a like spelling are others, as they are beside stated types.

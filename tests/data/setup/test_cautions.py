@@ -121,3 +121,10 @@ def test_a_modality_of_a_mudata_without_cells():
         other = mudata.MuData({"rna": adata[:, genes].copy(), "tiles": adata[:, ~genes].copy()})
         (sentence,) = warned(pm.MULTIVI.setup_mudata, other)
         assert sentence.startswith("'tiles' of mdata.mod (40 features) left out")
+
+
+def test_a_warning_points_at_the_line_of_the_caller():
+    adata = pm.simulate_multiome((10, 30, 30), n_genes=12, n_regions=40, seed=0)
+    with pytest.warns(UserWarning, match="are paired") as caught:
+        pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    assert {warning.filename for warning in caught} == {__file__}

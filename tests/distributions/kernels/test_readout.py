@@ -128,6 +128,7 @@ def test_log_normalizer() -> None:
         make("sigmoid").log_normalizer()
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # by pickle, with torch 2.4 and 2.5
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])  # noqa: S301
 def test_copies_hold_the_values(copied) -> None:  # type: ignore[no-untyped-def]
     readout = make("softplus")

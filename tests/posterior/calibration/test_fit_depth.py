@@ -139,6 +139,7 @@ def test_without_enough_pairs_nothing_is_fitted():
     assert _fitted(_set_up((0, 60, 60))) == [False, False]
     model = _set_up((200, 0, 0))
     assert _fitted(model) == [True, True]
+    model = _set_up((200, 0, 0))
     assert _fitted(model, train_size=0.02, validation_size=0.9) == [False, False]  # 4 are trained on
 
 

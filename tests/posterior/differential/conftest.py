@@ -35,7 +35,7 @@ class TwoGroups:
     def compared(self, modality: Modality, **arguments: Any) -> pd.DataFrame:
         """The table of a comparison, by default of the two groups, in the order of the features."""
         method = getattr(self.model, f"differential_{modality.name}")
-        options = {"idx1": self.first, "idx2": self.second, "n_samples": self.n, **arguments}
+        options = {"idx1": self.first, "idx2": self.second, "n_samples": self.n, "batch_correction": False, **arguments}
         return method(**options).loc[self.names(modality)]
 
     def chosen(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -53,13 +53,71 @@ def test_statistics_of_counts_are_of_measured_cells(fitted, groups, modality, un
         close(table["emp_effect"], table["emp_prob1"] - table["emp_prob2"])
 
 
-def test_without_measured_cells_counts_are_nan_and_it_is_said(groups, caplog):
+def called(table):
+    return table[next(name for name in table if name.startswith("is_d"))]
+
+
+@pytest.mark.parametrize("unit", ["group", "cell"])
+def test_calls_of_imputed_groups_are_missing_and_it_is_said_once(groups, unit):
     atac_only = np.arange(150, 200)
-    table = groups.compared(RNA, idx1=atac_only, idx2=np.arange(100))
-    assert "Group 1 has no cell with RNA" in caplog.text
+    with pytest.warns(UserWarning, match="No cell of 'group 1' has RNA") as said:
+        table = groups.compared(RNA, idx1=atac_only, idx2=np.arange(100), unit=unit)
+    assert len(said) == 1
     assert table[["raw_mean1", "non_zeros_proportion1", "raw_normalized_mean1"]].isna().all(axis=None)
     assert table["raw_mean2"].notna().all()
     assert table["proba_de"].between(0, 1).all()
+    assert called(table).dtype == "boolean"
+    assert called(table).isna().all()
+    with pytest.warns(UserWarning, match="No cell of 'group 1', 'group 2' has RNA"):
+        both = groups.compared(RNA, idx1=atac_only[:25], idx2=atac_only[25:], unit=unit)
+    assert called(both).isna().all()
+    assert called(groups.compared(RNA, unit=unit)).notna().all()
+
+
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_groups_of_fewer_than_three_cells_say_nothing(groups, modality, n):
+    options = {"idx1": np.arange(n), "idx2": np.arange(10, 100)}
+    if n == 3:
+        table = groups.compared(modality, **options)
+        assert table.iloc[:, 0].notna().all()
+        assert called(table).notna().all()
+        return
+    with pytest.warns(UserWarning, match="Fewer than 3 cells of 'group 1'"):
+        table = groups.compared(modality, **options)
+    unknown = ["proba_de", "bayes_factor", "lfc_mean"] if modality is RNA else ["prob_da", "change_mean", "change_std"]
+    assert table[unknown].isna().all(axis=None)
+    assert called(table).isna().all()
+    assert table["scale1" if modality is RNA else "est_prob1"].notna().all()
+
+
+def test_batches_are_corrected_where_groups_lie_unevenly(groups, caplog):
+    batch = groups.model.adata.obs["batch"].to_numpy().astype(str)
+    zero, one = (np.flatnonzero(batch == name) for name in ("batch_0", "batch_1"))
+    idx1, idx2 = np.r_[zero[:40], one[:10]], np.r_[zero[40:55], one[10:60]]
+    default, plain, corrected = (
+        groups.compared(RNA, idx1=idx1, idx2=idx2, batch_correction=how) for how in (None, False, True)
+    )
+    pd.testing.assert_frame_equal(default, corrected)
+    assert not default["lfc_mean"].equals(plain["lfc_mean"])
+    both = ["batch_0", "batch_1"]
+    assert default.attrs["batches"] == {"group 1 vs group 2": [both, both]}
+    assert plain.attrs["batches"] == {"group 1 vs group 2": [None, None]}
+    even = {"idx1": np.r_[zero[:20], one[:20]], "idx2": np.r_[zero[20:40], one[20:40]]}
+    assert groups.compared(RNA, **even, batch_correction=None).attrs["batches"] == plain.attrs["batches"]
+    # Groups that are the batches: to decode both in the same ones would take away what is asked for.
+    assert groups.compared(RNA, idx1=zero, idx2=one, batch_correction=None).attrs["batches"] == plain.attrs["batches"]
+    assert "the groups share no batch" in caplog.text
+    named = groups.compared(RNA, **even, batch_correction=None, batchid1="batch_1")
+    assert named.attrs["batches"] == {"group 1 vs group 2": [["batch_1"], ["batch_1"]]}
+
+
+def test_a_change_of_nearly_all_genes_is_pointed_out(groups, monkeypatch, caplog):
+    assert groups.compared(RNA).attrs["changed_as_a_whole"] == []
+    monkeypatch.setattr("pyro_multivi.posterior.differential.tables._NEARLY_ALL", 0.3)
+    assert groups.compared(RNA).attrs["changed_as_a_whole"] == ["group 1 vs group 2"]
+    assert "Nearly all genes are called in 'group 1 vs group 2'" in caplog.text
+    assert groups.compared(ATAC).attrs["changed_as_a_whole"] == []
 
 
 def test_columns_and_order_are_those_scvi_users_know(fitted, groups):
@@ -228,5 +286,6 @@ def test_counts_correct_what_the_decoder_smooths_away(smooth, modality, batch_co
 
 def test_where_nothing_was_measured_counts_correct_nothing(smooth):
     rna_only = {"idx1": np.arange(100, 125), "idx2": np.arange(125, 150), "mode": "vanilla"}
-    plain, corrected = (smooth.compared(ATAC, calibrated=calibrated, **rna_only) for calibrated in (False, True))
+    with pytest.warns(UserWarning, match="No cell of 'group 1', 'group 2' has ATAC"):
+        plain, corrected = (smooth.compared(ATAC, calibrated=calibrated, **rna_only) for calibrated in (False, True))
     close(corrected["proba_m1"], plain["proba_m1"])

@@ -57,7 +57,7 @@ TYPE = {"groupby": "cell_type", "group1": "type_0"}
         ({**TYPE, "unit": "cell", "calibrated": True}, "calibrated=True is of means of groups"),
         ({**TYPE, "use_permutation": True}, "use_permutation=True pairs cells"),
         ({**TYPE, "use_permutation": True, "unit": "cell", "m_permutation": 0}, "m_permutation=0 is not allowed"),
-        ({**TYPE, "batchid1": "batch_0"}, "batchid1 is given and batch_correction=False"),
+        ({**TYPE, "batchid1": "batch_0", "batch_correction": False}, "batchid1 is given and batch_correction=False"),
         ({**TYPE, "batchid2": "batch_7", "batch_correction": True}, "batchid2='batch_7': Batch 'batch_7' is not known"),
     ],
 )

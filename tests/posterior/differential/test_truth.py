@@ -15,7 +15,7 @@ from pyro_multivi.data.modality import ATAC, RNA
 pytestmark = pytest.mark.slow
 
 N_GENES, N_REGIONS = 200, 400
-SEEDS = (40, 41, 42)
+SEEDS = (40, 41, 42, 43, 44)
 DELTA = {RNA: 0.25, ATAC: 0.05}
 PROBABILITY = {RNA: "proba_de", ATAC: "prob_da"}
 

@@ -63,23 +63,18 @@ def reference(model, cells, n_draws=3000):
     return w / w.sum(1, keepdims=True), rho, p
 
 
-# Coverage in ATAC-only cells over training seeds and processors' kernels: accessibility 0.78 to 0.84 with the default
-# mixing penalty, which moves the means of the measurement patterns and leaves these intervals too narrow, 0.84 to 0.88
-# without; expression 0.82 to 0.95, by the weight of the mixture that held-out pairs choose. The bounds stay at what the
-# intervals should reach, which on some processors they do not.
-@pytest.mark.parametrize(("name", "of_open"), [("unmixed_continuum", 0.08), ("continuum", 0.10)])
-def test_intervals_cover_an_independent_posterior(name, of_open, request):
+# Over six training seeds coverage is 0.84 to 0.87 for accessibility and 0.87 to 0.95 for expression of ATAC-only cells,
+# 0.88 to 0.91 elsewhere; without the correction of standard deviations 0.78 to 0.84 and 0.79 to 0.95.
+@pytest.mark.parametrize("name", ["unmixed_continuum", "continuum"])
+def test_intervals_cover_an_independent_posterior(name, request):
     model = request.getfixturevalue(name)
     rows = np.r_[0:30, 120:150, 180:210]  # paired, RNA only, ATAC only
     w, rho, p = reference(model, model.minibatch(rows))
     assert (1 / (w**2).sum(1)).min() > 50, "the reference itself rests on too few draws"
-    for method, values, of_atac in (
-        ("get_normalized_expression", rho, 0.08),
-        ("get_accessibility_estimates", p, of_open),
-    ):
+    for method, values in (("get_normalized_expression", rho), ("get_accessibility_estimates", p)):
         found = getattr(model, method)(indices=rows, n_samples=400, return_interval=0.9, return_numpy=True)
         inside = (found.lower[:, None] <= values) & (values <= found.upper[:, None])
         covered = np.einsum("ns,nsg->n", w, inside) / values.shape[1]
         assert 0.85 < covered.mean() < 0.95, method
-        assert (np.abs(covered.reshape(3, 30).mean(1) - 0.9) < (0.08, 0.08, of_atac)).all(), method
+        assert (np.abs(covered.reshape(3, 30).mean(1) - 0.9) < 0.08).all(), method
         np.testing.assert_allclose(found.mean.mean(0), (w @ values).mean(0), atol=0.05)
