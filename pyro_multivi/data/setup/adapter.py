@@ -178,7 +178,7 @@ def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
     raise ValueError(
         f"{unknown_key('feature_type_key', key, 'adata.var', adata.var.columns)} This column separates genes "
         f"from regions; if all features are of one type, write adata.var[{key!r}] = 'Gene Expression' "
-        f"(or 'Peaks'); if genes come first, ['Gene Expression'] * n_genes + ['Peaks'] * n_regions."
+        f"(or 'Peaks')."
     )
 
 
