@@ -83,7 +83,10 @@ class Settings:
 
     @property
     def verbosity(self) -> int:
-        """Level of the logger "pyro_multivi", a number or a name such as "ERROR"."""
+        """Level of the logger "pyro_multivi", a number or a name such as "ERROR".
+
+        Setting it makes messages of that level appear on stderr, unless logging was configured otherwise.
+        """
         return logger.getEffectiveLevel()
 
     @verbosity.setter
@@ -94,6 +97,8 @@ class Settings:
             raise ValueError(
                 f"settings.verbosity={level!r} is not allowed: give one of logging, such as logging.INFO or 'ERROR'."
             ) from None
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
 
 
 def _whole(name: str, value: Any, least: int) -> int:

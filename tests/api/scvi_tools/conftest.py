@@ -15,8 +15,9 @@ from pyro_multivi.api import scvi_arguments
 def settings_as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(scvi_arguments, "_said", set())
     logger, threads = logging.getLogger("pyro_multivi"), pm.settings.num_threads
-    level = logger.level
+    level, handlers = logger.level, [*logger.handlers]
     yield
     pm.settings.seed = pm.settings.batch_size = None
     pm.settings.num_threads = threads
     logger.setLevel(level)
+    logger.handlers[:] = handlers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import pyro_multivi as scvi
+from pyro_multivi.api.scvi_arguments import load_arguments
 from pyro_multivi.model import MULTIVI
+from pyro_multivi.training import resolve_device
 
 
 @pytest.fixture
@@ -138,6 +141,45 @@ def test_seed_of_the_settings_is_that_of_models_made_afterwards(mdata):
     scvi.settings.seed = None
     np.testing.assert_array_equal(trained(), default)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_messages_of_a_level_appear_once_it_is_set():
+    script = (
+        "import pyro_multivi as scvi\nscvi.settings.verbosity = {level!r}\n"
+        "adata = scvi.simulate_multiome((60, 0, 0), 5, 6)\n"
+        "scvi.MULTIVI.setup_anndata(adata, modality_key='modality')"
+    )
+    said = {
+        level: subprocess.run(
+            [sys.executable, "-c", script.format(level=level)], capture_output=True, text=True, check=True
+        ).stderr
+        for level in ("info", "error")
+    }
+    assert said["info"].count("setup of an AnnData") == 1
+    assert not said["error"]
+
+
+def test_devices_by_the_words_of_scvi_tools(monkeypatch):
+    for given, device in (
+        ({"accelerator": "gpu"}, "cuda"),
+        ({"accelerator": "gpu", "device": "auto"}, "cuda"),
+        ({"accelerator": "gpu", "device": 1}, "cuda:1"),
+        ({"accelerator": "auto", "device": 0}, "cuda:0"),
+        ({"accelerator": "cpu", "device": "auto"}, "cpu"),
+        ({"use_gpu": False}, "cpu"),
+        ({"use_gpu": True}, "cuda"),
+        ({"accelerator": "auto", "device": "auto"}, "auto"),
+    ):
+        load_arguments(given)
+        assert given == {"device": device}
+    with pytest.raises(ValueError, match="accelerator='tpu' is not allowed"):
+        load_arguments({"accelerator": "tpu"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("gpu", [1]) == torch.device("cuda:1")
+    assert resolve_device("gpu", 1) == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"devices=\[0, 1\] is not allowed"):
+        resolve_device("gpu", [0, 1])
 
 
 def test_settings_refuse_what_they_do_not_know():
