@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_multivi._version import __version__
 
 if TYPE_CHECKING:
+    from pyro_multivi._settings import settings
     from pyro_multivi.api.base import NotTrainedError
     from pyro_multivi.api.compare_models import compare_models
     from pyro_multivi.api.multivi import MULTIVI
@@ -37,6 +38,7 @@ __all__ = [
     "read",
     "read_10x_h5",
     "read_10x_mtx",
+    "settings",
     "simulate_multiome",
 ]
 
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",
     "read_10x_mtx": "datasets.readers",
+    "settings": "_settings",
     "simulate_multiome": "datasets.simulate",
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_multivi.api.scvi_arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.modality import RNA, Modality
 from pyro_multivi.data.selection import as_list
@@ -131,6 +132,8 @@ def average_over(
         If they are out of range or contradict each other.
     """
     n_draws = number_of_draws(n_samples, n_samples_overall)
+    if n_samples_overall is not None:
+        tell_difference("n_samples_overall")
     if return_interval is not None:
         level = check_number("return_interval", return_interval)
         if not 0 < level < 1:

@@ -15,7 +15,9 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
+from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
@@ -75,6 +77,7 @@ class ModelBase:
 
     # ------------------------------------------------------------------ training
 
+    @takes(TRAIN, train_arguments)
     @isolated()
     @checked
     def train(
@@ -90,14 +93,15 @@ class ModelBase:
         weight_decay: float = 1e-3,
         eps: float = 1e-8,
         early_stopping: bool = True,
-        check_val_every_n_epoch: int = 1,
+        check_val_every_n_epoch: int | None = 1,
         n_steps_kl_warmup: int | None = None,
         n_epochs_kl_warmup: int | None = 1,
+        adversarial_mixing: bool | None = None,
         early_stopping_monitor: str = "elbo_validation",
         early_stopping_patience: int = 30,
         early_stopping_min_delta: float = 0.0,
         gradient_clip: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         callbacks: Sequence[Callback] = (),
         progress_bar: bool = True,
         elbo: ELBO | None = None,
@@ -105,7 +109,6 @@ class ModelBase:
         compile: bool = False,
         effect_sd: float | None = 1.0,
         average_steps: int | None = 100,
-        adversarial_mixing: bool | None = None,
         adversarial_target: str = "modality",
         adversarial_weight: float = 1.0,
         adversarial_schedule: str = "warmup",
@@ -132,12 +135,14 @@ class ModelBase:
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
-            Cells per step. Default: 128, fewer for small data, so that an epoch has some 16 steps.
+            Cells per step. Default: ``pyro_multivi.settings.batch_size``, or 128, fewer for small data, so that an
+            epoch has some 16 steps.
         early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
             Stop when a column of :attr:`history` no longer falls. Without validation cells there is
             nothing to monitor and all epochs are run.
         check_val_every_n_epoch
             Epochs from one scoring of the validation cells to the next; they are always scored after the last one.
+            None is 1.
         n_epochs_kl_warmup, n_steps_kl_warmup
             Length of the linear KL warm-up; steps take precedence. By default the first epoch goes without KL
             terms and the others have them whole.
@@ -145,6 +150,7 @@ class ModelBase:
             Largest norm of the gradient; None does not clip.
         seed
             Seed of the split, the order of cells and the noise: same seed, same device, same torch: same curve.
+            Default: ``pyro_multivi.settings.seed``, or 0.
         callbacks
             Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
             would have if training ended; True stops training. One may call :meth:`save`, to keep what a killed
@@ -179,6 +185,12 @@ class ModelBase:
             Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
             terms, or ``"constant"``.
 
+        Notes
+        -----
+        Arguments of scvi-tools and of Lightning's Trainer that are not above (``plan_kwargs``, ``datasplitter_kwargs``,
+        ``enable_progress_bar``, ``logger``, ...) are taken too: as ours where there is one, left out with a warning, or
+        refused with what to use. tutorials/from_scvi_tools.md has the table.
+
         Raises
         ------
         ValueError
@@ -190,13 +202,15 @@ class ModelBase:
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
+        tell_difference("train")
+        seed = settings.seed_or(seed)
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
         device = resolve_device(accelerator, devices)
         if batch_size is None:
-            batch_size = default_batch_size(len(table))
+            batch_size = settings.batch_size or default_batch_size(len(table))
         split = self._split
         if split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
@@ -228,9 +242,16 @@ class ModelBase:
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
-        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better."""
-        epochs = pd.RangeIndex(self._history.n_epochs, name="epoch")
-        return {name: pd.DataFrame({name: self._history[name]}, index=epochs) for name in self._history.names}
+        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better.
+
+        Beside what was recorded, names of scvi-tools: ``train_loss_epoch`` and ``train_loss_step``, both the mean over
+        the steps of an epoch; ``validation_loss``, that loss of the validation cells; ``kl_global_train`` and
+        ``kl_global_validation``, 0 since no latent variable is shared by cells.
+        """
+        recorded = pd.DataFrame(self._history.rows, index=pd.RangeIndex(self._history.n_epochs, name="epoch"))
+        if len(recorded):
+            recorded = recorded.assign(**scvi_columns(recorded))
+        return {str(name): recorded[[name]] for name in recorded}
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.api.scvi_arguments import DIFFERENTIAL, takes, tell_difference
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
@@ -19,6 +20,7 @@ from pyro_multivi.posterior.differential.request import DifferentialRequest
 class DifferentialMixin(ModelBase):
     """Methods that find the genes and regions in which groups of cells differ."""
 
+    @takes(DIFFERENTIAL)
     @checked
     def differential_expression(
         self,
@@ -231,6 +233,7 @@ class DifferentialMixin(ModelBase):
         """
         return self._compare(RNA, locals())
 
+    @takes(DIFFERENTIAL)
     @checked
     def differential_accessibility(
         self,
@@ -350,6 +353,7 @@ class DifferentialMixin(ModelBase):
         >>> list(table.columns[-3:])
         ['comparison', 'group1', 'group2']
         """
+        tell_difference("effect_size")
         return self._compare(ATAC, locals())
 
     def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
+from pyro_multivi.api.scvi_arguments import CELLS, takes, tell_difference
 from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
@@ -95,6 +96,7 @@ class LatentMixin(ModelBase):
         if chosen is not None and not chosen.measured_in(cells.table)[cells.index].any():
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
         if not give_mean and not return_dist:
+            tell_difference("seed")
             draws = latent_draws(self.program, cells, modality, n_samples, seed)
             return draws if n_samples > 1 else draws[0]
         state = latent_state(self.program, cells, modality)
@@ -117,6 +119,7 @@ class LatentMixin(ModelBase):
             ``"expression"``: posterior mean of l in counts (scvi-tools returns a logarithm);
             ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
+        tell_difference("library_size")
         return depth_factors(self.program, self._cells(adata, indices, batch_size))
 
     def get_region_factors(self) -> NDArray[np.float32]:
@@ -145,6 +148,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> float | NDArray[np.float64]: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_elbo(
         self,
@@ -189,7 +193,8 @@ class LatentMixin(ModelBase):
         (80,)
         """
         parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
-        return float(parts.elbo.mean()) if return_mean else parts.elbo
+        # numpy's float, which has the .item() that scripts for scvi-tools call.
+        return np.float64(parts.elbo.mean()) if return_mean else parts.elbo
 
     @overload
     def get_reconstruction_error(
@@ -206,6 +211,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., indices: Indices = ..., batch_size: int = ..., return_mean: bool = ...,
         n_particles: int = ..., seed: int = ...,
     ) -> dict[str, float] | dict[str, NDArray[np.float64]]: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_reconstruction_error(
         self,
@@ -269,6 +275,7 @@ class LatentMixin(ModelBase):
         self, adata: Data | None = ..., n_mc_samples: int = ..., indices: Indices = ..., return_mean: bool = ...,
         batch_size: int = ..., return_se: bool = ..., seed: int = ...,
     ) -> MarginalLL: ...  # fmt: skip
+    @takes(CELLS)
     @checked
     def get_marginal_ll(
         self,

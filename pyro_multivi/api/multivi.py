@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.checks import ChecksMixin
 from pyro_multivi.api.custom_program import configure
@@ -14,6 +15,8 @@ from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.saving.mixin import SavingMixin
+from pyro_multivi.api.scvi_arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
+from pyro_multivi.api.scvi_attributes import ScviAttributes
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
@@ -23,7 +26,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin):
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, ScviAttributes):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters
@@ -67,7 +70,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
         RNA depth of a cell: ``"latent"``, inferred with a prior for each batch, or ``"observed"``, its total count.
         Size factors in the data (``size_factor_key`` of the setup) take precedence.
     seed
-        Seed of the initial weights.
+        Seed of the initial weights; default: ``pyro_multivi.settings.seed``, or 0.
     program_class
         Subclass of :class:`~pyro_multivi.program.MultiVIProgram` with a model of your own.
     program_options
@@ -96,6 +99,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
     (80, 3)
     """
 
+    @takes(CONSTRUCTOR)
     @isolated()
     @checked
     def __init__(
@@ -120,7 +124,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
         encode_covariates: bool = False,
         fully_paired: bool = False,
         library: str = "latent",
-        seed: int = 0,
+        seed: int | None = None,
         program_class: type[MultiVIProgram] = MultiVIProgram,
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
@@ -158,7 +162,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
         program.start_from(table.marginals())
         program.eval()
@@ -166,7 +170,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
 
     # ------------------------------------------------------------------ data
 
-    setup_anndata = staticmethod(setup_anndata)
+    setup_anndata = staticmethod(takes(SETUP_ANNDATA)(setup_anndata))
     setup_mudata = staticmethod(setup_mudata)
 
     def __repr__(self) -> str:

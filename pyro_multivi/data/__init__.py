@@ -1,1 +1,22 @@
-"""Data: from files to minibatches. Import from the modules; this file stays light on purpose."""
+"""Data: from files to minibatches. Import from the modules; this file stays light on purpose.
+
+Readers that scvi-tools' scripts look for here, ``scvi.data.read_10x_multiome``, are found at their first use.
+"""
+
+from importlib import import_module as _import_module
+
+_MODULE_OF = {
+    "organize_multiome_anndatas": "pyro_multivi.datasets.organize",
+    "read_10x_atac": "pyro_multivi.datasets.scvi_readers",
+    "read_10x_multiome": "pyro_multivi.datasets.scvi_readers",
+    "read_h5ad": "anndata",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        return getattr(_import_module(_MODULE_OF[name]), name)
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; readers here are {', '.join(sorted(_MODULE_OF))}, and "
+        "pyro_multivi.read."
+    )

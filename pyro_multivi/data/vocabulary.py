@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 
@@ -30,6 +31,11 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
         "atac seq", "scatac", "scatac seq", "snatac", "snatac seq", "atac only", "atac unpaired",
     ),
 }  # fmt: skip
+
+
+def feature_type_column(key: str, columns: Container[object]) -> str:
+    """The column of ``var`` with feature types: the one named, or that of scvi-tools' reader for the usual one."""
+    return "modality" if key == "feature_types" and key not in columns and "modality" in columns else key
 
 
 def spelled(word: object) -> str | None:

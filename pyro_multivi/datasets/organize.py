@@ -17,7 +17,7 @@ from pyro_multivi.data.checks import check_unique, checked, first_names, name_li
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_mudata
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, spelled
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def organize_multiome_anndatas(
     modality_key
         Column of ``obs`` to write.
     feature_type_key
-        Column of ``var`` with Gene Expression or Peaks. ``rna_anndata`` and ``atac_anndata`` may
-        lack it, for their features are of one type.
+        Column of ``var`` with Gene Expression or Peaks, ``"modality"`` where scvi-tools' reader wrote it.
+        ``rna_anndata`` and ``atac_anndata`` may lack it, for their features are of one type.
     mudata_modalities
         Names of RNA and ATAC in a MuData.
 
@@ -106,6 +106,8 @@ def organize_multiome_anndatas(
     >>> joined.obs["modality"].value_counts().to_dict()
     {'paired': 4, 'expression': 3, 'accessibility': 2}
     """
+    if isinstance(multi_anndata, AnnData):
+        feature_type_key = feature_type_column(feature_type_key, multi_anndata.var)
     names = name_list("mudata_modalities", mudata_modalities)
     if len(names) != len(MODALITIES):
         raise ValueError(

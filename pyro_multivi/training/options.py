@@ -47,7 +47,7 @@ class FitOptions:
     weight_decay: float = 1e-3
     eps: float = 1e-8
     early_stopping: bool = False
-    check_val_every_n_epoch: int = 1
+    check_val_every_n_epoch: int | None = 1
     n_steps_kl_warmup: int | None = None
     n_epochs_kl_warmup: int | None = 1
     early_stopping_monitor: str = "elbo_validation"
@@ -73,6 +73,8 @@ class FitOptions:
         if self.elbo is not None:
             check_type("elbo", self.elbo, ELBO, ": give an ELBO of Pyro, or None")
         check_fields(self, FitOptions)
+        # None is the default of Lightning: every epoch.
+        object.__setattr__(self, "check_val_every_n_epoch", self.check_val_every_n_epoch or 1)
         for name in ("lr", "eps"):
             check_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "early_stopping_min_delta"):
@@ -135,6 +137,8 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     default = ("auto", "1", "-1")
     known = default[:2] if on_gpu else default
     wanted = unwrapped(devices)
+    if on_gpu and isinstance(wanted, (list, tuple)) and len(wanted) == 1 and wanted[0] in range(n_gpus):
+        return torch.device(f"cuda:{wanted[0]}")  # Of a list the entries are numbers of GPUs, also 1.
     valid = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
     text = str(wanted)
     if not valid or text not in (*known, *(map(str, range(n_gpus)) if on_gpu else ())):

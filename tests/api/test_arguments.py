@@ -118,7 +118,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
 EXEMPT = {
     "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
     **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
-    **dict.fromkeys(("PALETTE", "__version__"), "a constant"),
+    **dict.fromkeys(("PALETTE", "__version__", "settings"), "no function"),
     **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
     **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
 }
@@ -208,6 +208,10 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.save": {"dir_path": world.folder / "again", "overwrite": True},
         "MULTIVI.load": {"dir_path": world.folder / "model", "adata": world.adata},
         "MULTIVI.to_device": {"device": "cpu"},
+        **{key: {"registry_key": "X"} for key in ("MULTIVI.data_registry", "MULTIVI.get_state_registry")},
+        "MULTIVI.get_setup_arg": {"setup_arg": "batch_key"},
+        "MULTIVI.get_anndata_manager": {"adata": world.adata},
+        **{key: {"dir_path": world.folder / "model"} for key in ("MULTIVI.view_setup_args", "MULTIVI.load_registry")},
         "MULTIVI.posterior_predictive_check": {"n_samples": 40},
         "MULTIVI.differential_expression": differential,
         "MULTIVI.differential_accessibility": differential,

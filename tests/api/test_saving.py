@@ -353,6 +353,9 @@ def test_an_empty_folder_may_be_used_if_asked_for(model, tmp_path):
     assert pm.MULTIVI.load(tmp_path / "model").is_trained
 
 
-def test_a_parent_that_is_not_there_is_named(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="the folder .*nowhere' does not exist"):
-        model.save(tmp_path / "nowhere" / "model")
+def test_folders_above_that_are_not_there_are_made(model, tmp_path):
+    model.save(tmp_path / "nowhere" / "yet" / "model")
+    assert pm.MULTIVI.load(tmp_path / "nowhere" / "yet" / "model").is_trained
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        model.save(tmp_path / "file" / "model")

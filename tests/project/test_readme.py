@@ -1,4 +1,4 @@
-"""Python examples of the README and of the page on own data, run in their order as one session."""
+"""Python examples of the README and of the pages on own data and on scvi-tools, run in their order as one session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "tutorials" / "your_data.md"]
+PAGES = [README, *(ROOT / "tutorials" / name for name in ("your_data.md", "from_scvi_tools.md"))]
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:

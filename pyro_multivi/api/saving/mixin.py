@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
 from pyro_multivi.api.saving.folder import broken, read_model, write_model
+from pyro_multivi.api.scvi_arguments import LOAD, SAVE, load_arguments, takes
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.isolation import isolated
@@ -25,17 +27,30 @@ logger = logging.getLogger("pyro_multivi")
 Model = TypeVar("Model", bound="SavingMixin")
 
 
+def _folder(dir_path: str | os.PathLike[str], prefix: str | None) -> Path:
+    return Path(dir_path) / prefix if prefix else Path(dir_path)
+
+
 class SavingMixin(ModelBase):
     """Methods about saved models."""
 
+    @takes(SAVE)
     @checked
-    def save(self, dir_path: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
+    def save(
+        self,
+        dir_path: str | os.PathLike[str],
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+    ) -> None:
         """Write the model to a folder, as a whole or not at all.
 
         Parameters
         ----------
         dir_path
-            Folder to write; its parent must exist.
+            Folder to write; folders above it are made if they are not there.
+        prefix
+            Write to a folder of this name within ``dir_path``.
         overwrite
             Replace a model that is there, in one step: whatever interrupts it leaves the old one or the new one.
         save_anndata
@@ -47,8 +62,6 @@ class SavingMixin(ModelBase):
         FileExistsError
             If there is something at ``dir_path`` that may not be replaced: a model without ``overwrite=True``,
             anything that is no saved model, data of other cells.
-        FileNotFoundError
-            If its parent does not exist.
         OSError
             If it cannot be written, for instance to a full disk; what was there is as it was.
         """
@@ -64,8 +77,10 @@ class SavingMixin(ModelBase):
             split=self._split if self._saved_split is None else self._saved_split,
             is_trained=self.is_trained,
         )
+        folder = _folder(dir_path, prefix)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         write_model(
-            dir_path,
+            folder,
             self.program.state_dict(),
             description.to_dict(),
             overwrite=overwrite,
@@ -74,6 +89,7 @@ class SavingMixin(ModelBase):
         )
 
     @classmethod
+    @takes(LOAD, load_arguments)
     @isolated()
     @checked
     def load(
@@ -82,6 +98,7 @@ class SavingMixin(ModelBase):
         adata: Data | None = None,
         device: str | torch.device = "cpu",
         program_class: type[MultiVIProgram] | str = MultiVIProgram,
+        prefix: str | None = None,
     ) -> Model:
         """Read a saved model. Nothing in the folder is executed.
 
@@ -94,10 +111,13 @@ class SavingMixin(ModelBase):
             data) give ``adata`` to each method. Cells are known by name: a log line says how they differ from those
             of training.
         device
-            Device of the program.
+            Device of the program; ``"auto"`` is a GPU if there is one. scvi-tools' ``accelerator`` ("cpu", "gpu",
+            "auto") is taken too.
         program_class
             Class of a model of your own, or its import path, ``"module:name"``. The file says
             which class it needs, and nothing is imported unless you name that class here.
+        prefix
+            That given to :meth:`save`.
 
         Raises
         ------
@@ -108,6 +128,7 @@ class SavingMixin(ModelBase):
         ValueError
             If it is of another class than ``program_class``, or that cannot be imported.
         """
+        dir_path = _folder(dir_path, prefix)
         where = f"dir_path={str(dir_path)!r}"
         saved = read_model(dir_path, with_data=adata is None)
         description = Description.of(saved, where)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.spec import Description
-from pyro_multivi.data.vocabulary import PAIRED
+from pyro_multivi.data.vocabulary import PAIRED, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
 _FEW_PAIRED = 50
@@ -186,8 +186,14 @@ def _confounded_batches(found: Description) -> Iterator[str]:
         yield (
             f"batch_key={key!r} says the same as what was measured in a cell: effects of batches cannot be told from "
             "those of modalities, and nothing is learned of a modality in batches without it. Give the donor or "
-            "experiment, or leave batch_key out."
+            f"experiment, or leave batch_key out{_right_argument(found, key)}."
         )
+
+
+def _right_argument(found: Description, key: str) -> str:
+    """The argument for a column of measurement patterns, which 1.3 of scvi-tools took for batches."""
+    known = found.spec.setup.modality_key is None and all(map(spelled, found.spec.batch_categories))
+    return f"; what was measured in a cell goes to modality_key={key!r}" if known else ""
 
 
 def _categories_of_single_cells(found: Description) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pyro_multivi.data.setup.cautions import cautions
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, feature_type_column
 from pyro_multivi.isolation import isolated
 
 logger = logging.getLogger("pyro_multivi")
@@ -35,17 +35,24 @@ _PLACED = (
 )
 
 
+_NO_PROTEINS = (
+    "proteins are not modelled yet. Leave it out; extra_modalities=['protein'] brings them along for a program of your "
+    "own."
+)
+
+
 @isolated()
 @checked
 def setup_anndata(
     adata: AnnData,
     layer: str | None = None,
     batch_key: str | None = None,
-    modality_key: str | None = None,
-    feature_type_key: str = "feature_types",
     size_factor_key: str | Sequence[str | None] | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
+    *,
+    modality_key: str | None = None,
+    feature_type_key: str = "feature_types",
     labels_key: str | None = None,
     modality_values: Mapping[str, str] | None = None,
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
@@ -73,7 +80,8 @@ def setup_anndata(
         "accessibility", or a usual spelling of it ("multiome", "rna", "ATAC", ...). Without it, a
         modality counts as measured where a cell has any count.
     feature_type_key
-        Column of ``var`` that distinguishes genes from regions.
+        Column of ``var`` that distinguishes genes from regions; where there is no ``"feature_types"``, the column
+        ``"modality"`` of scvi-tools' reader.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
@@ -130,7 +138,7 @@ def setup_anndata(
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=_modality_values(modality_values),
-        feature_type_key=feature_type_key,
+        feature_type_key=feature_type_column(feature_type_key, adata.var),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
     return _set_up(adata, _with_feature_types(setup, feature_type_values))
@@ -142,13 +150,16 @@ def setup_mudata(
     mdata: Any,
     rna_layer: str | None = None,
     atac_layer: str | None = None,
+    protein_layer: str | None = None,
     batch_key: str | None = None,
     size_factor_key: str | Sequence[str | None] | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
+    idx_layer: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    *,
     labels_key: str | None = None,
     modality_key: str | None = None,
-    modalities: Mapping[str, str] | None = None,
     modality_values: Mapping[str, str] | None = None,
     extra_modalities: Sequence[str] | None = None,
 ) -> SetupReport:
@@ -167,6 +178,9 @@ def setup_mudata(
         A MuData with raw counts.
     rna_layer, atac_layer
         Layers with the counts of RNA and of ATAC; ``.X`` by default.
+    protein_layer, idx_layer
+        Arguments of scvi-tools, here for their place in the order. The first is refused: proteins are not modelled.
+        The second has no effect, since cells are known by name.
     batch_key, size_factor_key, labels_key, modality_key
     categorical_covariate_keys, continuous_covariate_keys
         As in :func:`setup_anndata`: columns of ``mdata.obs``, or of the obs of the modality that
@@ -195,6 +209,8 @@ def setup_mudata(
     if not is_mudata(mdata):
         verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
         raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
+    if protein_layer is not None:
+        raise TypeError(f"protein_layer={protein_layer!r}: {_NO_PROTEINS}")
     setup = Setup(
         kind="mudata",
         rna_layer=rna_layer,
@@ -293,6 +309,10 @@ def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] 
 
 def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
     given = check_mapping("modalities", modalities, "{'rna_layer': 'rna', 'atac_layer': 'atac'}")
+    if given.get("protein_layer") is not None:
+        raise TypeError(f"modalities={{'protein_layer': {given['protein_layer']!r}}}: {_NO_PROTEINS}")
+    # None stands for a modality that is not there, and cells are known by name.
+    given = {name: place for name, place in given.items() if place is not None and name != "idx_layer"}
     for argument, name in given.items():
         if argument not in _PLACED:
             raise ValueError(

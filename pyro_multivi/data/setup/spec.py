@@ -149,14 +149,18 @@ class DataSpec:
             read[name] = {key: tuple(known) for key, known in read[name].items()}
         return cls(**read)
 
-    def batch_code(self, batch: str | int) -> int:
+    def batch_code(self, batch: str | float) -> int:
         """Position of a batch among ``batch_categories``, by its name or as that position itself.
+
+        Names may be numbers or truth values, as in the column: 3 is the batch named ``"3"`` where there is one.
 
         Raises
         ------
         ValueError
-            If there is no such batch, or a number could be meant as a name or as a position.
+            If there is no such batch.
         """
+        if str(batch) in self.batch_categories and isinstance(batch, (bool, float, int, np.generic)):
+            batch = str(batch)
         if isinstance(batch, str):
             if batch not in self.batch_categories:
                 raise ValueError(f"Batch {batch!r} is not known. {nearest(batch, self.batch_categories)}")
@@ -164,11 +168,6 @@ class DataSpec:
         if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)):
             raise TypeError(f"A batch is a name or a position, got {batch!r}.")
         code = int(batch)
-        if str(code) in self.batch_categories and self.batch_categories.index(str(code)) != code:
-            raise ValueError(
-                f"Batch {code} is ambiguous: a batch is named {str(code)!r}, and position {code} is another. "
-                f"Give the name as a string: {str(code)!r}."
-            )
         if not 0 <= code < self.n_batch:
             raise ValueError(
                 f"Batch {code} is not known: positions go from 0 to {self.n_batch - 1}. "

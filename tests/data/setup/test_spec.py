@@ -210,9 +210,14 @@ def test_batch_code_of_numbers_as_names():
     spec = DataSpec(Setup("anndata"), ("g",), (), batch_categories=("0", "1", "3"))
     assert spec.batch_code(1) == 1
     assert spec.batch_code(2) == 2
-    with pytest.raises(ValueError, match=r"Batch 3 is ambiguous: .*Give the name as a string: '3'"):
-        spec.batch_code(3)
-    assert spec.batch_code("3") == 2
+    # A number that is a name is that name, as in scvi-tools, whatever its position.
+    assert spec.batch_code(3) == spec.batch_code("3") == spec.batch_code(np.int64(3)) == 2
+
+
+def test_batch_code_of_truth_values_and_fractions_as_names():
+    spec = DataSpec(Setup("anndata"), ("g",), (), batch_categories=("0.5", "False", "True"))
+    assert [spec.batch_code(name) for name in (0.5, False, True, np.bool_(True), np.float64(0.5))] == [0, 1, 2, 2, 0]
+    assert spec.batch_codes("transform_batch", [True, 0.5]) == (2, 0)
 
 
 def test_wrong_object(spec):

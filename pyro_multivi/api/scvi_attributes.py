@@ -1,0 +1,308 @@
+"""Mixin: attributes of scvi-tools' models that scripts read; all are views of the specification and the split."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_multivi._version import __version__
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.api.base import ModelBase
+from pyro_multivi.api.saving.description import Description
+from pyro_multivi.api.saving.folder import read_model
+from pyro_multivi.api.scvi_arguments import ABSENT, VAR_NAMES, Absent, takes
+from pyro_multivi.data.checks import checked, nearest
+from pyro_multivi.data.modality import MODALITIES, RNA
+from pyro_multivi.data.setup.spec import DataSpec, describe
+from pyro_multivi.data.setup.summary import SetupReport
+from pyro_multivi.program import MultiVIProgram
+
+
+class Record(dict[str, Any]):
+    """A dictionary whose keys are attributes as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name!r} is not there. {nearest(name, self)}") from None
+
+
+class AnnDataManager:
+    """Where a model's data lie, for reading, by the names of scvi-tools.
+
+    Attributes
+    ----------
+    adata
+        The object, or None for a model that was loaded without.
+    """
+
+    def __init__(self, spec: DataSpec, adata: Data | None) -> None:
+        self._spec = spec
+        self.adata = adata
+
+    @property
+    def registry(self) -> Record:
+        """Version, arguments of the setup, places and states of the data."""
+        states = {key: self.get_state_registry(key) for key in self.data_registry}
+        fields = {
+            key: Record(data_registry=place, state_registry=states[key]) for key, place in self.data_registry.items()
+        }
+        setup = self._spec.setup
+        return Record(
+            pyro_multivi_version=__version__,
+            model_name="MULTIVI",
+            setup_method_name=f"setup_{setup.kind}",
+            setup_args=Record(setup.to_dict()),
+            field_registries=Record(fields),
+        )
+
+    @property
+    def data_registry(self) -> Record:
+        """Place of the counts (``X``, ``atac``), batches, labels, covariates and size factors in the object."""
+        setup, found = self._spec.setup, Record()
+        for modality in MODALITIES:
+            if modality.n_features_in(self._spec):
+                layer = setup.layer_of(modality)
+                name = "X" if modality is RNA else modality.key
+                found[name] = _place("layers" if layer else "X", layer, setup.mudata_name(modality))
+        for name, argument, keys in (
+            ("batch", "batch_key", setup.batch_key),
+            ("labels", "labels_key", setup.labels_key),
+            ("size_factor", "size_factor_key", [key for key in setup.size_factor_keys if key]),
+            ("extra_categorical_covs", "categorical_covariate_keys", list(setup.categorical_covariate_keys)),
+            ("extra_continuous_covs", "continuous_covariate_keys", list(setup.continuous_covariate_keys)),
+        ):
+            if keys:
+                found[name] = _place("obs", keys, setup.obs_modalities.get(argument))
+        return found
+
+    @property
+    def summary_stats(self) -> Record:
+        """Numbers of cells, genes (``n_vars``), regions (``n_atac``), batches, labels and covariates."""
+        spec = self._spec
+        return Record(
+            n_cells=sum(spec.n_cells.values()),
+            n_vars=spec.n_genes,
+            n_atac=spec.n_regions,
+            n_batch=spec.n_batch,
+            n_labels=max(1, spec.n_labels),
+            n_extra_categorical_covs=len(spec.categorical),
+            n_extra_continuous_covs=len(spec.continuous),
+            n_size_factor=sum(key is not None for key in spec.setup.size_factor_keys),
+        )
+
+    def get_state_registry(self, registry_key: str) -> Record:
+        """Names of the features, or categories, of one entry of :attr:`data_registry`."""
+        if registry_key not in self.data_registry:
+            raise KeyError(f"registry_key={registry_key!r} is not there. {nearest(registry_key, self.data_registry)}")
+        spec = self._spec
+        states: dict[str, dict[str, Any]] = {
+            "batch": {"categorical_mapping": np.array(spec.batch_categories, dtype=object)},
+            "labels": {"categorical_mapping": np.array(spec.label_categories, dtype=object)},
+            "extra_categorical_covs": {
+                "mappings": {name: np.array(known, dtype=object) for name, known in spec.categorical.items()},
+                "n_cats_per_key": [len(known) for known in spec.categorical.values()],
+            },
+            "extra_continuous_covs": {"columns": list(spec.continuous)},
+        }
+        for modality in MODALITIES:
+            names = np.array(modality.feature_names_in(spec), dtype=object)
+            states["X" if modality is RNA else modality.key] = {"n_vars": len(names), "column_names": names}
+        return Record(states.get(registry_key, {}))
+
+
+def _place(where: str, key: Any, modality: str | None) -> Record:
+    return Record(mod_key=modality, attr_name=where, attr_key=key)
+
+
+class ScviAttributes(ModelBase):
+    """Attributes of scvi-tools' models."""
+
+    #: Objects are never minified here.
+    minified_data_type: None = None
+    get_normalized_function_name: str = "get_normalized_accessibility"
+
+    @property
+    def module(self) -> MultiVIProgram:
+        """The program, :attr:`program`: a ``torch.nn.Module``; its sizes and choices are in ``module.config``."""
+        return self.program
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.spec.n_genes
+
+    @property
+    def n_regions(self) -> int:
+        """Number of regions."""
+        return self.spec.n_regions
+
+    @property
+    def n_latent(self) -> int:
+        """Dimension of the latent state."""
+        return self.program.config.latent
+
+    @property
+    def train_indices(self) -> NDArray[np.int64]:
+        """Positions of the cells trained on, ascending; empty if there are none or they are unknown."""
+        return np.zeros(0, dtype=np.int64) if self._split is None else self._split.train.numpy()
+
+    @property
+    def test_indices(self) -> NDArray[np.int64]:
+        """Positions of the cells that were neither trained on nor held out, ascending."""
+        if self._split is None or self._table is None:
+            return np.zeros(0, dtype=np.int64)
+        used = np.concatenate([self._split.ever_trained.numpy(), self._split.validation.numpy()])
+        return np.setdiff1d(np.arange(len(self._table)), used)
+
+    @property
+    def summary_string(self) -> str:
+        """Sizes and choices of the model in one line, as ``repr(model)``."""
+        return repr(self)
+
+    @property
+    def adata_manager(self) -> AnnDataManager:
+        """Where the data lie, for reading."""
+        return AnnDataManager(self.spec, self.adata)
+
+    @property
+    def registry(self) -> dict[str, Any]:
+        """Version, arguments of the setup, places and states of the data."""
+        return self.adata_manager.registry
+
+    @property
+    def summary_stats(self) -> dict[str, int]:
+        """Numbers of cells, genes, regions, batches, labels and covariates."""
+        return self.adata_manager.summary_stats
+
+    @checked
+    def data_registry(self, registry_key: str) -> dict[str, Any]:
+        """Place of one kind of data in the object: ``"X"``, ``"atac"``, ``"batch"``, ...
+
+        Parameters
+        ----------
+        registry_key
+            Its name in ``adata_manager.data_registry``.
+        """
+        self.adata_manager.get_state_registry(registry_key)
+        return self.adata_manager.data_registry[registry_key]
+
+    @checked
+    def get_state_registry(self, registry_key: str) -> dict[str, Any]:
+        """Names of the features, or categories, of one kind of data.
+
+        Parameters
+        ----------
+        registry_key
+            Its name in ``adata_manager.data_registry``.
+        """
+        return self.adata_manager.get_state_registry(registry_key)
+
+    @checked
+    def get_setup_arg(self, setup_arg: str) -> Any:
+        """Value of an argument of the setup, such as ``"batch_key"``.
+
+        Parameters
+        ----------
+        setup_arg
+            Its name.
+        """
+        known = self.spec.setup.to_dict()
+        if setup_arg not in known:
+            raise KeyError(f"setup_arg={setup_arg!r} is no argument of the setup. {nearest(setup_arg, known)}")
+        return known[setup_arg]
+
+    @takes(VAR_NAMES)
+    def get_var_names(self) -> dict[str, list[str]]:
+        """Names of the genes and regions of the model, by modality ("rna", "atac")."""
+        return {modality.key: list(modality.feature_names_in(self.spec)) for modality in MODALITIES}
+
+    @checked
+    def get_anndata_manager(self, adata: Data, required: bool = False) -> AnnDataManager:
+        """Where the data of an object lie.
+
+        Parameters
+        ----------
+        adata
+            The object. Its columns and features are found by the names of the model's own data.
+        required
+            No effect: every object has one.
+        """
+        self.spec.table(adata)
+        return AnnDataManager(self.spec, adata)
+
+    @checked
+    def view_anndata_setup(self, adata: Data | None = None, hide_state_registries: bool = False) -> None:
+        """Print what the setup found: cells, features, batches, and remarks.
+
+        Parameters
+        ----------
+        adata
+            Another object, read by the same arguments; default: that of training.
+        hide_state_registries
+            Print the arguments of the setup only.
+        """
+        setup = self.spec.setup
+        given = self.adata if adata is None else adata
+        if hide_state_registries or given is None:
+            _show(setup.to_dict())
+        else:
+            sys.stdout.write(f"{SetupReport.of(describe(given, setup))}\n")
+
+    @checked
+    def view_registry(self, hide_state_registries: bool = False) -> None:
+        """Print what :meth:`view_anndata_setup` prints.
+
+        Parameters
+        ----------
+        hide_state_registries
+            Print the arguments of the setup only.
+        """
+        self.view_anndata_setup(hide_state_registries=hide_state_registries)
+
+    def view_setup_method_args(self) -> None:
+        """Print the arguments of the setup."""
+        _show(self.spec.setup.to_dict())
+
+    @staticmethod
+    @checked
+    def view_setup_args(dir_path: str | os.PathLike[str], prefix: str | None = None) -> None:
+        """Print the arguments of the setup of a saved model.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in :meth:`load`.
+        """
+        _show(ScviAttributes.load_registry(dir_path, prefix)["setup_args"])
+
+    @staticmethod
+    @checked
+    def load_registry(dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
+        """Registry of a saved model, as :attr:`registry`.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in :meth:`load`.
+        """
+        folder = Path(dir_path) / prefix if prefix else Path(dir_path)
+        saved = read_model(folder, with_data=False)
+        return AnnDataManager(Description.of(saved, f"dir_path={str(folder)!r}").spec, None).registry
+
+
+for _name, _says in ABSENT.items():
+    _absent = Absent(_says)
+    _absent.__set_name__(ScviAttributes, _name)
+    setattr(ScviAttributes, _name, _absent)
+
+
+def _show(arguments: dict[str, Any]) -> None:
+    sys.stdout.write(f"{json.dumps(arguments, indent=2, ensure_ascii=False)}\n")
