@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi.posterior.engine.posterior_scale import pattern_code
 from pyro_multivi.traces import measure
 
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
@@ -232,6 +233,8 @@ def test_moments_and_draws_of_the_latent_state(shared):
     assert mean.dtype == variance.dtype == np.float32
     draws = shared.get_latent_representation(give_mean=False, n_samples=4000)
     assert draws.shape == (4000, 60, 2)
+    # Draws have corrected standard deviations.
+    variance = variance * (shared.program.posterior_scale[pattern_code(shared.minibatch())] ** 2).numpy()
     z = (draws.mean(0) - loc) / np.sqrt(variance / 4000)
     assert np.abs(z).max() < 5
     np.testing.assert_allclose(draws.var(0), variance, rtol=6 * np.sqrt(2 / 4000))

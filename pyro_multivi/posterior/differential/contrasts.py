@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import chi2_contingency
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
@@ -212,6 +211,9 @@ def lie_unevenly(n_cells1: NDArray[np.int64], n_cells2: NDArray[np.int64]) -> bo
     >>> lie_unevenly(np.array([80, 20]), np.array([40, 60])), lie_unevenly(np.array([3, 1]), np.array([40, 60]))
     (True, False)
     """
+    # Imported late: loading it takes longer than all else that this package imports.
+    from scipy.stats import chi2_contingency
+
     n_cells = np.stack([n_cells1, n_cells2])[:, n_cells1 + n_cells2 > 0]
     if not n_cells.sum(1).all():
         return False
