@@ -140,7 +140,19 @@ def test_history_holds_every_term_of_every_epoch(build):
     names = {"elbo", "reconstruction_loss", "reconstruction_expression", "reconstruction_accessibility",
              "kl_local", "kl_z", "kl_l", "kl_d", "alignment", "mixing"}  # fmt: skip
     expected = {f"{name}_{split}" for name in names for split in ("train", "validation")}
-    assert set(model.history) == expected | {"train_loss", "kl_weight", "seconds"}
+    of_scvi_tools = {
+        "train_loss_epoch",
+        "train_loss_step",
+        "validation_loss",
+        "kl_global_train",
+        "kl_global_validation",
+    }
+    assert set(model.history) == expected | {"train_loss", "kl_weight", "seconds"} | of_scvi_tools
+    row = {name: frame[name].iloc[-1] for name, frame in model.history.items()}
+    penalties = row["alignment_validation"] + row["mixing_validation"]
+    assert row["validation_loss"] == pytest.approx(row["elbo_validation"] + penalties)
+    assert row["train_loss"] == row["train_loss_epoch"] == row["train_loss_step"]
+    assert row["kl_global_train"] == row["kl_global_validation"] == 0
     for name, frame in model.history.items():
         assert frame.index.tolist() == [0, 1, 2]
         assert frame.index.name == "epoch"
