@@ -41,8 +41,8 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     check_table("summary", summary, ("table", "statistic", "n", "data_above", "data_below", "expected", "fails"))
     ax = axes_or_new(ax)
     whole = summary[~summary["table"].str.contains(" by ")]
-    # Of very few values the share outside says nothing.
-    shown = whole[whole["n"] >= _FEWEST]
+    # Of very few values the share outside says nothing, unless they fail.
+    shown = whole[(whole["n"] >= _FEWEST) | whole["fails"].fillna(False).astype(bool)]
     share = 100 * (shown["data_above"] + shown["data_below"]).to_numpy(dtype=float)
     names = [
         f"{name}, {table}" if table not in name else name
