@@ -131,12 +131,15 @@ def summary():
     )  # fmt: skip
 
 
-def test_check_summary_has_a_bar_for_each_statistic_of_enough_values(ax):
-    plots.check_summary(summary(), ax)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["mean, genes", "detected genes, cells"]
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 40])
+def test_check_summary_has_a_bar_for_each_statistic_of_enough_values_or_that_fails(ax):
+    table = summary()
+    table.loc[len(table)] = {**table.iloc[2], "statistic": "mean_detected_genes", "data_above": 0.0, "fails": False}
+    plots.check_summary(table.iloc[[0, 1, 4, 2, 3]], ax)
+    labels = ["mean, genes", "detected genes, cells", "sd detected genes, totals"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == labels
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 40, 100])
     assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
-    assert ax.get_title() == "predictive check: 2 of 3 fail"
+    assert ax.get_title() == "predictive check: 2 of 4 fail"
 
 
 @pytest.mark.parametrize("n_types", [4, 45])
