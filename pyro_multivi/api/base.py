@@ -31,7 +31,6 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
-from pyro_multivi.posterior.calibration.fit_mixture import fit_mixture
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.program import MultiVIProgram
@@ -115,10 +114,9 @@ class ModelBase:
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end, cells of both modalities (ten held out at least) calibrate what is imputed of one modality from the
-        other: its mixture with the batch's aggregate posterior
-        (:mod:`pyro_multivi.posterior.engine.population_mixture`) and its sequencing depth
-        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        At the end the standard deviations of the posterior are corrected
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
+        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
 
         Parameters
         ----------
@@ -230,9 +228,7 @@ class ModelBase:
             seen = batches(split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)]
             if validation is not None and len(modelled(self.spec)) > 1:
-                calibrations += [
-                    partial(step, self.program, seen, validation) for step in (fit_depth_regressions, fit_mixture)
-                ]
+                calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
             for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):

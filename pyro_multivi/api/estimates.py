@@ -89,8 +89,8 @@ class EstimatesMixin(ModelBase):
     ) -> Estimates:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not: there it is a mixture with the batch's aggregate
-        posterior, whose weight :meth:`train` fits. With a zero-inflated likelihood it is the expression before dropout.
+        Denoised where RNA was measured, imputed where it was not. With a zero-inflated likelihood it is the expression
+        before dropout.
 
         Parameters
         ----------
@@ -104,10 +104,12 @@ class EstimatesMixin(ModelBase):
         gene_list
             Names, positions or a mask of genes; only these are computed.
         use_z_mean
-            With ``n_samples=1``: decode the posterior mean of z instead of a draw.
+            With ``n_samples=1``: decode the posterior mean of z instead of a draw. What was not measured has a wide
+            posterior, whose mean alone is surer than it should be: there the decoder's last hidden layer is averaged
+            over 25 draws.
         n_samples
-            Draws from the posterior of each cell that are averaged. With more than one they are
-            always real draws; for a cell without RNA some are states of other cells, as many as the mixture says.
+            Draws from the posterior of each cell that are decoded and averaged; with more than one they are
+            always real draws.
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean

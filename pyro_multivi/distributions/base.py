@@ -206,7 +206,7 @@ class CellDistribution(TorchDistribution):
         if isinstance(value, Readout) and value.shape[-1:] == self.event_shape:
             hidden = value.hidden.expand(*shape, -1).reshape(shape.numel(), -1)
             hidden = hidden if index is None else hidden.index_select(0, index)
-            return value._with(hidden, value.weight, value.bias)
+            return value.with_hidden(hidden)
         value = dense_rows(value).expand(*value.shape[:-1], *self.event_shape)
         if value.shape[:-1].numel() == 1:
             return value.reshape(self.event_shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,34 @@ class Expert:
     loc: Tensor
     scale: Tensor
     measured: Tensor
+
+
+def seen_from_one(experts: dict[str, Expert], share: float) -> dict[str, Expert]:
+    """Experts as if a random share of the paired cells had one of their modalities alone.
+
+    Parameters
+    ----------
+    experts
+        Experts by modality. Only ``measured`` changes.
+    share
+        Share of the cells with several modalities that keep one of them, each with the same chance.
+
+    Examples
+    --------
+    >>> flags = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    >>> both = {name: Expert(torch.zeros(3, 1), torch.ones(3, 1), flag) for name, flag in zip("ab", flags)}
+    >>> one = seen_from_one(both, share=1.0)
+    >>> sum(expert.measured.long() for expert in one.values())
+    tensor([1, 1, 1])
+    """
+    measured_ne = torch.stack([expert.measured for expert in experts.values()], -1)
+    chance_ne = torch.rand(measured_ne.shape, device=measured_ne.device).masked_fill(~measured_ne, -1.0)
+    kept_ne = torch.nn.functional.one_hot(chance_ne.argmax(-1), len(experts)).bool()
+    is_dropped_n = torch.rand(len(measured_ne), device=measured_ne.device) < share
+    measured_ne = measured_ne & (kept_ne | ~is_dropped_n[:, None])
+    return {
+        name: replace(expert, measured=measured_ne[:, place]) for place, (name, expert) in enumerate(experts.items())
+    }
 
 
 def mixing_weights(logits: Tensor, measured: Tensor) -> Tensor:

@@ -18,9 +18,6 @@ from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstL
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
-# Cells in the aggregate posterior of each modality: at least so many, and so many for each batch.
-_POPULATION, _POPULATION_OF_A_BATCH = 512, 32
-
 
 class ProgramModules(nn.Module):
     """Encoders, decoders and parameters of :class:`~pyro_multivi.program.MultiVIProgram`.
@@ -41,13 +38,6 @@ class ProgramModules(nn.Module):
     posterior_scale
         Factor of the standard deviations of q(z) by measurement pattern, (2^E, K), with which draws are made after
         training; see :mod:`pyro_multivi.posterior.engine.posterior_scale`. Not part of the model itself.
-    rna_mixture_weight, atac_mixture_weight
-        Weight of a cell's own posterior in its mixture with the batch's aggregate posterior, from which expression
-        (accessibility) that was not measured is imputed, scalars in [0, 1]; see
-        :mod:`pyro_multivi.posterior.engine.population_mixture`. Not part of the model itself.
-    rna_population, atac_population
-        Aggregate posterior: states of training cells in which expression (accessibility) was measured, (P, 1 + K):
-        code of the batch (-1 in rows without a cell), z. Not part of the model itself.
     rna_depth_regression, atac_depth_regression
         Regression that predicts the depth of a modality that was not measured, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
@@ -122,10 +112,6 @@ class ProgramModules(nn.Module):
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
-        n_others = max(_POPULATION, _POPULATION_OF_A_BATCH * config.n_batch)
-        for modality in MODALITIES:
-            self.register_buffer(f"{modality.key}_mixture_weight", torch.tensor(1.0))
-            self.register_buffer(f"{modality.key}_population", torch.full((n_others, 1 + latent), -1.0))
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,18 +31,6 @@ def fitted() -> MULTIVI:
         (100, 50, 50), N_GENES, N_REGIONS, n_latent=3, n_batches=2, effect_size=2.0, differential_fraction=0.6, seed=0
     )
     return _trained(adata, 35, n_hidden=32, n_latent=3)
-
-
-@pytest.fixture
-def without_mixture(fitted: MULTIVI) -> Iterator[MULTIVI]:
-    """:func:`fitted`, decoded from the guide's posterior alone, without population mixtures."""
-    buffers = (fitted.program.rna_mixture_weight, fitted.program.atac_mixture_weight)
-    before = [float(buffer) for buffer in buffers]
-    for buffer in buffers:
-        buffer.fill_(1.0)
-    yield fitted
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.fill_(value)
 
 
 @pytest.fixture(scope="session")

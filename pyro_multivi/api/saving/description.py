@@ -234,16 +234,18 @@ def _fits(value: Any, hint: Any, finite: bool) -> bool:
 _RENAMED = {
     "rna_reader.": "rna_first_layer.",
     "atac_reader.": "atac_first_layer.",
-    "rna_trust": "rna_mixture_weight",
-    "atac_trust": "atac_mixture_weight",
     "rna_depth_link": "rna_depth_regression",
     "atac_depth_link": "atac_depth_regression",
 }
 
 
+#: Endings of tensors that today's programs do not have: of a mixture from which earlier versions imputed.
+_DROPPED = ("_trust", "_mixture_weight", "_population")
+
+
 def todays_names(saved: Saved) -> dict[str, torch.Tensor]:
-    """Tensors of a program by the names that they have today."""
-    state = saved.state
+    """Tensors of a program by the names that they have today, without those that are not used any more."""
+    state = {name: part for name, part in saved.state.items() if not name.endswith(_DROPPED)}
     for old, new in _RENAMED.items() if saved.version == 1 else ():
         state = {new + name.removeprefix(old) if name.startswith(old) else name: part for name, part in state.items()}
     return state

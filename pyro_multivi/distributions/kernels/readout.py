@@ -99,6 +99,10 @@ class Readout(torch.Tensor):
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.link, self.gemm_dtype = link, gemm_dtype
 
+    def with_hidden(self, hidden: Tensor) -> Readout:
+        """Readout of another hidden layer, (..., H), by the same weights."""
+        return self._with(hidden, self.weight, self.bias)
+
     def _with(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Readout:
         return Readout(hidden, weight, bias, self.link, self.gemm_dtype)
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.calibration.fit_depth import clear_depth_regressions
-from pyro_multivi.posterior.calibration.fit_mixture import clear_mixture
 from pyro_multivi.posterior.engine.depth_regression import regression_buffer
-from pyro_multivi.posterior.engine.population_mixture import population_buffer, weight_buffer
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -27,7 +25,6 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     kept = [buffer.clone() for buffer in _buffers(program)]
     before = n_epochs()
     clear_depth_regressions(program)
-    clear_mixture(program)
     program.posterior_scale.fill_(1.0)
     try:
         yield
@@ -41,5 +38,4 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
 
 def _buffers(program: MultiVIProgram) -> list[Tensor]:
     """Buffers of the program that are calibrated."""
-    stores = (regression_buffer, weight_buffer, population_buffer)
-    return [program.posterior_scale, *(buffer(program, modality) for modality in MODALITIES for buffer in stores)]
+    return [program.posterior_scale, *(regression_buffer(program, modality) for modality in MODALITIES)]

@@ -155,8 +155,7 @@ class DrawSource:
         at_once = cells_at_a_time(self.request.batch_size, n_of_cell)
         if by_weight:
             at_once = min(at_once, LIKELIHOOD_ROWS // _CANDIDATES)
-        # In a mean over cells overconfident posteriors average out; draws mixed with the population would not.
-        average = Average(n_samples=n_of_cell, use_mean=False, batches=batches, seed=seed, plain=True)
+        average = Average(n_samples=n_of_cell, use_mean=False, batches=batches, seed=seed)
         cells_drawn = np.unique(chosen)
         gathered, gates = _GatheredDraws(n), _GatheredDraws(n)
         factor_n, measured_n = np.full(n, np.nan), np.zeros(n, dtype=bool)
@@ -211,7 +210,7 @@ class _GatheredDraws:
         like = self._like
         if self._rows is None or not isinstance(like, Readout):
             return self._rows
-        return Readout(self._rows, like.weight, like.bias, like.link, like.gemm_dtype)
+        return like.with_hidden(self._rows)
 
 
 def feature_blocks_of(

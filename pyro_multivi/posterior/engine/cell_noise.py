@@ -1,10 +1,8 @@
 """Noise that belongs to a cell: the same in whatever minibatches the cells come.
 
 Every number is a hash of the seed, the site, the cell's position in its data set, the number of
-the draw and the component (a counter-based generator); those of :meth:`CellNoise.evenly`, which are spread over
-the draws of a cell, follow from such a hash and the number of the draw. So a cell's draws depend neither on
-``batch_size`` nor on the other cells, the first draws of many are those of few,
-and no global random state is read or moved.
+the draw and the component (a counter-based generator). So a cell's draws depend neither on ``batch_size`` nor on
+the other cells, the first draws of many are those of few, and no global random state is read or moved.
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
 # 52 bits and a half fit a double exactly, so that no number is 0 or 1.
 _BITS = 52
-# 1 / g and 1 / g**2 with g**3 = g + 1.
-_R2 = (0.7548776662466927, 0.5698402909980532)
 
 
 @dataclass(frozen=True)
@@ -66,22 +62,6 @@ class CellNoise:
         bits = _mix(draw_sb[..., None] + torch.arange(n_components, device=device))
         unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
         return unit.reshape(n_samples, len(self.index), *event_shape)
-
-    def evenly(self, site: str, n_samples: int) -> Tensor:
-        """Pairs of numbers in [0, 1), (S, B, 2), float64: uniform, and those of a cell spread evenly over the square.
-
-        The R2 sequence (Roberts 2018), shifted at random for each cell; averages over draws are less noisy than with
-        independent numbers.
-
-        Examples
-        --------
-        >>> pairs = CellNoise(torch.tensor([4]), seed=1).evenly("z", 100)
-        >>> [int((pairs[:, 0, k] < 0.3).sum()) for k in (0, 1)]
-        [30, 30]
-        """
-        start = CellNoise(self.index, self.seed).uniform(site, 1, (2,))
-        number = torch.arange(self.first, self.first + n_samples, device=self.index.device)
-        return (start + number[:, None, None] * torch.tensor(_R2, dtype=torch.float64, device=start.device)) % 1.0
 
     def draw(self, site: str, fn: dist.TorchDistribution, of_cells: bool = True) -> Tensor:
         """A draw from ``fn``, whose batch shape is (S, B).

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.posterior.engine.draws import Latents, draw_latents, mean_latents, replay
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.distributions import Readout
+from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, replay
 from pyro_multivi.program import MultiVIProgram
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
 BLOCK = 2**22
+#: Draws over which the hidden layer of a decoder is averaged where its modality was not measured.
+IMPUTATION_DRAWS = 25
 # Narrower blocks would cost more in calls than in arithmetic.
 _LEAST_WIDTH = 128
 
@@ -31,7 +36,8 @@ class Average:
     n_samples
         Number of draws from the posterior.
     use_mean
-        With a single draw, take the latents at their posterior means instead.
+        With a single draw, take the latents at their posterior means instead. Where a modality was not measured,
+        the last hidden layer of its decoder is then averaged over :data:`IMPUTATION_DRAWS` draws.
     batches
         Codes of the batches that every cell is put into in turn; None leaves each in its own.
     level
@@ -40,9 +46,6 @@ class Average:
         Return all draws instead of their average.
     seed
         Seed of the draws.
-    plain
-        Decode the latents of the guide also where a modality was not measured, instead of those of
-        :func:`~pyro_multivi.posterior.engine.draws.imputation_latents`, which predict single cells better.
     """
 
     n_samples: int = 1
@@ -51,7 +54,6 @@ class Average:
     level: float | None = None
     keep_draws: bool = False
     seed: int = 0
-    plain: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +73,8 @@ class DecodedDraws:
 
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> DecodedDraws:
     """Decode sites of some cells. Call it within :func:`~pyro_multivi.traces.evaluation_mode`."""
-    if average.use_mean and average.n_samples == 1:
+    at_mean = average.use_mean and average.n_samples == 1
+    if at_mean:
         latents = mean_latents(program, cells)
     else:
         latents = draw_latents(program, cells, average.n_samples, average.seed)
@@ -79,9 +82,41 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
     if average.batches is not None:
         # Of the model alone: the latents are those under the observed design.
         interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
-    return DecodedDraws(
-        latents, [replay(program, cells, latents, sites, forced, plain=average.plain) for forced in interventions]
-    )
+    decoded = [replay(program, cells, latents, sites, forced) for forced in interventions]
+    if at_mean:
+        for modality in MODALITIES:
+            missing = ~modality.measured_in(cells)
+            if modality.decoded in sites and bool(missing.any()):
+                for forced, values in zip(interventions, decoded, strict=True):
+                    averaged = _averaged(program, cells, modality.decoded, forced, average.seed)
+                    values[modality.decoded] = _where(missing, averaged, values[modality.decoded])
+    return DecodedDraws(latents, decoded)
+
+
+def _averaged(program: MultiVIProgram, cells: Cells, site: str, forced: dict[str, Tensor], seed: int) -> Tensor:
+    """Site averaged over draws, (1, B, F): a readout by its hidden layer, so that it is multiplied out once.
+
+    The posterior from one modality alone is wide, and what is decoded from its mean is surer than its draws are. The
+    hidden layer carries most of that: on five sets of real cells 25 draws of it gain 0.6 to 0.9 of what as many
+    decoded draws gain in the likelihood of hidden counts.
+    """
+    total: Tensor | None = None
+    at_once = max(1, ROWS // len(cells))
+    for first in range(0, IMPUTATION_DRAWS, at_once):
+        n = min(at_once, IMPUTATION_DRAWS - first)
+        part = replay(program, cells, draw_latents(program, cells, n, seed, first), (site,), forced)[site]
+        summed = part.hidden.sum(0, keepdim=True) if isinstance(part, Readout) else part.sum(0, keepdim=True)
+        total = summed if total is None else total + summed
+    assert total is not None
+    mean = total / IMPUTATION_DRAWS
+    return part.with_hidden(mean) if isinstance(part, Readout) else mean
+
+
+def _where(chosen_b: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """Values of the chosen cells, (1, B, F), beside others; readouts of one layer stay one."""
+    if isinstance(values, Readout) and isinstance(otherwise, Readout):
+        return otherwise.with_hidden(torch.where(chosen_b[:, None], values.hidden, otherwise.hidden))
+    return torch.where(chosen_b[:, None], values, otherwise)
 
 
 def _in_batch(design: Tensor, code: int, n_batch: int) -> Tensor:

@@ -26,7 +26,6 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
-from pyro_multivi.posterior.engine.population_mixture import imputation_state
 from pyro_multivi.posterior.engine.posterior_scale import corrected
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, is_deterministic
@@ -80,8 +79,8 @@ def draw(
     sites
         Names of sites of the model: ``"z"``, ``"l"``, ``"d"``, ``"rho"``, ``"p"``, those of an
         extension, or ``"x"`` and ``"y"`` (and other observed sites) for predicted counts, measured or not.
-        Expression and library size of cells without RNA, accessibility and cell factor of cells without ATAC
-        follow from :func:`imputation_latents`; ``"z"`` itself is drawn from the guide.
+        The library size of cells without RNA and the cell factor of cells without ATAC follow from
+        :func:`imputation_latents`.
     n_samples
         Number of draws S.
     intervene
@@ -185,16 +184,10 @@ def replay(
     sites: Sequence[str],
     intervene: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-    *,
-    plain: bool = False,
 ) -> dict[str, Tensor]:
-    """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluation_mode``.
-
-    ``plain`` leaves the latents as they are where :func:`imputation_latents` would change them.
-    """
-    parts = [(list(sites), latents)] if plain else imputation_latents(program, cells, latents, sites)
+    """Values of sites of the model at given latents, (S, B, ...). For use within ``evaluation_mode``."""
     values: dict[str, Tensor] = {}
-    for names, changed in parts:
+    for names, changed in imputation_latents(program, cells, latents, sites):
         values |= _values(program, cells, changed, names, dict(intervene or {}), seed)
     return {name: values[name] for name in sites}
 
@@ -229,10 +222,9 @@ def imputation_latents(
 ) -> list[tuple[list[str], Latents]]:
     """Latents to decode sites from, with the sites that share them. For use within ``evaluation_mode``.
 
-    Sites of a modality that some cells lack, while they have another, get latents of their own: in these cells z is
-    drawn from :mod:`~pyro_multivi.posterior.engine.population_mixture`, and the depth from
-    :mod:`~pyro_multivi.posterior.engine.depth_regression` unless it is that of ``known_depth``. All other sites are
-    decoded from the latents that the guide drew.
+    Sites of a modality that some cells lack, while they have another, get a depth of their own: in these cells it
+    is predicted by :mod:`~pyro_multivi.posterior.engine.depth_regression`, unless it is that of ``known_depth``. All
+    other sites are decoded from the latents that the guide drew.
     """
     nodes: dict[str, Any] = dict(latents.trace.nodes)
     parts: list[tuple[list[str], Latents]] = []
@@ -242,18 +234,13 @@ def imputation_latents(
         measured = modality.measured_in(cells)
         if not names or bool(measured.all()):
             continue
-        imputed = ~measured & torch.stack([other.measured_in(cells) for other in MODALITIES]).any(0)
-        changed = latents
-        z = imputation_state(program, cells, modality, nodes, latents.noise)
-        if z is not None:
-            changed = changed.at("z", torch.where(imputed[:, None], z, nodes["z"]["value"]))
-        depth = None
-        if modality is not known_depth:
-            depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
+        if modality is known_depth:
+            continue
+        depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
         if depth is not None:
-            changed = changed.at(modality.depth, torch.where(imputed, depth, nodes[modality.depth]["value"]))
-        if changed is not latents:
-            parts.append((names, changed))
+            imputed = ~measured & torch.stack([other.measured_in(cells) for other in MODALITIES]).any(0)
+            drawn = torch.where(imputed, depth, nodes[modality.depth]["value"])
+            parts.append((names, latents.at(modality.depth, drawn)))
             rest = [name for name in rest if name not in names]
     return [*parts, (rest, latents)] if rest else parts
 

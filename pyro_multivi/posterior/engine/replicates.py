@@ -153,24 +153,6 @@ def replicate(
         yield draws, {site: drawn[site] for site in observed_sites(program)}
 
 
-def expected_counts(program: MultiVIProgram, cells: Cells, modality: Modality, n_samples: int, seed: int = 0) -> Tensor:
-    """Expected counts of a hidden modality, or probabilities to be open, (B, F), averaged over draws.
-
-    The depth is inferred from the hidden counts, the default of :func:`replicate`.
-    """
-    seen = hide(cells, modality)
-    total: Tensor | None = None
-    with evaluation_mode(program):
-        latents = _latents(program, cells, slice(0, n_samples), seed, modality, "observed")
-        [(_, latents)] = imputation_latents(program, seen, latents, [modality.counts], modality)
-        for draws in _draws_at_a_time(n_samples, modality.counts_in(cells).numel()):
-            fn: Any = model_trace(program.model, seen, latents.some(draws)).nodes[modality.counts]["fn"]
-            part = _expected_by(program, modality)(fn).sum(0)
-            total = part if total is None else total + part
-    assert total is not None
-    return total / n_samples
-
-
 def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
     """Slices of the draws, so small that their counts, of ``n_numbers`` each, stay within bounds."""
     size = max(1, _BLOCK // max(1, n_numbers))

@@ -127,7 +127,7 @@ def _of_cells(values: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return values
     if isinstance(values, Readout):
-        return Readout(values.hidden[:, rows], values.weight, values.bias, values.link, values.gemm_dtype)
+        return values.with_hidden(values.hidden[:, rows])
     return values[:, rows]
 
 

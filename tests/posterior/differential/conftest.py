@@ -55,8 +55,7 @@ class TwoGroups:
                 design[:, : self.model.spec.n_batch] = torch.eye(self.model.spec.n_batch)[code]
             with evaluation_mode(self.model.program):
                 latents = draw_latents(self.model.program, cells, int(number.max()) + 1)
-                # Groups are compared by draws of the guide.
-                drawn = replay(self.model.program, cells, latents, (modality.decoded,), {"s": design}, plain=True)
+                drawn = replay(self.model.program, cells, latents, (modality.decoded,), {"s": design})
             values.append((drawn[modality.decoded] + 0).double().numpy())
         sizes = [len(part) for part in np.array_split(np.arange(self.n), len(batches))]
         return np.stack(values)[np.repeat(np.arange(len(batches)), sizes), number, chosen]

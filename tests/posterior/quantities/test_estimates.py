@@ -10,16 +10,17 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pyro_multivi import MULTIVI, NotTrainedError, simulate_multiome
+from pyro_multivi import MULTIVI, MultiVIProgram, NotTrainedError, simulate_multiome
 from pyro_multivi.data.checks import least_draws
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
-from pyro_multivi.posterior.engine import decode
+from pyro_multivi.posterior.engine import decode as decoding
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.engine.draws import draw
+from pyro_multivi.posterior.engine.draws import draw, mean_latents, replay
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.summary import Estimate, summarise
+from pyro_multivi.traces import evaluation_mode
 
 METHODS = ["get_normalized_expression", "get_accessibility_estimates"]
 SOME = [3, 120, 121, 199]  # paired, RNA-only twice, ATAC-only
@@ -32,26 +33,60 @@ def features(method):
 # ---------------------------------------------------------------------- what is computed
 
 
-def test_one_sample_at_the_mean_decodes_the_mean(without_mixture):
-    cells, program = without_mixture.minibatch(), without_mixture.program
-    z = torch.from_numpy(without_mixture.get_latent_representation())
+def test_one_sample_at_the_mean_decodes_the_mean(fitted):
+    """What was measured; of what was not, the hidden layer is averaged over 25 draws, however many fit at a time."""
+    cells, program = fitted.minibatch(), fitted.program
+    z_nk = torch.from_numpy(fitted.get_latent_representation())
+    z_snk = torch.from_numpy(fitted.get_latent_representation(give_mean=False, n_samples=25, seed=3))
+    rho_layer, p_layer = program.expression_decoder.rho, program.accessibility_decoder.p
+
+    def averaged(stack, at_mean_nh, measured_n):
+        hidden_nh = torch.stack([stack(z, cells.design) for z in z_snk]).mean(0)
+        return torch.where(measured_n[:, None], at_mean_nh, hidden_nh)
+
     with torch.no_grad():
-        rho = program.expression(z, cells.design).rho.dense().numpy()
-        p = program.accessibility(z, cells.design).dense().numpy()
-    np.testing.assert_allclose(without_mixture.get_normalized_expression(return_numpy=True), rho, rtol=1e-5)
-    np.testing.assert_allclose(without_mixture.get_accessibility_estimates(return_numpy=True), p, rtol=1e-5)
+        at_mean = program.expression(z_nk, cells.design).rho, program.accessibility(z_nk, cells.design)
+        rna = averaged(program.expression_decoder.stack, at_mean[0].hidden, cells.has_rna)
+        atac = averaged(program.accessibility_decoder.stack, at_mean[1].hidden, cells.has_atac)
+        rho = torch.nn.functional.linear(rna, rho_layer.weight, rho_layer.bias).softmax(-1).numpy()
+        p = torch.nn.functional.linear(atac, p_layer.weight, p_layer.bias).sigmoid().numpy()
+    given = {"return_numpy": True, "seed": 3}
+    np.testing.assert_allclose(fitted.get_normalized_expression(**given), rho, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(fitted.get_accessibility_estimates(**given), p, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(fitted.get_normalized_expression(batch_size=7, **given), rho, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(rho.sum(1), 1, rtol=1e-5)
+    lacks = ~cells.has_rna.numpy()
+    assert np.abs(rho - at_mean[0].dense().detach().numpy())[lacks].max() > 1e-3
+    filled = fitted.impute(seed=3).layers["imputed"].toarray()[:, : rho.shape[1]]
+    np.testing.assert_allclose(filled[lacks], rho[lacks], rtol=1e-4, atol=1e-7)
     # One draw is something else.
-    assert np.abs(without_mixture.get_normalized_expression(use_z_mean=False, return_numpy=True) - rho).max() > 1e-3
+    assert np.abs(fitted.get_normalized_expression(use_z_mean=False, **given) - rho).max() > 1e-3
+
+
+def test_a_custom_decoder_is_averaged_where_it_ends(make_program, make_cells, monkeypatch):
+    """Dense values, of which no hidden layer is known, are averaged themselves, a few draws at a time."""
+
+    class Dense(MultiVIProgram):
+        def accessibility(self, z, s):
+            return super().accessibility(z, s).dense()
+
+    program, cells = Dense(make_program().config).eval(), make_cells()
+    drawn = draw(program, cells, ("p",), n_samples=decoding.IMPUTATION_DRAWS, seed=2)["p"].mean(0)
+    monkeypatch.setattr(decoding, "ROWS", 3 * len(cells))
+    with evaluation_mode(program):
+        found = decoding.decode(program, cells, Average(seed=2), ("p",)).sites[0]["p"][0]
+        mean = replay(program, cells, mean_latents(program, cells), ("p",))["p"][0]
+    torch.testing.assert_close(found, torch.where(cells.has_atac[:, None], mean, drawn))
+    assert not torch.allclose(mean, drawn)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(without_mixture, method):
-    get = getattr(without_mixture, method)
+def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(fitted, method):
+    get = getattr(fitted, method)
     draws = get(indices=SOME, n_samples=30, return_mean=False, seed=4)
     assert isinstance(draws, np.ndarray)
-    z = torch.from_numpy(without_mixture.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
-    cells, program = without_mixture.minibatch(SOME), without_mixture.program
+    z = torch.from_numpy(fitted.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
+    cells, program = fitted.minibatch(SOME), fitted.program
     with torch.no_grad():
         decode = (lambda: program.expression(z, cells.design).rho) if method == METHODS[0] else None
         expected = (decode() if decode else program.accessibility(z, cells.design)).dense().numpy()
@@ -158,8 +193,8 @@ def test_some_features_are_the_columns_of_all(fitted, method, monkeypatch):
         assert set(get(**{argument: chosen}).columns) == set(wanted)
     assert list(get(**{argument: f"{kind}_05"}).columns) == [f"{kind}_05"]
     # Blocks narrower than the chosen features.
-    monkeypatch.setattr(decode, "BLOCK", 1)
-    monkeypatch.setattr(decode, "_LEAST_WIDTH", 2)
+    monkeypatch.setattr(decoding, "BLOCK", 1)
+    monkeypatch.setattr(decoding, "_LEAST_WIDTH", 2)
     np.testing.assert_allclose(get(n_samples=25, **{argument: wanted}), part.mean, rtol=1e-5)
     np.testing.assert_allclose(get(n_samples=25), whole.mean, rtol=1e-5)
 
