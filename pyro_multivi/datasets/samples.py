@@ -275,7 +275,7 @@ def _words_of(data: Any, key: str) -> set[str]:
     """Names of modalities of a MuData, or feature types of an AnnData."""
     if is_mudata(data):
         return set(data.mod)
-    return {*data.var[key].astype(str)} if key in data.var else set()
+    return {*frame_of(data.var)[key].astype(str)} if key in data.var else set()
 
 
 def cells_of(data: Any) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, first_names
 from pyro_multivi.data.modality import Modality
+from pyro_multivi.datasets.assembly import FEATURE_COLUMNS
 
 _log = logging.getLogger("pyro_multivi")
 
@@ -41,6 +42,7 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], feat
     shared = next(iter(names.values()), pd.Index([], dtype=object))
     for other in names.values():
         shared = shared[shared.isin(other)]
+    _caution_of_identifiers(modality, var_of, shared)
     left = {sample: own[~own.isin(shared)] for sample, own in names.items()}
     left = {sample: own for sample, own in left.items() if len(own)}
     if not left:
@@ -68,6 +70,23 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], feat
             len(own), len(names[sample]), modality.features, sample, modality.assay,
         )  # fmt: skip
     return shared
+
+
+def _caution_of_identifiers(modality: Modality, var_of: Mapping[str, pd.DataFrame], shared: pd.Index[str]) -> None:
+    """Warn of features of one name that two samples know by different identifiers: they are not the same."""
+    column = FEATURE_COLUMNS["id"]
+    known = [(sample, var) for sample, var in var_of.items() if column in var]
+    for sample, var in known[1:]:
+        first, own = known[0][1].loc[shared, column].astype(str), var.loc[shared, column].astype(str)
+        # ENSG00000141510.18 and ENSG00000141510.16 are two versions of one.
+        unlike = (first.str.replace(r"\.\d+$", "", regex=True) != own.str.replace(r"\.\d+$", "", regex=True)).to_numpy()
+        if unlike.any():
+            name = shared[unlike][0]
+            caution(
+                f"{int(unlike.sum())} {modality.features} of one name have other {column} in sample {sample!r} than in "
+                f"{known[0][0]!r}, such as {name!r}: {own[name]} and {first[name]}. Count all samples over one "
+                f"reference, or name them by {column}."
+            )
 
 
 def _nothing_shared(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -188,6 +189,32 @@ def test_genes_by_names_and_by_identifiers(multi, rna):
         join_samples({"multi": multi, "rna": rna})
     exec(str(caught.value).rpartition(": ")[2].rstrip("."), {"adata": rna})
     assert join_samples({"multi": multi, "rna": rna}).n_vars == 4
+
+
+def test_genes_of_one_name_and_different_identifiers(multi, rna):
+    multi.var["gene_ids"], rna.var["gene_ids"] = ["p1", "ENSG1.4", "p2", "ENSG2"], ["ENSG2", "ENSG3", "ENSG1.5"]
+    rna = rna[:, ["gA", "gB"]].copy()
+    assert join_samples({"multi": multi, "rna": rna}).var["gene_ids"].tolist() == ["ENSG1.4", "ENSG2", "p1", "p2"]
+    rna.var["gene_ids"] = ["ENSG9", "ENSG2"]
+    with pytest.warns(
+        UserWarning, match="1 genes of one name have other gene_ids in sample 'rna' than in 'multi', .*ENSG9"
+    ):
+        join_samples({"multi": multi, "rna": rna})
+
+
+def test_samples_in_files_are_read_block_by_block(multi, rna, tmp_path):
+    expected = join_samples([multi, rna[:, ["gA", "gB"]]]).X
+    multi.write_h5ad(tmp_path / "A.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "A.h5ad", backed="r")
+    rna.X = rna.X.toarray()
+    assert (expected != join_samples([backed, rna[:, ["gA", "gB"]]]).X).nnz == 0
+    backed.file.close()
+
+
+def test_setup_of_several_samples_names_the_join(multi, rna):
+    for verb in (pm.MULTIVI.setup_anndata, pm.MULTIVI.setup_mudata):
+        with pytest.raises(TypeError, match="join several samples first, adata = pyro_multivi.join_samples"):
+            verb({"multi": multi, "rna": rna})
 
 
 def peaks(names):

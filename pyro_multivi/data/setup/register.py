@@ -126,7 +126,7 @@ def setup_anndata(
     if is_mudata(adata):
         raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
     if not isinstance(adata, AnnData):
-        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}.")
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}{_how_to_join(adata)}.")
     setup = Setup(
         kind="anndata",
         rna_layer=layer,
@@ -207,7 +207,7 @@ def setup_mudata(
         As in :func:`setup_anndata`.
     """
     if not is_mudata(mdata):
-        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
+        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else _how_to_join(mdata)
         raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
     if protein_layer is not None:
         raise TypeError(f"protein_layer={protein_layer!r}: {_NO_PROTEINS}")
@@ -225,6 +225,11 @@ def setup_mudata(
         extra=name_list("extra_modalities", extra_modalities),
     )
     return _set_up(mdata, with_modalities(setup, mdata, modalities))
+
+
+def _how_to_join(data: Any) -> str:
+    several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
+    return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:
