@@ -97,6 +97,16 @@ def moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_ma
     return made
 
 
+def with_unique_names(frames: list[pd.DataFrame], suffixes: list[str]) -> list[pd.DataFrame]:
+    """The same tables, where the name of a row that is in more than one of them gets its table's suffix."""
+    names = pd.Index([name for frame in frames for name in frame.index])
+    repeated = set(names[names.duplicated()])
+    return [
+        frame.set_axis(pd.Index([f"{name}_{suffix}" if name in repeated else name for name in frame.index]))
+        for frame, suffix in zip(frames, suffixes, strict=True)
+    ]
+
+
 def join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """Rows of all frames with the columns of any; missing where a frame lacks one.
 
@@ -141,6 +151,9 @@ def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
         values = pd.Series(pd.api.types.union_categoricals(pieces, ignore_order=True))
     else:
         values = pd.concat(pieces)
+    if values.dtype == object and all(map(pd.api.types.is_numeric_dtype, kinds)):
+        # Truth values in one and numbers in another stay Python objects, which no h5ad can hold.
+        values = values.astype(float)
     if values.dtype == bool and len(rows) < n_rows:
         # Plain truth values cannot be missing and would become objects, which no h5ad can hold.
         values = values.astype("boolean")

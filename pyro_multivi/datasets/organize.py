@@ -18,7 +18,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
-from pyro_multivi.datasets.assembly import join_rows, moved
+from pyro_multivi.datasets.assembly import join_rows, moved, with_unique_names
 
 _log = logging.getLogger(__name__)
 
@@ -281,8 +281,6 @@ def _stack(matrices: list[Any], columns: list[NDArray[np.int64]], width: int) ->
 
 def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
     """The cells of the result, with unique names and the column of modalities."""
-    names = pd.Index([name for part in parts for name in part.obs.index])
-    repeated = set(names[names.duplicated()])
     frames = []
     for part in parts:
         if modality_key in part.obs:
@@ -293,10 +291,8 @@ def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
                     f"where {part.pattern!r} is to be written; give another modality_key"
                 )
         frame = part.obs.drop(columns=modality_key, errors="ignore")
-        suffix = f"_{part.pattern}"
-        frame.index = pd.Index([name + suffix if name in repeated else name for name in frame.index])
         frames.append(frame)
-    obs = join_rows(frames)
+    obs = join_rows(with_unique_names(frames, [part.pattern for part in parts]))
     check_unique(obs.index, "obs_names of all inputs together", "rename the cells of one of them")
     pattern_n = np.repeat([part.pattern for part in parts], [len(frame) for frame in frames])
     obs[modality_key] = pd.Categorical(pattern_n, list(MEASUREMENT_PATTERNS))

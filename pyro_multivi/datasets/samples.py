@@ -34,7 +34,7 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
-from pyro_multivi.datasets.assembly import join_rows, moved, unlike_columns
+from pyro_multivi.datasets.assembly import join_rows, moved, unlike_columns, with_unique_names
 from pyro_multivi.datasets.readers import read, sample_name
 from pyro_multivi.datasets.shared_features import shared_features
 
@@ -80,8 +80,8 @@ def join_samples(
         Column of ``obs`` to write, with the name of the sample.
     modality_key
         Column of ``obs`` with the measurement pattern of each cell. It is read where a sample has it, and written. In a
-        MuData without it cells are measured in the modalities that list them; elsewhere in those of which they have
-        counts.
+        MuData without it cells are measured in the modalities that list them; elsewhere in the only one, or in
+        those of two of which they have counts.
     layer
         Layer with the counts; ``X`` by default.
     feature_type_key, feature_type_values, modality_values
@@ -122,6 +122,8 @@ def join_samples(
     >>> joined.uns["pyro_multivi"]["samples"].loc["rna", ["cells", "genes_kept", "regions_kept"]].to_dict()
     {'cells': 2, 'genes_kept': 10, 'regions_kept': 0}
     """
+    if sample_key == modality_key:
+        raise ValueError(f"sample_key and modality_key are both {sample_key!r}: give two columns.")
     setup = Setup("anndata", layer, layer, modality_key=modality_key, feature_type_key=feature_type_key)
     setup = replace(with_feature_types(setup, feature_type_values), modality_values=modality_meanings(modality_values))
     return joined(named_samples(samples).items(), setup, [sample_key], features, modalities)
@@ -213,14 +215,20 @@ class _Part:
             own = setup_of(data, setup, places)
             opened = open_data(data, own)
             counts = read_counts(opened.counts, {each: tuple(found.features) for each, found in opened.counts.items()})
-            measured = find_measured(opened, own, has_counts(opened, counts), key_needed=False)
             has_key = own.modality_key is not None and opened.has_column("modality_key", own.modality_key)
+            counted = has_counts(opened, counts)
+            if len(counts) == 1 and not has_key:
+                # A sample of one modality has it in every cell, also in those without a count.
+                counted = {each: np.full(len(opened.cells), each in counts) for each in MODALITIES}
+            measured = find_measured(opened, own, counted, key_needed=False)
+            obs = cells_of(data)
+            check_unique(obs.columns, "adata.obs", "adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]")
         for kind, size in opened.ignored.items():
             _log.warning("sample %r: %d features of %r are left out", name, size, kind)
         present = [modality for modality in counts if measured.masks[modality].any()]
         return cls(
             name,
-            cells_of(data),
+            obs,
             measured,
             {modality: _csr(counts[modality]) for modality in present},
             {modality: _var_of(data, own, opened.counts[modality]) for modality in present},
@@ -345,7 +353,7 @@ def _free_key(parts: Sequence[_Part], keys: Sequence[str]) -> str:
     """The first of some columns in which no sample has anything but its name."""
     taken = ""
     for key in keys:
-        found = {part.name: {*part.obs[key].astype(str)} - {part.name} for part in parts if key in part.obs}
+        found = {part.name: {*part.obs[key].dropna().astype(str)} - {part.name} for part in parts if key in part.obs}
         name, other = next(((name, other) for name, other in found.items() if other), ("", set()))
         if not other:
             return key
@@ -358,13 +366,8 @@ def _free_key(parts: Sequence[_Part], keys: Sequence[str]) -> str:
 
 def _join_obs(parts: Sequence[_Part], sample_key: str, modality_key: str) -> pd.DataFrame:
     """The cells of the result, with unique names and the columns of samples and patterns."""
-    names = pd.Index([name for part in parts for name in part.obs.index])
-    repeated = set(names[names.duplicated()])
-    frames = []
-    for part in parts:
-        frame = part.obs.drop(columns=[sample_key, modality_key], errors="ignore")
-        frame.index = pd.Index([f"{name}_{part.name}" if name in repeated else name for name in frame.index])
-        frames.append(frame)
+    own = [part.obs.drop(columns=[sample_key, modality_key], errors="ignore") for part in parts]
+    frames = with_unique_names(own, [part.name for part in parts])
     for column in unlike_columns(frames):
         _log.warning("column %r of obs holds numbers in one sample and words in another: words in all", column)
         for frame in frames:

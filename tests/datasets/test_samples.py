@@ -134,11 +134,13 @@ def test_layer_and_words_of_the_samples_are_those_of_the_result(multi, atac):
 def test_columns_of_obs(multi, rna, tmp_path, caplog):
     multi.obs["donor"], rna.obs["donor"] = pd.Categorical(["d1", "d2"]), pd.Categorical(["d3"])
     multi.obs["cluster"], rna.obs["cluster"] = [1, 2], ["T"]
-    multi.obs["depth"] = [1.5, 2.5]
+    multi.obs["depth"], rna.obs["depth"] = [1.5, 2.5], [True]
+    multi.obs["day"] = [1.5, 2.5]
     joined = join_samples({"A": multi, "B": rna[:, ["gA", "gB"]]})
     assert joined.obs["donor"].tolist() == ["d1", "d2", "d3"]
     assert joined.obs["cluster"].tolist() == ["1", "2", "T"]
-    np.testing.assert_array_equal(joined.obs["depth"], [1.5, 2.5, np.nan])
+    np.testing.assert_array_equal(joined.obs["depth"], [1.5, 2.5, 1])
+    np.testing.assert_array_equal(joined.obs["day"], [1.5, 2.5, np.nan])
     assert "column 'cluster' of obs holds numbers in one sample and words in another" in caplog.text
     joined.write_h5ad(tmp_path / "joined.h5ad")
     again = pm.read(tmp_path / "joined.h5ad")
@@ -150,6 +152,21 @@ def test_columns_of_obs(multi, rna, tmp_path, caplog):
     ):
         join_samples({"B": multi})
     assert join_samples({"B": multi}, sample_key="file").obs["sample"].tolist() == ["A", "A"]
+
+
+def test_repeated_columns_of_obs(multi):
+    multi.obs = pd.DataFrame([["a", "b"]] * 2, columns=["donor", "donor"], index=multi.obs_names)
+    with pytest.raises(ValueError, match=r"samples\['m'\]: adata.obs holds names more than once: 'donor'"):
+        join_samples({"m": multi})
+    with pytest.raises(ValueError, match="sample_key and modality_key are both 'x': give two columns"):
+        join_samples({"m": multi}, sample_key="x", modality_key="x")
+
+
+def test_a_cell_without_counts_in_a_sample_of_one_modality(multi, rna):
+    rna.X = sp.csr_matrix(rna.shape, dtype=np.float32)
+    joined = join_samples([multi, rna[:, ["gA", "gB"]]])
+    assert joined.obs["modality"].tolist() == ["paired", "paired", "expression"]
+    assert joined.n_vars == 4
 
 
 def test_mudata_with_cells_missing_from_modalities(multi, rna):
