@@ -66,10 +66,13 @@ def named_paths(paths: Sequence[str]) -> dict[str, str] | None:
     return dict(pairs)
 
 
-def read_samples(paths: Mapping[str, str], setup: Setup, options: argparse.Namespace) -> AnnData:
+def read_samples(
+    paths: Mapping[str, str], setup: Setup, options: argparse.Namespace, names_needed: bool = True
+) -> AnnData:
     """Join the samples of several files, without the cells that options leave out; what was kept is printed.
 
-    The words for feature types that the setup gives are also the names of modalities in an ``.h5mu``.
+    The words for feature types that the setup gives are also the names of modalities in an ``.h5mu``. Files for a saved
+    model may be some of those that it was trained on, and need not have all the names of its setup.
     """
     setup = replace(setup, kind="anndata")
     given = {each: setup.types_of(each)[0] for each in MODALITIES if setup.types_of(each) != each.feature_types}
@@ -89,7 +92,7 @@ def read_samples(paths: Mapping[str, str], setup: Setup, options: argparse.Names
                 own = setup_of(data, setup, places)
                 yield name, prepare(data, own, options, lambda counts, _: np.ones(len(counts.columns), bool))
 
-    joined_cells = joined(prepared(), setup, SAMPLE_KEYS, modalities=places)
+    joined_cells = joined(prepared(), setup, SAMPLE_KEYS, modalities=places, names_needed=names_needed)
     if options.feature_type is not None and not unstated:
         raise ValueError(f"--feature-type {options.feature_type}: every file says the types of its features.")
     print(f"kept of each sample:\n{joined_cells.uns[UNS_KEY]['samples'].to_string()}")
@@ -110,7 +113,7 @@ def load_model(options: argparse.Namespace) -> MULTIVI:
                 data.obs[key] = sample_name(options.data[0])
             state_features(data, spec.setup.feature_type_key, options)
         else:
-            data = read_samples(samples, spec.setup, options)
+            data = read_samples(samples, spec.setup, options, names_needed=False)
         if options.feature_type or options.min_counts or options.round:
             names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
             data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))

@@ -166,16 +166,18 @@ def joined(
     sample_keys: Sequence[str],
     features: str = "intersection",
     modalities: Mapping[str, str] | None = None,
+    names_needed: bool = True,
 ) -> AnnData:
     """Samples with their names, joined as :func:`join_samples` does; each is forgotten once it was read.
 
-    The setup, of an AnnData, says where their counts lie. The sample is written to the first of some columns that no
-    sample has with other values.
+    The setup, of an AnnData, says where their counts lie; with ``names_needed`` some sample must have each column or
+    word that it names. The sample is written to the first of some columns that no sample has with other values.
     """
     check_choice("features", features, ("intersection", "union"))
     places = check_mapping("modalities", modalities, "{'rna_layer': 'rna', 'atac_layer': 'atac'}")
     parts = [_Part.of(name, sample, setup, places) for name, sample in samples]
-    _check_found(parts, setup, places)
+    if names_needed:
+        _check_found(parts, setup, places)
     _caution_of_same_cells(parts)
     kept = {modality: shared_features(modality, _features_of(modality, parts), features) for modality in MODALITIES}
     var = join_rows([_first_var(modality, parts).loc[names] for modality, names in kept.items() if len(names)])

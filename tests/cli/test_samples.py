@@ -149,3 +149,5 @@ def test_words_and_layers_of_each_file(run, cells):
     assert "10 paired, 30 RNA only, 10 ATAC only" in out
     assert "12 genes, 20 regions" in out
     assert loaded(*files, "--feature-type", "rna").get_latent_representation().shape == (50, 2)
+    # Some of the files, none of which has the words.
+    assert loaded("two=B.h5ad", "C.h5ad", "--feature-type", "rna").get_latent_representation().shape == (30, 2)
