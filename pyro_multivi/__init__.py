@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
     from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
+    from pyro_multivi.datasets.samples import join_samples
     from pyro_multivi.datasets.simulate import simulate_multiome
     from pyro_multivi.program import MultiVIProgram
     from pyro_multivi.training import ContractError, TrainingDiverged
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "cell_lines",
     "compare_models",
+    "join_samples",
     "organize_multiome_anndatas",
     "read",
     "read_10x_h5",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "TrainingDiverged": "training",
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
+    "join_samples": "datasets.samples",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.api.saving.description import Description
+from pyro_multivi.api.saving.folder import read_model
 from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
-from pyro_multivi.data.setup.options import Setup
-from pyro_multivi.data.vocabulary import PAIRED, spelled
+from pyro_multivi.data.setup.options import UNS_KEY, Setup
+from pyro_multivi.data.vocabulary import PAIRED, feature_type_column, spelled
+from pyro_multivi.datasets.assembly import existing
 from pyro_multivi.datasets.examples import cell_lines
-from pyro_multivi.datasets.readers import read
+from pyro_multivi.datasets.readers import read, sample_name
+from pyro_multivi.datasets.samples import cells_of, joined, naming, refuse_repeated, setup_of
+
+#: Columns for the names of samples: the first that no file has with other values.
+SAMPLE_KEYS = ("sample", "file")
 
 Mask = NDArray[np.bool_]
 Values = NDArray[np.floating[Any]]
@@ -41,24 +48,73 @@ def read_cells(path: str) -> AnnData | Any:  # Any: a MuData
             data.obs_names_make_unique()
             print(f"{repeated} names of cells occur more than once: each got -1, -2, ... behind it.")
     else:
-        for name, part in data.mod.items():
-            for column in part.obs:
-                # As mudata calls them itself when it updates.
-                if f"{name}:{column}" not in data.obs:
-                    data.obs[f"{name}:{column}"] = part.obs[column].reindex(data.obs_names)
+        data.obs = cells_of(data)
     return data
+
+
+def named_paths(paths: Sequence[str]) -> dict[str, str] | None:
+    """Paths of samples by name, as NAME=PATH or the path says; None for one path without a name: nothing to join."""
+    pairs = []
+    for path in paths:
+        name, sign, rest = path.partition("=")
+        # A path may hold the sign too.
+        stated = bool(name and sign) and not Path(path).exists()
+        pairs.append((name, rest) if stated else (sample_name(path), path))
+    if [path for _, path in pairs] == [*paths] and len(paths) == 1:
+        return None
+    refuse_repeated([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def read_samples(
+    paths: Mapping[str, str], setup: Setup, options: argparse.Namespace, names_needed: bool = True
+) -> AnnData:
+    """Join the samples of several files, without the cells that options leave out; what was kept is printed.
+
+    The words for feature types that the setup gives are also the names of modalities in an ``.h5mu``. Files for a saved
+    model may be some of those that it was trained on, and need not have all the names of its setup.
+    """
+    setup = replace(setup, kind="anndata")
+    given = {each: setup.types_of(each)[0] for each in MODALITIES if setup.types_of(each) != each.feature_types}
+    places = {f"{modality.key}_layer": word for modality, word in given.items()}
+    unstated = []
+    for path in paths.values():
+        existing(path)  # Before the first of them is read.
+
+    def prepared() -> Iterator[tuple[str, Any]]:
+        for name, path in paths.items():
+            print(f"sample {name!r}: {path}")
+            data = read_cells(path)
+            if isinstance(data, AnnData) and feature_type_column(setup.feature_type_key, data.var) not in data.var:
+                state_features(data, setup.feature_type_key, options)
+                unstated.append(name)
+            with naming(name):
+                own = setup_of(data, setup, places)
+                yield name, prepare(data, own, options, lambda counts, _: np.ones(len(counts.columns), bool))
+
+    joined_cells = joined(prepared(), setup, SAMPLE_KEYS, modalities=places, names_needed=names_needed)
+    if options.feature_type is not None and not unstated:
+        raise ValueError(f"--feature-type {options.feature_type}: every file says the types of its features.")
+    print(f"kept of each sample:\n{joined_cells.uns[UNS_KEY]['samples'].to_string()}")
+    return joined_cells
 
 
 def load_model(options: argparse.Namespace) -> MULTIVI:
     """The saved model that a command is given, with its data."""
     data = None
-    if options.data == "demo" and not Path("demo").exists():
+    if options.data == ["demo"] and not Path("demo").exists():
         data = cell_lines()
-    elif options.data is not None:
-        data = read_cells(options.data)
-        if options.feature_type or options.min_counts or options.round:
-            spec = MULTIVI.load(options.model).spec
+    elif options.data:
+        spec = Description.of(read_model(options.model), f"dir_path={str(options.model)!r}").spec
+        samples, key = named_paths(options.data), spec.setup.batch_key
+        if samples is None:
+            data = read_cells(options.data[0])
+            if key in SAMPLE_KEYS and key not in data.obs:
+                data.obs[key] = sample_name(options.data[0])
             state_features(data, spec.setup.feature_type_key, options)
+        else:
+            data = read_samples(samples, spec.setup, options, names_needed=False)
+        if options.feature_type or options.min_counts or options.round:
             names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
             data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
     model = MULTIVI.load(options.model, data)

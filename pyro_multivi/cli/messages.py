@@ -27,6 +27,11 @@ _ADVICE = (
     (r"may be rounded: .* = .*?\.?$", "may be rounded with --round."),
     (r": \S+\.raw looks like counts, .*", ": raw looks like counts: copy it to a layer of the file, and give --layer."),
     (r"layer=None", "no --layer"),
+    (r"samples\[(.+?)\](\.obs|: )", r"sample \1\2"),
+    (r"feature_type_values\['genes'\] is|modalities\['rna_layer'\] is", "--rna"),
+    (r"feature_type_values\['regions'\] is|modalities\['atac_layer'\] is", "--atac"),
+    (r"give another sample_key, or name the sample so", "say what the sample is called, NAME=PATH"),
+    (r"samples has more than one called (.*): name them, .*", r"more than one sample is called \1: give NAME=PATH."),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
 )
 

@@ -21,11 +21,24 @@ def command_parser() -> argparse.ArgumentParser:
     _add_training(demo)
     demo.set_defaults(labels="cell_type")
 
-    train = commands.add_parser("train", help="train on a file of yours")
-    train.add_argument("data", nargs="+", help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx")
+    train = commands.add_parser(
+        "train",
+        help="train on files of yours",
+        description="Train on one file, or on several samples: each may have RNA, ATAC or both. Of a modality the "
+        "features are kept that all samples with it have; the rest is counted. Barcodes that occur in more than one "
+        "sample get the name of theirs behind.",
+    )
+    train.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx. Of several each is a sample, named "
+        "after its file, or as NAME=PATH says",
+    )
     train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture")
     train.add_argument("--layer", help="layer with the raw counts")
     train.add_argument("--batch-key", help="obs column of batches")
+    train.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
     train.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
     for modality in MODALITIES:
@@ -51,7 +64,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")
     check.add_argument("model", type=Path, help="folder of a saved model")
-    check.add_argument("data", nargs="?", help="its data, as for train; or demo for the built-in cells")
+    check.add_argument("data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells")
     _add_data(check)
     check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
     _add_overwrite(check)
@@ -63,7 +76,9 @@ def command_parser() -> argparse.ArgumentParser:
 
     differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
     differential.add_argument("model", type=Path, help="folder of a saved model")
-    differential.add_argument("data", nargs="?", help="file of the cells; not needed if the folder holds the data")
+    differential.add_argument(
+        "data", nargs="*", metavar="DATA", help="its data, as for train; not needed if the folder holds them"
+    )
     _add_data(differential)
     differential.add_argument("--groupby", required=True, help="obs column of the groups")
     differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")

@@ -14,13 +14,25 @@ import pandas as pd
 from anndata import AnnData
 
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.cli.inputs import at_least, feature_types, modality_names, prepare, read_cells, state_features
+from pyro_multivi.cli.inputs import (
+    at_least,
+    feature_types,
+    modality_names,
+    named_paths,
+    prepare,
+    read_cells,
+    read_samples,
+    state_features,
+)
 from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.outputs import check_model_folder, make_folder, refuse_existing, save_model
 from pyro_multivi.cli.picture import first_picture
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.setup.options import UNS_KEY, Setup
+from pyro_multivi.data.setup.register import with_feature_types
 from pyro_multivi.datasets.examples import cell_lines
+from pyro_multivi.datasets.readers import sample_name
+from pyro_multivi.datasets.samples import MODALITY_KEY
 from pyro_multivi.files import write_whole
 from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
@@ -38,22 +50,31 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train on a file and write what was learned."""
+    """Train on one file or several samples and write what was learned."""
     refuse_existing(options.out, OUTPUTS, options.overwrite)
-    if len(options.data) > 1:
-        raise ValueError(
-            f"{len(options.data)} files were given and one is read: join samples of the same features first, for "
-            "instance with cellranger-arc aggr, or anndata.concat(..., label='sample') and --batch-key sample."
-        )
-    data = read_cells(options.data[0])
+    if options.batch_from_file and options.batch_key is not None:
+        raise ValueError("--batch-from-file and --batch-key both say what the batches are: give one of them.")
+    key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
+    samples = named_paths(options.data)
+    if samples is None and not options.batch_from_file:
+        data = read_cells(options.data[0])
+        state_features(data, key, options)
+    else:
+        modality_key = modality_key or MODALITY_KEY
+        given = {each.features: getattr(options, each.key) for each in MODALITIES}
+        whole = Setup("anndata", options.layer, options.layer, modality_key=modality_key, feature_type_key=key)
+        whole = with_feature_types(whole, {features: word for features, word in given.items() if word is not None})
+        data = read_samples(samples or {sample_name(options.data[0]): options.data[0]}, whole, options)
+        if options.batch_from_file:
+            batch_key = data.uns[UNS_KEY]["samples"].index.name
+        elif batch_key is None:
+            print("all samples are one batch; --batch-from-file makes each a batch of its own")
     keys: dict[str, Any] = {
-        "batch_key": options.batch_key,
-        "modality_key": options.modality_key,
+        "batch_key": batch_key,
+        "modality_key": modality_key,
         "categorical_covariate_keys": options.categorical_covariate or None,
         "continuous_covariate_keys": options.continuous_covariate or None,
     }
-    key = options.feature_type_key
-    state_features(data, key, options)
     if isinstance(data, AnnData):
         words = feature_types(data, key, options)
         keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
@@ -68,7 +89,7 @@ def train(options: argparse.Namespace) -> None:
         keys |= dict.fromkeys(keys["modalities"], options.layer)
         places = {f"{modality.key}_modality": name for modality, name in names.items()}
     kind = "anndata" if isinstance(data, AnnData) else "mudata"
-    setup = Setup(kind, options.layer, options.layer, modality_key=options.modality_key, feature_type_key=key, **places)
+    setup = Setup(kind, options.layer, options.layer, modality_key=modality_key, feature_type_key=key, **places)
     data = prepare(data, setup, options, at_least(options.min_fraction))
     with warnings.catch_warnings():
         # They are among the notes of the report.

@@ -1,4 +1,4 @@
-"""Steps that all readers share: paths, errors that name the file, names and types of features, an AnnData."""
+"""Steps that readers and joins share: paths, errors that name the file, features, an AnnData, tables put together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from pyro_multivi.data.modality import ATAC
 
@@ -82,3 +84,82 @@ def assemble(x: sp.csr_matrix, barcodes: list[str], var: pd.DataFrame) -> AnnDat
         adata.obs_names_make_unique()
         adata.var_names_make_unique()
     return adata
+
+
+def moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_matrix:
+    """The same rows with each column at its new place; those placed at -1 are left out."""
+    indices = columns.astype(x.indices.dtype)[x.indices]
+    keep = indices >= 0
+    # How many entries are kept before each; indexing copies, so the input is never sorted in place.
+    before = np.concatenate([[0], np.cumsum(keep)])
+    made = sp.csr_matrix((x.data[keep], indices[keep], before[x.indptr]), shape=(x.shape[0], width))
+    made.sort_indices()
+    return made
+
+
+def with_unique_names(frames: list[pd.DataFrame], suffixes: list[str]) -> list[pd.DataFrame]:
+    """The same tables, where the name of a row that is in more than one of them gets its table's suffix."""
+    names = pd.Index([name for frame in frames for name in frame.index])
+    repeated = set(names[names.duplicated()])
+    return [
+        frame.set_axis(pd.Index([f"{name}_{suffix}" if name in repeated else name for name in frame.index]))
+        for frame, suffix in zip(frames, suffixes, strict=True)
+    ]
+
+
+def join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of all frames with the columns of any; missing where a frame lacks one.
+
+    Unlike ``pandas.concat`` it keeps categories, keeps truth values, and warns of nothing.
+    """
+    index = pd.Index([name for frame in frames for name in frame.index])
+    starts = np.cumsum([0, *map(len, frames)])
+    joined = {}
+    for column in dict.fromkeys(column for frame in frames for column in frame.columns):
+        # A column without any value does not decide the type.
+        having = [
+            (int(start), frame[column])
+            for start, frame in zip(starts[:-1], frames, strict=True)
+            if column in frame.columns and frame[column].notna().any()
+        ]
+        joined[column] = _join_column(str(column), having, len(index)).array
+    return pd.DataFrame(joined, index=index)
+
+
+def unlike_columns(frames: list[pd.DataFrame]) -> list[str]:
+    """Columns that hold numbers in one frame and none in another."""
+    found = []
+    for column in dict.fromkeys(column for frame in frames for column in frame.columns):
+        having = [frame[column] for frame in frames if column in frame.columns and frame[column].notna().any()]
+        if len({pd.api.types.is_numeric_dtype(_kind(piece)) for piece in having}) > 1:
+            found.append(column)
+    return found
+
+
+def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
+    """A column of which some inputs have a piece, each with its first row; missing elsewhere."""
+    if not having:
+        return pd.Series(np.full(n_rows, np.nan))
+    rows = np.concatenate([np.arange(start, start + len(piece)) for start, piece in having])
+    pieces = [piece for _, piece in having]
+    categorical = all(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces)
+    kinds = [_kind(piece) for piece in pieces]
+    if len({pd.api.types.is_numeric_dtype(kind) for kind in kinds}) > 1:
+        found = " and ".join(dict.fromkeys(str(kind) for kind in kinds))
+        raise ValueError(f"column {name!r} is of type {found} in different inputs; make them alike")
+    if categorical and len(set(kinds)) == 1:
+        values = pd.Series(pd.api.types.union_categoricals(pieces, ignore_order=True))
+    else:
+        values = pd.concat(pieces)
+    if values.dtype == object and all(map(pd.api.types.is_numeric_dtype, kinds)):
+        # Truth values in one and numbers in another stay Python objects, which no h5ad can hold.
+        values = values.astype(float)
+    if values.dtype == bool and len(rows) < n_rows:
+        # Plain truth values cannot be missing and would become objects, which no h5ad can hold.
+        values = values.astype("boolean")
+    return values.set_axis(rows).reindex(range(n_rows))
+
+
+def _kind(values: pd.Series[Any]) -> Any:
+    """Type of the values; that of the categories where there are any."""
+    return values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype

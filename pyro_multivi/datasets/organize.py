@@ -18,6 +18,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
+from pyro_multivi.datasets.assembly import join_rows, moved, with_unique_names
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def organize_multiome_anndatas(
     The features are those of ``multi_anndata`` if it is given, else all of ``rna_anndata`` and
     ``atac_anndata``; genes come first, then peaks, each in the order of the input. Where the others have
     other features than ``multi_anndata``, the numbers of features left out, and of features that
-    their cells count as zero, are logged (:mod:`logging`, level warning).
+    their cells count as zero, are logged (:mod:`logging`, level warning); :func:`join_samples`, for any number of
+    samples, leaves such features out.
 
     Parameters
     ----------
@@ -146,10 +148,7 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
     if not isinstance(adata, AnnData):
         advice = f"; give its AnnData: {argument}.mod[...]" if is_mudata(adata) else ""
         if isinstance(adata, (list, tuple, Mapping)):
-            advice = (
-                "; join samples of the same features first: anndata.concat({'s1': a, 's2': b}, label='batch', "
-                "index_unique='-', merge='same'), and give batch_key='batch' to setup_anndata"
-            )
+            advice = "; join several samples with pyro_multivi.join_samples"
         raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
     _check_matrix(argument, adata)
     allowed = _TYPES[pattern]
@@ -216,7 +215,7 @@ def _from_mudata(mdata: Any, names: tuple[str, ...], feature_type_key: str) -> _
         side_by_side([part.x for part in parts]),
         {name: side_by_side([rna.layers[name], atac.layers[name]]) for name in shared_layers},
         mdata.obs,
-        _join_rows([part.var for part in parts]),
+        join_rows([part.var for part in parts]),
         np.concatenate([part.type_v for part in parts]),
     )
 
@@ -241,7 +240,7 @@ def _join_var(parts: list[_Part], feature_type_key: str) -> pd.DataFrame:
             frame = part.var[part.type_v == modality.feature_type].drop(columns=feature_type_key, errors="ignore")
             frames.append(frame)
             types += [modality.feature_type] * len(frame)
-    var = _join_rows(frames)
+    var = join_rows(frames)
     check_unique(var.index, "the genes and peaks together", "rename the genes or the peaks")
     var[feature_type_key] = pd.Categorical(types)
     return var
@@ -277,24 +276,11 @@ def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) 
 def _stack(matrices: list[Any], columns: list[NDArray[np.int64]], width: int) -> sp.csr_matrix:
     """Rows of all matrices over the columns of the result."""
     pairs = zip(matrices, columns, strict=True)
-    return sp.vstack([_moved(sp.csr_matrix(matrix), place, width) for matrix, place in pairs], format="csr")
-
-
-def _moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_matrix:
-    """The same rows with each column at its new place; those placed at -1 are left out."""
-    indices = columns.astype(x.indices.dtype)[x.indices]
-    keep = indices >= 0
-    # How many entries are kept before each; indexing copies, so the input is never sorted in place.
-    before = np.concatenate([[0], np.cumsum(keep)])
-    moved = sp.csr_matrix((x.data[keep], indices[keep], before[x.indptr]), shape=(x.shape[0], width))
-    moved.sort_indices()
-    return moved
+    return sp.vstack([moved(sp.csr_matrix(matrix), place, width) for matrix, place in pairs], format="csr")
 
 
 def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
     """The cells of the result, with unique names and the column of modalities."""
-    names = pd.Index([name for part in parts for name in part.obs.index])
-    repeated = set(names[names.duplicated()])
     frames = []
     for part in parts:
         if modality_key in part.obs:
@@ -305,56 +291,9 @@ def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
                     f"where {part.pattern!r} is to be written; give another modality_key"
                 )
         frame = part.obs.drop(columns=modality_key, errors="ignore")
-        suffix = f"_{part.pattern}"
-        frame.index = pd.Index([name + suffix if name in repeated else name for name in frame.index])
         frames.append(frame)
-    obs = _join_rows(frames)
+    obs = join_rows(with_unique_names(frames, [part.pattern for part in parts]))
     check_unique(obs.index, "obs_names of all inputs together", "rename the cells of one of them")
     pattern_n = np.repeat([part.pattern for part in parts], [len(frame) for frame in frames])
     obs[modality_key] = pd.Categorical(pattern_n, list(MEASUREMENT_PATTERNS))
     return obs
-
-
-def _join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Rows of all frames with the columns of any; missing where a frame lacks one.
-
-    Unlike ``pandas.concat`` it keeps categories, keeps truth values, and warns of nothing.
-    """
-    index = pd.Index([name for frame in frames for name in frame.index])
-    starts = np.cumsum([0, *map(len, frames)])
-    joined = {}
-    for column in dict.fromkeys(column for frame in frames for column in frame.columns):
-        # A column without any value does not decide the type.
-        having = [
-            (int(start), frame[column])
-            for start, frame in zip(starts[:-1], frames, strict=True)
-            if column in frame.columns and frame[column].notna().any()
-        ]
-        joined[column] = _join_column(str(column), having, len(index)).array
-    return pd.DataFrame(joined, index=index)
-
-
-def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
-    """A column of which some inputs have a piece, each with its first row; missing elsewhere."""
-    if not having:
-        return pd.Series(np.full(n_rows, np.nan))
-    rows = np.concatenate([np.arange(start, start + len(piece)) for start, piece in having])
-    pieces = [piece for _, piece in having]
-    categorical = all(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces)
-    kinds = [_kind(piece) for piece in pieces]
-    if len({pd.api.types.is_numeric_dtype(kind) for kind in kinds}) > 1:
-        found = " and ".join(dict.fromkeys(str(kind) for kind in kinds))
-        raise ValueError(f"column {name!r} is of type {found} in different inputs; make them alike")
-    if categorical and len(set(kinds)) == 1:
-        values = pd.Series(pd.api.types.union_categoricals(pieces, ignore_order=True))
-    else:
-        values = pd.concat(pieces)
-    if values.dtype == bool and len(rows) < n_rows:
-        # Plain truth values cannot be missing and would become objects, which no h5ad can hold.
-        values = values.astype("boolean")
-    return values.set_axis(rows).reindex(range(n_rows))
-
-
-def _kind(values: pd.Series[Any]) -> Any:
-    """Type of the values; that of the categories where there are any."""
-    return values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype

@@ -6,6 +6,7 @@ Nothing is unpickled: HDF5 and text only.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,10 @@ from pyro_multivi.datasets.assembly import (
 from pyro_multivi.datasets.mtx import MATRIX, plain_name
 from pyro_multivi.datasets.mtx import read_10x_mtx as read_10x_mtx
 
+# Names that Cell Ranger gives to every sample's file or folder, of which the folder above tells one from another.
+_EVERY_SAMPLES = re.compile(
+    r"[_.-]?((sample_)?(filtered|raw)_(feature|peak|gene)_bc_matri(x|ces)(_h5|_mex)?|matrix|outs|count)$"
+)
 #: Suffixes of what has to be unpacked first.
 _PACKED = (".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz")
 
@@ -93,6 +98,20 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         for adata in mdata.mod.values():
             _sound(adata)
         return mdata
+
+
+def sample_name(path: str | os.PathLike[str]) -> str:
+    """Name of the sample in a file or folder.
+
+    Examples
+    --------
+    >>> sample_name("data/A.h5ad"), sample_name("S1/outs/filtered_feature_bc_matrix.h5"), sample_name("G1_matrix.mtx")
+    ('A', 'S1', 'G1')
+    """
+    whole = Path(os.path.abspath(path))
+    first = re.sub(r"\.(h5|h5ad|h5mu|zarr|mtx)$", "", plain_name(whole), flags=re.IGNORECASE)
+    found = (_EVERY_SAMPLES.sub("", part) for part in (first, *(folder.name for folder in whole.parents)))
+    return next((name for name in found if name), first)
 
 
 @checked

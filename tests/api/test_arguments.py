@@ -49,6 +49,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("accelerator", "precision", "adversarial_target", "adversarial_schedule"), ("nonsense", "")),
     **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
     **dict.fromkeys(("layer", "batch_key", "labels_key", "feature_type_key"), ("nonsense", "")),
+    "features": ("nonsense", ""),
     **dict.fromkeys(("rna_layer", "atac_layer", "statistic", "quantity", "comparison"), ("nonsense", "")),
     **dict.fromkeys(("n_genes", "n_regions"), (3,)),
     "modality": ("nonsense", "", "rna"),
@@ -67,6 +68,7 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
+    "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     **dict.fromkeys(("multi_anndata", "rna_anndata", "atac_anndata"), _DATA),
     **dict.fromkeys(("indices", "gene_list", "region_list", "idx1", "idx2"), _CELLS),
     **dict.fromkeys(("transform_batch", "batchid1", "batchid2"), _BATCHES),
@@ -218,6 +220,7 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.get_marginal_ll": {"n_mc_samples": 2},
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
+        "join_samples": {"samples": [world.plain, world.mdata]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},
         "simulate_multiome": {"n_cells": (4, 0, 0), "n_genes": 4, "n_regions": 4},

@@ -235,12 +235,6 @@ def test_columns_of_one_modality_of_a_mudata(cells, run):
     assert "Known: 'rna:" in run(mdata, "--batch-key", "donor", name="cells.h5mu")[2]
 
 
-def test_several_files_are_one_sentence(cells, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "a.h5", "b.h5", "--out", "out"]) == 1
-    assert "2 files were given and one is read: join samples" in capsys.readouterr().err
-
-
 def test_check_and_differential_leave_out_the_same_cells(cells, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = rare(cells).X.toarray().astype(int)

@@ -271,8 +271,8 @@ def test_advice_on_feature_types_leaves_features(multi, rna):
     assert kept.n_vars == 2
 
 
-def test_several_samples_are_to_be_joined_first(multi):
-    with pytest.raises(TypeError, match=r"not list; join samples of the same features first: anndata.concat\("):
+def test_several_samples_are_for_join_samples(multi):
+    with pytest.raises(TypeError, match="not list; join several samples with pyro_multivi.join_samples"):
         organize_multiome_anndatas([multi, multi])
 
 

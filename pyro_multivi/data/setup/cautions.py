@@ -25,6 +25,8 @@ _EQUAL = 0.1
 _BEYOND_CHANCE = 2
 # Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
+# Share of the features that are plenty in other batches, of which a batch has none: of tissues a few per cent are so.
+_FILLED = 0.1
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
 _TRIED, _FOUND = 500, 0.5
 # Signs that divide names into parts; what is left without the first part has to hold a barcode.
@@ -58,6 +60,7 @@ def cautions(found: Description) -> list[str]:
         *_unlikely_counts(found),
         *_few_paired(found),
         *_confounded_batches(found),
+        *_zeros_of_batches(found),
         *_categories_of_single_cells(found),
         *_left_out(found),
     ]
@@ -188,6 +191,30 @@ def _confounded_batches(found: Description) -> Iterator[str]:
             "those of modalities, and nothing is learned of a modality in batches without it. Give the donor or "
             f"experiment, or leave batch_key out{_right_argument(found, key)}."
         )
+
+
+def _zeros_of_batches(found: Description) -> Iterator[str]:
+    """Features without a count in a batch and with many in others, as an outer join fills in what was not measured."""
+    code, spec = found.table.batch_code, found.spec
+    for modality, part in found.opened.counts.items():
+        counts, mask = modality.counts_in(found.table), modality.measured_in(found.table)
+        cells = [torch.nonzero(mask & (code == batch)).squeeze(1) for batch in range(spec.n_batch)]
+        if sum(len(own) > 0 for own in cells) < 2:
+            continue
+        n, n_features = int(mask.sum()), len(part.features)
+        total = torch.bincount(counts.col, minlength=n_features)
+        for batch, own in enumerate(cells):
+            detected = torch.bincount(counts.select_rows(own).col, minlength=n_features)
+            expected = (total - detected) * (len(own) / max(n - len(own), 1)) > _EXPECTED
+            absent = int((expected & (detected == 0)).sum())
+            if absent > _FILLED * expected.sum():
+                yield (
+                    f"{absent} {modality.features} have no count in the {len(own)} cells of batch "
+                    f"{spec.batch_categories[batch]!r} and many in others, as if zeros had been filled in where they "
+                    "were not measured (an outer join). A model would learn them: keep the features that all have, "
+                    "as pyro_multivi.join_samples does."
+                )
+                break
 
 
 def _right_argument(found: Description, key: str) -> str:

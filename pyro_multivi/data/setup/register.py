@@ -126,7 +126,7 @@ def setup_anndata(
     if is_mudata(adata):
         raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
     if not isinstance(adata, AnnData):
-        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}.")
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}{_how_to_join(adata)}.")
     setup = Setup(
         kind="anndata",
         rna_layer=layer,
@@ -137,11 +137,11 @@ def setup_anndata(
         size_factor_keys=_size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
-        modality_values=_modality_values(modality_values),
+        modality_values=modality_meanings(modality_values),
         feature_type_key=feature_type_column(feature_type_key, adata.var),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
-    return _set_up(adata, _with_feature_types(setup, feature_type_values))
+    return _set_up(adata, with_feature_types(setup, feature_type_values))
 
 
 @isolated()
@@ -207,7 +207,7 @@ def setup_mudata(
         As in :func:`setup_anndata`.
     """
     if not is_mudata(mdata):
-        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
+        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else _how_to_join(mdata)
         raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
     if protein_layer is not None:
         raise TypeError(f"protein_layer={protein_layer!r}: {_NO_PROTEINS}")
@@ -221,10 +221,15 @@ def setup_mudata(
         size_factor_keys=_size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
-        modality_values=_modality_values(modality_values),
+        modality_values=modality_meanings(modality_values),
         extra=name_list("extra_modalities", extra_modalities),
     )
-    return _set_up(mdata, _with_modalities(setup, mdata, modalities))
+    return _set_up(mdata, with_modalities(setup, mdata, modalities))
+
+
+def _how_to_join(data: Any) -> str:
+    several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
+    return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:
@@ -270,7 +275,8 @@ def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | N
     return keys[0], keys[1] if len(keys) == 2 else None
 
 
-def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
+def modality_meanings(values: Mapping[str, str] | None) -> dict[str, str]:
+    """Meanings of words for what was measured, checked."""
     found = check_mapping("modality_values", values, "{'both assays': 'paired'}")
     given = {str(word): meaning for word, meaning in found.items()}
     for word, meaning in given.items():
@@ -281,7 +287,8 @@ def _modality_values(values: Mapping[str, str] | None) -> dict[str, str]:
     return given
 
 
-def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:
+def with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:
+    """A setup with the words for feature types that ``feature_type_values`` gives, checked."""
     given = check_mapping("feature_type_values", values, "{'genes': 'Gene Expression', 'regions': 'Peaks'}")
     known = [modality.features for modality in MODALITIES]
     for word in given:
@@ -307,7 +314,8 @@ def _with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] 
     return replace(setup, **fields)
 
 
-def _with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
+def with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
+    """A setup with the places in a MuData that ``modalities`` gives, checked; RNA and ATAC else by usual names."""
     given = check_mapping("modalities", modalities, "{'rna_layer': 'rna', 'atac_layer': 'atac'}")
     if given.get("protein_layer") is not None:
         raise TypeError(f"modalities={{'protein_layer': {given['protein_layer']!r}}}: {_NO_PROTEINS}")

@@ -26,7 +26,7 @@ from pyro_multivi.data.setup.covariates import (
     size_factors,
     standardised,
 )
-from pyro_multivi.data.setup.modalities import Measured, find_measured
+from pyro_multivi.data.setup.modalities import Measured, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
@@ -228,7 +228,7 @@ class DataSpec:
             return found.table
         latest.clear()
         counts = read(opened.counts, {modality: modality.feature_names_in(self) for modality in MODALITIES})
-        measured = find_measured(opened, self.setup, _counted(opened, counts), key_needed=False)
+        measured = find_measured(opened, self.setup, has_counts(opened, counts), key_needed=False)
         for note in measured.notes:
             logger.info(note)
         table = self._table(opened, counts, measured)
@@ -356,7 +356,7 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     latest.clear()
     names = {modality: tuple(map(str, part.features)) for modality, part in opened.counts.items()}
     counts = read(opened.counts, names)
-    measured = find_measured(opened, setup, _counted(opened, counts), key_needed=True)
+    measured = find_measured(opened, setup, has_counts(opened, counts), key_needed=True)
     size_factors(opened, setup, measured.masks)
     for name in setup.extra:
         if name not in opened.extra:
@@ -382,13 +382,6 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     table = spec._table(opened, counts, measured)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)
-
-
-def _counted(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
-    """Whether a cell has any count, for every modality."""
-    counted = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
-    counted.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
-    return counted
 
 
 def _one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:

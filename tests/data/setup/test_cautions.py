@@ -41,6 +41,19 @@ def test_few_paired_cells_and_a_batch_for_each_modality():
     assert same.startswith("batch_key='modality' says the same as what was measured in a cell")
 
 
+def test_zeros_that_an_outer_join_filled_in():
+    adata = pm.simulate_multiome((60, 20, 20), n_genes=12, n_regions=40, n_batches=2, seed=0)
+    x = adata.X.toarray()
+    second = (adata.obs["batch"] == "batch_1").to_numpy()
+    x[np.ix_(second, [0, 1, 2])] = 0
+    adata.X = x
+    (filled,) = warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality", batch_key="batch")
+    assert filled.startswith("3 genes have no count in the ")
+    assert "cells of batch 'batch_1' and many in others" in filled
+    assert "join_samples" in filled
+    assert warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality") == []
+
+
 def test_a_batch_for_each_cell():
     adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
     adata.obs["name"] = adata.obs_names

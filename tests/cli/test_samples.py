@@ -1,0 +1,153 @@
+"""Several files on the command line: samples, their names, batches, and the same cells again for a saved model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.cli import main
+from pyro_multivi.cli.inputs import load_model, named_paths
+from pyro_multivi.cli.parser import command_parser
+from pyro_multivi.datasets.readers import sample_name
+
+QUICK = ["--quiet", "--max-epochs", "1", "--n-latent", "2", "--n-hidden", "8", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def cells():
+    """Cells with a count of every feature."""
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=12, n_regions=20, seed=0)
+    adata.X = sp.csr_matrix(adata.X.toarray() + 1)
+    adata.obs = adata.obs[["cell_type"]]
+    return adata
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, cells):
+    """The command line, without pictures, in a folder with A.h5ad (paired), B.h5ad (RNA), C.h5ad (ATAC)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
+    genes = (cells.var["feature_types"] == "Gene Expression").to_numpy()
+    cells[:20].copy().write_h5ad("A.h5ad")
+    cells[20:40, genes].copy().write_h5ad("B.h5ad")
+    cells[40:, ~genes].copy().write_h5ad("C.h5ad")
+
+    def run(*arguments):
+        status = main([str(each) for each in arguments])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return printed.out if status == 0 else f"error: {printed.err}"
+
+    return run
+
+
+def loaded(*data, model="out/model"):
+    """The model with the data that ``check`` would give it."""
+    return load_model(command_parser().parse_args(["check", model, *data, "--out", "checked"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("A.h5", "A"),
+        ("x/A.v2.H5AD", "A.v2"),
+        ("S1/outs/filtered_feature_bc_matrix.h5", "S1"),
+        ("S1/outs/filtered_feature_bc_matrix", "S1"),
+        ("GSM1_s1_filtered_feature_bc_matrix.h5", "GSM1_s1"),
+        ("geo/GSM1_s1_matrix.mtx.gz", "GSM1_s1"),
+        ("per_sample/S2/sample_filtered_feature_bc_matrix/matrix.mtx.gz", "S2"),
+        ("S1/", "S1"),
+        ("S3.zarr", "S3"),
+    ],
+)
+def test_names_of_samples(path, name):
+    assert sample_name(path) == name
+
+
+def test_names_that_are_stated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.h5").touch()
+    assert named_paths(["A.h5"]) is None
+    assert named_paths(["a=b.h5"]) is None
+    assert named_paths(["one=A.h5"]) == {"one": "A.h5"}
+    assert named_paths(["a=b.h5", "two=x=y.h5"]) == {"a=b": "a=b.h5", "two": "x=y.h5"}
+
+
+def test_several_files_are_trained_on_and_given_again(run):
+    out = run("train", "A.h5ad", "B.h5ad", "three=C.h5ad", "--batch-from-file", "--out", "out", *QUICK)
+    assert "20 paired, 20 RNA only, 20 ATAC only" in out
+    assert "batches     3: A (20), B (20), three (20)" in out
+    assert "three" in out.partition("kept of each sample:")[2].partition("pyro-multivi setup")[0]
+    assert len(pd.read_csv("out/latent.csv")) == 60
+    model = pm.MULTIVI.load("out/model")
+    assert model.spec.setup.batch_key == "sample"
+    again = loaded("A.h5ad", "B.h5ad", "three=C.h5ad")
+    assert again.adata.obs["sample"].value_counts().to_dict() == {"A": 20, "B": 20, "three": 20}
+    latent = pd.read_csv("out/latent.csv", index_col="cell")
+    np.testing.assert_allclose(again.get_latent_representation(), latent, atol=1e-5)
+    # One file alone is of the batch that it was.
+    np.testing.assert_allclose(loaded("B.h5ad").get_latent_representation(), latent[20:40], atol=1e-5)
+    with pytest.raises(ValueError, match="'C'.*Known: 'A', 'B', 'three'"):
+        loaded("C.h5ad")
+    table = run("differential", "out/model", "A.h5ad", "B.h5ad", "--groupby", "cell_type", "--out", "de.csv", "--quiet")
+    assert "written to de.csv" in table
+
+
+def test_batches_and_columns_of_samples(run, cells):
+    error = run("train", "A.h5ad", "B.h5ad", "--batch-from-file", "--batch-key", "x", "--out", "out", *QUICK)
+    assert "--batch-from-file and --batch-key both say what the batches are" in error
+    out = run("train", "A.h5ad", "B.h5ad", "--out", "out", *QUICK)
+    assert "all samples are one batch; --batch-from-file makes each a batch of its own" in out
+    for name in "AB":
+        adata = pm.read(f"{name}.h5ad")
+        adata.obs["sample"] = np.where(np.arange(20) % 2, "s1", "s2")
+        adata.write_h5ad(f"{name}.h5ad")
+    # A column that is taken by something else stays as it is.
+    out = run("train", "A.h5ad", "B.h5ad", "--batch-from-file", "--out", "out2", *QUICK)
+    assert "batches     2: A (20), B (20)" in out
+    assert loaded("B.h5ad", model="out2/model").adata.obs["file"].tolist() == ["B"] * 20
+    out = run("train", "A.h5ad", "B.h5ad", "--batch-key", "sample", "--out", "out3", *QUICK)
+    assert "batches     2: s1 (20), s2 (20)" in out
+
+
+def test_errors_name_the_file(run):
+    assert "there is no file or folder D.h5ad" in run("train", "A.h5ad", "D.h5ad", "--out", "out")
+    assert "more than one sample is called 'A': give NAME=PATH." in run("train", "A.h5ad", "A.h5ad", "--out", "out")
+    adata = pm.read("B.h5ad")
+    x = adata.X.toarray()
+    x[0] = 0
+    adata.X = sp.csr_matrix(x)
+    adata.write_h5ad("B.h5ad")
+    error = run("train", "A.h5ad", "B.h5ad", "--out", "out", *QUICK)
+    assert "sample 'B': 1 of 20 cells have no count: 'cell_20'. Leave such cells out with --min-counts 1" in error
+    out = run("train", "A.h5ad", "B.h5ad", "--min-counts", 1, "--out", "out", *QUICK)
+    assert "20 paired, 19 RNA only" in out
+
+
+def test_words_and_layers_of_each_file(run, cells):
+    mudata = pytest.importorskip("mudata")
+    genes = (cells.var["feature_types"] == "Gene Expression").to_numpy()
+    cells.layers["counts"] = cells.X
+    cells.X = cells.X * np.float32(0.1)
+    with mudata_as_given():
+        mudata.MuData({"tx": cells[:20, genes].copy(), "tiles": cells[10:20, ~genes].copy()}).write("A.h5mu")
+    bare = cells[30:50, genes].copy()
+    del bare.var["feature_types"]
+    bare.write_h5ad("B.h5ad")
+    cells[50:, ~genes].copy().write_h5ad("C.h5ad")  # by the usual words
+    files = ["A.h5mu", "B.h5ad", "C.h5ad"]
+    options = ["--rna", "tx", "--atac", "tiles", "--layer", "counts"]
+    error = run("train", *files, *options, "--out", "out", *QUICK)
+    assert "sample 'B': --feature-type-key 'feature_types' is not in var." in error
+    error = run("train", *files, *options, "--feature-type", "rna", "--atac", "tile", "--out", "out", *QUICK)
+    assert "--atac 'tile', which no sample has. Did you mean 'tiles'?" in error
+    out = run("train", *files, *options, "--feature-type", "rna", "--out", "out", *QUICK)
+    assert "10 paired, 30 RNA only, 10 ATAC only" in out
+    assert "12 genes, 20 regions" in out
+    assert loaded(*files, "--feature-type", "rna").get_latent_representation().shape == (50, 2)
+    # Some of the files, none of which has the words.
+    assert loaded("two=B.h5ad", "C.h5ad", "--feature-type", "rna").get_latent_representation().shape == (30, 2)
