@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
+from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.api.scvi_arguments import DIFFERENTIAL, takes, tell_difference
+from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes, tell_difference
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups

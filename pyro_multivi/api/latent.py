@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.api.scvi_arguments import CELLS, takes, tell_difference
+from pyro_multivi.api.scvi_tools.arguments import CELLS, takes, tell_difference
 from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors

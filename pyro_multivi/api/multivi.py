@@ -15,8 +15,8 @@ from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.saving.mixin import SavingMixin
-from pyro_multivi.api.scvi_arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
-from pyro_multivi.api.scvi_attributes import ScviAttributes
+from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
+from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA

@@ -15,7 +15,7 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
 from pyro_multivi.api.saving.folder import broken, read_model, write_model
-from pyro_multivi.api.scvi_arguments import LOAD, SAVE, load_arguments, takes
+from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, load_arguments, takes
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.isolation import isolated

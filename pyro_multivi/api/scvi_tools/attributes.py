@@ -16,7 +16,7 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
-from pyro_multivi.api.scvi_arguments import ABSENT, VAR_NAMES, Absent, takes
+from pyro_multivi.api.scvi_tools.arguments import ABSENT, VAR_NAMES, Absent, takes
 from pyro_multivi.data.checks import checked, nearest
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.spec import DataSpec, describe
