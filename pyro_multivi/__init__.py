@@ -68,6 +68,8 @@ if not TYPE_CHECKING:  # A type checker would take every misspelled name for one
             value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             globals()[name] = value
             return value
+        if name == "REGISTRY_KEYS":  # of scripts for scvi-tools, which import it from here
+            return import_module(f"{__name__}.utils").REGISTRY_KEYS
         if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

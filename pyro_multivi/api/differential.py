@@ -359,7 +359,7 @@ class DifferentialMixin(ModelBase):
     def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
         """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
         self._check_modality(f"differential_{modality.name}", modality.name)
-        self._check_trained()
+        self._check_trained(warn=True)
         table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
         features, names = choose_features(self.spec, modality, wanted, self.device)

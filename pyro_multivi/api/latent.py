@@ -120,12 +120,16 @@ class LatentMixin(ModelBase):
             ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
         tell_difference("library_size")
-        return depth_factors(self.program, self._cells(adata, indices, batch_size))
+        cells = self._cells(adata, indices, batch_size, untrained=True)
+        found = depth_factors(self.program, cells)
+        unknown = np.full(cells.n_cells, np.nan, dtype=np.float32)
+        return {modality.name: found.get(modality.name, unknown) for modality in MODALITIES}
 
     def get_region_factors(self) -> NDArray[np.float32]:
-        """Factor r_j in (0, 1) of each region, (M,)."""
-        self._check_trained()
-        self._check_modality("get_region_factors", ATAC.name)
+        """Factor r_j in (0, 1) of each region, (M,); of a model without regions none."""
+        self._check_trained(warn=True)
+        if self._lacks("get_region_factors", ATAC):
+            return np.zeros(0, dtype=np.float32)
         factors = region_factors(self.program)
         if factors is None:
             raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
@@ -331,5 +335,5 @@ class LatentMixin(ModelBase):
         self, adata: Data | None, indices: Indices, batch_size: int, n_particles: int, seed: int
     ) -> ElboParts:
         n_draws = check_draws("n_particles", n_particles)
-        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws), untrained=True)
         return elbo_parts(self.program, cells, n_draws, seed)

@@ -365,5 +365,6 @@ ABSENT: dict[str, str] = {
     **dict.fromkeys(("register_manager", "deregister_manager"), "nothing is registered beside adata.uns"),
     "transfer_fields": "give other data to any method, adata=other: their columns are found by name",
     "update_setup_method_args": "call setup_anndata or setup_mudata again",
+    "trainer": "training is not Lightning's; model.history has what was recorded",
     **dict.fromkeys(("run_name", "run_id"), "no runs are tracked; give callbacks to train"),
 }

@@ -13,7 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_strings, check_unique, first_names, shown, unknown_key
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra import ExtraSource
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
 from pyro_multivi.data.vocabulary import spelled
@@ -148,6 +148,8 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         if columns.any()
     }
     if not counts:
+        if not setup.feature_type_key:
+            raise ValueError("adata has no features: adata.n_vars is 0.")
         wanted = " nor ".join(f"{each.features} ({first_names(setup.types_of(each))})" for each in MODALITIES)
         values = ", ".join(f"{each.features!r}: ..." for each in MODALITIES)
         raise ValueError(
@@ -167,6 +169,9 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
 
 def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
     key = setup.feature_type_key
+    if not key:
+        # Of which modality they are is known to the constructor of a model.
+        return pd.Series(RNA.feature_type, index=adata.var_names)
     if key in adata.var:
         _check_once(adata.var, key, "adata.var")
         return frame_of(adata.var)[key].astype(str)

@@ -44,6 +44,7 @@ _OTHER_ASSAYS = frozenset(
         "prot",
         "protein",
         "proteins",
+        "protein_expression",
         "adt",
         "hto",
         "airr",

@@ -1,17 +1,17 @@
-"""Measured cells of each modality: as stated in the data, or inferred from the counts."""
+"""Cells and features of each modality: as stated by the user or in the data, or inferred from the counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import first_names, nearest
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.checks import caution, first_names, nearest
+from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
@@ -72,6 +72,13 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
             f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened, setup)}"
         )
     return measured
+
+
+def counted_in(opened: Opened, counts: Mapping[Modality, Any]) -> dict[Modality, NDArray[np.bool_]]:
+    """Whether a cell has any count, for every modality."""
+    counted = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
+    counted.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
+    return counted
 
 
 def _as_marked(opened: Opened, key: str, extra: Mapping[str, str], counted: Masks) -> Measured:
@@ -169,3 +176,64 @@ def _how_to_drop(opened: Opened, setup: Setup) -> str:
     columns = f"[:, ~adata.var[{setup.feature_type_key!r}].isin({[*opened.ignored]!r})]" if opened.ignored else ""
     where = next(counts.where for counts in opened.counts.values())
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"
+
+
+def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None]) -> None:
+    """Keep as many features of each modality as a model's constructor was told to, in place.
+
+    Without feature types, genes are the first columns and regions those behind them. Otherwise the numbers have to be
+    those of the data, or in a MuData below them: the first features are kept then, with a warning.
+    """
+    if not setup.feature_type_key and opened.name == "adata":
+        _by_column_order(opened, stated)
+        return
+    for modality, number in stated.items():
+        counts, argument = opened.counts.get(modality), f"n_{modality.features}"
+        found = 0 if counts is None else len(counts.features)
+        if number is None or number == found:
+            continue
+        if opened.name == "adata" or not 0 <= number < found or counts is None:
+            raise ValueError(f"{argument}={number}, but the data set up has {found}: leave {argument} out.")
+        caution(
+            f"{argument}={number}, but {counts.where} has {found} {modality.features}: only the first {number} are "
+            f"modelled. Leave {argument} out for all of them."
+        )
+        if number:
+            opened.counts[modality] = _first(counts, slice(0, number))
+        else:
+            del opened.counts[modality]
+
+
+def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> None:
+    everything, start = opened.counts[RNA], 0
+    total = len(everything.features)
+    arguments = [f"n_{modality.features}" for modality in stated]
+    if any(number is None for number in stated.values()):
+        raise ValueError(
+            f"{everything.owner}.var has no column 'feature_types', which separates genes from regions: give "
+            f"{' and '.join(arguments)}, and the first columns are genes, those behind them regions; or add it: "
+            f"adata.var['feature_types'] = 'Gene Expression' (or 'Peaks')."
+        )
+    numbers = [int(number or 0) for number in stated.values()]
+    if min(numbers) < 0 or not 0 < sum(numbers) <= total:
+        given = ", ".join(f"{name}={number}" for name, number in zip(arguments, numbers, strict=True))
+        raise ValueError(f"{given}, but {everything.owner} has {total} features: give numbers that sum up to {total}.")
+    if sum(numbers) < total:
+        caution(f"The last {total - sum(numbers)} of the {total} features are neither genes nor regions: left out.")
+    opened.counts.clear()
+    for modality, number in zip(stated, numbers, strict=True):
+        if number:
+            opened.counts[modality] = replace(_first(everything, slice(start, start + number)), modality=modality)
+        start += number
+
+
+def _first(counts: Counts, some: slice) -> Counts:
+    return replace(counts, features=counts.features[some], columns=counts.columns[some])
+
+
+def by_name(opened: Opened, names: Mapping[Modality, Sequence[str]]) -> None:
+    """Find the modalities of an AnnData without feature types by the names of a model's features, in place."""
+    everything = opened.counts.pop(RNA)
+    for modality, known in names.items():
+        if everything.features.isin(known).any():
+            opened.counts[modality] = replace(everything, modality=modality)
