@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
+from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
@@ -208,6 +209,7 @@ class ModelBase:
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
+        check_counts(table)
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
@@ -278,6 +280,7 @@ class ModelBase:
             Other cells; default: those of training.
         """
         table, index = self._select(adata, indices)
+        check_counts(table)
         return table.batch(index).to(self.device)
 
     def _mark_trained(self, *_: Any) -> None:
@@ -312,7 +315,9 @@ class ModelBase:
             return self._training_table(), self.adata
         if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
             return self._table, adata
-        return self.spec.table(adata), adata
+        table = self.spec.table(adata)
+        check_weights(table, adata, self.program)
+        return table, adata
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:
         """Annotation of the cells that a method was given, in their order."""
@@ -322,10 +327,23 @@ class ModelBase:
         table, _ = self._table_of(adata)
         return table, select_cells(indices, table.cell_names)
 
-    def _cells(self, adata: Data | None, indices: Indices, batch_size: int, untrained: bool = False) -> Minibatches:
-        """Selected cells, as minibatches on the program's device; with ``untrained`` also of random weights."""
+    def _cells(
+        self,
+        adata: Data | None,
+        indices: Indices,
+        batch_size: int,
+        untrained: bool = False,
+        counts: str | None = "",
+    ) -> Minibatches:
+        """Selected cells, as minibatches on the program's device.
+
+        With ``untrained`` also of random weights. ``counts=None``: none are needed, and minified data will do; else
+        the name of scvi-tools' function that needs them.
+        """
         self._check_trained(warn=untrained)
         table, index = self._select(adata, indices)
+        if counts is not None:
+            check_counts(table, counts)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
 
     def _lacks(self, method: str, modality: Modality, *special: Any) -> bool:

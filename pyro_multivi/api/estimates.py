@@ -160,7 +160,7 @@ class EstimatesMixin(ModelBase):
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), untrained=True)
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
         quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.n_cells, self.device))
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
@@ -273,7 +273,7 @@ class EstimatesMixin(ModelBase):
         check_threshold(threshold, average)
         regions, names = choose_features(self.spec, ATAC, region_list, self.device)
         whole_rows = len(names) if threshold is not None else 0
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows), untrained=True)
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows), True, None)
         quantity = self._accessibility(threshold, normalize_cells, normalize_regions, regions)
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,

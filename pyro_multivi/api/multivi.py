@@ -17,6 +17,7 @@ from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.saving.mixin import SavingMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
+from pyro_multivi.api.scvi_tools.minify import MinifyMixin
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
@@ -26,7 +27,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, ScviAttributes):
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, MinifyMixin, ScviAttributes):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters

@@ -33,6 +33,8 @@ class Description(NamedTuple):
         Fields of the configuration, and the import path of the class.
     spec, history, split, is_trained
         As the model has them.
+    minified
+        Whether its data were minified.
     """
 
     config: dict[str, Any]
@@ -41,6 +43,7 @@ class Description(NamedTuple):
     history: list[dict[str, float]]
     split: Split | None
     is_trained: bool
+    minified: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,6 +82,7 @@ class Description(NamedTuple):
                 history=values["history"],
                 split=None if values["split"] is None else _split(values["split"], sum(spec.n_cells.values())),
                 is_trained=values["is_trained"],
+                minified=values.get("minified", False) is True,
             )
 
     def make_program(self, program_class: type[MultiVIProgram], state: dict[str, torch.Tensor], where: str) -> Any:

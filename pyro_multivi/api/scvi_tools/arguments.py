@@ -357,7 +357,6 @@ class Absent:
 ABSENT: dict[str, str] = {
     "get_protein_foreground_probability": PROTEINS,
     **dict.fromkeys(("load_query_data", "prepare_query_anndata", "prepare_query_mudata"), _LATER),
-    **dict.fromkeys(("minify_adata", "minify_mudata"), "objects are not minified; save() keeps the model without data"),
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",

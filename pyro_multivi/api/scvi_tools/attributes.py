@@ -119,8 +119,6 @@ def _place(where: str, key: Any, modality: str | None) -> attrdict:
 class ScviAttributes(ModelBase):
     """Attributes of scvi-tools' models."""
 
-    #: Objects are never minified here.
-    minified_data_type: None = None
     get_normalized_function_name: str = "get_normalized_accessibility"
 
     @property

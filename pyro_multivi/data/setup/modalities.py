@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, first_names, nearest
+from pyro_multivi.data.minified.layout import stored_part
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
@@ -60,6 +61,11 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
     key_needed
         Whether a ``modality_key`` that the data lack is an error. Otherwise it is as if not given.
     """
+    if opened.posterior is not None:
+        if key_needed:
+            raise ValueError("These data are minified, without counts: load the model that minified them instead.")
+        stored = stored_part(opened.posterior, "measured") > 0
+        return Measured(dict(zip(MODALITIES, stored.T.copy(), strict=True)), inferred=False, notes=())
     key = setup.modality_key
     if key is not None and (key_needed or opened.has_column("modality_key", key)):
         measured = _as_marked(opened, key, setup.modality_values, counted)

@@ -295,6 +295,7 @@ class DataSpec:
             label=self._labels(opened),
             extra={name: self._extra(opened, name) for name in self.extra},
             cell_names=tuple(map(str, opened.cells)),
+            posterior=None if opened.posterior is None else torch.from_numpy(opened.posterior),
             **parts,
         )
 
