@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_multivi.api.compare_models import compare_models
     from pyro_multivi.api.multivi import MULTIVI
     from pyro_multivi.api.saving.folder import BrokenModelError
+    from pyro_multivi.api.saving.summary import describe
     from pyro_multivi.config import ProgramConfig
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "cell_lines",
     "compare_models",
+    "describe",
     "organize_multiome_anndatas",
     "read",
     "read_10x_h5",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "TrainingDiverged": "training",
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
+    "describe": "api.saving.summary",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",

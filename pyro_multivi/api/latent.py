@@ -120,10 +120,7 @@ class LatentMixin(ModelBase):
             ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
         tell_difference("library_size")
-        cells = self._cells(adata, indices, batch_size, untrained=True, counts=None)
-        found = depth_factors(self.program, cells)
-        unknown = np.full(cells.n_cells, np.nan, dtype=np.float32)
-        return {modality.name: found.get(modality.name, unknown) for modality in MODALITIES}
+        return depth_factors(self.program, self._cells(adata, indices, batch_size, untrained=True, counts=None))
 
     def get_region_factors(self) -> NDArray[np.float32]:
         """Factor r_j in (0, 1) of each region, (M,); of a model without regions none."""

@@ -307,7 +307,7 @@ class ScviAttributes(ModelBase):
             As in :meth:`load`.
         """
         folder = Path(dir_path) / prefix if prefix else Path(dir_path)
-        saved = read_model(folder, with_data=False)
+        saved = read_model(folder, with_tensors=False)
         return AnnDataManager(Description.of(saved, f"dir_path={str(folder)!r}").spec, None).registry
 
 

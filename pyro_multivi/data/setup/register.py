@@ -11,7 +11,17 @@ from typing import Any
 
 from anndata import AnnData, ImplicitModificationWarning
 
-from pyro_multivi.data.checks import caution, check_mapping, checked, first_names, name_list, nearest, shown, unwrapped
+from pyro_multivi.data.checks import (
+    caution,
+    check_mapping,
+    checked,
+    first_names,
+    name_list,
+    nearest,
+    shown,
+    unknown_key,
+    unwrapped,
+)
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
@@ -128,6 +138,8 @@ def setup_anndata(
         raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}.")
+    if not feature_type_key:
+        raise unknown_key("feature_type_key", feature_type_key, "adata.var", adata.var.columns)
     setup = Setup(
         kind="anndata",
         rna_layer=layer,
