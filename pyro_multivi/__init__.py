@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_multivi.api.compare_models import compare_models
     from pyro_multivi.api.multivi import MULTIVI
     from pyro_multivi.api.saving.folder import BrokenModelError
+    from pyro_multivi.api.saving.summary import describe
     from pyro_multivi.config import ProgramConfig
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "cell_lines",
     "compare_models",
+    "describe",
     "join_samples",
     "organize_multiome_anndatas",
     "read",
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "TrainingDiverged": "training",
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
+    "describe": "api.saving.summary",
     "join_samples": "datasets.samples",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",
@@ -71,6 +74,8 @@ if not TYPE_CHECKING:  # A type checker would take every misspelled name for one
             value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             globals()[name] = value
             return value
+        if name == "REGISTRY_KEYS":  # of scripts for scvi-tools, which import it from here
+            return import_module(f"{__name__}.utils").REGISTRY_KEYS
         if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

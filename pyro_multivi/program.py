@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, modality_named, modelled
+from pyro_multivi.data.minibatch import Cells, open_regions, rna_totals, total_counts
+from pyro_multivi.data.minified.layout import stored_part
+from pyro_multivi.data.modality import MODALITIES, RNA, modality_named, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
@@ -149,6 +150,9 @@ class MultiVIProgram(ProgramModules):
         self.guide_shared()
         with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
             s = cells.design
+            if cells.posterior is not None:
+                self._guide_stored(cells, s, cells.posterior)
+                return
             hidden = self.encode(cells, s)
             experts = self.experts(cells, s, hidden)
             pyro.sample("z", self.mix(experts))
@@ -160,6 +164,16 @@ class MultiVIProgram(ProgramModules):
             pyro.factor("alignment", self.alignment(experts, s), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
             self.guide_extra(cells, s)
+
+    def _guide_stored(self, cells: Cells, s: Tensor, stored: Tensor) -> None:
+        """The latents at the stored posterior of cells whose counts are gone."""
+        pyro.sample("z", dist.Normal(*stored_part(stored, "z").chunk(2, -1)).to_event(1))
+        if self.config.n_genes:
+            known = self.known_library(cells, s)
+            inferred = dist.LogNormal(*stored_part(stored, "library").unbind(-1))
+            pyro.sample("l", inferred if known is None else dist.Delta(known))
+        if self.config.n_regions:
+            pyro.sample("d", dist.Delta(stored_part(stored, "factor")[:, 0]))
 
     # ------------------------------------------------------------------ edges of the model
 
@@ -367,15 +381,13 @@ class MultiVIProgram(ProgramModules):
     # ------------------------------------------------------------------ parameters and data
 
     def known_library(self, cells: Cells, s: Tensor) -> Tensor | None:
-        """Library sizes that are not inferred, (B,); None if they are.
-
-        With ``library="observed"`` a cell without RNA takes the median of its prior.
-        """
+        """Library sizes that are not inferred, (B,), of cells without RNA the median of the prior; None if they are."""
         if self.config.library == "size_factor":
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
             return cells.rna_size
         if self.config.library == "observed":
-            return torch.where(cells.has_rna, rna_totals(cells.x).clamp(min=1.0), self._library_moments(s)[0].exp())
+            total, typical = total_counts(cells, RNA).clamp(min=1.0), self._library_moments(s)[0].exp()
+            return torch.where(cells.has_rna, total, typical)
         return None
 
     def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,15 +398,3 @@ class MultiVIProgram(ProgramModules):
 def is_of_cells(site: Any) -> bool:
     """Whether a site of a trace lies in the plate of cells, rather than being shared by all of them."""
     return any(frame.name == CELLS for frame in site["cond_indep_stack"])
-
-
-def rna_totals(x: Tensor) -> Tensor:
-    """Total gene count of each cell, (B,)."""
-    return x.row_sums() if isinstance(x, SparseCounts) else x.sum(-1)
-
-
-def open_regions(cells: Cells) -> Tensor:
-    """Number of accessible regions of each cell, (B,)."""
-    if isinstance(cells.y, SparseCounts):
-        return cells.y.crow.diff().to(cells.y.dtype)
-    return (cells.y > 0).to(cells.y.dtype).sum(-1)

@@ -20,7 +20,7 @@ from pyro.poutine import runtime
 
 import pyro_multivi as pm
 from pyro_multivi.api.base import ModelBase
-from pyro_multivi.api.scvi_attributes import ScviAttributes
+from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.isolation import isolated, uninterrupted
 
 

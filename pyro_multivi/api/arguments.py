@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_multivi.api.scvi_arguments import tell_difference
+from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.modality import RNA, Modality
 from pyro_multivi.data.selection import as_list

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
-from pyro_multivi.data.checks import checked
+from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
+from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
+from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modality_named, modelled
+from pyro_multivi.data.modality import Modality, modality_named, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
@@ -206,6 +207,7 @@ class ModelBase:
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
+        check_counts(table)
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
@@ -274,13 +276,17 @@ class ModelBase:
             Other cells; default: those of training.
         """
         table, index = self._select(adata, indices)
+        check_counts(table)
         return table.batch(index).to(self.device)
 
     def _mark_trained(self, *_: Any) -> None:
         self.is_trained = True
 
-    def _check_trained(self) -> None:
-        if not self.is_trained:
+    def _check_trained(self, warn: bool = False) -> None:
+        """Refuse results of a model that was never trained, or warn of them where scvi-tools gives them."""
+        if not self.is_trained and warn:
+            caution("This model is not trained: its results are those of random weights. Call model.train() first.")
+        elif not self.is_trained:
             raise NotTrainedError("This model is not trained: call model.train() first.")
 
     def _training_table(self) -> CellTable:
@@ -305,7 +311,9 @@ class ModelBase:
             return self._training_table(), self.adata
         if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
             return self._table, adata
-        return self.spec.table(adata), adata
+        table = self.spec.table(adata)
+        check_weights(table, adata, self.program)
+        return table, adata
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:
         """Annotation of the cells that a method was given, in their order."""
@@ -315,11 +323,42 @@ class ModelBase:
         table, _ = self._table_of(adata)
         return table, select_cells(indices, table.cell_names)
 
-    def _cells(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
-        """Selected cells, as minibatches on the program's device."""
-        self._check_trained()
+    def _cells(
+        self,
+        adata: Data | None,
+        indices: Indices,
+        batch_size: int,
+        untrained: bool = False,
+        counts: str | None = "",
+    ) -> Minibatches:
+        """Selected cells, as minibatches on the program's device.
+
+        With ``untrained`` also of random weights. ``counts=None``: none are needed, and minified data will do; else
+        the name of scvi-tools' function that needs them.
+        """
+        self._check_trained(warn=untrained)
         table, index = self._select(adata, indices)
+        if counts is not None:
+            check_counts(table, counts)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
+
+    def _lacks(self, method: str, modality: Modality, *special: Any) -> bool:
+        """Whether the model has no features of a modality; if so warn that a result is empty.
+
+        With any of the special arguments given this is an error.
+        """
+        lacks = not modality.n_features_in(self.spec)
+        if any(each is not None for each in special):
+            self._check_modality(method, modality.name)
+        elif lacks:
+            caution(f"{method}: this model has no {modality.features}, and so no {modality.name}: the result is empty.")
+        return lacks
+
+    def _without_features(self, adata: Data | None, indices: Indices, return_numpy: bool) -> Any:
+        """Estimates of no features, (cells, 0)."""
+        table, index = self._select(adata, indices)
+        empty = pd.DataFrame(index=pd.Index([table.cell_names[place] for place in index.tolist()]), dtype="float32")
+        return empty.to_numpy() if return_numpy else empty
 
     def _check_modality(self, argument: str, name: str) -> None:
         """Refuse the name of a modality of which the model has no features."""

@@ -99,7 +99,8 @@ class ChecksMixin(ModelBase):
         n_samples = number_of_draws(n_samples, None)
         features, _ = self._features(gene_list, region_list)
         wanted = {site: features[modality_at(site)] for site in self._sites(sites)}
-        return sample_replicates(self.program, self._cells(adata, indices, batch_size), wanted, n_samples, seed)
+        cells = self._cells(adata, indices, batch_size, counts=None)
+        return sample_replicates(self.program, cells, wanted, n_samples, seed)
 
     @checked
     def posterior_predictive_check(

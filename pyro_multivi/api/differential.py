@@ -9,7 +9,8 @@ import pandas as pd
 
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.api.scvi_arguments import DIFFERENTIAL, takes, tell_difference
+from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes, tell_difference
+from pyro_multivi.api.scvi_tools.minified import check_counts
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, RNA, Modality
 from pyro_multivi.posterior.differential.compare import compare_groups
@@ -359,11 +360,13 @@ class DifferentialMixin(ModelBase):
     def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
         """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
         self._check_modality(f"differential_{modality.name}", modality.name)
-        self._check_trained()
+        self._check_trained(warn=True)
         table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
         features, names = choose_features(self.spec, modality, wanted, self.device)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
+        if arguments["unit"] == "group" or arguments["all_stats"]:
+            check_counts(table, mend="give unit='cell' and all_stats=False")
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
         contrasts = resolve_contrasts(self._obs_of(arguments["adata"]), table.cell_names, **chosen)
         return compare_groups(

@@ -141,7 +141,7 @@ class EstimatesMixin(ModelBase):
         Raises
         ------
         ValueError, TypeError, OSError
-            If the model has no genes, a gene or batch is unknown, an argument is wrong, or ``out`` cannot be written.
+            If a gene or batch is unknown, an argument is wrong, or ``out`` cannot be written.
 
         Examples
         --------
@@ -156,12 +156,13 @@ class EstimatesMixin(ModelBase):
         >>> bool((found.lower < found.upper).all(axis=None))
         True
         """
-        self._check_modality("get_normalized_expression", RNA.name)
+        if self._lacks("get_normalized_expression", RNA, return_interval, out):
+            return self._without_features(adata, indices, return_numpy)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples))
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
         quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.n_cells, self.device))
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
@@ -252,8 +253,7 @@ class EstimatesMixin(ModelBase):
         Raises
         ------
         ValueError, OSError
-            If the model has no regions, a region or batch is unknown, an argument is out of range, or ``out``
-            cannot be written.
+            If a region or batch is unknown, an argument is out of range, or ``out`` cannot be written.
 
         Examples
         --------
@@ -267,14 +267,15 @@ class EstimatesMixin(ModelBase):
         >>> model.get_normalized_accessibility(threshold=0.5, return_numpy=True).format
         'csr'
         """
-        self._check_modality("get_accessibility_estimates", ATAC.name)
+        if self._lacks("get_accessibility_estimates", ATAC, return_interval, out):
+            return self._without_features(adata, indices, return_numpy)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         check_threshold(threshold, average)
         regions, names = choose_features(self.spec, ATAC, region_list, self.device)
         whole_rows = len(names) if threshold is not None else 0
-        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows))
+        cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows), True, None)
         quantity = self._accessibility(threshold, normalize_cells, normalize_regions, regions)
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
@@ -397,6 +398,5 @@ class EstimatesMixin(ModelBase):
         self, threshold: float | None, normalize_cells: bool, normalize_regions: bool, regions: Tensor | None = None
     ) -> Quantity:
         factors = region_factors(self.program) if normalize_regions else None
-        if factors is not None and regions is not None:
-            factors = factors[regions]
+        factors = factors if factors is None or regions is None else factors[regions]
         return Quantity(ATAC.decoded, regions, ATAC.depth if normalize_cells else 1.0, factors, threshold)

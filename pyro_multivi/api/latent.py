@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.api.scvi_arguments import CELLS, takes, tell_difference
+from pyro_multivi.api.scvi_tools.arguments import CELLS, takes, tell_difference
 from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
@@ -91,7 +91,7 @@ class LatentMixin(ModelBase):
         check_choice("modality", modality, names)
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
-        cells = self._cells(adata, indices, batch_size)
+        cells = self._cells(adata, indices, batch_size, counts=None)
         chosen = modality_named(modality)
         if chosen is not None and not chosen.measured_in(cells.table)[cells.index].any():
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")
@@ -120,12 +120,13 @@ class LatentMixin(ModelBase):
             ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
         tell_difference("library_size")
-        return depth_factors(self.program, self._cells(adata, indices, batch_size))
+        return depth_factors(self.program, self._cells(adata, indices, batch_size, untrained=True, counts=None))
 
     def get_region_factors(self) -> NDArray[np.float32]:
-        """Factor r_j in (0, 1) of each region, (M,)."""
-        self._check_trained()
-        self._check_modality("get_region_factors", ATAC.name)
+        """Factor r_j in (0, 1) of each region, (M,); of a model without regions none."""
+        self._check_trained(warn=True)
+        if self._lacks("get_region_factors", ATAC):
+            return np.zeros(0, dtype=np.float32)
         factors = region_factors(self.program)
         if factors is None:
             raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
@@ -192,7 +193,7 @@ class LatentMixin(ModelBase):
         >>> model.get_elbo(return_mean=False).shape
         (80,)
         """
-        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
+        parts = self._elbo_parts("get_elbo", adata, indices, batch_size, n_particles, seed)
         # numpy's float, which has the .item() that scripts for scvi-tools call.
         return np.float64(parts.elbo.mean()) if return_mean else parts.elbo
 
@@ -239,7 +240,7 @@ class LatentMixin(ModelBase):
             ``"reconstruction_loss_expression"`` and ``"reconstruction_loss_accessibility"``, each only
             if it was measured in some cell.
         """
-        parts = self._elbo_parts(adata, indices, batch_size, n_particles, seed)
+        parts = self._elbo_parts("get_reconstruction_error", adata, indices, batch_size, n_particles, seed)
         names = {modality.counts: modality.name for modality in MODALITIES}
         per_cell = {
             f"reconstruction_loss_{names.get(site, site)}": np.where(parts.measured[site], -values, np.nan)
@@ -316,7 +317,8 @@ class LatentMixin(ModelBase):
             If ``n_mc_samples`` is below 1, or below 2 with ``return_se``.
         """
         n_draws = check_draws("n_mc_samples", n_mc_samples, 2 if return_se else 1)
-        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        size = cells_for_likelihood(batch_size, n_draws)
+        cells = self._cells(adata, indices, size, counts="VAEMixin.get_marginal_ll")
         found = marginal_likelihood(self.program, cells, n_draws, seed)
         if not return_mean:
             return (found.log_likelihood, found.standard_error) if return_se else found.log_likelihood
@@ -328,8 +330,8 @@ class LatentMixin(ModelBase):
     # ------------------------------------------------------------------ shared by the methods
 
     def _elbo_parts(
-        self, adata: Data | None, indices: Indices, batch_size: int, n_particles: int, seed: int
+        self, method: str, adata: Data | None, indices: Indices, batch_size: int, n_particles: int, seed: int
     ) -> ElboParts:
         n_draws = check_draws("n_particles", n_particles)
-        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws))
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws), True, f"VAEMixin.{method}")
         return elbo_parts(self.program, cells, n_draws, seed)

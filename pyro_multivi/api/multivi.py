@@ -15,8 +15,9 @@ from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.saving.mixin import SavingMixin
-from pyro_multivi.api.scvi_arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
-from pyro_multivi.api.scvi_attributes import ScviAttributes
+from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
+from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
+from pyro_multivi.api.scvi_tools.minify import MinifyMixin
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
@@ -26,7 +27,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, ScviAttributes):
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, MinifyMixin, ScviAttributes):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters
@@ -34,7 +35,8 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
     adata
         AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed.
     n_genes, n_regions
-        Numbers of features, checked against the data if given. (scvi-tools needs them.)
+        Numbers of features; default: those of the data. They are needed for an AnnData without feature types, whose
+        first columns are genes, followed by regions. Of a MuData that has more, the first are modelled.
     modality_weights
         Weights of the average of what RNA and ATAC say of a cell's state: ``"equal"``, ``"universal"`` (learned), or
         ``"cell"`` (learned for each cell).
@@ -132,11 +134,7 @@ class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, Savin
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
-        spec = DataSpec.of(adata)
-        for modality, given in zip(MODALITIES, (n_genes, n_regions), strict=True):
-            name, found = f"n_{modality.features}", modality.n_features_in(spec)
-            if given not in (None, found):
-                raise ValueError(f"{name}={given}, but the data set up has {found}: leave {name} out.")
+        spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)
         paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)
         if fully_paired and not paired.all():

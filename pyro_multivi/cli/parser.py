@@ -102,6 +102,9 @@ def command_parser() -> argparse.ArgumentParser:
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
     differential.add_argument("--seed", type=int, default=0)
     differential.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    describe = commands.add_parser("describe", help="what a saved model is, without loading it")
+    describe.add_argument("model", type=Path, help="folder of a saved model")
     return parser
 
 

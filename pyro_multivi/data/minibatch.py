@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.minified.layout import stored_part
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -65,6 +66,9 @@ class Cells:
         Positions of the cells with RNA (with ATAC), shape (b,), int64, ascending; the counts of all other
         cells have to be zero. The tables that cut minibatches fill them in. None: they are looked up where
         they are needed, which makes the host wait for a GPU.
+    posterior
+        Of minified data, the posterior of each cell in place of its counts, (B, P); see
+        :mod:`~pyro_multivi.data.minified.layout`.
     """
 
     index: Tensor
@@ -80,6 +84,7 @@ class Cells:
     extra: Mapping[str, Measurement] = field(default_factory=dict)
     rna_rows: Tensor | None = None
     atac_rows: Tensor | None = None
+    posterior: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -138,3 +143,23 @@ def tensors_in(owner: Any) -> list[Tensor]:
         if isinstance(part, Tensor):
             found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
     return found
+
+
+def rna_totals(x: Tensor) -> Tensor:
+    """Total gene count of each cell, (B,)."""
+    return x.row_sums() if isinstance(x, SparseCounts) else x.sum(-1)
+
+
+def open_regions(cells: Cells) -> Tensor:
+    """Number of accessible regions of each cell, (B,)."""
+    if isinstance(cells.y, SparseCounts):
+        return cells.y.crow.diff().to(cells.y.dtype)
+    return (cells.y > 0).to(cells.y.dtype).sum(-1)
+
+
+def total_counts(cells: Cells, modality: Modality) -> Tensor:
+    """Total gene count, or number of accessible regions, of each cell, (B,), also of minified data."""
+    if cells.posterior is not None:
+        stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
+        return stored
+    return open_regions(cells) if modality.binary else rna_totals(modality.counts_in(cells))

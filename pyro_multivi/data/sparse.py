@@ -111,8 +111,9 @@ class SparseCounts(torch.Tensor):
         if self.val.device.type == "cpu" and self.val.is_floating_point():
             # A fifth of the time, but on a GPU the host would wait for it, and it does not take whole numbers.
             return torch.segment_reduce(self.val.contiguous(), "sum", offsets=self.crow.long(), initial=0.0)
-        sums = self.val.new_zeros(self.shape[0])
-        return sums.index_add_(0, self.rows(), self.val)
+        # Counts of one byte each would overflow.
+        val = self.val if self.val.is_floating_point() else self.val.long()
+        return val.new_zeros(self.shape[0]).index_add_(0, self.rows(), val)
 
     def binary(self) -> SparseCounts:
         """1 at every stored entry; no memory is written for it."""

@@ -49,6 +49,8 @@ class CellTable:
         Extra modalities of the n cells by name.
     cell_names
         Names of the n cells; may be left empty in a table made by hand.
+    posterior
+        Of minified data, the posterior of the n cells, (n, P); counts are empty then.
 
     Raises
     ------
@@ -81,12 +83,13 @@ class CellTable:
     atac_size: Tensor | None = None
     extra: Mapping[str, Measurement] = field(default_factory=dict)
     cell_names: Sequence[str] = ()
+    posterior: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.n_batch == 0:
             object.__setattr__(self, "n_batch", int(self.batch_code.max()) + 1 if len(self) else 1)
         parts = [name for each in MODALITIES for name in (each.counts, each.mask, each.size_factor)]
-        for name in (*parts, "design", "label"):
+        for name in (*parts, "design", "label", "posterior"):
             part = getattr(self, name)
             if part is not None and part.shape[0] != len(self):
                 raise ValueError(
@@ -186,6 +189,7 @@ class CellTable:
             n_total=len(self) if n_total is None else n_total,
             design=self.design[index],
             label=_take(self.label, index),
+            posterior=_take(self.posterior, index),
             extra={name: measurement.at(index) for name, measurement in self.extra.items()},
             **parts,
         )

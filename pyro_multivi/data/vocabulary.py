@@ -33,9 +33,14 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def feature_type_column(key: str, columns: Container[object]) -> str:
-    """The column of ``var`` with feature types: the one named, or that of scvi-tools' reader for the usual one."""
-    return "modality" if key == "feature_types" and key not in columns and "modality" in columns else key
+def feature_type_column(key: str, columns: Container[object], needed: bool = True) -> str:
+    """The column of ``var`` with feature types: the one named, or that of scvi-tools' reader for the usual one.
+
+    Empty if there is neither and none is needed, as features are in order.
+    """
+    if key != "feature_types" or key in columns:
+        return key
+    return "modality" if "modality" in columns else key if needed else ""
 
 
 def spelled(word: object) -> str | None:

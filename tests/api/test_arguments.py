@@ -213,7 +213,8 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         **{key: {"registry_key": "X"} for key in ("MULTIVI.data_registry", "MULTIVI.get_state_registry")},
         "MULTIVI.get_setup_arg": {"setup_arg": "batch_key"},
         "MULTIVI.get_anndata_manager": {"adata": world.adata},
-        **{key: {"dir_path": world.folder / "model"} for key in ("MULTIVI.view_setup_args", "MULTIVI.load_registry")},
+        **{key: {"dir_path": world.folder / "model"}
+           for key in ("MULTIVI.view_setup_args", "MULTIVI.load_registry", "describe")},
         "MULTIVI.posterior_predictive_check": {"n_samples": 40},
         "MULTIVI.differential_expression": differential,
         "MULTIVI.differential_accessibility": differential,

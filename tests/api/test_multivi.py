@@ -125,9 +125,14 @@ def test_repr_tells_the_sizes(ready):
 
 
 @pytest.mark.parametrize("method", RESULTS)
-def test_an_untrained_model_has_no_results(ready, method):
-    with pytest.raises(pm.NotTrainedError, match="not trained: call model.train"):
-        getattr(small(ready), method)(**RESULTS[method])
+def test_an_untrained_model_warns_of_its_results_or_has_none(ready, method):
+    model = small(ready)
+    if method in ("get_latent_representation", "get_marginal_ll"):  # scvi-tools gives none either
+        with pytest.raises(pm.NotTrainedError, match="not trained: call model.train"):
+            getattr(model, method)(**RESULTS[method])
+        return
+    with pytest.warns(UserWarning, match="not trained: its results are those of random weights"):
+        getattr(model, method)(**RESULTS[method])
 
 
 def contents(adata):
@@ -318,8 +323,15 @@ def test_region_factors(ready, shared):
     with pytest.raises(ValueError, match="region_factors=False was chosen"):
         trained(ready, region_factors=False).get_region_factors()
     rna = ready[:45, :40].copy()
+    model = trained(rna)
+    with pytest.warns(UserWarning, match="get_region_factors: this model has no regions"):
+        assert model.get_region_factors().shape == (0,)
+    with pytest.warns(UserWarning, match="no regions, and so no accessibility: the result is empty"):
+        found = model.get_normalized_accessibility(indices=[3, 1])
+    assert found.shape == (2, 0)
+    assert list(found.index) == list(rna.obs_names[[3, 1]])
     with pytest.raises(ValueError, match="no regions, and so no accessibility"):
-        trained(rna).get_region_factors()
+        model.get_normalized_accessibility(return_interval=0.9, n_samples=50)
 
 
 # ---------------------------------------------------------------------- the bound

@@ -127,3 +127,8 @@ def test_ones_are_held_once_through_all_that_is_done_to_them(counts):
 def test_sums_of_rows(counts):
     assert torch.equal(counts.row_sums(), counts.to_dense().sum(1, dtype=counts.dtype))
     assert torch.equal(counts.select_rows(torch.tensor([0, 4])).row_sums(), torch.zeros(2, dtype=counts.dtype))
+
+
+def test_sums_of_counts_of_one_byte_do_not_overflow():
+    counts = SparseCounts.from_dense(torch.tensor([[200, 100], [0, 0]], dtype=torch.uint8))
+    assert counts.row_sums().tolist() == [300, 0]

@@ -33,6 +33,8 @@ class Description(NamedTuple):
         Fields of the configuration, and the import path of the class.
     spec, history, split, is_trained
         As the model has them.
+    minified
+        Whether its data were minified.
     """
 
     config: dict[str, Any]
@@ -41,6 +43,7 @@ class Description(NamedTuple):
     history: list[dict[str, float]]
     split: Split | None
     is_trained: bool
+    minified: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -67,6 +70,7 @@ class Description(NamedTuple):
             types = {"config": dict[str, Any], "program_class": str, "is_trained": bool, "history": list, "spec": dict}
             for name, hint in types.items():
                 _check(name, values[name], hint)
+            _check("minified", values.get("minified", False), bool)
             if not all(values["program_class"].partition(":")):
                 raise ValueError(f"program_class is {values['program_class']!r}, not 'module:name'")
             spec = _spec(values["spec"])
@@ -79,6 +83,7 @@ class Description(NamedTuple):
                 history=values["history"],
                 split=None if values["split"] is None else _split(values["split"], sum(spec.n_cells.values())),
                 is_trained=values["is_trained"],
+                minified=values.get("minified", False),
             )
 
     def make_program(self, program_class: type[MultiVIProgram], state: dict[str, torch.Tensor], where: str) -> Any:

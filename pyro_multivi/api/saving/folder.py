@@ -184,7 +184,7 @@ def write_model(
             logger.info("%s: %s stays as it was saved; save_anndata=True writes the data again.", where, name)
 
 
-def read_model(folder: str | os.PathLike[str], with_data: bool = False) -> Saved:
+def read_model(folder: str | os.PathLike[str], with_data: bool = False, with_tensors: bool = True) -> Saved:
     """Read a model folder; nothing is parsed before its checksum is compared.
 
     Parameters
@@ -193,6 +193,8 @@ def read_model(folder: str | os.PathLike[str], with_data: bool = False) -> Saved
         The folder.
     with_data
         Read the data saved in it too.
+    with_tensors
+        Without, the description alone is read, and no checksum of a large file is compared.
 
     Raises
     ------
@@ -206,7 +208,7 @@ def read_model(folder: str | os.PathLike[str], with_data: bool = False) -> Saved
         source = present(Path(folder).resolve())
         before = _identity(source)
         try:
-            saved = _read(source, where, with_data)
+            saved = _read(source, where, with_data, with_tensors)
         except (BrokenModelError, OSError):
             if _identity(source) == before:
                 raise
@@ -224,7 +226,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _read(source: Path, where: str, with_data: bool) -> Saved:
+def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Saved:
     if not any((source / name).is_file() for name in (DESCRIPTION, CHECKSUMS)):
         raise FileNotFoundError(
             f"{where} is not a saved model: {DESCRIPTION} is missing. Give the folder that MULTIVI.save wrote."
@@ -251,6 +253,8 @@ def _read(source: Path, where: str, with_data: bool) -> Saved:
         )
     if version >= FIRST_FORMAT_WITH_CHECKSUMS and not sums:
         raise BrokenModelError(f"{where}: {CHECKSUMS} is missing. Copy it again or save the model again.")
+    if not with_tensors:
+        return Saved({}, description, version, None)
     with (source / WEIGHTS).open("rb") as stream:
         _compare(where, WEIGHTS, _digest(stream), sums.get(WEIGHTS, expected))
         stream.seek(0)

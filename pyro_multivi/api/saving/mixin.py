@@ -15,9 +15,11 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
 from pyro_multivi.api.saving.folder import broken, read_model, write_model
-from pyro_multivi.api.scvi_arguments import LOAD, SAVE, load_arguments, takes
+from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, load_arguments, takes
+from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
@@ -76,6 +78,7 @@ class SavingMixin(ModelBase):
             history=self._history.rows,
             split=self._split if self._saved_split is None else self._saved_split,
             is_trained=self.is_trained,
+            minified=self._table is not None and self._table.posterior is not None,
         )
         folder = _folder(dir_path, prefix)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +141,18 @@ class SavingMixin(ModelBase):
         spec, table = description.spec, None
         if adata is not None:
             table = spec.table(adata)
+            if table.posterior is not None and not description.minified:
+                kind = "mudata" if is_mudata(adata) else "adata"
+                raise with_note(
+                    ValueError(f"It appears you are trying to load a non-minified model with minified {kind}"),
+                    "Load the model that was saved after it minified these data, or give the data with their counts.",
+                )
         elif saved.data is not None:
             adata = saved.data
             with broken(where, "the data in it do not fit the model"):
                 table = spec.table(adata)
+        if table is not None and adata is not None:
+            check_weights(table, adata, program)
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, table)
         model._history = History(description.history)

@@ -13,7 +13,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_strings, check_unique, first_names, shown, unknown_key
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.minified.layout import posterior_of
+from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra import ExtraSource
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
 from pyro_multivi.data.vocabulary import spelled
@@ -81,6 +82,8 @@ class Opened:
         Number of features of each other type, or other modality of a MuData.
     extra
         Extra modalities by name, those that are there.
+    posterior
+        Of minified data, the posterior of the cells, (n, P).
     """
 
     name: str
@@ -90,6 +93,7 @@ class Opened:
     table_of: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     extra: dict[str, ExtraSource] = field(default_factory=dict)
+    posterior: NDArray[np.float32] | None = None
 
     def has_column(self, argument: str, key: str) -> bool:
         """Whether the column that an argument names is there."""
@@ -148,6 +152,8 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         if columns.any()
     }
     if not counts:
+        if not setup.feature_type_key:
+            raise ValueError("adata has no features: adata.n_vars is 0.")
         wanted = " nor ".join(f"{each.features} ({first_names(setup.types_of(each))})" for each in MODALITIES)
         values = ", ".join(f"{each.features!r}: ..." for each in MODALITIES)
         raise ValueError(
@@ -162,11 +168,15 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         tables={"adata.obs": frame_of(adata.obs)},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         extra=_extra_sources(adata, "adata", setup),
+        posterior=posterior_of(adata),
     )
 
 
 def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
     key = setup.feature_type_key
+    if not key:
+        # Of which modality they are is known to the constructor of a model.
+        return pd.Series(RNA.feature_type, index=adata.var_names)
     if key in adata.var:
         _check_once(adata.var, key, "adata.var")
         return frame_of(adata.var)[key].astype(str)
@@ -208,6 +218,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         ignored={name: part.n_vars for name, part in mdata.mod.items() if name not in (*names.values(), *setup.extra)},
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
         extra=_extra_sources(mdata, "mdata", setup),
+        posterior=posterior_of(mdata),
     )
 
 

@@ -46,6 +46,7 @@ _OTHER_ASSAYS = frozenset(
         "prot",
         "protein",
         "proteins",
+        "protein_expression",
         "adt",
         "hto",
         "airr",

@@ -117,6 +117,8 @@ def _contents(opened: Opened, setup: Setup) -> Iterator[Any]:
             if not table.index.equals(opened.cells):
                 yield _words(table.index)
             yield from _of_frame(table[key])
+    if opened.posterior is not None:
+        yield from _of_array(opened.posterior)
     for name, extra in opened.extra.items():
         yield _words([name, *extra.feature_names()])
         yield _words(extra.cells)

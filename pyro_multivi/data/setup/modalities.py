@@ -1,20 +1,20 @@
-"""Measured cells of each modality: as stated in the data, or inferred from the counts."""
+"""Cells and features of each modality: as stated by the user or in the data, or inferred from the counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import first_names, nearest
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.checks import caution, first_names, nearest
+from pyro_multivi.data.minified.layout import stored_part
+from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
-from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
 
 #: For each modality a value per cell, bool, shape (n,).
@@ -61,6 +61,11 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
     key_needed
         Whether a ``modality_key`` that the data lack is an error. Otherwise it is as if not given.
     """
+    if opened.posterior is not None:
+        if key_needed:
+            raise ValueError("These data are minified, without counts: load the model that minified them instead.")
+        stored = stored_part(opened.posterior, "measured") > 0
+        return Measured(dict(zip(MODALITIES, stored.T.copy(), strict=True)), inferred=False, notes=())
     key = setup.modality_key
     if key is not None and (key_needed or opened.has_column("modality_key", key)):
         measured = _as_marked(opened, key, setup.modality_values, counted)
@@ -75,7 +80,7 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
     return measured
 
 
-def has_counts(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
+def has_counts(opened: Opened, counts: Mapping[Modality, Any]) -> dict[Modality, NDArray[np.bool_]]:
     """Whether a cell has any count, for every modality."""
     found = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
     found.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
@@ -177,3 +182,64 @@ def _how_to_drop(opened: Opened, setup: Setup) -> str:
     columns = f"[:, ~adata.var[{setup.feature_type_key!r}].isin({[*opened.ignored]!r})]" if opened.ignored else ""
     where = next(counts.where for counts in opened.counts.values())
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"
+
+
+def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None]) -> None:
+    """Keep as many features of each modality as a model's constructor was told to, in place.
+
+    Without feature types, genes are the first columns and regions those behind them. Otherwise the numbers have to be
+    those of the data, or in a MuData below them: the first features are kept then, with a warning.
+    """
+    if not setup.feature_type_key and opened.name == "adata":
+        _by_column_order(opened, stated)
+        return
+    for modality, number in stated.items():
+        counts, argument = opened.counts.get(modality), f"n_{modality.features}"
+        found = 0 if counts is None else len(counts.features)
+        if number is None or number == found:
+            continue
+        if opened.name == "adata" or not 0 <= number < found or counts is None:
+            raise ValueError(f"{argument}={number}, but the data set up has {found}: leave {argument} out.")
+        caution(
+            f"{argument}={number}, but {counts.where} has {found} {modality.features}: only the first {number} are "
+            f"modelled. Leave {argument} out for all of them."
+        )
+        if number:
+            opened.counts[modality] = _first(counts, slice(0, number))
+        else:
+            del opened.counts[modality]
+
+
+def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> None:
+    everything, start = opened.counts[RNA], 0
+    total = len(everything.features)
+    arguments = [f"n_{modality.features}" for modality in stated]
+    if any(number is None for number in stated.values()):
+        raise ValueError(
+            f"{everything.owner}.var has no column 'feature_types', which separates genes from regions: give "
+            f"{' and '.join(arguments)}, and the first columns are genes, those behind them regions; or add it: "
+            f"adata.var['feature_types'] = 'Gene Expression' (or 'Peaks')."
+        )
+    numbers = [int(number or 0) for number in stated.values()]
+    if min(numbers) < 0 or not 0 < sum(numbers) <= total:
+        given = ", ".join(f"{name}={number}" for name, number in zip(arguments, numbers, strict=True))
+        raise ValueError(f"{given}, but {everything.owner} has {total} features: give numbers that sum up to {total}.")
+    if sum(numbers) < total:
+        caution(f"The last {total - sum(numbers)} of the {total} features are neither genes nor regions: left out.")
+    opened.counts.clear()
+    for modality, number in zip(stated, numbers, strict=True):
+        if number:
+            opened.counts[modality] = replace(_first(everything, slice(start, start + number)), modality=modality)
+        start += number
+
+
+def _first(counts: Counts, some: slice) -> Counts:
+    return replace(counts, features=counts.features[some], columns=counts.columns[some])
+
+
+def by_name(opened: Opened, names: Mapping[Modality, Sequence[str]]) -> None:
+    """Find the modalities of an AnnData without feature types by the names of a model's features, in place."""
+    everything = opened.counts.pop(RNA)
+    for modality, known in names.items():
+        if everything.features.isin(known).any():
+            opened.counts[modality] = replace(everything, modality=modality)

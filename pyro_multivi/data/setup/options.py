@@ -37,7 +37,8 @@ class Setup:
         Words of the ``modality_key`` column beyond the known ones, each for "paired",
         "expression" or "accessibility".
     feature_type_key
-        Column of var that distinguishes genes from regions in an AnnData.
+        Column of var that distinguishes genes from regions in an AnnData; empty where there is none, and genes come
+        before regions in as many columns as the constructor of a model states.
     gene_types, region_types
         Its values for genes and for regions.
     rna_modality, atac_modality

@@ -11,7 +11,17 @@ from typing import Any
 
 from anndata import AnnData, ImplicitModificationWarning
 
-from pyro_multivi.data.checks import caution, check_mapping, checked, first_names, name_list, nearest, shown, unwrapped
+from pyro_multivi.data.checks import (
+    caution,
+    check_mapping,
+    checked,
+    first_names,
+    name_list,
+    nearest,
+    shown,
+    unknown_key,
+    unwrapped,
+)
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
@@ -81,7 +91,8 @@ def setup_anndata(
         modality counts as measured where a cell has any count.
     feature_type_key
         Column of ``var`` that distinguishes genes from regions; where there is no ``"feature_types"``, the column
-        ``"modality"`` of scvi-tools' reader.
+        ``"modality"`` of scvi-tools' reader. Without either, genes are the first columns and regions those behind them:
+        ``MULTIVI(adata, n_genes=..., n_regions=...)`` is told how many.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
@@ -127,6 +138,8 @@ def setup_anndata(
         raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}{_how_to_join(adata)}.")
+    if not feature_type_key:
+        raise unknown_key("feature_type_key", feature_type_key, "adata.var", adata.var.columns)
     setup = Setup(
         kind="anndata",
         rna_layer=layer,
@@ -138,7 +151,7 @@ def setup_anndata(
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=modality_meanings(modality_values),
-        feature_type_key=feature_type_column(feature_type_key, adata.var),
+        feature_type_key=feature_type_column(feature_type_key, adata.var, feature_type_values is not None),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
     return _set_up(adata, with_feature_types(setup, feature_type_values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from pyro_multivi.data.setup.covariates import (
     size_factors,
     standardised,
 )
-from pyro_multivi.data.setup.modalities import Measured, find_measured, has_counts
+from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
@@ -85,8 +85,10 @@ class DataSpec:
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: Any) -> DataSpec:
+    def of(cls, data: Any, stated: Mapping[Modality, int | None] | None = None) -> DataSpec:
         """The specification of an AnnData or MuData that was set up, for what it holds now.
+
+        ``stated`` has the number of features of each modality, None where all are meant.
 
         Raises
         ------
@@ -95,6 +97,8 @@ class DataSpec:
         """
         setup = Setup.of(data)
         opened = open_data(data, setup)
+        if stated is not None:
+            as_stated(opened, setup, stated)
         content = latest.checksum(opened, setup)
         found = latest.find(data, content)
         if found is not None and found.own and found.spec.setup == setup:
@@ -238,6 +242,8 @@ class DataSpec:
     def _open(self, data: Any) -> Opened:
         """An object without the counts of which the model has no features."""
         opened = open_data(data, self.setup)
+        if not self.setup.feature_type_key and opened.name == "adata":
+            by_name(opened, {modality: modality.feature_names_in(self) for modality in MODALITIES})
         for modality in opened.counts.keys() - modelled(self):
             del opened.counts[modality]
         return opened
@@ -289,6 +295,7 @@ class DataSpec:
             label=self._labels(opened),
             extra={name: self._extra(opened, name) for name in self.extra},
             cell_names=tuple(map(str, opened.cells)),
+            posterior=None if opened.posterior is None else torch.from_numpy(opened.posterior),
             **parts,
         )
 
@@ -338,8 +345,8 @@ class Description:
     measured: Measured
 
 
-def describe(data: Any, setup: Setup) -> Description:
-    """Read and check the data that a setup describes.
+def describe(data: Any, setup: Setup, stated: Mapping[Modality, int | None] | None = None) -> Description:
+    """Read and check the data that a setup describes, with ``stated`` as in :meth:`DataSpec.of`.
 
     The table is kept for the constructor of a model, as long as the object lives and is not changed.
 
@@ -349,6 +356,11 @@ def describe(data: Any, setup: Setup) -> Description:
         If the data are not as described, as in ``setup_anndata``.
     """
     opened = open_data(data, setup)
+    if stated is not None:
+        as_stated(opened, setup, stated)
+    elif setup.kind == "anndata" and not setup.feature_type_key:
+        # All features together are no modality of which a cell could be marked as lacking it.
+        return _describe(data, opened, replace(setup, modality_key=None), None)
     return _describe(data, opened, setup, latest.checksum(opened, setup))
 
 

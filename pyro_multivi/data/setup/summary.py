@@ -71,6 +71,11 @@ class SetupReport:
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
             if modality.binary and not _are_whole(found):
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
+        if spec.kind == "anndata" and not spec.setup.feature_type_key:
+            notes.append(
+                "adata.var has no column 'feature_types': all features count as genes until "
+                "MULTIVI(adata, n_genes=..., n_regions=...) says how many, and how many regions come behind them."
+            )
         for name, known in spec.extra.items():
             size = int(table.extra[name].measured.sum())
             notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")

@@ -74,10 +74,7 @@ class DecodedDraws:
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> DecodedDraws:
     """Decode sites of some cells. Call it within :func:`~pyro_multivi.traces.evaluation_mode`."""
     at_mean = average.use_mean and average.n_samples == 1
-    if at_mean:
-        latents = mean_latents(program, cells)
-    else:
-        latents = draw_latents(program, cells, average.n_samples, average.seed)
+    latents = mean_latents(program, cells) if at_mean else draw_latents(program, cells, average.n_samples, average.seed)
     interventions: list[dict[str, Tensor]] = [{}]
     if average.batches is not None:
         # Of the model alone: the latents are those under the observed design.

@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.minibatch import Cells, total_counts
+from pyro_multivi.data.minified.layout import packed, stored_part
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modelled
+from pyro_multivi.networks.experts import Expert
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
-from pyro_multivi.posterior.engine.posterior_scale import corrected
+from pyro_multivi.posterior.engine.posterior_scale import corrected, normal_in
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -83,13 +85,57 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     if modality == "joint":
         # From the guide's trace, not from its parts, so that an overridden guide is used.
         return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
-    experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
+    if cells.posterior is None:
+        experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
+    else:
+        experts = stored_experts(program, cells, cells.posterior)
     if modality not in experts:
         known = ", ".join(map(repr, ("joint", *experts)))
         raise ValueError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
     expert = experts[modality]
     hole = torch.where(expert.measured, 0.0, torch.nan)[:, None]
     return dist.Normal(expert.loc, expert.scale).to_event(1), hole
+
+
+def stored_experts(program: MultiVIProgram, cells: Cells, stored: Tensor) -> dict[str, Expert]:
+    """q(z) given each modality, of cells whose counts are gone."""
+    experts = {}
+    for modality in modelled(program.config):
+        loc, scale = stored_part(stored, modality.name).chunk(2, -1)
+        experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
+    return experts
+
+
+def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArray[np.float32]:
+    """All that posterior quantities need of some cells in place of their counts, (n, P).
+
+    It is read back by :func:`pyro_multivi.data.minified.layout.stored_part`.
+    """
+    rows = []
+    for minibatch in cells:
+        with evaluation_mode(program):
+            nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
+            experts = program.experts(minibatch, minibatch.design, program.encode(minibatch, minibatch.design))
+        n, stored = len(minibatch), {}
+        stored["measured"] = torch.stack([modality.measured_in(minibatch) for modality in MODALITIES], -1).float()
+        stored["total"] = torch.stack([total_counts(minibatch, modality) for modality in MODALITIES], -1)
+        fn = nodes[RNA.depth]["fn"] if RNA.depth in nodes else None
+        # A library that is not inferred is known from the totals or the size factors.
+        of_library = [fn.loc, fn.scale] if isinstance(fn, dist.LogNormal) else [torch.zeros(n), torch.ones(n)]
+        stored["library"] = torch.stack(of_library, -1)
+        factor = nodes[ATAC.depth]["value"] if ATAC.depth in nodes else torch.full((n,), 0.5)
+        known = minibatch.has_atac if minibatch.atac_size is None else torch.ones_like(minibatch.has_atac)
+        # Of other cells the guide draws it from the prior, and posterior quantities do so anew.
+        stored["factor"] = torch.where(known, factor.to(known.device), 0.5)[:, None]
+        normal = normal_in(nodes["z"]["fn"])
+        assert normal is not None
+        stored["z"] = torch.cat([normal.loc, normal.scale], -1)
+        for modality in MODALITIES:
+            expert = experts.get(modality.name)
+            parts = (torch.zeros_like(normal.loc), torch.ones_like(normal.loc))
+            stored[modality.name] = torch.cat(parts if expert is None else (expert.loc, expert.scale), -1)
+        rows.append(torch.from_numpy(packed(stored)))
+    return _gather(rows)
 
 
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:

@@ -120,6 +120,7 @@ def request_digest(
     table, index = cells.table, cells.index
     tensors: list[Tensor | None] = [*program.state_dict().values(), index, table.design[index]]
     tensors.append(None if table.label is None else table.label[index])
+    tensors.append(None if table.posterior is None else table.posterior[index])
     for modality in MODALITIES:
         sizes = modality.size_factor_in(table)
         tensors += [modality.measured_in(table)[index], None if sizes is None else sizes[index]]

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 import pyro_multivi as pm
-from pyro_multivi.api import scvi_arguments
+from pyro_multivi.api.scvi_tools import arguments
 
 
 @pytest.fixture(autouse=True)
 def settings_as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(scvi_arguments, "_said", set())
+    monkeypatch.setattr(arguments, "_said", set())
     logger, threads = logging.getLogger("pyro_multivi"), pm.settings.num_threads
     level, handlers = logger.level, [*logger.handlers]
     yield

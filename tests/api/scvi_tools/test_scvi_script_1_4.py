@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyro_multivi as scvi
-from pyro_multivi.api.scvi_arguments import load_arguments
+from pyro_multivi.api.scvi_tools.arguments import load_arguments
 from pyro_multivi.model import MULTIVI
 from pyro_multivi.training import resolve_device
 

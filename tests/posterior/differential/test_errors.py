@@ -105,5 +105,5 @@ def test_a_model_without_the_modality():
 
 def test_an_untrained_model(mosaic):
     MULTIVI.setup_anndata(mosaic, modality_key="modality")
-    with pytest.raises(RuntimeError, match="call model.train"):
+    with pytest.warns(UserWarning, match="results are those of random weights"):
         MULTIVI(mosaic).differential_expression(groupby="cell_type")

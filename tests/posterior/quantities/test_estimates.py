@@ -351,9 +351,12 @@ def test_models_of_one_modality(kind):
     has, lacks = METHODS if kind == "Gene Expression" else METHODS[::-1]
     assert getattr(model, has)(n_samples=20, return_interval=0.9).mean.shape == adata.shape
     what = "regions" if kind == "Gene Expression" else "genes"
-    for method in (lacks, "impute"):
-        with pytest.raises(ValueError, match=f"{method}: this model has no {what}"):
-            getattr(model, method)()
+    with pytest.raises(ValueError, match=f"impute: this model has no {what}"):
+        model.impute()
+    with pytest.raises(ValueError, match=f"{lacks}: this model has no {what}"):
+        getattr(model, lacks)(n_samples=20, return_interval=0.9)
+    with pytest.warns(UserWarning, match=f"{lacks}: this model has no {what}.*the result is empty"):
+        assert getattr(model, lacks)().shape == (40, 0)
 
 
 @pytest.mark.parametrize("choices", [
@@ -417,9 +420,12 @@ def test_a_batch_is_a_name_or_a_position(fitted, batch):
         fitted.get_normalized_expression(transform_batch=batch)
 
 
-def test_an_untrained_model_has_no_estimates(mosaic):
+def test_an_untrained_model_warns_of_its_estimates(mosaic):
     MULTIVI.setup_anndata(mosaic, modality_key="modality")
     model = MULTIVI(mosaic, n_hidden=8, n_latent=2)
-    for method in (*METHODS, "impute", "get_elbo", "get_marginal_ll", "get_reconstruction_error"):
+    for method in (*METHODS, "get_elbo", "get_reconstruction_error"):
+        with pytest.warns(UserWarning, match=r"results are those of random weights. Call model.train\(\)"):
+            getattr(model, method)()
+    for method in ("impute", "get_marginal_ll"):  # scvi-tools gives none either
         with pytest.raises(NotTrainedError, match="call model.train"):
             getattr(model, method)()

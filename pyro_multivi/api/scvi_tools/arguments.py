@@ -357,7 +357,6 @@ class Absent:
 ABSENT: dict[str, str] = {
     "get_protein_foreground_probability": PROTEINS,
     **dict.fromkeys(("load_query_data", "prepare_query_anndata", "prepare_query_mudata"), _LATER),
-    **dict.fromkeys(("minify_adata", "minify_mudata"), "objects are not minified; save() keeps the model without data"),
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",
@@ -365,5 +364,6 @@ ABSENT: dict[str, str] = {
     **dict.fromkeys(("register_manager", "deregister_manager"), "nothing is registered beside adata.uns"),
     "transfer_fields": "give other data to any method, adata=other: their columns are found by name",
     "update_setup_method_args": "call setup_anndata or setup_mudata again",
+    "trainer": "training is not Lightning's; model.history has what was recorded",
     **dict.fromkeys(("run_name", "run_id"), "no runs are tracked; give callbacks to train"),
 }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import fields
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,13 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
-from pyro_multivi.api.scvi_arguments import ABSENT, VAR_NAMES, Absent, takes
+from pyro_multivi.api.scvi_tools.arguments import ABSENT, VAR_NAMES, Absent, takes
 from pyro_multivi.data.checks import checked, nearest
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.spec import DataSpec, describe
 from pyro_multivi.data.setup.summary import SetupReport
 from pyro_multivi.program import MultiVIProgram
-
-
-class Record(dict[str, Any]):
-    """A dictionary whose keys are attributes as well."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{name!r} is not there. {nearest(name, self)}") from None
+from pyro_multivi.utils import attrdict
 
 
 class AnnDataManager:
@@ -47,26 +41,26 @@ class AnnDataManager:
         self._spec = spec
         self.adata = adata
 
-    @property
-    def registry(self) -> Record:
+    @cached_property
+    def registry(self) -> attrdict:
         """Version, arguments of the setup, places and states of the data."""
         states = {key: self.get_state_registry(key) for key in self.data_registry}
         fields = {
-            key: Record(data_registry=place, state_registry=states[key]) for key, place in self.data_registry.items()
+            key: attrdict(data_registry=place, state_registry=states[key]) for key, place in self.data_registry.items()
         }
         setup = self._spec.setup
-        return Record(
+        return attrdict(
             pyro_multivi_version=__version__,
             model_name="MULTIVI",
             setup_method_name=f"setup_{setup.kind}",
-            setup_args=Record(setup.to_dict()),
-            field_registries=Record(fields),
+            setup_args=attrdict(setup.to_dict()),
+            field_registries=attrdict(fields),
         )
 
     @property
-    def data_registry(self) -> Record:
+    def data_registry(self) -> attrdict:
         """Place of the counts (``X``, ``atac``), batches, labels, covariates and size factors in the object."""
-        setup, found = self._spec.setup, Record()
+        setup, found = self._spec.setup, attrdict()
         for modality in MODALITIES:
             if modality.n_features_in(self._spec):
                 layer = setup.layer_of(modality)
@@ -84,10 +78,10 @@ class AnnDataManager:
         return found
 
     @property
-    def summary_stats(self) -> Record:
+    def summary_stats(self) -> attrdict:
         """Numbers of cells, genes (``n_vars``), regions (``n_atac``), batches, labels and covariates."""
         spec = self._spec
-        return Record(
+        return attrdict(
             n_cells=sum(spec.n_cells.values()),
             n_vars=spec.n_genes,
             n_atac=spec.n_regions,
@@ -98,7 +92,7 @@ class AnnDataManager:
             n_size_factor=sum(key is not None for key in spec.setup.size_factor_keys),
         )
 
-    def get_state_registry(self, registry_key: str) -> Record:
+    def get_state_registry(self, registry_key: str) -> attrdict:
         """Names of the features, or categories, of one entry of :attr:`data_registry`."""
         if registry_key not in self.data_registry:
             raise KeyError(f"registry_key={registry_key!r} is not there. {nearest(registry_key, self.data_registry)}")
@@ -115,23 +109,33 @@ class AnnDataManager:
         for modality in MODALITIES:
             names = np.array(modality.feature_names_in(spec), dtype=object)
             states["X" if modality is RNA else modality.key] = {"n_vars": len(names), "column_names": names}
-        return Record(states.get(registry_key, {}))
+        return attrdict(states.get(registry_key, {}))
 
 
-def _place(where: str, key: Any, modality: str | None) -> Record:
-    return Record(mod_key=modality, attr_name=where, attr_key=key)
+def _place(where: str, key: Any, modality: str | None) -> attrdict:
+    return attrdict(mod_key=modality, attr_name=where, attr_key=key)
 
 
 class ScviAttributes(ModelBase):
     """Attributes of scvi-tools' models."""
 
-    #: Objects are never minified here.
-    minified_data_type: None = None
     get_normalized_function_name: str = "get_normalized_accessibility"
 
     @property
     def module(self) -> MultiVIProgram:
-        """The program, :attr:`program`: a ``torch.nn.Module``; its sizes and choices are in ``module.config``."""
+        """The program, :attr:`program`: a ``torch.nn.Module``.
+
+        Its sizes and choices are in ``module.config``. They are attributes of it as well, by scvi-tools' names too:
+        ``n_input_genes``, ``n_input_regions``, ``n_hidden``, ``n_latent``, ``use_size_factor_key``.
+        """
+        config = self.program.config
+        known = {field.name: getattr(config, field.name) for field in fields(config)}
+        known |= {f"n_input_{modality.features}": modality.n_features_in(config) for modality in MODALITIES}
+        known |= {"n_input_proteins": 0, "n_hidden": config.hidden, "n_latent": config.latent}
+        known["use_size_factor_key"] = any(key is not None for key in self.spec.setup.size_factor_keys)
+        for name, value in known.items():
+            if not hasattr(self.program, name):
+                self.program.__dict__[name] = value
         return self.program
 
     @property
@@ -143,6 +147,11 @@ class ScviAttributes(ModelBase):
     def n_regions(self) -> int:
         """Number of regions."""
         return self.spec.n_regions
+
+    @property
+    def n_proteins(self) -> int:
+        """Number of proteins: 0, they are not modelled."""
+        return 0
 
     @property
     def n_latent(self) -> int:
@@ -170,7 +179,10 @@ class ScviAttributes(ModelBase):
     @property
     def adata_manager(self) -> AnnDataManager:
         """Where the data lie, for reading."""
-        return AnnDataManager(self.spec, self.adata)
+        known: AnnDataManager | None = getattr(self, "_manager", None)
+        if known is None or known.adata is not self.adata:
+            self._manager = known = AnnDataManager(self.spec, self.adata)
+        return known
 
     @property
     def registry(self) -> dict[str, Any]:
@@ -254,7 +266,8 @@ class ScviAttributes(ModelBase):
         if hide_state_registries or given is None:
             _show(setup.to_dict())
         else:
-            sys.stdout.write(f"{SetupReport.of(describe(given, setup))}\n")
+            stated = {modality: modality.n_features_in(self.spec) for modality in MODALITIES}
+            sys.stdout.write(f"{SetupReport.of(describe(given, setup, None if setup.feature_type_key else stated))}\n")
 
     @checked
     def view_registry(self, hide_state_registries: bool = False) -> None:
@@ -294,9 +307,14 @@ class ScviAttributes(ModelBase):
             As in :meth:`load`.
         """
         folder = Path(dir_path) / prefix if prefix else Path(dir_path)
-        saved = read_model(folder, with_data=False)
+        saved = read_model(folder, with_tensors=False)
         return AnnDataManager(Description.of(saved, f"dir_path={str(folder)!r}").spec, None).registry
 
+
+#: Attributes that scvi-tools also has with an underscore behind their names.
+_UNDERSCORED = ("registry", "history", "is_trained", "train_indices", "validation_indices", "test_indices")
+for _name in _UNDERSCORED:
+    setattr(ScviAttributes, f"{_name}_", property(attrgetter(_name), doc=f":attr:`{_name}`, as scvi-tools names it."))
 
 for _name, _says in ABSENT.items():
     _absent = Absent(_says)

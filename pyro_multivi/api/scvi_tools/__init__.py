@@ -1,0 +1,1 @@
+"""Scripts for scvi-tools: its arguments, attributes and minified data."""

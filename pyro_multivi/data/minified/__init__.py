@@ -1,0 +1,1 @@
+"""Minified data: the posterior of each cell in place of its counts."""

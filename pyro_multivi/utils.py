@@ -1,0 +1,44 @@
+"""Names that scripts and tests for scvi-tools import: keys of its registry, kinds of minified data, ``attrdict``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pyro_multivi.data.checks import nearest
+
+
+class _RegistryKeys(NamedTuple):
+    X_KEY: str = "X"
+    ATAC_X_KEY: str = "atac"
+    BATCH_KEY: str = "batch"
+    LABELS_KEY: str = "labels"
+    CAT_COVS_KEY: str = "extra_categorical_covs"
+    CONT_COVS_KEY: str = "extra_continuous_covs"
+    SIZE_FACTOR_KEY: str = "size_factor"
+
+
+class _MinifiedTypes(NamedTuple):
+    LATENT_POSTERIOR: str = "latent_posterior_parameters"
+    LATENT_POSTERIOR_WITH_COUNTS: str = "latent_posterior_parameters_with_counts"
+
+
+#: Keys of ``model.adata_manager.data_registry``.
+REGISTRY_KEYS = _RegistryKeys()
+#: Values of ``model.minified_data_type``.
+ADATA_MINIFY_TYPE = _MinifiedTypes()
+
+
+class attrdict(dict[str, Any]):
+    """A dictionary whose keys are attributes as well.
+
+    Examples
+    --------
+    >>> attrdict(attr_name="obs").attr_name
+    'obs'
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name!r} is not there. {nearest(name, self)}") from None

@@ -1,0 +1,81 @@
+"""Rows of the table in tutorials/from_scvi_tools.md: the same call, another meaning, each as the table says."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pytest
+
+import pyro_multivi as scvi
+from pyro_multivi.model import MULTIVI
+
+
+@pytest.fixture(scope="module")
+def world():
+    adata = scvi.simulate_multiome((60, 15, 15), 20, 30, n_batches=2, n_types=2, seed=0)
+    adata.obs["flag"] = adata.obs["batch"] == "batch_1"
+    MULTIVI.setup_anndata(adata, batch_key="flag", modality_key="modality")
+    model = MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(2, enable_progress_bar=False)
+    return adata, model
+
+
+def test_effects_of_accessibility_are_group_1_minus_group_2(world):
+    table = world[1].differential_accessibility(groupby="cell_type", group1="type_0", group2="type_1", n_samples=50)
+    np.testing.assert_allclose(table["effect_size"], table["est_prob1"] - table["est_prob2"], atol=1e-6)
+    np.testing.assert_allclose(table["emp_effect"], table["emp_prob1"] - table["emp_prob2"], atol=1e-6)
+
+
+def test_draws_depend_on_their_seed_alone(world):
+    model = world[1]
+    scvi.settings.seed = 7  # of models made from here on
+    draws = [model.get_latent_representation(give_mean=False, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert model.get_elbo() == model.get_elbo().item()
+
+
+def test_depths_are_counts_and_nan_where_not_measured(world):
+    adata, model = world
+    sizes = model.get_library_size_factors()
+    has_rna = (adata.obs["modality"] != "accessibility").to_numpy()
+    assert np.median(sizes["expression"][has_rna]) > 20
+    assert np.isnan(sizes["expression"][~has_rna]).all()
+
+
+def test_lists_of_features_keep_their_order_and_are_known(world):
+    model = world[1]
+    both = model.get_normalized_expression(return_numpy=True)
+    found = model.get_normalized_expression(gene_list=["gene_07", "gene_03"], return_numpy=True)
+    np.testing.assert_array_equal(found, both[:, [7, 3]])
+    with pytest.raises(ValueError, match="gene_list holds 'nope': no gene of the model"):
+        model.get_normalized_expression(gene_list=["gene_07", "nope"], return_numpy=True)
+
+
+def test_rows_are_the_cells_asked_for_whatever_n_samples_overall(world):
+    assert world[1].get_normalized_expression(indices=[4, 2], n_samples_overall=9).shape == (2, 20)
+
+
+def test_batches_by_truth_value_and_the_mean_over_several(world):
+    model = world[1]
+    one = model.get_normalized_accessibility(transform_batch=True, return_numpy=True)
+    other = model.get_normalized_accessibility(transform_batch="False", return_numpy=True)
+    mean = model.get_normalized_accessibility(transform_batch=["True", "False"], return_numpy=True)
+    np.testing.assert_allclose(mean, (one + other) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_an_object_with_more_features_than_the_model(world, tmp_path):
+    adata, model = world
+    other = adata[:, :2].copy()
+    other.var_names = ["other_0", "other_1"]
+    wide = anndata.concat([adata, other], axis=1, merge="first", uns_merge="first")
+    model.save(tmp_path / "model")
+    loaded = MULTIVI.load(tmp_path / "model", wide)
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+
+
+def test_an_adversary_with_nothing_to_mix(world):
+    paired = world[0][world[0].obs["modality"] == "paired"].copy()
+    MULTIVI.setup_anndata(paired, batch_key="flag")
+    with pytest.raises(ValueError, match="it is the same in all training cells"):
+        MULTIVI(paired, n_hidden=4, n_latent=2).train(1, adversarial_mixing=True, enable_progress_bar=False)
