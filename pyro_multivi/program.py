@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, modality_named, modelled
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
@@ -25,6 +25,7 @@ from pyro_multivi.networks.decoders import DecodedExpression
 from pyro_multivi.networks.encoders import HiddenState
 from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights
 from pyro_multivi.networks.modules import ProgramModules
+from pyro_multivi.networks.panels import depth, log_depth, measured_share, missing_input, totals
 from pyro_multivi.networks.param_sites import register_param_sites
 
 #: Name of the plate of cells.
@@ -125,12 +126,12 @@ class MultiVIProgram(ProgramModules):
                 decoded = self.expression(z, s)
                 rho = pyro.deterministic("rho", decoded.rho, event_dim=1)
                 x = self.expression_dist(l, rho, self.theta(cells, s, decoded, log_theta), decoded.pi_logits)
-                pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows), obs=cells.x)
+                pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows, cells.rna_panels), obs=cells.x)
             if self.config.n_regions:
                 p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
                 d = pyro.sample("d", self.cell_factor_prior(cells))
                 y = self.accessibility_dist(p, d, r)
-                pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows), obs=cells.y)
+                pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows, cells.atac_panels), obs=cells.y)
             self.observe_extra(cells, z, s)
 
     def guide(self, cells: Cells) -> None:
@@ -251,9 +252,14 @@ class MultiVIProgram(ProgramModules):
 
     # ------------------------------------------------------------------ edges of the guide
 
-    def rna_input(self, x: Tensor) -> Tensor:
-        """Input of the RNA encoder: log(1 + count), the count being that of a cell of typical depth."""
-        per_count = self.rna_log_depth.exp() / rna_totals(x).clamp(min=1.0)
+    def rna_input(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """Input of the RNA encoder: log(1 + count), the count being that of a cell of typical depth.
+
+        ``share``, (B,), is the part of such a cell's counts in the genes that were measured; None where all were.
+        """
+        per_count = self.rna_log_depth.exp() / totals(x).clamp(min=1.0)
+        if share is not None:
+            per_count = per_count * share
         if isinstance(x, SparseCounts):
             return x.with_values((x.val * per_count.index_select(0, x.rows())).log1p())
         return (x * per_count.unsqueeze(-1)).log1p()
@@ -268,11 +274,13 @@ class MultiVIProgram(ProgramModules):
         """Encode the measured counts by the first layer of each modality, which its expert and its depth share."""
         rna = atac = None
         if self.config.n_genes:
-            depth = rna_totals(cells.x).clamp(min=1.0).log()
-            rna = self.rna_first_layer(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
+            missing = missing_input(self, cells, RNA)
+            share = {} if missing is None else {"share": measured_share(self, cells, RNA)}
+            x = self.rna_input(cells.x, **share)
+            rna = self.rna_first_layer(x, cells.has_rna, s, log_depth(self, cells, RNA), cells.rna_rows, missing)
         if self.config.n_regions:
-            depth = open_regions(cells).log1p()
-            atac = self.atac_first_layer(self.atac_input(cells.y), cells.has_atac, s, depth, cells.atac_rows)
+            y, missing = self.atac_input(cells.y), missing_input(self, cells, ATAC)
+            atac = self.atac_first_layer(y, cells.has_atac, s, log_depth(self, cells, ATAC), cells.atac_rows, missing)
         return HiddenStates(rna, atac)
 
     def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
@@ -375,7 +383,7 @@ class MultiVIProgram(ProgramModules):
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
             return cells.rna_size
         if self.config.library == "observed":
-            return torch.where(cells.has_rna, rna_totals(cells.x).clamp(min=1.0), self._library_moments(s)[0].exp())
+            return torch.where(cells.has_rna, depth(self, cells, RNA), self._library_moments(s)[0].exp())
         return None
 
     def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -386,15 +394,3 @@ class MultiVIProgram(ProgramModules):
 def is_of_cells(site: Any) -> bool:
     """Whether a site of a trace lies in the plate of cells, rather than being shared by all of them."""
     return any(frame.name == CELLS for frame in site["cond_indep_stack"])
-
-
-def rna_totals(x: Tensor) -> Tensor:
-    """Total gene count of each cell, (B,)."""
-    return x.row_sums() if isinstance(x, SparseCounts) else x.sum(-1)
-
-
-def open_regions(cells: Cells) -> Tensor:
-    """Number of accessible regions of each cell, (B,)."""
-    if isinstance(cells.y, SparseCounts):
-        return cells.y.crow.diff().to(cells.y.dtype)
-    return (cells.y > 0).to(cells.y.dtype).sum(-1)

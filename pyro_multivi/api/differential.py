@@ -362,7 +362,7 @@ class DifferentialMixin(ModelBase):
         self._check_trained()
         table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
-        features, names = choose_features(self.spec, modality, wanted, self.device)
+        features, names = choose_features(self.spec, modality, wanted, self.device, table)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
         contrasts = resolve_contrasts(self._obs_of(arguments["adata"]), table.cell_names, **chosen)

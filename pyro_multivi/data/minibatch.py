@@ -32,6 +32,25 @@ class Measurement(NamedTuple):
         return Measurement(self.values[index], self.measured[index])
 
 
+class Panels(NamedTuple):
+    """Panels of features: those that were measured in some cells, where these are not all.
+
+    Attributes
+    ----------
+    measured
+        Whether each feature belongs to each panel, (n_panels, F), bool.
+    code
+        Panel of each cell, (B,), int64.
+    """
+
+    measured: Tensor
+    code: Tensor
+
+    def at(self, index: Tensor) -> Panels:
+        """The panels of the cells at ``index``, int64."""
+        return Panels(self.measured, self.code[index])
+
+
 @dataclass(frozen=True)
 class Cells:
     """A minibatch of B cells out of ``n_total``.
@@ -65,6 +84,9 @@ class Cells:
         Positions of the cells with RNA (with ATAC), shape (b,), int64, ascending; the counts of all other
         cells have to be zero. The tables that cut minibatches fill them in. None: they are looked up where
         they are needed, which makes the host wait for a GPU.
+    rna_panels, atac_panels
+        Features that were measured in each cell, of those with the modality; the counts of the others have to be zero.
+        None: all of them in every cell.
     """
 
     index: Tensor
@@ -80,6 +102,8 @@ class Cells:
     extra: Mapping[str, Measurement] = field(default_factory=dict)
     rna_rows: Tensor | None = None
     atac_rows: Tensor | None = None
+    rna_panels: Panels | None = None
+    atac_panels: Panels | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -128,13 +152,15 @@ class Cells:
 def with_changed_tensors(owner: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Fields of a minibatch or table that hold tensors, each tensor changed."""
     changed: dict[str, Any] = {name: change(part) for name, part in vars(owner).items() if isinstance(part, Tensor)}
+    changed |= {name: Panels(*map(change, part)) for name, part in vars(owner).items() if isinstance(part, Panels)}
     return {**changed, "extra": {name: Measurement(*map(change, part)) for name, part in owner.extra.items()}}
 
 
 def tensors_in(owner: Any) -> list[Tensor]:
     """All tensors of a minibatch or table; those inside of sparse counts rather than the counts."""
     found: list[Tensor] = []
-    for part in (*vars(owner).values(), *(part for each in owner.extra.values() for part in each)):
+    panels = [each for each in vars(owner).values() if isinstance(each, Panels)]
+    for part in (*vars(owner).values(), *(part for each in (*owner.extra.values(), *panels) for part in each)):
         if isinstance(part, Tensor):
             found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
     return found

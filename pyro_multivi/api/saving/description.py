@@ -33,6 +33,8 @@ class Description(NamedTuple):
         Fields of the configuration, and the import path of the class.
     spec, history, split, is_trained
         As the model has them.
+    query
+        Parts that are trained and report, of a model of a query; None for any other.
     """
 
     config: dict[str, Any]
@@ -41,6 +43,7 @@ class Description(NamedTuple):
     history: list[dict[str, float]]
     split: Split | None
     is_trained: bool
+    query: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,6 +73,8 @@ class Description(NamedTuple):
             if not all(values["program_class"].partition(":")):
                 raise ValueError(f"program_class is {values['program_class']!r}, not 'module:name'")
             spec = _spec(values["spec"])
+            if values.get("query") is not None:
+                _check("query", values["query"], dict[str, Any])
             for row in values["history"]:
                 _check("history", row, dict[str, float], finite=False)
             return cls(
@@ -79,6 +84,7 @@ class Description(NamedTuple):
                 history=values["history"],
                 split=None if values["split"] is None else _split(values["split"], sum(spec.n_cells.values())),
                 is_trained=values["is_trained"],
+                query=values.get("query"),
             )
 
     def make_program(self, program_class: type[MultiVIProgram], state: dict[str, torch.Tensor], where: str) -> Any:
@@ -120,7 +126,9 @@ def _config(kind: type[ProgramConfig], values: Mapping[str, Any]) -> ProgramConf
 def _spec(values: Mapping[str, Any]) -> DataSpec:
     hints = get_type_hints(DataSpec)
     for entry in fields(DataSpec):
-        _check(f"spec.{entry.name}", values[entry.name], hints[entry.name])
+        # Models of earlier versions were saved without it.
+        if entry.name != "partial" or "partial" in values:
+            _check(f"spec.{entry.name}", values[entry.name], hints[entry.name])
     spec = DataSpec.from_dict(values)
     setup = spec.setup
     for name, size in spec.n_cells.items():

@@ -14,6 +14,7 @@ from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
 
 #: For each modality a value per cell, bool, shape (n,).
@@ -72,6 +73,13 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
             f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened, setup)}"
         )
     return measured
+
+
+def with_counts(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
+    """Whether a cell has any count, for every modality."""
+    counted = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
+    counted.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
+    return counted
 
 
 def _as_marked(opened: Opened, key: str, extra: Mapping[str, str], counted: Masks) -> Measured:

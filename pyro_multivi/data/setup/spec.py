@@ -17,16 +17,17 @@ from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
-from pyro_multivi.data.setup.counts import read
+from pyro_multivi.data.setup.counts import measured_panels, read
 from pyro_multivi.data.setup.covariates import (
     categories,
     codes,
     mean_and_sd,
     numbers,
+    one_hot,
     size_factors,
     standardised,
 )
-from pyro_multivi.data.setup.modalities import Measured, find_measured
+from pyro_multivi.data.setup.modalities import Measured, find_measured, with_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
@@ -62,6 +63,8 @@ class DataSpec:
         Number of cells of each measurement pattern: "paired", "expression" only, "accessibility" only.
     extra
         Names of the features of each extra modality.
+    partial
+        Whether an object may lack features, which then count as not measured in its cells.
 
     Examples
     --------
@@ -83,6 +86,7 @@ class DataSpec:
     label_categories: tuple[str, ...] = ()
     n_cells: dict[str, int] = field(default_factory=dict)
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: bool = False
 
     @classmethod
     def of(cls, data: Any) -> DataSpec:
@@ -142,7 +146,9 @@ class DataSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        given = {entry.name: values[entry.name] for entry in fields(cls)}
+        # Models of earlier versions were saved without it.
+        names = {entry.name for entry in fields(cls)} - ({"partial"} - values.keys())
+        given = {name: values[name] for name in names}
         read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in given.items()}
         read["setup"] = Setup.from_dict(values["setup"])
         for name in ("categorical", "extra"):
@@ -218,8 +224,8 @@ class DataSpec:
             If it is neither an AnnData nor a MuData, or an AnnData without feature types for a model of a
             MuData.
         ValueError
-            If some but not all features of a modality are missing, values are no counts, a column is
-            missing or holds a category that the model has not seen, or a cell has nothing measured.
+            If some but not all features of a modality are missing (with ``partial``: all), values are no counts, a
+            column is missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
         opened = self._open(data)
         content = latest.checksum(opened, self.setup)
@@ -227,8 +233,9 @@ class DataSpec:
         if found is not None and found.spec == self:
             return found.table
         latest.clear()
-        counts = read(opened.counts, {modality: modality.feature_names_in(self) for modality in MODALITIES})
-        measured = find_measured(opened, self.setup, _counted(opened, counts), key_needed=False)
+        names = {modality: modality.feature_names_in(self) for modality in MODALITIES}
+        counts = read(opened.counts, names, self.partial)
+        measured = find_measured(opened, self.setup, with_counts(opened, counts), key_needed=False)
         for note in measured.notes:
             logger.info(note)
         table = self._table(opened, counts, measured)
@@ -274,7 +281,8 @@ class DataSpec:
     def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
         batch_code = self._batch_codes(opened)
         sizes = size_factors(opened, self.setup, measured.masks)
-        parts: dict[str, Any] = {}
+        names = {modality: modality.feature_names_in(self) for modality in opened.counts}
+        parts: dict[str, Any] = {**measured_panels(opened.counts, names)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
             parts[modality.mask] = torch.from_numpy(measured.masks[modality])
@@ -311,9 +319,9 @@ class DataSpec:
 
     def _design(self, opened: Opened, batch_code: NDArray[np.int64]) -> Tensor:
         """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
-        parts = [_one_hot(batch_code, self.n_batch)]
+        parts = [one_hot(batch_code, self.n_batch)]
         for key, known in self.categorical.items():
-            parts.append(_one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
+            parts.append(one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
         for key, mean, sd in zip(self.continuous, self.continuous_mean, self.continuous_sd, strict=True):
             values = numbers(opened, "continuous_covariate_keys", key)
             with np.errstate(over="ignore"):
@@ -356,7 +364,7 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     latest.clear()
     names = {modality: tuple(map(str, part.features)) for modality, part in opened.counts.items()}
     counts = read(opened.counts, names)
-    measured = find_measured(opened, setup, _counted(opened, counts), key_needed=True)
+    measured = find_measured(opened, setup, with_counts(opened, counts), key_needed=True)
     size_factors(opened, setup, measured.masks)
     for name in setup.extra:
         if name not in opened.extra:
@@ -382,14 +390,3 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     table = spec._table(opened, counts, measured)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)
-
-
-def _counted(opened: Opened, counts: Mapping[Modality, SparseCounts]) -> dict[Modality, NDArray[np.bool_]]:
-    """Whether a cell has any count, for every modality."""
-    counted = dict.fromkeys(MODALITIES, np.zeros(len(opened.cells), dtype=bool))
-    counted.update({modality: (part.crow.diff() > 0).numpy() for modality, part in counts.items()})
-    return counted
-
-
-def _one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:
-    return (code[:, None] == np.arange(width)).astype(np.float32)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.networks.panels import log_depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.posterior_scale import normal_in
-from pyro_multivi.program import MultiVIProgram, open_regions, rna_totals
+from pyro_multivi.program import MultiVIProgram
 
 # Ending of the names of streams of random numbers. Another one would change the draws of every seed.
 _STREAM = "told"
@@ -157,6 +158,4 @@ def is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality, nodes
 def _log_depth(program: MultiVIProgram, cells: Cells, modality: Modality) -> Tensor:
     """Log depth of what was measured, less that of a typical cell, (B,)."""
     typical: Tensor = getattr(program, f"{modality.key}_log_depth")
-    if modality.binary:
-        return open_regions(cells).log1p() - typical
-    return rna_totals(modality.counts_in(cells)).clamp(min=1.0).log() - typical
+    return log_depth(program, cells, modality) - typical
