@@ -277,6 +277,8 @@ class QueryMixin(SavingMixin):
         n = check_number("threshold", threshold, least=0.0)
         if n > 1:
             raise ValueError(f"threshold={threshold!r} is not allowed: a confidence is at most 1.")
+        if not isinstance(query, (AnnData, QueryMixin)) and not is_mudata(query):
+            raise TypeError(f"query={shown(query)} is not allowed: give an AnnData, a MuData, or the model of a query.")
         mapped: Any
         if not isinstance(query, QueryMixin):
             mapped = self if self._training is not None else type(self).load_query_data(query, self)

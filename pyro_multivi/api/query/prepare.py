@@ -104,12 +104,14 @@ def _columns(given: Any, take: NDArray[np.intp]) -> Any:
             "it to load_query_data as it is, which finds features by name."
         )
     matrix: Any = given
+    is_matrix = isinstance(given, sp.spmatrix)
     there = np.flatnonzero(take >= 0)
     kept = matrix[:, take[there]]
-    if not sp.issparse(matrix):
-        made = np.zeros((matrix.shape[0], len(take)), dtype=matrix.dtype)
+    shape = (matrix.shape[0], len(take))
+    if isinstance(given, np.ndarray):
+        made = np.zeros(shape, dtype=matrix.dtype)
         made[:, there] = kept
         return made
     rows = kept.tocsr()
-    kind = sp.csr_matrix if isinstance(matrix, sp.spmatrix) else sp.csr_array
-    return kind((rows.data, there[rows.indices], rows.indptr), shape=(matrix.shape[0], len(take)))
+    kind: Any = sp.csr_matrix if is_matrix else sp.csr_array
+    return kind((rows.data, there[rows.indices], rows.indptr), shape=shape)
