@@ -125,7 +125,6 @@ class QueryMixin(SavingMixin):
         spec, opened = query_spec(reference.spec, adata, needs_labels)
         table = spec.table(adata)
         program, new = grown_program(reference.program, reference.spec, spec)
-        program.to(reference.device)
         set_priors(program, table, reference.spec.n_batch)
         report = QueryReport.of(reference.spec, spec, opened, table)
         logger.info("%s", report)
@@ -141,9 +140,9 @@ class QueryMixin(SavingMixin):
             freeze_batchnorm_encoder=freeze_batchnorm_encoder,
             freeze_batchnorm_decoder=freeze_batchnorm_decoder,
         )
-        training.apply(program)
+        training.apply(program.to(device or reference.device))
         model = cls.__new__(cls)
-        model._assemble(replace(spec, n_cells=report.n_cells), program.to(device or reference.device), adata, table)
+        model._assemble(replace(spec, n_cells=report.n_cells), program, adata, table)
         model._training, model._query_report = training, report
         model._reference = reference
         model.is_trained = True

@@ -37,21 +37,23 @@ def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
         cells = _cells(program, start, n_batch or program.config.n_batch)
         with evaluation_mode(program):
             torch.manual_seed(_SEED + start)
-            nodes: dict[str, Any] = dict(poutine.trace(poutine.uncondition(program.model)).get_trace(cells).nodes)
+            nodes: dict[str, Any] = dict(poutine.trace(program.model).get_trace(cells).nodes)
             for modality in share:
-                counts, inputs = _expected(program, modality, nodes[modality.counts])
+                counts, inputs = _expected(program, modality, nodes[modality.counts]["fn"])
                 share[modality] += (counts / counts.sum(-1, keepdim=True).clamp(min=1e-12)).sum(0)
                 encoded[modality] += inputs.sum(0)
     for modality, total in share.items():
         typical_buffer(program, modality).copy_(torch.stack([total / total.sum(), encoded[modality] / _N_CELLS]))
 
 
-def _expected(program: MultiVIProgram, modality: Modality, node: Any) -> tuple[Tensor, Tensor]:
-    """Expected counts, and inputs of the encoder, of cells that were drawn, (B, F) each."""
-    drawn = node["value"]
-    if modality.binary:
-        return program.open_probability(node["fn"]), program.atac_input(drawn)
-    return node["fn"].mean, program.rna_input(drawn)
+def _expected(program: MultiVIProgram, modality: Modality, fn: Any) -> tuple[Tensor, Tensor]:
+    """Expected counts, and inputs of the encoder, of cells, (B, F) each."""
+    if not modality.binary:
+        return fn.mean, program.rna_input(fn.sample())
+    opened = program.open_probability(fn)
+    # The input being 0 or 1, its mean is known.
+    is_binary = type(program).atac_input is MultiVIProgram.atac_input
+    return opened, opened if is_binary else program.atac_input(fn.sample())
 
 
 def _cells(program: MultiVIProgram, start: int, n_batch: int) -> Cells:
