@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.scvi_arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
-from pyro_multivi.data.checks import checked
+from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modality_named, modelled
@@ -213,10 +213,11 @@ class ModelBase:
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
         if self._training is not None and not self._training.parts:
-            raise ValueError(
-                "Nothing in this model is to be trained: its query has no new batch or category, and everything else "
-                "is frozen. Use it as it is, or choose what is trained: load_query_data(..., freeze_expression=False)."
+            caution(
+                "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "
+                "model is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
             )
+            return
         # The reference's calibration is that of its encoders.
         recalibrates = self._training is None or self._training.changes_encoders
         device = resolve_device(accelerator, devices)

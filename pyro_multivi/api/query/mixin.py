@@ -117,7 +117,7 @@ class QueryMixin(SavingMixin):
         >>> model.train(max_epochs=2, progress_bar=False)
         >>> mapped = pm.MULTIVI.load_query_data(query, model)
         >>> mapped.get_latent_representation().shape, mapped.query_report.missing["genes"]
-        ((30, 3), 5)
+        ((32, 3), 5)
         >>> mapped.train(max_epochs=2, progress_bar=False)
         """
         reference = cls._reference_model(reference_model)

@@ -107,9 +107,12 @@ def cautions(report: QueryReport, spec: DataSpec, table: CellTable, program: Mul
         if not far:
             continue
         names = first_names(f"{batch} ({factor:.3g} times)" for batch, factor in far)
+        mend = "give them another name in the column of batch_key"
+        if spec.setup.batch_key is None:
+            mend = "give batch_key to the setup of the reference, which has one batch only"
         yield (
             f"{what} of the query's cells is far from that of the reference's cells in the same batch: {names}. Cells "
-            "of another library are a batch of their own: give them another name in the column of batch_key."
+            f"of another library are a batch of their own: {mend}."
         )
 
 
