@@ -54,9 +54,14 @@ def mixing(latent: np.ndarray, batch: np.ndarray, k: int = 15) -> float:
     return float((1 - purity) / (1 - np.square(shares).sum()))
 
 
-def cell_lines(path: Path, epochs: int, seed: int) -> pd.DataFrame:
+def cell_lines(path: Path, epochs: int, seed: int, least: float) -> pd.DataFrame:
     """Labels carried over from paired cells of the lines to cells with one modality."""
-    adata = expressed(anndata.read_h5ad(path), 0.005)
+    adata = expressed(anndata.read_h5ad(path), least)
+    print(
+        f"{adata.n_obs} cells,",
+        *(f"{(adata.var['feature_types'] == kind).sum()} {kind}" for kind in KINDS.values()),
+        flush=True,
+    )
     rng = np.random.default_rng(seed)
     is_query = rng.permutation(len(adata)) % 3 == 2
     adata.obs["batch"] = np.where(is_query, "query", "reference")
@@ -81,7 +86,8 @@ def cell_lines(path: Path, epochs: int, seed: int) -> pd.DataFrame:
         whole.train(max_epochs=epochs, seed=seed, progress_bar=False)
         rows[f"{assay}, surgery trained"] = scores(model.transfer_labels(whole, "cell_type"), query.obs["cell_type"])
         same = whole.get_latent_representation(reference), model.get_latent_representation()
-        print(f"{assay}: reference latents bit-equal", all(np.array_equal(each, before) for each in same))
+        print(f"{assay}: reference latents bit-equal", all(np.array_equal(each, before) for each in same), flush=True)
+        print(pd.DataFrame(rows).T.round(3).to_string(), flush=True)
         lines = reference.obs["cell_type"].unique()
         novel = np.asarray(query.obs["cell_type"] == lines[0])
         known = reference[reference.obs["cell_type"] != lines[0]].copy()
@@ -184,6 +190,7 @@ def main() -> int:
     parser.add_argument("--part", choices=["lines", "marrow"], action="append", help="default: both")
     parser.add_argument("--epochs", type=int, default=300, help="most epochs of each training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--least", type=float, default=0.005, help="lines: features found in this share of cells")
     parser.add_argument("--peer", action="store_true", help="marrow by scvi-tools too")
     options = parser.parse_args()
     parts = options.part or ["lines", "marrow"]
@@ -193,7 +200,7 @@ def main() -> int:
         print(marrow(file, options.epochs, options.seed, options.peer).round(3).to_string())
     if "lines" in parts:
         file = options.data / "snare_cell_lines.h5ad"
-        print(cell_lines(file, options.epochs, options.seed).round(3).to_string())
+        print(cell_lines(file, options.epochs, options.seed, options.least).round(3).to_string())
     return 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.panels import typical_buffer
@@ -126,6 +126,7 @@ class ProgramModules(nn.Module):
                 nn.init.zeros_(parameter)
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
+        for modality in modelled(config):
             self.register_buffer(f"{modality.key}_typical", torch.zeros(2, modality.n_features_in(config)))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
@@ -140,7 +141,7 @@ class ProgramModules(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Models of earlier versions were saved without it.
         state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
-        for modality in MODALITIES:
+        for modality in modelled(self.config):
             typical = typical_buffer(self, modality)
             state_dict.setdefault(f"{prefix}{modality.key}_typical", torch.zeros_like(typical))
         super()._load_from_state_dict(state_dict, prefix, *args)
