@@ -100,8 +100,9 @@ def cautions(report: QueryReport, spec: DataSpec, table: CellTable, program: Mul
         total = number + report.missing[name]
         if number < _FEW_SHARED * total:
             yield (
-                f"The query shares {number} of the model's {total} {name}: its cells are mapped by these alone. Are they "
-                "named alike (identifiers or symbols, the same genome)? Else train a reference on features that both have."
+                f"The query shares {number} of the model's {total} {name}: its cells are mapped by these alone. Are "
+                "they named alike (identifiers or symbols, the same genome)? Else train a reference on features that "
+                "both have."
             )
     for what, far in _far_depths(report, spec, table, program):
         if not far:
