@@ -87,7 +87,7 @@ class SharedFirstLayer(nn.Module):
             Positions of the measured cells if they are known, shape (b,), int64, ascending; sparse counts of the
             other cells are then assumed to be empty.
         missing
-            Input in place of features that were not measured; None where all were.
+            Correction for features that were not measured; None where all were.
         """
         are_known = rows is not None
         rows = measured.nonzero().squeeze(-1) if rows is None else rows
@@ -102,7 +102,8 @@ class SharedFirstLayer(nn.Module):
         hidden = self.counts(counts)
         if missing is not None:
             code = missing.code if rows is None else missing.code[rows]
-            hidden = hidden + (missing.input @ self.counts.weight)[code]
+            counted = missing.scale[code][:, None] * (hidden - self.counts.bias)
+            hidden = counted + self.counts.bias + (missing.input @ self.counts.weight)[code]
         if self.covariates is None:
             s = s[..., :0]
         else:

@@ -1,8 +1,15 @@
-"""Cells in which some features were not measured: depth, and encoder input, as if all had been.
+r"""Cells in which some features were not measured: depth, and encoder input, as if all had been.
 
-A missing count is no zero. Where a cell was measured with a panel of features, its encoder's input of the others is
-their mean over cells, so that they say nothing of the cell, and its depth is that of the panel divided by the share of
-a typical cell's counts that the panel holds. The likelihood leaves them out
+A missing count is no zero. Where a cell was measured with a panel of features, the sum over features by which the first
+layer of its encoder begins is estimated from those of the panel,
+
+.. math:: \sum_g w_g \bar u_g + \frac{1}{f} \sum_{g \in S} w_g (u_g - \bar u_g)
+
+with u the input, its mean over cells, and f the panel's part of the sum of the means: a typical cell has the sum that
+it would have with all features, and what is particular to a cell counts as much as if the others had been measured and
+said the same. (The means alone in place of what is missing would draw all cells towards the typical one: on the cell
+lines they carried over fewer labels by ATAC than zeros did.) A cell's depth is that of the panel divided by the share
+of a typical cell's counts that the panel holds. The likelihood leaves missing features out
 (:func:`pyro_multivi.distributions.measured_only`). The means are buffers of the program (``rna_typical``,
 ``atac_typical``), set by :mod:`pyro_multivi.posterior.mapping.typical`.
 """
@@ -23,17 +30,20 @@ _LEAST_SHARE = 1e-4
 
 
 class MissingInput(NamedTuple):
-    """Encoder input in place of features that were not measured.
+    """Correction of a first layer for features that were not measured.
 
     Attributes
     ----------
     input
-        Mean input of the features that are not in each panel, 0 of the others, (n_panels, F).
+        Input to be added, the same for all cells of a panel, (n_panels, F).
+    scale
+        Factor of what the measured features add, (n_panels,).
     code
         Panel of each cell, (B,), int64.
     """
 
     input: Tensor
+    scale: Tensor
     code: Tensor
 
 
@@ -44,11 +54,14 @@ def typical_buffer(program: Any, modality: Modality) -> Tensor:
 
 
 def missing_input(program: Any, cells: Cells | CellTable, modality: Modality) -> MissingInput | None:
-    """Encoder input in place of what was not measured; None where everything was."""
+    """Correction for what was not measured; None where everything was."""
     panels: Panels | None = modality.panels_in(cells)
     if panels is None:
         return None
-    return MissingInput(~panels.measured * _typical(program, modality)[1], panels.code)
+    mean = _typical(program, modality)[1]
+    measured = panels.measured.to(mean.dtype)
+    scale = mean.sum() / (measured @ mean).clamp(min=_LEAST_SHARE * float(mean.sum()))
+    return MissingInput(mean - scale[:, None] * measured * mean, scale, panels.code)
 
 
 def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor | None:

@@ -70,8 +70,9 @@ class QueryMixin(SavingMixin):
             The query: an AnnData or MuData with the columns of ``obs`` that the reference was set up with. It need not
             be set up and is not changed. It may have RNA, ATAC or both, in any of its cells; batches and categories of
             covariates may be new. Features are found by name in any order. Those that it lacks count as not measured:
-            encoders are given their mean over cells in their place, likelihoods leave them out, and depths are those of
-            all features. Those that the reference does not know are not used. :attr:`query_report` counts both.
+            encoders scale up what the others say of a cell (:mod:`pyro_multivi.networks.panels`), likelihoods leave
+            them out, and depths are those of all features. Those that the reference does not know are not used.
+            :attr:`query_report` counts both.
         reference_model
             A trained model, or the folder of a saved one.
         device

@@ -42,21 +42,26 @@ def test_depth_is_that_of_all_features(world):
     assert abs(share.mean()) < 0.5 * abs(np.log(measured).mean())
 
 
-def test_the_encoder_is_given_the_mean_of_what_is_missing(world, make_cells, make_program):
+def test_the_first_layer_sums_as_if_everything_was_measured(make_cells, make_program):
     program, cells = make_program(), make_cells((6, 0, 0))
     set_typical(program)
     measured = torch.tensor([[True, False, True, True, False, True, True]])
-    panels = Panels(measured, torch.zeros(6, dtype=torch.int64))
     x = cells.x.to_dense() * measured
-    some = cells.replace(x=x, rna_panels=panels)
-    share = (program.rna_typical[0] * measured[0]).sum()
-    expected = program.rna_input(x, share.expand(6))
-    expected = torch.where(measured, expected, program.rna_typical[1])
-    hidden = program.rna_first_layer.counts(expected)
-    given = program.rna_first_layer.counts(program.rna_input(x, share.expand(6)))
-    fill = missing_input(program, some, RNA)
-    torch.testing.assert_close(given + (fill.input @ program.rna_first_layer.counts.weight)[fill.code], hidden)
-    depth = (x.sum(1) / share).clamp(min=1).log()
+    some = cells.replace(x=x, rna_panels=Panels(measured, torch.zeros(6, dtype=torch.int64)))
+    share, mean = program.rna_typical
+    weight, bias = program.rna_first_layer.counts.weight, program.rna_first_layer.counts.bias
+    given = program.rna_input(x, (share * measured[0]).sum().expand(6))
+    part = (mean * measured[0]).sum() / mean.sum()
+    expected = bias + mean @ weight + ((given - mean) * measured) @ weight / part
+    missing = missing_input(program, some, RNA)
+    found = missing.scale * (program.rna_first_layer.counts(given) - bias) + bias + missing.input @ weight
+    torch.testing.assert_close(found, expected)
+    encoded = program.encode(some, some.design).rna.hidden
+    torch.testing.assert_close(encoded, program.rna_first_layer.after(expected))
+    # A typical cell has the sum that it would have if all had been measured.
+    typical = missing.scale * (mean * measured[0]) @ weight + missing.input @ weight
+    torch.testing.assert_close(typical[0], mean @ weight)
+    depth = (x.sum(1) / (share * measured[0]).sum()).clamp(min=1).log()
     torch.testing.assert_close(log_depth(program, some, RNA), depth)
     assert log_depth(program, cells, ATAC).equal((cells.y.to_dense() > 0).sum(1).float().log1p())
 
