@@ -236,7 +236,8 @@ class QueryMixin(SavingMixin):
 
         How often the label of the neighbours is right is learned from reference cells, encoded with only the modalities
         and features that the query has; how far cells lie whose label the reference lacks, from those whose label is
-        left out of it. See :mod:`pyro_multivi.posterior.mapping.label_transfer`.
+        left out of it. That finds cells which lie apart; an encoder places many cells of a type that it never saw among
+        known ones, and these get a label. See :mod:`pyro_multivi.posterior.mapping.label_transfer`.
 
         Parameters
         ----------
