@@ -10,9 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells, open_regions, rna_totals, total_counts
-from pyro_multivi.data.minified.layout import stored_part
-from pyro_multivi.data.modality import MODALITIES, RNA, modality_named, modelled
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
@@ -24,8 +23,9 @@ from pyro_multivi.distributions import (
 from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
 from pyro_multivi.networks.decoders import DecodedExpression
 from pyro_multivi.networks.encoders import HiddenState
-from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights
+from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights, seen_from_one
 from pyro_multivi.networks.modules import ProgramModules
+from pyro_multivi.networks.panels import depth, log_depth, measured_share, missing_input, totals
 from pyro_multivi.networks.param_sites import register_param_sites
 
 #: Name of the plate of cells.
@@ -126,12 +126,12 @@ class MultiVIProgram(ProgramModules):
                 decoded = self.expression(z, s)
                 rho = pyro.deterministic("rho", decoded.rho, event_dim=1)
                 x = self.expression_dist(l, rho, self.theta(cells, s, decoded, log_theta), decoded.pi_logits)
-                pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows), obs=cells.x)
+                pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows, cells.rna_panels), obs=cells.x)
             if self.config.n_regions:
                 p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
                 d = pyro.sample("d", self.cell_factor_prior(cells))
                 y = self.accessibility_dist(p, d, r)
-                pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows), obs=cells.y)
+                pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows, cells.atac_panels), obs=cells.y)
             self.observe_extra(cells, z, s)
 
     def guide(self, cells: Cells) -> None:
@@ -150,12 +150,9 @@ class MultiVIProgram(ProgramModules):
         self.guide_shared()
         with pyro.plate(CELLS, cells.n_total, subsample=cells.index):
             s = cells.design
-            if cells.posterior is not None:
-                self._guide_stored(cells, s, cells.posterior)
-                return
             hidden = self.encode(cells, s)
             experts = self.experts(cells, s, hidden)
-            pyro.sample("z", self.mix(experts))
+            pyro.sample("z", self.mix(self.seen(experts)))
             if self.config.n_genes:
                 pyro.sample("l", self.library_posterior(cells, s, hidden))
             if self.config.n_regions:
@@ -164,16 +161,6 @@ class MultiVIProgram(ProgramModules):
             pyro.factor("alignment", self.alignment(experts, s), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
             self.guide_extra(cells, s)
-
-    def _guide_stored(self, cells: Cells, s: Tensor, stored: Tensor) -> None:
-        """The latents at the stored posterior of cells whose counts are gone."""
-        pyro.sample("z", dist.Normal(*stored_part(stored, "z").chunk(2, -1)).to_event(1))
-        if self.config.n_genes:
-            known = self.known_library(cells, s)
-            inferred = dist.LogNormal(*stored_part(stored, "library").unbind(-1))
-            pyro.sample("l", inferred if known is None else dist.Delta(known))
-        if self.config.n_regions:
-            pyro.sample("d", dist.Delta(stored_part(stored, "factor")[:, 0]))
 
     # ------------------------------------------------------------------ edges of the model
 
@@ -265,9 +252,14 @@ class MultiVIProgram(ProgramModules):
 
     # ------------------------------------------------------------------ edges of the guide
 
-    def rna_input(self, x: Tensor) -> Tensor:
-        """Input of the RNA encoder: log(1 + count), the count being that of a cell of typical depth."""
-        per_count = self.rna_log_depth.exp() / rna_totals(x).clamp(min=1.0)
+    def rna_input(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """Input of the RNA encoder: log(1 + count), the count being that of a cell of typical depth.
+
+        ``share``, (B,), is the part of such a cell's counts in the genes that were measured; None where all were.
+        """
+        per_count = self.rna_log_depth.exp() / totals(x).clamp(min=1.0)
+        if share is not None:
+            per_count = per_count * share
         if isinstance(x, SparseCounts):
             return x.with_values((x.val * per_count.index_select(0, x.rows())).log1p())
         return (x * per_count.unsqueeze(-1)).log1p()
@@ -282,11 +274,13 @@ class MultiVIProgram(ProgramModules):
         """Encode the measured counts by the first layer of each modality, which its expert and its depth share."""
         rna = atac = None
         if self.config.n_genes:
-            depth = rna_totals(cells.x).clamp(min=1.0).log()
-            rna = self.rna_first_layer(self.rna_input(cells.x), cells.has_rna, s, depth, cells.rna_rows)
+            missing = missing_input(self, cells, RNA)
+            share = {} if missing is None else {"share": measured_share(self, cells, RNA)}
+            x = self.rna_input(cells.x, **share)
+            rna = self.rna_first_layer(x, cells.has_rna, s, log_depth(self, cells, RNA), cells.rna_rows, missing)
         if self.config.n_regions:
-            depth = open_regions(cells).log1p()
-            atac = self.atac_first_layer(self.atac_input(cells.y), cells.has_atac, s, depth, cells.atac_rows)
+            y, missing = self.atac_input(cells.y), missing_input(self, cells, ATAC)
+            atac = self.atac_first_layer(y, cells.has_atac, s, log_depth(self, cells, ATAC), cells.atac_rows, missing)
         return HiddenStates(rna, atac)
 
     def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
@@ -299,6 +293,13 @@ class MultiVIProgram(ProgramModules):
             loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
             experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
         return experts
+
+    def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
+        """Experts that z is drawn from: in training, half of the paired cells are seen from one modality alone.
+
+        So the posterior from one modality learns to predict the other. Return ``experts`` for the paper's guide.
+        """
+        return seen_from_one(experts) if self.training else experts
 
     def weight_logit(self, name: str, expert: Expert) -> Tensor:
         """Unnormalised log weight of an expert in each cell, (B,)."""
@@ -386,8 +387,7 @@ class MultiVIProgram(ProgramModules):
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
             return cells.rna_size
         if self.config.library == "observed":
-            total, typical = total_counts(cells, RNA).clamp(min=1.0), self._library_moments(s)[0].exp()
-            return torch.where(cells.has_rna, total, typical)
+            return torch.where(cells.has_rna, depth(self, cells, RNA), self._library_moments(s)[0].exp())
         return None
 
     def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
@@ -12,15 +13,19 @@ from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
+from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import RNA, Modality
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.engine.decode import Average
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import ArrayLike
+
+logger = logging.getLogger("pyro_multivi")
 
 #: Cells and what was measured in them.
 Data: TypeAlias = "AnnData | MuData"
@@ -64,16 +69,18 @@ class AccessibilityOptions(_Options, total=False):
 
 
 def choose_features(
-    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device
+    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device, table: CellTable | None = None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
-    One name stands for a list of one; None stands for all features, and for their positions.
+    One name stands for a list of one; None stands for all features, and for their positions. With ``table``, only those
+    that were measured in all of its cells are chosen.
 
     Raises
     ------
     ValueError
-        If a name is unknown or given twice, a position is out of range, or nothing is selected.
+        If a name is unknown or given twice, a position is out of range, nothing is selected, or something that was not
+        measured.
 
     Examples
     --------
@@ -83,6 +90,9 @@ def choose_features(
     (tensor([2, 0]), ('CD4', 'ACTB'))
     """
     argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
+    panels: Panels | None = None if table is None else modality.panels_in(table)
+    if panels is not None:
+        return _among_measured(panels, choose_features(spec, modality, wanted, device), modality, names, wanted is None)
     if wanted is None:
         return None, names
     chosen = as_list(argument, wanted)
@@ -112,6 +122,30 @@ def choose_features(
         twice = first_names(names[number] for number in found[count > 1])
         raise ValueError(f"{argument} holds {twice} more than once: give each {what} once.")
     return torch.from_numpy(places.astype(np.int64)).to(device), tuple(names[place] for place in places.tolist())
+
+
+def _among_measured(
+    panels: Panels,
+    chosen: tuple[Tensor | None, tuple[str, ...]],
+    modality: Modality,
+    every: tuple[str, ...],
+    of_all: bool,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Those of the chosen features that were measured in all cells: all of them, unless everything was chosen."""
+    measured = panels.measured[panels.code.unique()].all(0)
+    places = torch.arange(len(every)) if chosen[0] is None else chosen[0].cpu()
+    there = measured[places]
+    lacking = [name for name, is_there in zip(chosen[1], there.tolist(), strict=True) if not is_there]
+    if lacking and not of_all:
+        raise ValueError(
+            f"{modality.list_argument} holds {first_names(lacking)}, which were not measured in all of these cells: "
+            "leave them out. get_normalized_expression and get_accessibility_estimates impute them."
+        )
+    if lacking:
+        logger.info("%d %s were not measured in all of these cells and are left out.", len(lacking), modality.features)
+    kept = places[there]
+    device = kept.device if chosen[0] is None else chosen[0].device
+    return kept.to(device), tuple(every[place] for place in kept.tolist())
 
 
 def average_over(

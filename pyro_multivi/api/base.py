@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
@@ -31,6 +32,7 @@ from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
+from pyro_multivi.networks.surgery import Training
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.refit import refit
@@ -73,6 +75,8 @@ class ModelBase:
         self._split: Split | None = None
         # That of the file, which is saved again as long as no other data are trained on.
         self._saved_split: Split | None = None
+        # Parts that are trained, of a model of a query; None: all.
+        self._training: Training | None = None
         self.is_trained = False
 
     # ------------------------------------------------------------------ training
@@ -208,6 +212,14 @@ class ModelBase:
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
         table = self._training_table()
         check_counts(table)
+        if self._training is not None and not self._training.parts:
+            caution(
+                "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "
+                "model is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
+            )
+            return
+        # The reference's calibration is that of its encoders.
+        recalibrates = self._training is None or self._training.changes_encoders
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
@@ -222,14 +234,14 @@ class ModelBase:
         validation = batches(split.validation) if len(split.validation) else None
         self._split, self._saved_split = split, None
         try:
-            with refit(self.program, lambda: self._history.n_epochs):
+            with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
                 self._history, self._optimizer_state = fit(
                     self.program, train, validation, options, self._history, self._optimizer_state
                 )
             self.is_trained = True
             seen = batches(split.train)
-            calibrations = [partial(fit_posterior_scale, self.program, seen)]
-            if validation is not None and len(modelled(self.spec)) > 1:
+            calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
+            if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)

@@ -16,6 +16,7 @@ from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, RNA, Modality, modality_at, modelled
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
 from pyro_multivi.posterior.checks.request import CheckRequest, Statistics, batches_and_groups
 from pyro_multivi.posterior.checks.result import PredictiveCheck
@@ -194,7 +195,7 @@ class ChecksMixin(ModelBase):
         >>> check.genes.columns.tolist()
         ['statistic', 'gene', 'observed', 'replicated', 'lower', 'upper', 'p_value']
         """
-        features, names = self._features(gene_list, region_list)
+        features, names = self._features(gene_list, region_list, self._table_of(adata)[0])
         request = CheckRequest(
             features=features,
             feature_names=names,
@@ -269,7 +270,7 @@ class ChecksMixin(ModelBase):
         return tuple(dict.fromkeys(wanted))
 
     def _features(
-        self, gene_list: FeatureList, region_list: FeatureList
+        self, gene_list: FeatureList, region_list: FeatureList, table: CellTable | None = None
     ) -> tuple[dict[Modality, Tensor | None], dict[Modality, tuple[str, ...]]]:
         """Positions of the chosen features of each modality of the model, None for all, and their names."""
         positions, names = {}, {}
@@ -277,7 +278,7 @@ class ChecksMixin(ModelBase):
             if wanted is not None:
                 self._check_modality(modality.list_argument, modality.name)
             if modality in modelled(self.spec):
-                positions[modality], names[modality] = choose_features(self.spec, modality, wanted, self.device)
+                positions[modality], names[modality] = choose_features(self.spec, modality, wanted, self.device, table)
         return positions, names
 
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:

@@ -363,7 +363,7 @@ class DifferentialMixin(ModelBase):
         self._check_trained(warn=True)
         table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
-        features, names = choose_features(self.spec, modality, wanted, self.device)
+        features, names = choose_features(self.spec, modality, wanted, self.device, table)
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         if arguments["unit"] == "group" or arguments["all_stats"]:
             check_counts(table, mend="give unit='cell' and all_stats=False")

@@ -104,12 +104,10 @@ class EstimatesMixin(ModelBase):
         gene_list
             Names, positions or a mask of genes; only these are computed.
         use_z_mean
-            With ``n_samples=1``: decode the posterior mean of z instead of a draw. What was not measured has a wide
-            posterior, whose mean alone is surer than it should be: there the decoder's last hidden layer is averaged
-            over 25 draws.
+            With ``n_samples=1``: decode the posterior mean of z instead of a draw. Where RNA was not measured, that
+            would be too sure: there the decoder's last hidden layer is averaged over 25 draws.
         n_samples
-            Draws from the posterior of each cell that are decoded and averaged; with more than one they are
-            always real draws.
+            Draws from the posterior of each cell that are decoded and averaged; real draws if more than one.
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean

@@ -14,7 +14,7 @@ from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
-from pyro_multivi.api.saving.mixin import SavingMixin
+from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.api.scvi_tools.minify import MinifyMixin
@@ -27,7 +27,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, SavingMixin, MinifyMixin, ScviAttributes):
+class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.minified.layout import stored_part
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -31,6 +30,25 @@ class Measurement(NamedTuple):
     def at(self, index: Tensor) -> Measurement:
         """The values of the cells at ``index``, int64."""
         return Measurement(self.values[index], self.measured[index])
+
+
+class Panels(NamedTuple):
+    """Panels of features: those that were measured in some cells, where these are not all.
+
+    Attributes
+    ----------
+    measured
+        Whether each feature belongs to each panel, (n_panels, F), bool.
+    code
+        Panel of each cell, (B,), int64.
+    """
+
+    measured: Tensor
+    code: Tensor
+
+    def at(self, index: Tensor) -> Panels:
+        """The panels of the cells at ``index``, int64."""
+        return Panels(self.measured, self.code[index])
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,9 @@ class Cells:
     posterior
         Of minified data, the posterior of each cell in place of its counts, (B, P); see
         :mod:`~pyro_multivi.data.minified.layout`.
+    rna_panels, atac_panels
+        Features that were measured in each cell, of those with the modality; the counts of the others have to be zero.
+        None: all of them in every cell.
     """
 
     index: Tensor
@@ -85,6 +106,8 @@ class Cells:
     rna_rows: Tensor | None = None
     atac_rows: Tensor | None = None
     posterior: Tensor | None = None
+    rna_panels: Panels | None = None
+    atac_panels: Panels | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -133,33 +156,15 @@ class Cells:
 def with_changed_tensors(owner: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Fields of a minibatch or table that hold tensors, each tensor changed."""
     changed: dict[str, Any] = {name: change(part) for name, part in vars(owner).items() if isinstance(part, Tensor)}
+    changed |= {name: Panels(*map(change, part)) for name, part in vars(owner).items() if isinstance(part, Panels)}
     return {**changed, "extra": {name: Measurement(*map(change, part)) for name, part in owner.extra.items()}}
 
 
 def tensors_in(owner: Any) -> list[Tensor]:
     """All tensors of a minibatch or table; those inside of sparse counts rather than the counts."""
     found: list[Tensor] = []
-    for part in (*vars(owner).values(), *(part for each in owner.extra.values() for part in each)):
+    panels = [each for each in vars(owner).values() if isinstance(each, Panels)]
+    for part in (*vars(owner).values(), *(part for each in (*owner.extra.values(), *panels) for part in each)):
         if isinstance(part, Tensor):
             found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
     return found
-
-
-def rna_totals(x: Tensor) -> Tensor:
-    """Total gene count of each cell, (B,)."""
-    return x.row_sums() if isinstance(x, SparseCounts) else x.sum(-1)
-
-
-def open_regions(cells: Cells) -> Tensor:
-    """Number of accessible regions of each cell, (B,)."""
-    if isinstance(cells.y, SparseCounts):
-        return cells.y.crow.diff().to(cells.y.dtype)
-    return (cells.y > 0).to(cells.y.dtype).sum(-1)
-
-
-def total_counts(cells: Cells, modality: Modality) -> Tensor:
-    """Total gene count, or number of accessible regions, of each cell, (B,), also of minified data."""
-    if cells.posterior is not None:
-        stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
-        return stored
-    return open_regions(cells) if modality.binary else rna_totals(modality.counts_in(cells))

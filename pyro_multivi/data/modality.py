@@ -90,6 +90,11 @@ class Modality:
         return f"{self.key}_rows"
 
     @property
+    def panels(self) -> str:
+        """Field of the panels of features that cells were measured with."""
+        return f"{self.key}_panels"
+
+    @property
     def size_factor(self) -> str:
         """Field of fixed size factors."""
         return f"{self.key}_size"
@@ -101,6 +106,10 @@ class Modality:
     def measured_in(self, cells: Any) -> Any:
         """Whether each cell of a minibatch, a table or a setup was measured, (n,), bool."""
         return getattr(cells, self.mask)
+
+    def panels_in(self, cells: Any) -> Any:
+        """Panels of features of a minibatch or table; None where every feature was measured."""
+        return getattr(cells, self.panels)
 
     def size_factor_in(self, cells: Any) -> Any:
         """Fixed size factors of a minibatch or table, (n,), or None."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.minibatch import Cells, Measurement, Panels
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 
@@ -51,6 +51,9 @@ class CellTable:
         Names of the n cells; may be left empty in a table made by hand.
     posterior
         Of minified data, the posterior of the n cells, (n, P); counts are empty then.
+    rna_panels, atac_panels
+        Features that were measured, where these are not all of the model's; see
+        :class:`~pyro_multivi.data.minibatch.Cells`.
 
     Raises
     ------
@@ -84,6 +87,8 @@ class CellTable:
     extra: Mapping[str, Measurement] = field(default_factory=dict)
     cell_names: Sequence[str] = ()
     posterior: Tensor | None = None
+    rna_panels: Panels | None = None
+    atac_panels: Panels | None = None
 
     def __post_init__(self) -> None:
         if self.n_batch == 0:
@@ -156,6 +161,10 @@ class CellTable:
                 return f"{what}."
             if one is not None and not torch.equal(one, two):
                 return self._at(what, (one != two).reshape(len(self), -1).any(1).nonzero().squeeze(-1))
+        for modality in MODALITIES:
+            panels, others = modality.panels_in(self), modality.panels_in(other)
+            if (panels is None) != (others is None) or not all(map(torch.equal, panels or (), others or ())):
+                return f"other {modality.features} are marked as measured."
         for name, measurement in self.extra.items():
             if not all(map(torch.equal, measurement, other.extra[name])):
                 return f"{name!r} holds other values."
@@ -184,6 +193,8 @@ class CellTable:
             parts[modality.counts], parts[modality.rows] = values, places
             parts[modality.mask] = modality.measured_in(self)[index]
             parts[modality.size_factor] = _take(modality.size_factor_in(self), index)
+            panels = modality.panels_in(self)
+            parts[modality.panels] = None if panels is None else panels.at(index)
         return Cells(
             index=index,
             n_total=len(self) if n_total is None else n_total,

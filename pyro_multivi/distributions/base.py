@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, TorchDistribution
 from pyro.distributions.util import broadcast_shape
 from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_multivi.data.checks import shown
+from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.kernels.blocks import Entries
 from pyro_multivi.distributions.kernels.readout import Link, Readout
@@ -58,6 +59,8 @@ class CellDistribution(TorchDistribution):
     _mask: Tensor | bool
     # Positions of the cells at which the mask is true, if they are known.
     _rows: Tensor | None
+    # Features that count in each cell; None for all.
+    _panels: Panels | None
 
     def __init__(self, parameters: Mapping[str, Tensor | None], validate_args: bool | None = None) -> None:
         batch_shapes: list[torch.Size] = []
@@ -85,7 +88,7 @@ class CellDistribution(TorchDistribution):
                     f"where parameters before it have {n_features}"
                 )
             n_features = max(n_features, value.shape[-1])
-        self._mask, self._rows = True, None
+        self._mask, self._rows, self._panels = True, None, None
         batch_shape = torch.Size(broadcast_shape(*batch_shapes))
         super().__init__(batch_shape, torch.Size([n_features]), validate_args=validate_args)
 
@@ -126,6 +129,36 @@ class CellDistribution(TorchDistribution):
             new._mask = chosen
         return new
 
+    def count_panels(self, panels: Panels) -> CellDistribution:
+        """Count only the features that were measured in each cell, of the last batch dimension; values have no others.
+
+        Sampling, ``mean`` and ``variance`` are of all features.
+        """
+        new = copy.copy(self)
+        new._panels = panels
+        return new
+
+    def _of_features(self, features: Tensor) -> CellDistribution:
+        """The distribution of some features, at positions (k,), int64, ascending."""
+        new = copy.copy(self)
+        new._panels = None
+        new._event_shape = torch.Size([len(features)])
+        for name in self.feature_parameters:
+            value = getattr(self, name)
+            setattr(new, name, None if value is None else _select(value, features, self.event_shape[0]))
+        return new
+
+    def _log_prob_of_panels(self, value: Tensor, panels: Panels) -> Tensor:
+        # The host waits for an accelerator to know the panels of these cells.
+        codes = panels.code.unique().tolist()
+        total: Tensor | None = None
+        for code in codes:
+            features = panels.measured[code].nonzero().squeeze(-1)
+            fn = self._of_features(features)
+            part = (fn if len(codes) == 1 else fn.mask(panels.code == code)).log_prob(_select_counts(value, features))
+            total = part if total is None else total + part
+        return self.mask(False).log_prob(value) if total is None else total
+
     def __repr__(self) -> str:
         masked = "" if self._mask is True else ", masked"
         batch, features = tuple(self.batch_shape), self.event_shape[0]
@@ -153,6 +186,8 @@ class CellDistribution(TorchDistribution):
             :class:`~pyro_multivi.data.sparse.SparseCounts` of shape (B, F), or a dense tensor
             of shape (..., F).
         """
+        if self._panels is not None:
+            return self._log_prob_of_panels(value, self._panels)
         names = [*self.feature_parameters, *self.cell_parameters]
         # Pyro's inspection uses tensors tagged with their origin; the formulas get plain ones.
         parameters = [getattr(self, name) for name in names]
@@ -259,6 +294,41 @@ unit_vector = _Vector(constraints.unit_interval)
 real_vector = _Vector(constraints.real)
 
 
-def measured_only(fn: TorchDistribution, measured: Tensor, rows: Tensor | None) -> TorchDistribution:
-    """Mask ``fn`` to the measured cells; a likelihood of this package also takes their positions, ``rows``."""
-    return fn.mask(measured, rows) if isinstance(fn, CellDistribution) else fn.mask(measured)
+def _select(value: Tensor, features: Tensor, n_features: int) -> Tensor:
+    """Some features of a parameter; a softmax is then one over these features."""
+    if isinstance(value, Readout):
+        return value._with(value.hidden, value.weight[features], value.bias[features])
+    return value[..., features] if value.shape[-1] == n_features else value
+
+
+def _select_counts(value: Tensor, features: Tensor) -> Tensor:
+    """Some features of counts; sparse ones have entries at no others."""
+    if not isinstance(value, SparseCounts):
+        return value[..., features]
+    place = torch.zeros(value.shape[-1], dtype=value.col.dtype, device=value.col.device)
+    place[features] = torch.arange(len(features), dtype=place.dtype, device=place.device)
+    return SparseCounts(value.crow, place[value.col.long()], value.val, (value.shape[0], len(features)))
+
+
+def measured_only(
+    fn: TorchDistribution, measured: Tensor, rows: Tensor | None, panels: Panels | None = None
+) -> TorchDistribution:
+    """Mask ``fn`` to the measured cells, and to the features of their panels.
+
+    A likelihood of this package also takes the positions of the cells, ``rows``.
+
+    Raises
+    ------
+    ValueError
+        If ``fn`` cannot leave features out: it is neither of this package nor independent over features.
+    """
+    if isinstance(fn, CellDistribution):
+        return (fn if panels is None else fn.count_panels(panels)).mask(measured, rows)
+    if panels is not None:
+        if not (isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == 1):
+            raise ValueError(
+                f"{type(fn).__name__} is one event over all features, and some were not measured in these cells: make "
+                "it independent over features, distribution.to_event(1), or leave out cells with missing features."
+            )
+        fn = fn.base_dist.mask(panels.measured[panels.code]).to_event(1)
+    return fn.mask(measured)

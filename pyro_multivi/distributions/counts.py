@@ -79,6 +79,15 @@ class _Counts(CellDistribution):
         """Expected counts, shape batch + (G,)."""
         return self._mu()
 
+    def _of_features(self, features: Tensor) -> CellDistribution:
+        new = super()._of_features(features)
+        if isinstance(self.rho, Readout) and self.rho.link == "softmax":
+            # Shares among these genes, and their part of the library.
+            assert isinstance(new, _Counts)
+            assert isinstance(new.rho, Readout)
+            new.library = self.library * (new.rho.log_normalizer() - self.rho.log_normalizer()).exp()
+        return new
+
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         """Log-probability of every count, shape (n, G)."""
         raise NotImplementedError

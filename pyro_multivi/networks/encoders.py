@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActivate
+from pyro_multivi.networks.panels import MissingInput
 
 # exp of a larger number is far outside any plausible variance, and would soon overflow float32.
 _MAX_LOG_VARIANCE = 20.0
@@ -62,7 +63,13 @@ class SharedFirstLayer(nn.Module):
         self.after = NormActivate(n_hidden, activation=nn.LeakyReLU(), **options)
 
     def forward(
-        self, counts: Tensor, measured: Tensor, s: Tensor, log_depth: Tensor, rows: Tensor | None = None
+        self,
+        counts: Tensor,
+        measured: Tensor,
+        s: Tensor,
+        log_depth: Tensor,
+        rows: Tensor | None = None,
+        missing: MissingInput | None = None,
     ) -> HiddenState:
         """Encode the measured cells.
 
@@ -79,6 +86,8 @@ class SharedFirstLayer(nn.Module):
         rows
             Positions of the measured cells if they are known, shape (b,), int64, ascending; sparse counts of the
             other cells are then assumed to be empty.
+        missing
+            Correction for features that were not measured; None where all were.
         """
         are_known = rows is not None
         rows = measured.nonzero().squeeze(-1) if rows is None else rows
@@ -91,6 +100,10 @@ class SharedFirstLayer(nn.Module):
                 counts = counts.without_empty(rows) if are_known else counts.select_rows(rows)
             s, log_depth = s[rows], log_depth[rows]
         hidden = self.counts(counts)
+        if missing is not None:
+            code = missing.code if rows is None else missing.code[rows]
+            counted = missing.scale[code][:, None] * (hidden - self.counts.bias)
+            hidden = counted + self.counts.bias + (missing.input @ self.counts.weight)[code]
         if self.covariates is None:
             s = s[..., :0]
         else:

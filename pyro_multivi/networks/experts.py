@@ -25,7 +25,7 @@ class Expert:
     measured: Tensor
 
 
-def seen_from_one(experts: dict[str, Expert], share: float) -> dict[str, Expert]:
+def seen_from_one(experts: dict[str, Expert], share: float = 0.5) -> dict[str, Expert]:
     """Experts as if a random share of the paired cells had one of their modalities alone.
 
     Parameters

@@ -33,13 +33,15 @@ class BatchNorm(nn.BatchNorm1d):
 
     ``nn.BatchNorm1d`` would take the second of three dimensions for the features, and refuses a
     single cell in training; here the features are always last and a single cell uses the running
-    statistics.
+    statistics, as all cells do when it is ``frozen``.
     """
+
+    frozen = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, shape (..., features)."""
         flat = input.reshape(-1, input.shape[-1])
-        use_batch = self.training and len(flat) > 1
+        use_batch = self.training and len(flat) > 1 and not self.frozen
         normalised = F.batch_norm(
             flat,
             self.running_mean,

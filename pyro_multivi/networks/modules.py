@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
+from pyro_multivi.networks.panels import typical_buffer
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
@@ -38,6 +39,9 @@ class ProgramModules(nn.Module):
     posterior_scale
         Factor of the standard deviations of q(z) by measurement pattern, (2^E, K), with which draws are made after
         training; see :mod:`pyro_multivi.posterior.engine.posterior_scale`. Not part of the model itself.
+    rna_typical, atac_typical
+        Share of each feature in a typical cell's counts, and its mean encoder input, (2, F); zeros before they are
+        needed, see :mod:`pyro_multivi.networks.panels`. Not part of the model itself.
     rna_depth_regression, atac_depth_regression
         Regression that predicts the depth of a modality that was not measured, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
@@ -45,6 +49,9 @@ class ProgramModules(nn.Module):
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
+
+    #: Names of parameters of which only a part is trained; see :mod:`pyro_multivi.networks.surgery`.
+    partly_trained: frozenset[str] = frozenset()
 
     _uid = itertools.count()
 
@@ -109,6 +116,8 @@ class ProgramModules(nn.Module):
                 nn.init.zeros_(parameter)
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
+        for modality in modelled(config):
+            self.register_buffer(f"{modality.key}_typical", torch.zeros(2, modality.n_features_in(config)))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
@@ -118,6 +127,9 @@ class ProgramModules(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Models of earlier versions were saved without it.
         state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
+        for modality in modelled(self.config):
+            typical = typical_buffer(self, modality)
+            state_dict.setdefault(f"{prefix}{modality.key}_typical", torch.zeros_like(typical))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def use_precision(self, precision: str) -> None:

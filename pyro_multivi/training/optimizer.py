@@ -60,7 +60,9 @@ def make_optimizer(
     rest: list[nn.Parameter] = []
     for name, parameter in program.named_parameters():
         if parameter.requires_grad and id(parameter) not in chosen:
-            (weights if name.endswith("weight") else rest).append(parameter)
+            # Decay would also change those parts of a weight that are not trained.
+            decays = name.endswith("weight") and name not in program.partly_trained
+            (weights if decays else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {
             "params": [parameter for parameter in last.values() if parameter.requires_grad],

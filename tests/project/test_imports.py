@@ -35,7 +35,7 @@ TENSORS = (
     ),
 )
 #: Parts of posterior/ that import the engine, and not each other.
-ON_THE_ENGINE = ("calibration", "quantities", "differential", "checks")
+ON_THE_ENGINE = ("calibration", "quantities", "differential", "checks", "mapping")
 #: Methods of the analyst's class, side by side.
 SIBLINGS = ("latent", "estimates", "checks", "differential")
 

@@ -35,6 +35,8 @@ class Description(NamedTuple):
         As the model has them.
     minified
         Whether its data were minified.
+    query
+        Parts that are trained and report, of a model of a query; None for any other.
     """
 
     config: dict[str, Any]
@@ -44,6 +46,7 @@ class Description(NamedTuple):
     split: Split | None
     is_trained: bool
     minified: bool = False
+    query: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,6 +77,8 @@ class Description(NamedTuple):
             if not all(values["program_class"].partition(":")):
                 raise ValueError(f"program_class is {values['program_class']!r}, not 'module:name'")
             spec = _spec(values["spec"])
+            if values.get("query") is not None:
+                _check("query", values["query"], dict[str, Any])
             for row in values["history"]:
                 _check("history", row, dict[str, float], finite=False)
             return cls(
@@ -84,6 +89,7 @@ class Description(NamedTuple):
                 split=None if values["split"] is None else _split(values["split"], sum(spec.n_cells.values())),
                 is_trained=values["is_trained"],
                 minified=values.get("minified", False),
+                query=values.get("query"),
             )
 
     def make_program(self, program_class: type[MultiVIProgram], state: dict[str, torch.Tensor], where: str) -> Any:
@@ -125,7 +131,9 @@ def _config(kind: type[ProgramConfig], values: Mapping[str, Any]) -> ProgramConf
 def _spec(values: Mapping[str, Any]) -> DataSpec:
     hints = get_type_hints(DataSpec)
     for entry in fields(DataSpec):
-        _check(f"spec.{entry.name}", values[entry.name], hints[entry.name])
+        # Models of earlier versions were saved without it.
+        if entry.name != "partial" or "partial" in values:
+            _check(f"spec.{entry.name}", values[entry.name], hints[entry.name])
     spec = DataSpec.from_dict(values)
     setup = spec.setup
     for name, size in spec.n_cells.items():

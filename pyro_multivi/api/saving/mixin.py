@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +14,7 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
-from pyro_multivi.api.saving.folder import broken, read_model, write_model
+from pyro_multivi.api.saving.folder import DESCRIPTION, broken, read_model, write_model
 from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, load_arguments, takes
 from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
 from pyro_multivi.data.checks import checked
@@ -79,6 +79,7 @@ class SavingMixin(ModelBase):
             split=self._split if self._saved_split is None else self._saved_split,
             is_trained=self.is_trained,
             minified=self._table is not None and self._table.posterior is not None,
+            query=self._query_description(),
         )
         folder = _folder(dir_path, prefix)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,17 @@ class SavingMixin(ModelBase):
         if differences:
             logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
         model.is_trained = description.is_trained
+        if description.query is not None:
+            with broken(where, f"{DESCRIPTION} is damaged"):
+                model._restore_query(description.query)
         return model
+
+    def _query_description(self) -> dict[str, Any] | None:
+        """What a model of a query has beyond others, for JSON."""
+        return None
+
+    def _restore_query(self, values: Mapping[str, Any]) -> None:
+        raise ValueError("query: this class of models knows none")
 
     def _names(self) -> tuple[Sequence[str], Sequence[str]]:
         """Names of the cells and features of the model's own data; of no cells if they are not known."""

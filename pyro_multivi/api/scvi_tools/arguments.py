@@ -27,7 +27,6 @@ _HISTORY = "everything is recorded in model.history; for more give callbacks=[fu
 _KL = "KL terms have weight 1 after warm-up; scale them in a program of your own with pyro.poutine.scale"
 _RATE = "the learning rate stays; the average of the latest weights (average_steps) takes the place of smaller steps"
 _PARTS = "every epoch passes over all cells; give fewer cells, or max_epochs"
-_LATER = "queries of new batches cannot be mapped yet; cells of known batches are given to any method: adata=query"
 
 
 #: What means something else here than in scvi-tools though it is called alike; each is said once.
@@ -212,6 +211,13 @@ LOAD: dict[str, Foreign] = {
     "datamodule": TRAIN["datamodule"],
     "allowed_classes_names_list": _left_out("the class is checked by program_class"),
 }
+QUERY: dict[str, Foreign] = {
+    "registry": _refused("give the query as adata"),
+    "datamodule": TRAIN["datamodule"],
+    "inplace_subset_query_vars": _left_out("features are found by name, and the object is not changed", False),
+    "freeze_classifier": _left_out("there is no classifier", True, False),
+    "transfer_batch": _refused("batches that the reference does not know are new ones", True),
+}
 VAR_NAMES = {"legacy_mudata_format": _left_out("names come by modality", False)}
 CELLS: dict[str, Foreign] = {
     "dataloader": _refused("give cells by adata and indices"),
@@ -356,7 +362,6 @@ class Absent:
 #: Methods of scvi-tools' MULTIVI that are not here.
 ABSENT: dict[str, str] = {
     "get_protein_foreground_probability": PROTEINS,
-    **dict.fromkeys(("load_query_data", "prepare_query_anndata", "prepare_query_mudata"), _LATER),
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",

@@ -24,6 +24,9 @@ _PEEK = 200
 # Values of which most lie this near to whole numbers were counts before they were computed with.
 _NEARLY, _MOSTLY = 0.01, 0.95
 
+#: Column of var that is False for features that an object holds, as zeros, without their having been measured.
+MEASURED_COLUMN = "pyro_multivi_measured"
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -145,7 +148,8 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
     _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
     types = _feature_types(adata, setup)
     matrices: dict[str | None, Any] = {}
-    chosen = {modality: types.isin(setup.types_found(modality, types)).to_numpy() for modality in MODALITIES}
+    measured = _measured_features(adata, "adata")
+    chosen = {modality: types.isin(setup.types_found(modality, types)).to_numpy() & measured for modality in MODALITIES}
     counts = {
         modality: _counts(adata, "adata", modality, setup, matrices, np.flatnonzero(columns))
         for modality, columns in chosen.items()
@@ -160,7 +164,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
             f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither {wanted}. Say which "
             f"is which: feature_type_values={{{values}}}."
         )
-    other = types[~np.any([*chosen.values()], axis=0)]
+    other = types[measured & ~np.any([*chosen.values()], axis=0)]
     return Opened(
         name="adata",
         cells=adata.obs_names,
@@ -170,6 +174,20 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         extra=_extra_sources(adata, "adata", setup),
         posterior=posterior_of(adata),
     )
+
+
+def _measured_features(part: AnnData, owner: str) -> NDArray[np.bool_]:
+    """Whether each feature was measured, shape (n_vars,)."""
+    if MEASURED_COLUMN not in part.var:
+        return np.ones(part.n_vars, dtype=bool)
+    _check_once(part.var, MEASURED_COLUMN, f"{owner}.var")
+    column = frame_of(part.var)[MEASURED_COLUMN]
+    if not pd.api.types.is_bool_dtype(column.dtype):
+        raise ValueError(
+            f"{owner}.var[{MEASURED_COLUMN!r}] must be True or False for every feature and is of type {column.dtype}. "
+            f"MULTIVI.prepare_query_anndata writes it; without it all features count as measured."
+        )
+    return column.to_numpy(dtype=bool)
 
 
 def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
@@ -201,10 +219,13 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         names = known_modalities(mdata)
     counts = {}
     for modality, name in names.items():
-        if name in mdata.mod and mdata.mod[name].n_vars:
-            part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
+        if name not in mdata.mod:
+            continue
+        part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
+        columns = np.flatnonzero(_measured_features(part, owner))
+        if len(columns):
             rows = _rows_of(mdata, part, owner)
-            counts[modality] = _counts(part, owner, modality, setup, {}, np.arange(part.n_vars), rows)
+            counts[modality] = _counts(part, owner, modality, setup, {}, columns, rows)
     if not counts:
         wanted = first_names(name for name in names.values() if name is not None)
         empty = " without any features" if any(name in mdata.mod for name in names.values()) else ""

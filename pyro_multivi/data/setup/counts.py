@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.setup.options import is_lazy
@@ -26,7 +27,9 @@ _BLOCK_ROWS = 512
 MOST_COUNTS = 10**6
 
 
-def read(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]) -> dict[Modality, SparseCounts]:
+def read(
+    sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]], partial: bool = False
+) -> dict[Modality, SparseCounts]:
     """Read and check the counts of some features of each modality, for every cell of the data set.
 
     A matrix that several modalities share is cut into blocks of rows once. Columns of the result are int32. Values are
@@ -38,13 +41,15 @@ def read(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str,
         The counts.
     names
         Features wanted of each modality, in this order.
+    partial
+        Whether some of them may be missing; their columns are then empty.
 
     Raises
     ------
     ValueError
-        If features are missing or values are no counts.
+        If features are missing (with ``partial``, all of them) or values are no counts.
     """
-    made = {modality: _Compact(counts, names[modality]) for modality, counts in sources.items()}
+    made = {modality: _Compact(counts, names[modality], partial) for modality, counts in sources.items()}
     by_matrix: dict[int, list[_Compact]] = {}
     for compact in made.values():
         by_matrix.setdefault(id(compact.counts.matrix), []).append(compact)
@@ -65,9 +70,12 @@ _ADVICE_TOO_LARGE = (
 class _Compact:
     """Counts of some features of one modality, growing block by block."""
 
-    def __init__(self, counts: Counts, names: tuple[str, ...]) -> None:
-        take = _places_of(names, counts)
-        self.counts = counts
+    def __init__(self, counts: Counts, names: tuple[str, ...], partial: bool) -> None:
+        take = _places_of(names, counts, partial)
+        self.counts, self._width = counts, len(names)
+        # Column of the result of each column that is there; None if they are the same.
+        self._places = np.flatnonzero(take >= 0).astype(np.int32) if (take < 0).any() else None
+        take = take[take >= 0]
         self._columns, self._features = counts.columns[take], counts.features[take]
         self._every = np.array_equal(self._columns, np.arange(counts.matrix.shape[1]))
         self._sizes = [np.zeros(1, np.int64)]
@@ -80,7 +88,7 @@ class _Compact:
         block.eliminate_zeros()
         self._check_values(start, block)
         self._sizes.append(np.diff(block.indptr).astype(np.int64))
-        self._col = _extended(self._col, block.indices)
+        self._col = _extended(self._col, block.indices if self._places is None else self._places[block.indices])
         self._val = _extended(self._val, block.data, smallest(block.data))
 
     def _check_values(self, start: int, block: sp.csr_array[Any, tuple[int, int]]) -> None:
@@ -108,7 +116,7 @@ class _Compact:
     def finish(self) -> SparseCounts:
         """The counts, in the order of the data set's cells; those without a row in the matrix get an empty one."""
         crow = np.cumsum(np.concatenate(self._sizes))
-        n, width = len(crow) - 1, len(self._features)
+        n, width = len(crow) - 1, self._width
         parts = torch.from_numpy(self._col), _ones_once(torch.from_numpy(self._val))
         if self.counts.rows is None:
             return SparseCounts(torch.from_numpy(crow), *parts, (n, width))
@@ -149,16 +157,35 @@ def _ones_once(values: Tensor) -> Tensor:
     return values[:1].clone().expand(len(values))
 
 
-def _places_of(names: tuple[str, ...], counts: Counts) -> NDArray[np.intp]:
-    """Position of each wanted feature among those that are there; none may be missing."""
+def measured_panels(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]) -> dict[str, Panels]:
+    """Panels, by field of a table, of the modalities of which an object has some of the features only."""
+    found = {}
+    for modality, counts in sources.items():
+        measured = pd.Index(names[modality], dtype=object).isin(counts.features)
+        if not measured.all():
+            code = torch.zeros(len(counts.cells if counts.rows is None else counts.rows), dtype=torch.int64)
+            found[modality.panels] = Panels(torch.from_numpy(measured)[None], code)
+    return found
+
+
+def _places_of(names: tuple[str, ...], counts: Counts, partial: bool) -> NDArray[np.intp]:
+    """Position of each wanted feature among those that are there, -1 for a missing one."""
     found, what = counts.features, counts.modality.features
     take = found.get_indexer(pd.Index(names, dtype=object))
     absent = [name for name, place in zip(names, take, strict=True) if place < 0]
-    if absent:
+    if partial and len(absent) == len(names):
+        raise ValueError(
+            f"{counts.where} shares no {what} with the model, which has {len(names)}: {first_names(names)}. It has "
+            f"{len(found)}: {first_names(found)}. Give them the same names (gene symbols or identifiers, 'chr1:10-20' "
+            f"or 'chr1-10-20', the same genome); or leave out all {what}: then these cells count as not measured for "
+            f"{counts.modality.assay}."
+        )
+    if absent and not partial:
         raise ValueError(
             f"{counts.where} lacks {len(absent)} of the model's {len(names)} {what}: {first_names(absent)}. It has "
             f"{len(found)} {what}: {first_names(found)}. All of them are needed, by the same names in any "
-            f"order; or leave out all {what}: then these cells count as not measured for {counts.modality.assay}."
+            f"order; or leave out all {what}: then these cells count as not measured for {counts.modality.assay}. "
+            "MULTIVI.load_query_data(adata, model) makes a model for cells in which some were not measured."
         )
     return take
 

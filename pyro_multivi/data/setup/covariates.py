@@ -126,6 +126,11 @@ def mean_and_sd(argument: str, key: str, values: NDArray[np.float64]) -> tuple[f
     return mean, sd
 
 
+def one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:
+    """Codes as rows with a single 1, shape (n, width)."""
+    return (code[:, None] == np.arange(width)).astype(np.float32)
+
+
 def standardised(values: NDArray[np.float64], mean: float, sd: float) -> NDArray[np.float32]:
     """A covariate as it enters the design."""
     return ((values - mean) / sd).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.setup.options import is_lazy
+
+logger = logging.getLogger("pyro_multivi")
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,11 @@ class ExtraSource:
         if values.ndim != 2:
             raise ValueError(f"{self.where} has shape {values.shape} and must have shape (cells, features).")
         return values
+
+
+def measurement(sources: Mapping[str, ExtraSource], name: str, wanted: tuple[str, ...], n_cells: int) -> Measurement:
+    """Features of an extra modality in all cells; not measured in any where the object has no such matrix."""
+    if name in sources:
+        return sources[name].read(wanted)
+    logger.info("There is no %r: its cells count as not measured for it.", name)
+    return Measurement(torch.zeros(n_cells, len(wanted)), torch.zeros(n_cells, dtype=torch.bool))

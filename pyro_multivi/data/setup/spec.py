@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key, unwrapped
-from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
-from pyro_multivi.data.setup.counts import read
+from pyro_multivi.data.setup.counts import measured_panels, read
 from pyro_multivi.data.setup.covariates import (
     categories,
     codes,
     mean_and_sd,
     numbers,
+    one_hot,
     size_factors,
     standardised,
 )
+from pyro_multivi.data.setup.extra import measurement
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
@@ -62,6 +63,8 @@ class DataSpec:
         Number of cells of each measurement pattern: "paired", "expression" only, "accessibility" only.
     extra
         Names of the features of each extra modality.
+    partial
+        Whether an object may lack features, which then count as not measured in its cells.
 
     Examples
     --------
@@ -83,6 +86,7 @@ class DataSpec:
     label_categories: tuple[str, ...] = ()
     n_cells: dict[str, int] = field(default_factory=dict)
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: bool = False
 
     @classmethod
     def of(cls, data: Any, stated: Mapping[Modality, int | None] | None = None) -> DataSpec:
@@ -146,7 +150,9 @@ class DataSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        given = {entry.name: values[entry.name] for entry in fields(cls)}
+        # Models of earlier versions were saved without it.
+        names = {entry.name for entry in fields(cls)} - ({"partial"} - values.keys())
+        given = {name: values[name] for name in names}
         read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in given.items()}
         read["setup"] = Setup.from_dict(values["setup"])
         for name in ("categorical", "extra"):
@@ -222,8 +228,8 @@ class DataSpec:
             If it is neither an AnnData nor a MuData, or an AnnData without feature types for a model of a
             MuData.
         ValueError
-            If some but not all features of a modality are missing, values are no counts, a column is
-            missing or holds a category that the model has not seen, or a cell has nothing measured.
+            If some but not all features of a modality are missing (with ``partial``: all), values are no counts, a
+            column is missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
         opened = self._open(data)
         content = latest.checksum(opened, self.setup)
@@ -231,7 +237,8 @@ class DataSpec:
         if found is not None and found.spec == self:
             return found.table
         latest.clear()
-        counts = read(opened.counts, {modality: modality.feature_names_in(self) for modality in MODALITIES})
+        names = {modality: modality.feature_names_in(self) for modality in MODALITIES}
+        counts = read(opened.counts, names, self.partial)
         measured = find_measured(opened, self.setup, has_counts(opened, counts), key_needed=False)
         for note in measured.notes:
             logger.info(note)
@@ -280,7 +287,8 @@ class DataSpec:
     def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
         batch_code = self._batch_codes(opened)
         sizes = size_factors(opened, self.setup, measured.masks)
-        parts: dict[str, Any] = {}
+        names = {modality: modality.feature_names_in(self) for modality in opened.counts}
+        parts: dict[str, Any] = {**measured_panels(opened.counts, names)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
             parts[modality.mask] = torch.from_numpy(measured.masks[modality])
@@ -293,18 +301,11 @@ class DataSpec:
             n_regions=self.n_regions,
             n_batch=self.n_batch,
             label=self._labels(opened),
-            extra={name: self._extra(opened, name) for name in self.extra},
+            extra={name: measurement(opened.extra, name, kept, len(opened.cells)) for name, kept in self.extra.items()},
             cell_names=tuple(map(str, opened.cells)),
             posterior=None if opened.posterior is None else torch.from_numpy(opened.posterior),
             **parts,
         )
-
-    def _extra(self, opened: Opened, name: str) -> Measurement:
-        if name in opened.extra:
-            return opened.extra[name].read(self.extra[name])
-        logger.info("There is no %r: its cells count as not measured for it.", name)
-        n = len(opened.cells)
-        return Measurement(torch.zeros(n, len(self.extra[name])), torch.zeros(n, dtype=torch.bool))
 
     def _batch_codes(self, opened: Opened) -> NDArray[np.int64]:
         key = self.setup.batch_key
@@ -318,9 +319,9 @@ class DataSpec:
 
     def _design(self, opened: Opened, batch_code: NDArray[np.int64]) -> Tensor:
         """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
-        parts = [_one_hot(batch_code, self.n_batch)]
+        parts = [one_hot(batch_code, self.n_batch)]
         for key, known in self.categorical.items():
-            parts.append(_one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
+            parts.append(one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
         for key, mean, sd in zip(self.continuous, self.continuous_mean, self.continuous_sd, strict=True):
             values = numbers(opened, "continuous_covariate_keys", key)
             with np.errstate(over="ignore"):
@@ -394,7 +395,3 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     table = spec._table(opened, counts, measured)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)
-
-
-def _one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:
-    return (code[:, None] == np.arange(width)).astype(np.float32)

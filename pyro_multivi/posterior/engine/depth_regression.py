@@ -27,8 +27,9 @@ import torch
 import torch.distributions as torchdist
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells, total_counts
+from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.networks.panels import log_depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.posterior_scale import normal_in
 from pyro_multivi.program import MultiVIProgram
@@ -157,5 +158,4 @@ def is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality, nodes
 def _log_depth(program: MultiVIProgram, cells: Cells, modality: Modality) -> Tensor:
     """Log depth of what was measured, less that of a typical cell, (B,)."""
     typical: Tensor = getattr(program, f"{modality.key}_log_depth")
-    total = total_counts(cells, modality)
-    return (total.log1p() if modality.binary else total.clamp(min=1.0).log()) - typical
+    return log_depth(program, cells, modality) - typical

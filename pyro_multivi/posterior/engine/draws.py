@@ -27,6 +27,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.posterior_scale import corrected
+from pyro_multivi.posterior.engine.stored_posterior import guide_of
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, is_deterministic
 
@@ -316,7 +317,7 @@ def _guide_trace(
     program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None, as_trained: bool = False
 ) -> Trace:
     with _Fill(program, cells, noise, as_trained):
-        return poutine.trace(_repeated(program.guide, n_samples)).get_trace(cells)
+        return poutine.trace(_repeated(guide_of(program, cells), n_samples)).get_trace(cells)
 
 
 def _repeated(statements: Any, n_samples: int) -> Callable[[Cells], None]:

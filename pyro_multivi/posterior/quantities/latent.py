@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells, total_counts
-from pyro_multivi.data.minified.layout import packed, stored_part
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modelled
-from pyro_multivi.networks.experts import Expert
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minified.layout import packed
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
 from pyro_multivi.posterior.engine.posterior_scale import corrected, normal_in
+from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -84,7 +85,8 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     """q(z) of each cell, and 0, or NaN where the modality was not measured, (B, 1)."""
     if modality == "joint":
         # From the guide's trace, not from its parts, so that an overridden guide is used.
-        return poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
+        nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, cells)).get_trace(cells).nodes)
+        return nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
     if cells.posterior is None:
         experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
     else:
@@ -95,15 +97,6 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     expert = experts[modality]
     hole = torch.where(expert.measured, 0.0, torch.nan)[:, None]
     return dist.Normal(expert.loc, expert.scale).to_event(1), hole
-
-
-def stored_experts(program: MultiVIProgram, cells: Cells, stored: Tensor) -> dict[str, Expert]:
-    """q(z) given each modality, of cells whose counts are gone."""
-    experts = {}
-    for modality in modelled(program.config):
-        loc, scale = stored_part(stored, modality.name).chunk(2, -1)
-        experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-    return experts
 
 
 def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArray[np.float32]:
@@ -118,7 +111,7 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
             experts = program.experts(minibatch, minibatch.design, program.encode(minibatch, minibatch.design))
         n, stored = len(minibatch), {}
         stored["measured"] = torch.stack([modality.measured_in(minibatch) for modality in MODALITIES], -1).float()
-        stored["total"] = torch.stack([total_counts(minibatch, modality) for modality in MODALITIES], -1)
+        stored["total"] = torch.stack([depth(program, minibatch, modality) for modality in MODALITIES], -1)
         fn = nodes[RNA.depth]["fn"] if RNA.depth in nodes else None
         # A library that is not inferred is known from the totals or the size factors.
         of_library = [fn.loc, fn.scale] if isinstance(fn, dist.LogNormal) else [torch.zeros(n), torch.ones(n)]
@@ -143,14 +136,14 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
     parts: dict[str, list[Tensor]] = {}
     for minibatch in cells:
         with evaluation_mode(program):
-            nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
+            nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, minibatch)).get_trace(minibatch).nodes)
             for modality in MODALITIES:
                 if modality.depth in nodes:
                     site = nodes[modality.depth]
                     # The cell factor is a point estimate.
-                    depth = site["value"] if modality.binary else site["fn"].mean
-                    depth = depth.masked_fill(~modality.measured_in(minibatch), torch.nan)
-                    parts.setdefault(modality.name, []).append(depth)
+                    found = site["value"] if modality.binary else site["fn"].mean
+                    found = found.masked_fill(~modality.measured_in(minibatch), torch.nan)
+                    parts.setdefault(modality.name, []).append(found)
     return {name: _gather(depths) for name, depths in parts.items()}
 
 

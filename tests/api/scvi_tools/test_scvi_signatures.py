@@ -59,6 +59,7 @@ def call(world: SimpleNamespace, method: str, **given: Any) -> None:
         "train": {"max_epochs": 1, "progress_bar": False},
         "save": {"dir_path": world.folder / "again", "overwrite": True},
         "load": {"dir_path": world.folder / "model"},
+        "load_query_data": {"adata": world.adata, "reference_model": world.model},
         "setup_anndata": {"adata": world.plain},
         "setup_mudata": {"mdata": world.mdata, "modalities": {"rna_layer": "rna", "atac_layer": "atac"}},
         "get_marginal_ll": {"n_mc_samples": 2},
@@ -98,7 +99,9 @@ def test_every_argument_is_known(world, method, name):
     own = inspect.signature(getattr(pm.MULTIVI, method)).parameters
     if verdict == "same":
         assert name in own
-    elif name not in VALUES or method not in ("train", "load"):
+    elif name == "freeze_classifier":
+        check(world, method, name, verdict, {name: False})
+    elif name not in VALUES or method not in ("train", "load", "load_query_data"):
         check(world, method, name, verdict, {name: "another"})
     else:
         check(world, method, name, verdict, {name: VALUES[name]})

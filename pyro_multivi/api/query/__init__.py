@@ -1,0 +1,1 @@
+"""Queries: cells of new batches, mapped onto a trained model."""

@@ -1,0 +1,93 @@
+"""A reference's specification and program, grown by the batches and categories of a query."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pyro_multivi.data.modality import RNA
+from pyro_multivi.data.setup.adapter import Opened, open_data
+from pyro_multivi.data.setup.covariates import categories
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.panels import measured_share
+from pyro_multivi.networks.surgery import Growth, Parts
+from pyro_multivi.posterior.mapping.typical import set_typical
+from pyro_multivi.program import MultiVIProgram
+
+
+def query_spec(reference: DataSpec, data: Any, needs_labels: bool) -> tuple[DataSpec, Opened]:
+    """Specification of a query's model: known categories keep their places, new ones come behind them.
+
+    Parameters
+    ----------
+    reference
+        Specification of the reference.
+    data
+        The query, which need not be set up.
+    needs_labels
+        Whether the program reads labels. Otherwise a query may lack them, or have others.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a column of a covariate is missing, or the data are none.
+    """
+    opened = open_data(data, reference.setup)
+    setup = reference.setup
+    if not needs_labels:
+        reference = replace(reference, setup=replace(setup, labels_key=None), label_categories=())
+    batches = reference.batch_categories
+    if setup.batch_key is not None:
+        batches += _new(opened, "batch_key", setup.batch_key, batches)
+    grown = {
+        key: known + _new(opened, "categorical_covariate_keys", key, known)
+        for key, known in reference.categorical.items()
+    }
+    return replace(reference, batch_categories=batches, categorical=grown, partial=True), opened
+
+
+def _new(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in categories(opened, argument, key) if name not in known)
+
+
+def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> tuple[MultiVIProgram, Parts]:
+    """A program of the query's size, whose tensors are those of the reference; and the new parts of its tensors."""
+    config = replace(reference.config, n_batch=spec.n_batch, n_labels=spec.n_labels, n_covariates=spec.design_width)
+    with torch.random.fork_rng(devices=[]):
+        program = type(reference)(config)
+    growth = Growth.of(
+        [old.batch_categories, *old.categorical.values()],
+        [spec.batch_categories, *spec.categorical.values()],
+        len(spec.continuous),
+    )
+    state, parts = growth.state(reference.state_dict(), program.state_dict())
+    program.load_state_dict(state)
+    return program.eval(), parts
+
+
+@torch.no_grad()
+def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
+    """Priors of the depth of new batches from the query, and the means that stand for features it lacks.
+
+    Parameters
+    ----------
+    n_known
+        Number of batches of the reference, the first ones.
+    """
+    set_typical(program, n_known)
+    if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
+        return
+    marginals = table.marginals()
+    program.library_log_mean[n_known:] = marginals.library_log_mean[n_known:]
+    program.library_log_var[n_known:] = marginals.library_log_var[n_known:]
+    share = measured_share(program, table, RNA)
+    if share is None:
+        return
+    for code in range(n_known, program.config.n_batch):
+        cells = RNA.measured_in(table) & (table.batch_code == code)
+        # Of a batch without RNA the mean is that of all cells with it.
+        cells = cells if bool(cells.any()) else RNA.measured_in(table)
+        program.library_log_mean[code] -= share[cells.to(share.device)].log().mean()

@@ -1,0 +1,114 @@
+"""Labels of a reference carried over to the cells of a query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_multivi.api.base import PREDICTION_BATCH
+from pyro_multivi.data.checks import unknown_key
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.posterior.engine.replicates import spread
+from pyro_multivi.posterior.mapping.label_transfer import states, transfer
+from pyro_multivi.program import MultiVIProgram
+
+# Reference cells by which confidence is calibrated, at most; those held out of training if there are so many.
+_MOST, _LEAST_HELD_OUT = 4096, 100
+
+
+def label_codes(obs: pd.DataFrame, key: str) -> tuple[list[Any], NDArray[np.int64]]:
+    """Labels of a column, and the position of each cell's among them, -1 for a cell without one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, no label in it, or it holds numbers that are no labels.
+    """
+    if key not in obs:
+        raise unknown_key("key", key, "obs of the reference", obs.columns)
+    column = obs[key]
+    if pd.api.types.is_float_dtype(column.dtype) and not (column.dropna() % 1 == 0).all():
+        raise ValueError(
+            f"key={key!r} holds numbers such as {column.dropna().iloc[0]!r}, no labels: name a column of categories."
+        )
+    categories = column.astype("category").cat.remove_unused_categories()
+    if not len(categories.cat.categories):
+        raise ValueError(f"key={key!r} has no label for any cell of the reference.")
+    code: NDArray[np.int64] = np.asarray(categories.cat.codes, dtype=np.int64)
+    return list(categories.cat.categories), code
+
+
+def carried_over(
+    program: MultiVIProgram,
+    reference: CellTable,
+    code: NDArray[np.int64],
+    held_out: Tensor,
+    query: CellTable,
+    n_neighbors: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Label of each query cell, and the probability that it is right; see :mod:`.label_transfer`.
+
+    Parameters
+    ----------
+    program
+        Of the query, whose states are those of the reference's program unless encoders were trained.
+    reference, code
+        The reference cells, and their labels, -1 for those without one.
+    held_out
+        Positions of the reference cells that were not trained on, int64.
+    query
+        The query's cells.
+    """
+    device = next(program.parameters()).device
+    labelled = torch.from_numpy(np.flatnonzero(code >= 0))
+    z_reference = states(program, _batches(reference, labelled, device))
+    place = np.full(len(code), -1)
+    place[labelled.numpy()] = np.arange(len(labelled))
+    labels, probability = np.zeros(len(query), dtype=np.int64), np.zeros(len(query))
+    for index in _measured_alike(query):
+        like = query.batch(index[:1]).to(device)
+        able = _measured_as_much(reference, labelled, like)
+        unseen = able[torch.isin(able, held_out)]
+        chosen = unseen if len(unseen) >= _LEAST_HELD_OUT else able if len(able) else labelled
+        chosen = spread(chosen, _MOST)
+        # Where no reference cell was measured as these were, each as it is.
+        calibration = states(program, _batches(reference, chosen, device), like if len(able) else None)
+        z = states(program, _batches(query, index, device))
+        rows = index.numpy()
+        own = place[chosen.numpy()]
+        labels[rows], probability[rows] = transfer(
+            z_reference, code[labelled.numpy()], z, calibration, own, n_neighbors
+        )
+    return labels, probability
+
+
+def _batches(table: CellTable, index: Tensor, device: torch.device) -> Minibatches:
+    return Minibatches(table, index, batch_size=PREDICTION_BATCH, device=device)
+
+
+def _measured_alike(table: CellTable) -> list[Tensor]:
+    """Positions of the cells that were measured in the same modalities with the same panels."""
+    columns = []
+    for modality in MODALITIES:
+        panels = modality.panels_in(table)
+        columns += [modality.measured_in(table).long()]
+        columns += [] if panels is None else [panels.code * modality.measured_in(table)]
+    _, group = torch.stack(columns, 1).unique(dim=0, return_inverse=True)
+    return [(group == number).nonzero().squeeze(-1) for number in range(int(group.max()) + 1)]
+
+
+def _measured_as_much(reference: CellTable, labelled: Tensor, like: Cells) -> Tensor:
+    """Positions of the labelled cells in which all modalities of a query cell were measured, int64."""
+    enough = torch.ones(len(reference), dtype=torch.bool)
+    for modality in MODALITIES:
+        if bool(modality.measured_in(like)[0]):
+            enough &= modality.measured_in(reference)
+    return labelled[enough[labelled]]

@@ -1,0 +1,349 @@
+"""Mixin: cells of new batches mapped onto a trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.api.arguments import Data
+from pyro_multivi.api.base import NotTrainedError
+from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
+from pyro_multivi.api.query.labels import carried_over, label_codes
+from pyro_multivi.api.query.prepare import in_reference_order
+from pyro_multivi.api.query.report import QueryReport, cautions
+from pyro_multivi.api.saving.folder import BrokenModelError
+from pyro_multivi.api.saving.mixin import SavingMixin
+from pyro_multivi.api.scvi_tools.arguments import QUERY, load_arguments, takes
+from pyro_multivi.data.checks import caution, check_number, checked, shown
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.setup.adapter import open_data
+from pyro_multivi.data.setup.options import is_mudata
+from pyro_multivi.isolation import isolated
+from pyro_multivi.networks.surgery import Training
+
+logger = logging.getLogger("pyro_multivi")
+
+Model = TypeVar("Model", bound="QueryMixin")
+
+
+class QueryMixin(SavingMixin):
+    """Methods about queries."""
+
+    #: The reference of a query's model, until it is saved.
+    _reference: Any = None
+    _query_report: QueryReport | None = None
+
+    @classmethod
+    @takes(QUERY, load_arguments)
+    @isolated()
+    @checked
+    def load_query_data(
+        cls: type[Model],
+        adata: Data,
+        reference_model: Any,
+        device: str | torch.device | None = None,
+        unfrozen: bool = False,
+        freeze_dropout: bool = False,
+        freeze_expression: bool = True,
+        freeze_decoder_first_layer: bool = True,
+        freeze_batchnorm_encoder: bool = True,
+        freeze_batchnorm_decoder: bool = False,
+    ) -> Model:
+        """Model of a query, which maps its cells onto a trained model.
+
+        It works at once, without training: :meth:`get_latent_representation` places the query's cells among those of
+        the reference. :meth:`train` then fits what is new in it, the effects of new batches on expression and
+        accessibility, and what is chosen here beside them. The reference is not changed.
+
+        Parameters
+        ----------
+        adata
+            The query: an AnnData or MuData with the columns of ``obs`` that the reference was set up with. It need not
+            be set up and is not changed. It may have RNA, ATAC or both, in any of its cells; batches and categories of
+            covariates may be new. Features are found by name in any order. Those that it lacks count as not measured:
+            encoders scale up what the others say of a cell (:mod:`pyro_multivi.networks.panels`), likelihoods leave
+            them out, and depths are those of all features. Those that the reference does not know are not used.
+            :attr:`query_report` counts both.
+        reference_model
+            A trained model, or the folder of a saved one.
+        device
+            Device of the new model; default: that of the reference, or the CPU for a folder. scvi-tools'
+            ``accelerator`` is taken too.
+        unfrozen
+            Train everything.
+        freeze_dropout
+            Use no dropout in training.
+        freeze_expression
+            Keep the first layers of the encoders as they are. False: they are trained, which moves all cells.
+        freeze_decoder_first_layer
+            Keep the first layers of the decoders as they are, but for the weights of new batches and categories.
+        freeze_batchnorm_encoder, freeze_batchnorm_decoder
+            Keep batch normalisation as it is, in models that have it.
+
+        Returns
+        -------
+        A model of the query. Its batches are those of the reference, followed by the new ones.
+
+        Raises
+        ------
+        ValueError
+            If a modality shares no features with the reference, values are no raw counts, or a column is missing.
+        NotTrainedError
+            If the reference was not trained.
+        FileNotFoundError, BrokenModelError
+            If there is no saved model, or it is damaged or of a newer version.
+
+        Warns
+        -----
+        UserWarning
+            If few features are shared, or cells of a known batch are of another depth than its cells were.
+
+        Examples
+        --------
+        >>> import pyro_multivi as pm
+        >>> adata = pm.simulate_multiome((60, 0, 0), n_genes=30, n_regions=50, n_batches=2, seed=0)
+        >>> reference = adata[adata.obs["batch"] == "batch_0"].copy()
+        >>> query = adata[adata.obs["batch"] == "batch_1", 5:].copy()
+        >>> report = pm.MULTIVI.setup_anndata(reference, batch_key="batch")
+        >>> model = pm.MULTIVI(reference, n_hidden=16, n_latent=3)
+        >>> model.train(max_epochs=2, progress_bar=False)
+        >>> mapped = pm.MULTIVI.load_query_data(query, model)
+        >>> mapped.get_latent_representation().shape, mapped.query_report.missing["genes"]
+        ((32, 3), 5)
+        >>> mapped.train(max_epochs=2, progress_bar=False)
+        """
+        reference = cls._reference_model(reference_model)
+        needs_labels = reference.program.config.dispersion == "gene-label"
+        spec, opened = query_spec(reference.spec, adata, needs_labels)
+        table = spec.table(adata)
+        program, new = grown_program(reference.program, reference.spec, spec)
+        set_priors(program, table, reference.spec.n_batch)
+        report = QueryReport.of(reference.spec, spec, opened, table)
+        logger.info("%s", report)
+        for sentence in cautions(report, spec, table, program):
+            caution(sentence)
+        training = Training.chosen(
+            program,
+            new,
+            unfrozen=unfrozen,
+            freeze_dropout=freeze_dropout,
+            freeze_expression=freeze_expression,
+            freeze_decoder_first_layer=freeze_decoder_first_layer,
+            freeze_batchnorm_encoder=freeze_batchnorm_encoder,
+            freeze_batchnorm_decoder=freeze_batchnorm_decoder,
+        )
+        training.apply(program.to(device or reference.device))
+        model = cls.__new__(cls)
+        model._assemble(replace(spec, n_cells=report.n_cells), program, adata, table)
+        model._training, model._query_report = training, report
+        model._reference = reference
+        model.is_trained = True
+        return model
+
+    @property
+    def query_report(self) -> QueryReport | None:
+        """Report on the query of a model that :meth:`load_query_data` made; None for any other."""
+        return self._query_report
+
+    @classmethod
+    @isolated()
+    @checked
+    def prepare_query_anndata(
+        cls, adata: AnnData, reference_model: Any, return_reference_var_names: bool = False, inplace: bool = True
+    ) -> AnnData | pd.Index[Any] | None:
+        """Bring an AnnData into the form of the reference: its features, in its order.
+
+        Not needed for :meth:`load_query_data`, which finds features by name. Features that are missing become columns
+        of zeros, which ``var["pyro_multivi_measured"]`` marks as not measured; setup and models here do not take them
+        for counts. Features that the reference does not know are left out, and a log line at level WARNING says how
+        many. A modality of which the object has no features is not added.
+
+        Parameters
+        ----------
+        adata
+            The query, in memory.
+        reference_model
+            A model, or the folder of a saved one.
+        return_reference_var_names
+            Return the names of the reference's features, genes first, and do nothing else.
+        inplace
+            Change ``adata`` itself, as scvi-tools does by default; False: return a new object and leave it as it is.
+
+        Returns
+        -------
+        The new object, the names, or None if ``adata`` was changed.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If no features are shared, or it is no AnnData in memory.
+        """
+        spec = cls._reference_model(reference_model, trained=False).spec
+        if return_reference_var_names:
+            return pd.Index([name for each in MODALITIES for name in each.feature_names_in(spec)])
+        if not isinstance(adata, AnnData):
+            verb = ": use prepare_query_mudata(mdata, ...)" if is_mudata(adata) else ""
+            raise TypeError(f"adata must be an AnnData, got {shown(adata)}{verb}.")
+        counts = open_data(adata, spec.setup).counts
+        return _replaced(adata, in_reference_order(adata, counts, spec, spec.setup.feature_type_key), inplace)
+
+    @classmethod
+    @isolated()
+    @checked
+    def prepare_query_mudata(
+        cls, mdata: Any, reference_model: Any, return_reference_var_names: bool = False, inplace: bool = True
+    ) -> Any:
+        """Bring the modalities of a MuData into the form of the reference; see :meth:`prepare_query_anndata`.
+
+        Parameters
+        ----------
+        mdata
+            The query; it may lack a modality.
+        reference_model, return_reference_var_names, inplace
+            As for an AnnData. Names are returned as a dict, with one index for each modality.
+        """
+        spec = cls._reference_model(reference_model, trained=False).spec
+        if return_reference_var_names:
+            names = {each: spec.setup.mudata_name(each) or each.key for each in MODALITIES if each.n_features_in(spec)}
+            return {name: pd.Index(each.feature_names_in(spec)) for each, name in names.items()}
+        if not is_mudata(mdata):
+            verb = ": use prepare_query_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
+            raise TypeError(f"mdata must be a MuData, got {shown(mdata)}{verb}.")
+        found = open_data(mdata, spec.setup).counts
+        with mudata_as_given():
+            made = mdata if inplace else mdata.copy()
+            for modality, counts in found.items():
+                part = next(part for name, part in made.mod.items() if counts.owner == f"mdata.mod[{name!r}]")
+                _replaced(part, in_reference_order(part, {modality: counts}, spec, None), inplace=True)
+            made.update()
+        return None if inplace else made
+
+    @isolated()
+    @checked
+    def transfer_labels(
+        self, query: Any, key: str, n_neighbors: int = 15, threshold: float = 0.5, unknown: str = "unknown"
+    ) -> pd.DataFrame:
+        """Labels of the reference's cells, carried over to those of a query by neighbours in the latent space.
+
+        How often the label of the neighbours is right is learned from reference cells, encoded with only the modalities
+        and features that the query has; how far cells lie whose label the reference lacks, from those whose label is
+        left out of it. That finds cells which lie apart; an encoder places many cells of a type that it never saw among
+        known ones, and these get a label. See :mod:`pyro_multivi.posterior.mapping.label_transfer`.
+
+        Parameters
+        ----------
+        query
+            An AnnData or MuData as for :meth:`load_query_data`, or the model that it made of one.
+        key
+            Column with labels in ``obs`` of the reference: of this model's data, or, if this is the model of a query,
+            of those of its reference. Cells without a label do not vote.
+        n_neighbors
+            Number of neighbours that vote; nearer ones weigh more.
+        threshold
+            Smallest confidence of a label; below it a cell is ``unknown``.
+        unknown
+            Label of such cells.
+
+        Returns
+        -------
+        A frame of the query's cells with the columns ``label``, ``confidence``, the probability that the label of the
+        neighbours is right, and ``nearest_label``, that label whatever its confidence.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column, or no data of the reference.
+
+        Examples
+        --------
+        >>> import pyro_multivi as pm
+        >>> adata = pm.simulate_multiome((120, 0, 0), n_genes=30, n_regions=50, n_batches=2, n_types=2, seed=0)
+        >>> reference = adata[adata.obs["batch"] == "batch_0"].copy()
+        >>> query = adata[adata.obs["batch"] == "batch_1"].copy()
+        >>> report = pm.MULTIVI.setup_anndata(reference, batch_key="batch")
+        >>> model = pm.MULTIVI(reference, n_hidden=16, n_latent=3)
+        >>> model.train(max_epochs=2, progress_bar=False)
+        >>> model.transfer_labels(query, "cell_type").columns.tolist()
+        ['label', 'confidence', 'nearest_label']
+        """
+        n = check_number("threshold", threshold, least=0.0)
+        if n > 1:
+            raise ValueError(f"threshold={threshold!r} is not allowed: a confidence is at most 1.")
+        if not isinstance(query, (AnnData, QueryMixin)) and not is_mudata(query):
+            raise TypeError(f"query={shown(query)} is not allowed: give an AnnData, a MuData, or the model of a query.")
+        mapped: Any
+        if not isinstance(query, QueryMixin):
+            mapped = self if self._training is not None else type(self).load_query_data(query, self)
+            table = mapped._table_of(query)[0]
+        else:
+            mapped, table = query, query._training_table()
+        reference = self._reference or self
+        if reference._training is not None or reference.adata is None:
+            raise ValueError(
+                "The data of the reference are not there, from which labels would come: a model of a query knows its "
+                "reference until it is saved. Call reference_model.transfer_labels(query, key) of a reference that "
+                "has data, MULTIVI.load(folder, adata)."
+            )
+        names, code = label_codes(reference._obs_of(None), key)
+        if unknown in map(str, names):
+            raise ValueError(f"unknown={unknown!r} is a label of the reference: give another word.")
+        mine = mapped.spec.table(reference.adata)
+        held_out = torch.zeros(0, dtype=torch.int64) if reference._split is None else reference._split.validation
+        found, confidence = carried_over(mapped.program, mine, code, held_out, table, n_neighbors)
+        nearest = pd.Categorical.from_codes(found, pd.Index(names))
+        codes = np.where(confidence < n, len(names), found)
+        label = pd.Categorical.from_codes(codes, pd.Index([*names, unknown], dtype=object))
+        return pd.DataFrame(
+            {"label": label, "confidence": confidence, "nearest_label": nearest}, index=pd.Index(table.cell_names)
+        )
+
+    # ------------------------------------------------------------------ shared by the methods
+
+    def _query_description(self) -> dict[str, Any] | None:
+        if self._training is None or self._query_report is None:
+            return None
+        return {"training": self._training.to_dict(), "report": self._query_report.to_dict()}
+
+    def _restore_query(self, values: Mapping[str, Any]) -> None:
+        self._training = Training.from_dict(values["training"], self.program)
+        self._query_report = QueryReport.from_dict(values["report"])
+        self._training.apply(self.program)
+
+    @classmethod
+    def _reference_model(cls, reference_model: Any, trained: bool = True) -> Any:
+        """The model that was given, or that of a folder."""
+        if isinstance(reference_model, (str, os.PathLike)):
+            reference: Any
+            try:
+                reference = cls.load(reference_model)
+            except (FileNotFoundError, BrokenModelError, ValueError) as error:
+                raise type(error)(f"reference_model: {error}") from error
+        elif isinstance(reference_model, SavingMixin):
+            reference = reference_model
+        else:
+            raise TypeError(
+                f"reference_model={shown(reference_model)} is not allowed: give a trained model, or the folder of a "
+                "saved one."
+            )
+        if trained and not reference.is_trained:
+            raise NotTrainedError("reference_model is not trained: call reference_model.train() first.")
+        return reference
+
+
+def _replaced(adata: AnnData, made: AnnData, inplace: bool) -> AnnData | None:
+    """The new object, or None after it has taken the place of the old one."""
+    if not inplace:
+        return made
+    if adata.isbacked or adata.is_view:
+        raise ValueError("adata is a view or lies in a file, and cannot be changed in place: give inplace=False.")
+    AnnData.__init__(adata, made)
+    return None

@@ -1,0 +1,118 @@
+r"""Cells in which some features were not measured: depth, and encoder input, as if all had been.
+
+A missing count is no zero. Where a cell was measured with a panel of features, the sum over features by which the first
+layer of its encoder begins is estimated from those of the panel,
+
+.. math:: \sum_g w_g \bar u_g + \frac{1}{f} \sum_{g \in S} w_g (u_g - \bar u_g)
+
+with u the input, its mean over cells, and f the panel's part of the sum of the means: a typical cell has the sum that
+it would have with all features, and what is particular to a cell counts as much as if the others had been measured and
+said the same. (The means alone in place of what is missing would draw all cells towards the typical one: on the cell
+lines they carried over fewer labels by ATAC than zeros did.) A cell's depth is that of the panel divided by the share
+of a typical cell's counts that the panel holds. The likelihood leaves missing features out
+(:func:`pyro_multivi.distributions.measured_only`). The means are buffers of the program (``rna_typical``,
+``atac_typical``), set by :mod:`pyro_multivi.posterior.mapping.typical`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells, Panels
+from pyro_multivi.data.minified.layout import stored_part
+from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.table import CellTable
+
+# Of a panel with next to nothing that a typical cell has, the depth of a cell would be anything.
+_LEAST_SHARE = 1e-4
+
+
+class MissingInput(NamedTuple):
+    """Correction of a first layer for features that were not measured.
+
+    Attributes
+    ----------
+    input
+        Input to be added, the same for all cells of a panel, (n_panels, F).
+    scale
+        Factor of what the measured features add, (n_panels,).
+    code
+        Panel of each cell, (B,), int64.
+    """
+
+    input: Tensor
+    scale: Tensor
+    code: Tensor
+
+
+def typical_buffer(program: Any, modality: Modality) -> Tensor:
+    """Buffer with the share of each feature in a typical cell's counts, and its mean encoder input, (2, F)."""
+    buffer: Tensor = getattr(program, f"{modality.key}_typical")
+    return buffer
+
+
+def missing_input(program: Any, cells: Cells | CellTable, modality: Modality) -> MissingInput | None:
+    """Correction for what was not measured; None where everything was."""
+    panels: Panels | None = modality.panels_in(cells)
+    if panels is None:
+        return None
+    mean = _typical(program, modality)[1]
+    measured = panels.measured.to(mean.dtype)
+    scale = mean.sum() / (measured @ mean).clamp(min=_LEAST_SHARE * float(mean.sum()))
+    return MissingInput(mean - scale[:, None] * measured * mean, scale, panels.code)
+
+
+def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor | None:
+    """Share of a typical cell's counts that lies in the features measured in each cell, (B,); None for all."""
+    panels: Panels | None = modality.panels_in(cells)
+    if panels is None:
+        return None
+    share = _typical(program, modality)[0]
+    return (panels.measured.to(share.dtype) @ share).clamp(min=_LEAST_SHARE)[panels.code]
+
+
+def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
+    """Total count of a cell, 1 or more, or number of open regions of a binary modality, in all features, (B,).
+
+    Of minified data it is stored beside the posterior.
+    """
+    if cells.posterior is not None:
+        stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
+        return stored
+    counts = modality.counts_in(cells)
+    found = n_open(counts) if modality.binary else totals(counts)
+    share = measured_share(program, cells, modality)
+    if share is not None:
+        found = found / share
+    return found if modality.binary else found.clamp(min=1.0)
+
+
+def log_depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
+    """Log of :func:`depth`, plus 1 where it may be 0, (B,)."""
+    found = depth(program, cells, modality)
+    return found.log1p() if modality.binary else found.log()
+
+
+def totals(counts: Tensor) -> Tensor:
+    """Total count of each cell, (B,)."""
+    return counts.row_sums() if isinstance(counts, SparseCounts) else counts.sum(-1)
+
+
+def n_open(counts: Tensor) -> Tensor:
+    """Number of features with any count in each cell, (B,)."""
+    if isinstance(counts, SparseCounts):
+        return counts.crow.diff().to(counts.dtype)
+    return (counts > 0).to(counts.dtype).sum(-1)
+
+
+def _typical(program: Any, modality: Modality) -> Tensor:
+    typical = typical_buffer(program, modality)
+    if not bool(typical.any()):
+        raise ValueError(
+            f"Some {modality.features} were not measured in these cells, and this program has no means to put in their "
+            "place: pyro_multivi.posterior.mapping.typical.set_typical(program) sets them."
+        )
+    return typical

@@ -1,0 +1,252 @@
+"""Architecture surgery: new batches and categories of covariates in a trained program.
+
+The design s of a program gets columns for them, which start at the average of the known ones: a new batch is decoded as
+an average batch before anything is learned of it. Everything else is that of the reference, and only the new columns
+are trained unless more is chosen (scArches, Lotfollahi et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.networks.layers import BatchNorm
+
+# Buffers whose batches come after something else.
+_BATCHES_LAST = {f"{modality.key}_depth_regression" for modality in MODALITIES}
+#: Networks by the words of the arguments ``freeze_batchnorm_encoder`` and ``freeze_batchnorm_decoder``.
+_NETWORKS = {
+    "encoder": tuple(f"{each.key}_{part}." for each in MODALITIES for part in ("first_layer", "expert")),
+    "decoder": tuple(f"{each.name}_decoder." for each in MODALITIES),
+}
+
+
+class Axis(NamedTuple):
+    """Columns of a grown axis.
+
+    Attributes
+    ----------
+    sources
+        For each column the old ones of which it is the average; itself alone if it was there.
+    new
+        Positions of those that were not there.
+    """
+
+    sources: list[list[int]]
+    new: list[int]
+
+    def after(self, n: int) -> Axis:
+        """The same axis behind ``n`` others, which were there."""
+        sources = [[place] for place in range(n)] + [[n + place for place in each] for each in self.sources]
+        return Axis(sources, [n + place for place in self.new])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Design and batches of a grown program in terms of those of the old one.
+
+    Attributes
+    ----------
+    design, batches
+        Columns of the design, and the batches.
+    n_design, n_batch
+        Their old numbers.
+    """
+
+    design: Axis
+    batches: Axis
+    n_design: int
+    n_batch: int
+
+    @classmethod
+    def of(cls, old: Sequence[Sequence[str]], new: Sequence[Sequence[str]], n_continuous: int) -> Growth:
+        """Growth of categories, those of the batch first; known ones keep their places before the new ones.
+
+        Examples
+        --------
+        >>> Growth.of([["a", "b"], ["x"]], [["a", "b", "c"], ["x"]], n_continuous=1).design
+        Axis(sources=[[0], [1], [0, 1], [2], [3]], new=[2])
+        """
+        sources: list[list[int]] = []
+        added: list[int] = []
+        first = 0
+        for known, names in zip(old, new, strict=True):
+            every = list(range(first, first + len(known)))
+            added += range(len(sources) + len(known), len(sources) + len(names))
+            sources += [[first + place] if place < len(known) else every for place in range(len(names))]
+            first += len(known)
+        sources += [[first + place] for place in range(n_continuous)]
+        n_batch = len(new[0])
+        batches = Axis(sources[:n_batch], [place for place in added if place < n_batch])
+        return cls(Axis(sources, added), batches, first + n_continuous, len(old[0]))
+
+    def state(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Parts]:
+        """State of the grown program, and the new parts of its tensors.
+
+        Parameters
+        ----------
+        old, new
+            States of the old program and of a new one of the grown size.
+
+        Raises
+        ------
+        ValueError
+            If a tensor of a custom program has grown by something else than batches or columns of the design.
+        """
+        state: dict[str, Tensor] = {}
+        parts: Parts = {}
+        for name, wanted in new.items():
+            value = old[name].detach().to(wanted.device)
+            state[name] = value.clone()
+            changed = [axis for axis, (n, m) in enumerate(zip(value.shape, wanted.shape, strict=True)) if n != m]
+            if changed:
+                place = changed[0]
+                axis = self._axis(name, value.shape[place], wanted.shape[place]) if len(changed) == 1 else None
+                if axis is None:
+                    raise ValueError(
+                        f"Tensor {name!r} is {tuple(value.shape)} in the reference and {tuple(wanted.shape)} with the "
+                        "query's batches. Neither is n_batch nor n_covariates of the program's config its last part: "
+                        "this program cannot be mapped onto."
+                    )
+                columns = [value[(slice(None),) * place + (each,)].mean(place, keepdim=True) for each in axis.sources]
+                state[name] = torch.cat(columns, place)
+                parts[name] = (place, axis.new)
+        return state, parts
+
+    def _axis(self, name: str, old: int, new: int) -> Axis | None:
+        """The axis that has grown from a length to another: batches, or hidden units and behind them the design."""
+        if old == self.n_batch or name in _BATCHES_LAST:
+            before, axis = old - self.n_batch, self.batches
+        else:
+            before, axis = old - self.n_design, self.design
+        return axis.after(before) if before >= 0 and before + len(axis.sources) == new else None
+
+
+#: Trained parts of parameters by name: axis and positions, or None for all of it.
+Parts = dict[str, "tuple[int, list[int]] | None"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Parts of a grown program that are trained.
+
+    Attributes
+    ----------
+    parts
+        Trained parameters.
+    dropout
+        Whether dropout is used in training.
+    batch_norm
+        Networks, "encoder" or "decoder", whose batch normalisation follows the cells of training.
+    """
+
+    parts: Parts
+    dropout: bool = True
+    batch_norm: tuple[str, ...] = ()
+
+    @classmethod
+    def chosen(
+        cls,
+        program: nn.Module,
+        new: Parts,
+        *,
+        unfrozen: bool,
+        freeze_dropout: bool,
+        freeze_expression: bool,
+        freeze_decoder_first_layer: bool,
+        freeze_batchnorm_encoder: bool,
+        freeze_batchnorm_decoder: bool,
+    ) -> Training:
+        """The new parts and what scvi-tools' arguments of these names choose beside them."""
+        names = [name for name, _ in program.named_parameters()]
+        if unfrozen:
+            return cls(dict.fromkeys(names), batch_norm=tuple(_NETWORKS))
+        norms = {"encoder": not freeze_batchnorm_encoder, "decoder": not freeze_batchnorm_decoder}
+        whole = [] if freeze_expression else [f"{each.key}_first_layer." for each in MODALITIES]
+        whole += [] if freeze_decoder_first_layer else [f"{name}stack.linear.0." for name in _NETWORKS["decoder"]]
+        for network, module in _normalisations(program):
+            whole += [module] if norms[network] else []
+        parts: Parts = {name: part for name, part in new.items() if name in names}
+        parts.update({name: None for name in names if name.startswith(tuple(whole))})
+        return cls(parts, not freeze_dropout, tuple(network for network, trained in norms.items() if trained))
+
+    @property
+    def changes_encoders(self) -> bool:
+        """Whether states of known cells change by it."""
+        return any(part is None and not name.startswith(_NETWORKS["decoder"]) for name, part in self.parts.items())
+
+    def apply(self, program: Any) -> None:
+        """Freeze everything else in a program: its gradients are zero, and so are those of old columns."""
+        for name, parameter in program.named_parameters():
+            part = self.parts.get(name, ())
+            parameter.requires_grad_(part != ())
+            if part:
+                axis, places = part
+                parameter.register_hook(_Keep(parameter, axis, places))
+        program.partly_trained = frozenset(name for name, part in self.parts.items() if part is not None)
+        modules = dict(program.named_modules())
+        for network, prefix in _normalisations(program):
+            modules[prefix.removesuffix(".")].frozen = network not in self.batch_norm
+        if not self.dropout:
+            for module in modules.values():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], program: nn.Module) -> Training:
+        """The inverse of :meth:`to_dict`, also after JSON, for a program that has these parameters.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit the program.
+        """
+        shapes = {name: parameter.shape for name, parameter in program.named_parameters()}
+        parts: Parts = {}
+        for name, part in values["parts"].items():
+            if name not in shapes:
+                raise ValueError(f"{name} is no parameter")
+            if part is not None:
+                axis, places = part
+                size = shapes[name][axis] if axis in range(len(shapes[name])) else 0
+                if not all(type(place) is int and 0 <= place < size for place in places):
+                    raise ValueError(f"{name} has no part {part}")
+                part = (axis, places)
+            parts[name] = part
+        dropout, batch_norm = values["dropout"], tuple(values["batch_norm"])
+        if not isinstance(dropout, bool) or not set(batch_norm) <= _NETWORKS.keys():
+            raise ValueError("training is none that is known")
+        return cls(parts, dropout, batch_norm)
+
+
+class _Keep:
+    """Hook that keeps the gradient of some columns; that of the others is zero."""
+
+    def __init__(self, parameter: Tensor, axis: int, places: list[int]) -> None:
+        shape = [1] * parameter.dim()
+        shape[axis] = parameter.shape[axis]
+        self.kept = torch.zeros(shape, dtype=torch.bool)
+        self.kept.view(-1)[places] = True
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.kept = self.kept.to(grad.device)
+        return torch.where(self.kept, grad, 0.0)
+
+
+def _normalisations(program: nn.Module) -> list[tuple[str, str]]:
+    """Network and name, with a dot behind it, of every batch normalisation."""
+    return [
+        (network, f"{name}.")
+        for name, module in program.named_modules()
+        for network, prefixes in _NETWORKS.items()
+        if isinstance(module, BatchNorm) and name.startswith(prefixes)
+    ]

@@ -1,0 +1,1 @@
+"""Queries mapped onto a trained model: means of features that were not measured, labels of neighbours."""

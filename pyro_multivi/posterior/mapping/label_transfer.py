@@ -1,0 +1,228 @@
+"""Labels of neighbours in the latent space, with a calibrated probability that they are right.
+
+A cell's label is the one with most weight among its nearest reference cells. How often that is right is learned from
+reference cells that are encoded as the query was measured, with the modalities and features that it lacks taken away,
+and whose label is read off their neighbours other than themselves: a logistic regression on the share of the vote and
+the distance of the neighbours. That a cell is of a label that the reference has at all is learned in the same way, from
+their distances to neighbours of other labels alone: so far from everything would they be if theirs were not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells, Panels
+from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.posterior.engine.draws import mean_latents
+from pyro_multivi.posterior.engine.replicates import hide
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+# Share of a query's cells that are of a label which the reference lacks, before their distances are seen.
+_PRIOR_NEW = 0.02
+# Ridge penalty of the slopes of standardised predictors: as if a cell of each kind had been seen.
+_RIDGE = 1.0
+# Smallest distance, relative to a typical one, of which a logarithm is taken.
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Votes of the neighbours of some cells.
+
+    Attributes
+    ----------
+    code
+        Label with most weight, (n,).
+    share
+        Its share of the weight, (n,).
+    distance
+        Mean distance of the neighbours, (n,).
+    """
+
+    code: Codes
+    share: Array
+    distance: Array
+
+
+def states(program: MultiVIProgram, minibatches: Minibatches, like: Cells | None = None) -> Array:
+    """Posterior means of z, (n, K).
+
+    Parameters
+    ----------
+    like
+        A cell: modalities and features that were not measured in it are taken away.
+    """
+    found = []
+    for cells in minibatches:
+        seen = cells if like is None else measured_as(cells, like)
+        with evaluation_mode(program):
+            nodes: dict[str, Any] = dict(mean_latents(program, seen).trace.nodes)
+        z = nodes["z"]["value"]
+        found.append(z.expand(1, len(cells), -1)[0].double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def measured_as(cells: Cells, like: Cells) -> Cells:
+    """Cells without the modalities and features that were not measured in another one, the first of ``like``."""
+    for modality in MODALITIES:
+        panels: Panels | None = modality.panels_in(like)
+        if not bool(modality.measured_in(like)[0]):
+            cells = hide(cells, modality)
+        elif panels is not None:
+            cells = _without_features(cells, modality, panels.measured[panels.code[0]])
+    return cells
+
+
+def _without_features(cells: Cells, modality: Modality, measured: torch.Tensor) -> Cells:
+    counts = modality.counts_in(cells)
+    rows = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
+    kept = measured[rows.col.long()]
+    crow = torch.zeros_like(rows.crow)
+    crow[1:] = torch.bincount(rows.rows()[kept], minlength=len(cells)).cumsum(0)
+    left = SparseCounts(crow, rows.col[kept], rows.val[kept], (len(cells), rows.shape[1]))
+    code = torch.zeros(len(cells), dtype=torch.int64, device=cells.device)
+    return cells.replace(**{modality.counts: left, modality.panels: Panels(measured[None], code)})
+
+
+def vote(
+    reference: Array, code: Codes, z: Array, n_neighbors: int, own: Codes | None = None, tree: cKDTree | None = None
+) -> Votes:
+    """Votes of the nearest reference cells.
+
+    Parameters
+    ----------
+    reference, code
+        States, (N, K), and labels, (N,), of the reference cells.
+    z
+        States of the other cells, (n, K).
+    n_neighbors
+        Number of neighbours, fewer where the reference has no more.
+    own
+        Position in the reference of each cell itself, which does not vote, (n,).
+
+    Examples
+    --------
+    >>> reference, code = np.array([[0.0], [0.1], [5.0], [5.1]]), np.array([0, 0, 1, 1])
+    >>> vote(reference, code, np.array([[0.2], [4.0]]), n_neighbors=2).code
+    array([0, 1])
+    """
+    n = min(n_neighbors + (own is not None), len(reference))
+    distance, near = map(np.asarray, (tree or cKDTree(reference)).query(z, k=list(range(1, n + 1))))
+    if own is not None:
+        # The cell itself, or the farthest neighbour where it is not among them.
+        at = np.where((near == own[:, None]).any(1), (near == own[:, None]).argmax(1), n - 1)
+        kept = np.arange(n) != at[:, None]
+        distance, near = (part[kept].reshape(len(z), n - 1) for part in (distance, near))
+    width = np.maximum(distance[:, -1:], np.finfo(float).tiny)
+    weight = np.exp(-np.square(distance / width))
+    total = np.zeros((len(z), int(code.max()) + 1))
+    np.add.at(total, (np.arange(len(z))[:, None], code[near]), weight)
+    winner = total.argmax(1)
+    return Votes(winner, total.max(1) / weight.sum(1), distance.mean(1))
+
+
+def transfer(
+    reference: Array, code: Codes, z: Array, calibration: Array, own: Codes, n_neighbors: int
+) -> tuple[Codes, Array]:
+    """Label of each query cell, and the probability that it is right, (n,) each.
+
+    Parameters
+    ----------
+    reference, code
+        States and labels of the reference cells.
+    z
+        States of the query's cells.
+    calibration, own
+        States of some reference cells encoded as the query was measured, (C, K), and their positions, (C,).
+    """
+    tree = cKDTree(reference)
+    query = vote(reference, code, z, n_neighbors, tree=tree)
+    known = vote(reference, code, calibration, n_neighbors, own, tree)
+    scale = float(np.median(known.distance)) or 1.0
+    right = _Logistic.fit(_predictors(known, scale), known.code == code[own])
+    probability = right.probability(_predictors(query, scale))
+    others = _distances_without_own_label(reference, code, calibration, own, n_neighbors)
+    if others is not None:
+        distance = np.concatenate([known.distance, others])
+        is_known = np.arange(len(distance)) < len(known.distance)
+        weight = np.where(is_known, (1 - _PRIOR_NEW) / is_known.mean(), _PRIOR_NEW / (~is_known).mean())
+        in_reference = _Logistic.fit(_log(distance, scale)[:, None], is_known, weight)
+        probability = probability * in_reference.probability(_log(query.distance, scale)[:, None])
+    return query.code, probability
+
+
+def _distances_without_own_label(
+    reference: Array, code: Codes, calibration: Array, own: Codes, n_neighbors: int
+) -> Array | None:
+    """Mean distances of cells to their neighbours of other labels, (C,); None where there is one label only."""
+    labels = np.unique(code)
+    if len(labels) < 2:
+        return None
+    found = np.zeros(len(own))
+    for label in labels:
+        cells, rest = code[own] == label, reference[code != label]
+        if cells.any():
+            n = min(n_neighbors, len(rest))
+            distance = np.asarray(cKDTree(rest).query(calibration[cells], k=list(range(1, n + 1)))[0])
+            found[cells] = distance.mean(1)
+    return found
+
+
+def _predictors(votes: Votes, scale: float) -> Array:
+    share = np.clip(votes.share, 1e-3, 1 - 1e-3)
+    return np.column_stack([np.log(share / (1 - share)), _log(votes.distance, scale)])
+
+
+def _log(distance: Array, scale: float) -> Array:
+    found: Array = np.log(np.maximum(distance / scale, _LEAST))
+    return found
+
+
+@dataclass(frozen=True)
+class _Logistic:
+    """Logistic regression: coefficients of standardised predictors, the first being the intercept."""
+
+    mean: Array
+    sd: Array
+    coefficients: Array
+
+    @classmethod
+    def fit(cls, predictors: Array, target: NDArray[np.bool_], weight: Array | None = None) -> _Logistic:
+        """Fit by Newton's method; targets are as certain as their numbers are large (Platt 1999)."""
+        mean, sd = predictors.mean(0), predictors.std(0)
+        sd = np.where(sd > 0, sd, 1.0)
+        x = np.column_stack([np.ones(len(predictors)), (predictors - mean) / sd])
+        n_yes, n_no = target.sum(), (~target).sum()
+        y = np.where(target, (n_yes + 1) / (n_yes + 2), 1 / (n_no + 2))
+        w = np.ones(len(y)) if weight is None else weight
+        penalty = np.diag([1e-6, *[_RIDGE] * predictors.shape[1]])
+        beta = np.zeros(x.shape[1])
+        for _ in range(50):
+            p = 1 / (1 + np.exp(-np.clip(x @ beta, -30, 30)))
+            gradient = x.T @ (w * (p - y)) + penalty @ beta
+            hessian = (x * (w * p * (1 - p) + 1e-9)[:, None]).T @ x + penalty
+            step = np.linalg.solve(hessian, gradient)
+            # A long step would overshoot where nearly all targets are alike.
+            step *= min(1.0, 4.0 / max(float(np.abs(step).max()), 1e-12))
+            beta = beta - step
+            if np.abs(step).max() < 1e-8:
+                break
+        return cls(mean, sd, beta)
+
+    def probability(self, predictors: Array) -> Array:
+        """Probability of a target that is true, (n,)."""
+        logit = self.coefficients[0] + ((predictors - self.mean) / self.sd) @ self.coefficients[1:]
+        found: Array = 1 / (1 + np.exp(-np.clip(logit, -30, 30)))
+        return found

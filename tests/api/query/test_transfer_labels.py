@@ -1,0 +1,84 @@
+"""Labels carried over from a reference to a query."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pyro_multivi as pm
+from pyro_multivi.posterior.mapping.label_transfer import transfer, vote
+
+
+def test_a_frame_of_the_queries_cells(world):
+    mapped = pm.MULTIVI.load_query_data(world.query, world.model)
+    table = world.model.transfer_labels(mapped, "cell_type", n_neighbors=5)
+    assert list(table.index) == list(world.query.obs_names)
+    assert list(table.columns) == ["label", "confidence", "nearest_label"]
+    assert list(table["label"].cat.categories) == ["type_0", "type_1", "unknown"]
+    assert table["confidence"].between(0, 1).all()
+    assert ((table["label"] == "unknown") == (table["confidence"] < 0.5)).all()
+    certain = world.model.transfer_labels(mapped, "cell_type", n_neighbors=5, threshold=0.0)
+    assert (certain["label"].astype(str) == certain["nearest_label"].astype(str)).all()
+    # An object, and the model of the query that knows its reference.
+    for other in (
+        world.model.transfer_labels(world.query, "cell_type", 5),
+        mapped.transfer_labels(world.query, "cell_type", 5),
+    ):
+        np.testing.assert_array_equal(other["confidence"], table["confidence"])
+
+
+def test_labels_of_another_kind_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="key='true_library_x' is not in obs of the reference"):
+        world.model.transfer_labels(world.query, "true_library_x")
+    reference = world.model.adata
+    reference.obs["score"] = np.linspace(0, 1, reference.n_obs)
+    with pytest.raises(ValueError, match="key='score' holds numbers such as .*, no labels"):
+        world.model.transfer_labels(world.query, "score")
+    reference.obs["word"] = "unknown"
+    with pytest.raises(ValueError, match="unknown='unknown' is a label of the reference"):
+        world.model.transfer_labels(world.query, "word")
+    mapped = pm.MULTIVI.load_query_data(world.query, world.model)
+    mapped.save(tmp_path / "query")
+    loaded = pm.MULTIVI.load(tmp_path / "query", world.query)
+    with pytest.raises(ValueError, match="data of the reference are not there"):
+        loaded.transfer_labels(world.query, "cell_type")
+    assert len(world.model.transfer_labels(loaded, "cell_type")) == world.query.n_obs
+
+
+def test_cells_without_a_label_do_not_vote(world):
+    reference = world.model.adata
+    reference.obs["some"] = reference.obs["cell_type"].astype(object).where(np.arange(reference.n_obs) % 2 == 0)
+    table = world.model.transfer_labels(world.query, "some")
+    assert set(table["nearest_label"].cat.categories) == {"type_0", "type_1"}
+    reference.obs["one"] = "only"
+    assert (world.model.transfer_labels(world.query, "one")["nearest_label"] == "only").all()
+
+
+def blobs(rng, centres, n):
+    code = np.repeat(np.arange(len(centres)), n)
+    return centres[code] + rng.normal(size=(len(code), 2)), code
+
+
+def test_confidence_is_calibrated_and_new_kinds_are_unknown():
+    rng = np.random.default_rng(0)
+    # Two overlap, one lies apart, and one of the query is not in the reference.
+    centres = np.array([[0.0, 0.0], [2.0, 0.0], [12.0, 0.0]])
+    reference, code = blobs(rng, centres, 400)
+    query, truth = blobs(rng, np.vstack([centres, [[0.0, 40.0]]]), 400)
+    own = np.arange(len(reference))
+    label, confidence = transfer(reference, code, query, reference, own, n_neighbors=15)
+    known = truth < 3
+    right = label == truth
+    for low, high in ((0.5, 0.8), (0.8, 1.0)):
+        inside = known & (confidence >= low) & (confidence < high)
+        assert inside.sum() > 50
+        assert abs(right[inside].mean() - confidence[inside].mean()) < 0.08
+    assert (confidence[~known] < 0.5).mean() > 0.95
+    assert (confidence[truth == 2] < 0.5).mean() < 0.02
+
+
+def test_a_cell_does_not_vote_for_itself():
+    reference, code = np.array([[0.0], [1.0], [1.1]]), np.array([0, 1, 1])
+    found = vote(reference, code, reference, n_neighbors=1, own=np.arange(3))
+    assert found.code.tolist() == [1, 1, 1]
+    assert found.distance == pytest.approx([1.0, 0.1, 0.1])

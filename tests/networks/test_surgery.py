@@ -1,0 +1,107 @@
+"""Grown programs: every tensor is that of the old one, but for averages in new places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_multivi import ProgramConfig
+from pyro_multivi.networks.surgery import Growth, Training
+from pyro_multivi.program import MultiVIProgram
+
+OLD, NEW = [["a", "b"], ["x", "y"]], [["a", "b", "c"], ["x", "y", "z"]]
+CHOICES = {"n_genes": 5, "n_regions": 6, "n_hidden": 4, "n_latent": 2, "dispersion": "gene-batch"}
+FROZEN = {
+    "unfrozen": False,
+    "freeze_dropout": False,
+    "freeze_expression": True,
+    "freeze_decoder_first_layer": True,
+    "freeze_batchnorm_encoder": True,
+    "freeze_batchnorm_decoder": True,
+}
+
+
+class WithBatchTensor(MultiVIProgram):
+    """A program with tensors of its own: one for each batch, and one of another size."""
+
+    width = 0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.of_batches = nn.Parameter(torch.arange(3.0 * config.n_batch).reshape(config.n_batch, 3))
+        self.other = nn.Parameter(torch.zeros(self.width * config.n_batch))
+
+
+def programs(kind=MultiVIProgram, **choices):
+    old = kind(ProgramConfig(**CHOICES, **choices, n_batch=2, n_covariates=5))
+    new = kind(ProgramConfig(**CHOICES, **choices, n_batch=3, n_covariates=7))
+    for tensor in (*old.parameters(), *old.buffers()):
+        tensor.data.normal_()
+    return old, new
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_known_batches_are_decoded_as_before(everywhere):
+    old, new = programs(encode_covariates=True, deeply_inject_covariates=everywhere)
+    growth = Growth.of(OLD, NEW, n_continuous=1)
+    state, parts = growth.state(old.state_dict(), new.state_dict())
+    new.load_state_dict(state)
+    s_old = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.3], [0.0, 1.0, 1.0, 0.0, -1.2]])
+    s_new = torch.tensor([[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.3], [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, -1.2]])
+    z = torch.randn(2, 2)
+    for one, other in zip(old.eval().expression(z, s_old)[:2], new.eval().expression(z, s_new)[:2], strict=True):
+        torch.testing.assert_close(one.dense(), other.dense())
+    torch.testing.assert_close(
+        new.library_log_mean, torch.cat([old.library_log_mean, old.library_log_mean.mean()[None]])
+    )
+    # Behind the deviation, the other depth and z.
+    regression = torch.cat([old.rna_depth_regression, old.rna_depth_regression[-2:].mean()[None]])
+    torch.testing.assert_close(new.rna_depth_regression, regression)
+    assert parts["log_theta"] == (0, [2])
+    assert parts["expression_decoder.stack.linear.0.weight"] == (1, [4, 7])
+    assert ("expression_decoder.stack.linear.1.weight" in parts) == everywhere
+    assert parts["rna_first_layer.covariates.weight"] == (1, [2, 5])
+
+
+def test_gradients_of_old_columns_are_zero():
+    old, new = programs()
+    _, parts = Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
+    training = Training.chosen(new, parts, **FROZEN)
+    again = Training.from_dict(training.to_dict(), new)
+    assert again == training
+    training.apply(new)
+    (new.expression(torch.randn(3, 2), torch.rand(3, 7)).rho.dense()[:, 0].sum() + new.log_theta.sum()).backward()
+    weight = new.expression_decoder.stack.linear[0]
+    assert weight.weight.grad.any(0).nonzero().squeeze(1).tolist() == [4, 7]
+    assert weight.bias.grad is None
+    assert new.log_theta.grad.any(1).tolist() == [False, False, True]
+
+
+def test_tensors_of_a_custom_program():
+    old, new = programs(WithBatchTensor)
+    state, parts = Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
+    torch.testing.assert_close(state["of_batches"], torch.cat([old.of_batches, old.of_batches.mean(0)[None]]).detach())
+    assert parts["of_batches"] == (0, [2])
+    WithBatchTensor.width = 2
+    try:
+        old, new = programs(WithBatchTensor)
+    finally:
+        WithBatchTensor.width = 0
+    with pytest.raises(ValueError, match=r"Tensor 'other' is \(4,\) in the reference and \(6,\)"):
+        Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"parts": {"nonsense": None}, "dropout": True, "batch_norm": []},
+        {"parts": {"log_theta": [0, [99]]}, "dropout": True, "batch_norm": []},
+        {"parts": {"log_theta": [7, [0]]}, "dropout": True, "batch_norm": []},
+        {"parts": {}, "dropout": 5, "batch_norm": []},
+        {"parts": {}, "dropout": True, "batch_norm": ["nonsense"]},
+    ],
+)
+def test_what_does_not_fit_the_program_is_refused(values):
+    with pytest.raises(ValueError, match="no parameter|no part|none that is known"):
+        Training.from_dict(values, programs()[1])
