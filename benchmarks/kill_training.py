@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--cells", type=int, default=120)
     parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="tried in turn")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -62,7 +63,7 @@ def main() -> int:
         home = Path(folder)
         expected: dict[str, tuple[dict[str, Any], float]] = {}
         for number in range(options.kills):
-            name = list(SETTINGS)[number % len(SETTINGS)]
+            name = options.settings[number % len(options.settings)]
             given = {"max_epochs": options.epochs, "batch_size": 16, "progress_bar": False, **SETTINGS[name]}
             if name not in expected:
                 started = time.perf_counter()

@@ -27,6 +27,8 @@ _ADVICE = (
     (r"may be rounded: .* = .*?\.?$", "may be rounded with --round."),
     (r": \S+\.raw looks like counts, .*", ": raw looks like counts: copy it to a layer of the file, and give --layer."),
     (r"layer=None", "no --layer"),
+    (r" To train on, call train\(\) once more.*", ""),
+    (r"resume=True", "--resume"),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
 )
 
