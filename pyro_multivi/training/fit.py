@@ -120,7 +120,20 @@ def fit(
     pyro_state, watch = PyroState(), Stopwatch()
     at = Position(first, first, first * len(train), kept="those of before, which no epoch improved on")
     kept_weights = None if best is None else best.state
-    loop = Loop(at, program, optimizer, average, kept_weights, stopping, monitor, adversary, history, train, watch)
+    loop = Loop(
+        at,
+        program,
+        objective.elbo,
+        optimizer,
+        average,
+        kept_weights,
+        stopping,
+        monitor,
+        adversary,
+        history,
+        train,
+        watch,
+    )
     losses = [] if state is None else loop.restore(state)
     bar = tqdm(
         range(at.epoch, at.epoch if at.reason else last), desc="training", unit="epoch", initial=at.epoch - first,
@@ -134,7 +147,7 @@ def fit(
         torch.manual_seed(options.seed + first)
         if state is not None:
             loop.restore_noise(state)
-        is_new, state = state is None, None
+        state = None  # as large as the model and all that is kept beside it
         program.use_precision(options.precision)
 
         def between_steps(is_due: bool) -> None:
@@ -148,8 +161,6 @@ def fit(
                 interruption.act()
 
         try:
-            if checkpoints is not None and is_new:
-                checkpoints.write(loop)
             for epoch in bar:
                 if not at.place:
                     at.started, losses = time.perf_counter(), []

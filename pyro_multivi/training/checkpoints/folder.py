@@ -173,7 +173,9 @@ class Checkpoints:
         return state
 
     def is_due(self, epochs: int | None = None) -> bool:
-        """Whether a checkpoint is due after a step, or after so many whole epochs of this run."""
+        """Whether a checkpoint is due after a step, or after so many whole epochs of this run; the first is at once."""
+        if not self._number:
+            return True
         if self._epochs is not None:
             return epochs is not None and epochs % self._epochs == 0
         return time.monotonic() - self._written >= self._seconds

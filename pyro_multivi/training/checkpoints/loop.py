@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -65,6 +66,7 @@ class Loop:
 
     position: Position
     program: MultiVIProgram
+    elbo: ELBO
     optimizer: torch.optim.Optimizer
     average: RunningAverage
     best: dict[str, Tensor] | None
@@ -84,6 +86,8 @@ class Loop:
         return {
             "position": position,
             "program": dict(self.program.state_dict()),
+            # Found by a draw at the first step, which must not be made once more.
+            "max_plate_nesting": self.elbo.max_plate_nesting,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state(),
             "best": self.best,
@@ -104,6 +108,7 @@ class Loop:
         vars(self.position).update({**at, "terms": Terms(**terms), "started": began})
         self.train.order_state = at["order"]
         self.program.load_state_dict(state["program"])
+        self.elbo.max_plate_nesting = state["max_plate_nesting"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.restore(state["average"])
         for name, value in (self.best or {}).items():

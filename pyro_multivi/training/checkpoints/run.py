@@ -64,7 +64,10 @@ class Run(NamedTuple):
         for name in ("callbacks", "progress_bar"):
             del chosen[name]
         if options.elbo is not None:
-            chosen["elbo"] = f"{type(options.elbo).__qualname__}, {options.elbo.num_particles} particles"
+            plain = {name: value for name, value in vars(options.elbo).items() if isinstance(value, (int, float, str))}
+            # Found when it is first used.
+            plain.pop("max_plate_nesting", None)
+            chosen["elbo"] = [type(options.elbo).__qualname__, plain]
         values = {
             "pyro_multivi": _version.__version__,
             "pyro": pyro.__version__,

@@ -235,6 +235,13 @@ def test_checkpoints_of_an_earlier_run_are_not_replaced(build, train, begun):
     assert epochs(begun) == before
 
 
+def test_a_run_that_is_refused_at_its_first_step_leaves_no_checkpoint(build, train, tmp_path):
+    with pytest.raises(ValueError, match="early_stopping_monitor='nonsense' is not recorded"):
+        train(build(), 1, checkpoint=tmp_path, early_stopping_monitor="nonsense")
+    assert os.listdir(tmp_path) == []
+    train(build(), 1, checkpoint=tmp_path)
+
+
 def test_where_there_is_nothing_to_go_on_from(build, train, tmp_path):
     with pytest.warns(UserWarning, match="holds no checkpoint yet: training starts from the beginning"):
         train(build(), 1, checkpoint=tmp_path / "new", resume=True)
@@ -261,6 +268,9 @@ def test_intervals(tmp_path, every, epochs, seconds, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(folder_module.time, "monotonic", lambda: now[0])
     checkpoints = Checkpoints(tmp_path, every)
+    # The first is due at once.
+    assert checkpoints.is_due()
+    checkpoints._number = 1
     assert checkpoints.is_due(7) == (epochs == 7)
     assert not checkpoints.is_due(8)
     assert not checkpoints.is_due()

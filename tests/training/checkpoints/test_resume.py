@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 import pyro_multivi as pm
 
@@ -59,8 +60,8 @@ def died(monkeypatch, train, model, step, folder, **options):
 @pytest.mark.parametrize(
     ("step", "options"),
     [
-        (1, {}),
-        (3, {}),
+        (2, {}),
+        (4, {}),
         (9, {"checkpoint_every": 1}),
         (10, {"early_stopping_patience": 3, "early_stopping_min_delta": 2.0, "max_epochs": 8}),
         # From the 100th step on there is an average.
@@ -68,6 +69,7 @@ def died(monkeypatch, train, model, step, folder, **options):
         (7, {"adversarial_mixing": True, "n_steps_kl_warmup": 12}),
         (9, {"train_size": 1.0, "gradient_clip": 1.0, "average_steps": None}),
         (6, {"check_val_every_n_epoch": 3, "train_size": 0.5, "validation_size": 0.3, "seed": 4}),
+        (5, {"elbo": Trace_ELBO(num_particles=2, vectorize_particles=True)}),
         (6, {"precision": "bf16", "shuffle_set_split": False, "effect_sd": None}),
     ],
     ids=lambda value: value if isinstance(value, int) else "-".join(value) or "defaults",
