@@ -2,10 +2,10 @@
 
     python benchmarks/kill_training.py --kills 20
 
-Each trial trains in a process of its own, which SIGKILL, SIGTERM or SIGINT ends at a random moment (also while a
-checkpoint is written), and goes on in another with a model made anew. A trial is at fault if a history, a weight or
-anything that is calibrated after training differs from a training that was never interrupted, if a kill lost more than
-an epoch, or if anything but checkpoints is left.
+Each trial trains in a process of its own, which SIGKILL, SIGTERM or SIGINT ends at a random moment (in every third
+trial while a checkpoint is written), and goes on in another with a model made anew. A trial is at fault if a history, a
+weight or anything that is calibrated after training differs from a training that was never interrupted, if a kill lost
+more than an epoch, or if anything but checkpoints is left.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
             place = home / f"trial{number}"
             place.mkdir()
             end = SIGNALS[number % len(SIGNALS)]
-            for what in _trial(place, adata, given, end, chance.random(), *expected[name]):
+            for what in _trial(place, adata, given, end, chance.random(), number % 3 == 1, *expected[name]):
                 found[what] += 1
                 print(f"{number + 1:4d} {name}, {end.name}: {what}", flush=True)
             shutil.rmtree(place)
@@ -108,6 +108,7 @@ def _trial(
     given: dict[str, Any],
     end: signal.Signals,
     moment: float,
+    while_writing: bool,
     expected: dict[str, Any],
     seconds: float,
 ) -> list[str]:
@@ -119,11 +120,23 @@ def _trial(
         with log.open("a") as stream:
             stream.write(f"{epoch + 1}\n")
 
+    def epochs_done() -> int:
+        return len(log.read_text().split()) if log.exists() else 0
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        while not what() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(1e-4)
+
     child = _fork(lambda: _train(adata, {**given, "callbacks": [note]}), place / "notes")
-    time.sleep(moment * seconds)
+    epochs = moment * given["max_epochs"]
+    wait_for(lambda: epochs_done() >= int(epochs))
+    if while_writing:
+        wait_for(lambda: any(folder.glob(".checkpoint-*")))
+    else:
+        time.sleep((epochs % 1) * seconds / given["max_epochs"])
     os.kill(child, end)
     _wait(child)
-    done = len(log.read_text().split()) if log.exists() else 0
+    done = epochs_done()
     there = [json.loads(path.read_text())["epoch"] for path in folder.glob("checkpoint-*/run.json")]
     writing = len(list(folder.glob(".checkpoint-*"))) > 0
     found.append(f"after {done} epochs, {len(there)} checkpoints{', one half written' if writing else ''}")
