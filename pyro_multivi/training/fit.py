@@ -119,21 +119,10 @@ def fit(
     interrupted = False
     pyro_state, watch = PyroState(), Stopwatch()
     at = Position(first, first, first * len(train), kept="those of before, which no epoch improved on")
-    kept_weights = None if best is None else best.state
     loop = Loop(
-        at,
-        program,
-        objective.elbo,
-        optimizer,
-        average,
-        kept_weights,
-        stopping,
-        monitor,
-        adversary,
-        history,
-        train,
-        watch,
-    )
+        at, program, objective.elbo, optimizer, average, None if best is None else best.state, stopping, monitor,
+        adversary, history, train, watch,
+    )  # fmt: skip
     losses = [] if state is None else loop.restore(state)
     bar = tqdm(
         range(at.epoch, at.epoch if at.reason else last), desc="training", unit="epoch", initial=at.epoch - first,
