@@ -175,6 +175,8 @@ def _fork(work: Callable[[], Any], notes: Path) -> int:
         return child
     status = 0
     try:
+        # Where this runs in the background of a shell, it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work()
     except BaseException:

@@ -207,7 +207,9 @@ class Checkpoints:
         except OSError as error:
             if not self._number:
                 raise
-            caution(f"Training goes on without a new checkpoint in epoch {at.epoch + 1}, step {at.step}: {error}")
+            caution(
+                f"No checkpoint was written after {at.epoch} epochs, {at.step} steps, and training goes on: {error}"
+            )
         else:
             self._number, self._next = self._number + 1, 1 - self._next
         self._written = time.monotonic()

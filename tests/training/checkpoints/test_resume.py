@@ -149,6 +149,15 @@ def test_epochs_that_are_not_in_the_checkpoint_are_trained_again(build, train, m
 # ---------------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def _ctrl_c_acts():
+    """It is ignored where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_acts")
 @pytest.mark.parametrize("step", [3, 8])
 def test_ctrl_c_writes_a_checkpoint_and_leaves_a_usable_model(
     build, train, monkeypatch, tmp_path, step, assert_usable, caplog
