@@ -1,4 +1,4 @@
-"""Calls that neither depend on the state of the process (modes of torch, Pyro, Ctrl-C) nor leave it changed."""
+"""Calls that neither depend on the state of the process (modes of torch, Pyro, signals) nor leave it changed."""
 
 from __future__ import annotations
 
@@ -76,42 +76,54 @@ class PyroState:
 
 
 class Interruption:
-    """A handler of SIGINT that keeps the first Ctrl-C and passes on the second."""
+    """A handler of a signal that keeps the first and passes on the second."""
 
-    def __init__(self, handler: Any) -> None:
-        self.handler = handler
-        self._waits = False
+    def __init__(self, number: int, handler: Any) -> None:
+        self.number, self.handler = number, handler
+        #: Whether a signal was kept that has not acted yet.
+        self.waits = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Take a signal, as Python hands it over."""
-        self._waits = not self._waits
-        if not self._waits:
+        self.waits = not self.waits
+        if not self.waits:
             self.handler(number, frame)
 
     def act(self) -> None:
-        """Let a Ctrl-C that was kept act now."""
-        if self._waits:
-            self(signal.SIGINT, None)
+        """Let a signal that was kept act now."""
+        if self.waits:
+            self(self.number, None)
 
 
 @contextmanager
-def uninterrupted() -> Iterator[Interruption]:
+def uninterrupted(number: int = signal.SIGINT) -> Iterator[Interruption]:
     """Let Ctrl-C act when the block is left or says so, so that nothing stays half done; a second one acts at once.
 
-    Within another such block, outside the main thread (where Python never delivers Ctrl-C) and where SIGINT has no
+    Within another such block, outside the main thread (where Python never delivers signals) and where SIGINT has no
     Python handler this does nothing.
+
+    Parameters
+    ----------
+    number
+        Another signal in its place. SIGTERM need not have a Python handler: as without this, it ends the process.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     if isinstance(before, Interruption):
         yield before
         return
-    interruption = Interruption(before)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    ends = number == signal.SIGTERM and before == signal.SIG_DFL
+    interruption = Interruption(number, _end_process if ends else before)
+    if threading.current_thread() is not threading.main_thread() or not callable(interruption.handler):
         yield interruption
         return
-    signal.signal(signal.SIGINT, interruption)
+    signal.signal(number, interruption)
     try:
         yield interruption
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
         interruption.act()
+
+
+def _end_process(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)

@@ -116,3 +116,22 @@ def test_a_loss_that_is_not_a_number_names_the_cells(build):
     with pytest.raises(pm.TrainingDiverged, match="site 'l'"):
         model.train(5, accelerator="gpu", callbacks=[break_prior], progress_bar=False)
     assert all(torch.isfinite(parameter).all() for parameter in model.program.parameters())
+
+
+def test_training_goes_on_from_a_checkpoint(build, tmp_path):
+    class Died(BaseException):
+        pass
+
+    def die(epoch, row, program):
+        if epoch == 2:
+            raise Died
+
+    options = {"max_epochs": 4, "accelerator": "gpu", "progress_bar": False, "adversarial_mixing": True}
+    with pytest.raises(Died):
+        build().train(**options, checkpoint=tmp_path, checkpoint_every=1, callbacks=[die])
+    whole, resumed = build(), build()
+    whole.train(**options)
+    resumed.train(**options, checkpoint=tmp_path, resume=True)
+    losses = [model.history["elbo_validation"]["elbo_validation"].to_numpy() for model in (whole, resumed)]
+    # Sums on a GPU differ from run to run.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

@@ -368,3 +368,20 @@ def test_another_thread_sets_no_handler():
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_termination_waits_until_the_block_lets_it_act():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        with uninterrupted(signal.SIGTERM) as termination:
+            assert not termination.waits
+            signal.raise_signal(signal.SIGTERM)
+            assert termination.waits
+            assert not seen
+            termination.act()
+            assert len(seen) == 1
+            signal.raise_signal(signal.SIGTERM)
+        assert len(seen) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.loader import Minibatches, default_batch_size
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import Modality, modality_named, modelled
+from pyro_multivi.data.modality import MODALITIES, Modality, modality_named, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
@@ -38,6 +39,8 @@ from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import FitOptions, History, fit, resolve_device
+from pyro_multivi.training.checkpoints.folder import Checkpoints
+from pyro_multivi.training.checkpoints.run import Run
 from pyro_multivi.training.options import Callback
 
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
@@ -116,6 +119,9 @@ class ModelBase:
         adversarial_target: str = "modality",
         adversarial_weight: float = 1.0,
         adversarial_schedule: str = "warmup",
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | str | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> None:
         """Fit the model; call again to go on.
 
@@ -180,16 +186,31 @@ class ModelBase:
         adversarial_mixing
             True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what
             it can tell (:class:`~pyro_multivi.training.adversary.Adversary`). None is False. The classifier belongs to
-            this call: it is not saved, and a later call starts a new one.
+            this call and its checkpoints: it is not saved, and a later call starts a new one.
         adversarial_target
             The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
             scvi-tools is always its batch.)
         adversarial_weight, adversarial_schedule
             Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
             terms, or ``"constant"``.
+        checkpoint
+            Folder for the state of training, so that a process that ends does not lose it: weights, optimizer, average,
+            best weights, early stopping, random states, place in the epoch and history. The latest two checkpoints are
+            kept (some five times the weights each); one is written at the start, at the end, and before SIGTERM or
+            Ctrl-C act. Where one cannot be written, for instance to a full disk, training goes on with a warning, and
+            those before stay.
+        checkpoint_every
+            A whole number of epochs, or minutes (``"30 min"``), from one checkpoint to the next. Default: ten minutes.
+        resume
+            True: go on from the latest checkpoint in ``checkpoint``, in another process too, with a model made of the
+            same data by the same arguments. History (but for ``seconds``) and weights are then those of a training that
+            was never interrupted, on a CPU with as many threads bit by bit. Where there is no checkpoint yet, a warning
+            says that training starts from the beginning. A path: that of the folder, in which there must be one.
 
         Notes
         -----
+        State of callbacks is not in a checkpoint.
+
         Arguments of scvi-tools and of Lightning's Trainer that are not above (``plan_kwargs``, ``datasplitter_kwargs``,
         ``enable_progress_bar``, ``logger``, ...) are taken too: as ours where there is one, left out with a warning, or
         refused with what to use. tutorials/from_scvi_tools.md has the table.
@@ -197,7 +218,10 @@ class ModelBase:
         Raises
         ------
         ValueError
-            If an argument is out of range, or all training cells are of the origin to be mixed.
+            If an argument is out of range, all training cells are of the origin to be mixed, or the checkpoint to go on
+            from is of another run: the message names the options, versions and data that differ.
+        FileExistsError
+            If ``checkpoint`` holds checkpoints and ``resume`` is False.
         ImportError
             If ``compile=True`` and Numba is missing.
         ContractError
@@ -210,6 +234,7 @@ class ModelBase:
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
+        checkpoints = Checkpoints.wanted(checkpoint, checkpoint_every, resume)
         table = self._training_table()
         check_counts(table)
         if self._training is not None and not self._training.parts:
@@ -223,11 +248,21 @@ class ModelBase:
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
-        split = self._split
-        if split is None or not len(split.train) or (train_size, validation_size) != (None, None):
+        split, names = self._split, table.cell_names
+        if checkpoints is not None:
+            features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
+            run = Run.of(
+                self.program, table, features, options, train_size=train_size, validation_size=validation_size,
+                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
+            )  # fmt: skip
+            checkpoints.open(run)
+        if checkpoints is not None and checkpoints.split is not None:
+            split = replace(checkpoints.split, cell_names=names)
+        elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
-            names = table.cell_names
             split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
+        if checkpoints is not None:
+            checkpoints.split = split
         source = resident_if_it_fits(table, device)
         batches = partial(Minibatches, source, batch_size=batch_size, device=device)
         train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
@@ -236,7 +271,7 @@ class ModelBase:
         try:
             with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
                 self._history, self._optimizer_state = fit(
-                    self.program, train, validation, options, self._history, self._optimizer_state
+                    self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
                 )
             self.is_trained = True
             seen = batches(split.train)

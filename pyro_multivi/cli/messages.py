@@ -32,6 +32,8 @@ _ADVICE = (
     (r"feature_type_values\['regions'\] is|modalities\['atac_layer'\] is", "--atac"),
     (r"give another sample_key, or name the sample so", "say what the sample is called, NAME=PATH"),
     (r"samples has more than one called (.*): name them, .*", r"more than one sample is called \1: give NAME=PATH."),
+    (r" To train on, call train\(\) once more.*", ""),
+    (r"resume=True", "--resume"),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
 )
 

@@ -129,6 +129,20 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="folder for the state of training, which --resume goes on from"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="N",
+        help="epochs, or minutes as 30min, from one checkpoint to the next (default: 10min)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the latest checkpoint in DIR, if there is one; give all other options again",
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -125,6 +125,9 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         seed=options.seed,
         accelerator=options.accelerator,
         progress_bar=not options.quiet,
+        checkpoint=options.checkpoint,
+        checkpoint_every=options.checkpoint_every,
+        resume=options.resume,
     )
     # Before anything that may fail.
     written = [f"{save_model(model, out / 'model', options.overwrite).name}/"]

@@ -106,11 +106,24 @@ class Minibatches:
             sizes.append(rest)
         return sizes
 
+    @property
+    def order_state(self) -> Tensor:
+        """State of the generator that the order of the next pass is drawn from; may be set."""
+        return self._generator.get_state()
+
+    @order_state.setter
+    def order_state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
     def __iter__(self) -> Iterator[Cells]:
+        yield from self.after(0)
+
+    def after(self, n: int) -> Iterator[Cells]:
+        """The next pass without its first n minibatches, which are not cut."""
         order = self.index
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self._generator)]
-        parts = order.split(self._sizes()) if len(order) else ()
+        parts = order.split(self._sizes())[n:] if len(order) else ()
         if self.device.type == "cuda" and not isinstance(self._source, ResidentTable):
             yield from self._ahead(parts, torch.cuda.Stream(self.device))
         else:

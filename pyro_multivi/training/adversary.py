@@ -5,6 +5,8 @@ A term of training only: neither the model, nor the guide, nor any reported ELBO
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -59,8 +61,8 @@ class Adversary:
 
     Notes
     -----
-    The classifier belongs to one run of training and is saved nowhere: going on starts a new one. A new one says
-    :math:`q = f` for every z, so that it costs nothing until it has learned something.
+    The classifier belongs to one run of training and is in its checkpoints only: going on starts a new one. A new one
+    says :math:`q = f` for every z, so that it costs nothing until it has learned something.
 
     References
     ----------
@@ -136,6 +138,20 @@ class Adversary:
         penalty, surprise, n = self._sums.tolist()
         self._sums.zero_()
         return dict(zip(RECORDED, (penalty / n, surprise / n), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learned and recorded between two steps, not copied."""
+        return {
+            "classifier": self.classifier.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "sums": self._sums,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        self.classifier.load_state_dict(state["classifier"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._sums.copy_(state["sums"])
 
     def _origin(self, cells: Cells | CellTable) -> Tensor:
         """A number for the origin of each cell, (n,), int64."""

@@ -54,6 +54,16 @@ class RunningAverage:
         """Whether there is an average that differs from the latest weights."""
         return self._average is not None
 
+    def state(self) -> list[Tensor] | None:
+        """The average, not copied; None before it has begun."""
+        return self._average
+
+    def restore(self, state: list[Tensor] | None) -> None:
+        """Go on from a :meth:`state`."""
+        if state is not None:
+            state = [value.to(weight.device) for value, weight in zip(state, self._weights, strict=True)]
+        self._average = state
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after the ``step``-th step, counted from 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -82,9 +83,15 @@ class DivergenceMonitor:
             self._found_inf = torch.zeros((), device=train.device)
             optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Start an epoch."""
-        self._epoch, self._last, self._unchecked, self._losses = epoch, None, [], []
+    def begin_epoch(self, epoch: int, losses: Sequence[float] = ()) -> None:
+        """Start an epoch, or go on with one of whose first minibatches the losses are given."""
+        self._epoch, self._last, self._unchecked, self._losses = epoch, None, [], [*losses]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each minibatch of the epoch so far, all of them checked."""
+        self._read()
+        return self._losses
 
     def check_loss(self, loss: Tensor, cells: Cells, place: int) -> None:
         """Check the loss of the minibatch at position ``place`` of the epoch, before its gradient is formed.

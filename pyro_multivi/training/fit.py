@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,11 +19,13 @@ from pyro_multivi.data.checks import check_type, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
-from pyro_multivi.isolation import PyroState, isolated, uninterrupted
+from pyro_multivi.isolation import Interruption, PyroState, isolated, uninterrupted
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
 from pyro_multivi.training.adversary import RECORDED, Adversary
 from pyro_multivi.training.averaging import RunningAverage
+from pyro_multivi.training.checkpoints.folder import Checkpoints
+from pyro_multivi.training.checkpoints.loop import Loop, Position
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
 from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
 from pyro_multivi.training.history import History, Stopwatch
@@ -45,6 +48,7 @@ def fit(
     options: FitOptions | None = None,
     history: History | None = None,
     optimizer_state: dict[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[History, dict[str, Any]]:
     """Minimise minus the ELBO of ``program`` over minibatches.
 
@@ -62,6 +66,8 @@ def fit(
         Default: :class:`FitOptions`.
     history, optimizer_state
         Results of an earlier call, to go on from there.
+    checkpoints
+        Where to write checkpoints, opened; if that found one, training goes on from it and replaces the history.
 
     Returns
     -------
@@ -84,12 +90,15 @@ def fit(
         ("options", options, FitOptions),
         ("history", history, History),
         ("optimizer_state", optimizer_state, dict),
+        ("checkpoints", checkpoints, Checkpoints),
     ):
         if value is not None:
             check_type(name, value, kind, ", or leave it out")
     options = options or FitOptions()
     history = history if history is not None else History()
-    first = history.n_epochs
+    state = None if checkpoints is None else checkpoints.take_state()
+    first = history.n_epochs if state is None else int(state["position"]["first"])
+    last = first + options.max_epochs
     program.to(train.device)
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
     adversary = Adversary(program, train, options) if options.adversarial_mixing else None
@@ -102,34 +111,54 @@ def fit(
     # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
     best = None if validation is None else _Snapshot(program)
     average = RunningAverage(program, options.average_steps)
-    if first and validation is not None:
+    if first and validation is not None and state is None:
         # Going on must not end worse than it began: the current weights are the first to beat.
         stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
     # Without weights to go back to there is no way back from a step that is not a number.
     monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
     interrupted = False
-    reason = "max_epochs is reached"
-    kept = "those of before, which no epoch improved on"
     pyro_state, watch = PyroState(), Stopwatch()
-    step = first * len(train)
+    at = Position(first, first, first * len(train), kept="those of before, which no epoch improved on")
+    loop = Loop(
+        at, program, objective.elbo, optimizer, average, None if best is None else best.state, stopping, monitor,
+        adversary, history, train, watch,
+    )  # fmt: skip
+    losses = [] if state is None else loop.restore(state)
     bar = tqdm(
-        range(first, first + options.max_epochs), desc="training", unit="epoch", disable=not options.progress_bar
-    )
+        range(at.epoch, at.epoch if at.reason else last), desc="training", unit="epoch", initial=at.epoch - first,
+        total=options.max_epochs, disable=not options.progress_bar,
+    )  # fmt: skip
     loops = compiled_loops() if options.compile else nullcontext()
     # Torch's global generators stay as they were.
     forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
-    with forked, loops, bar, uninterrupted() as interruption:
+    ended = nullcontext(Interruption(signal.SIGTERM, None)) if checkpoints is None else uninterrupted(signal.SIGTERM)
+    with forked, loops, bar, uninterrupted() as interruption, ended as termination:
         torch.manual_seed(options.seed + first)
+        if state is not None:
+            loop.restore_noise(state)
+        state = None  # as large as the model and all that is kept beside it
         program.use_precision(options.precision)
+
+        def between_steps(is_due: bool) -> None:
+            """Write a checkpoint if it is due or if a signal waits, and let that act then."""
+            waits = interruption.waits or termination.waits
+            if checkpoints is not None and (is_due or waits):
+                checkpoints.write(loop)
+                watch.lap("checkpoints")
+            if waits:
+                termination.act()
+                interruption.act()
+
         try:
             for epoch in bar:
-                started = time.perf_counter()
+                if not at.place:
+                    at.started, losses = time.perf_counter(), []
                 program.train()
-                terms, sizes = Terms(), []
-                monitor.begin_epoch(epoch)
-                for place, cells in enumerate(train):
+                monitor.begin_epoch(epoch, losses)
+                at.order = train.order_state
+                for place, cells in enumerate(train.after(at.place), at.place):
                     watch.lap("minibatches")
-                    weight = kl_weight(epoch, step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
+                    at.weight = kl_weight(epoch, at.step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
                     # Shapes and supports are checked once: on the first minibatch of this call.
                     validate = epoch == first and place == 0
                     # Before the loss: the likelihoods write their gradients into the memory this frees.
@@ -139,10 +168,10 @@ def fit(
                         _check_monitor(program, cells, options)
                     try:
                         with pyro.validation_enabled(validate), _no_nan_warning():
-                            loss = objective(cells, weight)
+                            loss = objective(cells, at.weight)
                     except ValueError as error:
                         # Pyro's validation refuses a NaN as well, in words that name no cell.
-                        if validate and not _is_finite(objective, cells, weight):
+                        if validate and not _is_finite(objective, cells, at.weight):
                             raise diagnose(program, cells, epoch, place) from error
                         raise
                     monitor.check_loss(loss, cells, place)
@@ -155,23 +184,23 @@ def fit(
                     optimizer.step()
                     if adversary is not None:
                         adversary.learn()
-                    terms += objective.last_terms(cells)
-                    sizes.append(len(cells))
-                    step += 1
-                    average.update(step)
+                    at.terms += objective.last_terms(cells)
+                    at.sizes.append(len(cells))
+                    at.place, at.step = place + 1, at.step + 1
+                    average.update(at.step)
                     watch.lap("steps")
-                    interruption.act()
-                losses = zip(monitor.end_epoch(), sizes, strict=True)
-                row = {"train_loss": sum(v * n for v, n in losses) / sum(sizes), "kl_weight": weight}
-                row.update(_named(terms, "train"))
+                    between_steps(checkpoints is not None and checkpoints.is_due())
+                weighted = zip(monitor.end_epoch(), at.sizes, strict=True)
+                row = {"train_loss": sum(v * n for v, n in weighted) / sum(at.sizes), "kl_weight": at.weight}
+                row.update(_named(at.terms, "train"))
                 if adversary is not None:
                     row.update(adversary.pop_record())
                 watch.lap("steps")
-                is_due = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == first + options.max_epochs
+                scores = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == last
                 with average.in_place():
-                    if validation is not None and is_due:
+                    if validation is not None and scores:
                         row.update(_named(evaluate(program, validation), "validation"))
-                    row["seconds"] = time.perf_counter() - started
+                    row["seconds"] = time.perf_counter() - at.started
                     history.add(row)
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
                     scored = validation is not None and stopping.monitor in row
@@ -180,40 +209,44 @@ def fit(
                     if best is not None and (is_better or stopping.best == math.inf):
                         best.take(program)
                         score = f", the best {stopping.monitor}" if is_better else ""
-                        kept = f"those of epoch {epoch + 1}{score}{_averaged(average)}"
+                        at.kept = f"those of epoch {epoch + 1}{score}{_averaged(average)}"
                     watch.lap("validation")
                     # Every callback is called, also after one that stops.
                     answers = [callback(epoch, row, program) for callback in options.callbacks]
                     watch.lap("callbacks")
-                    interruption.act()
-                    if any(answers):
-                        reason = "a callback stopped it"
-                        break
-                    if stopping.exhausted:
-                        reason = f"{stopping.monitor} has not improved for {stopping.patience} epochs"
-                        break
+                at.end_epoch()
+                if any(answers):
+                    at.reason = "a callback stopped it"
+                elif stopping.exhausted:
+                    at.reason = f"{stopping.monitor} has not improved for {stopping.patience} epochs"
+                elif at.epoch == last:
+                    at.reason = "max_epochs is reached"
+                is_due = checkpoints is not None and checkpoints.is_due(at.epoch - first)
+                between_steps(is_due or bool(at.reason))
+                if at.reason:
+                    break
         except KeyboardInterrupt:
             # A second Ctrl-C may have left a plate of the model open.
             pyro_state.restore()
-            interrupted, reason = True, "interrupted"
+            interrupted, at.reason = True, "interrupted"
             logger.warning("interrupted in epoch %d; the model is usable", history.n_epochs + 1)
         finally:
             # Also after an error: the program must never stay at weights that diverged. Only what was
             # learned in an interrupted first epoch is kept, for want of anything better.
-            state = optimizer.state_dict()
+            moments = optimizer.state_dict()
             optimizer.zero_grad(set_to_none=True)
             if best is not None and (history.n_epochs > first or not interrupted):
                 best.restore(program)
             else:
-                kept = f"the latest{_averaged(average)}"
+                at.kept = f"the latest{_averaged(average)}"
                 average.settle()
             program.use_precision("fp32")
             program.eval()
     watch.lap("restoring")
     n_epochs = history.n_epochs - first
-    history.ending = f"trained {n_epochs} epochs in {watch}: {reason}; its weights are {kept}"
+    history.ending = f"trained {n_epochs} epochs in {watch}: {at.reason}; its weights are {at.kept}"
     logger.info(history.ending)
-    return history, state
+    return history, moments
 
 
 def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
@@ -248,14 +281,14 @@ class _Snapshot:
     """Copy of the best weights so far, at first of those at the start."""
 
     def __init__(self, program: MultiVIProgram) -> None:
-        self._state = {name: value.detach().clone() for name, value in program.state_dict().items()}
+        self.state = {name: value.detach().clone() for name, value in program.state_dict().items()}
 
     def take(self, program: MultiVIProgram) -> None:
         for name, value in program.state_dict().items():
-            self._state[name].copy_(value)
+            self.state[name].copy_(value)
 
     def restore(self, program: MultiVIProgram) -> None:
-        program.load_state_dict(self._state)
+        program.load_state_dict(self.state)
 
 
 def _averaged(average: RunningAverage) -> str:

@@ -77,6 +77,17 @@ def test_the_order_of_a_seed_is_that_of_torch(table):
         assert visited(batches) == [order[:4].tolist(), order[4:].tolist()]
 
 
+def test_a_pass_goes_on_in_the_middle_with_the_order_it_had(table):
+    whole, other = (Minibatches(table, batch_size=2, shuffle=True, seed=seed) for seed in (3, 4))
+    list(whole)
+    state = whole.order_state
+    expected = visited(whole) + visited(whole)
+    other.order_state = state
+    assert [cells.index.tolist() for cells in other.after(2)] + visited(other) == expected[2:]
+    other.order_state = state
+    assert list(other.after(len(other))) == []
+
+
 def test_a_loop_may_be_left_early_and_begun_again(table):
     batches = Minibatches(table, batch_size=2)
     threads = threading.active_count()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch import Tensor
 from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.saving.data_file import DATA_FILES, difference, write_data
+from pyro_multivi.checksums import CHECKSUMS, checksum, digest, read_checksums, write_checksums
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.datasets.readers import read
 from pyro_multivi.files import present, replacing, writing
@@ -33,7 +33,7 @@ logger = logging.getLogger("pyro_multivi")
 
 #: Formats 1 and 2 had a checksum of the weights only, in ``model.json``.
 FORMAT, FIRST_FORMAT_WITH_CHECKSUMS = 3, 3
-WEIGHTS, DESCRIPTION, CHECKSUMS = "weights.pt", "model.json", "SHA256SUMS"
+WEIGHTS, DESCRIPTION = "weights.pt", "model.json"
 FILES = {WEIGHTS, DESCRIPTION, CHECKSUMS, *DATA_FILES}
 
 
@@ -157,24 +157,20 @@ def write_model(
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         with writing(work / WEIGHTS) as stream:
             torch.save(tensors, stream)
-        sums[WEIGHTS] = _checksum(work / WEIGHTS)
+        sums[WEIGHTS] = checksum(work / WEIGHTS)
         if data is not None:
             name = write_data(work, data)
-            sums[name] = _checksum(work / name)
+            sums[name] = checksum(work / name)
         else:
             for name in target_files:
                 _link(target / name, work / name)
-                sums[name] = _known_checksum(target, name) or _checksum(work / name)
+                sums[name] = _known_checksum(target, name) or checksum(work / name)
         # The checksum of the weights is where earlier versions look for it, which then say that they are too old.
         text = {"format": FORMAT, "version": __version__, "weights_sha256": sums[WEIGHTS], **description}
         with writing(work / DESCRIPTION) as stream:
             stream.write(json.dumps(text).encode())
-        sums[DESCRIPTION] = _checksum(work / DESCRIPTION)
-        # The file is there and locked: it is not made anew.
-        with (work / CHECKSUMS).open("w", encoding="utf-8") as lines:
-            lines.writelines(f"{value}  {name}\n" for name, value in sums.items())
-            lines.flush()
-            os.fsync(lines.fileno())
+        sums[DESCRIPTION] = checksum(work / DESCRIPTION)
+        write_checksums(work, sums)
         if target.exists():
             shutil.copymode(target, work)
             # What came since the beginning must not be deleted either.
@@ -256,7 +252,7 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
     if not with_tensors:
         return Saved({}, description, version, None)
     with (source / WEIGHTS).open("rb") as stream:
-        _compare(where, WEIGHTS, _digest(stream), sums.get(WEIGHTS, expected))
+        _compare(where, WEIGHTS, digest(stream), sums.get(WEIGHTS, expected))
         stream.seek(0)
         state = _tensors(stream, where)
     data = None
@@ -265,7 +261,7 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         if not path.is_file():
             continue
         if name in sums:
-            _compare(where, name, _checksum(path), sums[name])
+            _compare(where, name, checksum(path), sums[name])
         elif sums and with_data:
             raise BrokenModelError(
                 f"{where}: {name} was not saved with this model ({CHECKSUMS} has no line for it). "
@@ -301,10 +297,11 @@ def _link(source: Path, copy: Path) -> None:
 
 
 def _read_checksums(folder: Path, where: str) -> dict[str, str]:
-    text = (folder / CHECKSUMS).read_bytes()
-    lines = re.findall(rb"([0-9a-f]{64})  ([\w.]+)\n", text)
-    sums = {name.decode(): value.decode() for value, name in lines}
-    if b"".join(value + b"  " + name + b"\n" for value, name in lines) != text or not sums.keys() <= FILES or not sums:
+    try:
+        sums = read_checksums(folder)
+    except ValueError:
+        sums = {}
+    if not sums or not sums.keys() <= FILES:
         raise BrokenModelError(f"{where}: {CHECKSUMS} is damaged. Copy it again or save the model again.")
     return sums
 
@@ -323,15 +320,3 @@ def _compare(where: str, name: str, found: str, expected: str) -> None:
             f"{where}: {name} is damaged or truncated (its checksum does not match). "
             "Copy it again or save the model again."
         )
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as stream:
-        return _digest(stream)
-
-
-def _digest(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
