@@ -26,7 +26,9 @@ from pyro_multivi.posterior.differential.tables import expected_fdr_calls
 Array = NDArray[Any]
 DELTA = {RNA: 0.25, ATAC: 0.05}
 TARGET = 0.05
-SCENARIOS = ("balanced", "few", "mosaic", "shallow", "batches")
+SCENARIOS = ("balanced", "few", "mosaic", "shallow", "batches", "sizes")
+# Cells of the smaller group: of one type against 400 of the others, and against 400 of the same.
+SIZES, NULL_SIZES = (10, 30, 100), (1, 2, 3, 5, 10, 30)
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
                 continue
             rate, power, equal = np.mean(rows, axis=0)
             print(
-                f"{scenario:9} {kind:13} {name:10} FDR {rate:.3f} power {power:.3f} at equal FDR {equal:.3f}",
+                f"{scenario:9} {kind:13} {name:20} FDR {rate:.3f} power {power:.3f} at equal FDR {equal:.3f}",
                 flush=True,
             )
 
@@ -73,10 +75,11 @@ def simulated(scenario: str, seed: int, options: argparse.Namespace) -> Any:
     if scenario == "null":
         adata = pm.simulate_multiome((1800, 0, 0), **sizes)
         return adata[np.flatnonzero(adata.obs["cell_type"] == "type_0")[:430]].copy()
-    if scenario == "few":
+    if scenario in ("few", "sizes"):
         adata = pm.simulate_multiome((1200, 0, 0), **sizes)
         first = (adata.obs["cell_type"] == "type_0").to_numpy()
-        return adata[np.sort(np.r_[np.flatnonzero(first)[:20], np.flatnonzero(~first)[:800]])].copy()
+        n, m = (20, 800) if scenario == "few" else (max(SIZES), 400)
+        return adata[np.sort(np.r_[np.flatnonzero(first)[:n], np.flatnonzero(~first)[:m]])].copy()
     # Types 0 and 1 lie by 80 to 20 in the first batch, the others in the second.
     adata = pm.simulate_multiome((2000, 0, 0), n_batches=2, **sizes)
     kind, batch = (adata.obs[name].cat.codes.to_numpy() for name in ("cell_type", "batch"))
@@ -95,14 +98,12 @@ def trained(adata: Any, scenario: str, seed: int, epochs: int) -> pm.MULTIVI:
 
 def rates(model: pm.MULTIVI, scenario: str, modality: Modality, seed: int) -> Iterator[tuple[str, tuple[float, ...]]]:
     """Realised FDR, power of the calls and power at equal FDR of every test, over all comparisons."""
-    kinds = model.adata.obs["cell_type"].to_numpy().astype(str)
     parts: dict[str, list[tuple[Array, ...]]] = {}
-    for kind in ["type_0"] if scenario == "few" else np.unique(kinds):
-        first, second = np.flatnonzero(kinds == kind), np.flatnonzero(kinds != kind)
+    for label, first, second in groups(model.adata.obs["cell_type"].to_numpy().astype(str), scenario):
         changed = np.abs(true_change(model.adata, modality, first, second)) >= DELTA[modality]
-        parts.setdefault("ours", []).append((*ours(model, modality, first, second), changed))
+        parts.setdefault(f"ours{label}", []).append((*ours(model, modality, first, second), changed))
         for name, test in TESTS[modality].items():
-            parts.setdefault(name, []).append(
+            parts.setdefault(f"{name}{label}", []).append(
                 (*test(*(counts(model.adata, modality, i) for i in (first, second))), changed)
             )
     for name, every in parts.items():
@@ -111,10 +112,20 @@ def rates(model: pm.MULTIVI, scenario: str, modality: Modality, seed: int) -> It
         yield name, ((called & ~changed).sum() / max(1, called.sum()), power, equal_fdr_power(score, changed))
 
 
+def groups(kinds: Array, scenario: str) -> Iterator[tuple[str, Array, Array]]:
+    """Pairs of groups of a scenario, and what tells their rows from those of others."""
+    for kind in ["type_0"] if scenario in ("few", "sizes") else np.unique(kinds):
+        first, second = np.flatnonzero(kinds == kind), np.flatnonzero(kinds != kind)
+        if scenario == "sizes":
+            yield from ((f", {n} cells", first[:n], second) for n in SIZES)
+        else:
+            yield "", first, second
+
+
 def false_calls(model: pm.MULTIVI, scenario: str, modality: Modality, seed: int) -> Iterator[tuple[str, int]]:
     """Numbers of calls for groups of few cells against 400 cells of the same type."""
     rng = np.random.default_rng(seed)
-    for n in (3, 5, 10, 30):
+    for n in NULL_SIZES:
         cells = rng.permutation(model.adata.n_obs)
         yield f"{n} cells", int(ours(model, modality, cells[:n], cells[n : n + 400])[1].sum())
 

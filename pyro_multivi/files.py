@@ -39,7 +39,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 class RecordingFile(io.FileIO):
     """A file that keeps the first error of writing in ``error``.
 
-    Libraries that write to it may lose such an error: HDF5 does when a data set is closed by the garbage collector.
+    Libraries that write to it may lose such an error, or end the process: HDF5 does both. After an error they may go on
+    writing, to nowhere; what they wrote is not there to be read back, and reading is an error.
     """
 
     error: BaseException | None = None
@@ -62,6 +63,13 @@ class RecordingFile(io.FileIO):
         except OSError as error:
             self.error = self.error or error
             return self.tell() if size is None else size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read, if all that was written before is there."""
+        # HDF5 takes what a short read leaves in the buffer for references to strings and follows them.
+        if self.error is not None:
+            raise self.error
+        return super().readinto(buffer) or 0
 
     def finish(self) -> None:
         """Raise what went wrong, or have the system write everything to the disk."""

@@ -51,7 +51,8 @@ def _enter_neutral_modes(modes: ExitStack) -> None:
     if dtype != torch.float32:
         modes.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
-    if torch.get_default_device().type != "cpu":
+    # torch.get_default_device() knows nothing of the context torch.device() before torch 2.5.
+    if torch.empty(0).device.type != "cpu":
         modes.enter_context(torch.device("cpu"))
     modes.enter_context(torch.inference_mode(False))
     modes.enter_context(torch.enable_grad())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 
-from pyro_multivi.files import replacing, write_whole, writing
+from pyro_multivi import files
+from pyro_multivi.files import RecordingFile, replacing, write_whole, writing
 
 FILES = Path(__file__).parents[1] / "pyro_multivi" / "files.py"
 
@@ -239,6 +242,51 @@ def test_an_error_of_writing_that_a_library_loses_is_raised_at_the_end(tmp_path)
 
     with pytest.raises(OSError, match="disk full"):
         write()
+
+
+def test_what_a_failed_write_left_out_is_not_read_back(tmp_path):
+    """HDF5 read what was not there and followed it as references: the process ended by a segmentation fault."""
+    with RecordingFile(tmp_path / "data", "x+") as stream:
+        stream.write(b"first")
+        stream.seek(0)
+        assert stream.readinto(bytearray(5)) == 5
+        stream.error = OSError("disk full")
+        stream.write(b"second")
+        with pytest.raises(OSError, match="disk full"):
+            stream.readinto(bytearray(6))
+
+
+def test_a_disk_that_is_full_at_any_write_of_hdf5_is_one_error(tmp_path, monkeypatch):
+    writes, room, read_back = 0, 10_000, []
+
+    class FullDisk(RecordingFile):
+        def write(self, data):
+            nonlocal writes
+            writes += 1
+            if writes > room:
+                self.error = self.error or OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+        def readinto(self, buffer):
+            if self.error is not None:
+                read_back.append(room)
+            return super().readinto(buffer)
+
+    def write(path):
+        nonlocal writes
+        writes = 0
+        with writing(path) as stream, h5py.File(stream, "w") as file:
+            for name in ("first", "second"):
+                file.create_dataset(name, data=["a", "text", "of", "any length"], dtype=h5py.string_dtype())
+                file[name].attrs["encoding"] = "text"
+
+    monkeypatch.setattr(files, "RecordingFile", FullDisk)
+    write(tmp_path / "whole.h5")
+    assert writes > 10
+    for room in range(writes):
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / f"{room}.h5")
+    assert read_back
 
 
 def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,56 +14,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import require
+from pyro_multivi.files import RecordingFile
 
 #: Cells x features of a chunk, 1 MB in float32: neither rows nor columns are slow to read.
 CHUNK = (256, 1024)
 # Stored entries of a chunk of a sparse matrix.
 _SPARSE_CHUNK = 2**18
-
-
-class _File(io.FileIO):
-    """A file whose write errors wait until they are asked for: HDF5 crashes the process after a failed write.
-
-    To HDF5 it looks as if all had been written: it has the size it should have, with zeros where nothing is.
-    """
-
-    def __init__(self, path: Path, mode: str) -> None:
-        super().__init__(path, mode)
-        self.error: OSError | None = None
-        self._size = os.fstat(self.fileno()).st_size
-
-    def write(self, data: Any) -> int:
-        """Write, unless an earlier write failed."""
-        left, start = memoryview(data).cast("B"), self.tell()
-        end = start + len(left)
-        while self.error is None and len(left):
-            try:
-                left = left[super().write(left) :]
-            except OSError as error:
-                self.error = error
-        self._size = max(self._size, end)
-        self.seek(end)
-        return end - start
-
-    def truncate(self, size: int | None = None) -> int:
-        """Change the size."""
-        self._size = self.tell() if size is None else size
-        try:
-            super().truncate(self._size)
-        except OSError as error:
-            self.error = self.error or error
-        return self._size
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Change the position."""
-        return super().seek(self._size + offset) if whence == os.SEEK_END else super().seek(offset, whence)
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what was written, and zeros after it."""
-        whole = memoryview(buffer).cast("B")
-        n_read = super().readinto(whole) or 0
-        whole[n_read:] = bytes(len(whole) - n_read)
-        return len(whole)
 
 
 class Container:
@@ -146,7 +100,7 @@ class Hdf5(Container):
     """An AnnData in a ``.h5ad`` file."""
 
     def _open(self, exists: bool) -> h5py.File:
-        self._file = _File(self._path, "r+" if exists else "w+")
+        self._file = RecordingFile(self._path, "r+" if exists else "w+")
         try:
             return h5py.File(self._file, "r+" if exists else "w")
         except BaseException:
@@ -165,20 +119,20 @@ class Hdf5(Container):
 
     def flush(self) -> None:
         """See :class:`Container`."""
-        self._root.flush()
-        if self._file.error is not None:
-            raise self._file.error
+        try:
+            self._root.flush()
+        finally:
+            if self._file.error is not None:
+                raise self._file.error
 
     def close(self) -> None:
         """See :class:`Container`."""
         self._arrays.clear()
-        self._root.close()
-        try:
-            if self._file.error is not None:
-                raise self._file.error
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        with self._file:
+            try:
+                self._root.close()
+            finally:
+                self._file.finish()
 
 
 class Zarr(Container):

@@ -1,0 +1,34 @@
+"""A tiny trained model, and what public functions take beside it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import pytest
+import torch
+
+import pyro_multivi as pm
+from pyro_multivi.datasets.simulate import simulate_multiome
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """One tiny trained model, and what public functions take beside it."""
+    mpl.use("agg")
+    torch.manual_seed(0)
+    adata = simulate_multiome((24, 0, 0), n_genes=8, n_regions=10, n_batches=2, n_types=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    model = pm.MULTIVI(adata, n_hidden=4, n_latent=2)
+    model.train(1, train_size=0.5, progress_bar=False)
+    folder = tmp_path_factory.mktemp("arguments")
+    model.save(folder / "model")
+    check = model.posterior_predictive_check(n_samples=40)
+    table = model.differential_expression(groupby="cell_type", group1="type_0", n_samples=20)
+    table["is_de_fdr_0.05"] = table["lfc_mean"] > 0
+    return SimpleNamespace(
+        adata=adata, model=model, folder=folder, check=check, table=table,
+        plain=simulate_multiome((12, 0, 0), n_genes=4, n_regions=5),
+        mdata=simulate_multiome((12, 0, 0), n_genes=4, n_regions=5, return_mudata=True),
+        options={"seed": 0, "batch_size": 8},
+    )  # fmt: skip
