@@ -29,7 +29,7 @@ def build(mosaic):
 def test_it_learns_what_a_cpu_learns(build, monkeypatch, resident):
     """Noise differs between devices, so curves agree in the mean."""
     if not resident:
-        monkeypatch.setattr("pyro_multivi.api.base.resident_if_it_fits", lambda table, device: table)
+        monkeypatch.setattr("pyro_multivi.api.training.resident_if_it_fits", lambda table, device: table)
     curves = []
     for accelerator in ("cpu", "gpu"):
         model = build()

@@ -1,31 +1,20 @@
-"""Data and training of every model; the methods that give results are in the mixins beside this file."""
+"""Data and state of every model; training, and the methods that give results, are in the mixins beside this file."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from types import FunctionType
 from typing import Any
 
 import pandas as pd
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, Indices
-from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
-from pyro_multivi.data.loader import Minibatches, default_batch_size
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, Modality, modality_named, modelled
-from pyro_multivi.data.resident import resident_if_it_fits
+from pyro_multivi.data.modality import Modality, modality_named
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import frame_of
@@ -34,14 +23,8 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
 from pyro_multivi.networks.surgery import Training
-from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
-from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
-from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.training import FitOptions, History, fit, resolve_device
-from pyro_multivi.training.checkpoints.folder import Checkpoints
-from pyro_multivi.training.checkpoints.run import Run
-from pyro_multivi.training.options import Callback
+from pyro_multivi.training import History
 
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
@@ -52,7 +35,7 @@ class NotTrainedError(RuntimeError):
 
 
 class ModelBase:
-    """A program together with the data it was set up on, trained."""
+    """A program together with the data it was set up on."""
 
     spec: DataSpec
     program: MultiVIProgram
@@ -82,222 +65,6 @@ class ModelBase:
         self._training: Training | None = None
         self.is_trained = False
 
-    # ------------------------------------------------------------------ training
-
-    @takes(TRAIN, train_arguments)
-    @isolated()
-    @checked
-    def train(
-        self,
-        max_epochs: int = 500,
-        lr: float = 1e-3,
-        accelerator: str = "auto",
-        devices: int | str = "auto",
-        train_size: float | None = None,
-        validation_size: float | None = None,
-        shuffle_set_split: bool = True,
-        batch_size: int | None = None,
-        weight_decay: float = 1e-3,
-        eps: float = 1e-8,
-        early_stopping: bool = True,
-        check_val_every_n_epoch: int | None = 1,
-        n_steps_kl_warmup: int | None = None,
-        n_epochs_kl_warmup: int | None = 1,
-        adversarial_mixing: bool | None = None,
-        early_stopping_monitor: str = "elbo_validation",
-        early_stopping_patience: int = 30,
-        early_stopping_min_delta: float = 0.0,
-        gradient_clip: float | None = None,
-        seed: int | None = None,
-        callbacks: Sequence[Callback] = (),
-        progress_bar: bool = True,
-        elbo: ELBO | None = None,
-        precision: str = "fp32",
-        compile: bool = False,
-        effect_sd: float | None = 1.0,
-        average_steps: int | None = 100,
-        adversarial_target: str = "modality",
-        adversarial_weight: float = 1.0,
-        adversarial_schedule: str = "warmup",
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | str | None = None,
-        resume: bool | str | os.PathLike[str] = False,
-    ) -> None:
-        """Fit the model; call again to go on.
-
-        At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
-        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the training cells at most.
-        lr, weight_decay, eps
-            Learning rate of Adam, its weight decay (of the weight matrices other than loadings), the constant in its
-            denominator.
-        accelerator, devices
-            ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
-        train_size, validation_size
-            Shares of the cells; default 0.9 and the rest. Going on keeps the cells of the first call unless a share is
-            given; a cell once trained on is never held out again.
-        shuffle_set_split
-            Choose validation cells at random rather than the last ones.
-        batch_size
-            Cells per step. Default: ``pyro_multivi.settings.batch_size``, or 128, fewer for small data, so that an
-            epoch has some 16 steps.
-        early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
-            Stop when a column of :attr:`history` no longer falls. Without validation cells there is
-            nothing to monitor and all epochs are run.
-        check_val_every_n_epoch
-            Epochs from one scoring of the validation cells to the next; they are always scored after the last one.
-            None is 1.
-        n_epochs_kl_warmup, n_steps_kl_warmup
-            Length of the linear KL warm-up; steps take precedence. By default the first epoch goes without KL
-            terms and the others have them whole.
-        gradient_clip
-            Largest norm of the gradient; None does not clip.
-        seed
-            Seed of the split, the order of cells and the noise: same seed, same device, same torch: same curve.
-            Default: ``pyro_multivi.settings.seed``, or 0.
-        callbacks
-            Functions ``(epoch, row, program)``, called after each epoch, when the program has the weights that it
-            would have if training ended; True stops training. One may call :meth:`save`, to keep what a killed
-            training had learned; the optimizer's state and the calibration at the end of training are not in it.
-        progress_bar
-            Show a bar.
-        elbo
-            A Pyro ELBO in place of ``TraceMeanField_ELBO``.
-        precision
-            ``"fp32"``, or ``"bf16"``: the decoders' large matrix products in bfloat16, everything else
-            in float32. Faster where the processor has bfloat16 arithmetic (AVX512-BF16, AMX, GPU).
-        compile
-            True: on a CPU, likelihoods and first layers run as loops that Numba compiles (extra ``compile``), the
-            first time in some 15 s. The same numbers to rounding, in about four fifths of the time.
-        effect_sd
-            Before any data are seen, cells differ by about this much in the logit (nats) of a feature: it sets the
-            Normal prior of the loadings, the weights of the decoders' last layers, to whose posterior mode
-            the model is fitted. It keeps features of which the data say little near their mean over all
-            cells, and matters less the more cells there are. None: no prior.
-        average_steps
-            The model has the average of the weights after so many of the latest steps (of the last tenth of them while
-            that is less), which fits and holds still better than the latest weights; validation cells are scored with
-            it. From the 100th step on it takes the memory of one more copy of the weights. None: the latest weights.
-        adversarial_mixing
-            True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what
-            it can tell (:class:`~pyro_multivi.training.adversary.Adversary`). None is False. The classifier belongs to
-            this call and its checkpoints: it is not saved, and a later call starts a new one.
-        adversarial_target
-            The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
-            scvi-tools is always its batch.)
-        adversarial_weight, adversarial_schedule
-            Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
-            terms, or ``"constant"``.
-        checkpoint
-            Folder for the state of training, so that a process that ends does not lose it: weights, optimizer, average,
-            best weights, early stopping, random states, place in the epoch and history. The latest two checkpoints are
-            kept (some five times the weights each); one is written at the start, at the end, and before SIGTERM or
-            Ctrl-C act. Where one cannot be written, for instance to a full disk, training goes on with a warning, and
-            those before stay.
-        checkpoint_every
-            A whole number of epochs, or minutes (``"30 min"``), from one checkpoint to the next. Default: ten minutes.
-        resume
-            True: go on from the latest checkpoint in ``checkpoint``, in another process too, with a model made of the
-            same data by the same arguments. History (but for ``seconds``) and weights are then those of a training that
-            was never interrupted, on a CPU with as many threads bit by bit. Where there is no checkpoint yet, a warning
-            says that training starts from the beginning. A path: that of the folder, in which there must be one.
-
-        Notes
-        -----
-        State of callbacks is not in a checkpoint.
-
-        Arguments of scvi-tools and of Lightning's Trainer that are not above (``plan_kwargs``, ``datasplitter_kwargs``,
-        ``enable_progress_bar``, ``logger``, ...) are taken too: as ours where there is one, left out with a warning, or
-        refused with what to use. tutorials/from_scvi_tools.md has the table.
-
-        Raises
-        ------
-        ValueError
-            If an argument is out of range, all training cells are of the origin to be mixed, or the checkpoint to go on
-            from is of another run: the message names the options, versions and data that differ.
-        FileExistsError
-            If ``checkpoint`` holds checkpoints and ``resume`` is False.
-        ImportError
-            If ``compile=True`` and Numba is missing.
-        ContractError
-            If model and guide of a custom program do not fit together.
-        TrainingDiverged
-            If the loss becomes NaN; the model goes back to its best weights.
-        """
-        tell_difference("train")
-        seed = settings.seed_or(seed)
-        options = FitOptions.from_arguments(locals())
-        # First: a model that a callback saves or asks for results has the weights of a whole epoch.
-        options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
-        checkpoints = Checkpoints.wanted(checkpoint, checkpoint_every, resume)
-        table = self._training_table()
-        check_counts(table)
-        if self._training is not None and not self._training.parts:
-            caution(
-                "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "
-                "model is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
-            )
-            return
-        # The reference's calibration is that of its encoders.
-        recalibrates = self._training is None or self._training.changes_encoders
-        device = resolve_device(accelerator, devices)
-        if batch_size is None:
-            batch_size = settings.batch_size or default_batch_size(len(table))
-        split, names = self._split, table.cell_names
-        if checkpoints is not None:
-            features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
-            run = Run.of(
-                self.program, table, features, options, train_size=train_size, validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
-            )  # fmt: skip
-            checkpoints.open(run)
-        if checkpoints is not None and checkpoints.split is not None:
-            split = replace(checkpoints.split, cell_names=names)
-        elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
-            # Going on keeps the cells held out so far, unless other sizes are given.
-            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
-        if checkpoints is not None:
-            checkpoints.split = split
-        source = resident_if_it_fits(table, device)
-        batches = partial(Minibatches, source, batch_size=batch_size, device=device)
-        train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
-        validation = batches(split.validation) if len(split.validation) else None
-        self._split, self._saved_split = split, None
-        try:
-            with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
-                self._history, self._optimizer_state = fit(
-                    self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
-                )
-            self.is_trained = True
-            seen = batches(split.train)
-            calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
-            if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
-                calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
-            if progress_bar:
-                tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
-            for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
-                calibrate()
-        finally:
-            self.is_trained = self.is_trained or self._history.n_epochs > 0
-
-    @property
-    def history(self) -> dict[str, pd.DataFrame]:
-        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better.
-
-        Beside what was recorded, names of scvi-tools: ``train_loss_epoch`` and ``train_loss_step``, both the mean over
-        the steps of an epoch; ``validation_loss``, that loss of the validation cells; ``kl_global_train`` and
-        ``kl_global_validation``, 0 since no latent variable is shared by cells.
-        """
-        recorded = pd.DataFrame(self._history.rows, index=pd.RangeIndex(self._history.n_epochs, name="epoch"))
-        if len(recorded):
-            recorded = recorded.assign(**scvi_columns(recorded))
-        return {str(name): recorded[[name]] for name in recorded}
-
     @property
     def device(self) -> torch.device:
         """Device of the program."""
@@ -325,9 +92,6 @@ class ModelBase:
         table, index = self._select(adata, indices)
         check_counts(table)
         return table.batch(index).to(self.device)
-
-    def _mark_trained(self, *_: Any) -> None:
-        self.is_trained = True
 
     def _check_trained(self, warn: bool = False) -> None:
         """Refuse results of a model that was never trained, or warn of them where scvi-tools gives them."""

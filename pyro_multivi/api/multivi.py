@@ -18,6 +18,7 @@ from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.api.scvi_tools.minify import MinifyMixin
+from pyro_multivi.api.training import TrainingMixin
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_mapping, checked
 from pyro_multivi.data.modality import MODALITIES, RNA
@@ -27,7 +28,9 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
 
-class MULTIVI(LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes):
+class MULTIVI(
+    TrainingMixin, LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes
+):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters

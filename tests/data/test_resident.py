@@ -76,7 +76,7 @@ def test_a_loop_visits_the_same_cells_in_the_same_order(table):
 
 
 def train(mosaic, monkeypatch, place):
-    monkeypatch.setattr("pyro_multivi.api.base.resident_if_it_fits", place)
+    monkeypatch.setattr("pyro_multivi.api.training.resident_if_it_fits", place)
     pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2)
     model.train(3, progress_bar=False, batch_size=16)

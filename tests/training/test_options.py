@@ -26,7 +26,7 @@ def test_fit_has_the_options_of_train_and_their_defaults():
 
 def test_train_gives_every_option_to_fit(build, monkeypatch):
     given = []
-    monkeypatch.setattr("pyro_multivi.api.base.fit", lambda *args: given.append(args) or fit(*args))
+    monkeypatch.setattr("pyro_multivi.api.training.fit", lambda *args: given.append(args) or fit(*args))
     chosen = {"max_epochs": 2, "lr": 1e-2, "callbacks": [lambda *_: None], "early_stopping_patience": 7, "seed": 3}
     build().train(**chosen, progress_bar=False)
     options = given[0][3]

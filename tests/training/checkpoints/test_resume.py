@@ -224,7 +224,7 @@ def test_a_finished_run_says_so_and_brings_its_model_back(build, train, tmp_path
 
 def test_a_process_that_dies_during_calibration(build, train, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr("pyro_multivi.api.base.fit_posterior_scale", lambda *_: die())
+        patch.setattr("pyro_multivi.api.training.fit_posterior_scale", lambda *_: die())
         with pytest.raises(Died):
             train(build(), checkpoint=tmp_path)
     with pytest.warns(UserWarning, match="this training is finished"):
