@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 import pyro_multivi as pm
-from pyro_multivi.networks.experts import Expert, average, mixing_weights
+from pyro_multivi.networks.experts import Expert, average, mixing_weights, seen_from_one
 
 
 def expert(n=6, k=3, seed=0, measured=True):
@@ -93,3 +93,47 @@ def test_cell_weights_start_equal():
     one = Expert(torch.randn(4, 3), torch.rand(4, 3) + 0.1, torch.ones(4, dtype=torch.bool))
     for name in ("expression", "accessibility"):
         assert not program.weight_logit(name, one).any()
+
+
+def test_a_share_of_the_paired_cells_is_seen_from_one_modality():
+    """Each with the same chance; what was not measured stays so, and cells of one modality keep it."""
+    n = 6000
+    flags_nm = torch.tensor([[True, True, True], [True, True, False], [False, True, False], [False, False, False]])
+    measured_nm = flags_nm.repeat(n // 4, 1)
+    experts = {
+        name: Expert(torch.zeros(n, 1), torch.ones(n, 1), measured_nm[:, place]) for place, name in enumerate("abc")
+    }
+    torch.manual_seed(0)
+    seen_nm = torch.stack([expert.measured for expert in seen_from_one(experts, share=0.3).values()], -1)
+    assert not bool((seen_nm & ~measured_nm).any())
+    unpaired_n = measured_nm.sum(1) < 2
+    assert torch.equal(seen_nm[unpaired_n], measured_nm[unpaired_n])
+    for flags, n_measured in ((flags_nm[0], 3), (flags_nm[1], 2)):
+        of_pattern_nm = seen_nm[(measured_nm == flags).all(1)]
+        is_one_n = of_pattern_nm.sum(1) == 1
+        assert bool((of_pattern_nm.sum(1)[~is_one_n] == n_measured).all())
+        # Five standard errors of a share of 1 500 cells, and of a third of 450.
+        assert abs(float(is_one_n.float().mean()) - 0.3) < 5 * (0.3 * 0.7 / 1500) ** 0.5
+        chosen_m = of_pattern_nm[is_one_n].float().mean(0)[flags]
+        assert bool(((chosen_m - 1 / n_measured).abs() < 5 * (0.25 / 400) ** 0.5).all())
+
+
+def test_training_alone_sees_cells_from_one_modality(make_program, make_cells):
+    program, cells = make_program(), make_cells((400, 3, 4))
+
+    def z_of():
+        with torch.no_grad():
+            experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
+            fn = poutine.trace(program.guide).get_trace(cells).nodes["z"]["fn"]
+        return fn.base_dist.loc, [expert.loc for expert in experts.values()]
+
+    loc, (rna, atac) = z_of()
+    torch.testing.assert_close(loc[:400], (rna + atac)[:400] / 2)
+    # Without the encoders' dropout, which training switches on as well.
+    program.training = True
+    torch.manual_seed(0)
+    loc, (rna, atac) = z_of()
+    seen = [torch.isclose(loc, value).all(1)[:400].float().mean() for value in ((rna + atac) / 2, rna, atac)]
+    assert [float(share) for share in seen] == pytest.approx([0.5, 0.25, 0.25], abs=0.1)
+    assert sum(map(float, seen)) == pytest.approx(1)
+    torch.testing.assert_close(loc[400:403], rna[400:403])

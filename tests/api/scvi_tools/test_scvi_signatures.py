@@ -153,7 +153,9 @@ def test_every_attribute_is_known(world, name):
 
 def test_what_is_given_to_train_comes_before_the_dictionaries(world, monkeypatch):
     given = []
-    monkeypatch.setattr("pyro_multivi.api.training.FitOptions.from_arguments", lambda found: given.append(found) or 1 / 0)
+    monkeypatch.setattr(
+        "pyro_multivi.api.training.FitOptions.from_arguments", lambda found: given.append(found) or 1 / 0
+    )
     model = pm.MULTIVI(world.adata, n_hidden=4, n_latent=2)
     for arguments in ({"lr": 1e-2}, {}):
         with pytest.raises(ZeroDivisionError):
