@@ -195,7 +195,8 @@ class ChecksMixin(ModelBase):
         >>> check.genes.columns.tolist()
         ['statistic', 'gene', 'observed', 'replicated', 'lower', 'upper', 'p_value']
         """
-        features, names = self._features(gene_list, region_list, self._table_of(adata)[0])
+        cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
+        features, names = self._features(gene_list, region_list, cells.table)
         request = CheckRequest(
             features=features,
             feature_names=names,
@@ -207,7 +208,6 @@ class ChecksMixin(ModelBase):
             hide_modalities=hide_modalities,
             hidden_depth=hidden_depth,
         )
-        cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
         obs = self._obs_of(adata).iloc[cells.index.numpy()]
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
         return predictive_check(self.program, cells, request, cells.cell_names, groupings)

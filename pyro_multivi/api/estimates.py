@@ -105,7 +105,7 @@ class EstimatesMixin(ModelBase):
             Names, positions or a mask of genes; only these are computed.
         use_z_mean
             With ``n_samples=1``: decode the posterior mean of z instead of a draw. Where RNA was not measured, that
-            would be too sure: there the decoder's last hidden layer is averaged over 25 draws.
+            would be too sure: there the decoder's last hidden layer is averaged over 24 points.
         n_samples
             Draws from the posterior of each cell that are decoded and averaged; real draws if more than one.
         batch_size

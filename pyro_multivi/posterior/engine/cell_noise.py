@@ -96,6 +96,27 @@ class CellNoise:
         return int(_mix(_mix(_mix(root + zlib.crc32(site.encode())) + cell) + self.first))
 
 
+class MirroredNoise(CellNoise):
+    """The same points for every cell, each beside its mirror image (antithetic): the noise of an average, not of draws.
+
+    Averages over an even number of draws have the mean of a Normal exactly, and differences between cells are not those
+    of their noise.
+
+    Examples
+    --------
+    >>> noise = MirroredNoise(torch.tensor([4, 7]), seed=1)
+    >>> drawn = noise.draw("z", dist.Normal(torch.zeros(6, 2), 1.0))
+    >>> torch.equal(drawn[:, 0], drawn[:, 1]), torch.allclose(drawn[0::2], -drawn[1::2])
+    (True, True)
+    """
+
+    def uniform(self, site: str, n_samples: int, event_shape: tuple[int, ...] = ()) -> Tensor:
+        """Numbers in (0, 1), (S, B, *event_shape), float64; those of an odd draw are 1 less those of the one before."""
+        pair, end = self.first // 2, (self.first + n_samples + 1) // 2
+        points = CellNoise(torch.zeros_like(self.index), self.seed, pair).uniform(site, end - pair, event_shape)
+        return torch.stack([points, 1 - points], 1).flatten(0, 1)[self.first % 2 :][:n_samples]
+
+
 def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tensor]) -> Tensor | None:
     """Draw by transforming uniform numbers, of shape ``fn.shape()``; None if there is no such transform."""
     if isinstance(fn, dist.Delta):

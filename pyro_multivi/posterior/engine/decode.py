@@ -11,13 +11,13 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, replay
+from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, mirrored_latents, replay
 from pyro_multivi.program import MultiVIProgram
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
 BLOCK = 2**22
-#: Draws over which the hidden layer of a decoder is averaged where its modality was not measured.
-IMPUTATION_DRAWS = 25
+#: Points of the posterior over which the hidden layer of a decoder is averaged where its modality was not measured.
+IMPUTATION_POINTS = 24
 # Narrower blocks would cost more in calls than in arithmetic.
 _LEAST_WIDTH = 128
 
@@ -37,7 +37,7 @@ class Average:
         Number of draws from the posterior.
     use_mean
         With a single draw, take the latents at their posterior means instead. Where a modality was not measured,
-        the last hidden layer of its decoder is then averaged over :data:`IMPUTATION_DRAWS` draws.
+        the last hidden layer of its decoder is then averaged over :data:`IMPUTATION_POINTS` points of the posterior.
     batches
         Codes of the batches that every cell is put into in turn; None leaves each in its own.
     level
@@ -85,27 +85,27 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
             missing = ~modality.measured_in(cells)
             if modality.decoded in sites and bool(missing.any()):
                 for forced, values in zip(interventions, decoded, strict=True):
-                    averaged = _averaged(program, cells, modality.decoded, forced, average.seed)
+                    averaged = _averaged(program, cells, modality.decoded, forced)
                     values[modality.decoded] = _where(missing, averaged, values[modality.decoded])
     return DecodedDraws(latents, decoded)
 
 
-def _averaged(program: MultiVIProgram, cells: Cells, site: str, forced: dict[str, Tensor], seed: int) -> Tensor:
-    """Site averaged over draws, (1, B, F): a readout by its hidden layer, so that it is multiplied out once.
+def _averaged(program: MultiVIProgram, cells: Cells, site: str, forced: dict[str, Tensor]) -> Tensor:
+    """Site averaged over points of the posterior, (1, B, F): a readout by its hidden layer, multiplied out once.
 
-    The posterior from one modality alone is wide, and what is decoded from its mean is surer than its draws are. The
-    hidden layer carries most of that: on five sets of real cells 25 draws of it gain 0.6 to 0.9 of what as many
-    decoded draws gain in the likelihood of hidden counts.
+    The posterior from one modality alone is wide, and what is decoded from its mean is surer than the posterior is. The
+    average of the hidden layer gains most of what the average of decoded draws gains in the likelihood of hidden
+    counts, at a fraction of the cost. No noise enters: the points are the same for every cell.
     """
     total: Tensor | None = None
     at_once = max(1, ROWS // len(cells))
-    for first in range(0, IMPUTATION_DRAWS, at_once):
-        n = min(at_once, IMPUTATION_DRAWS - first)
-        part = replay(program, cells, draw_latents(program, cells, n, seed, first), (site,), forced)[site]
-        summed = part.hidden.sum(0, keepdim=True) if isinstance(part, Readout) else part.sum(0, keepdim=True)
+    for first in range(0, IMPUTATION_POINTS, at_once):
+        latents = mirrored_latents(program, cells, min(at_once, IMPUTATION_POINTS - first), first)
+        part = replay(program, cells, latents, (site,), forced)[site]
+        summed = (part.hidden if isinstance(part, Readout) else part).sum(0, keepdim=True)
         total = summed if total is None else total + summed
     assert total is not None
-    mean = total / IMPUTATION_DRAWS
+    mean = total / IMPUTATION_POINTS
     return part.with_hidden(mean) if isinstance(part, Readout) else mean
 
 

@@ -24,7 +24,7 @@ from pyro_multivi.data.checks import check_mapping, check_type, checked, name_li
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.engine.cell_noise import CellNoise
+from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.posterior_scale import corrected
 from pyro_multivi.posterior.engine.stored_posterior import guide_of
@@ -171,6 +171,12 @@ def draw_latents(
     """
     noise = CellNoise(cells.index, seed, first)
     return Latents(_guide_trace(program, cells, n_samples, noise, as_trained), n_samples, noise)
+
+
+def mirrored_latents(program: MultiVIProgram, cells: Cells, n_samples: int, first: int = 0) -> Latents:
+    """Latents at the same points of every cell's posterior, for an average. For use within ``evaluation_mode``."""
+    noise = MirroredNoise(cells.index, 0, first)
+    return Latents(_guide_trace(program, cells, n_samples, noise), n_samples, noise)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
