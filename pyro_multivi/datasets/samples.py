@@ -124,6 +124,8 @@ def join_samples(
     """
     if sample_key == modality_key:
         raise ValueError(f"sample_key and modality_key are both {sample_key!r}: give two columns.")
+    if not feature_type_key:
+        raise ValueError("feature_type_key='' is not allowed: name the column of var with feature types.")
     setup = Setup("anndata", layer, layer, modality_key=modality_key, feature_type_key=feature_type_key)
     setup = replace(with_feature_types(setup, feature_type_values), modality_values=modality_meanings(modality_values))
     return joined(named_samples(samples).items(), setup, [sample_key], features, modalities)

@@ -74,9 +74,10 @@ def test_every_posterior_quantity_stays_the_same(choices, tmp_path):
     before, some = quantities(model), model.get_latent_representation(indices=cells)
     minify(model)
     assert model.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR
-    for name, values in quantities(model).items():
-        np.testing.assert_array_equal(values, before[name], err_msg=name)
     # Sums of an encoder's products round by how many cells are encoded together; the posterior was encoded with all.
+    for name, values in quantities(model).items():
+        rounding = {"rtol": 1e-3, "atol": 1e-6} if name.startswith("differential") else {"rtol": 0}
+        np.testing.assert_allclose(values, before[name], err_msg=name, **rounding)
     np.testing.assert_allclose(model.get_latent_representation(indices=cells), some, rtol=1e-5, atol=1e-6)
     model.save(tmp_path / "model", save_anndata=True)
     loaded = MULTIVI.load(tmp_path / "model")
