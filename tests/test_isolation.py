@@ -97,7 +97,24 @@ VERBS = {
     "differential_accessibility": lambda model, _: model.differential_accessibility(
         groupby="cell_type", n_samples=50, unit="cell"
     ),
+    "load_query_data": lambda model, _: model.load_query_data(query(model), model).get_latent_representation(),
+    "prepare_query_anndata": lambda model, _: model.prepare_query_anndata(
+        query(model), model, inplace=False
+    ).X.toarray(),
+    "transfer_labels": lambda model, _: model.transfer_labels(query(model), "cell_type"),
+    "minify_adata": lambda model, folder: minified(model, folder).get_latent_representation(),
 }
+
+
+def query(model):
+    return model.adata[:6].copy()
+
+
+def minified(model, folder):
+    model.save(folder / "model", save_anndata=True)
+    copy = pm.MULTIVI.load(folder / "model")
+    copy.minify_adata()
+    return copy
 
 
 @contextmanager
@@ -169,7 +186,9 @@ def test_every_public_method_is_among_these():
     methods = {name for name, value in inspect.getmembers(pm.MULTIVI, inspect.isroutine) if not name.startswith("_")}
     # Those of scvi-tools' names read the specification, and nothing of torch.
     reading = {name for name in vars(ScviAttributes) if name in methods}
-    assert methods - set(VERBS) - reading == {"setup_anndata", "setup_mudata", "load"}
+    assert methods - set(VERBS) - reading == {
+        "setup_anndata", "setup_mudata", "load", "minify_mudata", "prepare_query_mudata",
+    }  # fmt: skip
     assert all(hasattr(getattr(pm.MULTIVI, name), "__wrapped__") for name in methods)
 
 

@@ -29,6 +29,6 @@ class SaveCheckpoint:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
             "SaveCheckpoint is a callback of Lightning, by which nothing is trained here. The best epoch is kept by "
-            "train(early_stopping=True, early_stopping_monitor=...); train(checkpoint=folder) keeps what a killed process "
-            "had learned, and train(checkpoint=folder, resume=True) goes on from it."
+            "train(early_stopping=True, early_stopping_monitor=...); train(checkpoint=folder) keeps what a killed "
+            "process had learned, and train(checkpoint=folder, resume=True) goes on from it."
         )
