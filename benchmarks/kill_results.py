@@ -120,7 +120,8 @@ def _read(out: Path) -> dict[str, Any]:
     import anndata
 
     found = anndata.read_h5ad(out) if out.suffix == ".h5ad" else anndata.read_zarr(out)
-    matrices = {"X": found.X, **found.layers}
+    # From anndata 0.13 on the layers hold X too, under None.
+    matrices = {"X": found.X, **{name: found.layers[name] for name in found.layers if name is not None}}
     matrices = {name: part.toarray() if hasattr(part, "toarray") else part for name, part in matrices.items()}
     return {**matrices, "cells": found.obs_names.to_numpy(str), "features": found.var_names.to_numpy(str)}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from pyro_multivi.program import MultiVIProgram
 def pytest_configure() -> None:
     # Tiny tensors: threads cost more than they save, so there are more only where they are asked for.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    # Shells start what runs in the background with Ctrl-C ignored, and so without Python's handler.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -363,9 +363,8 @@ def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
             f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
         )
     where = f"{name}.X" if layer is None else f"{name}.layers[{layer!r}]"
-    nowhere = (
-        f", and none are in {name}: {name}.X, layers ({first_names(owner.layers) or 'none'}) and raw were looked at"
-    )
+    layers = first_names(layer_names(owner.layers)) or "none"
+    nowhere = f", and none are in {name}: {name}.X, layers ({layers}) and raw were looked at"
     matrix = owner.X if layer is None else owner.layers[layer]
     values = _first_values(matrix)
     if values.size and values.dtype.kind == "f" and np.isfinite(values).all() and (values >= 0).all():
