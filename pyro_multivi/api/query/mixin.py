@@ -223,10 +223,13 @@ class QueryMixin(SavingMixin):
         found = open_data(mdata, spec.setup).counts
         if inplace and mdata.is_view:
             raise ValueError(_NOT_IN_PLACE.format("mdata"))
-        parts = dict(mdata.mod) if inplace else {name: part.copy() for name, part in mdata.mod.items()}
-        for modality, counts in found.items():
-            name = next(name for name in parts if counts.owner == f"mdata.mod[{name!r}]")
-            parts[name] = in_reference_order(parts[name], {modality: counts}, spec, None)
+        changed = {
+            name: in_reference_order(part, {modality: counts}, spec, None)
+            for name, part in mdata.mod.items()
+            for modality, counts in found.items()
+            if counts.owner == f"mdata.mod[{name!r}]"
+        }
+        parts = {name: changed[name] if name in changed else part.copy() for name, part in mdata.mod.items()}
         # Made anew: a MuData cannot follow features that were renamed and taken out since it was made.
         with mudata_as_given() as mudata:
             made = mudata.MuData(parts)
@@ -237,7 +240,8 @@ class QueryMixin(SavingMixin):
                 ours.update({key: value.copy() for key, value in theirs.items() if key not in parts})
             if not inplace:
                 return made
-            mdata._init_as_actual(made)
+            places = {name: dict(getattr(made, name)) for name in ("obsm", "varm", "obsp", "varp", "obsmap", "varmap")}
+            mudata.MuData.__init__(mdata, dict(made.mod), obs=made.obs, var=made.var, uns=made.uns, **places)
         return None
 
     @isolated()
