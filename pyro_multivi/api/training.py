@@ -138,7 +138,8 @@ class TrainingMixin(ModelBase):
         adversarial_mixing
             True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what
             it can tell (:class:`~pyro_multivi.training.adversary.Adversary`). None is False. The classifier belongs to
-            this call and its checkpoints: it is not saved, and a later call starts a new one.
+            this call and its checkpoints: it is not saved, and a later call starts a new one. Where all training cells
+            are of one origin there is nothing to mix: a warning says so, and training goes on without it.
         adversarial_target
             The origin: ``"modality"``, what was measured in a cell, or ``"batch"``. (The target of
             scvi-tools is always its batch.)
@@ -170,8 +171,8 @@ class TrainingMixin(ModelBase):
         Raises
         ------
         ValueError
-            If an argument is out of range, all training cells are of the origin to be mixed, or the checkpoint to go on
-            from is of another run: the message names the options, versions and data that differ.
+            If an argument is out of range, or the checkpoint to go on from is of another run: the message names the
+            options, versions and data that differ.
         FileExistsError
             If ``checkpoint`` holds checkpoints and ``resume`` is False.
         ImportError

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_multivi.data.checks import caution
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
@@ -23,12 +24,16 @@ _N_HIDDEN = 32
 _LEARNING_RATE = 5e-3
 
 _ONE_ORIGIN = {
-    "batch": "adversarial_target='batch' needs training cells of two batches at least, and they are all of one: give "
-    "batch_key to setup_anndata or setup_mudata, choose adversarial_target='modality', or leave "
-    "adversarial_mixing out.",
-    "modality": "adversarial_target='modality' mixes cells in which different modalities were measured, and it is the "
-    "same in all training cells: choose adversarial_target='batch', or leave adversarial_mixing out.",
+    "batch": "all training cells are of one batch, and adversarial_target='batch' mixes batches; batch_key of "
+    "setup_anndata or setup_mudata says what they are",
+    "modality": "the same modalities were measured in all training cells, and adversarial_target='modality' mixes "
+    "cells with different ones; adversarial_target='batch' mixes batches",
 }
+
+
+class OneOriginError(ValueError):
+    """Training cells that are all of the origin to be mixed."""
+
 
 #: Columns that it adds to the history.
 RECORDED = ("adversary_train", "classifier_train")
@@ -56,7 +61,7 @@ class Adversary:
 
     Raises
     ------
-    ValueError
+    OneOriginError
         If all training cells have the same origin.
 
     Notes
@@ -86,7 +91,7 @@ class Adversary:
         self._n_batch = program.config.n_batch
         origins, count = self._origin(train.table)[train.index.cpu()].unique(return_counts=True)
         if len(origins) < 2:
-            raise ValueError(_ONE_ORIGIN[self.options.adversarial_target])
+            raise OneOriginError(_ONE_ORIGIN[self.options.adversarial_target])
         self._origins = origins.to(train.device)
         #: Share of each origin among the training cells, (C,).
         self.share = (count / count.sum()).to(train.device)
@@ -102,6 +107,17 @@ class Adversary:
         self._optimizer = torch.optim.Adam(self.classifier.parameters(), lr=_LEARNING_RATE)
         self._last: tuple[Tensor, Tensor] | None = None
         self._sums = torch.zeros(3, device=train.device)
+
+    @classmethod
+    def wanted(cls, program: MultiVIProgram, train: Minibatches, options: FitOptions) -> Adversary | None:
+        """The adversary that a training asks for; None without, or with a warning where there is nothing to mix."""
+        if not options.adversarial_mixing:
+            return None
+        try:
+            return cls(program, train, options)
+        except OneOriginError as error:
+            caution(f"adversarial_mixing=True has no effect, and training goes on without an adversary: {error}.")
+            return None
 
     def penalty(self, z: Tensor, cells: Cells) -> Tensor:
         """Mean over cells of KL(f || q(. | z)), in nats; its gradient reaches z and not the classifier.

@@ -101,7 +101,7 @@ def fit(
     last = first + options.max_epochs
     program.to(train.device)
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
-    adversary = Adversary(program, train, options) if options.adversarial_mixing else None
+    adversary = Adversary.wanted(program, train, options)
     objective = NegativeELBO(program, options.elbo, adversary)
     stopping = EarlyStopping(
         options.early_stopping_monitor,
@@ -165,7 +165,7 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                     if validate:
                         check_contract(program, cells, options.elbo)
-                        _check_monitor(program, cells, options)
+                        _check_monitor(program, cells, options, adversary)
                     try:
                         with pyro.validation_enabled(validate), _no_nan_warning():
                             loss = objective(cells, at.weight)
@@ -262,13 +262,13 @@ def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
     return terms
 
 
-def _check_monitor(program: MultiVIProgram, cells: Cells, options: FitOptions) -> None:
+def _check_monitor(program: MultiVIProgram, cells: Cells, options: FitOptions, adversary: Adversary | None) -> None:
     """Refuse a column that the history will not have, before anything is learned."""
     if options.early_stopping_monitor == FitOptions.early_stopping_monitor:
         return
     terms = evaluate(program, [cells])
     known = ["train_loss", "kl_weight", *_named(terms, "train"), *_named(terms, "validation")]
-    if options.adversarial_mixing:
+    if adversary is not None:
         known += RECORDED
     if options.early_stopping_monitor not in known:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Adversarial mixing: its effect, its penalty and gradients, and when it is refused."""
+"""Adversarial mixing: its effect, its penalty and gradients, and data without two origins."""
 
 from __future__ import annotations
 
@@ -252,22 +252,29 @@ def test_bad_choices_are_refused(model, choice, message):
     assert not model.is_trained
 
 
-def test_one_batch_is_refused_for_batch_alone(mosaic):
+def test_one_batch_is_warned_of_for_batch_alone(mosaic):
     pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
     model = pm.MULTIVI(mosaic, **SMALL)
-    with pytest.raises(ValueError, match="adversarial_target='batch' needs .* two batches.*give batch_key"):
+    with pytest.warns(UserWarning, match="no effect.*all training cells are of one batch.*batch_key") as said:
         model.train(**BRIEF, adversarial_mixing=True, adversarial_target="batch")
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert "adversary_train" not in model.history
     model.train(**BRIEF, adversarial_mixing=True)
+    assert "adversary_train" in model.history
     assert np.isfinite(model.history["train_loss"]).all(axis=None)
 
 
-def test_without_unpaired_cells_there_is_nothing_to_mix(mosaic):
+def test_without_unpaired_cells_training_is_as_without_an_adversary(mosaic):
     paired = mosaic[mosaic.obs["modality"] == "paired"].copy()
     pm.MULTIVI.setup_anndata(paired, batch_key="batch", modality_key="modality")
-    model = pm.MULTIVI(paired, **SMALL)
-    with pytest.raises(ValueError, match="adversarial_target='modality' .* the same in all training cells"):
+    model, other = pm.MULTIVI(paired, **SMALL), pm.MULTIVI(paired, **SMALL)
+    with pytest.warns(UserWarning, match="no effect.*the same modalities were measured.*adversarial_target='batch'"):
         model.train(**BRIEF, adversarial_mixing=True)
-    model.train(**BRIEF, adversarial_mixing=None)
+    other.train(**BRIEF, adversarial_mixing=None)
+    np.testing.assert_array_equal(model.get_latent_representation(), other.get_latent_representation())
+    with pytest.warns(UserWarning, match="no effect"), pytest.raises(ValueError, match="'adversary_train' is not rec"):
+        model.train(**BRIEF, adversarial_mixing=True, early_stopping_monitor="adversary_train")
     model.train(**BRIEF, adversarial_mixing=True, adversarial_target="batch")
     assert "adversary_train" in model.history
 

@@ -32,6 +32,8 @@ from pyro_multivi.networks.surgery import Training
 
 logger = logging.getLogger("pyro_multivi")
 
+_NOT_IN_PLACE = "{} is a view or lies in a file, and cannot be changed in place: give inplace=False."
+
 Model = TypeVar("Model", bound="QueryMixin")
 
 
@@ -219,13 +221,28 @@ class QueryMixin(SavingMixin):
             verb = ": use prepare_query_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
             raise TypeError(f"mdata must be a MuData, got {shown(mdata)}{verb}.")
         found = open_data(mdata, spec.setup).counts
-        with mudata_as_given():
-            made = mdata if inplace else mdata.copy()
-            for modality, counts in found.items():
-                part = next(part for name, part in made.mod.items() if counts.owner == f"mdata.mod[{name!r}]")
-                _replaced(part, in_reference_order(part, {modality: counts}, spec, None), inplace=True)
-            made.update()
-        return None if inplace else made
+        if inplace and mdata.is_view:
+            raise ValueError(_NOT_IN_PLACE.format("mdata"))
+        changed = {
+            name: in_reference_order(part, {modality: counts}, spec, None)
+            for name, part in mdata.mod.items()
+            for modality, counts in found.items()
+            if counts.owner == f"mdata.mod[{name!r}]"
+        }
+        parts = {name: changed[name] if name in changed else part.copy() for name, part in mdata.mod.items()}
+        # Made anew: a MuData cannot follow features that were renamed and taken out since it was made.
+        with mudata_as_given() as mudata:
+            made = mudata.MuData(parts)
+            if list(made.obs_names) != list(mdata.obs_names):
+                made = made[mdata.obs_names].copy()
+            made.obs, made.uns = mdata.obs.copy(), dict(mdata.uns)
+            for theirs, ours in ((mdata.obsm, made.obsm), (mdata.obsp, made.obsp)):
+                ours.update({key: value.copy() for key, value in theirs.items() if key not in parts})
+            if not inplace:
+                return made
+            places = {name: dict(getattr(made, name)) for name in ("obsm", "varm", "obsp", "varp", "obsmap", "varmap")}
+            mudata.MuData.__init__(mdata, dict(made.mod), obs=made.obs, var=made.var, uns=made.uns, **places)
+        return None
 
     @isolated()
     @checked
@@ -344,6 +361,6 @@ def _replaced(adata: AnnData, made: AnnData, inplace: bool) -> AnnData | None:
     if not inplace:
         return made
     if adata.isbacked or adata.is_view:
-        raise ValueError("adata is a view or lies in a file, and cannot be changed in place: give inplace=False.")
+        raise ValueError(_NOT_IN_PLACE.format("adata"))
     AnnData.__init__(adata, made)
     return None

@@ -108,3 +108,44 @@ def test_a_mudata(world):
     assert mdata.mod["rna"].n_vars == 24
     with pytest.raises(TypeError, match="use prepare_query_anndata"):
         pm.MULTIVI.prepare_query_mudata(world.query, world.model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("unique", [False, True])
+def test_a_mudata_whose_features_were_renamed_and_its_cells_reordered(world, inplace, unique):
+    pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((30, 10, 10), n_genes=24, n_regions=30, n_batches=3, seed=1, return_mudata=True)
+    with mudata_as_given():
+        mdata = mdata[np.random.default_rng(0).permutation(50)].copy()
+    mdata.obsm["place"] = np.arange(50)[:, None]
+    mdata.obsp["near"] = np.eye(50)
+    cells, states = mdata.obs_names, pm.MULTIVI.load_query_data(mdata, world.model).get_latent_representation()
+    for name, part in mdata.mod.items():
+        part.layers["counts"] = part.X.copy()
+        part.var_names = [*(f"{name if unique else 'other'}_{at}" for at in range(4)), *part.var_names[4:]]
+    renamed = pm.MULTIVI.load_query_data(mdata, world.model).get_latent_representation()
+    made = pm.MULTIVI.prepare_query_mudata(mdata, world.model, inplace=inplace)
+    if inplace:
+        made = mdata
+    else:
+        assert list(mdata.mod["rna"].var_names[:1]) == ["rna_0" if unique else "other_0"]
+    assert list(made.obs_names) == list(cells)
+    assert all((made.mod[name].obs_names == cells[made.obsm[name].ravel()]).all() for name in made.mod)
+    assert made.obsm["place"].ravel().tolist() == [*range(50)]
+    np.testing.assert_array_equal(made.obsp["near"], np.eye(50))
+    for name, known in (("rna", world.model.spec.gene_names), ("atac", world.model.spec.region_names)):
+        assert list(made.mod[name].var_names) == list(known)
+        assert made.mod[name][:, list(known[:4])].layers["counts"].sum() == 0
+    assert list(made.var_names) == [*world.model.spec.gene_names, *world.model.spec.region_names]
+    mapped = pm.MULTIVI.load_query_data(made, world.model)
+    assert mapped.query_report.missing == {"genes": 4, "regions": 4}
+    np.testing.assert_array_equal(mapped.get_latent_representation(), renamed)
+    assert not np.array_equal(states, renamed)
+
+
+def test_a_view_of_a_mudata_is_not_changed_in_place(world):
+    pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((30, 10, 10), n_genes=24, n_regions=30, n_batches=3, seed=1, return_mudata=True)
+    with pytest.raises(ValueError, match="mdata is a view .* give inplace=False"):
+        pm.MULTIVI.prepare_query_mudata(mdata[:20], world.model)
+    assert pm.MULTIVI.prepare_query_mudata(mdata[:20], world.model, inplace=False).n_obs == 20

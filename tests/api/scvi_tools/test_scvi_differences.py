@@ -77,5 +77,9 @@ def test_an_object_with_more_features_than_the_model(world, tmp_path):
 def test_an_adversary_with_nothing_to_mix(world):
     paired = world[0][world[0].obs["modality"] == "paired"].copy()
     MULTIVI.setup_anndata(paired, batch_key="flag")
-    with pytest.raises(ValueError, match="it is the same in all training cells"):
-        MULTIVI(paired, n_hidden=4, n_latent=2).train(1, adversarial_mixing=True, enable_progress_bar=False)
+    model = MULTIVI(paired, n_hidden=4, n_latent=2)
+    with pytest.warns(UserWarning, match="adversarial_mixing=True has no effect, .* without an adversary") as said:
+        model.train(1, adversarial_mixing=True, enable_progress_bar=False)
+    assert len(said) == 1
+    assert model.is_trained
+    assert "adversary_train" not in model.history
