@@ -62,8 +62,9 @@ def join_samples(
     """Join several samples, each with its own modalities, into one AnnData.
 
     A sample may have RNA, ATAC or both, in all cells or in some. A modality that a sample lacks is masked for its
-    cells. A single feature cannot be masked so, and a zero would say that it was measured: of a modality those features
-    are kept that all samples with this modality have. Features left out are logged (:mod:`logging`, level warning).
+    cells. In training a single feature cannot be masked so, and a zero would say it was measured: of a modality those
+    features are kept that all samples with this modality have. Features left out are logged (:mod:`logging`, level
+    warning).
 
     Set the result up with the same arguments, ``setup_anndata(joined, batch_key="sample", modality_key="modality")``.
 
@@ -75,7 +76,7 @@ def join_samples(
         are called ``"sample_0"``, ``"sample_1"``, ...
     features
         ``"intersection"``, or ``"union"``, which is an error if it would need a feature that a sample with this
-        modality did not measure.
+        modality did not measure: :meth:`MULTIVI.load_query_data` maps such a sample onto a model of the others.
     sample_key
         Column of ``obs`` to write, with the name of the sample.
     modality_key

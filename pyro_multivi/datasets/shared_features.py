@@ -53,9 +53,10 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], feat
         number = len(set().union(*names.values()))
         raise ValueError(
             f"features='union' is not possible: of {number} {modality.features} {len(shared)} are measured in all "
-            f"samples with {modality.assay}, and {own[0]!r} of {sample!r} is not in {lacking!r}. A model would take a "
-            f"{modality.feature} that a sample lacks for a zero, as cells are masked by modality and not by "
-            f"{modality.feature}. Give features='intersection', or count all samples over the same {modality.features}."
+            f"samples with {modality.assay}, and {own[0]!r} of {sample!r} is not in {lacking!r}. Training would take a "
+            f"{modality.feature} that a sample lacks for a zero. Give features='intersection', count all samples over "
+            f"the same {modality.features}, or train on the samples that have all of them and map the others with "
+            "MULTIVI.load_query_data(sample, model), which counts what they lack as not measured."
         )
     number, sentence = _unlike_regions(modality, left)
     if number >= max(len(shared), 1):

@@ -66,6 +66,23 @@ def test_the_first_layer_sums_as_if_everything_was_measured(make_cells, make_pro
     assert log_depth(program, cells, ATAC).equal((cells.y.to_dense() > 0).sum(1).float().log1p())
 
 
+def test_each_cell_of_a_table_is_read_by_its_own_panel(make_cells, make_program):
+    program, cells = make_program(), make_cells((6, 0, 0))
+    set_typical(program)
+    measured = torch.tensor(
+        [[True, False, True, True, False, True, True], [True, True, True, False, True, True, False]]
+    )
+    code = torch.tensor([0, 1, 1, 0, 1, 0])
+    x = cells.x.to_dense() * measured[code]
+    both = cells.replace(x=x, rna_panels=Panels(measured, code))
+    found, depth = program.encode(both, both.design).rna.hidden, log_depth(program, both, RNA)
+    for panel in range(2):
+        alone = cells.replace(x=x, rna_panels=Panels(measured[panel : panel + 1], torch.zeros_like(code)))
+        own = code == panel
+        torch.testing.assert_close(found[own], program.encode(alone, alone.design).rna.hidden[own])
+        torch.testing.assert_close(depth[own], log_depth(program, alone, RNA)[own])
+
+
 def test_typical_inputs_are_those_of_cells_of_the_model(make_program):
     program = make_program()
     set_typical(program, 2)
