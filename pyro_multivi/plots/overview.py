@@ -56,7 +56,10 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(place, names)
     expected = 100 * float(shown["expected"].mean()) if len(shown) else 0.0
     ax.axvline(expected, color="black", linewidth=1, linestyle=":")
-    ax.set_xlim(0, max(4 * expected, 1.2 * share.max(initial=0)))
+    end = max(4 * expected, 1.2 * share.max(initial=0))
+    ax.set_xlim(0, end)
+    # No share is above 100 %, and the label of a tick there would be cut off.
+    ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= min(end, 100)])
     tested = whole["fails"].dropna()
     title = f"predictive check: {int(tested.astype(bool).sum())} of {len(tested)} fail"
     return labelled(ax, f"% outside replicates\n(dotted: {expected:.0f} % expected)", "", title=title)
