@@ -84,13 +84,14 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         for modality in MODALITIES:
             missing = ~modality.measured_in(cells)
             if modality.decoded in sites and bool(missing.any()):
+                points = mirrored_latents(program, cells, IMPUTATION_POINTS)
                 for forced, values in zip(interventions, decoded, strict=True):
-                    averaged = _averaged(program, cells, modality.decoded, forced)
+                    averaged = _averaged(program, cells, points, modality.decoded, forced)
                     values[modality.decoded] = _where(missing, averaged, values[modality.decoded])
     return DecodedDraws(latents, decoded)
 
 
-def _averaged(program: MultiVIProgram, cells: Cells, site: str, forced: dict[str, Tensor]) -> Tensor:
+def _averaged(program: MultiVIProgram, cells: Cells, points: Latents, site: str, forced: dict[str, Tensor]) -> Tensor:
     """Site averaged over points of the posterior, (1, B, F): a readout by its hidden layer, multiplied out once.
 
     The posterior from one modality alone is wide, and what is decoded from its mean is surer than the posterior is. The
@@ -99,13 +100,12 @@ def _averaged(program: MultiVIProgram, cells: Cells, site: str, forced: dict[str
     """
     total: Tensor | None = None
     at_once = max(1, ROWS // len(cells))
-    for first in range(0, IMPUTATION_POINTS, at_once):
-        latents = mirrored_latents(program, cells, min(at_once, IMPUTATION_POINTS - first), first)
-        part = replay(program, cells, latents, (site,), forced)[site]
+    for first in range(0, points.n_samples, at_once):
+        part = replay(program, cells, points.some(slice(first, first + at_once)), (site,), forced)[site]
         summed = (part.hidden if isinstance(part, Readout) else part).sum(0, keepdim=True)
         total = summed if total is None else total + summed
     assert total is not None
-    mean = total / IMPUTATION_POINTS
+    mean = total / points.n_samples
     return part.with_hidden(mean) if isinstance(part, Readout) else mean
 
 

@@ -173,9 +173,9 @@ def draw_latents(
     return Latents(_guide_trace(program, cells, n_samples, noise, as_trained), n_samples, noise)
 
 
-def mirrored_latents(program: MultiVIProgram, cells: Cells, n_samples: int, first: int = 0) -> Latents:
+def mirrored_latents(program: MultiVIProgram, cells: Cells, n_samples: int) -> Latents:
     """Latents at the same points of every cell's posterior, for an average. For use within ``evaluation_mode``."""
-    noise = MirroredNoise(cells.index, 0, first)
+    noise = MirroredNoise(cells.index, seed=0)
     return Latents(_guide_trace(program, cells, n_samples, noise), n_samples, noise)
 
 
@@ -239,9 +239,7 @@ def imputation_latents(
     for modality in MODALITIES:
         names = [name for name in rest if name in modality.sites]
         measured = modality.measured_in(cells)
-        if not names or bool(measured.all()):
-            continue
-        if modality is known_depth:
+        if not names or bool(measured.all()) or modality is known_depth:
             continue
         depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
         if depth is not None:
