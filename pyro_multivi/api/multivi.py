@@ -88,6 +88,9 @@ class MULTIVI(
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
         matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
         ``modality_penalty="contrastive"``, else 0.
+    protein_dispersion
+        Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
+        (``"protein-label"``).
 
     See Also
     --------
@@ -134,6 +137,7 @@ class MULTIVI(
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
+        protein_dispersion: str = "protein",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
@@ -159,6 +163,7 @@ class MULTIVI(
             n_covariates=spec.design_width,
             library="size_factor" if given_size else library,
             extra={name: len(features) for name, features in spec.extra.items()},
+            proteins=spec.setup.protein_key is not None,
         )
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
@@ -166,6 +171,7 @@ class MULTIVI(
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
         program.start_from(table.marginals())
+        program.start_extra_from(table)
         program.eval()
         self._assemble(spec, program, adata, table)
 

@@ -147,6 +147,9 @@ ATAC = Modality(
     binary=True,
 )
 
+#: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
+PROTEIN = "protein"
+
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)
 

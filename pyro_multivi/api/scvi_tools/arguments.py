@@ -181,10 +181,11 @@ TRAIN: dict[str, Foreign] = {
     **{name: SPLITTER[name] for name in ("load_sparse_tensor", "pin_memory", "drop_last", "external_indexing")},
 }  # fmt: skip
 CONSTRUCTOR: dict[str, Foreign] = {
-    "protein_dispersion": _refused(PROTEINS, "protein"),
-    "n_input_proteins": _refused(PROTEINS, 0),
-    "protein_background_prior_mean": _refused(PROTEINS),
-    "protein_background_prior_scale": _refused(PROTEINS),
+    "n_input_proteins": _left_out("their number is that of the setup"),
+    "protein_background_prior_mean": _refused(
+        "it starts from the data; it is program.extra['protein'].background_log_mean"
+    ),
+    "protein_background_prior_scale": _refused("it is learned, from program.extra['protein'].background_log_sd"),
     "gene_dispersion": Foreign(ours="dispersion"),
     "model_depth": _refused("depth is always modelled; library='observed' takes that of RNA from the counts", True),
     "use_size_factor_key": _refused("size factors are used where size_factor_key was given to the setup", True, False),
@@ -193,8 +194,6 @@ CONSTRUCTOR: dict[str, Foreign] = {
     "datamodule": TRAIN["datamodule"],
 }
 SETUP_ANNDATA: dict[str, Foreign] = {
-    "protein_expression_obsm_key": _refused(PROTEINS),
-    "protein_names_uns_key": _refused(PROTEINS),
     "idx_layer": _left_out("cells are known by obs_names"),
 }
 SAVE: dict[str, Foreign] = {
