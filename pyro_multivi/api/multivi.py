@@ -14,6 +14,7 @@ from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.api.proteins.estimates import ProteinEstimatesMixin
 from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
@@ -29,7 +30,15 @@ from pyro_multivi.program import MultiVIProgram
 
 
 class MULTIVI(
-    TrainingMixin, LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes
+    TrainingMixin,
+    LatentMixin,
+    EstimatesMixin,
+    ChecksMixin,
+    DifferentialMixin,
+    ProteinEstimatesMixin,
+    QueryMixin,
+    MinifyMixin,
+    ScviAttributes,
 ):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
@@ -71,6 +80,9 @@ class MULTIVI(
         Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
         Raise an error unless every cell has both modalities.
+    protein_dispersion
+        Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
+        (``"protein-label"``).
     library
         RNA depth of a cell: ``"latent"``, inferred with a prior for each batch, or ``"observed"``, its total count.
         Size factors in the data (``size_factor_key`` of the setup) take precedence.
@@ -88,9 +100,6 @@ class MULTIVI(
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
         matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
         ``modality_penalty="contrastive"``, else 0.
-    protein_dispersion
-        Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
-        (``"protein-label"``).
 
     See Also
     --------
@@ -131,13 +140,13 @@ class MULTIVI(
         deeply_inject_covariates: bool = False,
         encode_covariates: bool = False,
         fully_paired: bool = False,
+        protein_dispersion: str = "protein",
         library: str = "latent",
         seed: int | None = None,
         program_class: type[MultiVIProgram] = MultiVIProgram,
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
-        protein_dispersion: str = "protein",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
@@ -182,9 +191,11 @@ class MULTIVI(
 
     def __repr__(self) -> str:
         config = self.program.config
+        also = "".join(f", {config.extra[each.name]} {each.name}" for each in self.program.modelled_extra)
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions, {config.n_batch} batches; latent {config.latent}, hidden {config.hidden}; "
+            f"{config.n_regions} regions, {config.n_batch} batches{also}; "
+            f"latent {config.latent}, hidden {config.hidden}; "
             f"{trained}"
         )

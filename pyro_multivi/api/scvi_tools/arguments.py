@@ -17,10 +17,6 @@ logger = logging.getLogger("pyro_multivi")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PROTEINS = (
-    "proteins are not modelled yet; extra_obsm_keys=['protein'] of setup_anndata (extra_modalities of setup_mudata) "
-    "brings them along for a program of your own"
-)
 _ONE_DEVICE = "training runs on one device"
 _LOADING = "counts stay sparse in memory, and no workers load them"
 _HISTORY = "everything is recorded in model.history; for more give callbacks=[function of (epoch, row, program)]"
@@ -222,6 +218,11 @@ CELLS: dict[str, Foreign] = {
     "dataloader": _refused("give cells by adata and indices"),
     "data_loader_kwargs": _left_out(_LOADING),
 }
+TOTALVI: dict[str, Foreign] = {
+    "sample_protein_mixing": _refused("the foreground enters by its probability", False),
+    "gene_list": _refused("genes are those of get_normalized_expression"),
+    "library_size": _refused("genes are those of get_normalized_expression", 1),
+}
 DIFFERENTIAL: dict[str, Foreign] = {
     "use_observed_batches": _refused("batch_correction=False decodes groups in their own batches", False),
     "filter_outlier_cells": _refused("choose cells by idx1 and idx2", False),
@@ -360,7 +361,6 @@ class Absent:
 
 #: Methods of scvi-tools' MULTIVI that are not here.
 ABSENT: dict[str, str] = {
-    "get_protein_foreground_probability": PROTEINS,
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",

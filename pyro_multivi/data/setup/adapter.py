@@ -171,7 +171,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         counts=counts,
         tables={"adata.obs": frame_of(adata.obs)},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
-        extra=extra_sources(adata, "adata", setup, _rows_of),
+        extra=extra_sources(adata, "adata", setup, _places_of),
         posterior=posterior_of(adata),
     )
 
@@ -239,7 +239,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         # In an object without that modality the column is looked for in the main table.
         ignored={name: part.n_vars for name, part in mdata.mod.items() if name not in known},
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
-        extra=extra_sources(mdata, "mdata", setup, _rows_of),
+        extra=extra_sources(mdata, "mdata", setup, _places_of),
         posterior=posterior_of(mdata),
     )
 
@@ -273,6 +273,10 @@ def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
             f"{first_names(part.obs_names[stray])}. Call mdata.update()."
         )
     return None if part.obs_names.equals(mdata.obs_names) else part.obs_names.get_indexer(mdata.obs_names)
+
+
+def _places_of(mdata: Any, part: AnnData, owner: str) -> tuple[NDArray[np.intp] | None, NDArray[np.intp]]:
+    return _rows_of(mdata, part, owner), np.flatnonzero(_measured_features(part, owner))
 
 
 def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:

@@ -27,7 +27,7 @@ from pyro_multivi.data.setup.covariates import (
     numbers,
     size_factors,
 )
-from pyro_multivi.data.setup.extra.proteins import missing_by_batch, without_missing
+from pyro_multivi.data.setup.extra.proteins import check_informative, missing_by_batch, without_missing
 from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stained
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
@@ -296,7 +296,7 @@ class DataSpec:
         measured: Measured,
         extra: dict[str, Measurement],
     ) -> CellTable:
-        batch_code = self._batch_codes(opened)
+        batch_code = self.batch_codes_of(opened)
         if self.missing_proteins:
             known = self.extra[PROTEIN], batch_code, self.batch_categories
             extra = {**extra, PROTEIN: without_missing(extra[PROTEIN], *known, self.missing_proteins)}
@@ -321,7 +321,8 @@ class DataSpec:
             **parts,
         )
 
-    def _batch_codes(self, opened: Opened) -> NDArray[np.int64]:
+    def batch_codes_of(self, opened: Opened) -> NDArray[np.int64]:
+        """Code of the batch of each cell, (n,)."""
         key = self.setup.batch_key
         if key is None:
             return np.zeros(len(opened.cells), dtype=np.int64)
@@ -388,8 +389,9 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
         **features,
     )
     if setup.protein_key is not None:
-        proteins = opened.extra[PROTEIN].where, extra[PROTEIN], spec.extra[PROTEIN]
-        missing = missing_by_batch(*proteins, spec._batch_codes(opened), spec.batch_categories)
+        proteins = extra[PROTEIN], spec.extra[PROTEIN]
+        check_informative(opened.extra[PROTEIN].where, *proteins)
+        missing = missing_by_batch(*proteins, spec.batch_codes_of(opened), spec.batch_categories)
         spec = replace(spec, missing_proteins=missing)
     table = spec._table(opened, counts, measured, extra)
     latest.keep(data, content, spec, table, own=True)

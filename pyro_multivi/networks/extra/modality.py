@@ -63,11 +63,17 @@ class ExtraModality(nn.Module):
         return f"{self.name}_{part}"
 
     def measurement(self, cells: Cells | CellTable) -> Measurement:
-        """Values, (B, F), and cells that were measured, (B,)."""
-        return cells.extra[self.name]
+        """Values, (B, F), and cells that were measured, (B,): none where the cells come without this modality."""
+        if self.name in cells.extra:
+            return cells.extra[self.name]
+        like = cells.design
+        return Measurement(like.new_zeros(len(cells), self.n_features), torch.zeros_like(cells.has_rna))
 
     def start_from(self, table: CellTable) -> None:
         """Set initial parameters from the data."""
+
+    def start_batches_from(self, table: CellTable, n_known: int) -> None:
+        """Set parameters of the batches from ``n_known`` on, those of a query, from its data."""
 
     def input(self, cells: Cells) -> Tensor:
         """Input of the encoder, (B, F); rows of cells that were not measured may hold any number."""

@@ -83,6 +83,13 @@ class Proteins(ExtraModality):
         self.odds.bias.copy_(found.foreground_logit)
         self.log_ratio.bias.copy_(found.foreground_log_ratio.expm1().log())
 
+    @torch.no_grad()
+    def start_batches_from(self, table: CellTable, n_known: int) -> None:
+        """Take the background of new batches from their own counts; of proteins that they lack that of the others."""
+        found = ProteinMarginals.of(self.measurement(table), table.batch_code, table.n_batch)
+        new = found.seen[n_known:]
+        self.background_log_mean[n_known:][new] = found.background_log_mean[n_known:][new]
+
     # ------------------------------------------------------------------ the generative model
 
     def observe(self, cells: Cells, z: Tensor, s: Tensor) -> None:

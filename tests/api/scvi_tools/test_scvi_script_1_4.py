@@ -119,7 +119,7 @@ def test_positions_are_those_of_scvi_tools(mdata):
 
 
 def test_proteins_are_a_modality_or_a_matrix_of_obsm():
-    mdata = scvi.data.synthetic_iid(20, n_genes=10, n_proteins=5, n_regions=8, return_mudata=True)
+    mdata = scvi.data.synthetic_iid(20, n_genes=10, n_proteins=5, n_regions=0, return_mudata=True)
     MULTIVI.setup_mudata(
         mdata, batch_key="batch", modalities={"rna_layer": "rna", "protein_layer": "protein_expression"}
     )

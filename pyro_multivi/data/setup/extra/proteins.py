@@ -44,28 +44,32 @@ def check_protein_counts(where: str, cells: Any, values: NDArray[np.float32], na
 
 
 def missing_by_batch(
-    where: str, measurement: Measurement, names: Sequence[str], batch_code: NDArray[np.int64], batches: Sequence[str]
+    measurement: Measurement, names: Sequence[str], batch_code: NDArray[np.int64], batches: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
     """Proteins that were not measured in a batch with proteins, since they are 0 (or NaN) in all of its cells.
 
     Batches that measured all of theirs, and those without any protein, are left out.
+    """
+    values, measured = measurement.values.numpy(), measurement.measured.numpy()
+    found: dict[str, tuple[str, ...]] = {}
+    for code, batch in enumerate(batches):
+        present = (np.nan_to_num(values[measured & (batch_code == code)]) > 0).any(0)
+        if present.any() and not present.all():
+            found[batch] = tuple(np.asarray(names)[~present].tolist())
+    return found
+
+
+def check_informative(where: str, measurement: Measurement, names: Sequence[str]) -> None:
+    """Refuse proteins that were measured in no batch, or have the same count in every cell.
 
     Raises
     ------
     ValueError
-        If a protein was measured in no batch, or has the same count in every cell.
     """
-    values, measured = measurement.values.numpy(), measurement.measured.numpy()
-    if not measured.any():
+    kept = measurement.values.numpy()[measurement.measured.numpy()]
+    if not len(kept):
         raise ValueError(f"{where} holds no count in any cell: leave proteins out of the setup.")
-    found: dict[str, tuple[str, ...]] = {}
-    seen = np.zeros(len(names), dtype=bool)
-    for code, batch in enumerate(batches):
-        present = (np.nan_to_num(values[measured & (batch_code == code)]) > 0).any(0)
-        seen |= present
-        if present.any() and not present.all():
-            found[batch] = tuple(np.asarray(names)[~present].tolist())
-    kept = values[measured]
+    seen = (np.nan_to_num(kept) > 0).any(0)
     largest, least = np.nanmax(kept, 0, initial=0, where=seen), np.nanmin(np.where(np.isnan(kept), np.inf, kept), 0)
     for what, wrong in (
         ("no count in any cell, so that no batch measured them", ~seen),
@@ -76,7 +80,6 @@ def missing_by_batch(
                 f"{where}: {int(wrong.sum())} of {len(names)} proteins have {what}: "
                 f"{first_names(np.asarray(names)[wrong])}. Leave them out."
             )
-    return found
 
 
 def without_missing(

@@ -136,14 +136,18 @@ class ExtraSource:
 
 
 def extra_sources(
-    data: Any, owner: str, setup: Setup, rows_of: Callable[[Any, Any, str], NDArray[np.intp] | None]
+    data: Any,
+    owner: str,
+    setup: Setup,
+    places_of: Callable[[Any, Any, str], tuple[NDArray[np.intp] | None, NDArray[np.intp]]],
 ) -> dict[str, ExtraSource]:
     """Extra modalities of an object by name, those that are there.
 
     Parameters
     ----------
-    rows_of
-        Function of (mdata, modality, its name in messages): row in a modality of each cell.
+    places_of
+        Function of (mdata, modality, its name in messages): row in a modality of each cell, None if these are its
+        rows; and the columns that were measured.
     """
     found = {}
     for name in setup.extra:
@@ -153,8 +157,10 @@ def extra_sources(
             if layer is not None and layer not in part.layers:
                 raise unknown_key("protein_layer", layer, f"{where}.layers", [each for each in part.layers if each])
             matrix, end = (part.X, ".X") if layer is None else (part.layers[layer], f".layers[{layer!r}]")
-            rows = rows_of(data, part, where)
-            found[name] = ExtraSource(f"{where}{end}", matrix, part.obs_names, part.var_names, rows, counts)
+            rows, columns = places_of(data, part, where)
+            names: pd.Index[Any] | None = part.var_names[columns]
+            matrix = matrix if len(columns) == part.n_vars else matrix[:, columns]
+            found[name] = ExtraSource(f"{where}{end}", matrix, part.obs_names, names, rows, counts)
         elif place in data.obsm:
             where, key = f"{owner}.obsm[{place!r}]", setup.protein_names_key if counts else None
             names = None if key is None or key not in data.uns else _names_in(f"{owner}.uns[{key!r}]", data.uns[key])
