@@ -73,6 +73,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
     **dict.fromkeys(("multi_anndata", "rna_anndata", "atac_anndata"), _DATA),
+    **dict.fromkeys(("protein_list", "feature_list"), _CELLS),
     **dict.fromkeys(("indices", "gene_list", "region_list", "idx1", "idx2"), _CELLS),
     **dict.fromkeys(("transform_batch", "batchid1", "batchid2"), _BATCHES),
     "library_size": (0, -1, NAN, INF, "nonsense", "", None, True, [1.0], [], {}, {1.0}, ["a"] * 24, [NAN] * 24, THING),

@@ -10,7 +10,8 @@ from pyro_multivi.api.arguments import Batches, Data, FeatureList, Indices, OutP
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TOTALVI, takes
 from pyro_multivi.data.checks import check_choice, checked
-from pyro_multivi.data.modality import PROTEIN, ExtraFeatures
+from pyro_multivi.data.minibatch import ExtraFeatures
+from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.posterior.engine.draws import cells_at_a_time
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.output import Estimates, deliver
@@ -197,7 +198,7 @@ class ProteinEstimatesMixin(ModelBase):
         )  # fmt: skip
 
     def _choose_extra(self, name: str, wanted: FeatureList) -> tuple[Tensor | None, tuple[str, ...]]:
-        return choose_features(self.spec, ExtraFeatures.of(name), wanted, self.device)
+        return choose_features(self.spec, ExtraFeatures(name), wanted, self.device)
 
     def _check_extra(self, argument: str, name: str) -> None:
         """Refuse an extra modality that the program does not model."""
