@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -180,23 +180,21 @@ class ExtraFeatures:
         Name of the extra modality, and of its observed site.
     decoded
         Site of the model.
+    feature
+        One feature of it, in messages and arguments.
 
     Examples
     --------
-    >>> ExtraFeatures(PROTEIN).list_argument, ExtraFeatures("methylated").list_argument
+    >>> ExtraFeatures("protein", feature="protein").list_argument, ExtraFeatures("methylated").list_argument
     ('protein_list', 'feature_list')
     """
 
     name: str
     decoded: str = ""
+    feature: str = "feature"
     depth: str = ""
     binary: bool = False
     compositional: bool = False
-
-    @property
-    def feature(self) -> str:
-        """One feature of it, in messages and arguments."""
-        return PROTEIN if self.name == PROTEIN else "feature"
 
     @property
     def counts(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from pyro_multivi.api.arguments import Batches, Data, FeatureList
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.differential import DifferentialMixin
-from pyro_multivi.api.proteins.estimates import ProteinEstimatesMixin
+from pyro_multivi.api.proteins.estimates import PROTEINS, ProteinEstimatesMixin
 from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.minibatch import ExtraFeatures
@@ -98,8 +99,9 @@ class ProteinDifferentialMixin(ProteinEstimatesMixin, DifferentialMixin):
         """
         arguments = locals()
         self._check_extra("differential_protein_expression", PROTEIN)
-        site = f"{PROTEIN}_mean" if unit == "group" else f"{PROTEIN}_foreground_mean"
-        return self._compare(ExtraFeatures(PROTEIN, site), arguments)
+        of_cells = isinstance(unit, str) and unit == "cell"
+        site = f"{PROTEIN}_foreground_mean" if of_cells else f"{PROTEIN}_mean"
+        return self._compare(replace(PROTEINS, decoded=site), arguments)
 
     @takes(DIFFERENTIAL)
     @checked
@@ -164,5 +166,4 @@ class ProteinDifferentialMixin(ProteinEstimatesMixin, DifferentialMixin):
         arguments = {**locals(), "unit": "cell", "calibrated": None, "all_stats": False}
         self._check_extra("name", name)
         part = next(each.estimated for each in self.program.modelled_extra if each.name == name)
-        kind = ExtraFeatures(name, f"{name}_{part}")
-        return self._compare(kind, {**arguments, kind.list_argument: feature_list})
+        return self._compare(ExtraFeatures(name, f"{name}_{part}"), arguments)
