@@ -49,7 +49,11 @@ class ProgramConfig:
     n_layers_encoder, n_layers_decoder
         Hidden layers.
     dropout_rate
-        Dropout rate of the encoders.
+        Dropout rate of the encoders' hidden layers.
+    region_dropout_rate
+        Share of a cell's open regions that the ATAC encoder does not see in training. A cell's fragments are a small
+        sample of its open regions: an encoder that sees another half of them at each epoch learns by heart
+        less of the training cells, and predicts hidden expression and accessibility better.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
     dispersion
@@ -101,6 +105,7 @@ class ProgramConfig:
     n_layers_encoder: int = 2
     n_layers_decoder: int = 2
     dropout_rate: float = 0.1
+    region_dropout_rate: float = 0.5
     gene_likelihood: str = "zinb"
     dispersion: str = "gene"
     latent_distribution: str = "normal"
@@ -143,8 +148,9 @@ class ProgramConfig:
             object.__setattr__(self, "n_hidden", N_HIDDEN)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
+        for name in ("dropout_rate", "region_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1).")
         if self.dispersion == "gene-label" and self.n_labels < 1:
             raise ValueError(
                 "dispersion='gene-label' needs labels: give labels_key to setup_anndata or setup_mudata, "

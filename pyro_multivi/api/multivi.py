@@ -53,7 +53,7 @@ class MULTIVI(
     n_layers_encoder, n_layers_decoder
         Numbers of hidden layers.
     dropout_rate
-        Dropout rate of the encoders.
+        Dropout rate of the encoders' hidden layers.
     region_factors
         Whether each region has a factor of its own for how often it is found open.
     gene_likelihood
@@ -88,6 +88,8 @@ class MULTIVI(
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
         matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
         ``modality_penalty="contrastive"``, else 0.
+    region_dropout_rate
+        Share of a cell's open regions that the ATAC encoder does not see in training, another one at each step.
 
     See Also
     --------
@@ -134,6 +136,7 @@ class MULTIVI(
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
+        region_dropout_rate: float = 0.5,
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}

@@ -81,8 +81,8 @@ class ProgramModules(nn.Module):
         decoder = options("decoder", config.n_covariates)
         decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
 
-        def encoder_of(n_features: int) -> tuple[SharedFirstLayer, NormalHead]:
-            first_layer = SharedFirstLayer(n_features, hidden, **encoder)
+        def encoder_of(n_features: int, input_dropout_rate: float = 0.0) -> tuple[SharedFirstLayer, NormalHead]:
+            first_layer = SharedFirstLayer(n_features, hidden, input_dropout_rate=input_dropout_rate, **encoder)
             n_layers = config.n_layers_encoder - 1
             return first_layer, NormalHead(hidden, latent, n_layers, inject_everywhere=everywhere, **encoder)
 
@@ -102,7 +102,7 @@ class ProgramModules(nn.Module):
             if config.gene_likelihood != "poisson" and sets is not None:
                 self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
         if config.n_regions:
-            self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions)
+            self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions, config.region_dropout_rate)
             self.cell_factor_head = LibraryHead(hidden, 1)
             self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **decoder)
             if config.region_factors:

@@ -40,6 +40,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
     **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
     **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
+    "region_dropout_rate": (-0.1, 1.0),
     **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),
     **dict.fromkeys(("key",), ("nonsense", "")),
     **dict.fromkeys(("gene_likelihood", "dispersion", "latent_distribution", "library"), ("nonsense", "")),
