@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import RNA, Modality
+from pyro_multivi.data.modality import RNA, ExtraFeatures, Modality
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -69,7 +69,11 @@ class AccessibilityOptions(_Options, total=False):
 
 
 def choose_features(
-    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device, table: CellTable | None = None
+    spec: DataSpec,
+    modality: Modality | ExtraFeatures,
+    wanted: FeatureList,
+    device: torch.device,
+    table: CellTable | None = None,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
@@ -127,7 +131,7 @@ def choose_features(
 def _among_measured(
     panels: Panels,
     chosen: tuple[Tensor | None, tuple[str, ...]],
-    modality: Modality,
+    modality: Modality | ExtraFeatures,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:

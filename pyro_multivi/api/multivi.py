@@ -14,6 +14,7 @@ from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.api.proteins.estimates import ProteinEstimatesMixin
 from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
@@ -29,7 +30,15 @@ from pyro_multivi.program import MultiVIProgram
 
 
 class MULTIVI(
-    TrainingMixin, LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes
+    TrainingMixin,
+    LatentMixin,
+    EstimatesMixin,
+    ChecksMixin,
+    DifferentialMixin,
+    ProteinEstimatesMixin,
+    QueryMixin,
+    MinifyMixin,
+    ScviAttributes,
 ):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
@@ -71,6 +80,9 @@ class MULTIVI(
         Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
         Raise an error unless every cell has both modalities.
+    protein_dispersion
+        Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
+        (``"protein-label"``).
     library
         RNA depth of a cell: ``"latent"``, inferred with a prior for each batch, or ``"observed"``, its total count.
         Size factors in the data (``size_factor_key`` of the setup) take precedence.
@@ -130,6 +142,7 @@ class MULTIVI(
         deeply_inject_covariates: bool = False,
         encode_covariates: bool = False,
         fully_paired: bool = False,
+        protein_dispersion: str = "protein",
         library: str = "latent",
         seed: int | None = None,
         program_class: type[MultiVIProgram] = MultiVIProgram,
@@ -162,6 +175,7 @@ class MULTIVI(
             n_covariates=spec.design_width,
             library="size_factor" if given_size else library,
             extra={name: len(features) for name, features in spec.extra.items()},
+            proteins=spec.setup.protein_key is not None,
         )
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
@@ -169,6 +183,7 @@ class MULTIVI(
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
         program.start_from(table.marginals())
+        program.start_extra_from(table)
         program.eval()
         self._assemble(spec, program, adata, table)
 
@@ -179,9 +194,11 @@ class MULTIVI(
 
     def __repr__(self) -> str:
         config = self.program.config
+        also = "".join(f", {config.extra[each.name]} {each.name}" for each in self.program.modelled_extra)
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions, {config.n_batch} batches; latent {config.latent}, hidden {config.hidden}; "
+            f"{config.n_regions} regions, {config.n_batch} batches{also}; "
+            f"latent {config.latent}, hidden {config.hidden}; "
             f"{trained}"
         )

@@ -147,6 +147,48 @@ ATAC = Modality(
     binary=True,
 )
 
+#: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
+PROTEIN = "protein"
+
+
+@dataclass(frozen=True)
+class ExtraFeatures:
+    """Words for the features of an extra modality, where code takes a :class:`Modality` for its features.
+
+    Examples
+    --------
+    >>> ExtraFeatures.of(PROTEIN).list_argument, ExtraFeatures.of("methylated").list_argument
+    ('protein_list', 'feature_list')
+    """
+
+    name: str
+    feature: str
+
+    @classmethod
+    def of(cls, name: str) -> ExtraFeatures:
+        """The words for an extra modality of that name."""
+        return cls(name, PROTEIN if name == PROTEIN else "feature")
+
+    @property
+    def features(self) -> str:
+        """Plural of :attr:`feature`."""
+        return f"{self.feature}s"
+
+    @property
+    def list_argument(self) -> str:
+        """Argument that chooses some of the features."""
+        return f"{self.feature}_list"
+
+    def feature_names_in(self, spec: Any) -> tuple[str, ...]:
+        """Names of the features in a specification."""
+        names: tuple[str, ...] = spec.extra[self.name]
+        return names
+
+    def panels_in(self, cells: Any) -> None:
+        """Panels of features: none, entries that were not measured are NaN."""
+        return
+
+
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)
 

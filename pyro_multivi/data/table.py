@@ -166,7 +166,8 @@ class CellTable:
             if (panels is None) != (others is None) or not all(map(torch.equal, panels or (), others or ())):
                 return f"other {modality.features} are marked as measured."
         for name, measurement in self.extra.items():
-            if not all(map(torch.equal, measurement, other.extra[name])):
+            # NaN stands for proteins that were not measured.
+            if not all(map(_same, measurement, other.extra[name])):
                 return f"{name!r} holds other values."
         return None
 
@@ -232,6 +233,10 @@ def _differing_rows(one: SparseCounts | None, other: SparseCounts | None, n: int
         return torch.repeat_interleave(torch.arange(n), one.crow.diff())[wrong].unique()
     sizes = one.crow.diff() != other.crow.diff()
     return sizes.nonzero().squeeze(-1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

@@ -42,6 +42,13 @@ class HiddenState(NamedTuple):
         return elsewhere.index_copy(0, self.rows, values.to(elsewhere.dtype))
 
 
+class HiddenStates(NamedTuple):
+    """First hidden layer of the encoders by modality; None where the model has no features of it."""
+
+    rna: HiddenState | None
+    atac: HiddenState | None
+
+
 class SharedFirstLayer(nn.Module):
     """First layer of a modality, shared by its state encoder and its depth encoder.
 

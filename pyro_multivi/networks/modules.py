@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.data.modality import MODALITIES, modelled
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, modelled
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
+from pyro_multivi.networks.extra import ExtraModality, Proteins
+from pyro_multivi.networks.layers import layer_options
 from pyro_multivi.networks.panels import typical_buffer
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
@@ -50,6 +54,10 @@ class ProgramModules(nn.Module):
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
 
+    #: Classes of the extra modalities that a program models, by their name in the data; see
+    #: :class:`~pyro_multivi.networks.extra.ExtraModality`. Proteins that the setup names need none.
+    extra_modalities: ClassVar[Mapping[str, type[ExtraModality]]] = {}
+
     #: Names of parameters of which only a part is trained; see :mod:`pyro_multivi.networks.surgery`.
     partly_trained: frozenset[str] = frozenset()
 
@@ -69,16 +77,8 @@ class ProgramModules(nn.Module):
         self.uid = f"multivi{next(ProgramModules._uid)}"
         hidden, latent, everywhere = config.hidden, config.latent, config.deeply_inject_covariates
 
-        def options(where: str, n_covariates: int) -> dict[str, Any]:
-            return {
-                "n_covariates": n_covariates,
-                "batch_norm": config.use_batch_norm in (where, "both"),
-                "layer_norm": config.use_layer_norm in (where, "both"),
-            }
-
-        encoder = options("encoder", config.n_covariates if config.encode_covariates else 0)
-        encoder |= {"dropout_rate": config.dropout_rate}
-        decoder = options("decoder", config.n_covariates)
+        encoder = layer_options(config, "encoder")
+        decoder = layer_options(config, "decoder")
         decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
 
         def encoder_of(n_features: int, input_dropout_rate: float = 0.0) -> tuple[SharedFirstLayer, NormalHead]:
@@ -123,6 +123,13 @@ class ProgramModules(nn.Module):
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
+        kinds = {**self.extra_modalities, **({PROTEIN: Proteins} if config.proteins else {})}
+        self.extra = nn.ModuleDict({name.replace(".", "_"): kind(name, config) for name, kind in kinds.items()})
+
+    @property
+    def modelled_extra(self) -> list[ExtraModality]:
+        """Extra modalities that the program models."""
+        return [modality for modality in self.extra.values() if isinstance(modality, ExtraModality)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Models of earlier versions were saved without it.
@@ -188,3 +195,8 @@ class ProgramModules(nn.Module):
                 self.region_logit.copy_(torch.logit(r))
                 wanted = (wanted / r).clamp(1e-7, 0.99)
             self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
+
+    def start_extra_from(self, table: CellTable) -> None:
+        """Set initial parameters of the extra modalities from the data."""
+        for modality in self.modelled_extra:
+            modality.start_from(table)

@@ -49,6 +49,9 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
     **dict.fromkeys(("layer", "batch_key", "labels_key", "feature_type_key"), ("nonsense", "")),
     "features": ("nonsense", ""),
+    **dict.fromkeys(("protein_layer", "protein_expression_obsm_key", "protein_names_uns_key"), ("nonsense", "")),
+    "protein_dispersion": ("nonsense", "", "protein-label"),
+    "stained": (0.0, -0.1, 1.1),
     **dict.fromkeys(("rna_layer", "atac_layer", "statistic", "quantity", "comparison"), ("nonsense", "")),
     **dict.fromkeys(("n_genes", "n_regions"), (3,)),
     "modality": ("nonsense", "", "rna"),
@@ -161,7 +164,7 @@ def wrong_values(function: str, argument: str, annotation: str) -> Iterator[Any]
         yield from OTHER[argument]
         return
     zero = (
-        argument in ("seed", "n_genes", "n_regions", "n_labels", "n_covariates", "start", "least")
+        argument in ("seed", "n_genes", "n_regions", "n_proteins", "n_labels", "n_covariates", "start", "least")
         or "warmup" in argument
     )
     yield from () if kind != "int" or zero else (0,)

@@ -81,14 +81,26 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
     decoded = [replay(program, cells, latents, sites, forced) for forced in interventions]
     if at_mean:
-        for modality in MODALITIES:
-            missing = ~modality.measured_in(cells)
-            if modality.decoded in sites and bool(missing.any()):
+        for site in sites:
+            missing = _lacks(program, cells, site)
+            if missing is not None and bool(missing.any()):
                 points = mirrored_latents(program, cells, IMPUTATION_POINTS)
                 for forced, values in zip(interventions, decoded, strict=True):
-                    averaged = _averaged(program, cells, points, modality.decoded, forced)
-                    values[modality.decoded] = _where(missing, averaged, values[modality.decoded])
+                    averaged = _averaged(program, cells, points, site, forced)
+                    values[site] = _where(missing, averaged, values[site])
     return DecodedDraws(latents, decoded)
+
+
+def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
+    """Whether the modality that a site is decoded of was not measured, (B,); None for any other site."""
+    for modality in MODALITIES:
+        if site == modality.decoded:
+            missing: Tensor = ~modality.measured_in(cells)
+            return missing
+    for extra in program.modelled_extra:
+        if site.startswith(extra.site("")):
+            return ~cells.measured(extra.name)
+    return None
 
 
 def _averaged(program: MultiVIProgram, cells: Cells, points: Latents, site: str, forced: dict[str, Tensor]) -> Tensor:
