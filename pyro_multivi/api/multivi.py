@@ -20,7 +20,8 @@ from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.api.scvi_tools.minify import MinifyMixin
 from pyro_multivi.api.training import TrainingMixin
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.checks import check_mapping, checked
+from pyro_multivi.data.checks import caution, check_mapping, checked
+from pyro_multivi.data.fragments.checks import check_fragments, fragment_cautions
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
@@ -88,6 +89,10 @@ class MULTIVI(
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
         matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
         ``modality_penalty="contrastive"``, else 0.
+    accessibility_likelihood
+        Distribution of accessibility: ``"bernoulli"``, open or closed, whatever the count; ``"poisson"`` or ``"nb"``,
+        counts of fragments, of which there may be more in a region the more it is open. Counts of reads are turned into
+        those by :func:`~pyro_multivi.reads_to_fragments`.
 
     See Also
     --------
@@ -134,6 +139,7 @@ class MULTIVI(
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
+        accessibility_likelihood: str = "bernoulli",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
@@ -162,10 +168,14 @@ class MULTIVI(
         )
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
+        if config.counts_fragments:
+            check_fragments(table, spec.region_names)
+            for sentence in fragment_cautions(table):
+                caution(sentence)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
-        program.start_from(table.marginals())
+        program.start_from(table.marginals(config.counts_fragments))
         program.eval()
         self._assemble(spec, program, adata, table)
 
@@ -179,6 +189,6 @@ class MULTIVI(
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions, {config.n_batch} batches; latent {config.latent}, hidden {config.hidden}; "
-            f"{trained}"
+            f"{config.n_regions} regions ({config.accessibility_likelihood}), {config.n_batch} batches; "
+            f"latent {config.latent}, hidden {config.hidden}; {trained}"
         )
