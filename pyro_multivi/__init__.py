@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyro_multivi.api.saving.folder import BrokenModelError
     from pyro_multivi.api.saving.summary import describe
     from pyro_multivi.config import ProgramConfig
+    from pyro_multivi.data.fragments.reads import reads_to_fragments
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
     from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
@@ -42,6 +43,7 @@ __all__ = [
     "read",
     "read_10x_h5",
     "read_10x_mtx",
+    "reads_to_fragments",
     "settings",
     "simulate_multiome",
 ]
@@ -63,6 +65,7 @@ _MODULE_OF = {
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",
     "read_10x_mtx": "datasets.readers",
+    "reads_to_fragments": "data.fragments.reads",
     "settings": "_settings",
     "simulate_multiome": "datasets.simulate",
 }

@@ -11,6 +11,7 @@ from pyro_multivi.data.modality import PROTEIN
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
+    "accessibility_likelihood": ("bernoulli", "poisson", "nb", "negative_binomial"),
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
     "latent_distribution": ("normal", "ln"),
     "modality_weights": ("equal", "universal", "cell"),
@@ -58,6 +59,9 @@ class ProgramConfig:
         less of the training cells, and predicts hidden expression and accessibility better.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
+    accessibility_likelihood
+        ``"bernoulli"``: regions are open or closed. ``"poisson"`` or ``"nb"`` (also ``"negative_binomial"``): counts of
+        fragments.
     dispersion
         ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``: sharing of the inverse dispersion.
     latent_distribution
@@ -80,7 +84,7 @@ class ProgramConfig:
         one population: where they hold other types of cells, give 0. Default: 3 with
         ``modality_penalty="contrastive"``, 0 with any other, which then is the only penalty.
     region_factors
-        Whether regions have a factor r_j; without, it is 1.
+        Whether regions have a factor r_j; without, it is 1. Counts of fragments need it.
     encode_covariates, deeply_inject_covariates
         Give s to the encoders; give it to every layer rather than the first.
     use_batch_norm, use_layer_norm
@@ -126,6 +130,7 @@ class ProgramConfig:
     use_batch_norm: str = "none"
     use_layer_norm: str = "both"
     library: str = "latent"
+    accessibility_likelihood: str = "bernoulli"
     extra: dict[str, int] = field(default_factory=dict)
     proteins: bool = False
     protein_dispersion: str = "protein"
@@ -147,8 +152,14 @@ class ProgramConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not allowed: give a finite number, 0 or more; 0 for none."
                 )
-        if self.gene_likelihood == "negative_binomial":
-            object.__setattr__(self, "gene_likelihood", "nb")
+        for name in ("gene_likelihood", "accessibility_likelihood"):
+            if getattr(self, name) == "negative_binomial":
+                object.__setattr__(self, name, "nb")
+        if self.counts_fragments and not self.region_factors:
+            raise ValueError(
+                f"region_factors=False and accessibility_likelihood={self.accessibility_likelihood!r}: counts need a "
+                "rate for each region. Leave region_factors out, or choose 'bernoulli'."
+            )
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
             raise ValueError(
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
@@ -168,6 +179,11 @@ class ProgramConfig:
                     f"{name}={needs!r} needs labels: give labels_key to setup_anndata or setup_mudata, "
                     "or choose another dispersion."
                 )
+
+    @property
+    def counts_fragments(self) -> bool:
+        """Whether counts of fragments are modelled, rather than open or closed regions."""
+        return self.accessibility_likelihood != "bernoulli"
 
     @property
     def hidden(self) -> int:

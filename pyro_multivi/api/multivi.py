@@ -21,7 +21,8 @@ from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.api.scvi_tools.minify import MinifyMixin
 from pyro_multivi.api.training import TrainingMixin
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.checks import check_mapping, checked
+from pyro_multivi.data.checks import caution, check_mapping, checked
+from pyro_multivi.data.fragments.checks import check_fragments, fragment_cautions
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
@@ -102,6 +103,10 @@ class MULTIVI(
         ``modality_penalty="contrastive"``, else 0.
     region_dropout_rate
         Share of a cell's open regions that the ATAC encoder does not see in training, another one at each step.
+    accessibility_likelihood
+        Distribution of accessibility: ``"bernoulli"``, open or closed, whatever the count; ``"poisson"`` or ``"nb"``,
+        counts of fragments, of which there may be more in a region the more it is open. Counts of reads are turned into
+        those by :func:`~pyro_multivi.reads_to_fragments`.
 
     See Also
     --------
@@ -150,6 +155,7 @@ class MULTIVI(
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
         region_dropout_rate: float = 0.5,
+        accessibility_likelihood: str = "bernoulli",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
@@ -179,10 +185,14 @@ class MULTIVI(
         )
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
+        if config.counts_fragments:
+            check_fragments(table, spec.region_names)
+            for sentence in fragment_cautions(table):
+                caution(sentence)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
-        program.start_from(table.marginals())
+        program.start_from(table.marginals(config.counts_fragments))
         program.start_extra_from(table)
         program.eval()
         self._assemble(spec, program, adata, table)
@@ -198,7 +208,6 @@ class MULTIVI(
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions, {config.n_batch} batches{also}; "
-            f"latent {config.latent}, hidden {config.hidden}; "
-            f"{trained}"
+            f"{config.n_regions} regions ({config.accessibility_likelihood}), {config.n_batch} batches{also}; "
+            f"latent {config.latent}, hidden {config.hidden}; {trained}"
         )

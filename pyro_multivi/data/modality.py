@@ -8,7 +8,7 @@ in a message. All translation between these words is here; code that treats moda
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -36,7 +36,8 @@ class Modality:
     depth
         Latent site of a cell's sequencing depth.
     binary
-        Whether only "zero or not" is modelled of a count.
+        Whether only "zero or not" is modelled of a count. A model of fragment counts has
+        another value, see :meth:`in_model`; both are the same modality.
 
     Examples
     --------
@@ -52,7 +53,7 @@ class Modality:
     counts: str
     decoded: str
     depth: str
-    binary: bool
+    binary: bool = field(compare=False)
 
     @property
     def features(self) -> str:
@@ -98,6 +99,18 @@ class Modality:
     def size_factor(self) -> str:
         """Field of fixed size factors."""
         return f"{self.key}_size"
+
+    def in_model(self, config: Any) -> Modality:
+        """The modality as a model treats it: with fragment counts, accessibility is not binary.
+
+        Examples
+        --------
+        >>> from pyro_multivi import ProgramConfig
+        >>> found = ATAC.in_model(ProgramConfig(n_genes=1, n_regions=1, accessibility_likelihood="poisson"))
+        >>> found == ATAC, found.binary
+        (True, False)
+        """
+        return replace(self, binary=False) if self.binary and config.counts_fragments else self
 
     def counts_in(self, cells: Any) -> Any:
         """Counts in a minibatch or table, (n, features); None in a table without any."""
@@ -213,5 +226,9 @@ def modality_named(name: str) -> Modality | None:
 
 
 def modelled(config: Any) -> tuple[Modality, ...]:
-    """The modalities of which a configuration, table or specification has features."""
-    return tuple(modality for modality in MODALITIES if modality.n_features_in(config))
+    """The modalities of which a configuration, table or specification has features.
+
+    Those of a configuration are as its model treats them.
+    """
+    found = (modality for modality in MODALITIES if modality.n_features_in(config))
+    return tuple(each.in_model(config) if hasattr(config, "counts_fragments") else each for each in found)

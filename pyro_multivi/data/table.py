@@ -206,10 +206,10 @@ class CellTable:
             **parts,
         )
 
-    def marginals(self) -> Marginals:
-        """Statistics over the measured cells."""
+    def marginals(self, counts_fragments: bool = False) -> Marginals:
+        """Statistics over the measured cells, with ``counts_fragments`` also of counts of fragments."""
         blocks = (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
-        return Marginals.of(blocks, self.n_batch)
+        return Marginals.of(blocks, self.n_batch, counts_fragments)
 
 
 def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | None = None) -> SparseCounts:

@@ -17,6 +17,7 @@ from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
+from pyro_multivi.networks.fragments import start_fragments
 from pyro_multivi.networks.layers import layer_options
 from pyro_multivi.networks.panels import typical_buffer
 
@@ -40,6 +41,8 @@ class ProgramModules(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    fragments_log_mean, fragments_log_var
+        Those of the log number of fragments: the prior of d in models of fragment counts, which alone have them.
     posterior_scale
         Factor of the standard deviations of q(z) by measurement pattern, (2^E, K), with which draws are made after
         training; see :mod:`pyro_multivi.posterior.engine.posterior_scale`. Not part of the model itself.
@@ -67,6 +70,8 @@ class ProgramModules(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
+    fragments_log_mean: Tensor
+    fragments_log_var: Tensor
     posterior_scale: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
@@ -103,10 +108,17 @@ class ProgramModules(nn.Module):
                 self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
         if config.n_regions:
             self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions, config.region_dropout_rate)
-            self.cell_factor_head = LibraryHead(hidden, 1)
+            # As that of the library where d is a number of fragments.
+            self.cell_factor_head = LibraryHead(hidden, 2 if config.counts_fragments else 1, start=-2.0)
             self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **decoder)
-            if config.region_factors:
+            if config.counts_fragments:
+                self.region_log_rate = nn.Parameter(torch.zeros(config.n_regions))
+                self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
+                self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
+            elif config.region_factors:
                 self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+            if config.accessibility_likelihood == "nb":
+                self.region_log_theta = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":
             self.weight_logits = nn.Parameter(torch.zeros(len(MODALITIES)))
         elif config.modality_weights == "cell":
@@ -157,9 +169,9 @@ class ProgramModules(nn.Module):
 
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
         share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
-        of each region for a cell of typical depth (d = 1/2). Loadings start at zero, so that this
-        profile is that of every cell: with random ones each feature would start with differences between cells
-        that are not in the data.
+        of each region for a cell of typical depth (d = 1/2), or at its mean number of fragments there.
+        Loadings start at zero, so that this profile is that of every cell: with random ones each feature
+        would start with differences between cells that are not in the data.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
@@ -188,6 +200,10 @@ class ProgramModules(nn.Module):
                 self.log_theta.copy_(log_theta.expand_as(self.log_theta))
         if self.config.n_regions:
             self.accessibility_decoder.p.weight.zero_()
+        if self.config.n_regions and self.config.counts_fragments:
+            assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
+            start_fragments(self, marginals.fragments)
+        elif self.config.n_regions:
             wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
 from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
@@ -87,7 +88,7 @@ def compare_groups(
     warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
     compared = compare(shared, silent)
-    found = arrange(compared, contrasts, request, names)
+    found = arrange(compared, contrasts, request, names, shared.region_factors)
     found.attrs["batches"] = {
         contrast.comparison: [
             None if group[0].batches is None else [batch_names[code] for code in group[0].batches] for group in groups
@@ -152,7 +153,7 @@ class _SharedDraws:
     @cached_property
     def region_factors(self) -> Tensor | None:
         """Region factors r, (F,); None where the model has none of this modality."""
-        return region_factors(self.source.program) if self.request.modality.binary else None
+        return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
         return self.source.draw(self.partition.cells[key.part], key.batches)
@@ -350,14 +351,13 @@ def _counts_of(
 
     So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured.
     """
-    binary = shared.request.modality.binary
     sums = [shared.sums[key.part] for key in group]
     means, exposure = [], np.zeros(0)
     for key, counted in zip(group, sums, strict=True):
         mean = moments[key].mean * factor
         if counted.n_measured:
             expected = moments[DrawKey(key.part, None)].expected
-            if binary:
+            if shared.request.modality == ATAC:
                 r = 1.0 if shared.region_factors is None else shared.region_factors.double().cpu().numpy()
                 expected = counted.n_measured * expected * r
             else:
@@ -389,7 +389,7 @@ def _change_statistics(
     prior = None
     if request.corrects_by_counts:
         # Shares of a whole: genes that take more of it take it from all others. With size factors rho is no share.
-        compositional = not request.modality.binary and shared.source.program.config.library != "size_factor"
+        compositional = request.modality == RNA and shared.source.program.config.library != "size_factor"
         in_common = compositional and request.change.name == "log-fold"
         prior = ShrinkagePrior.fit(change, error, rng, common_error if in_common else None)
 

@@ -239,7 +239,7 @@ def imputation_latents(
     for modality in MODALITIES:
         names = [name for name in rest if name in modality.sites]
         measured = modality.measured_in(cells)
-        if not names or bool(measured.all()) or modality is known_depth:
+        if not names or bool(measured.all()) or modality == known_depth:
             continue
         depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
         if depth is not None:

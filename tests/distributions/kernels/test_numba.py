@@ -21,7 +21,14 @@ from pyro_multivi.distributions.kernels.numba.switch import compiled_loops, loop
 from pyro_multivi.networks.layers import CountsLinear
 
 B = 6
-LOOPS = {"accessibility": {"regions"}, "nb": {"zeros", "nonzeros"}, "zinb": {"zeros", "nonzeros"}, "poisson": set()}
+LOOPS = {
+    "accessibility": {"regions"},
+    "nb": {"zeros", "nonzeros"},
+    "zinb": {"zeros", "nonzeros"},
+    "poisson": set(),
+    "fragments-poisson": set(),
+    "fragments-nb": set(),
+}
 OF_SOFTMAX = {"softmax", "softmax_slopes"}
 
 
