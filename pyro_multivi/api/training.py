@@ -26,6 +26,7 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
+from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.training import FitOptions, fit, resolve_device
 from pyro_multivi.training.checkpoints.folder import Checkpoints
@@ -229,6 +230,8 @@ class TrainingMixin(ModelBase):
             self.is_trained = True
             seen = batches(split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
+            if recalibrates:
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen, effect_sd))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
             if progress_bar:

@@ -19,10 +19,13 @@ from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstL
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.fragments import start_fragments
 from pyro_multivi.networks.layers import layer_options
-from pyro_multivi.networks.panels import typical_buffer
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+# Directions of the last layers' posteriors, one of them that of the intercepts. On simulated cells intervals with 64
+# hold as much; a feature's random numbers are drawn four at a time.
+_WEIGHT_DIRECTIONS = 16
 
 
 class ProgramModules(nn.Module):
@@ -53,6 +56,9 @@ class ProgramModules(nn.Module):
         Regression that predicts the depth of a modality that was not measured, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
         :mod:`pyro_multivi.posterior.engine.depth_regression`. Not part of the model itself.
+    rna_weight_directions, atac_weight_directions, rna_weight_sd, atac_weight_sd
+        Posterior of the decoders' last layers, (R, H + 1) and (F, R); zeros before it was fitted, see
+        :mod:`pyro_multivi.posterior.engine.weight_posterior`. Not part of the model itself.
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
@@ -129,7 +135,10 @@ class ProgramModules(nn.Module):
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
         for modality in modelled(config):
-            self.register_buffer(f"{modality.key}_typical", torch.zeros(2, modality.n_features_in(config)))
+            n_features, n_directions = modality.n_features_in(config), min(_WEIGHT_DIRECTIONS, hidden)
+            self.register_buffer(f"{modality.key}_typical", torch.zeros(2, n_features))
+            self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, hidden + 1))
+            self.register_buffer(f"{modality.key}_weight_sd", torch.zeros(n_features, n_directions))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
@@ -147,8 +156,9 @@ class ProgramModules(nn.Module):
         # Models of earlier versions were saved without it.
         state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
         for modality in modelled(self.config):
-            typical = typical_buffer(self, modality)
-            state_dict.setdefault(f"{prefix}{modality.key}_typical", torch.zeros_like(typical))
+            for name in ("typical", "weight_directions", "weight_sd"):
+                name = f"{modality.key}_{name}"
+                state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def use_precision(self, precision: str) -> None:

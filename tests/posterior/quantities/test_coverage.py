@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+
+from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 
 
 def correlations(estimate, truth, axis):
@@ -63,11 +67,20 @@ def reference(model, cells, n_draws=3000):
     return w / w.sum(1, keepdims=True), rho, p
 
 
+def fitted_decoder(model):
+    """A view of a model whose draws are all of the weights it was fitted to."""
+    bare = copy.copy(model)
+    bare.program = copy.deepcopy(model.program)
+    clear_weight_posteriors(bare.program)
+    return bare
+
+
+# Of the fitted decoder: the posterior of its weights is left out, as the reference has none.
 # Over six training seeds coverage is 0.84 to 0.87 for accessibility and 0.87 to 0.95 for expression of ATAC-only cells,
 # 0.88 to 0.91 elsewhere; without the correction of standard deviations 0.78 to 0.84 and 0.79 to 0.95.
 @pytest.mark.parametrize("name", ["unmixed_continuum", "continuum"])
 def test_intervals_cover_an_independent_posterior(name, request):
-    model = request.getfixturevalue(name)
+    model = fitted_decoder(request.getfixturevalue(name))
     rows = np.r_[0:30, 120:150, 180:210]  # paired, RNA only, ATAC only
     w, rho, p = reference(model, model.minibatch(rows))
     assert (1 / (w**2).sum(1)).min() > 50, "the reference itself rests on too few draws"
