@@ -30,6 +30,7 @@ from pyro_multivi.data.setup.extra import measurement
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 
 logger = logging.getLogger("pyro_multivi")
@@ -284,7 +285,9 @@ class DataSpec:
             return str(error), content
         return changed, content if changed else now
 
-    def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
+    def _table(
+        self, opened: Opened, counts: Mapping[Modality, SparseCounts | StoredCounts], measured: Measured
+    ) -> CellTable:
         batch_code = self._batch_codes(opened)
         sizes = size_factors(opened, self.setup, measured.masks)
         names = {modality: modality.feature_names_in(self) for modality in opened.counts}
