@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from pyro_multivi.data.fragments.checks import check_fragments, fragment_caution
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.datasets.stores.open import open_stores
 from pyro_multivi.isolation import isolated
 from pyro_multivi.program import MultiVIProgram
 
@@ -46,7 +49,9 @@ class MULTIVI(
     Parameters
     ----------
     adata
-        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed.
+        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed. Or
+        the path of an AnnData that was written after that: its counts stay on disk
+        (:func:`~pyro_multivi.open_stores`).
     n_genes, n_regions
         Numbers of features; default: those of the data. They are needed for an AnnData without feature types, whose
         first columns are genes, followed by regions. Of a MuData that has more, the first are modelled.
@@ -128,7 +133,7 @@ class MULTIVI(
     @checked
     def __init__(
         self,
-        adata: Data,
+        adata: Data | str | os.PathLike[str],
         n_genes: int | None = None,
         n_regions: int | None = None,
         modality_weights: str = "equal",
@@ -159,6 +164,10 @@ class MULTIVI(
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
+        if isinstance(adata, (str, os.PathLike)):
+            if not Path(adata).exists():
+                raise FileNotFoundError(f"adata={str(adata)!r}: there is no such file or folder.")
+            adata = open_stores(adata)
         spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)
         paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)

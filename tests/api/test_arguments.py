@@ -73,6 +73,7 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
+    "stores": (5, "x", True, THING, [], {}, [5], {"a": 5}, ["x"], np.zeros((2, 2)), pd.DataFrame()),
     "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
@@ -129,7 +130,9 @@ OTHER: dict[str, tuple[Any, ...]] = {
 #: Public, and made or called by the package itself, or without arguments of the user's.
 EXEMPT = {
     "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
-    **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
+    **dict.fromkeys(
+        ("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged", "StoreChangedError"), "an error"
+    ),
     **dict.fromkeys(("PALETTE", "__version__", "settings"), "no function"),
     **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
     **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
@@ -214,6 +217,7 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
         "join_samples": {"samples": [world.plain, world.mdata]},
+        "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
         "reads_to_fragments": {"adata": world.plain.copy()},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},

@@ -31,7 +31,20 @@ TENSORS = (
     "training",
     *(
         f"data.{name}"
-        for name in ("checks", "loader", "marginals", "minibatch", "modality", "resident", "sparse", "split", "table")
+        for name in (
+            "checks",
+            "loader",
+            "marginals",
+            "minibatch",
+            "modality",
+            "resident",
+            "sparse",
+            "split",
+            "table",
+            "stores.counts",
+            "stores.matrix",
+            "stores.passes",
+        )
     ),
 )
 #: Parts of posterior/ that import the engine, and not each other.

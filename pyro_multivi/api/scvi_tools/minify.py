@@ -21,6 +21,7 @@ from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import open_data
 from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.stores.reference import STORES, stores_of
 from pyro_multivi.posterior.quantities.latent import posterior_to_store
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.utils import ADATA_MINIFY_TYPE
@@ -165,4 +166,6 @@ def _empty(adata: Any) -> None:
         if name is not None:
             adata.layers[name] = sp.csr_matrix(adata.shape, dtype=np.float32)
     adata.X = sp.csr_matrix(adata.shape, dtype=np.float32)
+    if stores_of(adata) is not None:
+        adata.uns[UNS_KEY] = {key: value for key, value in adata.uns[UNS_KEY].items() if key != STORES}
     del adata.raw

@@ -227,7 +227,7 @@ def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None
         if counts is None:
             continue
         share = 1.0 if chosen is None else len(chosen) / max(counts.shape[1], 1)
-        total += 8.0 * len(counts.val) / max(int(modality.measured_in(table).sum()), 1) * share
+        total += 8.0 * int(counts.crow[-1]) / max(int(modality.measured_in(table).sum()), 1) * share
     return total * minibatches.n_cells * n_samples
 
 
