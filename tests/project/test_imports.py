@@ -24,6 +24,7 @@ TABLES = {"anndata", "pandas", "mudata"}
 #: The tensors' side: what a modeler uses without AnnData.
 TENSORS = (
     "config",
+    "processes",
     "program",
     "traces",
     "networks",

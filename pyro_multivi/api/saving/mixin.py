@@ -21,6 +21,7 @@ from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.isolation import isolated
+from pyro_multivi.processes.group import current, is_first_process
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
 
@@ -45,7 +46,7 @@ class SavingMixin(ModelBase):
         overwrite: bool = False,
         save_anndata: bool = False,
     ) -> None:
-        """Write the model to a folder, as a whole or not at all.
+        """Write the model to a folder, as a whole or not at all; of several processes, number 0 alone writes.
 
         Parameters
         ----------
@@ -81,16 +82,21 @@ class SavingMixin(ModelBase):
             minified=self._table is not None and self._table.posterior is not None,
             query=self._query_description(),
         )
-        folder = _folder(dir_path, prefix)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_model(
-            folder,
-            self.program.state_dict(),
-            description.to_dict(),
-            overwrite=overwrite,
-            data=self.adata if save_anndata else None,
-            names=self._names(),
-        )
+        folder, processes = _folder(dir_path, prefix), current()
+
+        def write() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_model(
+                folder,
+                self.program.state_dict(),
+                description.to_dict(),
+                overwrite=overwrite,
+                data=self.adata if save_anndata else None,
+                names=self._names(),
+            )
+
+        if processes.are_several or is_first_process():
+            processes.on_first(write)
 
     @classmethod
     @takes(LOAD, load_arguments)
