@@ -254,7 +254,9 @@ def accessibility_of(
         factors = factors / program.atac_log_depth.exp()
     factors, theta = (each if each is None or regions is None else each[regions] for each in (factors, theta))
     by_cell = ATAC.depth if normalize_cells else 1.0
-    return Quantity(ATAC.decoded, regions, by_cell, factors, threshold, detection and fragments, theta)
+    return Quantity(
+        ATAC.decoded, regions, by_cell, factors, threshold, detection=detection and fragments, inverse_dispersion=theta
+    )
 
 
 def as_json(value: Any, several: str = "") -> Any:
