@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
-from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import ATAC, RNA, ExtraFeatures, Modality
+from pyro_multivi.data.minibatch import AnyModality, Panels
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -74,7 +74,7 @@ class AccessibilityOptions(_Options, total=False):
 
 def choose_features(
     spec: DataSpec,
-    modality: Modality | ExtraFeatures,
+    modality: AnyModality,
     wanted: FeatureList,
     device: torch.device,
     table: CellTable | None = None,
@@ -135,7 +135,7 @@ def choose_features(
 def _among_measured(
     panels: Panels,
     chosen: tuple[Tensor | None, tuple[str, ...]],
-    modality: Modality | ExtraFeatures,
+    modality: AnyModality,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:

@@ -13,10 +13,9 @@ from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.checks import ChecksMixin
 from pyro_multivi.api.custom_program import configure
-from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
-from pyro_multivi.api.proteins.estimates import ProteinEstimatesMixin
+from pyro_multivi.api.proteins.differential import ProteinDifferentialMixin
 from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
@@ -38,8 +37,7 @@ class MULTIVI(
     LatentMixin,
     EstimatesMixin,
     ChecksMixin,
-    DifferentialMixin,
-    ProteinEstimatesMixin,
+    ProteinDifferentialMixin,
     QueryMixin,
     MinifyMixin,
     ScviAttributes,

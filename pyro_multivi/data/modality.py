@@ -35,6 +35,8 @@ class Modality:
         Site of what the model decodes from the latent state.
     depth
         Latent site of a cell's sequencing depth.
+    compositional
+        Whether values are shares of a cell's total, so that one takes what others lose.
     binary
         Whether only "zero or not" is modelled of a count. A model of fragment counts has
         another value, see :meth:`in_model`; both are the same modality.
@@ -53,6 +55,7 @@ class Modality:
     counts: str
     decoded: str
     depth: str
+    compositional: bool
     binary: bool = field(compare=False)
 
     @property
@@ -146,6 +149,7 @@ RNA = Modality(
     counts="x",
     decoded="rho",
     depth="l",
+    compositional=True,
     binary=False,
 )
 ATAC = Modality(
@@ -157,50 +161,12 @@ ATAC = Modality(
     counts="y",
     decoded="p",
     depth="d",
+    compositional=False,
     binary=True,
 )
 
 #: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
 PROTEIN = "protein"
-
-
-@dataclass(frozen=True)
-class ExtraFeatures:
-    """Words for the features of an extra modality, where code takes a :class:`Modality` for its features.
-
-    Examples
-    --------
-    >>> ExtraFeatures.of(PROTEIN).list_argument, ExtraFeatures.of("methylated").list_argument
-    ('protein_list', 'feature_list')
-    """
-
-    name: str
-    feature: str
-
-    @classmethod
-    def of(cls, name: str) -> ExtraFeatures:
-        """The words for an extra modality of that name."""
-        return cls(name, PROTEIN if name == PROTEIN else "feature")
-
-    @property
-    def features(self) -> str:
-        """Plural of :attr:`feature`."""
-        return f"{self.feature}s"
-
-    @property
-    def list_argument(self) -> str:
-        """Argument that chooses some of the features."""
-        return f"{self.feature}_list"
-
-    def feature_names_in(self, spec: Any) -> tuple[str, ...]:
-        """Names of the features in a specification."""
-        names: tuple[str, ...] = spec.extra[self.name]
-        return names
-
-    def panels_in(self, cells: Any) -> None:
-        """Panels of features: none, entries that were not measured are NaN."""
-        return
-
 
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)

@@ -17,6 +17,8 @@ from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.networks.extra import ExtraModality
 from pyro_multivi.networks.extra.protein_marginals import ProteinMarginals
+from pyro_multivi.networks.layers import BatchNorm
+from pyro_multivi.networks.surgery import Training
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, measure
 
@@ -237,3 +239,15 @@ def test_two_programs_in_one_process_stay_apart():
     one, two = program_of(), program_of()
     assert not {id(part) for part in one.parameters()} & {id(part) for part in two.parameters()}
     assert pm.MultiVIProgram.extra_modalities == {}
+
+
+def test_batch_normalisation_of_a_query_stays_that_of_the_reference():
+    program = program_of(use_batch_norm="both")
+    training = Training.chosen(
+        program, {}, unfrozen=False, freeze_dropout=True, freeze_expression=True, freeze_decoder_first_layer=True,
+        freeze_batchnorm_encoder=True, freeze_batchnorm_decoder=False,
+    )  # fmt: skip
+    training.apply(program)
+    frozen = {name: module.frozen for name, module in program.extra.named_modules() if isinstance(module, BatchNorm)}
+    assert len(frozen) == 4
+    assert all(is_frozen != (".decoder." in name) for name, is_frozen in frozen.items())

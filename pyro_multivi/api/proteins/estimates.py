@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, Indices, OutPath, average_over, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TOTALVI, takes
 from pyro_multivi.data.checks import check_choice, checked
-from pyro_multivi.data.modality import PROTEIN, ExtraFeatures
+from pyro_multivi.data.minibatch import ExtraFeatures
+from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.posterior.engine.draws import cells_at_a_time
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.output import Estimates, deliver
+
+#: Proteins, in the words of their methods.
+PROTEINS = ExtraFeatures(PROTEIN, feature=PROTEIN)
 
 
 class ProteinEstimatesMixin(ModelBase):
@@ -85,7 +87,7 @@ class ProteinEstimatesMixin(ModelBase):
         """
         part = "mean" if include_protein_background else "foreground_mean"
         return self._extra_estimates(
-            "get_normalized_protein_expression", PROTEIN, part, locals(), protein_list, of_sum=scale_protein
+            "get_normalized_protein_expression", part, locals(), PROTEINS, protein_list, of_sum=scale_protein
         )
 
     @checked
@@ -128,7 +130,7 @@ class ProteinEstimatesMixin(ModelBase):
             If the model has no proteins, a protein or batch is unknown, or an argument is out of range.
         """
         return self._extra_estimates(
-            "get_protein_foreground_probability", PROTEIN, "foreground_probability", locals(), protein_list
+            "get_protein_foreground_probability", "foreground_probability", locals(), PROTEINS, protein_list
         )
 
     @checked
@@ -175,29 +177,32 @@ class ProteinEstimatesMixin(ModelBase):
         """
         self._check_extra("name", name)
         part = next(each.estimated for each in self.program.modelled_extra if each.name == name)
-        return self._extra_estimates("get_extra_estimates", name, part, locals(), feature_list)
+        return self._extra_estimates("name", part, locals(), ExtraFeatures(name), feature_list)
 
     def _extra_estimates(
-        self, method: str, name: str, part: str, arguments: dict[str, Any], wanted: FeatureList, of_sum: bool = False
+        self,
+        argument: str,
+        part: str,
+        arguments: dict[str, Any],
+        extra: ExtraFeatures,
+        wanted: FeatureList,
+        of_sum: bool = False,
     ) -> Estimates:
         """Estimates of a site of an extra modality; ``arguments`` are those of a method above, by name."""
-        self._check_extra(method, name)
+        self._check_extra(argument, extra.name)
         average = average_over(
             self.spec,
             *(arguments[key] for key in ("transform_batch", "n_samples", "n_samples_overall", "use_z_mean")),
             *(arguments[key] for key in ("return_mean", "return_interval", "seed")),
         )
-        features, names = self._choose_extra(name, wanted)
+        features, names = choose_features(self.spec, extra, wanted, self.device)
         at_once = cells_at_a_time(arguments["batch_size"], average.n_samples)
         cells = self._cells(arguments["adata"], arguments["indices"], at_once, True, None)
-        quantity = Quantity(f"{name}_{part}", features, of_sum=of_sum)
+        quantity = Quantity(f"{extra.name}_{part}", features, of_sum=of_sum)
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
             **{key: arguments[key] for key in ("return_numpy", "out", "silent")},
         )  # fmt: skip
-
-    def _choose_extra(self, name: str, wanted: FeatureList) -> tuple[Tensor | None, tuple[str, ...]]:
-        return choose_features(self.spec, ExtraFeatures.of(name), wanted, self.device)
 
     def _check_extra(self, argument: str, name: str) -> None:
         """Refuse an extra modality that the program does not model."""

@@ -12,7 +12,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import PROTEIN, ExtraFeatures, Modality
+from pyro_multivi.data.minibatch import ExtraFeatures
+from pyro_multivi.data.modality import PROTEIN, Modality
 from pyro_multivi.data.setup.adapter import MEASURED_COLUMN, Counts, layer_names
 from pyro_multivi.data.setup.options import is_lazy
 from pyro_multivi.data.setup.spec import DataSpec
@@ -79,7 +80,7 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
 
 def proteins_in_reference_order(part: AnnData, owner: str, spec: DataSpec) -> AnnData:
     """A new AnnData with the proteins of a reference, in its order, of a modality called ``owner``."""
-    kind: Any = ExtraFeatures.of(PROTEIN)
+    kind: Any = ExtraFeatures(PROTEIN)
     every = np.arange(part.n_vars)
     counts = Counts(kind, part.X, owner, owner, part.var_names, every, part.obs_names, None, str)
     return in_reference_order(part, {kind: counts}, spec, None)
