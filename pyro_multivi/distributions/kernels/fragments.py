@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -27,6 +29,7 @@ from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.counts_walk import nonzero_terms, refine_large
 from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
 from pyro_multivi.distributions.kernels.log_gamma import gamma_functions
+from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
 from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
 from pyro_multivi.distributions.kernels.readout import Readout
 
@@ -89,7 +92,10 @@ class FragmentsTerm:
 
 def _evaluate(term: FragmentsTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:
     """Value (if wanted) and gradients (if weights are given), in one walk over all blocks."""
-    return FragmentsWalk(term, weights_n, want_value).run()
+    loops = loops_for(term.hidden_nh) if can_read(term.gemm_dtype) else None
+    if loops is None:
+        return FragmentsWalk(term, weights_n, want_value).run()
+    return CompiledFragmentsWalk(term, weights_n, want_value, loops).run()
 
 
 class FragmentsWalk:
@@ -195,3 +201,44 @@ class FragmentsWalk:
                 self.d_theta.index_add_(0, region, terms[2] * self.weights_n.index_select(0, row))
         if self.value is not None:
             self.value.index_add_(0, row, terms[0])
+
+
+class CompiledFragmentsWalk(FragmentsWalk):
+    """:class:`FragmentsWalk` in one loop per block, which writes all results, needed or not."""
+
+    def __init__(self, term: FragmentsTerm, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
+        super().__init__(term, weights_n, want_value)
+        self.loops = loops
+        nothing = torch.zeros_like(self.size)
+        weights = nothing if weights_n is None else weights_n.contiguous()
+        cell_weight = nothing if self.cell_weight is None else self.cell_weight
+        self.of_cells = [vector.detach().numpy() for vector in (self.size, cell_weight, weights)]
+        wanted = (self.d_rate, self.p.d_bias)
+        self.sums = [(torch.empty_like(self.rate) if each is None else each).numpy() for each in wanted]
+        self.theta = None if term.theta_m is None else term.theta_m.detach().contiguous().numpy()
+        self.by_theta: np.ndarray[Any, Any] | None = None
+        if term.theta_m is not None:
+            self.by_theta = (torch.empty_like(self.rate) if self.d_theta is None else self.d_theta).numpy()
+        self.of_chunks = torch.empty(2, torch.get_num_threads(), self.n)
+
+    def add_zeros(self, block: Block) -> None:
+        """See :meth:`FragmentsWalk.add_zeros`."""
+        features, entries = block.features, self.term.entries
+        out = self.views(block)[0]
+        # Logits here; the loop overwrites them with residuals.
+        residual = self.p.logits_less_bias(block, out)
+        log2_e = torch.empty(block.entries.stop - block.entries.start)
+        self.loops.fragments(
+            out.numpy(), halves(residual), self.p.bias[features].detach().numpy(), self.rate[features].detach().numpy(),
+            None if self.theta is None else self.theta[features], *self.of_cells, np.float32(self.limit),
+            entries.start[block.start : block.stop + 1].numpy(), entries.row[block.entries].numpy(),
+            self.x_over_size[block.entries].numpy(), log2_e.numpy(), *(part.numpy() for part in self.of_chunks),
+            *(vector[features] for vector in self.sums), None if self.by_theta is None else self.by_theta[features],
+        )  # fmt: skip
+        self.log2_e.append(log2_e)
+        if self.value is not None:
+            self.value += self.of_chunks[0].sum(0)
+        if self.d_size is not None:
+            self.d_size += self.of_chunks[1].sum(0)
+        if self.weights_n is not None and self.p.needs_grad:
+            self.p.contract(block, residual)
