@@ -231,7 +231,7 @@ class TrainingMixin(ModelBase):
             seen = batches(split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
             if recalibrates:
-                calibrations.append(partial(fit_weight_posteriors, self.program, seen, effect_sd))
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
             if progress_bar:
