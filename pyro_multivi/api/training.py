@@ -79,8 +79,10 @@ class TrainingMixin(ModelBase):
         """Fit the model; call again to go on.
 
         At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
-        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
+        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and cells of both modalities teach
+        how the sequencing depth of one follows from the other
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
 
         Parameters
         ----------
