@@ -121,7 +121,7 @@ class EstimatesMixin(ModelBase):
             ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA it is predicted from its
             accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
-            Probability of a central interval of the expectation over draws of the latent state and of the decoder's last
+            Probability of a central interval of the expectation over draws of the latent state and the decoder's last
             layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
