@@ -84,8 +84,10 @@ class TrainingMixin(ModelBase):
         """Fit the model; call again to go on.
 
         At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
-        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
+        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and cells of both modalities teach
+        how the sequencing depth of one follows from the other
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
 
         Parameters
         ----------
@@ -258,7 +260,7 @@ class TrainingMixin(ModelBase):
             seen = batches(source, split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
             if recalibrates:
-                calibrations.append(partial(fit_weight_posteriors, self.program, seen, effect_sd))
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
             progress_bar = progress_bar and processes.is_first

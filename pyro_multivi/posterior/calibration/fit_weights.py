@@ -8,9 +8,10 @@ Kronecker-factored Laplace approximations; Ritter et al. 2018). In them each fea
 :math:`F_{jk} = \sum_n f_{nj} \phi_k(h_n)^2`.
 
 The prior of training has one width for all features, and draws those that differ between cells towards those that do
-not. For the posterior each feature has its own, :math:`\alpha_j`, by evidence (expectation maximisation). The
-squared standard deviation is :math:`1 / (F_{jk} + 1 / \alpha_j)` and the squared distance of that posterior's mean from
-the fitted weight, so that draws around the weight have its mean squared distance from the posterior.
+not; early stopping leaves weights on their way. For the posterior each feature has a width of its own,
+:math:`\alpha_j`, by evidence (expectation maximisation), and its mean lies a Newton step from the fitted weight. The
+squared standard deviation of the draws, which stay around the fitted weight, is
+:math:`1 / (F_{jk} + 1 / \alpha_j)` and the squared length of that step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pyro_multivi.data.modality import Modality, modelled
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.replicates import spread
+from pyro_multivi.posterior.engine.replicates import counts_of, spread
 from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -46,6 +47,8 @@ _WIDTH = 4096
 # Effects of one nat between cells, which the width of a feature's prior counts beside its own directions.
 _PRIOR_DIRECTIONS = 2
 _ROUNDS = 30
+# Variance of the effects of a feature at most: hardly one differs between cells by more than three nats.
+_WIDEST = 9.0
 
 
 def clear_weight_posteriors(program: MultiVIProgram) -> None:
@@ -56,7 +59,7 @@ def clear_weight_posteriors(program: MultiVIProgram) -> None:
 
 
 @torch.no_grad()
-def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, effect_sd: float | None = 1.0) -> None:
+def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``rna_weight_directions``, ``rna_weight_sd`` and those of ATAC.
 
     They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package, and where
@@ -66,20 +69,18 @@ def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, effect_sd
     ----------
     train
         Cells that it was trained on.
-    effect_sd
-        Width of the prior with which it was trained; None for a flat one.
     """
     clear_weight_posteriors(program)
     for modality in modelled(program.config):
         try:
-            _fit(program, train, modality, 0.0 if effect_sd is None else effect_sd**-2)
+            _fit(program, train, modality)
         except KeyboardInterrupt:
             clear_weight_posteriors(program)
             logger.warning("interrupted after training: intervals are those of the fitted decoder, and too narrow")
             return
 
 
-def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality, prior_precision: float) -> None:
+def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> None:
     measured = train.index[modality.measured_in(train.table)[train.index]]
     n_features = modality.n_features_in(program.config)
     index = spread(measured, min(_MOST, max(_DIRECTION_CELLS, _ENTRIES // n_features)))
@@ -95,7 +96,7 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality, prior_
         if decoded is None:
             return
         hidden_parts.append(decoded.readout.hidden[0] * unit)
-        weights.append(torch.stack([block.sum(1) for _, block in decoded.information(modality)]).sum(0))
+        weights.append(torch.stack([found.sum(1) for _, found, _ in decoded.evidence()]).sum(0))
     hidden, weight = torch.cat(hidden_parts).double(), torch.cat(weights).double()
     # Around the mean, which belongs to the intercept.
     centre = weight @ hidden / weight.sum().clamp(min=1e-12)
@@ -106,50 +107,59 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality, prior_
     directions[:-1, -1] = -(vectors @ centre.to(vectors.dtype))
     directions[-1, -1] = 1.0
 
-    information_fr = torch.zeros_like(sd)
+    information_fr, score_fr = torch.zeros_like(sd), torch.zeros_like(sd)
     for part in index.split(_AT_ONCE):
         decoded = _Decoded.of(program, train.cut(part), modality)
         assert decoded is not None
         phi = torch.nn.functional.linear(decoded.readout.hidden[0], directions[:, :-1], directions[:, -1])
-        for features, block in decoded.information(modality):
-            information_fr[features] += block.T @ phi.square()
+        for features, found, score in decoded.evidence():
+            information_fr[features] += found.T @ phi.square()
+            score_fr[features] += score.T @ phi
         # In units of the prior.
         fitted_fk = decoded.readout.weight @ vectors.T / unit
-    information_fr *= len(measured) / len(index)
-    sd.copy_(posterior_sd(information_fr, fitted_fk, prior_precision))
+    share = len(measured) / len(index)
+    sd.copy_(posterior_sd(information_fr * share, score_fr * share, fitted_fk))
 
 
-def posterior_sd(information_fr: Tensor, fitted_fk: Tensor, prior_precision: float) -> Tensor:
+def posterior_sd(information_fr: Tensor, score_fr: Tensor, fitted_fk: Tensor) -> Tensor:
     """Standard deviation of each feature's weight in each direction, (F, R), the last that of the intercept.
 
     Parameters
     ----------
-    information_fr
-        Information of the counts, (F, R).
+    information_fr, score_fr
+        Information of the counts, and gradient of their log-likelihood at the fitted weights, (F, R).
     fitted_fk
         Weights in units of their prior, without the intercept, (F, R - 1).
-    prior_precision
-        Precision of the prior with which they were fitted, in these units.
+
+    Examples
+    --------
+    A likelihood that has its mode 0.5 from the fitted weight, and so much information that the prior does not matter:
+
+    >>> information = torch.full((1, 3), 1e4)
+    >>> posterior_sd(information, 0.5 * information, torch.zeros(1, 2))
+    tensor([[0.5000, 0.5000, 0.5001]])
     """
-    slopes = information_fr[:, :-1]
-    # Under the prior of training the fitted weight is the mode, which tells where the likelihood has its own.
-    pull = fitted_fk * (slopes + prior_precision)
+    slopes, intercepts = information_fr[:, :-1], information_fr[:, -1:]
+    # Where the likelihood would have its mode, times its information: a step of Newton's from the fitted weight.
+    pull = slopes * fitted_fk + score_fr[:, :-1]
     width = torch.ones_like(slopes[:, :1])
     for _ in range(_ROUNDS):
         variance = 1 / (slopes + 1 / width)
         squares = ((pull * variance).square() + variance).sum(1, keepdim=True)
-        width = (squares + _PRIOR_DIRECTIONS) / (slopes.shape[1] + _PRIOR_DIRECTIONS)
-    variance = 1 / (slopes + 1 / width)
-    distance = pull * variance - fitted_fk
-    intercept = 1 / (information_fr[:, -1:] + 1)
-    return torch.cat([variance + distance.square(), intercept], 1).sqrt()
+        width = ((squares + _PRIOR_DIRECTIONS) / (slopes.shape[1] + _PRIOR_DIRECTIONS)).clamp(max=_WIDEST)
+    variance = torch.cat([1 / (slopes + 1 / width), 1 / (intercepts + 1)], 1)
+    distance = torch.cat([pull * variance[:, :-1] - fitted_fk, score_fr[:, -1:] * variance[:, -1:]], 1)
+    # A step is one of Newton's, which far from the mode, and with little information, may go anywhere.
+    return (variance + distance.square().minimum(width)).sqrt()
 
 
 class _Decoded(NamedTuple):
-    """A modality in B cells that have it, at a draw of their latents."""
+    """A modality in B cells that have it, at a draw of their latents: last layer, distribution of counts, counts."""
 
     readout: Readout
-    counts: CellDistribution
+    name: str
+    fn: CellDistribution
+    counts: Tensor
     counted: Panels | None
 
     @classmethod
@@ -157,17 +167,20 @@ class _Decoded(NamedTuple):
         """Decode some cells; None where the last layer of the decoder, or the likelihood, is unknown."""
         with evaluation_mode(program):
             nodes: dict[str, Any] = dict(model_trace(program.model, cells, draw_latents(program, cells)).nodes)
-        readout, counts = nodes[modality.decoded]["value"], nodes[modality.counts]["fn"]
-        known = isinstance(readout, Readout) and isinstance(counts, CellDistribution)
-        return cls(readout, counts, modality.panels_in(cells)) if known and hasattr(counts, modality.decoded) else None
+        name = modality.decoded
+        readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
+        if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):
+            return None
+        return cls(readout, name, fn, counts_of(cells, modality.counts)[0], modality.panels_in(cells))
 
-    def information(self, modality: Modality) -> Iterator[tuple[slice, Tensor]]:
-        """Information of the counts of each cell on the logit of each feature, (B, W) of a block of features."""
-        for features, counts in self.counts.blocks(_WIDTH):
-            values = getattr(counts, modality.decoded)
+    def evidence(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of features: information and score of the counts of each cell on the logit of each, (B, W)."""
+        for features, fn in self.fn.blocks(_WIDTH):
+            values, mean = getattr(fn, self.name), fn.mean
             # Of log rho or log p: the count's mean is proportional to it.
             slope = -(-values).expm1() / values.clamp(min=1e-12) if self.readout.link == "softplus" else 1 - values
-            found = ((counts.mean * slope).square() / counts.variance.clamp(min=1e-12))[0]
+            slope = mean * slope
+            relative = slope / fn.variance.clamp(min=1e-12)
             if self.counted is not None:
-                found = found * self.counted.measured[self.counted.code][:, features]
-            yield features, found
+                relative = relative * self.counted.measured[self.counted.code][:, features]
+            yield features, (relative * slope)[0], (relative * (self.counts[:, features] - mean))[0]
