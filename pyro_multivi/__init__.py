@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
     from pyro_multivi.datasets.samples import join_samples
     from pyro_multivi.datasets.simulate import simulate_multiome
+    from pyro_multivi.datasets.stores.convert import convert_stores
     from pyro_multivi.datasets.stores.open import open_stores
     from pyro_multivi.program import MultiVIProgram
     from pyro_multivi.training import ContractError, TrainingDiverged
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "cell_lines",
     "compare_models",
+    "convert_stores",
     "describe",
     "join_samples",
     "open_stores",
@@ -64,6 +66,7 @@ _MODULE_OF = {
     "TrainingDiverged": "training",
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
+    "convert_stores": "datasets.stores.convert",
     "describe": "api.saving.summary",
     "join_samples": "datasets.samples",
     "open_stores": "datasets.stores.open",

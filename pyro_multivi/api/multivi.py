@@ -164,7 +164,9 @@ class MULTIVI(
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
         if isinstance(adata, (str, os.PathLike)):
             if not Path(adata).exists():
-                raise FileNotFoundError(f"adata={str(adata)!r}: there is no such file or folder.")
+                raise ValueError(
+                    f"adata={str(adata)!r} is neither an AnnData nor a MuData, and no file or folder that is there."
+                )
             adata = open_stores(adata)
         spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)

@@ -73,7 +73,7 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
-    "stores": (5, "x", True, THING, [], {}, [5], {"a": 5}, ["x"], np.zeros((2, 2)), pd.DataFrame()),
+    "stores": (5, True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
@@ -221,6 +221,7 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
         "join_samples": {"samples": [world.plain, world.mdata]},
+        "convert_stores": {"stores": world.folder / "store.h5ad", "out": world.folder / "new.zarr"},
         "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
         "reads_to_fragments": {"adata": world.plain.copy()},

@@ -35,6 +35,11 @@ class JoinedMatrix:
         """Status of each part."""
         return [matrix.status() for matrix, _ in self.parts]
 
+    def having(self, columns: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Whether any of some columns is in the store of each row, (n,)."""
+        found = [places is None or bool(np.isin(columns, places).any()) for _, places in self.parts]
+        return np.repeat(found, [matrix.shape[0] for matrix, _ in self.parts])
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """A context for reading, in which a change of any part is an error."""

@@ -13,6 +13,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from pyro_multivi.data.checks import first_names
+
 Rows = Any  # sp.csr_array, whose type SciPy's stubs parametrise by shape
 
 # Rows between two wanted ones that are read along: a second reading costs more than the counts of so few cells.
@@ -64,9 +66,13 @@ class StoredMatrix:
         self.path, self.name = Path(path), name
         with self._opened() as group:
             if name not in group:
-                raise ValueError(f"{self.path} has no {name!r}.")
+                folder, _, _ = name.rpartition("/")
+                known = first_names(group[folder] if folder else group) or "nothing"
+                raise ValueError(f"{self.path} has no {name!r}; it has {known}.")
             self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
             self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
+        if self.dtype.kind not in "buif":
+            raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")
         self._then = self.status()
 
     def status(self) -> object:
@@ -78,24 +84,22 @@ class StoredMatrix:
 
     def read(self, start: int, stop: int) -> Rows:
         """The rows from ``start`` to before ``stop``."""
-        with self._opened() as group:
-            return rows_in(group[self.name], self._indptr, start, stop, self.shape[1])
+        try:
+            with self._opened() as group:
+                return rows_in(group[self.name], self._indptr, start, stop, self.shape[1])
+        except Exception as error:  # whatever HDF5 and zarr stumble on
+            self._compare()
+            raise StoreChangedError(
+                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({type(error).__name__}: {error}): it is "
+                "damaged. Restore it, and open it again."
+            ) from error
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Have a change, before or during the context, raise an error that says so."""
-        try:
-            self._compare()
-            yield
-            self._compare()
-        except StoreChangedError:
-            raise
-        except Exception as error:  # whatever HDF5 and zarr stumble on
-            self._compare()
-            raise StoreChangedError(
-                f"{self.path} cannot be read any more: {type(error).__name__}: {error}. It is damaged, or was changed "
-                "while it was open: restore it, and open it again."
-            ) from error
+        self._compare()
+        yield
+        self._compare()
 
     def _compare(self) -> None:
         try:

@@ -76,8 +76,8 @@ class Stores:
         for store, own in zip(self.stores, self._features, strict=True):
             try:
                 matrix = StoredMatrix(store.path, name)
-            except KeyError as error:
-                raise ValueError(f"{argument}={layer!r}: {store.path} cannot be read: {error}") from error
+            except ValueError as error:
+                raise error if layer is None else ValueError(f"{argument}={layer!r}: {error}") from error
             if matrix.shape[1] != len(own):
                 raise ValueError(f"{store.path}: {name} has {matrix.shape[1]} columns, and var {len(own)} rows.")
             places = features.get_indexer(own).astype(np.int32)
