@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
     from pyro_multivi.datasets.samples import join_samples
     from pyro_multivi.datasets.simulate import simulate_multiome
+    from pyro_multivi.processes.group import distributed
     from pyro_multivi.program import MultiVIProgram
     from pyro_multivi.training import ContractError, TrainingDiverged
 
@@ -37,6 +38,7 @@ __all__ = [
     "cell_lines",
     "compare_models",
     "describe",
+    "distributed",
     "join_samples",
     "organize_multiome_anndatas",
     "read",
@@ -58,6 +60,7 @@ _MODULE_OF = {
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
     "describe": "api.saving.summary",
+    "distributed": "processes.group",
     "join_samples": "datasets.samples",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",

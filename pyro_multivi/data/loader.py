@@ -150,18 +150,21 @@ class Minibatches:
 
     def after(self, n: int) -> Iterator[Cells]:
         """The next pass without its first n minibatches, which are not cut."""
-        order = self.index
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=self._generator)]
-        parts: Sequence[Tensor] = order.split(self.sizes())[n:] if len(order) else ()
-        if self._n_shares > 1:
-            parts = [part.tensor_split(self._n_shares)[self._rank] for part in parts]
+        parts = self.parts()[n:]
         if self.device.type == "cuda" and not isinstance(self._source, ResidentTable):
             yield from self._ahead(parts, torch.cuda.Stream(self.device))
         else:
             # On a CPU not ahead of the step: with another thread's OpenMP team there are more threads than cores, and
             # the step's own threads then wait for each other by sleeping, which costs ten times what cutting does.
             yield from map(self.cut, parts)
+
+    def parts(self) -> list[Tensor]:
+        """Positions of the cells of each minibatch of the next pass, or of its share."""
+        order = self.index
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator)]
+        parts = list(order.split(self.sizes())) if len(order) else []
+        return [part.tensor_split(self._n_shares)[self._rank] for part in parts] if self._n_shares > 1 else parts
 
     def cut(self, index: Tensor) -> Cells:
         """The cells at ``index``, positions in the table, as a minibatch on the device."""
