@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyro_multivi.datasets.simulate import simulate_multiome
     from pyro_multivi.datasets.stores.convert import convert_stores
     from pyro_multivi.datasets.stores.open import open_stores
+    from pyro_multivi.processes.group import distributed
     from pyro_multivi.program import MultiVIProgram
     from pyro_multivi.training import ContractError, TrainingDiverged
 
@@ -43,6 +44,7 @@ __all__ = [
     "compare_models",
     "convert_stores",
     "describe",
+    "distributed",
     "join_samples",
     "open_stores",
     "organize_multiome_anndatas",
@@ -68,6 +70,7 @@ _MODULE_OF = {
     "compare_models": "api.compare_models",
     "convert_stores": "datasets.stores.convert",
     "describe": "api.saving.summary",
+    "distributed": "processes.group",
     "join_samples": "datasets.samples",
     "open_stores": "datasets.stores.open",
     "organize_multiome_anndatas": "datasets.organize",

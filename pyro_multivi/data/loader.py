@@ -164,14 +164,7 @@ class Minibatches:
 
     def after(self, n: int) -> Iterator[Cells]:
         """The next pass without its first n minibatches, which are not cut."""
-        order = self.index
-        if self.shuffle and self.table.on_disk and len(order):
-            order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
-        elif self.shuffle:
-            order = order[torch.randperm(len(order), generator=self._generator)]
-        parts: Sequence[Tensor] = order.split(self.sizes())[n:] if len(order) else ()
-        if self._n_shares > 1:
-            parts = [part.tensor_split(self._n_shares)[self._rank] for part in parts]
+        parts = self.parts()[n:]
         if self.table.on_disk:
             for cells in cells_from_disk(self.table, parts, self.n_cells, self._at_once):
                 yield self._prepared(self._sent(cells))
@@ -186,6 +179,16 @@ class Minibatches:
         if self.device.type == "cuda":
             return cells.pin_memory().to(self.device, non_blocking=True)
         return cells.to(self.device)
+
+    def parts(self) -> list[Tensor]:
+        """Positions of the cells of each minibatch of the next pass, or of its share."""
+        order = self.index
+        if self.shuffle and self.table.on_disk and len(order):
+            order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
+        elif self.shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator)]
+        parts = list(order.split(self.sizes())) if len(order) else []
+        return [part.tensor_split(self._n_shares)[self._rank] for part in parts] if self._n_shares > 1 else parts
 
     def cut(self, index: Tensor) -> Cells:
         """The cells at ``index``, positions in the table, as a minibatch on the device."""

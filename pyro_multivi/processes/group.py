@@ -94,6 +94,21 @@ class Processes:
         self.broadcast_([shared])
         return float(shared)
 
+    def gather_bytes(self, content: bytes, to_first: bool = False) -> list[bytearray]:
+        """Contents of all processes, of any lengths; with ``to_first`` the first has them, the others have none."""
+        lengths = [int(length) for length in self.gather(self._ours([len(content)]))]
+        mine = torch.zeros(max(lengths), dtype=torch.uint8)
+        mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        mine = mine.to(self._device())
+        found = [torch.empty_like(mine) for _ in range(self.size)] if self.is_first or not to_first else None
+        with self._or_lost():
+            if to_first:
+                dist.gather(mine, found)
+            else:
+                dist.all_gather(found, mine)
+        parts = zip(found or (), lengths, strict=False)
+        return [bytearray(part[:length].cpu().numpy().tobytes()) for part, length in parts]
+
     def broadcast(self, content: bytes) -> bytes:
         """What the first process gives."""
         if not self.are_several:
@@ -162,10 +177,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            words = str(error).partition(". This is typically")[0]
             raise ProcessLostError(
                 f"Process {self.rank} of {self.size} has lost another one, which ended, failed or did not come within "
                 f"{TIMEOUT.seconds // 60} minutes: its own message says why. Nothing more is computed here; after "
-                f"train(checkpoint=...), resume=True goes on from the latest checkpoint. (torch: {error})"
+                f"train(checkpoint=...), resume=True goes on from the latest checkpoint. (torch: {words})"
             ) from error
 
 

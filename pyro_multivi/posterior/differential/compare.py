@@ -43,6 +43,7 @@ from pyro_multivi.posterior.differential.tables import (
     warn_of_unmeasured,
 )
 from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.processes.shares import shared_map
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
@@ -124,7 +125,7 @@ class _SharedDraws:
     def sums(self) -> list[PseudobulkSums]:
         """Sums of the counts of each part."""
         modality, table = self.request.modality, self.source.table
-        return [PseudobulkSums.of_cells(table, cells, modality) for cells in self.partition.cells]
+        return PseudobulkSums.of_parts(table, self.partition.cells, modality)
 
     @cached_property
     def groups(self) -> list[tuple[Group, Group]]:
@@ -292,11 +293,9 @@ def _compare_means(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     if shared.request.corrects_by_counts:
         # Expected counts are those of each cell in its own batch.
         keys = list(dict.fromkeys([*keys, *(DrawKey(key.part, None) for key in keys)]))
-    moments: dict[DrawKey, Moments] = {}
-    factors: dict[DrawKey, float] = {}
-    for key in tqdm(keys, desc="decoding", disable=silent):
-        drawn = shared.draw(key)
-        moments[key], factors[key] = drawn.moments(largest), drawn.cell_factor
+    found = shared_map(lambda key: shared.draw(key).statistics(largest), keys, "decoding", silent)
+    factors = {key: float(arrays.pop("factor")) for key, arrays in zip(keys, found, strict=True)}
+    moments = {key: Moments(**arrays) for key, arrays in zip(keys, found, strict=True)}
     return [_compare_two_means(shared, number, moments, factors) for number in range(len(shared.groups))]
 
 

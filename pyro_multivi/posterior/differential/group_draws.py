@@ -62,6 +62,10 @@ class GroupDraws:
         """Mean depth over the draws of measured cells, or of all if there is none."""
         return float(self.cell_factors[self.measured if self.measured.any() else slice(None)].mean())
 
+    def statistics(self, largest: bool) -> dict[str, Array]:
+        """Moments by name, and the mean depth as ``"factor"``."""
+        return {**self.moments(largest)._asdict(), "factor": np.array(self.cell_factor)}
+
     def moments(self, largest: bool) -> Moments:
         """Statistics of all features, a block at a time; ``largest`` tells whether to find the largest draw too."""
         n, n_features = self.values.shape

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.processes.shares import shared_map
 
 Array = NDArray[np.float64]
 
@@ -66,6 +67,12 @@ class PseudobulkSums:
                 for number, weight in enumerate((value, scaled, value * by_depth), 1):
                     sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
         return cls(len(index), sums.numpy(), depth, squares)
+
+    @classmethod
+    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: Modality) -> list[PseudobulkSums]:
+        """Sums of several sets of cells, which processes share."""
+        found = shared_map(lambda index: vars(cls.of_cells(table, index, modality)), parts)
+        return [cls(int(n), sums, float(depth), float(squares)) for n, sums, depth, squares in map(dict.values, found)]
 
     @property
     def counts(self) -> Array:

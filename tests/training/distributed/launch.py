@@ -8,6 +8,7 @@ One process imports torch and forks the others, which find torchrun's variables 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import pyro_multivi as pm
@@ -49,7 +51,7 @@ def one_step(_: Path) -> dict[str, Any]:
 
 
 def defaults(_: Path) -> dict[str, Any]:
-    return trained(model_of(), max_epochs=12)
+    return trained(model_of(), max_epochs=8)
 
 
 def adversary(_: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def adversary(_: Path) -> dict[str, Any]:
 
 def batch_norm(_: Path) -> dict[str, Any]:
     """More than 100 steps, from which on weights and running statistics are averaged."""
-    return trained(model_of(use_batch_norm="both", dropout_rate=0.1), max_epochs=9, batch_size=4)
+    return trained(model_of(use_batch_norm="both", dropout_rate=0.1), max_epochs=8, batch_size=4)
 
 
 def few_held_out(_: Path) -> dict[str, Any]:
@@ -75,6 +77,92 @@ def stopped(_: Path) -> dict[str, Any]:
     """A callback of one process stops all."""
     rank = int(os.environ.get("RANK", "0"))
     return trained(model_of(), callbacks=[lambda epoch, row, program: rank == 0 and epoch == 1])
+
+
+def in_epoch_two_of_process_one(act: Callable[[], object]) -> Callable[..., None]:
+    def callback(epoch: int, row: dict[str, float], program: pm.MultiVIProgram) -> None:
+        if os.environ.get("RANK") == "1" and epoch == 1:
+            act()
+
+    return callback
+
+
+def uninterrupted(_: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True)
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return trained(
+        model_of(), adversarial_mixing=True, checkpoint=folder / "killed", checkpoint_every=1, callbacks=[act]
+    )
+
+
+def terminated(folder: Path) -> dict[str, Any]:
+    """One process gets SIGTERM: all end by it, between the same two steps."""
+    act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "terminated", callbacks=[act])
+
+
+def resumed_after_kill(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "killed", resume=True, checkpoint_every=1)
+
+
+def resumed_after_termination(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "terminated", resume=True)
+
+
+def not_resumed(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), checkpoint=folder / "killed")
+
+
+def fails(_: Path) -> dict[str, Any]:
+    """One process raises an error."""
+
+    def refuse() -> None:
+        raise OSError("nothing works")
+
+    return trained(model_of(), callbacks=[in_epoch_two_of_process_one(refuse)])
+
+
+def posterior(folder: Path) -> dict[str, Any]:
+    """Results of the same model, which each process has trained alone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    variables = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    model = model_of()
+    model.train(2, batch_size=16, progress_bar=False)
+    os.environ.update(variables)
+    groups = {"groupby": "cell_type", "silent": True, "seed": 1}
+    with pm.distributed():
+        model.save(folder / f"model{size}")
+        calls: list[int] = []
+        guide, pm.MultiVIProgram.guide = pm.MultiVIProgram.guide, lambda *given: calls.append(1) or guide(*given)  # type: ignore
+        found: dict[str, Any] = {
+            "latent": model.get_latent_representation(batch_size=8),
+            "draws": model.get_latent_representation(batch_size=8, give_mean=False, n_samples=3),
+            "elbo": model.get_elbo(return_mean=False, batch_size=8),
+            "marginal": model.get_marginal_ll(return_mean=False, batch_size=8, n_mc_samples=100),
+            "library": model.get_library_size_factors(batch_size=8)["expression"],
+            "rho": model.get_normalized_expression(batch_size=8, n_samples=2).to_numpy(),
+            "scaled": model.get_normalized_expression(batch_size=8, library_size="latent", return_numpy=True),
+            "p": model.get_accessibility_estimates(batch_size=8, threshold=0.2, return_numpy=True).toarray(),
+            "few": model.get_normalized_expression(indices=[3], return_numpy=True),
+            "filled": model.impute(batch_size=8).layers["imputed"].toarray(),
+            "de": model.differential_expression(**groups).select_dtypes("number").to_numpy(),
+            "da": model.differential_accessibility(**groups, unit="cell").select_dtypes("number").to_numpy(),
+        }
+        pm.MultiVIProgram.guide = guide  # type: ignore[method-assign]
+        out = model.get_normalized_expression(batch_size=8, out=folder / f"rho{size}.h5ad", silent=True)
+        assert out == folder / f"rho{size}.h5ad"
+        model.impute(batch_size=8, out=folder / f"imputed{size}.h5ad", silent=True)
+    return {"calls": len(calls), **{name: torch.from_numpy(np.array(value)) for name, value in found.items()}}
+
+
+def out_of_one(folder: Path) -> dict[str, Any]:
+    """Without the block each process is alone, and a file is that of the first."""
+    model = model_of()
+    model.is_trained = True
+    return {"path": str(model.get_normalized_expression(out=folder / "alone.h5ad", silent=True))}
 
 
 def no_cells(_: Path) -> dict[str, Any]:
