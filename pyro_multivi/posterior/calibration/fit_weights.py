@@ -171,7 +171,7 @@ class _Decoded(NamedTuple):
         readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
         if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):
             return None
-        return cls(readout, name, fn, counts_of(cells, modality.counts)[0], modality.panels_in(cells))
+        return cls(readout, name, fn, counts_of(program, cells, modality.counts)[0], modality.panels_in(cells))
 
     def evidence(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Blocks of features: information and score of the counts of each cell on the logit of each, (B, W)."""

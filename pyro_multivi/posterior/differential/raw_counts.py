@@ -69,7 +69,7 @@ class PseudobulkSums:
         return cls(len(index), sums.numpy(), depth, squares)
 
     @classmethod
-    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: Modality) -> list[PseudobulkSums]:
+    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality) -> list[PseudobulkSums]:
         """Sums of several sets of cells, which processes share."""
         found = shared_map(lambda index: vars(cls.of_cells(table, index, modality)), parts)
         return [cls(int(n), sums, float(depth), float(squares)) for n, sums, depth, squares in map(dict.values, found)]
