@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi.data.checks import checked, whole_numbers
+from pyro_multivi.data.checks import check_number, checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
 from pyro_multivi.datasets.simulate_parts import add_proteins, pattern_includes, simulated_mudata
@@ -73,7 +73,8 @@ def simulate_multiome(
     inverse_dispersion: float = 5.0,
     dropout: float = 0.0,
     mean_accessibility: float = 0.3,
-    fragments: bool = False,
+    fragments: bool | float = False,
+    reads: bool = False,
     truth: bool = True,
     n_proteins: int = 0,
     stained: float = 1.0,
@@ -131,8 +132,10 @@ def simulate_multiome(
     mean_accessibility
         Probability p at z = 0 of the median region, in (0, 1).
     fragments
-        Whether ``y`` counts fragments (Poisson, with the same probability of being positive)
-        or is 0 and 1.
+        False: ``y`` is 0 and 1. True: counts of fragments, Poisson with the same probability of being positive. A
+        number: Poisson with that many times :math:`p_{nj} d_n r_j` as mean.
+    reads
+        Whether fragments are counted by their ends: two, or one where the other lies outside (one in ten).
     truth
         Whether to keep what is as large as the data: the arrays marked * below. Without it the
         memory needed is that of the sparse counts.
@@ -228,7 +231,7 @@ def simulate_multiome(
         rho_bg = decoders.rho(z_bk, decoders.rna_batch_sg[batch_b])
         x_bg = _negative_binomial(rng, library_n[rows, None] * rho_bg, decoders.inverse_dispersion_g)
         p_bm = decoders.p(z_bk, decoders.atac_batch_sm[batch_b])
-        y_bm = _detections(rng, p_bm * cell_factor_n[rows, None] * decoders.region_factor_m, fragments)
+        y_bm = _detections(rng, p_bm * cell_factor_n[rows, None] * decoders.region_factor_m, fragments, reads)
         if dropout > 0:
             pi_bg = decoders.pi(z_bk, dropout)
             x_bg[rng.random(x_bg.shape, dtype=np.float32) < pi_bg] = 0
@@ -296,6 +299,8 @@ def _check(arguments: dict[str, Any]) -> None:
         raise ValueError(f"stained is {arguments['stained']}; it must lie in (0, 1]")
     if not 0 <= arguments["dropout"] < 1:
         raise ValueError(f"dropout is {arguments['dropout']}; it must lie in [0, 1)")
+    if not isinstance(arguments["fragments"], bool):
+        check_number("fragments", arguments["fragments"], above=0, allowed=", or True or False")
     if not 0 < arguments["mean_accessibility"] < 1:
         raise ValueError(f"mean_accessibility is {arguments['mean_accessibility']}; it must lie in (0, 1)")
 
@@ -349,11 +354,12 @@ def _negative_binomial(rng: np.random.Generator, mean_bg: Array, inverse_dispers
     return rng.poisson(rate_bg).astype(np.float32)
 
 
-def _detections(rng: np.random.Generator, q_bm: Array, fragments: bool) -> Array:
-    """0 and 1, or numbers of fragments; positive with probability q, shape (cells, regions)."""
-    if fragments:
+def _detections(rng: np.random.Generator, q_bm: Array, fragments: bool | float, reads: bool) -> Array:
+    """0 and 1, positive with probability q, or numbers of fragments or of their reads, shape (cells, regions)."""
+    if fragments or reads:
         # A Poisson count is positive with probability 1 - exp(-rate).
-        return rng.poisson(-np.log1p(-q_bm)).astype(np.float32)
+        found = rng.poisson(-np.log1p(-q_bm) if isinstance(fragments, bool) else fragments * q_bm)
+        return (found + rng.binomial(found, 0.9) if reads else found).astype(np.float32)
     return (rng.random(q_bm.shape, dtype=np.float32) < q_bm).astype(np.float32)
 
 

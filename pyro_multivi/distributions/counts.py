@@ -28,10 +28,10 @@ def _has_large(x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and bool(x.max() >= LARGE_COUNT)
 
 
-def _poisson(x: Tensor, mu: Tensor) -> Tensor:
+def log_poisson(x: Tensor, mu: Tensor) -> Tensor:
     """Log-probability of counts x under mean mu; 0 at x = mu = 0, elementwise."""
     if _has_large(x):
-        return _poisson(x.double(), mu.double()).to(mu.dtype)
+        return log_poisson(x.double(), mu.double()).to(mu.dtype)
     # The clamp only meets x > 0 = mu, and keeps the slope x / mu at x = 0 from being 0 / 0.
     return torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny)) - mu - torch.lgamma(x + 1)
 
@@ -142,7 +142,7 @@ class PoissonCounts(_Counts):
         return torch.poisson(self._mu().expand(shape))
 
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
-        return _poisson(x, mu)
+        return log_poisson(x, mu)
 
 
 class NegativeBinomialCounts(_Counts):

@@ -24,6 +24,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     model.train(1, train_size=0.5, progress_bar=False)
     folder = tmp_path_factory.mktemp("arguments")
     model.save(folder / "model")
+    adata.write_h5ad(folder / "store.h5ad")
     check = model.posterior_predictive_check(n_samples=40)
     table = model.differential_expression(groupby="cell_type", group1="type_0", n_samples=20)
     table["is_de_fdr_0.05"] = table["lfc_mean"] > 0

@@ -40,9 +40,13 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
     **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
     **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
+    "region_dropout_rate": (-0.1, 1.0),
     **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),
     **dict.fromkeys(("key",), ("nonsense", "")),
-    **dict.fromkeys(("gene_likelihood", "dispersion", "latent_distribution", "library"), ("nonsense", "")),
+    **dict.fromkeys(
+        ("gene_likelihood", "accessibility_likelihood", "dispersion", "latent_distribution", "library"),
+        ("nonsense", ""),
+    ),
     **dict.fromkeys(("modality_weights", "modality_penalty", "use_batch_norm", "use_layer_norm"), ("nonsense", "")),
     **dict.fromkeys(("accelerator", "precision", "adversarial_target", "adversarial_schedule"), ("nonsense", "")),
     **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
@@ -69,6 +73,7 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
+    "stores": (5, True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
@@ -116,16 +121,19 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "train": (5, None, [], True, THING),
     **dict.fromkeys(("validation", "options", "optimizer_state", "checkpoints"), (5, "x", [1], True, THING)),
     "extra": (5, None, "x", [1], {"a": -1}, {"a": 0}, {"a": "3"}, {5: 3}, True, THING),
-    **dict.fromkeys(("rho", "library", "theta", "gate_logits", "p", "cell_factor"), _TENSOR),
+    **dict.fromkeys(("rho", "library", "theta", "gate_logits", "p", "cell_factor", "size", "rate"), _TENSOR),
     "region_factor": (5, 0.5, "x", [1.0], THING, np.ones(3), torch.tensor([2.0, -1.0, NAN])),
     **dict.fromkeys(("hidden", "weight", "bias"), (5, None, "x", [1.0], THING, np.ones(3), torch.ones(7, 9))),
+    "fragments": (-1, NAN, INF, "x", [1], {1}, THING),
     "link": (5, None, "nonsense", "", True, ["softmax"], THING),
     "gemm_dtype": (5, "float32", True, THING, np.float32),
 }  # fmt: skip
 #: Public, and made or called by the package itself, or without arguments of the user's.
 EXEMPT = {
     "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
-    **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
+    **dict.fromkeys(
+        ("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged", "StoreChangedError"), "an error"
+    ),
     **dict.fromkeys(("PALETTE", "__version__", "settings"), "no function"),
     **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
     **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
@@ -213,7 +221,10 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
         "join_samples": {"samples": [world.plain, world.mdata]},
+        "convert_stores": {"stores": world.folder / "store.h5ad", "out": world.folder / "new.zarr"},
+        "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
+        "reads_to_fragments": {"adata": world.plain.copy()},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},
         "simulate_multiome": {"n_cells": (4, 0, 0), "n_genes": 4, "n_regions": 4},
         "PredictiveCheck.to_csv": {"folder": world.folder},
@@ -226,6 +237,8 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "ZeroInflatedNegativeBinomialCounts": {
             "rho": rho, "library": one, "theta": torch.ones(3), "gate_logits": torch.zeros(3)},
         "ScaledBernoulli": {"p": rho, "cell_factor": one},
+        "PoissonFragments": {"p": rho, "size": one, "rate": torch.ones(3)},
+        "NegativeBinomialFragments": {"p": rho, "size": one, "rate": torch.ones(3), "theta": torch.ones(3)},
         "Readout": {"hidden": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), "link": "softmax"},
         "observed_against_replicated": {"table": genes, "statistic": "mean"},
         "p_value_histogram": {"table": genes, "statistic": "mean"},

@@ -74,7 +74,8 @@ class SavedModel:
             f"  batches     {_listed(spec.batch_categories)}",
             *(f"  covariate   {name}: {_listed(known)}" for name, known in spec.categorical.items()),
             *(f"  covariate   {name}" for name in spec.continuous),
-            f"  network     latent {config['n_latent']}, hidden {config['n_hidden']}, {config['gene_likelihood']}",
+            f"  network     latent {config['n_latent']}, hidden {config['n_hidden']}, {config['gene_likelihood']}, "
+            f"{config.get('accessibility_likelihood', 'bernoulli')}",
             f"  training    {self._training()}",
         ]
         data = " (minified)" if self.minified else ""

@@ -21,6 +21,7 @@ from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import open_data
 from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.stores.reference import STORES, stores_of
 from pyro_multivi.posterior.quantities.latent import posterior_to_store
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.utils import ADATA_MINIFY_TYPE
@@ -111,6 +112,11 @@ class MinifyMixin(ModelBase):
         needed = "minify_mudata" if is_mudata(self.adata) else "minify_adata"
         if method != needed:
             raise ValueError(f"{method}: the data of this model are of the other kind: call {needed}().")
+        if self.program.config.counts_fragments:
+            raise ValueError(
+                f"{method}: of a model with accessibility_likelihood={self.program.config.accessibility_likelihood!r} "
+                "the posterior of d is not kept in minified data. Keep the data as they are."
+            )
         own = [name for name in _STORED if getattr(type(self.program), name) is not getattr(MultiVIProgram, name)]
         if own:
             raise ValueError(
@@ -160,4 +166,6 @@ def _empty(adata: Any) -> None:
         if name is not None:
             adata.layers[name] = sp.csr_matrix(adata.shape, dtype=np.float32)
     adata.X = sp.csr_matrix(adata.shape, dtype=np.float32)
+    if stores_of(adata) is not None:
+        adata.uns[UNS_KEY] = {key: value for key, value in adata.uns[UNS_KEY].items() if key != STORES}
     del adata.raw

@@ -17,6 +17,7 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
+from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
 # Rows looked at when searching for the layer that holds counts.
@@ -314,13 +315,17 @@ def _counts(
     check_strings(adata.var_names, f"{owner}.var_names")
     features = adata.var_names[columns]
     check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
+    where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
+    if (stores := stores_of(adata)) is not None:
+        matrix = stores.matrix(layer, adata.var_names, argument)
+        places = stores.cells, stores.rows_of(adata.obs_names)
+        return Counts(modality, matrix, owner, where, features, columns, *places, lambda: f", perhaps by {argument}.")
     if layer is not None and layer not in adata.layers:
         raise unknown_key(argument, layer, f"{owner}.layers", layer_names(adata.layers))
     if layer not in matrices:
         # Once, and for both modalities the same: each access to a view copies, each to a file makes a new object.
         matrices[layer] = adata.X if layer is None else adata.layers[layer]
     matrix = matrices[layer]
-    where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
         layers = layer_names(adata.layers)
         mend = f"Give {argument}, one of {first_names(layers)}" if layers else f"Put the counts into {owner}.X"

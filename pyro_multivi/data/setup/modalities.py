@@ -15,6 +15,7 @@ from pyro_multivi.data.minified.layout import stored_part
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.stores.joined import JoinedMatrix
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
 
 # Words for cells with proteins alone, and their meaning: neither RNA nor ATAC.
@@ -174,6 +175,8 @@ def _as_listed(opened: Opened) -> Measured | None:
 
 def _as_counted(opened: Opened, key: str | None, counted: Masks) -> Measured:
     notes = []
+    alone = _alone(opened)
+    counted = {modality: mask | alone.get(modality, False) for modality, mask in counted.items()}
     for modality, counts in opened.counts.items():
         empty = int((counts.present(len(opened.cells)) & ~counted[modality]).sum())
         if empty:
@@ -184,6 +187,19 @@ def _as_counted(opened: Opened, key: str | None, counted: Masks) -> Measured:
         f"any count would be taken as missing: give modality_key if there may be such cells."
     )
     return Measured(counted, inferred=True, notes=tuple(notes))
+
+
+def _alone(opened: Opened) -> Masks:
+    """Cells of stores of one modality, which have it also without a count."""
+    having = {}
+    for modality, counts in opened.counts.items():
+        if isinstance(counts.matrix, JoinedMatrix):
+            rows = counts.matrix.having(counts.columns)
+            having[modality] = rows if counts.rows is None else rows[counts.rows]
+    if len(having) < 2:
+        return {}
+    one = np.sum([*having.values()], axis=0) == 1
+    return {modality: mask & one for modality, mask in having.items()}
 
 
 def _how_to_drop(opened: Opened, setup: Setup) -> str:

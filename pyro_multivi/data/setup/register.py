@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -255,6 +256,8 @@ def setup_mudata(
 
 
 def _how_to_join(data: Any) -> str:
+    if isinstance(data, (str, os.PathLike)):
+        return ": read it first, adata = pyro_multivi.read(path), or leave the counts on disk, open_stores(path)"
     several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
     return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 

@@ -32,6 +32,7 @@ from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stain
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 
 logger = logging.getLogger("pyro_multivi")
@@ -292,7 +293,7 @@ class DataSpec:
     def _table(
         self,
         opened: Opened,
-        counts: Mapping[Modality, SparseCounts],
+        counts: Mapping[Modality, SparseCounts | StoredCounts],
         measured: Measured,
         extra: dict[str, Measurement],
     ) -> CellTable:

@@ -11,6 +11,7 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.vocabulary import PAIRED
 
 # Batches listed by name in the text; more are summed up.
@@ -68,9 +69,9 @@ class SetupReport:
         for modality, place in described.opened.counts.items():
             found, n_measured = modality.counts_in(table), int(measured.masks[modality].sum())
             values = n_measured * len(place.features)
-            density[modality.assay] = len(found.col) / values if values else 0.0
+            density[modality.assay] = int(found.crow[-1]) / values if values else 0.0
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
-            if modality.binary and not _are_whole(found):
+            if modality.binary and not found.whole:
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
         if spec.kind == "anndata" and not spec.setup.feature_type_key:
             notes.append(
@@ -141,12 +142,7 @@ def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Seq
     return notes
 
 
-def _describe_values(counts: SparseCounts) -> str:
-    largest = float(counts.val.max()) if len(counts.val) else 0.0
-    if not _are_whole(counts):
-        return f"not whole numbers, at most {largest:g}"
-    return "binary" if largest <= 1 else f"raw counts (whole numbers), at most {largest:g}"
-
-
-def _are_whole(counts: SparseCounts) -> bool:
-    return not counts.val.is_floating_point() or bool((counts.val == counts.val.floor()).all())
+def _describe_values(counts: SparseCounts | StoredCounts) -> str:
+    if not counts.whole:
+        return f"not whole numbers, at most {counts.largest:g}"
+    return "binary" if counts.largest <= 1 else f"raw counts (whole numbers), at most {counts.largest:g}"

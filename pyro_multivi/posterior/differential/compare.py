@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import ATAC
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
 from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
@@ -42,6 +43,7 @@ from pyro_multivi.posterior.differential.tables import (
     warn_of_unmeasured,
 )
 from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.processes.shares import shared_map
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
@@ -87,7 +89,7 @@ def compare_groups(
     warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
     compared = compare(shared, silent)
-    found = arrange(compared, contrasts, request, names)
+    found = arrange(compared, contrasts, request, names, shared.region_factors)
     found.attrs["batches"] = {
         contrast.comparison: [
             None if group[0].batches is None else [batch_names[code] for code in group[0].batches] for group in groups
@@ -123,7 +125,7 @@ class _SharedDraws:
     def sums(self) -> list[PseudobulkSums]:
         """Sums of the counts of each part."""
         modality, table = self.request.modality, self.source.table
-        return [PseudobulkSums.of_cells(table, cells, modality) for cells in self.partition.cells]
+        return PseudobulkSums.of_parts(table, self.partition.cells, modality)
 
     @cached_property
     def groups(self) -> list[tuple[Group, Group]]:
@@ -152,7 +154,7 @@ class _SharedDraws:
     @cached_property
     def region_factors(self) -> Tensor | None:
         """Region factors r, (F,); None where the model has none of this modality."""
-        return region_factors(self.source.program) if self.request.modality.binary else None
+        return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
         return self.source.draw(self.partition.cells[key.part], key.batches)
@@ -291,11 +293,9 @@ def _compare_means(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     if shared.request.corrects_by_counts:
         # Expected counts are those of each cell in its own batch.
         keys = list(dict.fromkeys([*keys, *(DrawKey(key.part, None) for key in keys)]))
-    moments: dict[DrawKey, Moments] = {}
-    factors: dict[DrawKey, float] = {}
-    for key in tqdm(keys, desc="decoding", disable=silent):
-        drawn = shared.draw(key)
-        moments[key], factors[key] = drawn.moments(largest), drawn.cell_factor
+    found = shared_map(lambda key: shared.draw(key).statistics(largest), keys, "decoding", silent)
+    factors = {key: float(arrays.pop("factor")) for key, arrays in zip(keys, found, strict=True)}
+    moments = {key: Moments(**arrays) for key, arrays in zip(keys, found, strict=True)}
     return [_compare_two_means(shared, number, moments, factors) for number in range(len(shared.groups))]
 
 

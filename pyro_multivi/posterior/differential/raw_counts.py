@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.processes.shares import shared_map
 
 Array = NDArray[np.float64]
 
@@ -59,13 +60,19 @@ class PseudobulkSums:
             if not modality.binary:
                 value, total = rows.val, rows.row_sums().clamp(min=1.0)
                 scaled = SCALED_TOTAL * (value / total[rows.rows()])
-                if not modality.compositional:
+                if not modality.depth:  # The model has no depth of such values: all cells weigh the same.
                     total = torch.ones_like(total)
                 depth, squares = depth + float(total.sum()), squares + float(total.square().sum())
                 by_depth = value / total[rows.rows()]
                 for number, weight in enumerate((value, scaled, value * by_depth), 1):
                     sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
         return cls(len(index), sums.numpy(), depth, squares)
+
+    @classmethod
+    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality) -> list[PseudobulkSums]:
+        """Sums of several sets of cells, which processes share."""
+        found = shared_map(lambda index: vars(cls.of_cells(table, index, modality)), parts)
+        return [cls(int(n), sums, float(depth), float(squares)) for n, sums, depth, squares in map(dict.values, found)]
 
     @property
     def counts(self) -> Array:

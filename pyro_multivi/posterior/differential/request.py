@@ -97,6 +97,11 @@ class DifferentialRequest:
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name}={shown(value)} is not allowed: choose {' or '.join(map(repr, known))}.")
         self._check_change()
+        if self.modality == ATAC and not self.modality.binary and self.probability == "accessible":
+            raise ValueError(
+                "probability='accessible' compares p, of which counts of fragments tell only its product with the rate "
+                "of the region: leave it out, to compare fragments."
+            )
         for name in ("pseudocounts", "threshold_counts"):
             number = getattr(self, name)
             if number is not None and not check_number(name, number) >= 0:
@@ -127,7 +132,7 @@ class DifferentialRequest:
     def _check_change(self) -> None:
         if self.change.name == "log-odds" and not self.modality.binary:
             raise ValueError(
-                f"change_fn='log-odds' compares probabilities: for {self.modality.name} choose 'log-fold'."
+                f"change_fn='log-odds' compares probabilities: for counts of {self.modality.name} choose 'log-fold'."
             )
         if self.m1_domain_fn is not None and not callable(self.m1_domain_fn):
             raise ValueError(f"m1_domain_fn={self.m1_domain_fn!r} is not a function of draws of the change.")

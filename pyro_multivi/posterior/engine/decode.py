@@ -12,6 +12,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, mirrored_latents, replay
+from pyro_multivi.posterior.engine.weight_posterior import with_weight_noise
 from pyro_multivi.program import MultiVIProgram
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
@@ -56,6 +57,11 @@ class Average:
     seed: int = 0
 
     @property
+    def with_weights(self) -> bool:
+        """Whether draws are of the decoder's last layer too: a mean needs none, its uncertainty does."""
+        return self.keep_draws or self.level is not None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the summaries: mean, sd, lower, upper; or draws."""
         if self.keep_draws:
@@ -80,6 +86,11 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         # Of the model alone: the latents are those under the observed design.
         interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
     decoded = [replay(program, cells, latents, sites, forced) for forced in interventions]
+    if average.with_weights and latents.noise is not None:
+        decoded = [
+            {site: with_weight_noise(program, site, values, latents.noise) for site, values in one.items()}
+            for one in decoded
+        ]
     if at_mean:
         for site in sites:
             missing = _lacks(program, cells, site)
