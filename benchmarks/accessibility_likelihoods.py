@@ -127,7 +127,11 @@ def real(options: argparse.Namespace, path: Path) -> None:
     whole = anndata.read_h5ad(path)
     whole.X = sp.csr_matrix(whole.X, dtype=np.float32)
     measured = "modality" if "modality" in whole.obs else None
-    pattern = np.array(["paired"] * len(whole)) if measured is None else whole.obs[measured].astype(str).to_numpy()
+    pattern = (
+        np.array(["paired"] * len(whole), dtype=object)
+        if measured is None
+        else whole.obs[measured].astype(str).to_numpy(object)
+    )
     is_region = (whole.var["feature_types"] == "Peaks").to_numpy()
     for kind, has in ((True, pattern != "expression"), (False, pattern != "accessibility")):
         share = np.asarray((whole.X[has] > 0).mean(0)).ravel()
