@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -23,7 +23,7 @@ from pyro_multivi.distributions import (
 from pyro_multivi.distributions.fragments import FragmentCounts
 from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
 from pyro_multivi.networks.decoders import DecodedExpression, dispersions_of_cells
-from pyro_multivi.networks.encoders import HiddenState
+from pyro_multivi.networks.encoders import HiddenState, HiddenStates
 from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights, seen_from_one
 from pyro_multivi.networks.fragments import depth_posterior, fragments_likelihood, fragments_prior
 from pyro_multivi.networks.modules import ProgramModules
@@ -35,13 +35,6 @@ CELLS = "cells"
 
 # A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
 _LARGEST_FACTOR = 1 - 1e-6
-
-
-class HiddenStates(NamedTuple):
-    """First hidden layer of the encoders by modality; None where the model has no features of it."""
-
-    rna: HiddenState | None
-    atac: HiddenState | None
 
 
 class MultiVIProgram(ProgramModules):
@@ -243,7 +236,9 @@ class MultiVIProgram(ProgramModules):
         return z.softmax(-1) if self.config.latent_distribution == "ln" else z
 
     def observe_extra(self, cells: Cells, z: Tensor, s: Tensor) -> None:
-        """Hook: sample statements of extra modalities, inside the plate of cells."""
+        """Sample statements of extra modalities, inside the plate of cells; a hook for others."""
+        for modality in self.modelled_extra:
+            modality.observe(cells, self.transform(z), s)
 
     # ------------------------------------------------------------------ edges of the guide
 
@@ -287,7 +282,7 @@ class MultiVIProgram(ProgramModules):
             loc, scale = getattr(self, f"{modality.key}_expert")(state)
             loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
             experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-        return experts
+        return {**experts, **{extra.name: extra.expert(cells, s) for extra in self.modelled_extra}}
 
     def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
         """Experts that z is drawn from: in training, half of the paired cells are seen from one modality alone.
@@ -377,7 +372,9 @@ class MultiVIProgram(ProgramModules):
         """Hook: sample statements for latents that all cells share, above the plate of cells."""
 
     def guide_extra(self, cells: Cells, s: Tensor) -> None:
-        """Hook: sample statements for latents that :meth:`observe_extra` introduced."""
+        """Sample statements for latents that :meth:`observe_extra` introduced."""
+        for modality in self.modelled_extra:
+            modality.guide(cells, s)
 
     # ------------------------------------------------------------------ parameters and data
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
-from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import ATAC, RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality, Panels
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -73,7 +73,11 @@ class AccessibilityOptions(_Options, total=False):
 
 
 def choose_features(
-    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device, table: CellTable | None = None
+    spec: DataSpec,
+    modality: AnyModality,
+    wanted: FeatureList,
+    device: torch.device,
+    table: CellTable | None = None,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
@@ -131,7 +135,7 @@ def choose_features(
 def _among_measured(
     panels: Panels,
     chosen: tuple[Tensor | None, tuple[str, ...]],
-    modality: Modality,
+    modality: AnyModality,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -250,7 +254,9 @@ def accessibility_of(
         factors = factors / program.atac_log_depth.exp()
     factors, theta = (each if each is None or regions is None else each[regions] for each in (factors, theta))
     by_cell = ATAC.depth if normalize_cells else 1.0
-    return Quantity(ATAC.decoded, regions, by_cell, factors, threshold, detection and fragments, theta)
+    return Quantity(
+        ATAC.decoded, regions, by_cell, factors, threshold, detection=detection and fragments, inverse_dispersion=theta
+    )
 
 
 def as_json(value: Any, several: str = "") -> Any:

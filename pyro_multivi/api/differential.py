@@ -12,7 +12,8 @@ from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes, tell_difference
 from pyro_multivi.api.scvi_tools.minified import check_counts
 from pyro_multivi.data.checks import checked
-from pyro_multivi.data.modality import ATAC, RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.compare import compare_groups
 from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
@@ -361,7 +362,7 @@ class DifferentialMixin(ModelBase):
         tell_difference("effect_size")
         return self._compare(ATAC.in_model(self.program.config), locals())
 
-    def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
+    def _compare(self, modality: AnyModality, arguments: Mapping[str, Any]) -> pd.DataFrame:
         """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
         self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained(warn=True)

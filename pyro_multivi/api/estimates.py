@@ -111,7 +111,7 @@ class EstimatesMixin(ModelBase):
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean
-            Average over the draws; otherwise return all of them.
+            Average over the draws of the latent state; otherwise return all of them, of the decoder's last layer too.
         return_numpy
             Return an array instead of a frame.
         silent
@@ -121,8 +121,8 @@ class EstimatesMixin(ModelBase):
             ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA it is predicted from its
             accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
-            Probability of a central interval of the expectation over draws, such as 0.9: also return its ends and the
-            standard deviation. The noise of counts is no part of it. Needs at least 2 / (1 - return_interval) draws.
+            Probability of a central interval of the expectation over draws of the latent state and the decoder's last
+            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it

@@ -35,6 +35,8 @@ class Modality:
         Site of what the model decodes from the latent state.
     depth
         Latent site of a cell's sequencing depth.
+    compositional
+        Whether values are shares of a cell's total, so that one takes what others lose.
     binary
         Whether only "zero or not" is modelled of a count. A model of fragment counts has
         another value, see :meth:`in_model`; both are the same modality.
@@ -53,6 +55,7 @@ class Modality:
     counts: str
     decoded: str
     depth: str
+    compositional: bool
     binary: bool = field(compare=False)
 
     @property
@@ -146,6 +149,7 @@ RNA = Modality(
     counts="x",
     decoded="rho",
     depth="l",
+    compositional=True,
     binary=False,
 )
 ATAC = Modality(
@@ -157,8 +161,12 @@ ATAC = Modality(
     counts="y",
     decoded="p",
     depth="d",
+    compositional=False,
     binary=True,
 )
+
+#: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
+PROTEIN = "protein"
 
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)

@@ -17,7 +17,7 @@ from pyro_multivi.distributions.base import (
     positive_vector,
     unit_vector,
 )
-from pyro_multivi.distributions.counts import gamma_means, log_negative_binomial, log_poisson
+from pyro_multivi.distributions.counts import log_poisson, negative_binomial_log_prob, negative_binomial_means
 from pyro_multivi.distributions.kernels.fragments import fragments_log_prob
 from pyro_multivi.distributions.kernels.readout import Link, Readout
 
@@ -57,7 +57,9 @@ class FragmentCounts(CellDistribution):
 
     def _draw(self, shape: torch.Size) -> Tensor:
         mean = self.mean
-        return torch.poisson(mean.expand(shape) if self.theta is None else gamma_means(mean, self.theta, shape))
+        return torch.poisson(
+            mean.expand(shape) if self.theta is None else negative_binomial_means(mean, self.theta, shape)
+        )
 
     def _log_prob_rows(self, value: ValueRows, parameters: ParameterRows) -> Tensor:
         p, size, rate, theta = (parameters.get(name) for name in ("p", "size", "rate", "theta"))
@@ -67,7 +69,7 @@ class FragmentCounts(CellDistribution):
             return fragments_log_prob(p, size, rate, theta, value.entries())
         assert p is not None
         mean, x = size.unsqueeze(-1) * dense_rows(p) * rate, value.dense()
-        return (log_poisson(x, mean) if theta is None else log_negative_binomial(x, mean, theta)).sum(-1)
+        return (log_poisson(x, mean) if theta is None else negative_binomial_log_prob(x, mean, theta)).sum(-1)
 
 
 class PoissonFragments(FragmentCounts):

@@ -40,6 +40,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
     **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
     **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
+    "region_dropout_rate": (-0.1, 1.0),
     **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),
     **dict.fromkeys(("key",), ("nonsense", "")),
     **dict.fromkeys(
@@ -51,6 +52,9 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
     **dict.fromkeys(("layer", "batch_key", "labels_key", "feature_type_key"), ("nonsense", "")),
     "features": ("nonsense", ""),
+    **dict.fromkeys(("protein_layer", "protein_expression_obsm_key", "protein_names_uns_key"), ("nonsense", "")),
+    "protein_dispersion": ("nonsense", "", "protein-label"),
+    "stained": (0.0, -0.1, 1.1),
     **dict.fromkeys(("rna_layer", "atac_layer", "statistic", "quantity", "comparison"), ("nonsense", "")),
     **dict.fromkeys(("n_genes", "n_regions"), (3,)),
     "modality": ("nonsense", "", "rna"),
@@ -69,10 +73,12 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
+    "stores": (5, True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
     **dict.fromkeys(("multi_anndata", "rna_anndata", "atac_anndata"), _DATA),
+    **dict.fromkeys(("protein_list", "feature_list"), _CELLS),
     **dict.fromkeys(("indices", "gene_list", "region_list", "idx1", "idx2"), _CELLS),
     **dict.fromkeys(("transform_batch", "batchid1", "batchid2"), _BATCHES),
     "library_size": (0, -1, NAN, INF, "nonsense", "", None, True, [1.0], [], {}, {1.0}, ["a"] * 24, [NAN] * 24, THING),
@@ -125,7 +131,9 @@ OTHER: dict[str, tuple[Any, ...]] = {
 #: Public, and made or called by the package itself, or without arguments of the user's.
 EXEMPT = {
     "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
-    **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
+    **dict.fromkeys(
+        ("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged", "StoreChangedError"), "an error"
+    ),
     **dict.fromkeys(("PALETTE", "__version__", "settings"), "no function"),
     **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
     **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
@@ -164,7 +172,7 @@ def wrong_values(function: str, argument: str, annotation: str) -> Iterator[Any]
         yield from OTHER[argument]
         return
     zero = (
-        argument in ("seed", "n_genes", "n_regions", "n_labels", "n_covariates", "start", "least")
+        argument in ("seed", "n_genes", "n_regions", "n_proteins", "n_labels", "n_covariates", "start", "least")
         or "warmup" in argument
     )
     yield from () if kind != "int" or zero else (0,)
@@ -206,10 +214,15 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.posterior_predictive_check": {"n_samples": 40},
         "MULTIVI.differential_expression": differential,
         "MULTIVI.differential_accessibility": differential,
+        "MULTIVI.differential_protein_expression": differential,
+        "MULTIVI.differential_extra": {"name": "protein", **differential},
+        "MULTIVI.get_extra_estimates": {"name": "protein"},
         "MULTIVI.get_marginal_ll": {"n_mc_samples": 2},
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
         "join_samples": {"samples": [world.plain, world.mdata]},
+        "convert_stores": {"stores": world.folder / "store.h5ad", "out": world.folder / "new.zarr"},
+        "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
         "reads_to_fragments": {"adata": world.plain.copy()},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},

@@ -13,6 +13,7 @@ from pandas.arrays import BooleanArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import caution, first_names
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.contrasts import Contrast
 from pyro_multivi.posterior.differential.effect import Statistics
@@ -63,7 +64,7 @@ def arrange(
     region_factors: Tensor | None,
 ) -> pd.DataFrame:
     """Table with one row per feature, the comparisons below each other."""
-    layout = LAYOUTS[request.modality]
+    layout = layout_of(request.modality)
     index = pd.Index(list(names))
     frames = []
     compared = [_in_fragments(one, request, region_factors) for one in compared]
@@ -183,10 +184,15 @@ class Layout(NamedTuple):
     extremes: bool
 
 
-LAYOUTS = {
+LAYOUTS: dict[AnyModality, Layout] = {
     RNA: Layout(_expression, sorted=True, extremes=True),
     ATAC: Layout(_accessibility, sorted=False, extremes=False),
 }
+
+
+def layout_of(modality: AnyModality) -> Layout:
+    """Table of a modality; an extra one has that of expression."""
+    return LAYOUTS[modality if modality in LAYOUTS else RNA]
 
 
 def warn_of_unmeasured(
@@ -221,7 +227,7 @@ def changed_as_a_whole(
     compared: Sequence[Comparison], contrasts: Sequence[Contrast], request: DifferentialRequest
 ) -> list[str]:
     """Names of the comparisons in which nearly all features of a composition are called."""
-    if request.mode == "vanilla" or request.modality != RNA or request.features is not None:
+    if request.mode == "vanilla" or not request.modality.compositional or request.features is not None:
         return []
     calls = [one.calls(request.fdr_target).fillna(False).to_numpy(dtype=bool) for one in compared]
     pairs = zip(calls, contrasts, strict=True)

@@ -23,6 +23,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.base import dense_rows
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
+from pyro_multivi.posterior.engine.weight_posterior import WeightNoise
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -141,7 +142,8 @@ def replicate(
             drawn = {}
             for sites, part in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
-                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, part).nodes)
+                model = WeightNoise(program, part.noise)(poutine.uncondition(program.model))
+                nodes: dict[str, Any] = dict(model_trace(model, seen, part).nodes)
                 for site in sites:
                     modality = modality_at(site).in_model(program.config)
                     fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
@@ -225,7 +227,7 @@ def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None
         if counts is None:
             continue
         share = 1.0 if chosen is None else len(chosen) / max(counts.shape[1], 1)
-        total += 8.0 * len(counts.val) / max(int(modality.measured_in(table).sum()), 1) * share
+        total += 8.0 * int(counts.crow[-1]) / max(int(modality.measured_in(table).sum()), 1) * share
     return total * minibatches.n_cells * n_samples
 
 

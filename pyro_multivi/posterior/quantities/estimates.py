@@ -35,7 +35,7 @@ class Quantity:
     Attributes
     ----------
     site
-        ``"rho"`` or ``"p"``.
+        ``"rho"`` or ``"p"``, or one of an extra modality.
     features
         Positions, (k,), int64; None for all.
     by_cell
@@ -45,6 +45,8 @@ class Quantity:
         Factor of each of the features, (k,); None for 1.
     threshold
         Estimates below it become 0 and the result is sparse; None keeps all.
+    of_sum
+        Whether values are divided by their sum over all features of the site.
     detection
         Whether the result is the probability of at least one fragment rather than their expected number.
     inverse_dispersion
@@ -56,6 +58,7 @@ class Quantity:
     by_cell: float | Tensor | str = 1.0
     by_feature: Tensor | None = None
     threshold: float | None = None
+    of_sum: bool = False
     detection: bool = False
     inverse_dispersion: Tensor | None = None
 
@@ -83,6 +86,8 @@ def blocks(
         Positions among the features of the quantity, and the summaries by name, (B, W).
     """
     values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
+    if quantity.of_sum:
+        values = [part / part.sum(-1, keepdim=True) for part in values]
     n_rows = values[0].shape[:-1].numel()
     if n_rows == 0:
         return
