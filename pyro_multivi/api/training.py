@@ -26,10 +26,13 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
+from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
 from pyro_multivi.posterior.calibration.refit import refit
+from pyro_multivi.processes.group import current, distributed
 from pyro_multivi.training import FitOptions, fit, resolve_device
 from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.run import Run
+from pyro_multivi.training.distributed.shared_steps import share_weights
 from pyro_multivi.training.options import Callback
 
 
@@ -38,6 +41,7 @@ class TrainingMixin(ModelBase):
 
     @takes(TRAIN, train_arguments)
     @isolated()
+    @distributed()
     @checked
     def train(
         self,
@@ -80,8 +84,10 @@ class TrainingMixin(ModelBase):
         """Fit the model; call again to go on.
 
         At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
-        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
+        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and cells of both modalities teach
+        how the sequencing depth of one follows from the other
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
 
         Parameters
         ----------
@@ -173,6 +179,12 @@ class TrainingMixin(ModelBase):
         -----
         State of callbacks is not in a checkpoint.
 
+        In a script under torchrun, or with an initialised process group of ``torch.distributed``, the processes share
+        the training: each makes the same model of the same data and calls this with the same arguments.
+        ``batch_size`` counts the cells of all of them; penalties that compare cells (contrast, mixing, MMD) and batch
+        statistics are those of each share. All end with the same weights and history. Callbacks are called in each
+        process; True in one of them stops all.
+
         Arguments of scvi-tools and of Lightning's Trainer that are not above (``plan_kwargs``, ``datasplitter_kwargs``,
         ``enable_progress_bar``, ``logger``, ...) are taken too: as ours where there is one, left out with a warning, or
         refused with what to use. tutorials/from_scvi_tools.md has the table.
@@ -192,7 +204,7 @@ class TrainingMixin(ModelBase):
             If the loss becomes NaN; the model goes back to its best weights.
         """
         tell_difference("train")
-        seed = settings.seed_or(seed)
+        seed, processes = settings.seed_or(seed), current()
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
@@ -214,9 +226,10 @@ class TrainingMixin(ModelBase):
         shuffling = {"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer}
         if checkpoints is not None:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
+            several = {"processes": processes.size} if processes.are_several else {}
             run = Run.of(
                 self.program, table, features, options, train_size=train_size, validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
+                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type, **several,
                 **(shuffling if table.on_disk else {}),
             )  # fmt: skip
             checkpoints.open(run)
@@ -246,12 +259,16 @@ class TrainingMixin(ModelBase):
             self.is_trained = True
             seen = batches(source, split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
+            if recalibrates:
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
+            progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
             for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
                 calibrate()
+            share_weights(processes, self.program)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 

@@ -60,6 +60,11 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--n-latent", type=int)
     train.add_argument("--n-hidden", type=int)
     train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
+    train.add_argument(
+        "--accessibility-likelihood",
+        default="bernoulli",
+        help="bernoulli (open or not), or poisson or nb of counts of fragments (default: bernoulli)",
+    )
     _add_training(train)
 
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,34 @@ class Minibatches:
         # Whole minibatches, so that none is cut from two buffers.
         self._at_once = max(1, round(shuffle_block * shuffle_buffer / batch_size))
         self._generator = torch.Generator().manual_seed(seed)
+        # Number of this process, and of those that share each minibatch.
+        self._rank, self._n_shares = 0, 1
+
+    def shared(self, rank: int, size: int) -> Minibatches:
+        """The same minibatches in the same order, of each the share of one of several processes.
+
+        A minibatch still stands for all cells. Shares differ by one cell at most and have two or more, for batch
+        statistics: the rest of a pass joins the minibatch before it sooner.
+
+        Raises
+        ------
+        ValueError
+            If there are too few cells for so many processes.
+        """
+        least = 2 * size
+        if size > 1 and len(self.index) < least:
+            raise ValueError(
+                f"{len(self.index)} cells are too few for {size} processes, of which each needs two: start at most "
+                f"{len(self.index) // 2 or 1}."
+            )
+        if size > 1 and self.batch_size < least:
+            raise ValueError(
+                f"batch_size={self.batch_size} is too small for {size} processes, which share each minibatch: give at "
+                f"least {least}, two cells for each."
+            )
+        shared = copy.copy(self)
+        shared._rank, shared._n_shares = rank, size
+        return shared
 
     @property
     def n_cells(self) -> int:
@@ -109,13 +138,14 @@ class Minibatches:
         return [self.table.cell_names[place] for place in self.index.tolist()]
 
     def __len__(self) -> int:
-        return len(self._sizes())
+        return len(self.sizes())
 
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
+        """Numbers of cells of the minibatches, over all who share them."""
         full, rest = divmod(len(self.index), self.batch_size)
         sizes = [self.batch_size] * full
-        if rest == 1 and sizes and self.batch_size > 1:
-            sizes[-1] += 1
+        if rest < 2 * self._n_shares and sizes and self.batch_size > 1:
+            sizes[-1] += rest
         elif rest:
             sizes.append(rest)
         return sizes
@@ -134,12 +164,7 @@ class Minibatches:
 
     def after(self, n: int) -> Iterator[Cells]:
         """The next pass without its first n minibatches, which are not cut."""
-        order = self.index
-        if self.shuffle and self.table.on_disk and len(order):
-            order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
-        elif self.shuffle:
-            order = order[torch.randperm(len(order), generator=self._generator)]
-        parts = order.split(self._sizes())[n:] if len(order) else ()
+        parts = self.parts()[n:]
         if self.table.on_disk:
             for cells in cells_from_disk(self.table, parts, self.n_cells, self._at_once):
                 yield self._prepared(self._sent(cells))
@@ -154,6 +179,16 @@ class Minibatches:
         if self.device.type == "cuda":
             return cells.pin_memory().to(self.device, non_blocking=True)
         return cells.to(self.device)
+
+    def parts(self) -> list[Tensor]:
+        """Positions of the cells of each minibatch of the next pass, or of its share."""
+        order = self.index
+        if self.shuffle and self.table.on_disk and len(order):
+            order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
+        elif self.shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator)]
+        parts = list(order.split(self.sizes())) if len(order) else []
+        return [part.tensor_split(self._n_shares)[self._rank] for part in parts] if self._n_shares > 1 else parts
 
     def cut(self, index: Tensor) -> Cells:
         """The cells at ``index``, positions in the table, as a minibatch on the device."""

@@ -172,7 +172,8 @@ class CellTable:
             if (panels is None) != (others is None) or not all(map(torch.equal, panels or (), others or ())):
                 return f"other {modality.features} are marked as measured."
         for name, measurement in self.extra.items():
-            if not all(map(torch.equal, measurement, other.extra[name])):
+            # NaN stands for proteins that were not measured.
+            if not all(map(_same, measurement, other.extra[name])):
                 return f"{name!r} holds other values."
         return None
 
@@ -211,10 +212,10 @@ class CellTable:
             **parts,
         )
 
-    def marginals(self) -> Marginals:
-        """Statistics over the measured cells."""
+    def marginals(self, counts_fragments: bool = False) -> Marginals:
+        """Statistics over the measured cells, with ``counts_fragments`` also of counts of fragments."""
         blocks = (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
-        return Marginals.of(blocks, self.n_batch)
+        return Marginals.of(blocks, self.n_batch, counts_fragments)
 
 
 def cut(
@@ -252,6 +253,10 @@ def _differing_rows(
         return torch.repeat_interleave(torch.arange(n), one.crow.diff())[wrong].unique()
     sizes = one.crow.diff() != other.crow.diff()
     return sizes.nonzero().squeeze(-1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

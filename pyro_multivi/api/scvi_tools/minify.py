@@ -112,6 +112,11 @@ class MinifyMixin(ModelBase):
         needed = "minify_mudata" if is_mudata(self.adata) else "minify_adata"
         if method != needed:
             raise ValueError(f"{method}: the data of this model are of the other kind: call {needed}().")
+        if self.program.config.counts_fragments:
+            raise ValueError(
+                f"{method}: of a model with accessibility_likelihood={self.program.config.accessibility_likelihood!r} "
+                "the posterior of d is not kept in minified data. Keep the data as they are."
+            )
         own = [name for name in _STORED if getattr(type(self.program), name) is not getattr(MultiVIProgram, name)]
         if own:
             raise ValueError(
@@ -120,7 +125,7 @@ class MinifyMixin(ModelBase):
             )
         cells = Minibatches(table, torch.arange(len(table)), batch_size=PREDICTION_BATCH, device=self.device)
         posterior = posterior_to_store(self.program, cells)
-        data = _without_counts(self.adata)
+        data = _without_counts(self.adata, kept=self.spec.setup.protein_key)
         data.obsm[OBSM_KEY] = posterior
         data.obs[OBSERVED_LIBRARY] = _rna_totals(self.adata, self.spec.setup)
         kept = data.uns.get(UNS_KEY)
@@ -140,15 +145,16 @@ def _rna_totals(data: Any, setup: Setup) -> NDArray[Any]:
     return totals.astype(np.zeros(0, part.matrix.dtype).sum().dtype)
 
 
-def _without_counts(data: Any) -> Any:
-    """A copy of an object whose matrices of cells × features are empty."""
+def _without_counts(data: Any, kept: str | None) -> Any:
+    """A copy of an object whose matrices of cells × features are empty, except for one modality of a MuData."""
     if is_mudata(data):
         with warnings.catch_warnings():
             # mudata makes the copy through calls of its own that it has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             copy = data.copy()
-        for part in copy.mod.values():
-            _empty(part)
+        for name, part in copy.mod.items():
+            if name != kept:
+                _empty(part)
         return copy
     copy = data.to_memory() if data.isbacked else data.copy()
     _empty(copy)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
@@ -79,7 +80,10 @@ class SetupReport:
             )
         for name, known in spec.extra.items():
             size = int(table.extra[name].measured.sum())
-            notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
+            if spec.setup.holds_proteins(name):
+                notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
+            else:
+                notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
         notes += [f"{size} features of type {kind!r} are ignored." for kind, size in described.opened.ignored.items()]
         batch_sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         return cls(
@@ -103,6 +107,7 @@ class SetupReport:
     def __repr__(self) -> str:
         sizes = self.n_cells
         alone = ", ".join(f"{sizes[modality.name]} {modality.assay} only" for modality in MODALITIES)
+        alone += f", {sizes[PROTEIN]} proteins only" if PROTEIN in sizes else ""
         how = "inferred from the counts" if self.inferred else "as the data say"
         lines = [
             f"pyro-multivi setup of {'an AnnData' if self.kind == 'anndata' else 'a MuData'}",
@@ -124,6 +129,17 @@ class SetupReport:
             lines.append(f"  labels      {len(self.labels)}")
         lines += [f"  note        {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Sequence[str]]) -> list[str]:
+    without = "" if size == n_cells else f"; the other {n_cells - size} have no count of any: not measured"
+    notes = [f"{number} proteins measured in {size} cells{without}."]
+    for batch, names in missing.items():
+        notes.append(
+            f"{len(names)} of {number} proteins have no count in batch {batch!r}, taken as not measured there: "
+            f"{first_names(names)}."
+        )
+    return notes
 
 
 def _describe_values(counts: SparseCounts | StoredCounts) -> str:
