@@ -1,4 +1,4 @@
-"""Train on a file and write results, in one process or in several: torchrun --nproc-per-node 2 train_shared.py A.h5ad OUT.
+"""Train on a file and write results, in one process or in several: torchrun ... train_shared.py DATA OUT.
 
 Every process runs this from start to end. The first writes.
 """
