@@ -1,4 +1,4 @@
-"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential`` and ``describe``."""
+"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``describe`` and ``convert``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _COMMANDS = {
     "check": ("check", "check"),
     "differential": ("differential", "differential"),
     "describe": ("describe", "describe"),
+    "convert": ("convert", "convert"),
 }
 
 

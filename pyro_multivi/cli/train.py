@@ -103,6 +103,7 @@ def train(options: argparse.Namespace) -> None:
         n_latent=options.n_latent,
         n_hidden=options.n_hidden,
         gene_likelihood=options.gene_likelihood,
+        accessibility_likelihood=options.accessibility_likelihood,
         seed=options.seed,
     )
     _analyse(model, data, options)

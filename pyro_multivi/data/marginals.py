@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,29 @@ LIBRARY_LOG_VAR_FLOOR = 0.01
 # only a few, its estimate is noise (its standard error is sqrt(2 / sum of squared expected counts)).
 _PRIOR_SQUARED_COUNTS = 10.0
 _LEAST_DISPERSION, _MOST_DISPERSION = 0.01, 100.0
+
+
+@dataclass(frozen=True)
+class FragmentMarginals:
+    """Statistics of counts of fragments over the ATAC cells of a data set.
+
+    Attributes
+    ----------
+    region_share
+        Share of each region among all fragments, shape (M,), as the ``gene_share`` of :class:`Marginals`.
+    inverse_dispersion
+        Moment estimate of theta of each region, shape (M,), as that of genes.
+    log_mean, log_var
+        Mean and variance of the log total per batch, shape (K,), as those of the RNA library.
+    log_depth_mean
+        Mean over ATAC cells of log(1 + total fragments); 0 without ATAC cells.
+    """
+
+    region_share: Tensor
+    inverse_dispersion: Tensor
+    log_mean: Tensor
+    log_var: Tensor
+    log_depth_mean: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,8 @@ class Marginals:
         Mean over RNA cells of log(1 + total counts); 0 without RNA cells.
     atac_log_depth_mean
         Mean over ATAC cells of log(1 + number of open regions); 0 without ATAC cells.
+    fragments
+        Statistics of counts of fragments, for models of these; else None.
 
     Examples
     --------
@@ -64,9 +89,10 @@ class Marginals:
     library_log_var: Tensor
     rna_log_depth_mean: float
     atac_log_depth_mean: float
+    fragments: FragmentMarginals | None = None
 
     @classmethod
-    def of(cls, blocks: Iterable[Cells], n_batch: int) -> Marginals:
+    def of(cls, blocks: Iterable[Cells], n_batch: int, counts_fragments: bool = False) -> Marginals:
         """Accumulate the statistics over blocks of cells, each seen once.
 
         Parameters
@@ -75,6 +101,8 @@ class Marginals:
             Minibatches that together are the data set; only sums over a block are kept.
         n_batch
             Number of batches K: the first K columns of ``design`` are the one-hot batch.
+        counts_fragments
+            Whether ``y`` counts fragments, whose statistics are wanted too.
 
         Raises
         ------
@@ -82,10 +110,13 @@ class Marginals:
             If there is no block.
         """
         rna, atac = _FeatureMoments(RNA), _FeatureMoments(ATAC)
+        counted = _FeatureMoments(replace(ATAC, binary=False)) if counts_fragments else None
         for cells in blocks:
             batch_nk = cells.design[:, :n_batch].detach().cpu().double()
             rna.add(cells, batch_nk)
             atac.add(cells, batch_nk)
+            if counted is not None:
+                counted.add(cells, batch_nk)
         if rna.feature_sum is None or atac.feature_sum is None:
             raise ValueError("blocks: no cells were given, at least one is needed for the data's marginals.")
         share_g = rna.feature_sum + 0.5
@@ -99,6 +130,7 @@ class Marginals:
             library_log_var=var_k.float(),
             rna_log_depth_mean=_mean_log1p(rna.depth),
             atac_log_depth_mean=_mean_log1p(atac.depth),
+            fragments=None if counted is None else counted.of_fragments(),
         )
 
 
@@ -149,6 +181,19 @@ class _FeatureMoments:
         prior = _PRIOR_SQUARED_COUNTS
         dispersion = (excess + prior) / (expected + prior)
         return dispersion.clamp(_LEAST_DISPERSION, _MOST_DISPERSION).reciprocal()
+
+    def of_fragments(self) -> FragmentMarginals:
+        """Statistics of counts of fragments."""
+        assert self.feature_sum is not None
+        share_m = (self.feature_sum + 0.5) / (self.feature_sum + 0.5).sum()
+        mean_k, var_k = _library_prior(self.depth, self.batch)
+        return FragmentMarginals(
+            region_share=share_m.float(),
+            inverse_dispersion=self.inverse_dispersion(share_m).float(),
+            log_mean=mean_k.float(),
+            log_var=var_k.float(),
+            log_depth_mean=_mean_log1p(self.depth),
+        )
 
     @property
     def depth(self) -> Tensor:

@@ -75,25 +75,25 @@ def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -
 
 
 def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
-    """Total count of a cell, 1 or more, or number of open regions of a binary modality, in all features, (B,).
+    """Total count of a cell, 1 or more, or number of open regions where only these are modelled, in all features, (B,).
 
     Of minified data it is stored beside the posterior.
     """
     if cells.posterior is not None:
         stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
         return stored
-    counts = modality.counts_in(cells)
-    found = n_open(counts) if modality.binary else totals(counts)
+    counts, binary = modality.counts_in(cells), modality.in_model(program.config).binary
+    found = n_open(counts) if binary else totals(counts)
     share = measured_share(program, cells, modality)
     if share is not None:
         found = found / share
-    return found if modality.binary else found.clamp(min=1.0)
+    return found if binary else found.clamp(min=1.0)
 
 
 def log_depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
     """Log of :func:`depth`, plus 1 where it may be 0, (B,)."""
     found = depth(program, cells, modality)
-    return found.log1p() if modality.binary else found.log()
+    return found.log1p() if modality.in_model(program.config).binary else found.log()
 
 
 def totals(counts: Tensor) -> Tensor:

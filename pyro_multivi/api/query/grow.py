@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from pyro_multivi.data.modality import RNA
+from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.covariates import categories
+from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.panels import measured_share
@@ -46,7 +47,17 @@ def query_spec(reference: DataSpec, data: Any, needs_labels: bool) -> tuple[Data
         key: known + _new(opened, "categorical_covariate_keys", key, known)
         for key, known in reference.categorical.items()
     }
-    return replace(reference, batch_categories=batches, categorical=grown, partial=True), opened
+    spec = replace(reference, batch_categories=batches, categorical=grown, partial=True)
+    return replace(spec, missing_proteins=spec.missing_proteins | _missing_in_new(spec, reference, opened)), opened
+
+
+def _missing_in_new(spec: DataSpec, reference: DataSpec, opened: Opened) -> dict[str, tuple[str, ...]]:
+    """Proteins that new batches did not measure."""
+    if PROTEIN not in opened.extra or not spec.n_proteins:
+        return {}
+    measurement = opened.extra[PROTEIN].read(spec.protein_names, partial=True)
+    found = missing_by_batch(measurement, spec.protein_names, spec.batch_codes_of(opened), spec.batch_categories)
+    return {batch: names for batch, names in found.items() if batch not in reference.batch_categories}
 
 
 def _new(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -77,7 +88,10 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
     n_known
         Number of batches of the reference, the first ones.
     """
+    for extra in program.modelled_extra:
+        extra.start_batches_from(table, n_known)
     set_typical(program, n_known)
+    _set_fragments_prior(program, table, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return
     marginals = table.marginals()
@@ -91,3 +105,20 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
         # Of a batch without RNA the mean is that of all cells with it.
         cells = cells if bool(cells.any()) else RNA.measured_in(table)
         program.library_log_mean[code] -= share[cells.to(share.device)].log().mean()
+
+
+def _set_fragments_prior(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
+    """Prior of the number of fragments of new batches, in models that count them."""
+    if not program.config.counts_fragments or not bool((table.has_atac & (table.batch_code >= n_known)).any()):
+        return
+    fragments = table.marginals(counts_fragments=True).fragments
+    assert fragments is not None
+    share = measured_share(program, table, ATAC)
+    program.fragments_log_mean[n_known:] = fragments.log_mean[n_known:]
+    program.fragments_log_var[n_known:] = fragments.log_var[n_known:]
+    if share is None:
+        return
+    for code in range(n_known, program.config.n_batch):
+        cells = table.has_atac & (table.batch_code == code)
+        cells = cells if bool(cells.any()) else table.has_atac
+        program.fragments_log_mean[code] -= share[cells.to(share.device)].log().mean()

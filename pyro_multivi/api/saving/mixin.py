@@ -171,6 +171,11 @@ class SavingMixin(ModelBase):
         if differences:
             logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
         model.is_trained = description.is_trained
+        if model.is_trained and not any(name.endswith("_weight_sd") for name in saved.state):
+            logger.warning(
+                "%s was saved by a version without a posterior of the decoders' last layers: its intervals are those "
+                "of the fitted decoder, and too narrow. Training it on (train) makes one.", where,
+            )  # fmt: skip
         if description.query is not None:
             with broken(where, f"{DESCRIPTION} is damaged"):
                 model._restore_query(description.query)

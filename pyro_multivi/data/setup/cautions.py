@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.vocabulary import PAIRED, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
@@ -25,6 +27,8 @@ _EQUAL = 0.1
 _BEYOND_CHANCE = 2
 # Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
+# Cells read at a time.
+_AT_ONCE = 4096
 # Share of the features that are plenty in other batches, of which a batch has none: of tissues a few per cent are so.
 _FILLED = 0.1
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
@@ -98,10 +102,11 @@ def _unlikely_counts(found: Description) -> Iterator[str]:
     for modality, part in found.opened.counts.items():
         counts = modality.counts_in(found.table)
         n = int(found.measured.masks[modality].sum())
-        if modality.binary or n == 0 or len(counts.val) == 0:
+        n_entries = int(counts.crow[-1])
+        if modality.binary or n == 0 or n_entries == 0:
             continue
-        density = len(counts.val) / (n * len(part.features))
-        if float(counts.val.max()) <= 1 and len(counts.val) * density / 2 > _EXPECTED:
+        density = n_entries / (n * len(part.features))
+        if counts.largest <= 1 and n_entries * density / 2 > _EXPECTED:
             yield (f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts.")
             continue
         totals = counts.row_sums().double()[torch.from_numpy(found.measured.masks[modality])]
@@ -203,9 +208,9 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
         if sum(len(own) > 0 for own in cells) < 2:
             continue
         n, n_features = int(mask.sum()), len(part.features)
-        total = torch.bincount(counts.col, minlength=n_features)
-        for batch, own in enumerate(cells):
-            detected = torch.bincount(counts.select_rows(own).col, minlength=n_features)
+        detections = [_detections(counts, own, n_features) for own in cells]
+        total = torch.stack(detections).sum(0)
+        for batch, (own, detected) in enumerate(zip(cells, detections, strict=True)):
             expected = (total - detected) * (len(own) / max(n - len(own), 1)) > _EXPECTED
             absent = int((expected & (detected == 0)).sum())
             if absent > _FILLED * expected.sum():
@@ -216,6 +221,14 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
                     "as pyro_multivi.join_samples does."
                 )
                 break
+
+
+def _detections(counts: SparseCounts | StoredCounts, cells: torch.Tensor, n_features: int) -> torch.Tensor:
+    """Number of some cells with a count of each feature, (F,), read by blocks."""
+    found = torch.zeros(n_features, dtype=torch.int32)
+    for part in cells.split(_AT_ONCE):
+        found += torch.bincount(counts.select_rows(part).col, minlength=n_features)
+    return found
 
 
 def _right_argument(found: Description, key: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import ATAC
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
 from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
@@ -34,11 +35,11 @@ from pyro_multivi.posterior.differential.raw_counts import PseudobulkStatistics,
 from pyro_multivi.posterior.differential.request import DifferentialRequest
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior, ShrinkagePrior, unshrunk
 from pyro_multivi.posterior.differential.tables import (
-    LAYOUTS,
     LEAST_CELLS,
     Comparison,
     arrange,
     changed_as_a_whole,
+    layout_of,
     warn_of_unmeasured,
 )
 from pyro_multivi.posterior.engine.draws import region_factors
@@ -88,7 +89,7 @@ def compare_groups(
     warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
     compared = compare(shared, silent)
-    found = arrange(compared, contrasts, request, names)
+    found = arrange(compared, contrasts, request, names, shared.region_factors)
     found.attrs["batches"] = {
         contrast.comparison: [
             None if group[0].batches is None else [batch_names[code] for code in group[0].batches] for group in groups
@@ -153,7 +154,7 @@ class _SharedDraws:
     @cached_property
     def region_factors(self) -> Tensor | None:
         """Region factors r, (F,); None where the model has none of this modality."""
-        return region_factors(self.source.program) if self.request.modality.binary else None
+        return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
         return self.source.draw(self.partition.cells[key.part], key.batches)
@@ -198,7 +199,7 @@ class _SharedDraws:
         request = self.request
         return TestSpecification(
             request.change, delta, pseudocounts, request.test_mode, request.two_sided, request.m1_domain_fn,
-            request.levels, extremes=LAYOUTS[request.modality].extremes,
+            request.levels, extremes=layout_of(request.modality).extremes,
         )  # fmt: skip
 
     def _decoded_in(self, contrast: Contrast) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -349,18 +350,18 @@ def _counts_of(
 
     So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured.
     """
-    binary = shared.request.modality.binary
+    modality = shared.request.modality
     sums = [shared.sums[key.part] for key in group]
     means, exposure = [], np.zeros(0)
     for key, counted in zip(group, sums, strict=True):
         mean = moments[key].mean * factor
         if counted.n_measured:
             expected = moments[DrawKey(key.part, None)].expected
-            if binary:
+            if modality.compositional:
+                expected = counted.depth * expected / max(float(expected.sum()), 1e-300)
+            else:
                 r = 1.0 if shared.region_factors is None else shared.region_factors.double().cpu().numpy()
                 expected = counted.n_measured * expected * r
-            else:
-                expected = counted.depth * expected / max(float(expected.sum()), 1e-300)
             own = np.maximum(expected, _LEAST_EXPECTED) / np.maximum(mean, 1e-300)
             mean, exposure = counted.counts / own, own + (exposure if len(exposure) else 0.0)
         means.append(mean)
@@ -388,7 +389,7 @@ def _change_statistics(
     prior = None
     if request.corrects_by_counts:
         # Shares of a whole: genes that take more of it take it from all others. With size factors rho is no share.
-        compositional = not request.modality.binary and shared.source.program.config.library != "size_factor"
+        compositional = request.modality.compositional and shared.source.program.config.library != "size_factor"
         in_common = compositional and request.change.name == "log-fold"
         prior = ShrinkagePrior.fit(change, error, rng, common_error if in_common else None)
 

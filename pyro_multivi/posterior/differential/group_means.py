@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtr, stdtrit, xlog1py, xlogy
 
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.posterior.differential.effect import Change, Statistics, StatisticsByBlock, TestSpecification
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior
 from pyro_multivi.posterior.engine.decode import BLOCK
@@ -87,7 +87,7 @@ class TestedMeans:
     score: Array
 
 
-def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: Modality) -> TestedMeans:
+def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModality) -> TestedMeans:
     r"""Test whether two groups share one mean, by the likelihood of the sums of their counts.
 
     The sum K of the counts of a group has mean :math:`\mu = E m` and variance :math:`\mu (1 + a \mu)`: negative

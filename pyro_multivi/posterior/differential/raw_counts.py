@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.processes.shares import shared_map
 
@@ -34,7 +34,7 @@ class PseudobulkSums:
         Cells with a count; unless the modality is binary also sums of counts, of scaled counts, and of squares of
         counts over the total of their cell: (1 or 4, F).
     depth, depth_squares
-        Sums of the totals of the cells and of their squares; of a binary modality the number of cells.
+        Sums of the totals of the cells and of their squares; of a modality that is no composition the number of cells.
     """
 
     n_measured: int
@@ -43,7 +43,7 @@ class PseudobulkSums:
     depth_squares: float
 
     @classmethod
-    def of_cells(cls, table: CellTable, index: Tensor, modality: Modality) -> PseudobulkSums:
+    def of_cells(cls, table: CellTable, index: Tensor, modality: AnyModality) -> PseudobulkSums:
         """Sum up the stored counts of the cells at ``index``, int64."""
         counts, n_features = modality.counts_in(table), modality.n_features_in(table)
         index = index[modality.measured_in(table)[index]]
@@ -59,14 +59,17 @@ class PseudobulkSums:
             sums[0] += torch.bincount(column, minlength=n_features)
             if not modality.binary:
                 value, total = rows.val, rows.row_sums().clamp(min=1.0)
+                scaled = SCALED_TOTAL * (value / total[rows.rows()])
+                if not modality.depth:  # The model has no depth of such values: all cells weigh the same.
+                    total = torch.ones_like(total)
                 depth, squares = depth + float(total.sum()), squares + float(total.square().sum())
                 by_depth = value / total[rows.rows()]
-                for number, weight in enumerate((value, SCALED_TOTAL * by_depth, value * by_depth), 1):
+                for number, weight in enumerate((value, scaled, value * by_depth), 1):
                     sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
         return cls(len(index), sums.numpy(), depth, squares)
 
     @classmethod
-    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: Modality) -> list[PseudobulkSums]:
+    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality) -> list[PseudobulkSums]:
         """Sums of several sets of cells, which processes share."""
         found = shared_map(lambda index: vars(cls.of_cells(table, index, modality)), parts)
         return [cls(int(n), sums, float(depth), float(squares)) for n, sums, depth, squares in map(dict.values, found)]

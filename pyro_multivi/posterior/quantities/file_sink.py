@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.stores.unfinished import UnfinishedFolder
 from pyro_multivi.isolation import uninterrupted
 from pyro_multivi.posterior.quantities.containers import Container, container
-from pyro_multivi.posterior.quantities.unfinished import UnfinishedFolder
 from pyro_multivi.processes.group import is_first_process
 
 logger = logging.getLogger("pyro_multivi")

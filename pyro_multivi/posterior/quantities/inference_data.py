@@ -78,7 +78,7 @@ def inference_data(
                 drawn[site].append(values if chosen is None else values[..., chosen])
         for site, chosen in features.items():
             add("posterior_predictive", site, torch.cat(drawn[site]))
-            counts, measured = counts_of(cells, site)
+            counts, measured = counts_of(program, cells, site)
             counts = counts.masked_fill(~measured[:, None], torch.nan)
             add("observed_data", site, counts if chosen is None else counts[:, chosen])
         for modality in MODALITIES:

@@ -143,8 +143,8 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
             for modality in MODALITIES:
                 if modality.depth in nodes:
                     site = nodes[modality.depth]
-                    # The cell factor is a point estimate.
-                    found = site["value"] if modality.binary else site["fn"].mean
+                    # The cell factor is a point estimate, unless it counts fragments.
+                    found = site["value"] if modality.in_model(program.config).binary else site["fn"].mean
                     found = found.masked_fill(~modality.measured_in(minibatch), torch.nan)
                     parts[modality.name] = found.cpu().numpy()
         return parts

@@ -199,6 +199,10 @@ def run(scenario: Callable[[Path], dict[str, Any]], folder: Path, size: int) -> 
 
 
 if __name__ == "__main__":
+    # Once for all that are forked: what is imported when a model is made, and when an optimizer is.
+    import torch._dynamo
+
+    model_of()
     for asked in sys.argv[2:]:
         name, number = asked.split(":")
         run(globals()[name], Path(sys.argv[1]), int(number))
