@@ -76,9 +76,11 @@ def test_all_processes_end_with_the_same_weights_and_history(ended, name):
 @slow
 def test_two_processes_learn_as_much_as_one(ended):
     (one,), two = ended("defaults", 1), ended("defaults", 2)[0]
-    before, after = one["history"][0]["elbo_train"], one["history"][-1]["elbo_train"]
     assert len(one["history"]) == len(two["history"])
-    assert abs(two["history"][-1]["elbo_train"] - after) < 0.1 * (before - after)
+    first, last = two["history"][0]["elbo_train"], two["history"][-1]["elbo_train"]
+    assert last < first
+    # Other noise, and a contrast among the cells of each share: 0.1 to 0.9 % in runs of 8 to 30 epochs.
+    assert last == pytest.approx(one["history"][-1]["elbo_train"], rel=0.01)
 
 
 @slow
