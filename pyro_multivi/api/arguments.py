@@ -69,12 +69,17 @@ class AccessibilityOptions(_Options, total=False):
 
 
 def choose_features(
-    spec: DataSpec, modality: Modality, wanted: FeatureList, device: torch.device, table: CellTable | None = None
+    spec: DataSpec,
+    modality: Modality,
+    wanted: FeatureList,
+    device: torch.device,
+    table: CellTable | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
     One name stands for a list of one; None stands for all features, and for their positions. With ``table``, only those
-    that were measured in all of its cells are chosen.
+    that were measured in all of its cells, or those at ``index``, are chosen.
 
     Raises
     ------
@@ -92,7 +97,10 @@ def choose_features(
     argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
     panels: Panels | None = None if table is None else modality.panels_in(table)
     if panels is not None:
-        return _among_measured(panels, choose_features(spec, modality, wanted, device), modality, names, wanted is None)
+        cells = modality.measured_in(table) if index is None else index[modality.measured_in(table)[index]]
+        measured = panels.measured[panels.code[cells].unique()].all(0)
+        chosen_features = choose_features(spec, modality, wanted, device)
+        return _among_measured(measured, chosen_features, modality, names, wanted is None)
     if wanted is None:
         return None, names
     chosen = as_list(argument, wanted)
@@ -125,14 +133,13 @@ def choose_features(
 
 
 def _among_measured(
-    panels: Panels,
+    measured: Tensor,
     chosen: tuple[Tensor | None, tuple[str, ...]],
     modality: Modality,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Those of the chosen features that were measured in all cells: all of them, unless everything was chosen."""
-    measured = panels.measured[panels.code.unique()].all(0)
     places = torch.arange(len(every)) if chosen[0] is None else chosen[0].cpu()
     there = measured[places]
     lacking = [name for name, is_there in zip(chosen[1], there.tolist(), strict=True) if not is_there]
@@ -140,6 +147,11 @@ def _among_measured(
         raise ValueError(
             f"{modality.list_argument} holds {first_names(lacking)}, which were not measured in all of these cells: "
             "leave them out. get_normalized_expression and get_accessibility_estimates impute them."
+        )
+    if len(lacking) == len(chosen[1]):
+        raise ValueError(
+            f"No {modality.feature} was measured in all of these cells: choose cells of one batch (indices), whose "
+            f"{modality.features} are the same."
         )
     if lacking:
         logger.info("%d %s were not measured in all of these cells and are left out.", len(lacking), modality.features)

@@ -25,6 +25,7 @@ from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.isolation import isolated
+from pyro_multivi.networks.panels import start_typical
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -165,7 +166,10 @@ class MULTIVI(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
-        program.start_from(table.marginals())
+        marginals = table.marginals()
+        program.start_from(marginals)
+        if any(modality.panels_in(table) is not None for modality in MODALITIES):
+            start_typical(program, table.blocks(), marginals)
         program.eval()
         self._assemble(spec, program, adata, table)
 

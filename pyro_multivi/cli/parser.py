@@ -25,8 +25,8 @@ def command_parser() -> argparse.ArgumentParser:
         "train",
         help="train on files of yours",
         description="Train on one file, or on several samples: each may have RNA, ATAC or both. Of a modality the "
-        "features are kept that all samples with it have; the rest is counted. Barcodes that occur in more than one "
-        "sample get the name of theirs behind.",
+        "features are kept that all samples with it have; the rest is counted (--features union keeps all). Barcodes "
+        "that occur in more than one sample get the name of theirs behind.",
     )
     train.add_argument(
         "data",
@@ -39,6 +39,15 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--layer", help="layer with the raw counts")
     train.add_argument("--batch-key", help="obs column of batches")
     train.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
+    train.add_argument(
+        "--features",
+        choices=["intersection", "union"],
+        default="intersection",
+        help="of several samples: features that all have, or any, masked in samples that lack them (default: "
+        "intersection)",
+    )
+    train.add_argument("--feature-masks", metavar="KEY", help="varm table of the features measured in each batch")
+    train.add_argument("--panel-key", help="obs column that names the columns of that table (default: --batch-key)")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
     train.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
     for modality in MODALITIES:

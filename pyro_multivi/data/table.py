@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,10 +205,13 @@ class CellTable:
             **parts,
         )
 
-    def marginals(self) -> Marginals:
-        """Statistics over the measured cells."""
-        blocks = (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
-        return Marginals.of(blocks, self.n_batch)
+    def marginals(self, gene_share: Tensor | None = None) -> Marginals:
+        """Statistics over the measured cells; ``gene_share`` as in :meth:`Marginals.of`."""
+        return Marginals.of(self.blocks(), self.n_batch, gene_share)
+
+    def blocks(self) -> Iterator[Cells]:
+        """All cells, some at a time."""
+        return (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
 
 
 def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | None = None) -> SparseCounts:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from pyro_multivi.data.modality import RNA
+from pyro_multivi.data.modality import RNA, modelled
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.covariates import categories
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.networks.panels import measured_share
+from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.networks.surgery import Growth, Parts
 from pyro_multivi.posterior.mapping.typical import set_typical
 from pyro_multivi.program import MultiVIProgram
@@ -77,17 +77,10 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
     n_known
         Number of batches of the reference, the first ones.
     """
-    set_typical(program, n_known)
+    if not any(bool(typical_buffer(program, modality).any()) for modality in modelled(program.config)):
+        set_typical(program, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return
-    marginals = table.marginals()
+    marginals = table.marginals(None if RNA.panels_in(table) is None else typical_buffer(program, RNA)[0])
     program.library_log_mean[n_known:] = marginals.library_log_mean[n_known:]
     program.library_log_var[n_known:] = marginals.library_log_var[n_known:]
-    share = measured_share(program, table, RNA)
-    if share is None:
-        return
-    for code in range(n_known, program.config.n_batch):
-        cells = RNA.measured_in(table) & (table.batch_code == code)
-        # Of a batch without RNA the mean is that of all cells with it.
-        cells = cells if bool(cells.any()) else RNA.measured_in(table)
-        program.library_log_mean[code] -= share[cells.to(share.device)].log().mean()

@@ -47,6 +47,10 @@ class Setup:
         For arguments whose columns lie in the obs of one modality of a MuData: its name.
     extra
         Names of extra modalities: keys of obsm, or modalities of a MuData.
+    feature_masks
+        Key of varm with the features that were measured in each panel, or None.
+    panel_key
+        Column of obs with the panel of each cell.
     """
 
     kind: str
@@ -66,6 +70,8 @@ class Setup:
     atac_modality: str | None = None
     obs_modalities: dict[str, str] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+    feature_masks: str | None = None
+    panel_key: str | None = None
 
     def layer_of(self, modality: Modality) -> str | None:
         """Layer of a modality's counts, None for ``.X``."""

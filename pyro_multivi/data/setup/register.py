@@ -25,6 +25,7 @@ from pyro_multivi.data.checks import (
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
+from pyro_multivi.data.setup.masks.declared import with_masks
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
@@ -42,6 +43,7 @@ _PLACED = (
     "continuous_covariate_keys",
     "labels_key",
     "modality_key",
+    "panel_key",
 )
 
 
@@ -67,6 +69,8 @@ def setup_anndata(
     modality_values: Mapping[str, str] | None = None,
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
     extra_obsm_keys: Sequence[str] | None = None,
+    feature_masks: str | None = None,
+    panel_key: str | None = None,
 ) -> SetupReport:
     """Declare where counts, batches and covariates lie in an AnnData, and check them.
 
@@ -111,6 +115,13 @@ def setup_anndata(
         Keys of ``obsm`` with extra modalities, such as protein counts: arrays, sparse matrices or
         frames, a row of NaN for a cell that was not measured. A custom program finds them in
         ``cells.extra[key]``.
+    feature_masks
+        Key of ``varm`` with a table of True and False, features x batches: which were measured in the cells of each
+        batch. The others are no zeros there: likelihoods and the data's statistics leave them out. Default: the masks
+        of ``join_samples(..., features="union")``, if there are any; else every feature was measured in all cells.
+    panel_key
+        Column of ``obs`` whose values the columns of that table are named by; default: the samples of
+        ``join_samples``, else ``batch_key``.
 
     Returns
     -------
@@ -154,7 +165,7 @@ def setup_anndata(
         feature_type_key=feature_type_column(feature_type_key, adata.var, feature_type_values is not None),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
-    return _set_up(adata, with_feature_types(setup, feature_type_values))
+    return _set_up(adata, with_masks(with_feature_types(setup, feature_type_values), adata, feature_masks, panel_key))
 
 
 @isolated()
@@ -175,6 +186,8 @@ def setup_mudata(
     modality_key: str | None = None,
     modality_values: Mapping[str, str] | None = None,
     extra_modalities: Sequence[str] | None = None,
+    feature_masks: str | None = None,
+    panel_key: str | None = None,
 ) -> SetupReport:
     """Declare where counts, batches and covariates lie in a MuData, and check them.
 
@@ -207,6 +220,8 @@ def setup_mudata(
     extra_modalities
         Names of extra modalities (their ``.X``), or keys of ``mdata.obsm``, for a custom program:
         see ``extra_obsm_keys`` of :func:`setup_anndata`.
+    feature_masks, panel_key
+        As in :func:`setup_anndata`, in ``varm`` of the modalities; one without that key was measured for all features.
 
     Returns
     -------
@@ -237,7 +252,7 @@ def setup_mudata(
         modality_values=modality_meanings(modality_values),
         extra=name_list("extra_modalities", extra_modalities),
     )
-    return _set_up(mdata, with_modalities(setup, mdata, modalities))
+    return _set_up(mdata, with_masks(with_modalities(setup, mdata, modalities), mdata, feature_masks, panel_key))
 
 
 def _how_to_join(data: Any) -> str:

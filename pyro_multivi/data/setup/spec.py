@@ -16,7 +16,7 @@ from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key, 
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
-from pyro_multivi.data.setup.counts import measured_panels, read
+from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.covariates import (
     categories,
     codes,
@@ -27,6 +27,7 @@ from pyro_multivi.data.setup.covariates import (
     standardised,
 )
 from pyro_multivi.data.setup.extra import measurement
+from pyro_multivi.data.setup.masks.panels import check_every_feature, measured_panels
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
@@ -228,8 +229,8 @@ class DataSpec:
             If it is neither an AnnData nor a MuData, or an AnnData without feature types for a model of a
             MuData.
         ValueError
-            If some but not all features of a modality are missing (with ``partial``: all), values are no counts, a
-            column is missing or holds a category that the model has not seen, or a cell has nothing measured.
+            If some but not all features of a modality are missing (with ``partial`` or masks: all), values are no
+            counts, a column is missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
         opened = self._open(data)
         content = latest.checksum(opened, self.setup)
@@ -238,7 +239,7 @@ class DataSpec:
             return found.table
         latest.clear()
         names = {modality: modality.feature_names_in(self) for modality in MODALITIES}
-        counts = read(opened.counts, names, self.partial)
+        counts = read(opened.counts, names, self.partial or self.setup.feature_masks is not None)
         measured = find_measured(opened, self.setup, has_counts(opened, counts), key_needed=False)
         for note in measured.notes:
             logger.info(note)
@@ -288,7 +289,8 @@ class DataSpec:
         batch_code = self._batch_codes(opened)
         sizes = size_factors(opened, self.setup, measured.masks)
         names = {modality: modality.feature_names_in(self) for modality in opened.counts}
-        parts: dict[str, Any] = {**measured_panels(opened.counts, names)}
+        needed = None if self.partial else self.setup.feature_masks
+        parts: dict[str, Any] = {**measured_panels(opened, needed, names, counts, measured.masks)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
             parts[modality.mask] = torch.from_numpy(measured.masks[modality])
@@ -393,5 +395,6 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
         **features,
     )
     table = spec._table(opened, counts, measured)
+    check_every_feature(opened, names, table)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)
