@@ -73,13 +73,12 @@ def choose_features(
     modality: Modality,
     wanted: FeatureList,
     device: torch.device,
-    table: CellTable | None = None,
-    index: Tensor | None = None,
+    measured: Tensor | None = None,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
-    One name stands for a list of one; None stands for all features, and for their positions. With ``table``, only those
-    that were measured in all of its cells, or those at ``index``, are chosen.
+    One name stands for a list of one; None stands for all features, and for their positions. With ``measured``, (F,),
+    only those that are true in it are chosen.
 
     Raises
     ------
@@ -95,10 +94,7 @@ def choose_features(
     (tensor([2, 0]), ('CD4', 'ACTB'))
     """
     argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
-    panels: Panels | None = None if table is None else modality.panels_in(table)
-    if panels is not None:
-        cells = modality.measured_in(table) if index is None else index[modality.measured_in(table)[index]]
-        measured = panels.measured[panels.code[cells].unique()].all(0)
+    if measured is not None:
         chosen_features = choose_features(spec, modality, wanted, device)
         return _among_measured(measured, chosen_features, modality, names, wanted is None)
     if wanted is None:
@@ -130,6 +126,21 @@ def choose_features(
         twice = first_names(names[number] for number in found[count > 1])
         raise ValueError(f"{argument} holds {twice} more than once: give each {what} once.")
     return torch.from_numpy(places.astype(np.int64)).to(device), tuple(names[place] for place in places.tolist())
+
+
+def measured_features(
+    table: CellTable, modality: Modality, index: Tensor | None = None, in_all: bool = True
+) -> Tensor | None:
+    """Features that were measured in all cells with the modality, or in any, (F,), bool; None where all were in all.
+
+    ``index``, int64, are the cells, by default all of the table.
+    """
+    panels: Panels | None = modality.panels_in(table)
+    if panels is None:
+        return None
+    cells = modality.measured_in(table) if index is None else index[modality.measured_in(table)[index]]
+    measured = panels.measured[panels.code[cells].unique()]
+    return measured.all(0) if in_all else measured.any(0)
 
 
 def _among_measured(

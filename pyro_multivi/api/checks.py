@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features
+from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features, measured_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
@@ -275,14 +275,14 @@ class ChecksMixin(ModelBase):
 
         With ``cells`` of those that were measured in all of them.
         """
-        of_cells = () if cells is None else (cells.table, cells.index)
         positions, names = {}, {}
         for modality, wanted in ((RNA, gene_list), (ATAC, region_list)):
             if wanted is not None:
                 self._check_modality(modality.list_argument, modality.name)
             if modality in modelled(self.spec):
+                measured = None if cells is None else measured_features(cells.table, modality, cells.index)
                 positions[modality], names[modality] = choose_features(
-                    self.spec, modality, wanted, self.device, *of_cells
+                    self.spec, modality, wanted, self.device, measured
                 )
         return positions, names
 

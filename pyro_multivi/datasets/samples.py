@@ -393,7 +393,7 @@ def _report(parts: Sequence[_Part], kept: Mapping[Modality, pd.Index[str]]) -> p
     for part in parts:
         row = {"cells": len(part.obs), **part.measured.sizes()}
         for modality, names in kept.items():
-            own = part.var[modality].index if modality in part.var else []
+            own = part.var[modality].index if modality in part.var else pd.Index([])
             row |= {modality.features: len(own), f"{modality.features}_kept": int(names.isin(own).sum())}
         rows[part.name] = row
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -188,6 +188,43 @@ def test_checks_are_of_features_that_all_cells_measured(world, caplog):
         world.model.posterior_predictive_check(gene_list=[world.genes[0]], held_out=False, n_samples=40)
 
 
+def test_a_gene_is_tested_with_the_cells_that_measured_it(world):
+    compared = {"groupby": "cell_type", "group1": "type_0", "group2": "type_1"}
+    table = world.model.differential_expression(**compared, n_samples=200).loc[list(world.genes)]
+    batch, kind = world.joined.obs["batch"], world.joined.obs["cell_type"]
+    for number in (1, 2):
+        for gene in world.genes:
+            measured = [name for name, lost in world.lacking.items() if gene not in lost]
+            cells = world.joined[(batch.isin(measured) & (kind == f"type_{number - 1}")).to_numpy(), gene].X.toarray()
+            assert table.loc[gene, f"n_measured{number}"] == len(cells)
+            np.testing.assert_allclose(table.loc[gene, f"raw_mean{number}"], cells.mean(), rtol=1e-5)
+    expected = np.log2((table["raw_normalized_mean1"] + 1) / (table["raw_normalized_mean2"] + 1))
+    assert np.corrcoef(expected, table["lfc_mean"])[0, 1] > 0.9
+    # Genes of one panel alone are called like others, where they differ.
+    called = table["is_de_fdr_0.05"]
+    assert called.iloc[:6].any()
+    assert called.iloc[6:20].any()
+    assert world.model.differential_expression(groupby="half", group1="odd", n_samples=200)["is_de_fdr_0.05"].sum() == 0
+
+
+def test_a_gene_that_a_group_did_not_measure_is_not_called(world, caplog):
+    for unit in ("group", "cell"):
+        table = world.model.differential_expression(
+            groupby="batch", group1="batch_0", group2="batch_1", n_samples=200, unit=unit
+        )
+        unknown = table["is_de_fdr_0.05"].isna()
+        assert sorted(table.index[unknown]) == sorted([*world.genes[:6], *world.genes[20:]])
+        assert (table.loc[unknown, ["n_measured1", "n_measured2"]].min(axis=1) == 0).all()
+        assert table.loc[unknown, "proba_de"].isna().all() == (unit == "group")
+    # Of the cells of one batch, the genes that it measured.
+    idx = {"idx1": "batch == 'batch_0' and half == 'odd'", "idx2": "batch == 'batch_0' and half == 'even'"}
+    table = world.model.differential_expression(**idx, n_samples=200)
+    assert table["is_de_fdr_0.05"].notna().sum() == 18
+    regions = world.model.differential_accessibility(groupby="batch", group1="batch_0", group2="batch_2", n_samples=200)
+    lost = {*world.lacking["batch_0"], *world.lacking["batch_2"]}
+    assert set(regions.index[regions["is_da_fdr"].isna()]) == lost & set(regions.index)
+
+
 def test_statistics_of_users_see_nothing_of_what_was_not_measured(world):
     lost = world.joined.var_names.isin(world.lacking["batch_0"])
     cells = np.flatnonzero(world.joined.obs["batch"] == "batch_0")

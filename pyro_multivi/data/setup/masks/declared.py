@@ -128,8 +128,9 @@ def masks_of(part: Any, owner: str, modality: Modality, key: str | None, columns
             f"{where} has more than one column called {first_names(names[names.duplicated()].unique())}: "
             "give each batch one."
         )
-    for name, kind in zip(names, table.dtypes, strict=True):
-        if not pd.api.types.is_bool_dtype(kind) or table.iloc[:, names.get_loc(name)].isna().any():
+    for name, (_, column) in zip(names, table.items(), strict=True):
+        kind = column.dtype
+        if not pd.api.types.is_bool_dtype(kind) or column.isna().any():
             raise ValueError(
                 f"{where} must be True or False for every feature; column {name!r} is of type {kind}. For "
                 f"{modality.features} marked by 1 and 0: {where} = {where}.astype(bool)."

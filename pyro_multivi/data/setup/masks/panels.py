@@ -122,7 +122,7 @@ def numbers_of_cells(opened: Opened, part: Counts) -> Callable[[NDArray[np.bool_
     masks = part.masks
     if masks is None:
         return lambda cells: cells.sum()
-    which = masks.panels.get_indexer(_panel_of_cells(opened, masks).astype(str))
+    which = masks.panels.get_indexer(pd.Index(_panel_of_cells(opened, masks).astype(str)))
     # Cells whose panel has no mask, at the end, are for the setup to refuse.
     return lambda cells: (
         masks.measured @ np.bincount(which[cells] % (len(masks.panels) + 1), minlength=len(masks.panels) + 1)[:-1]
@@ -146,7 +146,7 @@ def _panels_of(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Distinct panels of the measured cells, (panels, features of the model), and the panel of each cell."""
     column = _panel_of_cells(opened, masks)
-    which = masks.panels.get_indexer(column.astype(str))
+    which = masks.panels.get_indexer(pd.Index(column.astype(str)))
     unknown = cells & (which < 0)
     if (cells & column.isna().to_numpy()).any():
         missing = opened.cells[cells & column.isna().to_numpy()]
