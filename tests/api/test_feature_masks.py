@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO
 import pyro_multivi as pm
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.networks.panels import log_depth
+from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 
 
 def panels_of(whole, lacking):
@@ -262,3 +263,25 @@ def test_minified_data_give_the_same(world):
     model.minify_adata()
     np.testing.assert_array_equal(model.get_latent_representation(), before[0])
     pd.testing.assert_frame_equal(model.get_normalized_expression(), before[1])
+
+
+@pytest.mark.slow
+def test_a_union_tells_types_apart_and_imputes_what_a_sample_lacks():
+    """Two samples of 300 cells that share half of their genes: types are found, and missing genes beat their mean."""
+    whole = pm.simulate_multiome((300, 0, 0), n_genes=80, n_regions=100, n_batches=2, n_types=3, seed=2)
+    genes, regions = whole.var_names[:80], whole.var_names[80:]
+    lacking = {"batch_0": [*genes[:20], *regions[:20]], "batch_1": [*genes[60:], *regions[80:]]}
+    joined = pm.join_samples(panels_of(whole, lacking), features="union", sample_key="batch")
+    pm.MULTIVI.setup_anndata(joined, batch_key="batch", modality_key="modality")
+    model = pm.MULTIVI(joined, n_hidden=32, n_latent=5)
+    model.train(60, progress_bar=False)
+    purity = neighbour_purity(model.get_latent_representation(), joined.obs["cell_type"].to_numpy(), 15)
+    assert purity > 0.9
+    for batch, other in (("batch_0", "batch_1"), ("batch_1", "batch_0")):
+        missing, cells = lacking[batch][:20], joined.obs_names[joined.obs["batch"] == batch]
+        truth, depth = whole[cells, missing].X.toarray(), np.asarray(whole[cells, genes].X.sum(1))
+        measured = whole[whole.obs["batch"] == other]
+        mean = np.asarray(measured[:, missing].X.sum(0) / measured[:, genes].X.sum()) * depth
+        imputed = model.get_normalized_expression(indices=cells, gene_list=missing, return_numpy=True) * depth
+        losses = [np.square(np.log1p(truth) - np.log1p(guess)).mean() for guess in (imputed, mean)]
+        assert losses[0] < 0.95 * losses[1]
