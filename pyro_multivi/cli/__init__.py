@@ -1,4 +1,4 @@
-"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential`` and ``describe``."""
+"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``map`` and ``describe``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": ("train", "train"),
     "check": ("check", "check"),
     "differential": ("differential", "differential"),
+    "map": ("map", "map_query"),
     "describe": ("describe", "describe"),
 }
 

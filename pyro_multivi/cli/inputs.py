@@ -22,6 +22,7 @@ from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.masks.panels import numbers_of_cells
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
+from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.vocabulary import PAIRED, feature_type_column, spelled
 from pyro_multivi.datasets.assembly import existing
 from pyro_multivi.datasets.examples import cell_lines
@@ -110,23 +111,38 @@ def load_model(options: argparse.Namespace) -> MULTIVI:
     if options.data == ["demo"] and not Path("demo").exists():
         data = cell_lines()
     elif options.data:
-        spec = Description.of(read_model(options.model), f"dir_path={str(options.model)!r}").spec
-        samples, key = named_paths(options.data), spec.setup.batch_key
-        if samples is None:
-            data = read_cells(options.data[0])
-            if key in SAMPLE_KEYS and key not in data.obs:
-                data.obs[key] = sample_name(options.data[0])
-            state_features(data, spec.setup.feature_type_key, options)
-        else:
-            features = "intersection" if spec.setup.feature_masks is None else "union"
-            data = read_samples(samples, spec.setup, options, names_needed=False, features=features)
-        if options.feature_type or options.min_counts or options.round:
-            names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
-            data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
+        data = data_for(spec_of(options.model), options.data, options)
     model = MULTIVI.load(options.model, data)
     if model.adata is None:
-        raise ValueError(f"{str(options.model)!r} holds no data: give DATA, the file of the cells, after it.")
+        how = (
+            "--reference DATA, the file of its cells"
+            if "reference" in options
+            else "DATA, the file of the cells, after it"
+        )
+        raise ValueError(f"{str(options.model)!r} holds no data: give {how}.")
     return model
+
+
+def spec_of(model: Path) -> DataSpec:
+    """Specification of a saved model."""
+    return Description.of(read_model(model), f"dir_path={str(model)!r}").spec
+
+
+def data_for(spec: DataSpec, paths: Sequence[str], options: argparse.Namespace) -> Any:
+    """Cells of one or several files for a saved model: an AnnData or a MuData."""
+    samples, key = named_paths(paths), spec.setup.batch_key
+    if samples is None:
+        data = read_cells(paths[0])
+        if key in SAMPLE_KEYS and key not in data.obs:
+            data.obs[key] = sample_name(paths[0])
+        state_features(data, spec.setup.feature_type_key, options)
+    else:
+        features = "intersection" if spec.setup.feature_masks is None else "union"
+        data = read_samples(samples, spec.setup, options, names_needed=False, features=features)
+    if options.feature_type or options.min_counts or options.round:
+        names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
+        data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
+    return data
 
 
 def state_features(data: Any, key: str, options: argparse.Namespace) -> None:
