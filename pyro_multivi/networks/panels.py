@@ -114,7 +114,8 @@ def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -
     if panels is None:
         return None
     share = _typical(program, modality)[0]
-    return (panels.measured.to(share.dtype) @ share).clamp(min=_LEAST_SHARE)[panels.code]
+    # Of a table on the CPU too.
+    return (panels.measured.to(share) @ share).clamp(min=_LEAST_SHARE)[panels.code.to(share.device)]
 
 
 def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:

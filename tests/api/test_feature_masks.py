@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
+import scipy.sparse as sp
 import torch
 from pyro.infer import Trace_ELBO
 
@@ -252,6 +253,22 @@ def test_training_with_pyro_needs_no_more(world):
     program = world.model.program
     svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO())
     assert np.isfinite(svi.step(world.model.minibatch([0, 40, 80])))
+
+
+def test_a_run_of_other_masks_is_not_gone_on_with(world, tmp_path):
+    joined, gene = world.joined.copy(), world.genes[-1]
+    model = pm.MULTIVI(joined, n_hidden=8, n_latent=3)
+    model.train(1, progress_bar=False, checkpoint=tmp_path / "checkpoint")
+    lost = np.outer(joined.obs["batch"] == "batch_3", joined.var_names == gene)
+    joined.X = sp.csr_matrix(joined.X.toarray() * ~lost)
+    masks = joined.varm["pyro_multivi_measured"].copy()
+    masks.loc[gene, "batch_3"] = False
+    joined.varm["pyro_multivi_measured"] = masks
+    with pytest.raises(ValueError, match="1 of the.*not measured|in no batch"):
+        pm.MULTIVI(joined[joined.obs["batch"].isin(["batch_1", "batch_3"])].copy())
+    other = pm.MULTIVI(joined, n_hidden=8, n_latent=3)
+    with pytest.raises(ValueError, match="other genes measured in the cells"):
+        other.train(1, progress_bar=False, checkpoint=tmp_path / "checkpoint", resume=True)
 
 
 def test_minified_data_give_the_same(world):
