@@ -129,9 +129,15 @@ def test_two_columns_of_one_name(adata):
 
 def test_a_feature_that_no_batch_measured(adata):
     part = adata[adata.obs["batch"] == "b"].copy()
-    with pytest.raises(ValueError, match=r"1 genes were measured in no batch with cells.*'g1'.*leave them out"):
+    with pytest.raises(
+        ValueError, match=r"1 genes were measured in no batch with cells.*'g1'.*leave them out"
+    ) as error:
         pm.MULTIVI.setup_anndata(part, batch_key="batch", feature_masks="measured")
-    kept = part[:, part.varm["measured"]["b"]].copy()
+    assert "adata = adata[:, adata.varm['measured'][adata.obs['batch'].unique()].any(axis=1)].copy()" in str(
+        error.value
+    )
+    kept = part[:, part.varm["measured"][part.obs["batch"].unique()].any(axis=1)].copy()
+    assert kept.n_vars == 5
     assert pm.MULTIVI.setup_anndata(kept, batch_key="batch", feature_masks="measured").panels == {}
 
 

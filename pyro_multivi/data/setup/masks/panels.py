@@ -87,11 +87,12 @@ def check_every_feature(opened: Opened, names: Mapping[Modality, tuple[str, ...]
         nowhere = (~panels.measured.any(0)).numpy()
         if nowhere.any():
             lost = [name for name, missing in zip(names[modality], nowhere.tolist(), strict=True) if missing]
-            key = part.masks.where
+            owner, where = part.owner, part.masks.where
+            batches = f"{opened.name}.obs[{_panel_of_cells(opened, part.masks).name!r}].unique()"
             raise ValueError(
-                f"{len(lost)} {modality.features} were measured in no batch with cells, by {key}: {first_names(lost)}. "
-                f"Nothing can be learned of them: leave them out, {part.owner} = {part.owner}[:, "
-                f"~{part.owner}.var_names.isin([...])].copy()."
+                f"{len(lost)} {modality.features} were measured in no batch with cells, by {where}: "
+                f"{first_names(lost)}. Nothing can be learned of them: leave them out, {owner} = "
+                f"{owner}[:, {where}[{batches}].any(axis=1)].copy()."
             )
 
 
