@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from pyro_multivi.api.saving.folder import BrokenModelError
     from pyro_multivi.api.saving.summary import describe
     from pyro_multivi.config import ProgramConfig
+    from pyro_multivi.data.fragments.reads import reads_to_fragments
+    from pyro_multivi.data.stores.matrix import StoreChangedError
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
     from pyro_multivi.datasets.readers import read, read_10x_h5, read_10x_mtx
     from pyro_multivi.datasets.samples import join_samples
     from pyro_multivi.datasets.simulate import simulate_multiome
+    from pyro_multivi.datasets.stores.convert import convert_stores
+    from pyro_multivi.datasets.stores.open import open_stores
+    from pyro_multivi.processes.group import distributed
     from pyro_multivi.program import MultiVIProgram
     from pyro_multivi.training import ContractError, TrainingDiverged
 
@@ -32,16 +37,21 @@ __all__ = [
     "MultiVIProgram",
     "NotTrainedError",
     "ProgramConfig",
+    "StoreChangedError",
     "TrainingDiverged",
     "__version__",
     "cell_lines",
     "compare_models",
+    "convert_stores",
     "describe",
+    "distributed",
     "join_samples",
+    "open_stores",
     "organize_multiome_anndatas",
     "read",
     "read_10x_h5",
     "read_10x_mtx",
+    "reads_to_fragments",
     "settings",
     "simulate_multiome",
 ]
@@ -50,6 +60,7 @@ __all__ = [
 _MODULE_OF = {
     "MULTIVI": "api.multivi",
     "BrokenModelError": "api.saving.folder",
+    "StoreChangedError": "data.stores.matrix",
     "ContractError": "training",
     "MultiVIProgram": "program",
     "NotTrainedError": "api.base",
@@ -57,12 +68,16 @@ _MODULE_OF = {
     "TrainingDiverged": "training",
     "cell_lines": "datasets.examples",
     "compare_models": "api.compare_models",
+    "convert_stores": "datasets.stores.convert",
     "describe": "api.saving.summary",
+    "distributed": "processes.group",
     "join_samples": "datasets.samples",
+    "open_stores": "datasets.stores.open",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",
     "read_10x_mtx": "datasets.readers",
+    "reads_to_fragments": "data.fragments.reads",
     "settings": "_settings",
     "simulate_multiome": "datasets.simulate",
 }

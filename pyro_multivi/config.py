@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyro_multivi.data.checks import check_choice, check_draws, check_fields, shown
+from pyro_multivi.data.modality import PROTEIN
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gene_likelihood": ("zinb", "nb", "negative_binomial", "poisson"),
+    "accessibility_likelihood": ("bernoulli", "poisson", "nb", "negative_binomial"),
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
     "latent_distribution": ("normal", "ln"),
     "modality_weights": ("equal", "universal", "cell"),
@@ -17,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "use_batch_norm": ("none", "encoder", "decoder", "both"),
     "use_layer_norm": ("none", "encoder", "decoder", "both"),
     "library": ("latent", "observed", "size_factor"),
+    "protein_dispersion": ("protein", "protein-batch", "protein-label"),
 }
 
 #: Defaults of ``n_hidden`` and ``n_latent``.
@@ -49,9 +52,16 @@ class ProgramConfig:
     n_layers_encoder, n_layers_decoder
         Hidden layers.
     dropout_rate
-        Dropout rate of the encoders.
+        Dropout rate of the encoders' hidden layers.
+    region_dropout_rate
+        Share of a cell's open regions that the ATAC encoder does not see in training. A cell's fragments are a small
+        sample of its open regions: an encoder that sees another half of them at each epoch learns by heart
+        less of the training cells, and predicts hidden expression and accessibility better.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
+    accessibility_likelihood
+        ``"bernoulli"``: regions are open or closed. ``"poisson"`` or ``"nb"`` (also ``"negative_binomial"``): counts of
+        fragments.
     dispersion
         ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``: sharing of the inverse dispersion.
     latent_distribution
@@ -74,7 +84,7 @@ class ProgramConfig:
         one population: where they hold other types of cells, give 0. Default: 3 with
         ``modality_penalty="contrastive"``, 0 with any other, which then is the only penalty.
     region_factors
-        Whether regions have a factor r_j; without, it is 1.
+        Whether regions have a factor r_j; without, it is 1. Counts of fragments need it.
     encode_covariates, deeply_inject_covariates
         Give s to the encoders; give it to every layer rather than the first.
     use_batch_norm, use_layer_norm
@@ -83,7 +93,12 @@ class ProgramConfig:
         ``"latent"``: l has a LogNormal prior and its own guide. ``"observed"``: l is the total
         count. ``"size_factor"``: l comes with the data, and rho is only non-negative.
     extra
-        Number of features of each extra modality by name, for a custom program.
+        Number of features of each extra modality by name.
+    proteins
+        Whether ``extra["protein"]`` are counts of proteins, which the program models; see
+        :mod:`pyro_multivi.networks.extra.proteins`. Other extra modalities are for a custom program.
+    protein_dispersion
+        ``"protein"``, ``"protein-batch"`` or ``"protein-label"``: sharing of the inverse dispersion of proteins.
 
     Raises
     ------
@@ -101,6 +116,7 @@ class ProgramConfig:
     n_layers_encoder: int = 2
     n_layers_decoder: int = 2
     dropout_rate: float = 0.1
+    region_dropout_rate: float = 0.5
     gene_likelihood: str = "zinb"
     dispersion: str = "gene"
     latent_distribution: str = "normal"
@@ -114,7 +130,10 @@ class ProgramConfig:
     use_batch_norm: str = "none"
     use_layer_norm: str = "both"
     library: str = "latent"
+    accessibility_likelihood: str = "bernoulli"
     extra: dict[str, int] = field(default_factory=dict)
+    proteins: bool = False
+    protein_dispersion: str = "protein"
 
     def __post_init__(self) -> None:
         if self.modality_penalty is None:
@@ -133,8 +152,14 @@ class ProgramConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not allowed: give a finite number, 0 or more; 0 for none."
                 )
-        if self.gene_likelihood == "negative_binomial":
-            object.__setattr__(self, "gene_likelihood", "nb")
+        for name in ("gene_likelihood", "accessibility_likelihood"):
+            if getattr(self, name) == "negative_binomial":
+                object.__setattr__(self, name, "nb")
+        if self.counts_fragments and not self.region_factors:
+            raise ValueError(
+                f"region_factors=False and accessibility_likelihood={self.accessibility_likelihood!r}: counts need a "
+                "rate for each region. Leave region_factors out, or choose 'bernoulli'."
+            )
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
             raise ValueError(
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
@@ -143,13 +168,22 @@ class ProgramConfig:
             object.__setattr__(self, "n_hidden", N_HIDDEN)
         if self.n_latent is None:
             object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate={self.dropout_rate!r} is not in [0, 1).")
-        if self.dispersion == "gene-label" and self.n_labels < 1:
-            raise ValueError(
-                "dispersion='gene-label' needs labels: give labels_key to setup_anndata or setup_mudata, "
-                "or choose another dispersion."
-            )
+        for name in ("dropout_rate", "region_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1).")
+        if self.proteins and PROTEIN not in self.extra:
+            raise ValueError(f"proteins=True needs extra[{PROTEIN!r}], the number of proteins.")
+        for name, needs in (("dispersion", "gene-label"), ("protein_dispersion", "protein-label")):
+            if getattr(self, name) == needs and self.n_labels < 1:
+                raise ValueError(
+                    f"{name}={needs!r} needs labels: give labels_key to setup_anndata or setup_mudata, "
+                    "or choose another dispersion."
+                )
+
+    @property
+    def counts_fragments(self) -> bool:
+        """Whether counts of fragments are modelled, rather than open or closed regions."""
+        return self.accessibility_likelihood != "bernoulli"
 
     @property
     def hidden(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -20,10 +20,12 @@ from pyro_multivi.distributions import (
     ZeroInflatedNegativeBinomialCounts,
     measured_only,
 )
+from pyro_multivi.distributions.fragments import FragmentCounts
 from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
-from pyro_multivi.networks.decoders import DecodedExpression
-from pyro_multivi.networks.encoders import HiddenState
+from pyro_multivi.networks.decoders import DecodedExpression, dispersions_of_cells
+from pyro_multivi.networks.encoders import HiddenState, HiddenStates
 from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights, seen_from_one
+from pyro_multivi.networks.fragments import depth_posterior, fragments_likelihood, fragments_prior
 from pyro_multivi.networks.modules import ProgramModules
 from pyro_multivi.networks.panels import depth, log_depth, measured_share, missing_input, totals
 from pyro_multivi.networks.param_sites import register_param_sites
@@ -33,17 +35,6 @@ CELLS = "cells"
 
 # A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
 _LARGEST_FACTOR = 1 - 1e-6
-# exp of more would overflow a library size long after it stopped being one (1e13 counts).
-_MAX_LOG_LIBRARY = 30.0
-# Log of the standard deviation of log l; at e^2 = 7 no draw around that mean overflows either.
-_MAX_LOG_LIBRARY_SD = 2.0
-
-
-class HiddenStates(NamedTuple):
-    """First hidden layer of the encoders by modality; None where the model has no features of it."""
-
-    rna: HiddenState | None
-    atac: HiddenState | None
 
 
 class MultiVIProgram(ProgramModules):
@@ -112,6 +103,7 @@ class MultiVIProgram(ProgramModules):
         r          --         (M,)    region factor, in (0, 1)
         ========== ========== ======= ==========================================================
 
+        Counts of fragments (``accessibility_likelihood``) follow :mod:`~pyro_multivi.networks.fragments`.
         Unmeasured modalities are masked out of the density; sampling ignores the mask, so the
         same statements impute them.
         """
@@ -156,7 +148,7 @@ class MultiVIProgram(ProgramModules):
             if self.config.n_genes:
                 pyro.sample("l", self.library_posterior(cells, s, hidden))
             if self.config.n_regions:
-                pyro.sample("d", dist.Delta(self.cell_factor(cells, hidden)))
+                pyro.sample("d", self.cell_factor_posterior(cells, s, hidden))
             # Terms of training, not of the model: hidden whenever an ELBO is reported.
             pyro.factor("alignment", self.alignment(experts, s), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
@@ -193,17 +185,7 @@ class MultiVIProgram(ProgramModules):
         """theta, inverse dispersion, (G,) or (..., B, G); None for a Poisson."""
         if decoded.theta_logits is not None:
             return decoded.theta_logits.exp()
-        if log_theta is None:
-            return None
-        if self.config.dispersion == "gene":
-            return log_theta[..., 0, :].exp()
-        if log_theta.dim() > 2:
-            # Draws of random dispersions are (S, 1, sets, G): the 1 stands where cells do.
-            log_theta = log_theta.squeeze(-3)
-        if self.config.dispersion == "gene-batch":
-            return (s[..., : self.config.n_batch] @ log_theta).exp()
-        assert cells.label is not None, "gene-label dispersion needs Cells.label"
-        return log_theta[..., cells.label, :].exp()
+        return None if log_theta is None else dispersions_of_cells(self.config, log_theta, s, cells.label)
 
     def expression_dist(
         self, l: Tensor, rho: Tensor, theta: Tensor | None, pi_logits: Tensor | None
@@ -221,34 +203,42 @@ class MultiVIProgram(ProgramModules):
         return p
 
     def cell_factor_prior(self, cells: Cells) -> dist.TorchDistribution:
-        """d ~ Uniform(0, 1); known factors as they are."""
+        """d ~ Uniform(0, 1), or of fragments LogNormal; known factors as they are."""
         if cells.atac_size is not None:
             return dist.Delta(cells.atac_size)
+        if self.config.counts_fragments:
+            return fragments_prior(self, cells.design)
         zero = cells.design.new_zeros(len(cells))
         return dist.Uniform(zero, torch.ones_like(zero))
 
     def region_factors(self) -> Tensor | None:
-        """r, (M,), in (0, 1); None stands for 1.
+        """r, (M,), in (0, 1), or a rate of fragments; None stands for 1.
 
         Called above the plate of cells: an override may draw them by a sample statement.
         """
+        if self.config.counts_fragments:
+            return self.region_log_rate.exp()
         return self.region_logit.sigmoid() if self.config.region_factors else None
 
     def accessibility_dist(self, p: Tensor, d: Tensor, r: Tensor | None) -> dist.TorchDistribution:
-        """y ~ Bernoulli(p d r), event shape (M,)."""
+        """y ~ Bernoulli(p d r), or counts of fragments, event shape (M,)."""
+        if self.config.counts_fragments and r is not None:
+            return fragments_likelihood(self, p, d, r)
         return ScaledBernoulli(p, d, r)
 
     def open_probability(self, y: dist.TorchDistribution) -> Tensor:
         """P(y > 0) of each region under :meth:`accessibility_dist`, (..., M): the mean of a Bernoulli."""
-        mean: Tensor = y.mean
-        return mean
+        found: Tensor = y.open_probability if isinstance(y, FragmentCounts) else y.mean
+        return found
 
     def transform(self, z: Tensor) -> Tensor:
         """Input of the decoders, (..., B, K): z itself, or softmax(z) for ``latent_distribution="ln"``."""
         return z.softmax(-1) if self.config.latent_distribution == "ln" else z
 
     def observe_extra(self, cells: Cells, z: Tensor, s: Tensor) -> None:
-        """Hook: sample statements of extra modalities, inside the plate of cells."""
+        """Sample statements of extra modalities, inside the plate of cells; a hook for others."""
+        for modality in self.modelled_extra:
+            modality.observe(cells, self.transform(z), s)
 
     # ------------------------------------------------------------------ edges of the guide
 
@@ -292,7 +282,7 @@ class MultiVIProgram(ProgramModules):
             loc, scale = getattr(self, f"{modality.key}_expert")(state)
             loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
             experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-        return experts
+        return {**experts, **{extra.name: extra.expert(cells, s) for extra in self.modelled_extra}}
 
     def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
         """Experts that z is drawn from: in training, half of the paired cells are seen from one modality alone.
@@ -336,11 +326,16 @@ class MultiVIProgram(ProgramModules):
         if known is not None:
             return dist.Delta(known)
         assert hidden.rna is not None
-        prior_loc, prior_scale = self._library_moments(s)
-        arguments = self.library_head(self.depth_hidden_state(hidden.rna), self.rna_log_depth)
-        loc = arguments[:, 0].clamp(-_MAX_LOG_LIBRARY, _MAX_LOG_LIBRARY)
-        scale = arguments[:, 1].clamp(-10.0, _MAX_LOG_LIBRARY_SD).exp()
-        return dist.LogNormal(hidden.rna.scatter(loc, prior_loc), hidden.rna.scatter(scale, prior_scale))
+        state = self.depth_hidden_state(hidden.rna)
+        return depth_posterior(self.library_head, state, self.rna_log_depth, *self._library_moments(s))
+
+    def cell_factor_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
+        """q(d | y): a point, :meth:`cell_factor`; LogNormal for fragments, as that of the library."""
+        if not self.config.counts_fragments or cells.atac_size is not None:
+            return dist.Delta(self.cell_factor(cells, hidden))
+        assert hidden.atac is not None
+        prior, state = fragments_prior(self, s), self.depth_hidden_state(hidden.atac)
+        return depth_posterior(self.cell_factor_head, state, self.atac_log_depth, prior.loc, prior.scale)
 
     def cell_factor(self, cells: Cells, hidden: HiddenStates) -> Tensor:
         """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""
@@ -377,7 +372,9 @@ class MultiVIProgram(ProgramModules):
         """Hook: sample statements for latents that all cells share, above the plate of cells."""
 
     def guide_extra(self, cells: Cells, s: Tensor) -> None:
-        """Hook: sample statements for latents that :meth:`observe_extra` introduced."""
+        """Sample statements for latents that :meth:`observe_extra` introduced."""
+        for modality in self.modelled_extra:
+            modality.guide(cells, s)
 
     # ------------------------------------------------------------------ parameters and data
 

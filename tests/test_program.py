@@ -310,6 +310,7 @@ def test_default_widths():
         ({"n_batch": 0}, "n_batch=0"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"dropout_rate": -0.1}, "dropout_rate=-0.1"),
+        ({"region_dropout_rate": 1.0}, "region_dropout_rate=1.0"),
         ({"dispersion": "gene-label"}, "gene-label.*labels_key"),
     ],
 )

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
-from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality, Panels
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.engine.decode import Average
+from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.posterior.quantities.estimates import Quantity
+from pyro_multivi.program import MultiVIProgram
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,11 +69,12 @@ class AccessibilityOptions(_Options, total=False):
     region_list: FeatureList
     normalize_cells: bool
     normalize_regions: bool
+    detection: bool
 
 
 def choose_features(
     spec: DataSpec,
-    modality: Modality,
+    modality: AnyModality,
     wanted: FeatureList,
     device: torch.device,
     measured: Tensor | None = None,
@@ -129,7 +133,7 @@ def choose_features(
 
 
 def measured_features(
-    table: CellTable, modality: Modality, index: Tensor | None = None, in_all: bool = True
+    table: CellTable, modality: AnyModality, index: Tensor | None = None, in_all: bool = True
 ) -> Tensor | None:
     """Features that were measured in all cells with the modality, or in any, (F,), bool; None where all were in all.
 
@@ -146,7 +150,7 @@ def measured_features(
 def _among_measured(
     measured: Tensor,
     chosen: tuple[Tensor | None, tuple[str, ...]],
-    modality: Modality,
+    modality: AnyModality,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -248,6 +252,30 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
         at = int(np.argmax(wrong))
         raise ValueError(f"library_size holds {sizes[at]} at position {at}: a library size is finite and positive.")
     return torch.from_numpy(sizes.copy()).to(device)
+
+
+def accessibility_of(
+    program: MultiVIProgram,
+    threshold: float | None,
+    normalize_cells: bool,
+    normalize_regions: bool,
+    regions: Tensor | None = None,
+    detection: bool = False,
+) -> Quantity:
+    """Accessibility of regions that a method's arguments describe.
+
+    Counts of fragments determine p only up to the rate of a region, so that theirs is always multiplied in.
+    """
+    fragments = program.config.counts_fragments
+    factors = region_factors(program) if normalize_regions or fragments else None
+    theta = program.region_log_theta.exp() if program.config.accessibility_likelihood == "nb" else None
+    if fragments and normalize_cells and factors is not None:
+        factors = factors / program.atac_log_depth.exp()
+    factors, theta = (each if each is None or regions is None else each[regions] for each in (factors, theta))
+    by_cell = ATAC.depth if normalize_cells else 1.0
+    return Quantity(
+        ATAC.decoded, regions, by_cell, factors, threshold, detection=detection and fragments, inverse_dispersion=theta
+    )
 
 
 def as_json(value: Any, several: str = "") -> Any:

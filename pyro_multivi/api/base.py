@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
+from pyro_multivi.data.fragments.checks import check_fragments
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modality_named
@@ -50,6 +51,8 @@ class ModelBase:
                 setattr(cls, name, isolated()(method))
 
     def _assemble(self, spec: DataSpec, program: MultiVIProgram, adata: Data | None, table: CellTable | None) -> None:
+        if table is not None and program.config.counts_fragments:
+            check_fragments(table, spec.region_names)
         self.spec = spec
         self.program = program
         self.adata = adata
@@ -124,6 +127,8 @@ class ModelBase:
             return self._table, adata
         table = self.spec.table(adata)
         check_weights(table, adata, self.program)
+        if self.program.config.counts_fragments:
+            check_fragments(table, self.spec.region_names)
         return table, adata
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:

@@ -240,7 +240,7 @@ class ChecksMixin(ModelBase):
         -------
         arviz.InferenceData
             ``posterior``: latents by site (z, l, d). ``posterior_predictive``, ``observed_data``: x and y
-            (0 or 1), observed ones NaN where not measured. ``log_likelihood``: x and y of each cell given
+            (0 or 1, or fragments), observed ones NaN where not measured. ``log_likelihood``: x and y of each cell given
             each draw, 0 where not measured. ``constant_data``: ``has_rna``, ``has_atac``.
 
         Raises
@@ -276,7 +276,8 @@ class ChecksMixin(ModelBase):
         With ``cells`` of those that were measured in all of them.
         """
         positions, names = {}, {}
-        for modality, wanted in ((RNA, gene_list), (ATAC, region_list)):
+        for each, wanted in ((RNA, gene_list), (ATAC, region_list)):
+            modality = each.in_model(self.program.config)
             if wanted is not None:
                 self._check_modality(modality.list_argument, modality.name)
             if modality in modelled(self.spec):

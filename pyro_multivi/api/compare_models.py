@@ -207,7 +207,7 @@ def _measured_by_name(modality: Modality, model: MULTIVI, cells: Minibatches) ->
 
 def _totals(modality: Modality, cells: Minibatches) -> torch.Tensor:
     counts = modality.counts_in(cells.table)
-    return torch.zeros(0) if counts is None else counts.select_rows(cells.index).row_sums()
+    return torch.zeros(0) if counts is None else counts.row_sums().double()[cells.index]
 
 
 def _error_of_mean(values: NDArray[np.float64]) -> float:

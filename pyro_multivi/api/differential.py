@@ -12,7 +12,8 @@ from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes, tell_difference
 from pyro_multivi.api.scvi_tools.minified import check_counts
 from pyro_multivi.data.checks import checked
-from pyro_multivi.data.modality import ATAC, RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.compare import compare_groups
 from pyro_multivi.posterior.differential.contrasts import CellChoice, GroupChoice, resolve_contrasts
 from pyro_multivi.posterior.differential.request import DifferentialRequest
@@ -274,7 +275,7 @@ class DifferentialMixin(ModelBase):
         region_list: FeatureList = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Regions whose accessibility p differs between two groups of cells.
+        """Regions whose accessibility differs between two groups of cells.
 
         Every change and sign is **group 1 over group 2** (``effect_size`` of scvi-tools is the opposite).
 
@@ -300,6 +301,8 @@ class DifferentialMixin(ModelBase):
             Probability to compare. ``"detected"``: that the region is found open in a cell of
             mean depth, p r times the mean of d over the cells of both groups with ATAC: ``emp_prob``
             without the effects of depth and batches. ``"accessible"``: that it is open, p. See Notes.
+            Where fragments are counted (``accessibility_likelihood``) their expected number in a cell of mean depth,
+            p r d, takes the place of the probability, and ``"accessible"`` and ``"log-odds"`` are refused.
         region_list
             Names, positions or a mask: test these only.
 
@@ -324,7 +327,9 @@ class DifferentialMixin(ModelBase):
             ==============================================  =================================================
 
             Where regions differ between batches, with ``n_measured1/2`` as in :meth:`differential_expression`.
-            With ``mode="vanilla"`` ``proba_m1`` and ``proba_m2`` take the place of the first two.
+            With ``mode="vanilla"`` ``proba_m1`` and ``proba_m2`` take the place of the first two. Where fragments are
+            counted ``est_fragments1/2`` (expected fragments in a cell of typical depth) and ``emp_fragments1/2`` (mean
+            count) take the place of ``est_prob1/2``, and of ``emp_prob1/2`` in ``emp_effect``.
 
         Raises
         ------
@@ -358,9 +363,9 @@ class DifferentialMixin(ModelBase):
         ['comparison', 'group1', 'group2']
         """
         tell_difference("effect_size")
-        return self._compare(ATAC, locals())
+        return self._compare(ATAC.in_model(self.program.config), locals())
 
-    def _compare(self, modality: Modality, arguments: Mapping[str, Any]) -> pd.DataFrame:
+    def _compare(self, modality: AnyModality, arguments: Mapping[str, Any]) -> pd.DataFrame:
         """Compare groups in one modality; ``arguments`` are those of a method above, by name."""
         self._check_modality(f"differential_{modality.name}", modality.name)
         self._check_trained(warn=True)

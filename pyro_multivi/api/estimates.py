@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pyro_multivi.api.arguments import (
     AccessibilityOptions,
@@ -20,6 +19,7 @@ from pyro_multivi.api.arguments import (
     Indices,
     LibrarySize,
     OutPath,
+    accessibility_of,
     as_json,
     average_over,
     check_threshold,
@@ -30,7 +30,7 @@ from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.engine.draws import cells_at_a_time, region_factors
+from pyro_multivi.posterior.engine.draws import cells_at_a_time
 from pyro_multivi.posterior.quantities.estimates import Quantity
 from pyro_multivi.posterior.quantities.impute import impute
 from pyro_multivi.posterior.quantities.output import Estimates, deliver
@@ -111,7 +111,7 @@ class EstimatesMixin(ModelBase):
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean
-            Average over the draws; otherwise return all of them.
+            Average over the draws of the latent state; otherwise return all of them, of the decoder's last layer too.
         return_numpy
             Return an array instead of a frame.
         silent
@@ -121,8 +121,8 @@ class EstimatesMixin(ModelBase):
             ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA it is predicted from its
             accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
-            Probability of a central interval of the expectation over draws, such as 0.9: also return its ends and the
-            standard deviation. The noise of counts is no part of it. Needs at least 2 / (1 - return_interval) draws.
+            Probability of a central interval of the expectation over draws of the latent state and the decoder's last
+            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it
@@ -196,6 +196,7 @@ class EstimatesMixin(ModelBase):
         threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
         batch_size: int = ..., return_numpy: bool = ..., *, n_samples: int = ..., return_mean: bool = ...,
         return_interval: float | None = ..., out: OutPath | None = ..., silent: bool | None = ..., seed: int = ...,
+        detection: bool = ...,
     ) -> Estimates: ...  # fmt: skip
     @checked
     def get_accessibility_estimates(
@@ -218,9 +219,11 @@ class EstimatesMixin(ModelBase):
         out: OutPath | None = None,
         silent: bool | None = None,
         seed: int = 0,
+        detection: bool = False,
     ) -> Estimates:
-        """Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`.
+        r"""Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`, a probability to be open.
 
+        Where fragments are counted, it is their expected number in a cell of typical depth, :math:`E_q[g_z(z, s)\, r]`.
         Denoised where ATAC was measured, imputed where it was not, as in :meth:`get_normalized_expression`.
         Also available as ``get_normalized_accessibility``.
 
@@ -237,9 +240,12 @@ class EstimatesMixin(ModelBase):
         normalize_cells
             Multiply with the cell factor d. For a cell without ATAC d is predicted from its expression
             (:meth:`train` fits that to paired cells; without any, d has its prior, uniform on (0, 1)).
+            Of fragments: their expected number in the cell itself.
         normalize_regions
             Multiply with the region factor r. With both factors the result is the expected
-            detection of a region in a cell.
+            detection of a region in a cell. Fragments have it in any case.
+        detection
+            Where fragments are counted: the probability that there is at least one. Other estimates stay.
 
         Returns
         -------
@@ -274,7 +280,7 @@ class EstimatesMixin(ModelBase):
         regions, names = choose_features(self.spec, ATAC, region_list, self.device)
         whole_rows = len(names) if threshold is not None else 0
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows), True, None)
-        quantity = self._accessibility(threshold, normalize_cells, normalize_regions, regions)
+        quantity = accessibility_of(self.program, threshold, normalize_cells, normalize_regions, regions, detection)
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
@@ -380,7 +386,7 @@ class EstimatesMixin(ModelBase):
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
         quantities = [
             Quantity(RNA.decoded, by_cell=library_factor(library_size, cells.n_cells, self.device)),
-            self._accessibility(threshold, normalize_cells, normalize_regions),
+            accessibility_of(self.program, threshold, normalize_cells, normalize_regions),
         ]
         arguments = {
             "transform_batch": as_json(transform_batch), "library_size": as_json(library_size, "one number per cell"),
@@ -391,10 +397,3 @@ class EstimatesMixin(ModelBase):
             self.program, cells, quantities, average, self.spec, obs, arguments,
             measured_too=measured_too, out=out, silent=silent,
         )  # fmt: skip
-
-    def _accessibility(
-        self, threshold: float | None, normalize_cells: bool, normalize_regions: bool, regions: Tensor | None = None
-    ) -> Quantity:
-        factors = region_factors(self.program) if normalize_regions else None
-        factors = factors if factors is None or regions is None else factors[regions]
-        return Quantity(ATAC.decoded, regions, ATAC.depth if normalize_cells else 1.0, factors, threshold)

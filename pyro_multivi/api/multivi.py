@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,33 +13,44 @@ from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.checks import ChecksMixin
 from pyro_multivi.api.custom_program import configure
-from pyro_multivi.api.differential import DifferentialMixin
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
+from pyro_multivi.api.proteins.differential import ProteinDifferentialMixin
 from pyro_multivi.api.query.mixin import QueryMixin
 from pyro_multivi.api.scvi_tools.arguments import CONSTRUCTOR, SETUP_ANNDATA, takes
 from pyro_multivi.api.scvi_tools.attributes import ScviAttributes
 from pyro_multivi.api.scvi_tools.minify import MinifyMixin
 from pyro_multivi.api.training import TrainingMixin
 from pyro_multivi.config import ProgramConfig
-from pyro_multivi.data.checks import check_mapping, checked
+from pyro_multivi.data.checks import caution, check_mapping, checked
+from pyro_multivi.data.fragments.checks import check_fragments, fragment_cautions
 from pyro_multivi.data.modality import MODALITIES, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.datasets.stores.open import open_stores
 from pyro_multivi.isolation import isolated
 from pyro_multivi.networks.panels import start_typical
 from pyro_multivi.program import MultiVIProgram
 
 
 class MULTIVI(
-    TrainingMixin, LatentMixin, EstimatesMixin, ChecksMixin, DifferentialMixin, QueryMixin, MinifyMixin, ScviAttributes
+    TrainingMixin,
+    LatentMixin,
+    EstimatesMixin,
+    ChecksMixin,
+    ProteinDifferentialMixin,
+    QueryMixin,
+    MinifyMixin,
+    ScviAttributes,
 ):
     """Joint model of gene expression and chromatin accessibility of single cells.
 
     Parameters
     ----------
     adata
-        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed.
+        AnnData or MuData prepared by :meth:`setup_anndata` or :meth:`setup_mudata`. It is read and never changed. Or
+        the path of an AnnData that was written after that: its counts stay on disk
+        (:func:`~pyro_multivi.open_stores`).
     n_genes, n_regions
         Numbers of features; default: those of the data. They are needed for an AnnData without feature types, whose
         first columns are genes, followed by regions. Of a MuData that has more, the first are modelled.
@@ -54,7 +67,7 @@ class MULTIVI(
     n_layers_encoder, n_layers_decoder
         Numbers of hidden layers.
     dropout_rate
-        Dropout rate of the encoders.
+        Dropout rate of the encoders' hidden layers.
     region_factors
         Whether each region has a factor of its own for how often it is found open.
     gene_likelihood
@@ -72,6 +85,9 @@ class MULTIVI(
         Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
         Raise an error unless every cell has both modalities.
+    protein_dispersion
+        Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
+        (``"protein-label"``).
     library
         RNA depth of a cell: ``"latent"``, inferred with a prior for each batch, or ``"observed"``, its total count.
         Size factors in the data (``size_factor_key`` of the setup) take precedence.
@@ -89,6 +105,12 @@ class MULTIVI(
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it
         matches halves less closely, and gives purer types in shallow data. Default: 2.5 with
         ``modality_penalty="contrastive"``, else 0.
+    region_dropout_rate
+        Share of a cell's open regions that the ATAC encoder does not see in training, another one at each step.
+    accessibility_likelihood
+        Distribution of accessibility: ``"bernoulli"``, open or closed, whatever the count; ``"poisson"`` or ``"nb"``,
+        counts of fragments, of which there may be more in a region the more it is open. Counts of reads are turned into
+        those by :func:`~pyro_multivi.reads_to_fragments`.
 
     See Also
     --------
@@ -110,7 +132,7 @@ class MULTIVI(
     @checked
     def __init__(
         self,
-        adata: Data,
+        adata: Data | str | os.PathLike[str],
         n_genes: int | None = None,
         n_regions: int | None = None,
         modality_weights: str = "equal",
@@ -129,15 +151,24 @@ class MULTIVI(
         deeply_inject_covariates: bool = False,
         encode_covariates: bool = False,
         fully_paired: bool = False,
+        protein_dispersion: str = "protein",
         library: str = "latent",
         seed: int | None = None,
         program_class: type[MultiVIProgram] = MultiVIProgram,
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
+        region_dropout_rate: float = 0.5,
+        accessibility_likelihood: str = "bernoulli",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}
+        if isinstance(adata, (str, os.PathLike)):
+            if not Path(adata).exists():
+                raise ValueError(
+                    f"adata={str(adata)!r} is neither an AnnData nor a MuData, and no file or folder that is there."
+                )
+            adata = open_stores(adata)
         spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)
         paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)
@@ -160,14 +191,20 @@ class MULTIVI(
             n_covariates=spec.design_width,
             library="size_factor" if given_size else library,
             extra={name: len(features) for name, features in spec.extra.items()},
+            proteins=spec.setup.protein_key is not None,
         )
         options = check_mapping("program_options", program_options, "{'name': value}")
         config = configure(program_class, options, **choices)
+        if config.counts_fragments:
+            check_fragments(table, spec.region_names)
+            for sentence in fragment_cautions(table):
+                caution(sentence)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
-        marginals = table.marginals()
+        marginals = table.marginals(config.counts_fragments)
         program.start_from(marginals)
+        program.start_extra_from(table)
         if any(modality.panels_in(table) is not None for modality in MODALITIES):
             start_typical(program, table.blocks(), marginals)
         program.eval()
@@ -180,9 +217,10 @@ class MULTIVI(
 
     def __repr__(self) -> str:
         config = self.program.config
+        also = "".join(f", {config.extra[each.name]} {each.name}" for each in self.program.modelled_extra)
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions, {config.n_batch} batches; latent {config.latent}, hidden {config.hidden}; "
-            f"{trained}"
+            f"{config.n_regions} regions ({config.accessibility_likelihood}), {config.n_batch} batches{also}; "
+            f"latent {config.latent}, hidden {config.hidden}; {trained}"
         )

@@ -19,17 +19,20 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.api.scvi_tools.minified import check_counts
 from pyro_multivi.data.checks import caution, checked
-from pyro_multivi.data.loader import Minibatches, default_batch_size
+from pyro_multivi.data.loader import SHUFFLE_BLOCK, SHUFFLE_BUFFER, Minibatches, default_batch_size
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
+from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
 from pyro_multivi.posterior.calibration.refit import refit
+from pyro_multivi.processes.group import current, distributed
 from pyro_multivi.training import FitOptions, fit, resolve_device
 from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.run import Run
+from pyro_multivi.training.distributed.shared_steps import share_weights
 from pyro_multivi.training.options import Callback
 
 
@@ -38,6 +41,7 @@ class TrainingMixin(ModelBase):
 
     @takes(TRAIN, train_arguments)
     @isolated()
+    @distributed()
     @checked
     def train(
         self,
@@ -74,12 +78,16 @@ class TrainingMixin(ModelBase):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | str | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        shuffle_block: int = SHUFFLE_BLOCK,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
     ) -> None:
         """Fit the model; call again to go on.
 
         At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and cells of both modalities teach how the sequencing
-        depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
+        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and cells of both modalities teach
+        how the sequencing depth of one follows from the other
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
 
         Parameters
         ----------
@@ -160,9 +168,22 @@ class TrainingMixin(ModelBase):
             was never interrupted, on a CPU with as many threads bit by bit. Where there is no checkpoint yet, a warning
             says that training starts from the beginning. A path: that of the folder, in which there must be one.
 
+        shuffle_block, shuffle_buffer
+            Of data on disk, cells are shuffled by blocks: ``shuffle_block`` cells in a row are read at once, and those
+            of ``shuffle_buffer`` such blocks from all over the data are shuffled among themselves; twice as many are in
+            memory. Where neighbours in the file are alike, for instance sorted by sample, the share of a sample in a
+            buffer varies as in a random sample of ``shuffle_buffer`` cells. Smaller blocks and more of them mix better
+            and read more slowly. Without effect on data in memory.
+
         Notes
         -----
         State of callbacks is not in a checkpoint.
+
+        In a script under torchrun, or with an initialised process group of ``torch.distributed``, the processes share
+        the training: each makes the same model of the same data and calls this with the same arguments.
+        ``batch_size`` counts the cells of all of them; penalties that compare cells (contrast, mixing, MMD) and batch
+        statistics are those of each share. All end with the same weights and history. Callbacks are called in each
+        process; True in one of them stops all.
 
         Arguments of scvi-tools and of Lightning's Trainer that are not above (``plan_kwargs``, ``datasplitter_kwargs``,
         ``enable_progress_bar``, ``logger``, ...) are taken too: as ours where there is one, left out with a warning, or
@@ -183,7 +204,7 @@ class TrainingMixin(ModelBase):
             If the loss becomes NaN; the model goes back to its best weights.
         """
         tell_difference("train")
-        seed = settings.seed_or(seed)
+        seed, processes = settings.seed_or(seed), current()
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
         options = replace(options, callbacks=(self._mark_trained, *options.callbacks))
@@ -202,11 +223,14 @@ class TrainingMixin(ModelBase):
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
         split, names = self._split, table.cell_names
+        shuffling = {"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer}
         if checkpoints is not None:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
+            several = {"processes": processes.size} if processes.are_several else {}
             run = Run.of(
                 self.program, table, features, options, train_size=train_size, validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
+                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type, **several,
+                **(shuffling if table.on_disk else {}),
             )  # fmt: skip
             checkpoints.open(run)
         if checkpoints is not None and checkpoints.split is not None:
@@ -217,9 +241,15 @@ class TrainingMixin(ModelBase):
         if checkpoints is not None:
             checkpoints.split = split
         source = resident_if_it_fits(table, device)
-        batches = partial(Minibatches, source, batch_size=batch_size, device=device)
-        train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
-        validation = batches(split.validation) if len(split.validation) else None
+        batches = partial(
+            Minibatches,
+            batch_size=batch_size,
+            device=device,
+            shuffle_block=shuffle_block,
+            shuffle_buffer=shuffle_buffer,
+        )
+        train = batches(source, split.train, shuffle=True, seed=seed + self._history.n_epochs)
+        validation = batches(source, split.validation) if len(split.validation) else None
         self._split, self._saved_split = split, None
         try:
             with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
@@ -227,14 +257,18 @@ class TrainingMixin(ModelBase):
                     self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
                 )
             self.is_trained = True
-            seen = batches(split.train)
+            seen = batches(source, split.train)
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
+            if recalibrates:
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
+            progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
             for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
                 calibrate()
+            share_weights(processes, self.program)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 

@@ -1,12 +1,14 @@
-"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``map`` and ``describe``."""
+"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``map``, ``describe``, ``convert``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 
 from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.parser import command_parser
@@ -19,6 +21,7 @@ _COMMANDS = {
     "differential": ("differential", "differential"),
     "map": ("map", "map_query"),
     "describe": ("describe", "describe"),
+    "convert": ("convert", "convert"),
 }
 
 
@@ -34,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pyro-multivi: {in_options(' '.join(str(message).split()), vars(options))}", file=sys.stderr)
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as silence:
+            if os.environ.get("RANK", "0") != "0":
+                # Of the processes of torchrun the first alone says what all find; each says why it fails.
+                silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+                warnings.simplefilter("ignore")
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             module, name = _COMMANDS[options.command]
             run: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -13,6 +13,8 @@ _OPTIONS = {
     "atac_layer": "--layer",
     "dir_path": "MODEL",
     "groupby": "--labels",
+    "out": "OUT",
+    "stores": "DATA",
 }
 #: Advice in Python that has its option.
 _ADVICE = (
@@ -31,6 +33,8 @@ _ADVICE = (
     (r"feature_type_values\['genes'\] is|modalities\['rna_layer'\] is", "--rna"),
     (r"feature_type_values\['regions'\] is|modalities\['atac_layer'\] is", "--atac"),
     (r"give another sample_key, or name the sample so", "say what the sample is called, NAME=PATH"),
+    (r"stores has more than one called (.*): name them, .*", r"more than one store is called \1: give NAME=PATH."),
+    (r"pyro_multivi\.convert_stores\(IN, 'OUT\.zarr'\), or (on the command line )?", ""),
     (r"samples has more than one called (.*): name them, .*", r"more than one sample is called \1: give NAME=PATH."),
     (r" To train on, call train\(\) once more.*", ""),
     (r"resume=True", "--resume"),

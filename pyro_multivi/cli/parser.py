@@ -69,6 +69,11 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--n-latent", type=int)
     train.add_argument("--n-hidden", type=int)
     train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
+    train.add_argument(
+        "--accessibility-likelihood",
+        default="bernoulli",
+        help="bernoulli (open or not), or poisson or nb of counts of fragments (default: bernoulli)",
+    )
     _add_training(train)
 
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")
@@ -137,6 +142,23 @@ def command_parser() -> argparse.ArgumentParser:
 
     describe = commands.add_parser("describe", help="what a saved model is, without loading it")
     describe.add_argument("model", type=Path, help="folder of a saved model")
+
+    convert = commands.add_parser(
+        "convert",
+        help="write files as one .zarr that is read fast from disk",
+        description="Write a file, or several as one data set, by cells and compressed, in blocks. The same command "
+        "goes on where it was interrupted. In Python pyro_multivi.open_stores(OUT) opens what it wrote.",
+    )
+    convert.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="as for train; several have to be .h5ad or .zarr",
+    )
+    convert.add_argument("target", metavar="OUT", help="folder to write, .zarr")
+    convert.add_argument("--layer", help="layer with the raw counts")
+    convert.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
+    convert.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 

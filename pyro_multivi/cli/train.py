@@ -36,6 +36,7 @@ from pyro_multivi.datasets.samples import MODALITY_KEY
 from pyro_multivi.files import write_whole
 from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
+from pyro_multivi.processes.group import is_first_process
 
 #: Everything that is written to the folder.
 OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png")
@@ -104,6 +105,7 @@ def train(options: argparse.Namespace) -> None:
         n_latent=options.n_latent,
         n_hidden=options.n_hidden,
         gene_likelihood=options.gene_likelihood,
+        accessibility_likelihood=options.accessibility_likelihood,
         seed=options.seed,
     )
     _analyse(model, data, options)
@@ -132,6 +134,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         checkpoint_every=options.checkpoint_every,
         resume=options.resume,
     )
+    if not is_first_process():
+        return
     # Before anything that may fail.
     written = [f"{save_model(model, out / 'model', options.overwrite).name}/"]
     latent = np.asarray(model.get_latent_representation())

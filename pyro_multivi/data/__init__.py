@@ -10,6 +10,7 @@ _MODULE_OF = {
     "read_10x_atac": "pyro_multivi.datasets.scvi_readers",
     "read_10x_multiome": "pyro_multivi.datasets.scvi_readers",
     "read_h5ad": "anndata",
+    "reads_to_fragments": "pyro_multivi.data.fragments.reads",
     "synthetic_iid": "pyro_multivi.datasets.synthetic",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.passes import block_order, cells_from_disk
 from pyro_multivi.data.table import CellTable
 
 
@@ -28,6 +30,11 @@ def default_batch_size(n_cells: int) -> int:
     (64, 128)
     """
     return int(min(128, max(32, 2 ** round(math.log2(max(n_cells, 1) / 16)))))
+
+
+#: Cells in a row on disk that are read at once, and blocks of them that are shuffled among themselves: a minibatch of
+#: 128 has cells from most of the 64 blocks. A buffer of 8192 cells with 3000 counts each takes 120 MB.
+SHUFFLE_BLOCK, SHUFFLE_BUFFER = 128, 64
 
 
 class Minibatches:
@@ -49,6 +56,9 @@ class Minibatches:
         Visit the cells in a new random order each time.
     seed
         Of the order.
+    shuffle_block, shuffle_buffer
+        Of a table on disk: cells in a row that are read at once, and blocks of them that are shuffled among themselves;
+        see :func:`~pyro_multivi.data.stores.passes.block_order`. Two buffers are in memory at most.
     device
         Where the minibatches go; those of a table that lies on a device stay there.
 
@@ -71,6 +81,8 @@ class Minibatches:
         batch_size: int = 128,
         shuffle: bool = False,
         seed: int = 0,
+        shuffle_block: int = SHUFFLE_BLOCK,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch_size < 1:
@@ -82,7 +94,38 @@ class Minibatches:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.device = table.device if isinstance(table, ResidentTable) else torch.device(device)
+        self._block = shuffle_block
+        # Whole minibatches, so that none is cut from two buffers.
+        self._at_once = max(1, round(shuffle_block * shuffle_buffer / batch_size))
         self._generator = torch.Generator().manual_seed(seed)
+        # Number of this process, and of those that share each minibatch.
+        self._rank, self._n_shares = 0, 1
+
+    def shared(self, rank: int, size: int) -> Minibatches:
+        """The same minibatches in the same order, of each the share of one of several processes.
+
+        A minibatch still stands for all cells. Shares differ by one cell at most and have two or more, for batch
+        statistics: the rest of a pass joins the minibatch before it sooner.
+
+        Raises
+        ------
+        ValueError
+            If there are too few cells for so many processes.
+        """
+        least = 2 * size
+        if size > 1 and len(self.index) < least:
+            raise ValueError(
+                f"{len(self.index)} cells are too few for {size} processes, of which each needs two: start at most "
+                f"{len(self.index) // 2 or 1}."
+            )
+        if size > 1 and self.batch_size < least:
+            raise ValueError(
+                f"batch_size={self.batch_size} is too small for {size} processes, which share each minibatch: give at "
+                f"least {least}, two cells for each."
+            )
+        shared = copy.copy(self)
+        shared._rank, shared._n_shares = rank, size
+        return shared
 
     @property
     def n_cells(self) -> int:
@@ -95,13 +138,14 @@ class Minibatches:
         return [self.table.cell_names[place] for place in self.index.tolist()]
 
     def __len__(self) -> int:
-        return len(self._sizes())
+        return len(self.sizes())
 
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
+        """Numbers of cells of the minibatches, over all who share them."""
         full, rest = divmod(len(self.index), self.batch_size)
         sizes = [self.batch_size] * full
-        if rest == 1 and sizes and self.batch_size > 1:
-            sizes[-1] += 1
+        if rest < 2 * self._n_shares and sizes and self.batch_size > 1:
+            sizes[-1] += rest
         elif rest:
             sizes.append(rest)
         return sizes
@@ -120,16 +164,31 @@ class Minibatches:
 
     def after(self, n: int) -> Iterator[Cells]:
         """The next pass without its first n minibatches, which are not cut."""
-        order = self.index
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=self._generator)]
-        parts = order.split(self._sizes())[n:] if len(order) else ()
-        if self.device.type == "cuda" and not isinstance(self._source, ResidentTable):
+        parts = self.parts()[n:]
+        if self.table.on_disk:
+            for cells in cells_from_disk(self.table, parts, self.n_cells, self._at_once):
+                yield self._prepared(self._sent(cells))
+        elif self.device.type == "cuda" and not isinstance(self._source, ResidentTable):
             yield from self._ahead(parts, torch.cuda.Stream(self.device))
         else:
             # On a CPU not ahead of the step: with another thread's OpenMP team there are more threads than cores, and
             # the step's own threads then wait for each other by sleeping, which costs ten times what cutting does.
             yield from map(self.cut, parts)
+
+    def _sent(self, cells: Cells) -> Cells:
+        if self.device.type == "cuda":
+            return cells.pin_memory().to(self.device, non_blocking=True)
+        return cells.to(self.device)
+
+    def parts(self) -> list[Tensor]:
+        """Positions of the cells of each minibatch of the next pass, or of its share."""
+        order = self.index
+        if self.shuffle and self.table.on_disk and len(order):
+            order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
+        elif self.shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator)]
+        parts = list(order.split(self.sizes())) if len(order) else []
+        return [part.tensor_split(self._n_shares)[self._rank] for part in parts] if self._n_shares > 1 else parts
 
     def cut(self, index: Tensor) -> Cells:
         """The cells at ``index``, positions in the table, as a minibatch on the device."""

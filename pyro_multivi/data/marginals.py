@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,29 @@ _PRIOR_SQUARED_COUNTS = 10.0
 _LEAST_DISPERSION, _MOST_DISPERSION = 0.01, 100.0
 # Shares of features that some cells were not measured for are found in rounds, until they change by less than this.
 _ROUNDS, _CHANGE = 200, 1e-7
+
+
+@dataclass(frozen=True)
+class FragmentMarginals:
+    """Statistics of counts of fragments over the ATAC cells of a data set.
+
+    Attributes
+    ----------
+    region_share
+        Share of each region among all fragments, shape (M,), as the ``gene_share`` of :class:`Marginals`.
+    inverse_dispersion
+        Moment estimate of theta of each region, shape (M,), as that of genes.
+    log_mean, log_var
+        Mean and variance of the log total per batch, shape (K,), as those of the RNA library.
+    log_depth_mean
+        Mean over ATAC cells of log(1 + total fragments); 0 without ATAC cells.
+    """
+
+    region_share: Tensor
+    inverse_dispersion: Tensor
+    log_mean: Tensor
+    log_var: Tensor
+    log_depth_mean: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,8 @@ class Marginals:
         Mean over RNA cells of log(1 + total counts); 0 without RNA cells.
     atac_log_depth_mean
         Mean over ATAC cells of log(1 + number of open regions); 0 without ATAC cells.
+    fragments
+        Statistics of counts of fragments, for models of these; else None.
 
     Examples
     --------
@@ -72,9 +97,16 @@ class Marginals:
     library_log_var: Tensor
     rna_log_depth_mean: float
     atac_log_depth_mean: float
+    fragments: FragmentMarginals | None = None
 
     @classmethod
-    def of(cls, blocks: Iterable[Cells], n_batch: int, gene_share: Tensor | None = None) -> Marginals:
+    def of(
+        cls,
+        blocks: Iterable[Cells],
+        n_batch: int,
+        counts_fragments: bool = False,
+        shares: Mapping[Modality, Tensor] | None = None,
+    ) -> Marginals:
         """Accumulate the statistics over blocks of cells, each seen once.
 
         Parameters
@@ -83,9 +115,11 @@ class Marginals:
             Minibatches that together are the data set; only sums over a block are kept.
         n_batch
             Number of batches K: the first K columns of ``design`` are the one-hot batch.
-        gene_share
-            Shares of the genes, (G,), where they are known and these cells were not measured for all; else they are
-            those of the cells.
+        counts_fragments
+            Whether ``y`` counts fragments, whose statistics are wanted too.
+        shares
+            Share of each feature among all counts of a modality, (F,), where it is known and these cells were not
+            measured for all features; else it is that of the cells.
 
         Raises
         ------
@@ -93,13 +127,17 @@ class Marginals:
             If there is no block.
         """
         rna, atac = _FeatureMoments(RNA), _FeatureMoments(ATAC)
+        counted = _FeatureMoments(replace(ATAC, binary=False)) if counts_fragments else None
         for cells in blocks:
             batch_nk = cells.design[:, :n_batch].detach().cpu().double()
             rna.add(cells, batch_nk)
             atac.add(cells, batch_nk)
+            if counted is not None:
+                counted.add(cells, batch_nk)
         if rna.feature_sum is None or atac.feature_sum is None:
             raise ValueError("blocks: no cells were given, at least one is needed for the data's marginals.")
-        share_g = rna.share() if gene_share is None else gene_share.cpu().double()
+        known = {modality: share.cpu().double() for modality, share in (shares or {}).items()}
+        share_g = known[RNA] if RNA in known and not rna.complete else rna.share()
         share_m = atac.share()
         rna_depth, atac_depth = rna.depth(share_g), atac.depth(share_m)
         mean_k, var_k = _library_prior(rna_depth, rna.batch)
@@ -112,6 +150,7 @@ class Marginals:
             library_log_var=var_k.float(),
             rna_log_depth_mean=_mean_log1p(rna_depth),
             atac_log_depth_mean=_mean_log1p(atac_depth),
+            fragments=None if counted is None else counted.of_fragments(known.get(ATAC)),
         )
 
 
@@ -187,6 +226,11 @@ class _FeatureMoments:
                 break
         return share
 
+    @property
+    def complete(self) -> bool:
+        """Whether all cells were measured for all features."""
+        return bool(self._panels.all())
+
     def n_cells(self) -> Tensor:
         """Number of cells that measured each feature, (F,)."""
         codes = torch.cat(self._codes)
@@ -195,13 +239,13 @@ class _FeatureMoments:
     def depth(self, share: Tensor) -> Tensor:
         """Depth of each measured cell, as if all features had been measured, (measured cells,)."""
         total = torch.cat(self._totals)
-        return total if bool(self._panels.all()) else total / (self._panels @ share)[torch.cat(self._codes)]
+        return total if self.complete else total / (self._panels @ share)[torch.cat(self._codes)]
 
     def inverse_dispersion(self, share_g: Tensor) -> Tensor:
         """Theta of each feature from sum((x - mu)^2 - x) = sum(mu^2) / theta, shape (features,)."""
         assert self.feature_sum is not None
         squared_depth = self._sum_by_panel(self.depth(share_g).square()) @ self._panels
-        of_panel = torch.ones(1, dtype=torch.double) if bool(self._panels.all()) else self._panels @ share_g
+        of_panel = torch.ones(1, dtype=torch.double) if self.complete else self._panels @ share_g
         with_depth = torch.as_tensor(self._with_total / of_panel[:, None]).sum(0)
         squared = torch.as_tensor(self._squared).sum(0)
         expected = share_g.square() * squared_depth
@@ -213,6 +257,19 @@ class _FeatureMoments:
     def _sum_by_panel(self, values: Tensor) -> Tensor:
         """Sum of a number per measured cell over the cells of each panel, (P,)."""
         return torch.bincount(torch.cat(self._codes), weights=values, minlength=len(self._panels)).double()
+
+    def of_fragments(self, known: Tensor | None) -> FragmentMarginals:
+        """Statistics of counts of fragments; ``known`` are the shares of regions, if they are."""
+        share_m = self.share() if known is None or self.complete else known
+        depth = self.depth(share_m)
+        mean_k, var_k = _library_prior(depth, self.batch)
+        return FragmentMarginals(
+            region_share=share_m.float(),
+            inverse_dispersion=self.inverse_dispersion(share_m).float(),
+            log_mean=mean_k.float(),
+            log_var=var_k.float(),
+            log_depth_mean=_mean_log1p(depth),
+        )
 
     @property
     def batch(self) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -168,3 +168,80 @@ def tensors_in(owner: Any) -> list[Tensor]:
         if isinstance(part, Tensor):
             found.extend(part.parts() if isinstance(part, SparseCounts) else (part,))
     return found
+
+
+@dataclass(frozen=True)
+class ExtraFeatures:
+    """An extra modality, where code takes a :class:`Modality` for its features, values and one decoded site.
+
+    Attributes
+    ----------
+    name
+        Name of the extra modality, and of its observed site.
+    decoded
+        Site of the model.
+    feature
+        One feature of it, in messages and arguments.
+
+    Examples
+    --------
+    >>> ExtraFeatures("protein", feature="protein").list_argument, ExtraFeatures("methylated").list_argument
+    ('protein_list', 'feature_list')
+    """
+
+    name: str
+    decoded: str = ""
+    feature: str = "feature"
+    depth: str = ""
+    binary: bool = False
+    compositional: bool = False
+
+    @property
+    def counts(self) -> str:
+        """Observed site of the model."""
+        return self.name
+
+    @property
+    def assay(self) -> str:
+        """Word of messages."""
+        return self.name
+
+    def measured_in(self, cells: Any) -> Any:
+        """Whether each cell of a minibatch or table was measured, (n,), bool."""
+        return cells.extra[self.name].measured
+
+    def counts_in(self, cells: Any) -> SparseCounts:
+        """Values in a minibatch or table, (n, features), 0 where not measured."""
+        return SparseCounts.from_dense(cells.extra[self.name].values.nan_to_num(0.0))
+
+    def n_features_in(self, table: Any) -> int:
+        """Number of features in a minibatch or table."""
+        width: int = table.extra[self.name].values.shape[1]
+        return width
+
+    @property
+    def features(self) -> str:
+        """Plural of :attr:`feature`."""
+        return f"{self.feature}s"
+
+    @property
+    def list_argument(self) -> str:
+        """Argument that chooses some of the features."""
+        return f"{self.feature}_list"
+
+    def feature_names_in(self, spec: Any) -> tuple[str, ...]:
+        """Names of the features in a specification."""
+        names: tuple[str, ...] = spec.extra[self.name]
+        return names
+
+    def panels_in(self, cells: Any) -> Panels | None:
+        """Features that were measured in each cell of a table; None where every feature was."""
+        missing = cells.extra[self.name].values.isnan()
+        if not bool(missing.any()):
+            return None
+        patterns, code = missing.unique(dim=0, return_inverse=True)
+        return Panels(~patterns, code)
+
+
+#: What is compared, or whose features are chosen.
+AnyModality: TypeAlias = "Modality | ExtraFeatures"

@@ -8,7 +8,7 @@ in a message. All translation between these words is here; code that treats moda
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -35,8 +35,11 @@ class Modality:
         Site of what the model decodes from the latent state.
     depth
         Latent site of a cell's sequencing depth.
+    compositional
+        Whether values are shares of a cell's total, so that one takes what others lose.
     binary
-        Whether only "zero or not" is modelled of a count.
+        Whether only "zero or not" is modelled of a count. A model of fragment counts has
+        another value, see :meth:`in_model`; both are the same modality.
 
     Examples
     --------
@@ -52,7 +55,8 @@ class Modality:
     counts: str
     decoded: str
     depth: str
-    binary: bool
+    compositional: bool
+    binary: bool = field(compare=False)
 
     @property
     def features(self) -> str:
@@ -99,6 +103,18 @@ class Modality:
         """Field of fixed size factors."""
         return f"{self.key}_size"
 
+    def in_model(self, config: Any) -> Modality:
+        """The modality as a model treats it: with fragment counts, accessibility is not binary.
+
+        Examples
+        --------
+        >>> from pyro_multivi import ProgramConfig
+        >>> found = ATAC.in_model(ProgramConfig(n_genes=1, n_regions=1, accessibility_likelihood="poisson"))
+        >>> found == ATAC, found.binary
+        (True, False)
+        """
+        return replace(self, binary=False) if self.binary and config.counts_fragments else self
+
     def counts_in(self, cells: Any) -> Any:
         """Counts in a minibatch or table, (n, features); None in a table without any."""
         return getattr(cells, self.counts)
@@ -133,6 +149,7 @@ RNA = Modality(
     counts="x",
     decoded="rho",
     depth="l",
+    compositional=True,
     binary=False,
 )
 ATAC = Modality(
@@ -144,8 +161,12 @@ ATAC = Modality(
     counts="y",
     decoded="p",
     depth="d",
+    compositional=False,
     binary=True,
 )
+
+#: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
+PROTEIN = "protein"
 
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)
@@ -171,5 +192,9 @@ def modality_named(name: str) -> Modality | None:
 
 
 def modelled(config: Any) -> tuple[Modality, ...]:
-    """The modalities of which a configuration, table or specification has features."""
-    return tuple(modality for modality in MODALITIES if modality.n_features_in(config))
+    """The modalities of which a configuration, table or specification has features.
+
+    Those of a configuration are as its model treats them.
+    """
+    found = (modality for modality in MODALITIES if modality.n_features_in(config))
+    return tuple(each.in_model(config) if hasattr(config, "counts_fragments") else each for each in found)

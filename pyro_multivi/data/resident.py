@@ -81,7 +81,7 @@ class ResidentTable:
 
 def resident_if_it_fits(table: CellTable, device: torch.device) -> CellTable | ResidentTable:
     """The table on a GPU if it takes no more than a share of the memory that is free there; else as it is."""
-    if device.type != "cuda":
+    if device.type != "cuda" or table.on_disk:
         return table
     free, _ = torch.cuda.mem_get_info(device)
     return ResidentTable(table, device) if n_bytes(table) <= RESIDENT_SHARE * free else table

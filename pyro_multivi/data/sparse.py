@@ -115,6 +115,16 @@ class SparseCounts(torch.Tensor):
         val = self.val if self.val.is_floating_point() else self.val.long()
         return val.new_zeros(self.shape[0]).index_add_(0, self.rows(), val)
 
+    @property
+    def largest(self) -> float:
+        """The largest entry, 0 without any."""
+        return float(self.val.max()) if len(self.val) else 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all entries are whole numbers."""
+        return not self.val.is_floating_point() or bool((self.val == self.val.floor()).all())
+
     def binary(self) -> SparseCounts:
         """1 at every stored entry; no memory is written for it."""
         return self.with_values(_repeated(self.val.new_ones(()), len(self.col)))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Measurement, Panels
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 
 # Cells read at a time for statistics: large enough to be fast, small beside any table.
 _BLOCK = 4096
@@ -26,7 +27,7 @@ class CellTable:
     ----------
     x
         Gene counts, shape (n, G), or None if no cell has RNA. Values may be small integers here to
-        save memory; those of minibatches are floating.
+        save memory; those of minibatches are floating. Counts on disk are read with the cells.
     y
         Peak counts, shape (n, M), or None if no cell has ATAC.
     has_rna, has_atac
@@ -72,8 +73,8 @@ class CellTable:
     (tensor([[2., 2.]]), torch.Size([1, 3]), 2)
     """
 
-    x: SparseCounts | None
-    y: SparseCounts | None
+    x: SparseCounts | StoredCounts | None
+    y: SparseCounts | StoredCounts | None
     has_rna: Tensor
     has_atac: Tensor
     design: Tensor
@@ -129,6 +130,11 @@ class CellTable:
     def __len__(self) -> int:
         return len(self.batch_code)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether counts are read from disk."""
+        return any(isinstance(modality.counts_in(self), StoredCounts) for modality in MODALITIES)
+
     def batch(self, index: Tensor, n_total: int | None = None) -> Cells:
         """The cells at ``index`` as a minibatch; the cost grows with their stored counts only.
 
@@ -166,7 +172,8 @@ class CellTable:
             if (panels is None) != (others is None) or not all(map(torch.equal, panels or (), others or ())):
                 return f"other {modality.features} are marked as measured."
         for name, measurement in self.extra.items():
-            if not all(map(torch.equal, measurement, other.extra[name])):
+            # NaN stands for proteins that were not measured.
+            if not all(map(_same, measurement, other.extra[name])):
                 return f"{name!r} holds other values."
         return None
 
@@ -205,16 +212,18 @@ class CellTable:
             **parts,
         )
 
-    def marginals(self, gene_share: Tensor | None = None) -> Marginals:
-        """Statistics over the measured cells; ``gene_share`` as in :meth:`Marginals.of`."""
-        return Marginals.of(self.blocks(), self.n_batch, gene_share)
+    def marginals(self, counts_fragments: bool = False, shares: Mapping[Modality, Tensor] | None = None) -> Marginals:
+        """Statistics over the measured cells; arguments as in :meth:`Marginals.of`."""
+        return Marginals.of(self.blocks(), self.n_batch, counts_fragments, shares)
 
     def blocks(self) -> Iterator[Cells]:
         """All cells, some at a time."""
         return (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
 
 
-def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | None = None) -> SparseCounts:
+def cut(
+    counts: SparseCounts | StoredCounts | None, index: Tensor, width: int, total: int | None = None
+) -> SparseCounts:
     """Rows of the cells at ``index``, floating; empty ones for a modality that no cell has.
 
     With ``total``, the number of entries in these rows, the host does not wait for the device.
@@ -222,19 +231,35 @@ def cut(counts: SparseCounts | None, index: Tensor, width: int, total: int | Non
     if counts is None:
         crow = torch.zeros(len(index) + 1, dtype=torch.int32, device=index.device)
         return SparseCounts(crow, crow[:0], torch.zeros(0, device=index.device), (len(index), width))
-    rows = counts.select_rows(index) if total is None else counts.gather_rows(index, total)
+    if total is None or isinstance(counts, StoredCounts):
+        rows = counts.select_rows(index)
+    else:
+        rows = counts.gather_rows(index, total)
     return rows if rows.val.is_floating_point() else rows.to(torch.float32)
 
 
-def _differing_rows(one: SparseCounts | None, other: SparseCounts | None, n: int) -> Tensor:
+def _differing_rows(
+    one: SparseCounts | StoredCounts | None, other: SparseCounts | StoredCounts | None, n: int
+) -> Tensor:
     """Rows in which counts differ, int64; all of them where one is absent."""
     if one is None or other is None:
         return torch.arange(0 if one is other else n)
+    if isinstance(one, StoredCounts) and isinstance(other, StoredCounts):
+        return (one.hashes != other.hashes).nonzero().squeeze(-1)
+    if isinstance(one, StoredCounts) or isinstance(other, StoredCounts):
+        # The file was closed, or is open for writing now.
+        parts = [part for part in torch.arange(n).split(_BLOCK) if len(part)]
+        pairs = ((one.select_rows(part), other.select_rows(part)) for part in parts)
+        return torch.cat([part[_differing_rows(*pair, len(part))] for part, pair in zip(parts, pairs, strict=True)])
     if torch.equal(one.crow, other.crow):
         wrong = (one.col != other.col) | (one.val != other.val)
         return torch.repeat_interleave(torch.arange(n), one.crow.diff())[wrong].unique()
     sizes = one.crow.diff() != other.crow.diff()
     return sizes.nonzero().squeeze(-1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

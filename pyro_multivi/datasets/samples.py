@@ -28,7 +28,7 @@ from pyro_multivi.data.checks import (
 )
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, frame_of, open_data
-from pyro_multivi.data.setup.counts import read as read_counts
+from pyro_multivi.data.setup.counts import read_whole
 from pyro_multivi.data.setup.masks.declared import PANEL_ENTRY
 from pyro_multivi.data.setup.modalities import Measured, find_measured, has_counts
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
@@ -36,9 +36,9 @@ from pyro_multivi.data.setup.register import modality_meanings, with_feature_typ
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
 from pyro_multivi.datasets.assembly import join_rows, moved, unlike_columns, with_unique_names
+from pyro_multivi.datasets.features.shared import shared_features
+from pyro_multivi.datasets.features.union import described, masks, refuse_masks, united_features
 from pyro_multivi.datasets.readers import read, sample_name
-from pyro_multivi.datasets.shared_features import shared_features
-from pyro_multivi.datasets.union import described, masks, refuse_masks, united_features
 
 _log = logging.getLogger("pyro_multivi")
 
@@ -154,14 +154,14 @@ def named_samples(samples: Any) -> dict[str, Any]:
     return dict(pairs)
 
 
-def refuse_repeated(names: Sequence[str]) -> None:
+def refuse_repeated(names: Sequence[str], argument: str = "samples") -> None:
     """Refuse no name, and names of samples that occur more than once."""
     index = pd.Index(names)
     if not len(index):
-        raise ValueError(f"samples={shown(list(names))} is empty: give at least one.")
+        raise ValueError(f"{argument}={shown(list(names))} is empty: give at least one.")
     if not index.is_unique:
         raise ValueError(
-            f"samples has more than one called {first_names(index[index.duplicated()].unique())}: name them, "
+            f"{argument} has more than one called {first_names(index[index.duplicated()].unique())}: name them, "
             "{'name': path, ...}."
         )
 
@@ -228,7 +228,7 @@ class _Part:
             own = setup_of(data, setup, places)
             opened = open_data(data, own)
             refuse_masks(opened)
-            counts = read_counts(opened.counts, {each: tuple(found.features) for each, found in opened.counts.items()})
+            counts = read_whole(opened.counts, {each: tuple(found.features) for each, found in opened.counts.items()})
             has_key = own.modality_key is not None and opened.has_column("modality_key", own.modality_key)
             counted = has_counts(opened, counts)
             if len(counts) == 1 and not has_key:

@@ -11,10 +11,10 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi._optional import mudata_as_given
-from pyro_multivi.data.checks import checked, whole_numbers
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
+from pyro_multivi.data.checks import check_number, checked, whole_numbers
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
+from pyro_multivi.datasets.simulate_parts import add_proteins, pattern_includes, simulated_mudata
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,8 +73,11 @@ def simulate_multiome(
     inverse_dispersion: float = 5.0,
     dropout: float = 0.0,
     mean_accessibility: float = 0.3,
-    fragments: bool = False,
+    fragments: bool | float = False,
+    reads: bool = False,
     truth: bool = True,
+    n_proteins: int = 0,
+    stained: float = 1.0,
     seed: int = 0,
     return_mudata: bool = False,
 ) -> AnnData | Any:  # Any: a MuData, whose type needs the extra
@@ -129,15 +132,21 @@ def simulate_multiome(
     mean_accessibility
         Probability p at z = 0 of the median region, in (0, 1).
     fragments
-        Whether ``y`` counts fragments (Poisson, with the same probability of being positive)
-        or is 0 and 1.
+        False: ``y`` is 0 and 1. True: counts of fragments, Poisson with the same probability of being positive. A
+        number: Poisson with that many times :math:`p_{nj} d_n r_j` as mean.
+    reads
+        Whether fragments are counted by their ends: two, or one where the other lies outside (one in ten).
     truth
         Whether to keep what is as large as the data: the arrays marked * below. Without it the
         memory needed is that of the sparse counts.
+    n_proteins
+        Number of proteins (antibodies): a mixture of background and foreground that depends on z.
+    stained
+        Share of the cells in which they were measured, in (0, 1]; the counts of the others are hidden.
     seed
         Seed of the generator. The global random state is neither read nor changed.
     return_mudata
-        Return a MuData of ``rna`` and ``atac``, each with the cells it was measured in; needs the
+        Return a MuData of ``rna`` and ``atac`` (and ``protein``), each with the cells it was measured in; needs the
         extra ``mudata``. ``obs``, ``obsm`` and ``uns`` are then those of the MuData, ``var`` and
         ``varm`` those of its parts.
 
@@ -168,6 +177,11 @@ def simulate_multiome(
         ``uns["true_centres"]``                   type centres in z, (types, latent)
         ``uns["simulation"]``                     the arguments
         ========================================  ====================================================
+
+        With proteins also counts in ``obsm["protein_expression"]``, a frame; ``obs["has_protein"]``;
+        ``obsm["hidden_protein"]`` of the other cells; and ``obsm["true_protein_background"]``,
+        ``"true_protein_foreground"`` (whether a count is foreground) and ``"true_protein_mean"``, (cells, proteins).
+        ``uns["true_protein_background"]`` has the median background, (batches, proteins).
 
     Raises
     ------
@@ -217,14 +231,14 @@ def simulate_multiome(
         rho_bg = decoders.rho(z_bk, decoders.rna_batch_sg[batch_b])
         x_bg = _negative_binomial(rng, library_n[rows, None] * rho_bg, decoders.inverse_dispersion_g)
         p_bm = decoders.p(z_bk, decoders.atac_batch_sm[batch_b])
-        y_bm = _detections(rng, p_bm * cell_factor_n[rows, None] * decoders.region_factor_m, fragments)
+        y_bm = _detections(rng, p_bm * cell_factor_n[rows, None] * decoders.region_factor_m, fragments, reads)
         if dropout > 0:
             pi_bg = decoders.pi(z_bk, dropout)
             x_bg[rng.random(x_bg.shape, dtype=np.float32) < pi_bg] = 0
             if truth:
                 keep("true_pi", pi_bg)
         for modality, counts, decoded in ((RNA, x_bg, rho_bg), (ATAC, y_bm, p_bm)):
-            measured_b = _includes(modality)[pattern_b]
+            measured_b = pattern_includes(modality)[pattern_b]
             keep(modality.counts, sp.csr_matrix(counts * measured_b[:, None]))
             if truth:
                 keep(f"hidden_{modality.counts}", sp.csr_matrix(counts * ~measured_b[:, None]))
@@ -254,12 +268,9 @@ def simulate_multiome(
         varm={"true_at_centre": np.hstack([decode(centre_tk) for decode in (decoders.rho, decoders.p)]).T},
         uns={"true_centres": centre_tk, "simulation": arguments},
     )
-    return _as_mudata(adata) if return_mudata else adata
-
-
-def _includes(modality: Modality) -> NDArray[np.bool_]:
-    """Whether each of the measurement patterns includes a modality."""
-    return np.array([modality in MODALITIES_OF[pattern] for pattern in MEASUREMENT_PATTERNS])
+    if n_proteins:
+        add_proteins(adata, n_proteins, stained, seed)
+    return simulated_mudata(adata) if return_mudata else adata
 
 
 def _check(arguments: dict[str, Any]) -> None:
@@ -282,8 +293,14 @@ def _check(arguments: dict[str, Any]) -> None:
     for name in ("type_separation", "differential_fraction"):
         if not 0 <= arguments[name] <= 1:
             raise ValueError(f"{name} is {arguments[name]}; it must lie in [0, 1]")
+    if arguments["n_proteins"] < 0:
+        raise ValueError(f"n_proteins is {arguments['n_proteins']}; it must not be negative")
+    if not 0 < arguments["stained"] <= 1:
+        raise ValueError(f"stained is {arguments['stained']}; it must lie in (0, 1]")
     if not 0 <= arguments["dropout"] < 1:
         raise ValueError(f"dropout is {arguments['dropout']}; it must lie in [0, 1)")
+    if not isinstance(arguments["fragments"], bool):
+        check_number("fragments", arguments["fragments"], above=0, allowed=", or True or False")
     if not 0 < arguments["mean_accessibility"] < 1:
         raise ValueError(f"mean_accessibility is {arguments['mean_accessibility']}; it must lie in (0, 1)")
 
@@ -337,11 +354,12 @@ def _negative_binomial(rng: np.random.Generator, mean_bg: Array, inverse_dispers
     return rng.poisson(rate_bg).astype(np.float32)
 
 
-def _detections(rng: np.random.Generator, q_bm: Array, fragments: bool) -> Array:
-    """0 and 1, or numbers of fragments; positive with probability q, shape (cells, regions)."""
-    if fragments:
+def _detections(rng: np.random.Generator, q_bm: Array, fragments: bool | float, reads: bool) -> Array:
+    """0 and 1, positive with probability q, or numbers of fragments or of their reads, shape (cells, regions)."""
+    if fragments or reads:
         # A Poisson count is positive with probability 1 - exp(-rate).
-        return rng.poisson(-np.log1p(-q_bm)).astype(np.float32)
+        found = rng.poisson(-np.log1p(-q_bm) if isinstance(fragments, bool) else fragments * q_bm)
+        return (found + rng.binomial(found, 0.9) if reads else found).astype(np.float32)
     return (rng.random(q_bm.shape, dtype=np.float32) < q_bm).astype(np.float32)
 
 
@@ -363,26 +381,6 @@ def _variables(decoders: _Decoders) -> pd.DataFrame:
         index=[f"gene_{g:0{gene_width}d}" for g in range(n_genes)]
         + [f"region_{m:0{region_width}d}" for m in range(n_regions)],
     )
-
-
-def _as_mudata(adata: AnnData) -> Any:
-    """The same cells as a MuData whose modalities hold only the cells measured in them."""
-    parts = {}
-    for modality in MODALITIES:
-        cells = _includes(modality)[adata.obs["modality"].cat.codes]
-        features = (adata.var["feature_types"] == modality.feature_type).to_numpy()
-        part = adata[cells, features].copy()
-        parts[modality.key] = AnnData(part.X, obs=part.obs[[]], var=part.var, varm=dict(part.varm))
-    with mudata_as_given() as mudata:
-        mdata = mudata.MuData(parts)
-    # MuData has an order of cells of its own; what describes them follows it.
-    adata = adata[mdata.obs_names]
-    for column in adata.obs:
-        mdata.obs[column] = adata.obs[column]
-    for key, value in adata.obsm.items():
-        mdata.obsm[key] = value
-    mdata.uns.update(adata.uns)
-    return mdata
 
 
 def _sigmoid(logit: Array) -> Array:

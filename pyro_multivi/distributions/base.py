@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -137,6 +137,24 @@ class CellDistribution(TorchDistribution):
         new = copy.copy(self)
         new._panels = panels
         return new
+
+    def blocks(self, width: int) -> Iterator[tuple[slice, CellDistribution]]:
+        """The distribution of ``width`` features at a time, with dense parameters; every cell and feature counts."""
+        n_features = self.event_shape[0]
+        parameters = {name: getattr(self, name) for name in self.feature_parameters}
+        streams = {name: value.blocks(width) for name, value in parameters.items() if isinstance(value, Readout)}
+        for start in range(0, n_features, width):
+            features = slice(start, min(start + width, n_features))
+            new = copy.copy(self)
+            new._mask, new._rows, new._panels = True, None, None
+            new._event_shape = torch.Size([features.stop - start])
+            for name, value in parameters.items():
+                if name in streams:
+                    value = next(streams[name])[1]
+                elif value is not None and value.shape[-1] == n_features:
+                    value = value[..., features]
+                setattr(new, name, value)
+            yield features, new
 
     def _of_features(self, features: Tensor) -> CellDistribution:
         """The distribution of some features, at positions (k,), int64, ascending."""
@@ -312,7 +330,7 @@ real_vector = _Vector(constraints.real)
 def _select(value: Tensor, features: Tensor, n_features: int) -> Tensor:
     """Some features of a parameter; a softmax is then one over these features."""
     if isinstance(value, Readout):
-        return value._with(value.hidden, value.weight[features], value.bias[features])
+        return value.of_features(features)
     return value[..., features] if value.shape[-1] == n_features else value
 
 

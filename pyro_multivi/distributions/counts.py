@@ -28,18 +28,18 @@ def _has_large(x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and bool(x.max() >= LARGE_COUNT)
 
 
-def _poisson(x: Tensor, mu: Tensor) -> Tensor:
+def log_poisson(x: Tensor, mu: Tensor) -> Tensor:
     """Log-probability of counts x under mean mu; 0 at x = mu = 0, elementwise."""
     if _has_large(x):
-        return _poisson(x.double(), mu.double()).to(mu.dtype)
+        return log_poisson(x.double(), mu.double()).to(mu.dtype)
     # The clamp only meets x > 0 = mu, and keeps the slope x / mu at x = 0 from being 0 / 0.
     return torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny)) - mu - torch.lgamma(x + 1)
 
 
-def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+def negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """Log-probability of counts x under mean mu and inverse dispersion theta, elementwise."""
     if _has_large(x):
-        return _negative_binomial(x.double(), mu.double(), theta.double()).to(mu.dtype)
+        return negative_binomial_log_prob(x.double(), mu.double(), theta.double()).to(mu.dtype)
     rising, is_large = log_rising(x, theta)
     log_ratio = torch.log1p(mu / theta)
     at_mean = torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny))
@@ -49,7 +49,7 @@ def _negative_binomial(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     return rising + torch.where(is_large, as_poisson, as_odds) - torch.lgamma(x + 1)
 
 
-def _gamma_means(mu: Tensor, theta: Tensor, shape: torch.Size) -> Tensor:
+def negative_binomial_means(mu: Tensor, theta: Tensor, shape: torch.Size) -> Tensor:
     """Gamma draws with mean mu: Poisson counts with these means are negative binomial."""
     theta = theta.expand(shape)
     gamma = torch.distributions.Gamma(theta, torch.ones_like(theta), validate_args=False).sample()
@@ -142,7 +142,7 @@ class PoissonCounts(_Counts):
         return torch.poisson(self._mu().expand(shape))
 
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
-        return _poisson(x, mu)
+        return log_poisson(x, mu)
 
 
 class NegativeBinomialCounts(_Counts):
@@ -177,10 +177,10 @@ class NegativeBinomialCounts(_Counts):
         return mu + mu.square() / self.theta
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        return torch.poisson(_gamma_means(self._mu(), self.theta, shape))
+        return torch.poisson(negative_binomial_means(self._mu(), self.theta, shape))
 
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
-        return _negative_binomial(x, mu, parameters["theta"])
+        return negative_binomial_log_prob(x, mu, parameters["theta"])
 
 
 class ZeroInflatedNegativeBinomialCounts(_Counts):
@@ -229,11 +229,11 @@ class ZeroInflatedNegativeBinomialCounts(_Counts):
         return torch.sigmoid(-gate) * mu * (1 + mu * (self.theta.reciprocal() + gate.sigmoid()))
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        means = _gamma_means(self._mu(), self.theta, shape)
+        means = negative_binomial_means(self._mu(), self.theta, shape)
         kept = torch.bernoulli(torch.sigmoid(-dense_rows(self.gate_logits)).expand(shape))
         return kept * torch.poisson(means)
 
     def _dense_log_prob(self, x: Tensor, mu: Tensor, parameters: ParameterRows) -> Tensor:
         gate = parameters["gate_logits"]
-        counted = _negative_binomial(x, mu, parameters["theta"])
+        counted = negative_binomial_log_prob(x, mu, parameters["theta"])
         return torch.where(x == 0, torch.logaddexp(gate, counted), counted) - softplus(gate, threshold=40.0)

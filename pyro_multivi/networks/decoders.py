@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_multivi.config import ProgramConfig
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.networks.layers import CovariateStack
@@ -82,6 +83,19 @@ class ExpressionDecoder(nn.Module):
 
         rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
         return DecodedExpression(rho, logits(self.pi), logits(self.theta))
+
+
+def dispersions_of_cells(config: ProgramConfig, log_theta: Tensor, s: Tensor, label: Tensor | None) -> Tensor:
+    """Inverse dispersions of genes, (G,), or of genes in each cell, (..., B, G), from sets of logs, (..., sets, G)."""
+    if config.dispersion == "gene":
+        return log_theta[..., 0, :].exp()
+    if log_theta.dim() > 2:
+        # Draws of random dispersions are (S, 1, sets, G): the 1 stands where cells do.
+        log_theta = log_theta.squeeze(-3)
+    if config.dispersion == "gene-batch":
+        return (s[..., : config.n_batch] @ log_theta).exp()
+    assert label is not None, "gene-label dispersion needs Cells.label"
+    return log_theta[..., label, :].exp()
 
 
 class AccessibilityDecoder(nn.Module):

@@ -42,6 +42,13 @@ class HiddenState(NamedTuple):
         return elsewhere.index_copy(0, self.rows, values.to(elsewhere.dtype))
 
 
+class HiddenStates(NamedTuple):
+    """First hidden layer of the encoders by modality; None where the model has no features of it."""
+
+    rna: HiddenState | None
+    atac: HiddenState | None
+
+
 class SharedFirstLayer(nn.Module):
     """First layer of a modality, shared by its state encoder and its depth encoder.
 
@@ -52,12 +59,17 @@ class SharedFirstLayer(nn.Module):
     ----------
     n_covariates
         Length of s given to the encoder; 0 hides s from it.
+    input_dropout_rate
+        Share of a cell's non-zero features that are left out in training; the others are scaled up.
     **options
         Other arguments of :class:`~pyro_multivi.networks.layers.NormActivate`.
     """
 
-    def __init__(self, n_features: int, n_hidden: int, *, n_covariates: int, **options: Any) -> None:
+    def __init__(
+        self, n_features: int, n_hidden: int, *, n_covariates: int, input_dropout_rate: float = 0.0, **options: Any
+    ) -> None:
         super().__init__()
+        self.input_dropout = nn.Dropout(input_dropout_rate)
         self.counts = CountsLinear(n_features, n_hidden)
         self.covariates = nn.Linear(n_covariates, n_hidden, bias=False) if n_covariates else None
         self.after = NormActivate(n_hidden, activation=nn.LeakyReLU(), **options)
@@ -99,6 +111,11 @@ class SharedFirstLayer(nn.Module):
             else:
                 counts = counts.without_empty(rows) if are_known else counts.select_rows(rows)
             s, log_depth = s[rows], log_depth[rows]
+        if self.input_dropout.p and self.training:
+            if isinstance(counts, SparseCounts):
+                counts = counts.with_values(self.input_dropout(counts.val))
+            else:
+                counts = self.input_dropout(counts)
         hidden = self.counts(counts)
         if missing is not None:
             code = missing.code if rows is None else missing.code[rows]

@@ -126,6 +126,16 @@ class CovariateStack(nn.Module):
         return hidden
 
 
+def layer_options(config: Any, where: str) -> dict[str, Any]:
+    """Options of the layers of an ``"encoder"`` or ``"decoder"`` that a program's configuration states."""
+    options: dict[str, Any] = {
+        "n_covariates": config.n_covariates if where == "decoder" or config.encode_covariates else 0,
+        "batch_norm": config.use_batch_norm in (where, "both"),
+        "layer_norm": config.use_layer_norm in (where, "both"),
+    }
+    return options if where == "decoder" else {**options, "dropout_rate": config.dropout_rate}
+
+
 class _SparseMatmul(torch.autograd.Function):
     """Product counts @ weight for compressed rows; the gradient of the weight runs over compressed columns.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.minified.layout import stored_part
-from pyro_multivi.data.modality import MODALITIES, Modality, modelled
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
 
@@ -70,7 +70,9 @@ def start_typical(program: Any, blocks: Iterable[Cells], marginals: Marginals) -
     marginals
         Statistics of the same data.
     """
-    shares = {modality: getattr(marginals, f"{modality.feature}_share") for modality in modelled(program.config)}
+    regions = marginals.region_share if marginals.fragments is None else marginals.fragments.region_share
+    of = {RNA: marginals.gene_share, ATAC: regions}
+    shares = {modality: of[modality] for modality in modelled(program.config)}
     for modality, share in shares.items():
         typical_buffer(program, modality)[0] = share
     total = {modality: torch.zeros_like(share) for modality, share in shares.items()}
@@ -79,7 +81,7 @@ def start_typical(program: Any, blocks: Iterable[Cells], marginals: Marginals) -
         for modality in shares:
             counts, measured = modality.counts_in(cells), modality.measured_in(cells)
             panels: Panels | None = modality.panels_in(cells)
-            options = {} if modality.binary else {"share": measured_share(program, cells, modality)}
+            options = {"share": measured_share(program, cells, modality)} if modality == RNA else {}
             total[modality] += _feature_sums(getattr(program, f"{modality.key}_input")(counts, **options), measured)
             if panels is None:
                 n_cells[modality] += measured.sum()
@@ -119,25 +121,25 @@ def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -
 
 
 def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
-    """Total count of a cell, 1 or more, or number of open regions of a binary modality, in all features, (B,).
+    """Total count of a cell, 1 or more, or number of open regions where only these are modelled, in all features, (B,).
 
     Of minified data it is stored beside the posterior.
     """
     if cells.posterior is not None:
         stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
         return stored
-    counts = modality.counts_in(cells)
-    found = n_open(counts) if modality.binary else totals(counts)
+    counts, binary = modality.counts_in(cells), modality.in_model(program.config).binary
+    found = n_open(counts) if binary else totals(counts)
     share = measured_share(program, cells, modality)
     if share is not None:
         found = found / share
-    return found if modality.binary else found.clamp(min=1.0)
+    return found if binary else found.clamp(min=1.0)
 
 
 def log_depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
     """Log of :func:`depth`, plus 1 where it may be 0, (B,)."""
     found = depth(program, cells, modality)
-    return found.log1p() if modality.binary else found.log()
+    return found.log1p() if modality.in_model(program.config).binary else found.log()
 
 
 def totals(counts: Tensor) -> Tensor:

@@ -244,9 +244,15 @@ class _Keep:
 
 def _normalisations(program: nn.Module) -> list[tuple[str, str]]:
     """Network and name, with a dot behind it, of every batch normalisation."""
+
+    def belongs(name: str, network: str) -> bool:
+        # Networks of extra modalities are called alike in each: extra.NAME.decoder.
+        of_extra = name.startswith("extra.") and (".decoder." in name) == (network == "decoder")
+        return of_extra or name.startswith(_NETWORKS[network])
+
     return [
         (network, f"{name}.")
         for name, module in program.named_modules()
-        for network, prefixes in _NETWORKS.items()
-        if isinstance(module, BatchNorm) and name.startswith(prefixes)
+        for network in _NETWORKS
+        if isinstance(module, BatchNorm) and belongs(name, network)
     ]

@@ -16,7 +16,9 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.processes.group import current
 from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.training.distributed.shared_steps import sum_gradients
 from pyro_multivi.training.options import FitOptions
 
 _N_HIDDEN = 32
@@ -131,18 +133,26 @@ class Adversary:
         fixed = {name: parameter.detach() for name, parameter in self.classifier.named_parameters()}
         log_q = functional_call(self.classifier, fixed, (z,)).log_softmax(-1)  # (..., B, C)
         cost: Tensor = (self.share * (self.share.log() - log_q)).sum(-1).mean()
-        self._last = z.detach(), origin
         with torch.no_grad():
             surprise = -log_q.gather(-1, origin.unsqueeze(-1)).mean()
             self._sums += len(cells) * torch.stack([cost, surprise, torch.ones_like(cost)])
+        self._last = z.detach(), origin
         return cost
 
-    def learn(self) -> None:
-        """Take one step of the classifier on the z that the latest penalty was computed from."""
+    def learn(self, share: float = 1.0) -> None:
+        """Take one step of the classifier on the z that the latest penalty was computed from.
+
+        Parameters
+        ----------
+        share
+            Part of the minibatch's cells that this process has.
+        """
         assert self._last is not None, "learn() follows penalty()"
         (z, origin), self._last = self._last, None
         self._optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(self.classifier(z).flatten(0, -2), origin.flatten()).backward()
+        loss = nn.functional.cross_entropy(self.classifier(z).flatten(0, -2), origin.flatten())
+        loss.backward()
+        sum_gradients(current(), list(self.classifier.parameters()), loss, share)
         self._optimizer.step()
 
     def pop_record(self) -> dict[str, float]:
@@ -151,6 +161,7 @@ class Adversary:
         ``adversary_train`` is the penalty before its weight; ``classifier_train`` the classifier's own
         loss, at most about the entropy of the shares f, which it has when z tells nothing.
         """
+        current().sum_([self._sums])
         penalty, surprise, n = self._sums.tolist()
         self._sums.zero_()
         return dict(zip(RECORDED, (penalty / n, surprise / n), strict=True))
@@ -160,14 +171,14 @@ class Adversary:
         return {
             "classifier": self.classifier.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "sums": self._sums,
+            "sums": current().gather(self._sums),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`."""
         self.classifier.load_state_dict(state["classifier"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._sums.copy_(state["sums"])
+        self._sums.copy_(state["sums"][current().rank])
 
     def _origin(self, cells: Cells | CellTable) -> Tensor:
         """A number for the origin of each cell, (n,), int64."""

@@ -20,6 +20,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.isolation import Interruption, PyroState, isolated, uninterrupted
+from pyro_multivi.processes.group import Processes, alone, current, distributed
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
 from pyro_multivi.training.adversary import RECORDED, Adversary
@@ -27,6 +28,13 @@ from pyro_multivi.training.averaging import RunningAverage
 from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.loop import Loop, Position
 from pyro_multivi.training.contract import check_contract, warn_of_unlearned
+from pyro_multivi.training.distributed.shared_steps import (
+    check_processes,
+    share_running_statistics,
+    share_weights,
+    sum_gradients,
+    sum_terms,
+)
 from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
 from pyro_multivi.training.history import History, Stopwatch
 from pyro_multivi.training.objective import NegativeELBO
@@ -41,6 +49,7 @@ _VALIDATION_SEED = 20_230_629
 
 
 @isolated()
+@distributed()
 def fit(
     program: MultiVIProgram,
     train: Minibatches,
@@ -51,6 +60,9 @@ def fit(
     checkpoints: Checkpoints | None = None,
 ) -> tuple[History, dict[str, Any]]:
     """Minimise minus the ELBO of ``program`` over minibatches.
+
+    Among several processes (:func:`~pyro_multivi.processes.group.distributed`), each of which is given all minibatches,
+    each takes a share of the cells of every minibatch. All end with the same weights and history.
 
     The weights of the best epoch (by ``early_stopping_monitor``, with or without stopping early) are
     restored at the end when there are validation cells. Ctrl-C ends training the same way: it acts between steps, a
@@ -94,12 +106,16 @@ def fit(
     ):
         if value is not None:
             check_type(name, value, kind, ", or leave it out")
-    options = options or FitOptions()
+    options, processes = options or FitOptions(), current()
+    check_processes(processes, program, train, validation, options)
+    train = train.shared(processes.rank, processes.size)
     history = history if history is not None else History()
     state = None if checkpoints is None else checkpoints.take_state()
     first = history.n_epochs if state is None else int(state["position"]["first"])
     last = first + options.max_epochs
     program.to(train.device)
+    share_weights(processes, program)
+    trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
     adversary = Adversary.wanted(program, train, options)
     objective = NegativeELBO(program, options.elbo, adversary)
@@ -113,7 +129,7 @@ def fit(
     average = RunningAverage(program, options.average_steps)
     if first and validation is not None and state is None:
         # Going on must not end worse than it began: the current weights are the first to beat.
-        stopping.best = _named(evaluate(program, validation), "validation").get(stopping.monitor, math.inf)
+        stopping.best = _scores(processes, program, validation).get(stopping.monitor, math.inf)
     # Without weights to go back to there is no way back from a step that is not a number.
     monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
     interrupted = False
@@ -126,21 +142,24 @@ def fit(
     losses = [] if state is None else loop.restore(state)
     bar = tqdm(
         range(at.epoch, at.epoch if at.reason else last), desc="training", unit="epoch", initial=at.epoch - first,
-        total=options.max_epochs, disable=not options.progress_bar,
+        total=options.max_epochs, disable=not (options.progress_bar and processes.is_first),
     )  # fmt: skip
     loops = compiled_loops() if options.compile else nullcontext()
     # Torch's global generators stay as they were.
     forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
     ended = nullcontext(Interruption(signal.SIGTERM, None)) if checkpoints is None else uninterrupted(signal.SIGTERM)
     with forked, loops, bar, uninterrupted() as interruption, ended as termination:
-        torch.manual_seed(options.seed + first)
+        torch.manual_seed(processes.seed(options.seed + first))
         if state is not None:
             loop.restore_noise(state)
         state = None  # as large as the model and all that is kept beside it
         program.use_precision(options.precision)
 
         def between_steps(is_due: bool) -> None:
-            """Write a checkpoint if it is due or if a signal waits, and let that act then."""
+            """Write a checkpoint if it is due or if a signal waits, in any process, and let that act then."""
+            is_due, interruption.waits, termination.waits = processes.any(
+                is_due and processes.is_first, interruption.waits, termination.waits
+            )
             waits = interruption.waits or termination.waits
             if checkpoints is not None and (is_due or waits):
                 checkpoints.write(loop)
@@ -155,6 +174,7 @@ def fit(
                     at.started, losses = time.perf_counter(), []
                 program.train()
                 monitor.begin_epoch(epoch, losses)
+                sizes = train.sizes()
                 at.order = train.order_state
                 for place, cells in enumerate(train.after(at.place), at.place):
                     watch.lap("minibatches")
@@ -174,8 +194,9 @@ def fit(
                         if validate and not _is_finite(objective, cells, at.weight):
                             raise diagnose(program, cells, epoch, place) from error
                         raise
-                    monitor.check_loss(loss, cells, place)
                     loss.backward()
+                    loss = sum_gradients(processes, trained, loss, len(cells) / sizes[place])
+                    monitor.check_loss(loss, cells, place)
                     if validate:
                         warn_of_unlearned(program)
                     monitor.check_gradients()
@@ -183,9 +204,10 @@ def fit(
                         torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
                     optimizer.step()
                     if adversary is not None:
-                        adversary.learn()
-                    at.terms += objective.last_terms(cells)
-                    at.sizes.append(len(cells))
+                        adversary.learn(len(cells) / sizes[place])
+                    share_running_statistics(processes, program)
+                    at.terms += sum_terms(processes, objective.last_terms(cells), sizes[place])
+                    at.sizes.append(sizes[place])
                     at.place, at.step = place + 1, at.step + 1
                     average.update(at.step)
                     watch.lap("steps")
@@ -199,8 +221,8 @@ def fit(
                 scores = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == last
                 with average.in_place():
                     if validation is not None and scores:
-                        row.update(_named(evaluate(program, validation), "validation"))
-                    row["seconds"] = time.perf_counter() - at.started
+                        row.update(_scores(processes, program, validation))
+                    row["seconds"] = processes.first(time.perf_counter() - at.started)
                     history.add(row)
                     bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
                     scored = validation is not None and stopping.monitor in row
@@ -212,10 +234,11 @@ def fit(
                         at.kept = f"those of epoch {epoch + 1}{score}{_averaged(average)}"
                     watch.lap("validation")
                     # Every callback is called, also after one that stops.
-                    answers = [callback(epoch, row, program) for callback in options.callbacks]
+                    with alone():
+                        answers = [callback(epoch, row, program) for callback in options.callbacks]
                     watch.lap("callbacks")
                 at.end_epoch()
-                if any(answers):
+                if processes.any(any(answers))[0]:
                     at.reason = "a callback stopped it"
                 elif stopping.exhausted:
                     at.reason = f"{stopping.monitor} has not improved for {stopping.patience} epochs"
@@ -242,6 +265,7 @@ def fit(
                 average.settle()
             program.use_precision("fp32")
             program.eval()
+    share_weights(processes, program)
     watch.lap("restoring")
     n_epochs = history.n_epochs - first
     history.ending = f"trained {n_epochs} epochs in {watch}: {at.reason}; its weights are {at.kept}"
@@ -249,14 +273,23 @@ def fit(
     return history, moments
 
 
-def evaluate(program: MultiVIProgram, cells: Iterable[Cells]) -> Terms:
+def _scores(processes: Processes, program: MultiVIProgram, validation: Minibatches) -> dict[str, float]:
+    """Columns of the history on validation cells, of which each process scores a share; all where they are few."""
+    share = validation.n_cells >= 2 * processes.size
+    cells = validation.shared(processes.rank, processes.size) if share else validation
+    terms = evaluate(program, cells, processes.seed(_VALIDATION_SEED) if share else _VALIDATION_SEED)
+    n_scored = validation.n_cells * (1 if share else processes.size)
+    return _named(sum_terms(processes, terms, n_scored), "validation")
+
+
+def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALIDATION_SEED) -> Terms:
     """Terms of the ELBO over minibatches, in evaluation mode, with noise of its own."""
     check_type("program", program, MultiVIProgram)
     if isinstance(cells, Cells) or not isinstance(cells, Iterable):
         raise TypeError(f"cells={shown(cells)} is not allowed: give minibatches, for one a list of it.")
     terms = Terms()
     with evaluation_mode(program):
-        torch.manual_seed(_VALIDATION_SEED)
+        torch.manual_seed(seed)
         for minibatch in cells:
             terms += measure(program, minibatch)
     return terms

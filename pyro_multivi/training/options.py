@@ -11,6 +11,7 @@ from pyro.infer import ELBO
 
 from pyro_multivi.data.checks import check_choice, check_fields, check_number, check_type, checked, shown, unwrapped
 from pyro_multivi.networks.modules import PRECISIONS
+from pyro_multivi.processes.group import current, local_rank
 from pyro_multivi.program import MultiVIProgram
 
 #: Called after each epoch with its number, its row of the history and the program, which has the weights that it would
@@ -145,4 +146,11 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
         allowed = f", or the number of a GPU below {n_gpus}" if on_gpu else " (training runs on one processor)"
         raise ValueError(f"devices={shown(devices)} is not allowed: give 'auto' or 1{allowed}.")
     number = "" if text in known else f":{text}"
+    if on_gpu and not number and current().are_several:
+        number = f":{local_rank()}"
+        if local_rank() >= n_gpus:
+            raise ValueError(
+                f"LOCAL_RANK={local_rank()} has no GPU of its own: there are {n_gpus}. Start no more processes on this "
+                "machine (torchrun --nproc-per-node), or give accelerator='cpu'."
+            )
     return torch.device(f"cuda{number}" if on_gpu else "cpu")

@@ -17,12 +17,14 @@ def world(tmp_path_factory) -> SimpleNamespace:
     """One tiny trained model, and what public functions take beside it."""
     mpl.use("agg")
     torch.manual_seed(0)
-    adata = simulate_multiome((24, 0, 0), n_genes=8, n_regions=10, n_batches=2, n_types=2, seed=0)
-    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    adata = simulate_multiome((24, 0, 0), n_genes=8, n_regions=10, n_batches=2, n_types=2, n_proteins=3, seed=0)
+    keys = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
+    pm.MULTIVI.setup_anndata(adata, **keys)
     model = pm.MULTIVI(adata, n_hidden=4, n_latent=2)
     model.train(1, train_size=0.5, progress_bar=False)
     folder = tmp_path_factory.mktemp("arguments")
     model.save(folder / "model")
+    adata.write_h5ad(folder / "store.h5ad")
     check = model.posterior_predictive_check(n_samples=40)
     table = model.differential_expression(groupby="cell_type", group1="type_0", n_samples=20)
     table["is_de_fdr_0.05"] = table["lfc_mean"] > 0

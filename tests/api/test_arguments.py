@@ -40,14 +40,21 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
     **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
     **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
+    "region_dropout_rate": (-0.1, 1.0),
     **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),
     **dict.fromkeys(("key",), ("nonsense", "")),
-    **dict.fromkeys(("gene_likelihood", "dispersion", "latent_distribution", "library"), ("nonsense", "")),
+    **dict.fromkeys(
+        ("gene_likelihood", "accessibility_likelihood", "dispersion", "latent_distribution", "library"),
+        ("nonsense", ""),
+    ),
     **dict.fromkeys(("modality_weights", "modality_penalty", "use_batch_norm", "use_layer_norm"), ("nonsense", "")),
     **dict.fromkeys(("accelerator", "precision", "adversarial_target", "adversarial_schedule"), ("nonsense", "")),
     **dict.fromkeys(("mode", "test_mode", "unit", "weights", "probability", "hidden_depth"), ("nonsense", "")),
     **dict.fromkeys(("layer", "batch_key", "labels_key", "feature_type_key"), ("nonsense", "")),
     "features": ("nonsense", ""),
+    **dict.fromkeys(("protein_layer", "protein_expression_obsm_key", "protein_names_uns_key"), ("nonsense", "")),
+    "protein_dispersion": ("nonsense", "", "protein-label"),
+    "stained": (0.0, -0.1, 1.1),
     **dict.fromkeys(("rna_layer", "atac_layer", "statistic", "quantity", "comparison"), ("nonsense", "")),
     **dict.fromkeys(("n_genes", "n_regions"), (3,)),
     "modality": ("nonsense", "", "rna"),
@@ -66,10 +73,12 @@ _CLASS = (5, None, "x", int, True, THING, pm.ProgramConfig)
 OTHER: dict[str, tuple[Any, ...]] = {
     "adata": _DATA,
     "mdata": (*_DATA, None),
+    "stores": (5, True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "samples": (5, "x", True, THING, [], {}, [5], {"a": 5}, np.zeros((2, 2)), pd.DataFrame()),
     "reference_model": (5, None, {}, True, THING, pd.DataFrame(), np.zeros((2, 2))),
     "query": (*_DATA, None),
     **dict.fromkeys(("multi_anndata", "rna_anndata", "atac_anndata"), _DATA),
+    **dict.fromkeys(("protein_list", "feature_list"), _CELLS),
     **dict.fromkeys(("indices", "gene_list", "region_list", "idx1", "idx2"), _CELLS),
     **dict.fromkeys(("transform_batch", "batchid1", "batchid2"), _BATCHES),
     "library_size": (0, -1, NAN, INF, "nonsense", "", None, True, [1.0], [], {}, {1.0}, ["a"] * 24, [NAN] * 24, THING),
@@ -113,16 +122,19 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "train": (5, None, [], True, THING),
     **dict.fromkeys(("validation", "options", "optimizer_state", "checkpoints"), (5, "x", [1], True, THING)),
     "extra": (5, None, "x", [1], {"a": -1}, {"a": 0}, {"a": "3"}, {5: 3}, True, THING),
-    **dict.fromkeys(("rho", "library", "theta", "gate_logits", "p", "cell_factor"), _TENSOR),
+    **dict.fromkeys(("rho", "library", "theta", "gate_logits", "p", "cell_factor", "size", "rate"), _TENSOR),
     "region_factor": (5, 0.5, "x", [1.0], THING, np.ones(3), torch.tensor([2.0, -1.0, NAN])),
     **dict.fromkeys(("hidden", "weight", "bias"), (5, None, "x", [1.0], THING, np.ones(3), torch.ones(7, 9))),
+    "fragments": (-1, NAN, INF, "x", [1], {1}, THING),
     "link": (5, None, "nonsense", "", True, ["softmax"], THING),
     "gemm_dtype": (5, "float32", True, THING, np.float32),
 }  # fmt: skip
 #: Public, and made or called by the package itself, or without arguments of the user's.
 EXEMPT = {
     "MULTIVI.get_normalized_accessibility": "another name of get_accessibility_estimates",
-    **dict.fromkeys(("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged"), "an error"),
+    **dict.fromkeys(
+        ("BrokenModelError", "ContractError", "NotTrainedError", "TrainingDiverged", "StoreChangedError"), "an error"
+    ),
     **dict.fromkeys(("PALETTE", "__version__", "settings"), "no function"),
     **dict.fromkeys(("Estimate", "History", "Adversary", "NegativeELBO", "AnnealLatents"), "made by the package"),
     **dict.fromkeys(("check_contract", "kl_weight", "measured_only"), "a step of the training loop or the model"),
@@ -161,7 +173,7 @@ def wrong_values(function: str, argument: str, annotation: str) -> Iterator[Any]
         yield from OTHER[argument]
         return
     zero = (
-        argument in ("seed", "n_genes", "n_regions", "n_labels", "n_covariates", "start", "least")
+        argument in ("seed", "n_genes", "n_regions", "n_proteins", "n_labels", "n_covariates", "start", "least")
         or "warmup" in argument
     )
     yield from () if kind != "int" or zero else (0,)
@@ -203,11 +215,17 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.posterior_predictive_check": {"n_samples": 40},
         "MULTIVI.differential_expression": differential,
         "MULTIVI.differential_accessibility": differential,
+        "MULTIVI.differential_protein_expression": differential,
+        "MULTIVI.differential_extra": {"name": "protein", **differential},
+        "MULTIVI.get_extra_estimates": {"name": "protein"},
         "MULTIVI.get_marginal_ll": {"n_mc_samples": 2},
         "MULTIVI.to_inference_data": {"n_samples": 2, "indices": [0, 1]},
         "compare_models": {"models": {"a": world.model, "b": world.model}, "n_mc_samples": 2},
         "join_samples": {"samples": [world.plain, world.mdata]},
+        "convert_stores": {"stores": world.folder / "store.h5ad", "out": world.folder / "new.zarr"},
+        "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
+        "reads_to_fragments": {"adata": world.plain.copy()},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},
         "simulate_multiome": {"n_cells": (4, 0, 0), "n_genes": 4, "n_regions": 4},
         "PredictiveCheck.to_csv": {"folder": world.folder},
@@ -220,6 +238,8 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "ZeroInflatedNegativeBinomialCounts": {
             "rho": rho, "library": one, "theta": torch.ones(3), "gate_logits": torch.zeros(3)},
         "ScaledBernoulli": {"p": rho, "cell_factor": one},
+        "PoissonFragments": {"p": rho, "size": one, "rate": torch.ones(3)},
+        "NegativeBinomialFragments": {"p": rho, "size": one, "rate": torch.ones(3), "theta": torch.ones(3)},
         "Readout": {"hidden": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), "link": "softmax"},
         "observed_against_replicated": {"table": genes, "statistic": "mean"},
         "p_value_histogram": {"table": genes, "statistic": "mean"},

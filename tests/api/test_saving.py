@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -295,6 +296,25 @@ def test_a_model_of_format_1_is_read_under_todays_names(model, folder):
     edit(folder, rename)
     (folder / "SHA256SUMS").unlink()
     assert_equal(results(pm.MULTIVI.load(folder, model.adata)), results(model))
+
+
+def test_a_model_without_a_posterior_of_weights_says_so(model, folder, caplog):
+    state = torch.load(folder / "weights.pt", weights_only=True)
+    older = {name: value for name, value in state.items() if "_weight_" not in name}
+    assert len(older) == len(state) - 4
+    payload = io.BytesIO()
+    torch.save(older, payload)
+    forge(folder, payload.getvalue())
+    with caplog.at_level("WARNING", logger="pyro_multivi"):
+        loaded = pm.MULTIVI.load(folder, model.adata)
+    assert "too narrow" in caplog.text
+    assert not loaded.program.rna_weight_sd.any()
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="pyro_multivi"):
+        model.save(folder, overwrite=True)
+        again = pm.MULTIVI.load(folder, model.adata)
+    assert "too narrow" not in caplog.text
+    assert torch.equal(again.program.rna_weight_sd, model.program.rna_weight_sd)
 
 
 def test_a_newer_format_says_upgrade(folder):

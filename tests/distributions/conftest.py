@@ -12,7 +12,9 @@ from torch.nn.functional import softplus
 
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
+    NegativeBinomialFragments,
     PoissonCounts,
+    PoissonFragments,
     Readout,
     ScaledBernoulli,
     ZeroInflatedNegativeBinomialCounts,
@@ -76,9 +78,12 @@ class Case:
             made["cell_factor"] = 0.05 + 0.9 * torch.rand(*lead, dtype=dtype)
             if self.region_factor:
                 made["region_factor"] = 0.05 + 0.9 * torch.rand(N_FEATURES, dtype=dtype)
+        elif self.family.startswith("fragments"):
+            made["size"] = 0.1 + 3 * torch.rand(*lead, dtype=dtype)
+            made["rate"] = (2 * normal(N_FEATURES)).exp()
         else:
             made["library"] = 1 + 50 * torch.rand(*lead, dtype=dtype)
-        if self.family in ("nb", "zinb"):
+        if self.family in ("nb", "zinb", "fragments-nb"):
             # On both sides of the switch to Stirling's series.
             shape = (*lead, N_FEATURES) if self.per_cell_theta else (N_FEATURES,)
             made["theta"] = (6 * torch.rand(shape, dtype=dtype) - 1).exp()
@@ -125,6 +130,9 @@ class Case:
 
         if self.family == "accessibility":
             return ScaledBernoulli(readout("", "sigmoid"), inputs["cell_factor"], inputs.get("region_factor"))
+        if self.family.startswith("fragments"):
+            mean = readout("", "sigmoid"), inputs["size"], inputs["rate"]
+            return NegativeBinomialFragments(*mean, inputs["theta"]) if "theta" in inputs else PoissonFragments(*mean)
         rho = readout("", self.link)
         if self.family == "poisson":
             return PoissonCounts(rho, inputs["library"])
@@ -139,14 +147,17 @@ class Case:
         if self.family == "accessibility":
             q = logits.sigmoid() * inputs["cell_factor"].unsqueeze(-1) * inputs.get("region_factor", 1.0)
             return torch.where(x > 0, q.log(), (1 - q).log()).sum(-1)
-        rho = logits.softmax(-1) if self.link == "softmax" else softplus(logits)
-        mu = rho * inputs["library"].unsqueeze(-1)
-        if self.family == "poisson":
+        if self.family.startswith("fragments"):
+            mu = logits.sigmoid() * inputs["rate"] * inputs["size"].unsqueeze(-1)
+        else:
+            rho = logits.softmax(-1) if self.link == "softmax" else softplus(logits)
+            mu = rho * inputs["library"].unsqueeze(-1)
+        if self.family in ("poisson", "fragments-poisson"):
             return (x * mu.log() - mu - torch.lgamma(x + 1)).sum(-1)
         theta = inputs["theta"]
         log_nb = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
         log_nb = log_nb + theta * (theta / (theta + mu)).log() + x * (mu / (theta + mu)).log()
-        if self.family == "nb":
+        if self.family in ("nb", "fragments-nb"):
             return log_nb.sum(-1)
         pi = (inputs["gate_hidden"] @ inputs["gate_weight"].T + inputs["gate_bias"]).sigmoid()
         return torch.where(x == 0, (pi + (1 - pi) * log_nb.exp()).log(), (1 - pi).log() + log_nb).sum(-1)
@@ -160,6 +171,8 @@ CASES = {
     "zinb": Case("zinb"),
     "zinb-cell": Case("zinb", per_cell_theta=True),
     "zinb-softplus": Case("zinb", "softplus"),
+    "fragments-poisson": Case("fragments-poisson"),
+    "fragments-nb": Case("fragments-nb"),
     "accessibility": Case("accessibility"),
     "accessibility-no-region": Case("accessibility", region_factor=False),
 }

@@ -72,3 +72,29 @@ def test_a_trained_depth_head_still_sees_the_depth_behind_a_layer_norm():
     assert out[0, 0] != out[1, 0]
     departure = (out[:, 0] - torch.tensor([2.0, 6.0])).detach().numpy()
     assert np.ptp(departure) > 0
+
+
+def test_input_dropout_hides_features_in_training_only():
+    torch.manual_seed(0)
+    plain, layer = first_layer(), first_layer(input_dropout_rate=0.5)
+    layer.load_state_dict(plain.state_dict())
+    counts = (torch.rand(2000, 5) < 0.7).float()
+    given = torch.ones(2000, dtype=torch.bool), torch.zeros(2000, 2), torch.zeros(2000)
+
+    def hidden_input(counts):
+        seen = []
+        handle = layer.counts.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+        layer(counts, *given)
+        handle.remove()
+        return seen[0]
+
+    sparse = SparseCounts.from_dense(counts)
+    kept, product = hidden_input(sparse)
+    # Half of the entries are left, at twice their value: the first layer's input keeps its mean.
+    assert set(kept.val.tolist()) == {0.0, 2.0}
+    assert abs(kept.val.mean().item() - 1.0) < 5 / len(kept.val) ** 0.5
+    torch.testing.assert_close(product, kept.to_dense() @ layer.counts.weight + layer.counts.bias)
+    assert torch.equal(sparse.val, torch.ones_like(sparse.val))
+    dense, _ = hidden_input(counts)
+    assert set(dense[counts > 0].tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(layer.eval()(sparse, *given).hidden, plain.eval()(sparse, *given).hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from anndata import AnnData
 
 from pyro_multivi import MULTIVI, simulate_multiome
 from pyro_multivi.data.modality import modality_at
+from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.quantities.array_sink import Arrays
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
@@ -31,6 +33,25 @@ def fitted() -> MULTIVI:
         (100, 50, 50), N_GENES, N_REGIONS, n_latent=3, n_batches=2, effect_size=2.0, differential_fraction=0.6, seed=0
     )
     return _trained(adata, 35, n_hidden=32, n_latent=3)
+
+
+@pytest.fixture
+def fitted_weights(fitted: MULTIVI) -> MULTIVI:
+    """``fitted`` without a posterior of the decoders' last layers: draws are of the latent state alone."""
+    return _without_weights(fitted)
+
+
+@pytest.fixture
+def without_weights() -> Callable[[MULTIVI], MULTIVI]:
+    """A view of a model whose draws are all of the weights it was fitted to."""
+    return _without_weights
+
+
+def _without_weights(model: MULTIVI) -> MULTIVI:
+    bare = copy.copy(model)
+    bare.program = copy.deepcopy(model.program)
+    clear_weight_posteriors(bare.program)
+    return bare
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,13 @@ PACKAGE = "pyro_multivi"
 #: Third parties that only an extra installs.
 OPTIONAL = {"mudata", "matplotlib", "arviz", "zarr", "numba", "sklearn", "scanpy", "scvi", "xarray", "seaborn"}
 #: What Numba compiles has to be written beside it; whoever wants it imports these modules late, as if they were Numba.
-COMPILED = tuple(f"distributions.kernels.numba.{name}" for name in ("loops", "scalar_math"))
+COMPILED = tuple(f"distributions.kernels.numba.{name}" for name in ("fragments", "loops", "scalar_math"))
 #: Third parties that read or hold a user's tables; the tensors' side imports none of them.
 TABLES = {"anndata", "pandas", "mudata"}
 #: The tensors' side: what a modeler uses without AnnData.
 TENSORS = (
     "config",
+    "processes",
     "program",
     "traces",
     "networks",
@@ -31,7 +32,20 @@ TENSORS = (
     "training",
     *(
         f"data.{name}"
-        for name in ("checks", "loader", "marginals", "minibatch", "modality", "resident", "sparse", "split", "table")
+        for name in (
+            "checks",
+            "loader",
+            "marginals",
+            "minibatch",
+            "modality",
+            "resident",
+            "sparse",
+            "split",
+            "table",
+            "stores.counts",
+            "stores.matrix",
+            "stores.passes",
+        )
     ),
 )
 #: Parts of posterior/ that import the engine, and not each other.

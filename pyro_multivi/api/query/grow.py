@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from pyro_multivi.data.modality import RNA, modelled
+from pyro_multivi.data.modality import PROTEIN, RNA, Modality, modelled
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.covariates import categories
+from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.panels import typical_buffer
@@ -46,7 +47,17 @@ def query_spec(reference: DataSpec, data: Any, needs_labels: bool) -> tuple[Data
         key: known + _new(opened, "categorical_covariate_keys", key, known)
         for key, known in reference.categorical.items()
     }
-    return replace(reference, batch_categories=batches, categorical=grown, partial=True), opened
+    spec = replace(reference, batch_categories=batches, categorical=grown, partial=True)
+    return replace(spec, missing_proteins=spec.missing_proteins | _missing_in_new(spec, reference, opened)), opened
+
+
+def _missing_in_new(spec: DataSpec, reference: DataSpec, opened: Opened) -> dict[str, tuple[str, ...]]:
+    """Proteins that new batches did not measure."""
+    if PROTEIN not in opened.extra or not spec.n_proteins:
+        return {}
+    measurement = opened.extra[PROTEIN].read(spec.protein_names, partial=True)
+    found = missing_by_batch(measurement, spec.protein_names, spec.batch_codes_of(opened), spec.batch_categories)
+    return {batch: names for batch, names in found.items() if batch not in reference.batch_categories}
 
 
 def _new(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -77,10 +88,28 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
     n_known
         Number of batches of the reference, the first ones.
     """
+    for extra in program.modelled_extra:
+        extra.start_batches_from(table, n_known)
     if not any(bool(typical_buffer(program, modality).any()) for modality in modelled(program.config)):
         set_typical(program, n_known)
+    _set_fragments_prior(program, table, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return
-    marginals = table.marginals(None if RNA.panels_in(table) is None else typical_buffer(program, RNA)[0])
+    marginals = table.marginals(shares=_shares(program))
     program.library_log_mean[n_known:] = marginals.library_log_mean[n_known:]
     program.library_log_var[n_known:] = marginals.library_log_var[n_known:]
+
+
+def _shares(program: MultiVIProgram) -> dict[Modality, torch.Tensor]:
+    """Share of each feature in a typical cell's counts, by which depths are those of all features."""
+    return {modality: typical_buffer(program, modality)[0] for modality in modelled(program.config)}
+
+
+def _set_fragments_prior(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
+    """Prior of the number of fragments of new batches, in models that count them."""
+    if not program.config.counts_fragments or not bool((table.has_atac & (table.batch_code >= n_known)).any()):
+        return
+    fragments = table.marginals(counts_fragments=True, shares=_shares(program)).fragments
+    assert fragments is not None
+    program.fragments_log_mean[n_known:] = fragments.log_mean[n_known:]
+    program.fragments_log_var[n_known:] = fragments.log_var[n_known:]

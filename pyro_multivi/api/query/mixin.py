@@ -18,7 +18,7 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
 from pyro_multivi.api.query.labels import carried_over, label_codes
-from pyro_multivi.api.query.prepare import in_reference_order
+from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_reference_order
 from pyro_multivi.api.query.report import QueryReport, cautions
 from pyro_multivi.api.saving.folder import BrokenModelError
 from pyro_multivi.api.saving.mixin import SavingMixin
@@ -214,9 +214,12 @@ class QueryMixin(SavingMixin):
             As for an AnnData. Names are returned as a dict, with one index for each modality.
         """
         spec = cls._reference_model(reference_model, trained=False).spec
+        protein = spec.setup.protein_key
         if return_reference_var_names:
             names = {each: spec.setup.mudata_name(each) or each.key for each in MODALITIES if each.n_features_in(spec)}
-            return {name: pd.Index(each.feature_names_in(spec)) for each, name in names.items()}
+            found_names = {name: pd.Index(each.feature_names_in(spec)) for each, name in names.items()}
+            protein_names = {} if protein is None else {protein: pd.Index(spec.protein_names)}
+            return {**found_names, **protein_names}
         if not is_mudata(mdata):
             verb = ": use prepare_query_anndata(adata, ...)" if isinstance(mdata, AnnData) else ""
             raise TypeError(f"mdata must be a MuData, got {shown(mdata)}{verb}.")
@@ -229,6 +232,8 @@ class QueryMixin(SavingMixin):
             for modality, counts in found.items()
             if counts.owner == f"mdata.mod[{name!r}]"
         }
+        if protein is not None and protein in mdata.mod:
+            changed[protein] = proteins_in_reference_order(mdata.mod[protein], f"mdata.mod[{protein!r}]", spec)
         parts = {name: changed[name] if name in changed else part.copy() for name, part in mdata.mod.items()}
         # Made anew: a MuData cannot follow features that were renamed and taken out since it was made.
         with mudata_as_given() as mudata:

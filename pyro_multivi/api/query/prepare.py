@@ -12,7 +12,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import ExtraFeatures
+from pyro_multivi.data.modality import PROTEIN, Modality
 from pyro_multivi.data.setup.adapter import Counts, layer_names
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY, MEASURED_COLUMN
 from pyro_multivi.data.setup.options import is_lazy
@@ -52,7 +53,7 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
             )
         takes.append(np.where(place < 0, -1, found.columns[place]))
         names.append(wanted)
-        types += [_type_of(part, found, type_key, modality)] * len(wanted)
+        types += [_type_of(part, found, type_key)] * len(wanted)
         _say(found, place, wanted)
     take, var_names = np.concatenate(takes), pd.Index(np.concatenate(names), dtype=object)
     var = part.var.iloc[np.where(take < 0, 0, take)].copy()
@@ -86,9 +87,17 @@ def _masks_at(table: pd.DataFrame, take: NDArray[np.intp], names: pd.Index[Any])
     return found & (take >= 0)[:, None]
 
 
-def _type_of(part: AnnData, counts: Counts, key: str | None, modality: Modality) -> str:
+def proteins_in_reference_order(part: AnnData, owner: str, spec: DataSpec) -> AnnData:
+    """A new AnnData with the proteins of a reference, in its order, of a modality called ``owner``."""
+    kind: Any = ExtraFeatures(PROTEIN)
+    every = np.arange(part.n_vars)
+    counts = Counts(kind, part.X, owner, owner, part.var_names, every, part.obs_names, None, str)
+    return in_reference_order(part, {kind: counts}, spec, None)
+
+
+def _type_of(part: AnnData, counts: Counts, key: str | None) -> str:
     """Feature type that missing features get: that of the others."""
-    return modality.feature_type if key is None else str(part.var[key].iloc[counts.columns[0]])
+    return "" if key is None else str(part.var[key].iloc[counts.columns[0]])
 
 
 def _say(counts: Counts, place: NDArray[np.intp], wanted: pd.Index[Any]) -> None:

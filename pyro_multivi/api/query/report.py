@@ -10,7 +10,7 @@ import torch
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.modality import MODALITIES, modelled
+from pyro_multivi.data.modality import MODALITIES, RNA, modelled
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.modalities import Measured
 from pyro_multivi.data.setup.spec import DataSpec
@@ -128,7 +128,7 @@ def _far_depths(
             code = cells.design[:, : spec.n_batch].argmax(1)[measured]
             logs.index_add_(0, code, depth(program, cells, modality)[measured].clamp(min=1.0).log().double())
             sizes += torch.bincount(code, minlength=spec.n_batch)
-        typical = program.library_log_mean if not modality.binary else program.atac_log_depth.expand(spec.n_batch)
+        typical = program.library_log_mean if modality == RNA else program.atac_log_depth.expand(spec.n_batch)
         difference = (logs / sizes - typical).exp()
         yield (
             f"The {modality.assay} depth",

@@ -13,7 +13,7 @@ import torch
 from pyro_multivi.api.saving.folder import DESCRIPTION, Saved, broken
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.setup.spec import LATER_FIELDS, DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.program import MultiVIProgram
 
@@ -131,8 +131,7 @@ def _config(kind: type[ProgramConfig], values: Mapping[str, Any]) -> ProgramConf
 def _spec(values: Mapping[str, Any]) -> DataSpec:
     hints = get_type_hints(DataSpec)
     for entry in fields(DataSpec):
-        # Models of earlier versions were saved without it.
-        if entry.name != "partial" or "partial" in values:
+        if entry.name in values or entry.name not in LATER_FIELDS:
             _check(f"spec.{entry.name}", values[entry.name], hints[entry.name])
     spec = DataSpec.from_dict(values)
     setup = spec.setup
@@ -153,6 +152,7 @@ def _spec(values: Mapping[str, Any]) -> DataSpec:
         "continuous_mean": len(spec.continuous_mean) == len(spec.continuous),
         "continuous_sd": len(spec.continuous_sd) == len(spec.continuous) and all(sd > 0 for sd in spec.continuous_sd),
         "extra": tuple(spec.extra) == setup.extra,
+        "missing_proteins": set(spec.missing_proteins) <= set(spec.batch_categories),
     }
     wrong = [name for name, fits in agree.items() if not fits]
     if wrong:
@@ -168,6 +168,7 @@ def _check_sizes(config: ProgramConfig, spec: DataSpec) -> None:
         "n_labels": spec.n_labels,
         "n_covariates": spec.design_width,
         "extra": {name: len(features) for name, features in spec.extra.items()},
+        "proteins": spec.setup.protein_key is not None,
     }
     for name, size in sizes.items():
         if getattr(config, name) != size:

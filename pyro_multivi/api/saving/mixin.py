@@ -21,6 +21,7 @@ from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.isolation import isolated
+from pyro_multivi.processes.group import current, is_first_process
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
 
@@ -45,7 +46,7 @@ class SavingMixin(ModelBase):
         overwrite: bool = False,
         save_anndata: bool = False,
     ) -> None:
-        """Write the model to a folder, as a whole or not at all.
+        """Write the model to a folder, as a whole or not at all; of several processes, number 0 alone writes.
 
         Parameters
         ----------
@@ -81,16 +82,21 @@ class SavingMixin(ModelBase):
             minified=self._table is not None and self._table.posterior is not None,
             query=self._query_description(),
         )
-        folder = _folder(dir_path, prefix)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_model(
-            folder,
-            self.program.state_dict(),
-            description.to_dict(),
-            overwrite=overwrite,
-            data=self.adata if save_anndata else None,
-            names=self._names(),
-        )
+        folder, processes = _folder(dir_path, prefix), current()
+
+        def write() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_model(
+                folder,
+                self.program.state_dict(),
+                description.to_dict(),
+                overwrite=overwrite,
+                data=self.adata if save_anndata else None,
+                names=self._names(),
+            )
+
+        if processes.are_several or is_first_process():
+            processes.on_first(write)
 
     @classmethod
     @takes(LOAD, load_arguments)
@@ -165,6 +171,11 @@ class SavingMixin(ModelBase):
         if differences:
             logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
         model.is_trained = description.is_trained
+        if model.is_trained and not any(name.endswith("_weight_sd") for name in saved.state):
+            logger.warning(
+                "%s was saved by a version without a posterior of the decoders' last layers: its intervals are those "
+                "of the fitted decoder, and too narrow. Training it on (train) makes one.", where,
+            )  # fmt: skip
         if description.query is not None:
             with broken(where, f"{DESCRIPTION} is damaged"):
                 model._restore_query(description.query)

@@ -12,7 +12,7 @@ from pyro_multivi.api.saving.data_file import DATA_FILES
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import FILES, read_model
 from pyro_multivi.data.checks import checked
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.vocabulary import PAIRED
 from pyro_multivi.files import present
@@ -64,15 +64,18 @@ class SavedModel:
     def __repr__(self) -> str:
         config, spec, sizes = self.config, self.spec, self.spec.n_cells
         alone = ", ".join(f"{sizes.get(each.name, 0)} {each.assay} only" for each in MODALITIES)
+        alone += f", {sizes[PROTEIN]} proteins only" if PROTEIN in sizes else ""
+        proteins = f", {spec.n_proteins} proteins" if spec.n_proteins else ""
         lines = [
             f"pyro-multivi model in {self.path}",
             f"  version     {self.version}, format {self.format}, class {self.program_class}",
-            f"  features    {spec.n_genes} genes, {spec.n_regions} regions",
+            f"  features    {spec.n_genes} genes, {spec.n_regions} regions{proteins}",
             f"  cells       {sum(sizes.values())}: {sizes.get(PAIRED, 0)} paired, {alone}",
             f"  batches     {_listed(spec.batch_categories)}",
             *(f"  covariate   {name}: {_listed(known)}" for name, known in spec.categorical.items()),
             *(f"  covariate   {name}" for name in spec.continuous),
-            f"  network     latent {config['n_latent']}, hidden {config['n_hidden']}, {config['gene_likelihood']}",
+            f"  network     latent {config['n_latent']}, hidden {config['n_hidden']}, {config['gene_likelihood']}, "
+            f"{config.get('accessibility_likelihood', 'bernoulli')}",
             f"  training    {self._training()}",
         ]
         data = " (minified)" if self.minified else ""

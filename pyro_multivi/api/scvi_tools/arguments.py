@@ -17,10 +17,6 @@ logger = logging.getLogger("pyro_multivi")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PROTEINS = (
-    "proteins are not modelled yet; extra_obsm_keys=['protein'] of setup_anndata (extra_modalities of setup_mudata) "
-    "brings them along for a program of your own"
-)
 _ONE_DEVICE = "training runs on one device"
 _LOADING = "counts stay sparse in memory, and no workers load them"
 _HISTORY = "everything is recorded in model.history; for more give callbacks=[function of (epoch, row, program)]"
@@ -181,10 +177,11 @@ TRAIN: dict[str, Foreign] = {
     **{name: SPLITTER[name] for name in ("load_sparse_tensor", "pin_memory", "drop_last", "external_indexing")},
 }  # fmt: skip
 CONSTRUCTOR: dict[str, Foreign] = {
-    "protein_dispersion": _refused(PROTEINS, "protein"),
-    "n_input_proteins": _refused(PROTEINS, 0),
-    "protein_background_prior_mean": _refused(PROTEINS),
-    "protein_background_prior_scale": _refused(PROTEINS),
+    "n_input_proteins": _left_out("their number is that of the setup"),
+    "protein_background_prior_mean": _refused(
+        "it starts from the data; it is program.extra['protein'].background_log_mean"
+    ),
+    "protein_background_prior_scale": _refused("it is learned, from program.extra['protein'].background_log_sd"),
     "gene_dispersion": Foreign(ours="dispersion"),
     "model_depth": _refused("depth is always modelled; library='observed' takes that of RNA from the counts", True),
     "use_size_factor_key": _refused("size factors are used where size_factor_key was given to the setup", True, False),
@@ -193,8 +190,6 @@ CONSTRUCTOR: dict[str, Foreign] = {
     "datamodule": TRAIN["datamodule"],
 }
 SETUP_ANNDATA: dict[str, Foreign] = {
-    "protein_expression_obsm_key": _refused(PROTEINS),
-    "protein_names_uns_key": _refused(PROTEINS),
     "idx_layer": _left_out("cells are known by obs_names"),
 }
 SAVE: dict[str, Foreign] = {
@@ -222,6 +217,11 @@ VAR_NAMES = {"legacy_mudata_format": _left_out("names come by modality", False)}
 CELLS: dict[str, Foreign] = {
     "dataloader": _refused("give cells by adata and indices"),
     "data_loader_kwargs": _left_out(_LOADING),
+}
+TOTALVI: dict[str, Foreign] = {
+    "sample_protein_mixing": _refused("the foreground enters by its probability", False),
+    "gene_list": _refused("genes are those of get_normalized_expression"),
+    "library_size": _refused("genes are those of get_normalized_expression", 1),
 }
 DIFFERENTIAL: dict[str, Foreign] = {
     "use_observed_batches": _refused("batch_correction=False decodes groups in their own batches", False),
@@ -361,7 +361,6 @@ class Absent:
 
 #: Methods of scvi-tools' MULTIVI that are not here.
 ABSENT: dict[str, str] = {
-    "get_protein_foreground_probability": PROTEINS,
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",

@@ -59,13 +59,17 @@ class AnnDataManager:
 
     @property
     def data_registry(self) -> attrdict:
-        """Place of the counts (``X``, ``atac``), batches, labels, covariates and size factors in the object."""
+        """Places of counts (``X``, ``atac``, ``proteins``), batches, labels, covariates, size factors in the object."""
         setup, found = self._spec.setup, attrdict()
         for modality in MODALITIES:
             if modality.n_features_in(self._spec):
                 layer = setup.layer_of(modality)
                 name = "X" if modality is RNA else modality.key
                 found[name] = _place("layers" if layer else "X", layer, setup.mudata_name(modality))
+        if setup.protein_key is not None:
+            of_mudata, layer = setup.kind == "mudata", setup.protein_layer
+            place, key = ("layers" if layer else "X", layer) if of_mudata else ("obsm", setup.protein_key)
+            found["proteins"] = _place(place, key, setup.protein_key if of_mudata else None)
         for name, argument, keys in (
             ("batch", "batch_key", setup.batch_key),
             ("labels", "labels_key", setup.labels_key),
@@ -85,6 +89,7 @@ class AnnDataManager:
             n_cells=sum(spec.n_cells.values()),
             n_vars=spec.n_genes,
             n_atac=spec.n_regions,
+            **({"n_proteins": spec.n_proteins} if spec.n_proteins else {}),
             n_batch=spec.n_batch,
             n_labels=max(1, spec.n_labels),
             n_extra_categorical_covs=len(spec.categorical),
@@ -105,6 +110,7 @@ class AnnDataManager:
                 "n_cats_per_key": [len(known) for known in spec.categorical.values()],
             },
             "extra_continuous_covs": {"columns": list(spec.continuous)},
+            "proteins": {"n_proteins": spec.n_proteins, "column_names": np.array(spec.protein_names, dtype=object)},
         }
         for modality in MODALITIES:
             names = np.array(modality.feature_names_in(spec), dtype=object)
@@ -131,7 +137,7 @@ class ScviAttributes(ModelBase):
         config = self.program.config
         known = {field.name: getattr(config, field.name) for field in fields(config)}
         known |= {f"n_input_{modality.features}": modality.n_features_in(config) for modality in MODALITIES}
-        known |= {"n_input_proteins": 0, "n_hidden": config.hidden, "n_latent": config.latent}
+        known |= {"n_input_proteins": self.n_proteins, "n_hidden": config.hidden, "n_latent": config.latent}
         known["use_size_factor_key"] = any(key is not None for key in self.spec.setup.size_factor_keys)
         for name, value in known.items():
             if not hasattr(self.program, name):
@@ -150,8 +156,8 @@ class ScviAttributes(ModelBase):
 
     @property
     def n_proteins(self) -> int:
-        """Number of proteins: 0, they are not modelled."""
-        return 0
+        """Number of proteins."""
+        return self.spec.n_proteins
 
     @property
     def n_latent(self) -> int:

@@ -21,6 +21,7 @@ from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import open_data
 from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.stores.reference import STORES, stores_of
 from pyro_multivi.posterior.quantities.latent import posterior_to_store
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.utils import ADATA_MINIFY_TYPE
@@ -111,6 +112,11 @@ class MinifyMixin(ModelBase):
         needed = "minify_mudata" if is_mudata(self.adata) else "minify_adata"
         if method != needed:
             raise ValueError(f"{method}: the data of this model are of the other kind: call {needed}().")
+        if self.program.config.counts_fragments:
+            raise ValueError(
+                f"{method}: of a model with accessibility_likelihood={self.program.config.accessibility_likelihood!r} "
+                "the posterior of d is not kept in minified data. Keep the data as they are."
+            )
         own = [name for name in _STORED if getattr(type(self.program), name) is not getattr(MultiVIProgram, name)]
         if own:
             raise ValueError(
@@ -119,7 +125,7 @@ class MinifyMixin(ModelBase):
             )
         cells = Minibatches(table, torch.arange(len(table)), batch_size=PREDICTION_BATCH, device=self.device)
         posterior = posterior_to_store(self.program, cells)
-        data = _without_counts(self.adata)
+        data = _without_counts(self.adata, kept=self.spec.setup.protein_key)
         data.obsm[OBSM_KEY] = posterior
         data.obs[OBSERVED_LIBRARY] = _rna_totals(self.adata, self.spec.setup)
         kept = data.uns.get(UNS_KEY)
@@ -139,15 +145,16 @@ def _rna_totals(data: Any, setup: Setup) -> NDArray[Any]:
     return totals.astype(np.zeros(0, part.matrix.dtype).sum().dtype)
 
 
-def _without_counts(data: Any) -> Any:
-    """A copy of an object whose matrices of cells × features are empty."""
+def _without_counts(data: Any, kept: str | None) -> Any:
+    """A copy of an object whose matrices of cells × features are empty, except for one modality of a MuData."""
     if is_mudata(data):
         with warnings.catch_warnings():
             # mudata makes the copy through calls of its own that it has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             copy = data.copy()
-        for part in copy.mod.values():
-            _empty(part)
+        for name, part in copy.mod.items():
+            if name != kept:
+                _empty(part)
         return copy
     copy = data.to_memory() if data.isbacked else data.copy()
     _empty(copy)
@@ -159,4 +166,6 @@ def _empty(adata: Any) -> None:
         if name is not None:
             adata.layers[name] = sp.csr_matrix(adata.shape, dtype=np.float32)
     adata.X = sp.csr_matrix(adata.shape, dtype=np.float32)
+    if stores_of(adata) is not None:
+        adata.uns[UNS_KEY] = {key: value for key, value in adata.uns[UNS_KEY].items() if key != STORES}
     del adata.raw

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import check_once, check_strings, check_unique, first_names, shown, unknown_key
 from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
-from pyro_multivi.data.setup.extra import ExtraSource
+from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
+from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
 # Rows looked at when searching for the layer that holds counts.
@@ -176,7 +177,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         counts=counts,
         tables={"adata.obs": frame_of(adata.obs)},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
-        extra=_extra_sources(adata, "adata", setup),
+        extra=extra_sources(adata, "adata", setup, _places_of),
         posterior=posterior_of(adata),
         panel_keys=panel_keys(adata, setup),
     )
@@ -209,6 +210,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
     names = {modality: setup.mudata_name(modality) for modality in MODALITIES}
     if setup.kind == "anndata":
         names = known_modalities(mdata)
+    known = {*names.values(), *map(setup.place_of_extra, setup.extra)}
     counts = {}
     for modality, name in names.items():
         if name not in mdata.mod:
@@ -228,24 +230,12 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         counts=counts,
         tables={"mdata.obs": mdata.obs, **{_obs_of(name): part.obs for name, part in mdata.mod.items()}},
         # In an object without that modality the column is looked for in the main table.
-        ignored={name: part.n_vars for name, part in mdata.mod.items() if name not in (*names.values(), *setup.extra)},
+        ignored={name: part.n_vars for name, part in mdata.mod.items() if name not in known},
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
-        extra=_extra_sources(mdata, "mdata", setup),
+        extra=extra_sources(mdata, "mdata", setup, _places_of),
         posterior=posterior_of(mdata),
         panel_keys=panel_keys(mdata, setup),
     )
-
-
-def _extra_sources(data: Any, owner: str, setup: Setup) -> dict[str, ExtraSource]:
-    found = {}
-    for name in setup.extra:
-        if is_mudata(data) and name in data.mod:
-            part, where = data.mod[name], f"mdata.mod[{name!r}]"
-            rows = _rows_of(data, part, where)
-            found[name] = ExtraSource(f"{where}.X", part.X, part.obs_names, part.var_names, rows)
-        elif name in data.obsm:
-            found[name] = ExtraSource(f"{owner}.obsm[{name!r}]", data.obsm[name], data.obs_names)
-    return found
 
 
 def _obs_of(modality: str) -> str:
@@ -279,6 +269,10 @@ def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
     return None if part.obs_names.equals(mdata.obs_names) else part.obs_names.get_indexer(mdata.obs_names)
 
 
+def _places_of(mdata: Any, part: AnnData, owner: str) -> tuple[NDArray[np.intp] | None, NDArray[np.intp]]:
+    return _rows_of(mdata, part, owner), np.flatnonzero(measured_features(part, owner))
+
+
 def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
     if len(names) == 0:
         raise ValueError(f"{where} is empty: there are no cells.")
@@ -305,13 +299,17 @@ def _counts(
     check_strings(adata.var_names, f"{owner}.var_names")
     features = adata.var_names[columns]
     check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
+    where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
+    if (stores := stores_of(adata)) is not None:
+        matrix = stores.matrix(layer, adata.var_names, argument)
+        places = stores.cells, stores.rows_of(adata.obs_names)
+        return Counts(modality, matrix, owner, where, features, columns, *places, lambda: f", perhaps by {argument}.")
     if layer is not None and layer not in adata.layers:
         raise unknown_key(argument, layer, f"{owner}.layers", layer_names(adata.layers))
     if layer not in matrices:
         # Once, and for both modalities the same: each access to a view copies, each to a file makes a new object.
         matrices[layer] = adata.X if layer is None else adata.layers[layer]
     matrix = matrices[layer]
-    where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if matrix is None:
         layers = layer_names(adata.layers)
         mend = f"Give {argument}, one of {first_names(layers)}" if layers else f"Put the counts into {owner}.X"

@@ -15,6 +15,8 @@ from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.masks.panels import number_of_values
 from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.vocabulary import PAIRED, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
@@ -27,6 +29,8 @@ _EQUAL = 0.1
 _BEYOND_CHANCE = 2
 # Counts above 1 that Poisson counts of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
+# Cells read at a time.
+_AT_ONCE = 4096
 # Share of the features that are plenty in other batches, of which a batch has none: of tissues a few per cent are so.
 _FILLED = 0.1
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
@@ -100,10 +104,11 @@ def _unlikely_counts(found: Description) -> Iterator[str]:
     for modality, part in found.opened.counts.items():
         counts = modality.counts_in(found.table)
         n = int(found.measured.masks[modality].sum())
-        if modality.binary or n == 0 or len(counts.val) == 0:
+        n_entries = int(counts.crow[-1])
+        if modality.binary or n == 0 or n_entries == 0:
             continue
-        density = len(counts.val) / number_of_values(found.table, modality)
-        if float(counts.val.max()) <= 1 and len(counts.val) * density / 2 > _EXPECTED:
+        density = n_entries / number_of_values(found.table, modality)
+        if counts.largest <= 1 and n_entries * density / 2 > _EXPECTED:
             yield (f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts.")
             continue
         totals = counts.row_sums().double()[torch.from_numpy(found.measured.masks[modality])]
@@ -204,12 +209,11 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
         cells = [torch.nonzero(mask & (code == batch)).squeeze(1) for batch in range(spec.n_batch)]
         if sum(len(own) > 0 for own in cells) < 2:
             continue
-        n, n_features = _numbers_of_cells(modality, found, mask), len(part.features)
-        total = torch.bincount(counts.col, minlength=n_features)
-        for batch, own in enumerate(cells):
-            detected, own_n = torch.bincount(counts.select_rows(own).col, minlength=n_features), torch.zeros_like(mask)
-            own_n[own] = True
-            measured = _numbers_of_cells(modality, found, own_n)
+        n, n_features = _numbers_of_cells(modality, found, torch.cat(cells)), len(part.features)
+        detections = [_detections(counts, own, n_features) for own in cells]
+        total = torch.stack(detections).sum(0)
+        for batch, (own, detected) in enumerate(zip(cells, detections, strict=True)):
+            measured = _numbers_of_cells(modality, found, own)
             expected = (total - detected) * (measured / (n - measured).clamp(min=1)) > _EXPECTED
             absent = int((expected & (detected == 0)).sum())
             if absent > _FILLED * expected.sum():
@@ -223,11 +227,19 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
 
 
 def _numbers_of_cells(modality: Modality, found: Description, cells: torch.Tensor) -> torch.Tensor:
-    """Number of some cells in which each feature was measured, (F,)."""
+    """Number of some cells, by position, in which each feature was measured, (F,)."""
     panels: Panels | None = modality.panels_in(found.table)
     if panels is None:
-        return cells.sum().expand(modality.n_features_in(found.table))
+        return torch.full((modality.n_features_in(found.table),), len(cells))
     return torch.bincount(panels.code[cells], minlength=len(panels.measured)) @ panels.measured.long()
+
+
+def _detections(counts: SparseCounts | StoredCounts, cells: torch.Tensor, n_features: int) -> torch.Tensor:
+    """Number of some cells with a count of each feature, (F,), read by blocks."""
+    found = torch.zeros(n_features, dtype=torch.int32)
+    for part in cells.split(_AT_ONCE):
+        found += torch.bincount(counts.select_rows(part).col, minlength=n_features)
+    return found
 
 
 def _right_argument(found: Description, key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,11 @@ from torch import Tensor
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
-from pyro_multivi.data.setup.options import is_lazy
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, columns_of, row_hashes
+from pyro_multivi.data.stores.matrix import RowMatrix
+from pyro_multivi.data.stores.matrix import blocks as stored_blocks
+from pyro_multivi.data.stores.opening import on_disk
 
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.
 _BLOCK_ENTRIES = 2**24
@@ -28,11 +31,12 @@ MOST_COUNTS = 10**6
 
 def read(
     sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]], partial: bool = False
-) -> dict[Modality, SparseCounts]:
-    """Read and check the counts of some features of each modality, for every cell of the data set.
+) -> dict[Modality, SparseCounts | StoredCounts]:
+    """Check the counts of some features of each modality, for every cell of the data set; read those not on disk.
 
     A matrix that several modalities share is cut into blocks of rows once. Columns of the result are int32. Values are
     as small as they may be without being changed: one byte each for counts up to 255, no memory if all of them are 1.
+    Of a matrix on disk nothing is kept but sums over the counts of each cell.
 
     Parameters
     ----------
@@ -48,15 +52,41 @@ def read(
     ValueError
         If features are missing (with ``partial``, all of them) or values are no counts.
     """
-    made = {modality: _Compact(counts, names[modality], partial) for modality, counts in sources.items()}
-    by_matrix: dict[int, list[_Compact]] = {}
-    for compact in made.values():
-        by_matrix.setdefault(id(compact.counts.matrix), []).append(compact)
-    for sharing in by_matrix.values():
-        for start, block in _blocks(sharing[0].counts):
-            for compact in sharing:
-                compact.add(start, block)
+    made: dict[Modality, _Compact | _OnDisk] = {}
+    for own, stored in _by_matrix(sources):
+        if stored is None:
+            made.update((each.modality, _Compact(each, names[each.modality], partial)) for each in own)
+        else:
+            rows = StoredRows(stored)
+            made.update((each.modality, _OnDisk(each, names[each.modality], partial, rows)) for each in own)
+        _fill([made[each.modality] for each in own], own[0], stored)
+    return {modality: made[modality].finish() for modality in sources}
+
+
+def read_whole(
+    sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]
+) -> dict[Modality, SparseCounts]:
+    """The same, and counts on disk are read too."""
+    made = {modality: _Compact(counts, names[modality], partial=False) for modality, counts in sources.items()}
+    for own, stored in _by_matrix(sources):
+        _fill([made[each.modality] for each in own], own[0], stored)
     return {modality: compact.finish() for modality, compact in made.items()}
+
+
+def _by_matrix(sources: Mapping[Modality, Counts]) -> Iterator[tuple[list[Counts], RowMatrix | None]]:
+    """Counts that share a matrix, and the matrix if it lies on disk."""
+    found: dict[int, list[Counts]] = {}
+    for counts in sources.values():
+        found.setdefault(id(counts.matrix), []).append(counts)
+    for own in found.values():
+        yield own, on_disk(own[0].matrix, own[0].where)
+
+
+def _fill(compacts: Sequence[_Compact | _OnDisk], counts: Counts, stored: RowMatrix | None) -> None:
+    for start, block in _blocks(counts, stored):
+        compressed = _compressed(block, counts)
+        for compact in compacts:
+            compact.add(start, compressed)
 
 
 _TOO_LARGE = f"above {MOST_COUNTS:,}"
@@ -85,32 +115,10 @@ class _Compact:
         block = rows if self._every else rows[:, self._columns]
         block.sum_duplicates()
         block.eliminate_zeros()
-        self._check_values(start, block)
+        check_values(self.counts, self._features, start, block)
         self._sizes.append(np.diff(block.indptr).astype(np.int64))
         self._col = _extended(self._col, block.indices if self._places is None else self._places[block.indices])
         self._val = _extended(self._val, block.data, smallest(block.data))
-
-    def _check_values(self, start: int, block: sp.csr_array[Any, tuple[int, int]]) -> None:
-        """Refuse values that are no counts, at the first with its cell and feature.
-
-        Of a binary modality any value that is not negative will do, since only zero or not is used.
-        """
-        counts, values = self.counts, block.data
-        modality = counts.modality
-        rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
-        if not modality.binary:
-            rules.append(("not a whole number", values != np.floor(values)))
-            rules.append((_TOO_LARGE, values > MOST_COUNTS))
-        for what, wrong in rules:
-            if wrong.any():
-                advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint()}"
-                at = int(np.argmax(wrong))
-                cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
-                feature = self._features[int(block.indices[at])]
-                raise ValueError(
-                    f"{counts.where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for "
-                    f"cell {str(cell)!r} and {modality.feature} {str(feature)!r}. {advice}"
-                )
 
     def finish(self) -> SparseCounts:
         """The counts, in the order of the data set's cells; those without a row in the matrix get an empty one."""
@@ -123,6 +131,73 @@ class _Compact:
         padded = SparseCounts(torch.from_numpy(np.append(crow, crow[-1])), *parts, (n + 1, width))
         rows = np.where(self.counts.rows < 0, n, self.counts.rows)
         return padded.select_rows(torch.from_numpy(rows.astype(np.int64)))
+
+
+def check_values(
+    counts: Counts, features: Sequence[str] | pd.Index[Any], start: int, block: sp.csr_array[Any, tuple[int, int]]
+) -> None:
+    """Refuse values that are no counts, at the first with its cell and feature.
+
+    Of a binary modality any value that is not negative will do, since only zero or not is used.
+    """
+    values, modality = block.data, counts.modality
+    rules = [("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)]
+    if not modality.binary:
+        rules.append(("not a whole number", values != np.floor(values)))
+        rules.append((_TOO_LARGE, values > MOST_COUNTS))
+    for what, wrong in rules:
+        if wrong.any():
+            advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint()}"
+            at = int(np.argmax(wrong))
+            cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
+            feature = features[int(block.indices[at])]
+            raise ValueError(
+                f"{counts.where} holds {modality.assay} values that are {what}, for instance {values[at]!s} for "
+                f"cell {str(cell)!r} and {modality.feature} {str(feature)!r}. {advice}"
+            )
+
+
+class _OnDisk:
+    """Counts of some features of one modality that stay on disk: checked block by block, and summed up."""
+
+    def __init__(self, counts: Counts, names: tuple[str, ...], partial: bool, rows: StoredRows) -> None:
+        take = _places_of(names, counts, partial)
+        self._counts, self._rows, self._width = counts, rows, len(names)
+        self._places = np.full(counts.matrix.shape[1], -1, dtype=np.int32)
+        self._places[counts.columns[take[take >= 0]]] = np.flatnonzero(take >= 0)
+        self._names = names
+        rows.add(counts.modality.key, self._places, self._width)
+        self._parts: list[tuple[NDArray[np.int64], ...]] = []
+        self._largest, self._kind, self._whole = 0.0, np.dtype(np.uint8), True
+
+    def add(self, start: int, rows: sp.csr_array[Any, tuple[int, int]]) -> None:
+        """Check the rows from ``start`` on."""
+        block = columns_of(rows, self._places, self._width)
+        check_values(self._counts, self._names, start, block)
+        self._kind = np.result_type(self._kind, smallest(block.data))
+        self._largest = max(self._largest, float(block.data.max(initial=0)))
+        self._whole = self._whole and bool((block.data == np.floor(block.data)).all())
+        self._parts.append((np.diff(block.indptr).astype(np.int64), row_hashes(block), block.sum(1)))
+
+    def finish(self) -> StoredCounts:
+        """The counts, in the order of the data set's cells."""
+        sizes, hashes, totals = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        row_of = self._counts.rows
+        if row_of is not None:
+            # What a cell without a row has stands at the end.
+            sizes, hashes, totals = (np.append(part, part.dtype.type(0))[row_of] for part in (sizes, hashes, totals))
+        return StoredCounts(
+            rows=self._rows,
+            name=self._counts.modality.key,
+            row_of=None if row_of is None else row_of.astype(np.int64),
+            crow=torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])),
+            hashes=torch.from_numpy(hashes),
+            totals=torch.from_numpy(totals.astype(np.float64)),
+            shape=(len(sizes), self._width),
+            kind=self._kind,
+            largest=self._largest,
+            whole=self._whole,
+        )
 
 
 def smallest(values: NDArray[Any]) -> np.dtype[Any]:
@@ -178,31 +253,17 @@ def _places_of(names: tuple[str, ...], counts: Counts, partial: bool) -> NDArray
     return take
 
 
-def _blocks(counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
-    """Rows of a matrix, block after block, each with the number of its first row; they may be changed."""
-    if is_lazy(counts.matrix):
-        yield from _computed_blocks(counts)
+def _blocks(counts: Counts, stored: RowMatrix | None) -> Iterator[tuple[int, Any]]:
+    """Rows of a matrix, block after block, each with the number of its first row."""
+    if stored is not None:
+        yield from stored_blocks(stored)
         return
-    yield from _stored_blocks(_by_rows(counts.matrix), counts)
-
-
-def _computed_blocks(counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
-    """Blocks of a dask array: its chunks of rows are computed one after the other, each once."""
-    first = 0
-    for number, n_rows in enumerate(counts.matrix.chunks[0]):
-        pieces = [counts.matrix.blocks[number, place].compute() for place in range(len(counts.matrix.chunks[1]))]
-        whole = sp.hstack([sp.csr_array(piece) for piece in pieces]) if sp.issparse(pieces[0]) else np.hstack(pieces)
-        for start, block in _stored_blocks(_by_rows(whole), counts):
-            yield first + start, block
-        first += n_rows
-
-
-def _stored_blocks(matrix: Any, counts: Counts) -> Iterator[tuple[int, sp.csr_array[Any, tuple[int, int]]]]:
+    matrix = _by_rows(counts.matrix)
     n_rows, n_columns = matrix.shape
     sparse = sp.issparse(matrix) or hasattr(matrix, "format")
     step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))
     for start in range(0, n_rows, step):
-        yield start, _compressed(matrix[start : start + step], counts)
+        yield start, matrix[start : start + step]
 
 
 def _by_rows(matrix: Any) -> Any:

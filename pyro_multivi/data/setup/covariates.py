@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pyro_multivi.data.checks import first_names, name_list, nearest
+from pyro_multivi.data.checks import first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
@@ -23,6 +25,24 @@ _LEAST_SIZE = np.float32(1e-30)
 def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
     """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
     return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
+
+
+def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tuple[int, ...] | None:
+    """Codes of a batch or a list of them, each by ``code``; None stays None. Errors name ``argument``."""
+    batches = unwrapped(batches)
+    if batches is None:
+        return None
+    single = isinstance(batches, (str, bool)) or not isinstance(batches, Iterable)
+    given = [batches] if single else list(batches)
+    if not given:
+        raise ValueError(f"{argument} is an empty list: name a batch, or None to leave cells in their own.")
+    codes = []
+    for batch in given:
+        try:
+            codes.append(code(batch))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{argument}={batches!r}: {error}") from error
+    return tuple(codes)
 
 
 def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "groupby") -> pd.Series[Any]:
@@ -136,6 +156,25 @@ def standardised(values: NDArray[np.float64], mean: float, sd: float) -> NDArray
     return ((values - mean) / sd).astype(np.float32)
 
 
+def design(opened: Opened, spec: Any, batch_code: NDArray[np.int64]) -> Tensor:
+    """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
+    parts = [one_hot(batch_code, spec.n_batch)]
+    for key, known in spec.categorical.items():
+        parts.append(one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
+    for key, mean, sd in zip(spec.continuous, spec.continuous_mean, spec.continuous_sd, strict=True):
+        values = numbers(opened, "continuous_covariate_keys", key)
+        with np.errstate(over="ignore"):
+            kept = standardised(values, mean, sd)
+        if not np.isfinite(kept).all():
+            worst = values[int(np.argmax(~np.isfinite(kept)))]
+            raise ValueError(
+                f"continuous_covariate_keys={key!r} holds {worst:g}, which is out of the range of single precision "
+                f"(float32) beside the mean {mean:g} and sd {sd:g} of the model's data. Correct it."
+            )
+        parts.append(kept[:, None])
+    return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
 def size_factors(
     opened: Opened, setup: Setup, measured: Mapping[Modality, NDArray[np.bool_]]
 ) -> dict[Modality, NDArray[np.float64]]:
@@ -193,3 +232,16 @@ def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
             f"{first_names(column.unique())}. Categories belong into categorical_covariate_keys."
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
+    """Columns of the size factors of RNA and of ATAC that an argument names, either None."""
+    found = unwrapped(value)
+    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, set))
+    keys: list[Any] = list(found) if several else [found]
+    if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
+        raise ValueError(
+            f"size_factor_key={shown(value)} must be the column of RNA size factors, or a list of that and the "
+            f"column of ATAC size factors, [rna_column, atac_column]."
+        )
+    return keys[0], keys[1] if len(keys) == 2 else None

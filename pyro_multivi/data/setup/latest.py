@@ -157,6 +157,8 @@ def _of_frame(frame: pd.DataFrame | pd.Series[Any]) -> Iterator[Any]:
 def _of_matrix(matrix: Any) -> Iterator[Any]:
     if isinstance(matrix, pd.DataFrame):
         yield from _of_frame(matrix)
+    elif hasattr(matrix, "status"):
+        yield _words([matrix.status(), matrix.shape])
     elif is_lazy(matrix):
         # Dask gives arrays of the same name the same values.
         yield _words([matrix.name, matrix.shape])

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, first_names, nearest
 from pyro_multivi.data.minified.layout import stored_part
-from pyro_multivi.data.modality import MODALITIES, RNA, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.stores.joined import JoinedMatrix
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
 
+# Words for cells with proteins alone, and their meaning: neither RNA nor ATAC.
+_PROTEINS_ALONE, _NEITHER = ("protein", "proteins", "protein only", "proteins only", "adt"), "neither"
 #: For each modality a value per cell, bool, shape (n,).
 Masks = Mapping[Modality, NDArray[np.bool_]]
 
@@ -40,13 +43,18 @@ class Measured:
     notes: tuple[str, ...]
 
     def sizes(self) -> dict[str, int]:
-        """Number of cells of each measurement pattern: paired, RNA only, ATAC only."""
+        """Number of cells of each measurement pattern: paired, RNA only, ATAC only; and, if any, neither of them."""
         number = np.sum([*self.masks.values()], axis=0)
         alone = {modality.name: int((mask & (number == 1)).sum()) for modality, mask in self.masks.items()}
-        return {PAIRED: int((number == len(MODALITIES)).sum()), **alone}
+        without = int((number == 0).sum())
+        return {
+            PAIRED: int((number == len(MODALITIES)).sum()), **alone, **({PROTEIN: without} if without else {})
+        }  # fmt: skip
 
 
-def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool) -> Measured:
+def find_measured(
+    opened: Opened, setup: Setup, counted: Masks, key_needed: bool, stained: NDArray[np.bool_] | None = None
+) -> Measured:
     """Find the cells measured in each modality: by the column ``modality_key``, else from the data.
 
     Without ``modality_key``, a MuData in which some cells are not listed for a modality states by that
@@ -60,6 +68,8 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
         Whether a cell has any count, for every modality.
     key_needed
         Whether a ``modality_key`` that the data lack is an error. Otherwise it is as if not given.
+    stained
+        Whether a cell has proteins; None without proteins.
     """
     if opened.posterior is not None:
         if key_needed:
@@ -72,9 +82,12 @@ def find_measured(opened: Opened, setup: Setup, counted: Masks, key_needed: bool
     else:
         measured = _as_listed(opened) or _as_counted(opened, key, counted)
     nothing = ~np.any([*measured.masks.values()], axis=0)
+    if stained is not None:
+        nothing &= ~stained
     if nothing.any():
+        also = "" if stained is None else " nor proteins"
         raise ValueError(
-            f"{int(nothing.sum())} of {len(nothing)} cells have nothing measured, neither RNA nor ATAC: "
+            f"{int(nothing.sum())} of {len(nothing)} cells have nothing measured, neither RNA nor ATAC{also}: "
             f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened, setup)}"
         )
     return measured
@@ -114,6 +127,8 @@ def _meanings(words: pd.Series[Any], key: str, extra: Mapping[str, str]) -> NDAr
             f"{first_names(words.index[missing])}. Give each of them one of {', '.join(MEASUREMENT_PATTERNS)}."
         )
     known = {str(word): extra.get(str(word)) or spelled(word) for word in words.unique()}
+    alone = [word for word, meaning in known.items() if meaning is None and word.casefold() in _PROTEINS_ALONE]
+    known |= dict.fromkeys(alone, _NEITHER)
     for word, meaning in known.items():
         if meaning is None:
             spellings = [spelling for group in SPELLINGS.values() for spelling in group] + list(extra)
@@ -160,6 +175,8 @@ def _as_listed(opened: Opened) -> Measured | None:
 
 def _as_counted(opened: Opened, key: str | None, counted: Masks) -> Measured:
     notes = []
+    alone = _alone(opened)
+    counted = {modality: mask | alone.get(modality, False) for modality, mask in counted.items()}
     for modality, counts in opened.counts.items():
         empty = int((counts.present(len(opened.cells)) & ~counted[modality]).sum())
         if empty:
@@ -170,6 +187,19 @@ def _as_counted(opened: Opened, key: str | None, counted: Masks) -> Measured:
         f"any count would be taken as missing: give modality_key if there may be such cells."
     )
     return Measured(counted, inferred=True, notes=tuple(notes))
+
+
+def _alone(opened: Opened) -> Masks:
+    """Cells of stores of one modality, which have it also without a count."""
+    having = {}
+    for modality, counts in opened.counts.items():
+        if isinstance(counts.matrix, JoinedMatrix):
+            rows = counts.matrix.having(counts.columns)
+            having[modality] = rows if counts.rows is None else rows[counts.rows]
+    if len(having) < 2:
+        return {}
+    one = np.sum([*having.values()], axis=0) == 1
+    return {modality: mask & one for modality, mask in having.items()}
 
 
 def _how_to_drop(opened: Opened, setup: Setup) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pyro_multivi.data.checks import shown
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
+from pyro_multivi.data.modality import ATAC, MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.vocabulary import spelled
 
 #: Where it is kept: ``data.uns["pyro_multivi"]["setup"]``, a JSON string, which h5ad and h5mu carry as it is.
@@ -47,6 +47,13 @@ class Setup:
         For arguments whose columns lie in the obs of one modality of a MuData: its name.
     extra
         Names of extra modalities: keys of obsm, or modalities of a MuData.
+    protein_key
+        Key of obsm, or modality of a MuData, with the counts of proteins, which are the extra modality
+        ``"protein"``; None without.
+    protein_layer
+        Layer of that modality; None is ``.X``.
+    protein_names_key
+        Key of uns with the names of proteins; None takes those that the matrix has.
     feature_masks
         Key of varm with the features that were measured in each panel, or None.
     panel_key
@@ -70,8 +77,23 @@ class Setup:
     atac_modality: str | None = None
     obs_modalities: dict[str, str] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+    protein_key: str | None = None
+    protein_layer: str | None = None
+    protein_names_key: str | None = None
     feature_masks: str | None = None
     panel_key: str | None = None
+
+    def place_of_extra(self, name: str) -> str:
+        """Key of obsm, or modality of a MuData, of an extra modality."""
+        return self.protein_key if name == PROTEIN and self.protein_key is not None else name
+
+    def layer_of_extra(self, name: str) -> str | None:
+        """Layer of an extra modality of a MuData, None for ``.X``."""
+        return self.protein_layer if self.holds_proteins(name) else None
+
+    def holds_proteins(self, name: str) -> bool:
+        """Whether an extra modality holds the counts of proteins that a program models."""
+        return name == PROTEIN and self.protein_key is not None
 
     def layer_of(self, modality: Modality) -> str | None:
         """Layer of a modality's counts, None for ``.X``."""

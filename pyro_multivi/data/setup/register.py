@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -18,13 +19,12 @@ from pyro_multivi.data.checks import (
     first_names,
     name_list,
     nearest,
-    shown,
     unknown_key,
-    unwrapped,
 )
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
+from pyro_multivi.data.setup.covariates import size_factor_keys
 from pyro_multivi.data.setup.masks.declared import with_masks
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
@@ -34,9 +34,11 @@ from pyro_multivi.isolation import isolated
 
 logger = logging.getLogger("pyro_multivi")
 
+PROTEIN_LAYER = "protein_layer"
 #: Arguments of ``setup_mudata`` that ``modalities`` may place in a modality.
 _PLACED = (
     *(f"{modality.key}_layer" for modality in MODALITIES),
+    PROTEIN_LAYER,
     "batch_key",
     "size_factor_key",
     "categorical_covariate_keys",
@@ -44,12 +46,6 @@ _PLACED = (
     "labels_key",
     "modality_key",
     "panel_key",
-)
-
-
-_NO_PROTEINS = (
-    "proteins are not modelled yet. Leave it out; extra_modalities=['protein'] brings them along for a program of your "
-    "own."
 )
 
 
@@ -62,6 +58,8 @@ def setup_anndata(
     size_factor_key: str | Sequence[str | None] | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
+    protein_expression_obsm_key: str | None = None,
+    protein_names_uns_key: str | None = None,
     *,
     modality_key: str | None = None,
     feature_type_key: str = "feature_types",
@@ -103,6 +101,12 @@ def setup_anndata(
         without the modality only.
     categorical_covariate_keys, continuous_covariate_keys
         Columns of ``obs`` that the model shall account for. Continuous ones are standardised.
+    protein_expression_obsm_key
+        Key of ``obsm`` with raw counts of proteins (antibodies): an array, sparse matrix or frame. A protein that is 0
+        in all cells of a batch that has others counts as not measured there, as does NaN; a cell without any count as
+        not measured for proteins.
+    protein_names_uns_key
+        Key of ``uns`` with their names. By default those of the frame's columns, or "0", "1", ...
     labels_key
         Column of ``obs`` with labels, for dispersion by gene and label.
     modality_values
@@ -158,13 +162,21 @@ def setup_anndata(
         batch_key=batch_key,
         modality_key=modality_key,
         labels_key=labels_key,
-        size_factor_keys=_size_factor_keys(size_factor_key),
+        size_factor_keys=size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=modality_meanings(modality_values),
         feature_type_key=feature_type_column(feature_type_key, adata.var, feature_type_values is not None),
         extra=name_list("extra_obsm_keys", extra_obsm_keys),
     )
+    if protein_names_uns_key is not None:
+        if protein_expression_obsm_key is None:
+            raise ValueError(
+                f"protein_names_uns_key={protein_names_uns_key!r} names proteins: give protein_expression_obsm_key too."
+            )
+        if protein_names_uns_key not in adata.uns:
+            raise unknown_key("protein_names_uns_key", protein_names_uns_key, "adata.uns", adata.uns)
+    setup = with_proteins(setup, "extra_obsm_keys", protein_expression_obsm_key, names=protein_names_uns_key)
     return _set_up(adata, with_masks(with_feature_types(setup, feature_type_values), adata, feature_masks, panel_key))
 
 
@@ -204,9 +216,12 @@ def setup_mudata(
         A MuData with raw counts.
     rna_layer, atac_layer
         Layers with the counts of RNA and of ATAC; ``.X`` by default.
-    protein_layer, idx_layer
-        Arguments of scvi-tools, here for their place in the order. The first is refused: proteins are not modelled.
-        The second has no effect, since cells are known by name.
+    protein_layer
+        Layer with the counts of proteins, ``.X`` by default, of the modality that
+        ``modalities={"protein_layer": ...}`` names; without that there are none. They are as in
+        :func:`setup_anndata`.
+    idx_layer
+        An argument of scvi-tools, here for its place in the order. It has no effect, since cells are known by name.
     batch_key, size_factor_key, labels_key, modality_key
     categorical_covariate_keys, continuous_covariate_keys
         As in :func:`setup_anndata`: columns of ``mdata.obs``, or of the obs of the modality that
@@ -237,8 +252,6 @@ def setup_mudata(
     if not is_mudata(mdata):
         verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else _how_to_join(mdata)
         raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
-    if protein_layer is not None:
-        raise TypeError(f"protein_layer={protein_layer!r}: {_NO_PROTEINS}")
     setup = Setup(
         kind="mudata",
         rna_layer=rna_layer,
@@ -246,16 +259,19 @@ def setup_mudata(
         batch_key=batch_key,
         modality_key=modality_key,
         labels_key=labels_key,
-        size_factor_keys=_size_factor_keys(size_factor_key),
+        size_factor_keys=size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=modality_meanings(modality_values),
         extra=name_list("extra_modalities", extra_modalities),
+        protein_layer=protein_layer,
     )
     return _set_up(mdata, with_masks(with_modalities(setup, mdata, modalities), mdata, feature_masks, panel_key))
 
 
 def _how_to_join(data: Any) -> str:
+    if isinstance(data, (str, os.PathLike)):
+        return ": read it first, adata = pyro_multivi.read(path), or leave the counts on disk, open_stores(path)"
     several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
     return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 
@@ -289,18 +305,6 @@ def _keep(data: Any, setup: Setup) -> None:
         # MuData makes that copy through calls of its own that it has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         data.uns[UNS_KEY] = entry
-
-
-def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
-    found = unwrapped(value)
-    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, set))
-    keys: list[Any] = list(found) if several else [found]
-    if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
-        raise ValueError(
-            f"size_factor_key={shown(value)} must be the column of RNA size factors, or a list of that and the "
-            f"column of ATAC size factors, [rna_column, atac_column]."
-        )
-    return keys[0], keys[1] if len(keys) == 2 else None
 
 
 def modality_meanings(values: Mapping[str, str] | None) -> dict[str, str]:
@@ -342,11 +346,21 @@ def with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] |
     return replace(setup, **fields)
 
 
+def with_proteins(setup: Setup, argument: str, key: str | None, names: str | None = None) -> Setup:
+    """A setup with counts of proteins as the extra modality of that name; ``argument`` names the others."""
+    if key is None:
+        return setup
+    for taken in {PROTEIN, key} & set(setup.extra):
+        raise ValueError(
+            f"{argument} holds {taken!r}, and so does what is modelled as proteins: leave it out of {argument}, or the "
+            "proteins out of the setup for a program of your own."
+        )
+    return replace(setup, extra=(*setup.extra, PROTEIN), protein_key=key, protein_names_key=names)
+
+
 def with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | None) -> Setup:
     """A setup with the places in a MuData that ``modalities`` gives, checked; RNA and ATAC else by usual names."""
     given = check_mapping("modalities", modalities, "{'rna_layer': 'rna', 'atac_layer': 'atac'}")
-    if given.get("protein_layer") is not None:
-        raise TypeError(f"modalities={{'protein_layer': {given['protein_layer']!r}}}: {_NO_PROTEINS}")
     # None stands for a modality that is not there, and cells are known by name.
     given = {name: place for name, place in given.items() if place is not None and name != "idx_layer"}
     for argument, name in given.items():
@@ -360,11 +374,20 @@ def with_modalities(setup: Setup, mdata: Any, modalities: Mapping[str, str] | No
                 f"modalities[{argument!r}] is {name!r}, which is not in mdata.mod. {nearest(name, mdata.mod)}"
             )
     found: dict[Modality, str | None] = {each: given.pop(setup.layer_argument(each), None) for each in MODALITIES}
+    protein = given.pop(PROTEIN_LAYER, None)
     if not any(found.values()):
         found = known_modalities(mdata)
-    names = [name for name in found.values() if name is not None]
+    names = [name for name in (*found.values(), protein) if name is not None]
     if len(set(names)) < len(names):
-        raise ValueError(f"modalities: {names[0]!r} cannot be both {' and '.join(each.assay for each in MODALITIES)}.")
+        twice = next(name for name in names if names.count(name) > 1)
+        kinds = [each.assay for each, name in found.items() if name == twice] + ["proteins"] * (protein == twice)
+        raise ValueError(f"modalities: {twice!r} cannot be both {' and '.join(kinds)}.")
+    if setup.protein_layer is not None and protein is None:
+        raise ValueError(
+            f"{PROTEIN_LAYER}={setup.protein_layer!r} was given, but modalities does not name its modality: "
+            f"modalities={{{PROTEIN_LAYER!r}: ...}}, one of {first_names(mdata.mod)}."
+        )
+    setup = with_proteins(setup, "extra_modalities", protein)
     for modality, place in found.items():
         argument, layer = setup.layer_argument(modality), setup.layer_of(modality)
         if layer is not None and place is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -12,31 +12,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import difference_of_names, nearest, unknown_key, unwrapped
-from pyro_multivi.data.modality import MODALITIES, Modality, modelled
+from pyro_multivi.data.checks import difference_of_names, nearest
+from pyro_multivi.data.minibatch import Measurement
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.covariates import (
+    batches_meant,
     categories,
     codes,
+    design,
     mean_and_sd,
     numbers,
-    one_hot,
     size_factors,
-    standardised,
 )
-from pyro_multivi.data.setup.extra import measurement
+from pyro_multivi.data.setup.extra.proteins import check_informative, missing_by_batch, without_missing
+from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stained
 from pyro_multivi.data.setup.masks.panels import check_every_feature, measured_panels
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 
 logger = logging.getLogger("pyro_multivi")
 
 #: Name of the only batch of data without ``batch_key``.
 SINGLE_BATCH = "all"
+#: Fields that models of earlier versions were saved without.
+LATER_FIELDS = {"partial", "missing_proteins"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class DataSpec:
         Names of the features of each extra modality.
     partial
         Whether an object may lack features, which then count as not measured in its cells.
+    missing_proteins
+        Names of the proteins that were not measured in a batch with others, by batch.
 
     Examples
     --------
@@ -88,6 +95,7 @@ class DataSpec:
     n_cells: dict[str, int] = field(default_factory=dict)
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
     partial: bool = False
+    missing_proteins: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Any, stated: Mapping[Modality, int | None] | None = None) -> DataSpec:
@@ -131,6 +139,16 @@ class DataSpec:
         return len(self.batch_categories)
 
     @property
+    def protein_names(self) -> tuple[str, ...]:
+        """Names of the proteins that a program models."""
+        return self.extra[PROTEIN] if self.setup.holds_proteins(PROTEIN) else ()
+
+    @property
+    def n_proteins(self) -> int:
+        """Number of those proteins."""
+        return len(self.protein_names)
+
+    @property
     def n_labels(self) -> int:
         """Number of labels, 0 without ``labels_key``."""
         return len(self.label_categories)
@@ -144,19 +162,18 @@ class DataSpec:
         """As JSON-ready values."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         values["setup"] = self.setup.to_dict()
-        for name in ("categorical", "extra"):
+        for name in ("categorical", "extra", "missing_proteins"):
             values[name] = {key: list(known) for key, known in getattr(self, name).items()}
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        # Models of earlier versions were saved without it.
-        names = {entry.name for entry in fields(cls)} - ({"partial"} - values.keys())
+        names = {entry.name for entry in fields(cls)} - (LATER_FIELDS - values.keys())
         given = {name: values[name] for name in names}
         read: dict[str, Any] = {key: tuple(kept) if isinstance(kept, list) else kept for key, kept in given.items()}
         read["setup"] = Setup.from_dict(values["setup"])
-        for name in ("categorical", "extra"):
+        for name in {"categorical", "extra", "missing_proteins"} & read.keys():
             read[name] = {key: tuple(known) for key, known in read[name].items()}
         return cls(**read)
 
@@ -191,20 +208,7 @@ class DataSpec:
 
         Errors name ``argument``.
         """
-        batches = unwrapped(batches)
-        if batches is None:
-            return None
-        single = isinstance(batches, (str, bool)) or not isinstance(batches, Iterable)
-        given = [batches] if single else list(batches)
-        if not given:
-            raise ValueError(f"{argument} is an empty list: name a batch, or None to leave cells in their own.")
-        codes = []
-        for batch in given:
-            try:
-                codes.append(self.batch_code(batch))
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{argument}={batches!r}: {error}") from error
-        return tuple(codes)
+        return batches_meant(argument, batches, self.batch_code)
 
     def table(self, data: Any) -> CellTable:
         """The data as tensors, in the order of the model's features.
@@ -240,10 +244,12 @@ class DataSpec:
         latest.clear()
         names = {modality: modality.feature_names_in(self) for modality in MODALITIES}
         counts = read(opened.counts, names, self.partial or self.setup.feature_masks is not None)
-        measured = find_measured(opened, self.setup, has_counts(opened, counts), key_needed=False)
+        extra = read_extra(opened.extra, self.extra, len(opened.cells), self.partial)
+        found_counts = has_counts(opened, counts)
+        measured = find_measured(opened, self.setup, found_counts, key_needed=False, stained=stained(self.setup, extra))
         for note in measured.notes:
             logger.info(note)
-        table = self._table(opened, counts, measured)
+        table = self._table(opened, counts, measured, extra)
         latest.keep(data, content, self, table, own=False)
         return table
 
@@ -285,31 +291,39 @@ class DataSpec:
             return str(error), content
         return changed, content if changed else now
 
-    def _table(self, opened: Opened, counts: Mapping[Modality, SparseCounts], measured: Measured) -> CellTable:
-        batch_code = self._batch_codes(opened)
+    def _table(
+        self,
+        opened: Opened,
+        counts: Mapping[Modality, SparseCounts | StoredCounts],
+        measured: Measured,
+        extra: dict[str, Measurement],
+    ) -> CellTable:
+        batch_code = self.batch_codes_of(opened)
+        if self.missing_proteins:
+            known = self.extra[PROTEIN], batch_code, self.batch_categories
+            extra = {**extra, PROTEIN: without_missing(extra[PROTEIN], *known, self.missing_proteins)}
         sizes = size_factors(opened, self.setup, measured.masks)
-        names = {modality: modality.feature_names_in(self) for modality in opened.counts}
-        needed = None if self.partial else self.setup.feature_masks
-        parts: dict[str, Any] = {**measured_panels(opened, needed, names, counts, measured.masks)}
+        parts: dict[str, Any] = {**measured_panels(opened, self, counts, measured.masks)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
             parts[modality.mask] = torch.from_numpy(measured.masks[modality])
             if modality in sizes:
                 parts[modality.size_factor] = torch.from_numpy(sizes[modality]).float()
         return CellTable(
-            design=self._design(opened, batch_code),
+            design=design(opened, self, batch_code),
             batch_code=torch.from_numpy(batch_code),
             n_genes=self.n_genes,
             n_regions=self.n_regions,
             n_batch=self.n_batch,
             label=self._labels(opened),
-            extra={name: measurement(opened.extra, name, kept, len(opened.cells)) for name, kept in self.extra.items()},
+            extra=extra,
             cell_names=tuple(map(str, opened.cells)),
             posterior=None if opened.posterior is None else torch.from_numpy(opened.posterior),
             **parts,
         )
 
-    def _batch_codes(self, opened: Opened) -> NDArray[np.int64]:
+    def batch_codes_of(self, opened: Opened) -> NDArray[np.int64]:
+        """Code of the batch of each cell, (n,)."""
         key = self.setup.batch_key
         if key is None:
             return np.zeros(len(opened.cells), dtype=np.int64)
@@ -318,24 +332,6 @@ class DataSpec:
     def _labels(self, opened: Opened) -> Tensor | None:
         key = self.setup.labels_key
         return None if key is None else torch.from_numpy(codes(opened, "labels_key", key, self.label_categories))
-
-    def _design(self, opened: Opened, batch_code: NDArray[np.int64]) -> Tensor:
-        """One-hot batch, one-hot categorical and standardised continuous covariates, shape (n, S)."""
-        parts = [one_hot(batch_code, self.n_batch)]
-        for key, known in self.categorical.items():
-            parts.append(one_hot(codes(opened, "categorical_covariate_keys", key, known), len(known)))
-        for key, mean, sd in zip(self.continuous, self.continuous_mean, self.continuous_sd, strict=True):
-            values = numbers(opened, "continuous_covariate_keys", key)
-            with np.errstate(over="ignore"):
-                kept = standardised(values, mean, sd)
-            if not np.isfinite(kept).all():
-                worst = values[int(np.argmax(~np.isfinite(kept)))]
-                raise ValueError(
-                    f"continuous_covariate_keys={key!r} holds {worst:g}, which is out of the range of single precision "
-                    f"(float32) beside the mean {mean:g} and sd {sd:g} of the model's data. Correct it."
-                )
-            parts.append(kept[:, None])
-        return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
 @dataclass(frozen=True)
@@ -371,12 +367,11 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     latest.clear()
     names = {modality: tuple(map(str, part.features)) for modality, part in opened.counts.items()}
     counts = read(opened.counts, names)
-    measured = find_measured(opened, setup, has_counts(opened, counts), key_needed=True)
+    check_there(data, opened.extra, setup)
+    extra_names = {name: opened.extra[name].feature_names() for name in setup.extra}
+    extra = read_extra(opened.extra, extra_names, len(opened.cells))
+    measured = find_measured(opened, setup, has_counts(opened, counts), key_needed=True, stained=stained(setup, extra))
     size_factors(opened, setup, measured.masks)
-    for name in setup.extra:
-        if name not in opened.extra:
-            keys, place = ("modalities", "mod") if opened.name == "mdata" else ("obsm_keys", "obsm")
-            raise unknown_key(f"extra_{keys}", name, f"{opened.name}.{place}", getattr(data, place))
     argument = "continuous_covariate_keys"
     scales = [mean_and_sd(argument, key, numbers(opened, argument, key)) for key in setup.continuous_covariate_keys]
     features: dict[str, Any] = {f"{modality.feature}_names": names.get(modality, ()) for modality in MODALITIES}
@@ -391,10 +386,15 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
         continuous_sd=tuple(sd for _, sd in scales),
         label_categories=categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
-        extra={name: opened.extra[name].feature_names() for name in setup.extra},
+        extra=extra_names,
         **features,
     )
-    table = spec._table(opened, counts, measured)
+    if setup.protein_key is not None:
+        proteins = extra[PROTEIN], spec.extra[PROTEIN]
+        check_informative(opened.extra[PROTEIN].where, *proteins)
+        missing = missing_by_batch(*proteins, spec.batch_codes_of(opened), spec.batch_categories)
+        spec = replace(spec, missing_proteins=missing)
+    table = spec._table(opened, counts, measured, extra)
     check_every_feature(opened, names, table)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.data.setup.masks.panels import number_of_values, panel_sizes
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.vocabulary import PAIRED
 
 # Batches listed by name in the text; more are summed up.
@@ -70,9 +72,9 @@ class SetupReport:
         density, counts, notes = {}, {}, [*likely_mistakes, *measured.notes]
         for modality, place in described.opened.counts.items():
             found, values = modality.counts_in(table), number_of_values(table, modality)
-            density[modality.assay] = len(found.col) / values if values else 0.0
+            density[modality.assay] = int(found.crow[-1]) / values if values else 0.0
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
-            if modality.binary and not _are_whole(found):
+            if modality.binary and not found.whole:
                 notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
         if spec.kind == "anndata" and not spec.setup.feature_type_key:
             notes.append(
@@ -81,7 +83,10 @@ class SetupReport:
             )
         for name, known in spec.extra.items():
             size = int(table.extra[name].measured.sum())
-            notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
+            if spec.setup.holds_proteins(name):
+                notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
+            else:
+                notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
         notes += [f"{size} features of type {kind!r} are ignored." for kind, size in described.opened.ignored.items()]
         batch_sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         return cls(
@@ -106,6 +111,7 @@ class SetupReport:
     def __repr__(self) -> str:
         sizes = self.n_cells
         alone = ", ".join(f"{sizes[modality.name]} {modality.assay} only" for modality in MODALITIES)
+        alone += f", {sizes[PROTEIN]} proteins only" if PROTEIN in sizes else ""
         how = "inferred from the counts" if self.inferred else "as the data say"
         lines = [
             f"pyro-multivi setup of {'an AnnData' if self.kind == 'anndata' else 'a MuData'}",
@@ -135,12 +141,18 @@ class SetupReport:
         return "\n".join(lines)
 
 
-def _describe_values(counts: SparseCounts) -> str:
-    largest = float(counts.val.max()) if len(counts.val) else 0.0
-    if not _are_whole(counts):
-        return f"not whole numbers, at most {largest:g}"
-    return "binary" if largest <= 1 else f"raw counts (whole numbers), at most {largest:g}"
+def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Sequence[str]]) -> list[str]:
+    without = "" if size == n_cells else f"; the other {n_cells - size} have no count of any: not measured"
+    notes = [f"{number} proteins measured in {size} cells{without}."]
+    for batch, names in missing.items():
+        notes.append(
+            f"{len(names)} of {number} proteins have no count in batch {batch!r}, taken as not measured there: "
+            f"{first_names(names)}."
+        )
+    return notes
 
 
-def _are_whole(counts: SparseCounts) -> bool:
-    return not counts.val.is_floating_point() or bool((counts.val == counts.val.floor()).all())
+def _describe_values(counts: SparseCounts | StoredCounts) -> str:
+    if not counts.whole:
+        return f"not whole numbers, at most {counts.largest:g}"
+    return "binary" if counts.largest <= 1 else f"raw counts (whole numbers), at most {counts.largest:g}"

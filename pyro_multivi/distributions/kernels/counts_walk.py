@@ -50,7 +50,7 @@ class CountsTerm:
     needs: tuple[bool, ...]
 
 
-def _nonzero_terms(
+def nonzero_terms(
     x: Tensor, u: Tensor, theta: Tensor, log_theta: Tensor, gamma_of_theta: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of a count x > 0 and its slopes by m and theta, less those of a zero; and softplus(u)."""
@@ -62,6 +62,27 @@ def _nonzero_terms(
     sigmoid = torch.sigmoid(u)
     slope_theta = slope.addcmul_(x, sigmoid).div_(theta)
     return value, x * torch.sigmoid(-u), slope_theta, sp
+
+
+def refine_large(x: Tensor, log2_mean: Tensor, theta: Tensor | None, terms: list[Tensor]) -> None:
+    """Put terms of counts above zero in double precision in place of those of large counts."""
+    if x.dtype == torch.float64:
+        return
+    large = x >= LARGE_COUNT
+    # To see whether there are any, the host would wait for an accelerator; there double precision of all is cheap.
+    is_quick = x.device.type == "cpu"
+    if is_quick and not bool(large.any()):
+        return
+    at = large.nonzero().squeeze(-1) if is_quick else slice(None)
+    x, log_mean = x[at].double(), log2_mean[at].double() * _LN_2
+    if theta is None:
+        wide: tuple[Tensor, ...] = (x * log_mean - torch.lgamma(x + 1),)
+    else:
+        theta = theta[at].double()
+        log_theta = theta.log()
+        wide = nonzero_terms(x, log_mean - log_theta, theta, log_theta, gamma_functions(theta))
+    for narrow, better in zip(terms, wide, strict=True):
+        narrow[at] = torch.where(large[at], better.to(narrow.dtype), narrow[at])
 
 
 class CountsWalk:
@@ -224,12 +245,12 @@ class CountsWalk:
         log_mean = log2_mean / LOG2_E
         if self.term.theta is None:
             value, slope = x * log_mean - torch.lgamma(x + 1), x
-            self.refine_large(x, log2_mean, None, [value])
+            refine_large(x, log2_mean, None, [value])
         else:
             theta, log_theta, *of_theta = self.theta_at_entries()
             u = log_mean - log_theta
-            value, slope, by_theta, sp = _nonzero_terms(x, u, theta, log_theta, (of_theta[0], of_theta[1]))
-            self.refine_large(x, log2_mean, theta, [value, slope, by_theta, sp])
+            value, slope, by_theta, sp = nonzero_terms(x, u, theta, log_theta, (of_theta[0], of_theta[1]))
+            refine_large(x, log2_mean, theta, [value, slope, by_theta, sp])
             if self.gates_at_entries:
                 # The sum over zeros of a ZINB has left these out.
                 gates = torch.cat(self.gates_at_entries).div_(LOG2_E)
@@ -245,25 +266,6 @@ class CountsWalk:
         if self.weights_n is not None:
             self.slope.index_add_(0, place, slope)
             self.total_slope.index_add_(0, row, slope)
-
-    def refine_large(self, x: Tensor, log2_mean: Tensor, theta: Tensor | None, terms: list[Tensor]) -> None:
-        """Put terms in double precision in place of those of large counts."""
-        if x.dtype == torch.float64:
-            return
-        large = x >= LARGE_COUNT
-        if self.is_quick and not bool(large.any()):
-            return
-        # To find them, the host would wait for an accelerator; there double precision of all is cheap.
-        at = large.nonzero().squeeze(-1) if self.is_quick else slice(None)
-        x, log_mean = x[at].double(), log2_mean[at].double() * _LN_2
-        if theta is None:
-            wide: tuple[Tensor, ...] = (x * log_mean - torch.lgamma(x + 1),)
-        else:
-            theta = theta[at].double()
-            log_theta = theta.log()
-            wide = _nonzero_terms(x, log_mean - log_theta, theta, log_theta, gamma_functions(theta))
-        for narrow, better in zip(terms, wide, strict=True):
-            narrow[at] = torch.where(large[at], better.to(narrow.dtype), narrow[at])
 
     def theta_at_entries(self) -> list[Tensor]:
         """Theta, its logarithm and :func:`gamma_functions` at the non-zero counts."""

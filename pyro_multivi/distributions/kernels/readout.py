@@ -103,6 +103,10 @@ class Readout(torch.Tensor):
         """Readout of another hidden layer, (..., H), by the same weights."""
         return self._with(hidden, self.weight, self.bias)
 
+    def of_features(self, features: Tensor, link: Link | None = None) -> Readout:
+        """Readout of some features, at positions (k,), int64; a softmax is one over these."""
+        return Readout(self.hidden, self.weight[features], self.bias[features], link or self.link, self.gemm_dtype)
+
     def _with(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Readout:
         return Readout(hidden, weight, bias, self.link, self.gemm_dtype)
 
@@ -179,13 +183,16 @@ class Readout(torch.Tensor):
 
     def _evaluate(self, features: slice, normalizer: Tensor | None) -> Tensor:
         """Dense values of a block, in memory that is used again once they are released."""
-        hidden, weight, bias = self.hidden, self.weight[features], self.bias[features]
-        values = POOL.take((*hidden.shape[:-1], len(bias)), hidden.dtype, hidden.device)
-        flat = values.view(-1, len(bias))
-        torch.addmm(bias, hidden.reshape(-1, hidden.shape[-1]), weight.t(), out=flat)
+        values = self._pooled_logits(features)
         if normalizer is not None:
             return values.sub_(normalizer).exp_()
         return values.sigmoid_() if self.link == "sigmoid" else self._apply_link(values)
+
+    def _pooled_logits(self, features: slice) -> Tensor:
+        hidden, weight, bias = self.hidden, self.weight[features], self.bias[features]
+        values = POOL.take((*hidden.shape[:-1], len(bias)), hidden.dtype, hidden.device)
+        torch.addmm(bias, hidden.reshape(-1, hidden.shape[-1]), weight.t(), out=values.view(-1, len(bias)))
+        return values
 
     def _slices(self, width: int) -> Iterator[slice]:
         n_features = self.weight.shape[0]

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.calibration.fit_depth import clear_depth_regressions
+from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 from pyro_multivi.posterior.engine.depth_regression import regression_buffer
+from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -25,6 +27,7 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     kept = [buffer.clone() for buffer in _buffers(program)]
     before = n_epochs()
     clear_depth_regressions(program)
+    clear_weight_posteriors(program)
     program.posterior_scale.fill_(1.0)
     try:
         yield
@@ -38,4 +41,5 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
 
 def _buffers(program: MultiVIProgram) -> list[Tensor]:
     """Buffers of the program that are calibrated."""
-    return [program.posterior_scale, *(regression_buffer(program, modality) for modality in MODALITIES)]
+    weights = (buffer for modality in modelled(program.config) for buffer in weight_buffers(program, modality))
+    return [program.posterior_scale, *(regression_buffer(program, modality) for modality in MODALITIES), *weights]

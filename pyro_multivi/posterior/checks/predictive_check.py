@@ -33,6 +33,8 @@ from pyro_multivi.posterior.engine.replicates import (
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
+# Added to the name of a setting: scores of counts of fragments beside those of genes.
+_COUNTED = ", fragments"
 # Added to the name of a setting, by the source of a hidden modality's depth.
 _DEPTH = {"observed": "", "predicted": ", depth from the other", "prior": ", depth from its prior"}
 
@@ -94,7 +96,7 @@ class _Check:
         for cells in self.minibatches:
             measured = {}
             for modality, features in request.features.items():
-                counts, measured[modality] = _measured(cells, modality, features)
+                counts, measured[modality] = self._measured(cells, modality, features)
                 scorers[modality].begin(counts)
                 observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
                 total = stats.cell_statistics(modality)[0]
@@ -109,6 +111,8 @@ class _Check:
             for scorer in scorers.values():
                 scorer.end()
             start += len(cells)
+        # Of several modalities whose counts are scored, names say which.
+        counted = [modality for modality in scorers if not modality.binary]
         for modality, scorer in scorers.items():
             self._tabulate_features(modality, observed[modality], replicated[modality])
             measured_n = modality.measured_in(self.minibatches.table)[self.minibatches.index].numpy()
@@ -116,7 +120,7 @@ class _Check:
                 self._tabulate_cells(measured_n, observed[modality], replicated[modality])
             else:
                 self.notes.append(f"{modality.name} was measured in none of these cells")
-            self._add(scorer.tables(request.setting))
+            self._add(scorer.tables(request.setting + _COUNTED if modality in counted[1:] else request.setting))
 
     def predict_hidden(self) -> None:
         """Hide each modality of the paired cells in turn, predict it from the other, and add scores."""
@@ -130,7 +134,7 @@ class _Check:
             names, site = list(request.feature_names[modality]), modality.counts
             scorer = Scorer(modality, len(names))
             for cells in paired_cells:
-                counts, rows = _measured(cells, modality, features)
+                counts, rows = self._measured(cells, modality, features)
                 scorer.begin(counts)
                 for _, found in replicate(
                     self.program, cells, request.n_samples, request.seed, site, request.hidden_depth
@@ -168,6 +172,12 @@ class _Check:
             untested=tuple(sorted(self.untested)),
             notes=self.notes,
         )
+
+    def _measured(self, cells: Cells, modality: Modality, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:
+        """Counts of the measured cells of a minibatch, and their positions in it."""
+        counts, measured = counts_of(self.program, cells, modality.counts)
+        rows: NDArray[np.int64] = np.flatnonzero(measured.cpu().numpy())
+        return _chosen(counts, features, rows), rows
 
     def _tabulate_features(self, modality: Modality, observed: stats.CountSums, replicated: stats.CountSums) -> None:
         """Add statistics of features over all cells and over those of each group."""
@@ -231,13 +241,6 @@ def depth_is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality)
         return False
     depth, without = (found[modality.depth]["value"][..., measured] for found in nodes)
     return not torch.equal(depth, without)
-
-
-def _measured(cells: Cells, modality: Modality, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:
-    """Counts of the measured cells of a minibatch, and their positions in it."""
-    counts, measured = counts_of(cells, modality.counts)
-    rows: NDArray[np.int64] = np.flatnonzero(measured.cpu().numpy())
-    return _chosen(counts, features, rows), rows
 
 
 def _chosen(values: Tensor, features: Tensor | None, rows: NDArray[np.int64]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.modality import RNA, Modality
 
 Array = NDArray[np.float64]
 
@@ -104,8 +104,8 @@ class CountSums:
         self.features = [FeatureSums(modality, len(by.names), n_samples, n_features) for by in groupings]
         #: Statistics of cells by name, (n_samples, n).
         self.cells = {name: np.zeros((n_samples, len(self._code_n[0]))) for name in cell_statistics(modality)}
-        #: Number of counts that are 0, 1, ... in all measured cells and features, (n_samples, LARGEST_COUNT + 2).
-        self.histogram = None if modality.binary else np.zeros((n_samples, LARGEST_COUNT + 2))
+        #: Of genes: number of counts 0, 1, ... in all measured cells and features, (n_samples, LARGEST_COUNT + 2).
+        self.histogram = None if modality != RNA else np.zeros((n_samples, LARGEST_COUNT + 2))
 
     def add(self, rows: NDArray[np.int64], draws: slice, values: Tensor) -> None:
         """Add some draws (S, B, F) of the measured cells at ``rows``."""
@@ -115,9 +115,8 @@ class CountSums:
             grouped = code >= 0
             part = values if grouped.all() else values[:, torch.from_numpy(grouped)]
             sums.add(code[grouped], draws, part)
-        totals = [values.double().sum(-1)]
+        totals = [values.double().sum(-1), (values > 0).sum(-1).double()][: len(self.cells)]
         if self.histogram is not None:
-            totals.append((values > 0).sum(-1).double())
             capped = values.clamp(max=LARGEST_COUNT + 1).long()
             for number, counts in zip(range(draws.start, draws.stop), capped, strict=True):
                 self.histogram[number] += torch.bincount(counts.reshape(-1), minlength=LARGEST_COUNT + 2).numpy()

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Panels
+from pyro_multivi.data.modality import ATAC, Modality
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.panels import measured_share
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
@@ -37,14 +38,15 @@ from pyro_multivi.posterior.differential.raw_counts import PseudobulkStatistics,
 from pyro_multivi.posterior.differential.request import DifferentialRequest
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior, ShrinkagePrior, unshrunk
 from pyro_multivi.posterior.differential.tables import (
-    LAYOUTS,
     LEAST_CELLS,
     Comparison,
     arrange,
     changed_as_a_whole,
+    layout_of,
     warn_of_unmeasured,
 )
 from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.processes.shares import shared_map
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
@@ -88,7 +90,7 @@ def compare_groups(
     warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
     compared = compare(shared, silent)
-    found = arrange(compared, contrasts, request, names)
+    found = arrange(compared, contrasts, request, names, shared.region_factors)
     found.attrs["batches"] = {
         contrast.comparison: [
             None if group[0].batches is None else [batch_names[code] for code in group[0].batches] for group in groups
@@ -125,8 +127,8 @@ class _SharedDraws:
     def sums(self) -> list[PseudobulkSums]:
         """Sums of the counts of each part."""
         modality, table = self.request.modality, self.source.table
-        share = measured_share(self.source.program, table, modality)
-        return [PseudobulkSums.of_cells(table, cells, modality, share) for cells in self.partition.cells]
+        share = measured_share(self.source.program, table, modality) if isinstance(modality, Modality) else None
+        return PseudobulkSums.of_parts(table, self.partition.cells, modality, share)
 
     @cached_property
     def groups(self) -> list[tuple[Group, Group]]:
@@ -155,7 +157,7 @@ class _SharedDraws:
     @cached_property
     def region_factors(self) -> Tensor | None:
         """Region factors r, (F,); None where the model has none of this modality."""
-        return region_factors(self.source.program) if self.request.modality.binary else None
+        return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
         return self.source.draw(self.partition.cells[key.part], key.batches)
@@ -200,7 +202,7 @@ class _SharedDraws:
         request = self.request
         return TestSpecification(
             request.change, delta, pseudocounts, request.test_mode, request.two_sided, request.m1_domain_fn,
-            request.levels, extremes=LAYOUTS[request.modality].extremes,
+            request.levels, extremes=layout_of(request.modality).extremes,
         )  # fmt: skip
 
     def _decoded_in(self, contrast: Contrast) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -294,11 +296,9 @@ def _compare_means(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     if shared.request.corrects_by_counts:
         # Expected counts are those of each cell in its own batch.
         keys = list(dict.fromkeys([*keys, *(DrawKey(key.part, None) for key in keys)]))
-    moments: dict[DrawKey, Moments] = {}
-    factors: dict[DrawKey, float] = {}
-    for key in tqdm(keys, desc="decoding", disable=silent):
-        drawn = shared.draw(key)
-        moments[key], factors[key] = drawn.moments(largest), drawn.cell_factor
+    found = shared_map(lambda key: shared.draw(key).statistics(largest), keys, "decoding", silent)
+    factors = {key: float(arrays.pop("factor")) for key, arrays in zip(keys, found, strict=True)}
+    moments = {key: Moments(**arrays) for key, arrays in zip(keys, found, strict=True)}
     return [_compare_two_means(shared, number, moments, factors) for number in range(len(shared.groups))]
 
 
@@ -364,11 +364,12 @@ def _counts_of(
     shared: _SharedDraws, group: Group, moments: Mapping[DrawKey, Moments], factor: Array | float
 ) -> GroupCounts:
     """Counts of a group beside those that the model expects."""
-    binary, r = shared.request.modality.binary, shared.region_factors
-    of_regions = 1.0 if not binary or r is None else r.double().cpu().numpy()
-    expected = [moments[DrawKey(key.part, None)].expected * of_regions for key in group]
+    modality, r = shared.request.modality, shared.region_factors
+    factors = 1.0 if modality.compositional or r is None else r.double().cpu().numpy()
+    expected = [moments[DrawKey(key.part, None)].expected * factors for key in group]
     means = [moments[key].mean * factor for key in group]
-    return counts_of_group([shared.sums[key.part] for key in group], means, expected, shared.sizes(group), binary)
+    sums = [shared.sums[key.part] for key in group]
+    return counts_of_group(sums, means, expected, shared.sizes(group), modality.compositional)
 
 
 def _change_statistics(
@@ -380,7 +381,7 @@ def _change_statistics(
     prior = None
     if request.corrects_by_counts:
         # Shares of a whole: genes that take more of it take it from all others. With size factors rho is no share.
-        compositional = not request.modality.binary and shared.source.program.config.library != "size_factor"
+        compositional = request.modality.compositional and shared.source.program.config.library != "size_factor"
         in_common = compositional and request.change.name == "log-fold"
         prior = ShrinkagePrior.fit(change, error, rng, common_error if in_common else None)
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality, Cells
+from pyro_multivi.data.modality import ATAC
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential.request import DifferentialRequest
@@ -61,6 +61,10 @@ class GroupDraws:
     def cell_factor(self) -> float:
         """Mean depth over the draws of measured cells, or of all if there is none."""
         return float(self.cell_factors[self.measured if self.measured.any() else slice(None)].mean())
+
+    def statistics(self, largest: bool) -> dict[str, Array]:
+        """Moments by name, and the mean depth as ``"factor"``."""
+        return {**self.moments(largest)._asdict(), "factor": np.array(self.cell_factor)}
 
     def moments(self, largest: bool) -> Moments:
         """Statistics of all features, a block at a time; ``largest`` tells whether to find the largest draw too."""
@@ -171,9 +175,9 @@ class DrawSource:
                     scored = log_weights(*scored_traces(self.program, cells, decoded.latents))
                     draw = _choose_by_weight(rng, scored.cpu().numpy(), place)
                 measured_n[rows] = modality.measured_in(cells).cpu().numpy()[place]
-                if modality.binary:
-                    factor_n[rows] = _cell_factors(modality, decoded)[draw, place]
-                elif batches is None:
+                if modality == ATAC:
+                    factor_n[rows] = _cell_factors(self.program, modality, decoded)[draw, place]
+                elif batches is None and modality.compositional:
                     # Counts are summed over cells: the deeper a cell, the more it counts.
                     factor_n[rows] = modality.counts_in(cells).row_sums().clamp(min=1.0).double().cpu().numpy()[place]
                     gates.put(rows, _gate_logits(modality, self.program, cells, decoded), draw, place)
@@ -223,17 +227,17 @@ def feature_blocks_of(
         yield parts[0][0], {key: values for key, (_, values) in zip(draws, parts, strict=True)}
 
 
-def _cell_factors(modality: Modality, decoded: DecodedDraws) -> Array:
-    """Draws of d of a minibatch, (S, B); NaN if the guide has none."""
+def _cell_factors(program: MultiVIProgram, modality: AnyModality, decoded: DecodedDraws) -> Array:
+    """Draws of d of a minibatch, of fragments relative to a typical cell, (S, B); NaN if the guide has none."""
     nodes: dict[str, Any] = dict(decoded.latents.trace.nodes)
     shape = (decoded.latents.n_samples, decoded.sites[0][modality.decoded].shape[-2])
     if modality.depth not in nodes:
         return np.full(shape, np.nan)
     found: Array = nodes[modality.depth]["value"].expand(shape).double().cpu().numpy()
-    return found
+    return found if modality.binary else found / program.atac_log_depth.double().exp().item()
 
 
-def _gate_logits(modality: Modality, program: MultiVIProgram, cells: Cells, decoded: DecodedDraws) -> Tensor | None:
+def _gate_logits(modality: AnyModality, program: MultiVIProgram, cells: Cells, decoded: DecodedDraws) -> Tensor | None:
     """Logits of dropping a count, (S, B, F); None if the observation model has no such gate."""
     nodes: dict[str, Any] = dict(model_trace(program.model, cells, decoded.latents).nodes)
     fn = nodes[modality.counts]["fn"]

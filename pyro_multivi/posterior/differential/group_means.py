@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtr, stdtrit, xlog1py, xlogy
 
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.posterior.differential.effect import Change, Statistics, StatisticsByBlock, TestSpecification
 from pyro_multivi.posterior.differential.raw_counts import PseudobulkSums
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior
@@ -100,7 +100,7 @@ def counts_of_group(
     means: Sequence[Array],
     expected: Sequence[Array],
     sizes: Sequence[int],
-    binary: bool,
+    compositional: bool,
 ) -> GroupCounts:
     """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
 
@@ -112,8 +112,8 @@ def counts_of_group(
     parts
         Sums over the cells of each part of the group.
     means, expected
-        The model's mean of each part, and numbers to which the expected counts of its measured cells are proportional
-        (of a binary modality the probabilities of being found open), (F,) each.
+        The model's mean of each part, and the expected value of a measured cell, (F,) each; of a composition numbers in
+        proportion to it.
     sizes
         Numbers of cells of the parts.
     """
@@ -123,7 +123,8 @@ def counts_of_group(
             there = wanted * part.measured
             # The depth is of all features; the counts of a panel are those of its own.
             total = part.depth if part.measured.all() else float(part.counts.sum())
-            there = part.n_measured * there if binary else total * there / max(float(there.sum()), 1e-300)
+            share = there / max(float(there.sum()), 1e-300)
+            there = total * share if compositional else part.n_measured * there
             own = np.maximum(there, _LEAST_EXPECTED) / np.maximum(mean, 1e-300) * part.measured
             mean = np.where(part.measured, part.counts / np.where(part.measured, own, 1.0), mean)
             exposure = exposure + own
@@ -151,7 +152,7 @@ def counts_of_group(
     )
 
 
-def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: Modality) -> TestedMeans:
+def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModality) -> TestedMeans:
     r"""Test whether two groups share one mean, by the likelihood of the sums of their counts.
 
     The sum K of the counts of a group has mean :math:`\mu = E m` and variance :math:`\mu (1 + a \mu)`: negative

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.processes.shares import shared_map
 
 Array = NDArray[np.float64]
 
@@ -36,8 +36,8 @@ class PseudobulkSums:
         Cells with a count; unless the modality is binary also sums of counts, of scaled counts, and of squares of
         counts over the total of their cell: (1 or 4, F).
     depth, depth_squares
-        Sums of the totals of the cells and of their squares; of a binary modality the number of cells. The total is
-        that of all features, also where some were not measured.
+        Sums of the totals of the cells and of their squares; of a modality that is no composition the number of cells.
+        The total is that of all features, also where some were not measured.
     """
 
     n_measured: int
@@ -48,7 +48,7 @@ class PseudobulkSums:
 
     @classmethod
     def of_cells(
-        cls, table: CellTable, index: Tensor, modality: Modality, share: Tensor | None = None
+        cls, table: CellTable, index: Tensor, modality: AnyModality, share: Tensor | None = None
     ) -> PseudobulkSums:
         """Sum up the stored counts of the cells at ``index``, int64, all of one panel.
 
@@ -73,9 +73,12 @@ class PseudobulkSums:
             sums[0] += torch.bincount(column, minlength=n_features)
             if not modality.binary:
                 value, total = rows.val, rows.row_sums().clamp(min=1.0) / of_all
+                scaled = SCALED_TOTAL * (value / total[rows.rows()])
+                if not modality.depth:  # The model has no depth of such values: all cells weigh the same.
+                    total = torch.ones_like(total)
                 depth, squares = depth + float(total.sum()), squares + float(total.square().sum())
                 by_depth = value / total[rows.rows()]
-                for number, weight in enumerate((value, SCALED_TOTAL * by_depth, value * by_depth), 1):
+                for number, weight in enumerate((value, scaled, value * by_depth), 1):
                     sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
         return cls(len(index), measured, sums.numpy(), depth, squares)
 
@@ -83,6 +86,17 @@ class PseudobulkSums:
     def n_cells(self) -> NDArray[np.int64]:
         """Number of cells in which each feature was measured, (F,)."""
         return self.n_measured * self.measured.astype(np.int64)
+
+    @classmethod
+    def of_parts(
+        cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality, share: Tensor | None = None
+    ) -> list[PseudobulkSums]:
+        """Sums of several sets of cells, which processes share."""
+        found = shared_map(lambda index: vars(cls.of_cells(table, index, modality, share)), parts)
+        return [
+            cls(int(n), measured, sums, float(depth), float(squares))
+            for n, measured, sums, depth, squares in map(dict.values, found)
+        ]
 
     @property
     def counts(self) -> Array:

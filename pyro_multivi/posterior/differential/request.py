@@ -11,12 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from pyro_multivi.data.checks import check_draws, check_number, number_of_draws, shown
-from pyro_multivi.data.modality import ATAC, RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.differential.effect import Change
 
 #: Default of ``delta`` on each scale of a modality: log2 units, or probability.
-DEFAULT_DELTA = {
+DEFAULT_DELTA: dict[AnyModality, dict[str, float]] = {
     RNA: {"log-fold": 0.25},
     ATAC: {"difference": 0.05, "log-fold": 0.25, "log-odds": 0.5},
 }
@@ -52,7 +53,7 @@ class DifferentialRequest:
         If an option is out of range, misspelt, or contradicts another.
     """
 
-    modality: Modality
+    modality: AnyModality
     features: Tensor | None
     mode: str
     delta: float | str | None
@@ -82,7 +83,7 @@ class DifferentialRequest:
 
     @classmethod
     def from_arguments(
-        cls, modality: Modality, spec: DataSpec, features: Tensor | None, arguments: Mapping[str, Any]
+        cls, modality: AnyModality, spec: DataSpec, features: Tensor | None, arguments: Mapping[str, Any]
     ) -> DifferentialRequest:
         """Take the options out of all arguments of a method, by name; batches may be given by name or position."""
         options = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
@@ -96,6 +97,11 @@ class DifferentialRequest:
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name}={shown(value)} is not allowed: choose {' or '.join(map(repr, known))}.")
         self._check_change()
+        if self.modality == ATAC and not self.modality.binary and self.probability == "accessible":
+            raise ValueError(
+                "probability='accessible' compares p, of which counts of fragments tell only its product with the rate "
+                "of the region: leave it out, to compare fragments."
+            )
         for name in ("pseudocounts", "threshold_counts"):
             number = getattr(self, name)
             if number is not None and not check_number(name, number) >= 0:
@@ -126,13 +132,13 @@ class DifferentialRequest:
     def _check_change(self) -> None:
         if self.change.name == "log-odds" and not self.modality.binary:
             raise ValueError(
-                f"change_fn='log-odds' compares probabilities: for {self.modality.name} choose 'log-fold'."
+                f"change_fn='log-odds' compares probabilities: for counts of {self.modality.name} choose 'log-fold'."
             )
         if self.m1_domain_fn is not None and not callable(self.m1_domain_fn):
             raise ValueError(f"m1_domain_fn={self.m1_domain_fn!r} is not a function of draws of the change.")
         if isinstance(self.delta, str) and self.delta == "default":
             needed = self.mode == "change" and self.m1_domain_fn is None
-            if needed and self.change.name not in DEFAULT_DELTA[self.modality]:
+            if needed and self.change.name not in self.default_delta:
                 raise ValueError(
                     f"change_fn={self.change.name!r} has no default bound: give delta on its scale, or None."
                 )
@@ -145,12 +151,17 @@ class DifferentialRequest:
         return Change.of(self.change_fn)
 
     @property
+    def default_delta(self) -> dict[str, float]:
+        """Default of ``delta`` on each scale; an extra modality has those of expression."""
+        return DEFAULT_DELTA[self.modality if self.modality in DEFAULT_DELTA else RNA]
+
+    @property
     def bound(self) -> float | None:
         """``delta`` as a number: None if it is to be estimated, NaN where no change is compared with a bound."""
         if self.mode == "vanilla":
             return np.nan
         if isinstance(self.delta, str):
-            return DEFAULT_DELTA[self.modality].get(self.change.name, np.nan)
+            return self.default_delta.get(self.change.name, np.nan)
         return None if self.delta is None else check_number("delta", self.delta)
 
     @property

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pandas.arrays import BooleanArray
+from torch import Tensor
 
 from pyro_multivi.data.checks import caution, first_names
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.differential.contrasts import Contrast
 from pyro_multivi.posterior.differential.effect import Statistics
@@ -54,12 +56,17 @@ class Comparison:
 
 
 def arrange(
-    compared: Sequence[Comparison], contrasts: Sequence[Contrast], request: DifferentialRequest, names: Sequence[str]
+    compared: Sequence[Comparison],
+    contrasts: Sequence[Contrast],
+    request: DifferentialRequest,
+    names: Sequence[str],
+    region_factors: Tensor | None,
 ) -> pd.DataFrame:
     """Table with one row per feature, the comparisons below each other."""
-    layout = LAYOUTS[request.modality]
+    layout = layout_of(request.modality)
     index = pd.Index(list(names))
     frames = []
+    compared = [_in_fragments(one, request, region_factors) for one in compared]
     for one, contrast in zip(compared, contrasts, strict=True):
         columns = layout.columns(one, request)
         if any((group.n_cells != group.n_measured).any() for both in compared for group in both.pseudobulk):
@@ -74,6 +81,16 @@ def arrange(
             frame = frame.iloc[np.lexsort(by)]
         frames.append(frame)
     return frames[0] if len(frames) == 1 else pd.concat(frames)
+
+
+def _in_fragments(tested: Comparison, request: DifferentialRequest, rate: Tensor | None) -> Comparison:
+    """The comparison with means of p as fragments in a typical cell, where these are counted."""
+    if request.modality.binary or rate is None:
+        return tested
+    rate_k = (rate if request.features is None else rate[request.features]).double().cpu().numpy()
+    means = ("mean1", "mean2")
+    scaled = {name: rate_k * each if name in means else each for name, each in tested.statistics.items()}
+    return replace(tested, statistics=scaled)
 
 
 def expected_fdr_calls(probability: NDArray[np.float64], target: float) -> NDArray[np.bool_]:
@@ -123,10 +140,14 @@ def _accessibility(tested: Comparison, request: DifferentialRequest) -> dict[str
     else:
         columns = {"prob_da": probability, "is_da_fdr": tested.calls(request)}
     columns |= {"bayes_factor": _bayes_factor(probability), "effect_size": found["mean1"] - found["mean2"]}
-    observed = _of_both("emp_prob", "nonzero", tested, request) if request.all_stats else {}
-    if observed:
-        columns["emp_effect"] = observed["emp_prob1"] - observed["emp_prob2"]
-    columns |= {"est_prob1": found["mean1"], "est_prob2": found["mean2"], **observed}
+    what = "prob" if request.modality.binary else "fragments"
+    observed: dict[str, Any] = {}
+    if request.all_stats:
+        observed = _of_both(f"emp_{what}", "mean", tested, request)
+        columns["emp_effect"] = observed[f"emp_{what}1"] - observed[f"emp_{what}2"]
+        if not request.modality.binary:
+            observed |= _of_both("emp_prob", "nonzero", tested, request)
+    columns |= {f"est_{what}1": found["mean1"], f"est_{what}2": found["mean2"], **observed}
     if request.mode == "change":
         columns |= {"change_mean": found["mean"], "change_std": found["std"], "delta": tested.delta}
         columns |= _intervals("change", found, request)
@@ -169,10 +190,15 @@ class Layout(NamedTuple):
     extremes: bool
 
 
-LAYOUTS = {
+LAYOUTS: dict[AnyModality, Layout] = {
     RNA: Layout(_expression, sorted=True, extremes=True),
     ATAC: Layout(_accessibility, sorted=False, extremes=False),
 }
+
+
+def layout_of(modality: AnyModality) -> Layout:
+    """Table of a modality; an extra one has that of expression."""
+    return LAYOUTS[modality if modality in LAYOUTS else RNA]
 
 
 def warn_of_unmeasured(
@@ -207,7 +233,7 @@ def changed_as_a_whole(
     compared: Sequence[Comparison], contrasts: Sequence[Contrast], request: DifferentialRequest
 ) -> list[str]:
     """Names of the comparisons in which nearly all features of a composition are called."""
-    if request.mode == "vanilla" or request.modality.binary or request.features is not None:
+    if request.mode == "vanilla" or not request.modality.compositional or request.features is not None:
         return []
     calls = [one.calls(request).fillna(False).to_numpy(dtype=bool) for one in compared]
     pairs = zip(calls, contrasts, strict=True)

@@ -21,6 +21,8 @@ from torch import Tensor
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
+# Standard Normal quantiles of 16 bits.
+_COARSE = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) * 2.0**-16).float()
 # 52 bits and a half fit a double exactly, so that no number is 0 or 1.
 _BITS = 52
 
@@ -52,16 +54,31 @@ class CellNoise:
         >>> torch.equal(both.uniform("z", 3, (2,))[:, 1:], last.uniform("z", 5, (2,))[:3])
         True
         """
+        bits = self._bits(site, n_samples, torch.Size(event_shape).numel())
+        unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
+        return unit.reshape(n_samples, len(self.index), *event_shape)
+
+    def coarse_normal(self, site: str, n_samples: int, n_components: int) -> Tensor:
+        """Standard Normal numbers, (S, B, n), float32, of 16 bits each: for sums of many, in a tenth of the time.
+
+        Examples
+        --------
+        >>> CellNoise(torch.arange(1000), seed=1).coarse_normal("w", 10, 6).std().round(decimals=2)
+        tensor(1.)
+        """
+        # Four numbers of each hash.
+        bits = self._bits(site, n_samples, -(-n_components // 4)).view(torch.int16)[..., :n_components]
+        return _COARSE.to(bits.device)[bits.int() + 2**15]
+
+    def _bits(self, site: str, n_samples: int, n_components: int) -> Tensor:
+        """Hashes, (S, B, n), int64."""
         device = self.index.device
         root = torch.tensor([_signed(self.seed)], device=device)
         stream = _mix(_mix(root) + zlib.crc32(site.encode()))
         cell_b = _mix(stream + self.index)
         draw_s = torch.arange(self.first, self.first + n_samples, device=device)
         draw_sb = _mix(cell_b + draw_s[:, None])
-        n_components = torch.Size(event_shape).numel()
-        bits = _mix(draw_sb[..., None] + torch.arange(n_components, device=device))
-        unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
-        return unit.reshape(n_samples, len(self.index), *event_shape)
+        return _mix(draw_sb[..., None] + torch.arange(n_components, device=device))
 
     def draw(self, site: str, fn: dist.TorchDistribution, of_cells: bool = True) -> Tensor:
         """A draw from ``fn``, whose batch shape is (S, B).

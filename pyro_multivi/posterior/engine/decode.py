@@ -12,6 +12,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, mirrored_latents, replay
+from pyro_multivi.posterior.engine.weight_posterior import with_weight_noise
 from pyro_multivi.program import MultiVIProgram
 
 #: Draws x cells x features evaluated at a time: 16 MB in float32, small beside any cache of a file.
@@ -56,6 +57,11 @@ class Average:
     seed: int = 0
 
     @property
+    def with_weights(self) -> bool:
+        """Whether draws are of the decoder's last layer too: a mean needs none, its uncertainty does."""
+        return self.keep_draws or self.level is not None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the summaries: mean, sd, lower, upper; or draws."""
         if self.keep_draws:
@@ -80,15 +86,32 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
         # Of the model alone: the latents are those under the observed design.
         interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
     decoded = [replay(program, cells, latents, sites, forced) for forced in interventions]
+    if average.with_weights and latents.noise is not None:
+        decoded = [
+            {site: with_weight_noise(program, site, values, latents.noise) for site, values in one.items()}
+            for one in decoded
+        ]
     if at_mean:
-        for modality in MODALITIES:
-            missing = ~modality.measured_in(cells)
-            if modality.decoded in sites and bool(missing.any()):
+        for site in sites:
+            missing = _lacks(program, cells, site)
+            if missing is not None and bool(missing.any()):
                 points = mirrored_latents(program, cells, IMPUTATION_POINTS)
                 for forced, values in zip(interventions, decoded, strict=True):
-                    averaged = _averaged(program, cells, points, modality.decoded, forced)
-                    values[modality.decoded] = _where(missing, averaged, values[modality.decoded])
+                    averaged = _averaged(program, cells, points, site, forced)
+                    values[site] = _where(missing, averaged, values[site])
     return DecodedDraws(latents, decoded)
+
+
+def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
+    """Whether the modality that a site is decoded of was not measured, (B,); None for any other site."""
+    for modality in MODALITIES:
+        if site == modality.decoded:
+            missing: Tensor = ~modality.measured_in(cells)
+            return missing
+    for extra in program.modelled_extra:
+        if site.startswith(extra.site("")):
+            return ~cells.measured(extra.name)
+    return None
 
 
 def _averaged(program: MultiVIProgram, cells: Cells, points: Latents, site: str, forced: dict[str, Tensor]) -> Tensor:

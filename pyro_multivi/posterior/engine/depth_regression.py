@@ -82,7 +82,7 @@ def features(program: MultiVIProgram, cells: Cells, modality: Modality, loc: Ten
         Mean of z, (..., B, K).
     """
     shape = loc.shape[:-1]
-    others = [_log_depth(program, cells, other) for other in modelled(program.config) if other is not modality]
+    others = [_log_depth(program, cells, other) for other in modelled(program.config) if other != modality]
     batch = cells.design[:, : program.config.n_batch]
     columns = [*(depth[:, None].expand(*shape, 1) for depth in others), loc, batch.expand(*shape, batch.shape[-1])]
     return torch.cat(columns, -1)
@@ -121,8 +121,10 @@ def imputation_depth(
         return None
     normal = normal.expand((n_samples, len(cells)))
     if noise is None:
-        return mean_depth(modality, normal)
-    value: Tensor = depth_transform(modality)(noise.draw(f"{modality.depth} {_STREAM}", normal))
+        return mean_depth(modality.in_model(program.config), normal)
+    value: Tensor = depth_transform(modality.in_model(program.config))(
+        noise.draw(f"{modality.depth} {_STREAM}", normal)
+    )
     return value
 
 

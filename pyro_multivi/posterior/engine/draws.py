@@ -24,6 +24,7 @@ from pyro_multivi.data.checks import check_mapping, check_type, checked, name_li
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.distributions import Readout
+from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.posterior_scale import corrected
@@ -239,7 +240,7 @@ def imputation_latents(
     for modality in MODALITIES:
         names = [name for name in rest if name in modality.sites]
         measured = modality.measured_in(cells)
-        if not names or bool(measured.all()) or modality is known_depth:
+        if not names or bool(measured.all()) or modality == known_depth:
             continue
         depth = imputation_depth(program, cells, modality, nodes, latents.n_samples, latents.noise)
         if depth is not None:
@@ -311,9 +312,8 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
     else:
         # A softmax is summed over all features once, not once for each block.
         norm = values.log_normalizer()[..., None] if values.link == "softmax" else None
-        link = values.link if norm is None else "identity"
-        part = Readout(values.hidden, values.weight[features], values.bias[features], link, values.gemm_dtype)
-        for block, block_values in part.blocks(width):
+        link: Link = values.link if norm is None else "identity"
+        for block, block_values in values.of_features(features, link).blocks(width):
             yield block, block_values if norm is None else (block_values - norm).exp()
 
 

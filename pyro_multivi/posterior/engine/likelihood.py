@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_trace
+from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, kl, random_sites
 
@@ -61,25 +62,25 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
     seed
         Seed of the draws.
     """
-    parts: dict[str, dict[str, list[Any]]] = {"log_likelihood": {}, "measured": {}, "kl": {}}
 
-    def add(kind: str, site: str, values: Tensor) -> None:
-        parts[kind].setdefault(site, []).append(values.cpu().numpy())
-
-    for cells in minibatches:
+    def of_minibatch(cells: Cells) -> Arrays:
+        found: dict[str, Tensor] = {}
         with evaluation_mode(program):
             latents = draw_latents(program, cells, n_particles, seed, as_trained=True)
             model, guide = scored_traces(program, cells, latents)
             for name, site in _sites(model):
                 if site["is_observed"]:
-                    add("log_likelihood", name, site["unscaled_log_prob"].double().mean(0))
-                    add("measured", name, cells.measured(name))
+                    found[f"log_likelihood {name}"] = site["unscaled_log_prob"].double().mean(0)
+                    found[f"measured {name}"] = cells.measured(name)
                 else:
-                    add("kl", name, kl(guide.nodes[name], site).double().mean(0))
-    joined = {
-        kind: {site: np.concatenate(values) for site, values in by_site.items()} for kind, by_site in parts.items()
-    }
-    return ElboParts(**joined)
+                    found[f"kl {name}"] = kl(guide.nodes[name], site).double().mean(0)
+        return {name: values.cpu().numpy() for name, values in found.items()}
+
+    parts: dict[str, Arrays] = {"log_likelihood": {}, "measured": {}, "kl": {}}
+    for name, values in joined(by_minibatch(of_minibatch, minibatches)).items():
+        kind, _, site = name.partition(" ")
+        parts[kind][site] = values
+    return ElboParts(**parts)
 
 
 class MarginalLikelihood(NamedTuple):
@@ -109,9 +110,8 @@ def marginal_likelihood(
     likelihood is conditional on it. The standard error of the logarithm is, to first order, the
     relative error of the mean weight. The logarithm of a mean is low by half its square on average.
     """
-    found: list[NDArray[np.float64]] = []
-    errors: list[NDArray[np.float64]] = []
-    for cells in minibatches:
+
+    def of_minibatch(cells: Cells) -> Arrays:
         weights = []
         for first in range(0, n_samples, LIKELIHOOD_DRAWS):
             size = min(LIKELIHOOD_DRAWS, n_samples - first)
@@ -121,10 +121,11 @@ def marginal_likelihood(
         log_w = torch.cat(weights)  # (S, B)
         log_mean = log_w.logsumexp(0) - math.log(n_samples)
         relative = (log_w - log_mean).exp()
-        found.append(log_mean.cpu().numpy())
         spread = relative.std(0) if n_samples > 1 else torch.full_like(log_mean, math.nan)
-        errors.append((spread / math.sqrt(n_samples)).cpu().numpy())
-    return MarginalLikelihood(np.concatenate(found), np.concatenate(errors))
+        error = spread / math.sqrt(n_samples)
+        return {"log_likelihood": log_mean.cpu().numpy(), "standard_error": error.cpu().numpy()}
+
+    return MarginalLikelihood(**joined(by_minibatch(of_minibatch, minibatches)))
 
 
 def cells_for_likelihood(batch_size: int, n_samples: int) -> int:

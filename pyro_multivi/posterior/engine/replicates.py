@@ -23,6 +23,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.base import dense_rows
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
+from pyro_multivi.posterior.engine.weight_posterior import WeightNoise
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -41,7 +42,7 @@ class Replicate:
     Attributes
     ----------
     values
-        Replicated counts, (S, B, F); accessibility is 0 or 1.
+        Replicated counts, (S, B, F); accessibility is 0 or 1, unless fragments are counted.
     fn
         Distribution that they were drawn from, one per draw of the latents.
     expected
@@ -63,9 +64,9 @@ def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
     return tuple(modality.counts for modality in modelled(program.config))
 
 
-def counts_of(cells: Cells, site: str) -> tuple[Tensor, Tensor]:
-    """Counts (B, F) of a site as the model sees them (accessibility as 0 or 1), and where they were measured."""
-    modality = modality_at(site)
+def counts_of(program: MultiVIProgram, cells: Cells, site: str) -> tuple[Tensor, Tensor]:
+    """Counts (B, F) of a site as the model sees them (open regions as 0 or 1), and where they were measured."""
+    modality = modality_at(site).in_model(program.config)
     counts = dense_rows(modality.counts_in(cells))
     return _opened(counts) if modality.binary else counts, modality.measured_in(cells)
 
@@ -148,9 +149,10 @@ def replicate(
             drawn = {}
             for sites, part in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
-                nodes: dict[str, Any] = dict(model_trace(poutine.uncondition(program.model), seen, part).nodes)
+                model = WeightNoise(program, part.noise)(poutine.uncondition(program.model))
+                nodes: dict[str, Any] = dict(model_trace(model, seen, part).nodes)
                 for site in sites:
-                    modality = modality_at(site)
+                    modality = modality_at(site).in_model(program.config)
                     fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
                     # A custom likelihood may draw counts of a region; only open or closed is compared.
                     value = _opened(value) if modality.binary else value
@@ -232,7 +234,7 @@ def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None
         if counts is None:
             continue
         share = 1.0 if chosen is None else len(chosen) / max(counts.shape[1], 1)
-        total += 8.0 * len(counts.val) / max(int(modality.measured_in(table).sum()), 1) * share
+        total += 8.0 * int(counts.crow[-1]) / max(int(modality.measured_in(table).sum()), 1) * share
     return total * minibatches.n_cells * n_samples
 
 
@@ -255,7 +257,7 @@ def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp
     """Measured counts as :func:`masked_replicates` lays them out."""
     rows: list[sp.csr_matrix] = []
     for cells in minibatches:
-        parts = [counts_of(cells, site)[0] for site in observed_sites(program)]
+        parts = [counts_of(program, cells, site)[0] for site in observed_sites(program)]
         rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
     return sp.vstack(rows, format="csr")
 

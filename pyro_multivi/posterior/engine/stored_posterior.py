@@ -30,6 +30,9 @@ def guide_of(program: MultiVIProgram, cells: Cells) -> Callable[[Cells], None]:
                 pyro.sample("l", inferred if known is None else dist.Delta(known))
             if program.config.n_regions:
                 pyro.sample("d", dist.Delta(stored_part(stored, "factor")[:, 0]))
+            # Their values stay beside the posterior.
+            for modality in program.modelled_extra:
+                modality.guide(cells, cells.design)
 
     return guide
 
@@ -40,4 +43,4 @@ def stored_experts(program: MultiVIProgram, cells: Cells, stored: Tensor) -> dic
     for modality in modelled(program.config):
         loc, scale = stored_part(stored, modality.name).chunk(2, -1)
         experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-    return experts
+    return {**experts, **{extra.name: extra.expert(cells, cells.design) for extra in program.modelled_extra}}

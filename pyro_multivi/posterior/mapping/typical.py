@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, Modality, modelled
+from pyro_multivi.data.modality import MODALITIES, RNA, Modality, modelled
 from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -48,12 +48,13 @@ def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
 
 def _expected(program: MultiVIProgram, modality: Modality, fn: Any) -> tuple[Tensor, Tensor]:
     """Expected counts, and inputs of the encoder, of cells, (B, F) each."""
-    if not modality.binary:
+    if modality == RNA:
         return fn.mean, program.rna_input(fn.sample())
     opened = program.open_probability(fn)
     # The input being 0 or 1, its mean is known.
     is_binary = type(program).atac_input is MultiVIProgram.atac_input
-    return opened, opened if is_binary else program.atac_input(fn.sample())
+    counts = opened if modality.binary else fn.mean
+    return counts, opened if is_binary else program.atac_input(fn.sample())
 
 
 def _cells(program: MultiVIProgram, start: int, n_batch: int) -> Cells:

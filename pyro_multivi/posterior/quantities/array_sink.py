@@ -32,6 +32,51 @@ class Sink(Protocol):
         ...
 
 
+class Recorder:
+    """A sink that keeps what it is given, for the sink of another process.
+
+    Parameters
+    ----------
+    n_done
+        Number of cells before those that it is given.
+    """
+
+    def __init__(self, n_done: int) -> None:
+        self.n_done = n_done
+        #: What it was given, in order: each with a name that says where it belongs.
+        self.calls: list[dict[str, NDArray[Any]]] = []
+
+    def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
+        """See :class:`Sink`."""
+        place = np.array([rows.start, rows.stop, features.start, features.stop])
+        self.calls.append({"values": values, f"put {name}": place})
+
+    def append(self, name: str, rows: sp.csr_matrix) -> None:
+        """See :class:`Sink`."""
+        parts = {"data": rows.data, "indices": rows.indices, "indptr": rows.indptr}
+        self.calls.append({**parts, f"append {name}": np.array(rows.shape)})
+
+    def commit(self, n_done: int) -> None:
+        """See :class:`Sink`."""
+        self.calls.append({"commit ": np.array(n_done)})
+
+    @staticmethod
+    def replay(calls: Sequence[dict[str, NDArray[Any]]], sink: Sink) -> None:
+        """Give a sink what a recorder was given."""
+        for call in calls:
+            (*parts, (key, place)) = call.items()
+            kind, _, name = key.partition(" ")
+            arrays = dict(parts)
+            if kind == "put":
+                first, last, left, right = place.tolist()
+                sink.put(name, slice(first, last), slice(left, right), arrays["values"])
+            elif kind == "append":
+                csr = (arrays["data"], arrays["indices"], arrays["indptr"])
+                sink.append(name, sp.csr_matrix(csr, shape=tuple(place.tolist())))
+            else:
+                sink.commit(int(place))
+
+
 class Arrays:
     """A result in memory.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
+from pyro_multivi.distributions.fragments import open_probability
 from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
 from pyro_multivi.posterior.engine.draws import feature_blocks
 from pyro_multivi.posterior.quantities.array_sink import Sink
@@ -34,7 +35,7 @@ class Quantity:
     Attributes
     ----------
     site
-        ``"rho"`` or ``"p"``.
+        ``"rho"`` or ``"p"``, or one of an extra modality.
     features
         Positions, (k,), int64; None for all.
     by_cell
@@ -44,6 +45,12 @@ class Quantity:
         Factor of each of the features, (k,); None for 1.
     threshold
         Estimates below it become 0 and the result is sparse; None keeps all.
+    of_sum
+        Whether values are divided by their sum over all features of the site.
+    detection
+        Whether the result is the probability of at least one fragment rather than their expected number.
+    inverse_dispersion
+        That of the counts of the features, (k,), if ``detection``; None for Poisson counts.
     """
 
     site: str
@@ -51,6 +58,9 @@ class Quantity:
     by_cell: float | Tensor | str = 1.0
     by_feature: Tensor | None = None
     threshold: float | None = None
+    of_sum: bool = False
+    detection: bool = False
+    inverse_dispersion: Tensor | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -76,6 +86,8 @@ def blocks(
         Positions among the features of the quantity, and the summaries by name, (B, W).
     """
     values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
+    if quantity.of_sum:
+        values = [part / part.sum(-1, keepdim=True) for part in values]
     n_rows = values[0].shape[:-1].numel()
     if n_rows == 0:
         return
@@ -83,6 +95,10 @@ def blocks(
     streams = (feature_blocks(value, quantity.features, block_width(n_rows)) for value in values)
     for parts in zip(*streams, strict=True):
         block, first = parts[0]
+        if quantity.detection:
+            detected = torch.stack([_detected(values, quantity, factor, block) for _, values in parts]).mean(0)
+            yield block, summarise(detected, average.level, average.keep_draws)
+            continue
         mean_sbw = sum((values for _, values in parts[1:]), start=first)
         if len(parts) > 1:
             mean_sbw = mean_sbw / len(parts)
@@ -91,6 +107,15 @@ def blocks(
         if quantity.by_feature is not None:
             mean_sbw = mean_sbw * quantity.by_feature[block]
         yield block, summarise(mean_sbw, average.level, average.keep_draws)
+
+
+def _detected(values: Tensor, quantity: Quantity, factor: Tensor | None, block: slice) -> Tensor:
+    """Probability of at least one fragment, of draws of a block of features in one batch."""
+    mean = values if factor is None else values * factor
+    if quantity.by_feature is not None:
+        mean = mean * quantity.by_feature[block]
+    theta = quantity.inverse_dispersion
+    return open_probability(mean, None if theta is None else theta[block])
 
 
 def estimate(

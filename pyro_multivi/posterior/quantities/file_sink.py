@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi._optional import require
+from pyro_multivi.data.stores.unfinished import UnfinishedFolder
 from pyro_multivi.isolation import uninterrupted
 from pyro_multivi.posterior.quantities.containers import Container, container
-from pyro_multivi.posterior.quantities.unfinished import UnfinishedFolder
+from pyro_multivi.processes.group import is_first_process
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -55,7 +56,7 @@ class Store:
     Raises
     ------
     RuntimeError
-        If another process is writing the same file.
+        If another process is writing the same file, or this one is not the first of several.
     OSError
         If a write fails, for instance because the disk is full; it names ``out``.
     """
@@ -70,6 +71,11 @@ class Store:
         dense: Mapping[str, str] | None = None,
         sparse: Mapping[str, str] | None = None,
     ) -> None:
+        if not is_first_process():
+            raise RuntimeError(
+                f"out={str(out)!r} is one file, and this is not the first of the processes that torchrun started: call "
+                "it in all of them within `with pyro_multivi.distributed():`, or in process 0 only."
+            )
         self.path = check_path(out)
         self.n_done = 0
         self._request = request

@@ -28,7 +28,7 @@ from pyro_multivi.posterior.engine.decode import Average, decode
 from pyro_multivi.posterior.quantities.array_sink import Arrays, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, blocks, compress
 from pyro_multivi.posterior.quantities.file_sink import Store
-from pyro_multivi.posterior.quantities.output import remaining_minibatches, request_digest
+from pyro_multivi.posterior.quantities.output import request_digest, stream, write_shared
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -97,14 +97,17 @@ def impute(
     arguments.update(return_interval=average.level, measured_too=measured_too)
     uns = {UNS_KEY: json.dumps(arguments, default=str)}
     names = ("counts", *average.names)
+
+    def fill(minibatches: Iterable[Cells], sink: Sink) -> None:
+        _fill(program, minibatches, quantities, average, sink, measured_too)
+
     if out is not None:
         request = request_digest(program, cells, quantities, average, list(obs.index), measured_too=measured_too)
-        with Store(out, request, obs, var, uns, sparse={name: ELEMENTS[name] for name in names}) as store:
-            rest = remaining_minibatches(cells, store.n_done, silent is True)
-            _fill(program, rest, quantities, average, store, measured_too)
-        return store.path
+        places = {name: ELEMENTS[name] for name in names}
+        write_shared(lambda: Store(out, request, obs, var, uns, sparse=places), fill, cells, silent is True)
+        return Path(out)
     kept = Arrays((len(obs), len(var)), sparse=names)
-    _fill(program, remaining_minibatches(cells, 0, silent is not False), quantities, average, kept, measured_too)
+    stream(fill, cells, kept, silent is not False)
     layers = {ELEMENTS[name].removeprefix("layers/"): kept[name] for name in average.names}
     filled = AnnData(kept["counts"], obs=obs, var=var, layers=layers, uns=uns)
     return filled if spec.kind == "anndata" else _as_mudata(filled, spec)

@@ -78,7 +78,7 @@ def inference_data(
                 drawn[site].append(values if chosen is None else values[..., chosen])
         for site, chosen in features.items():
             add("posterior_predictive", site, torch.cat(drawn[site]))
-            counts = counts_of(cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
+            counts = counts_of(program, cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
             add("observed_data", site, counts if chosen is None else counts[:, chosen])
         for modality in MODALITIES:
             add("constant_data", modality.mask, modality.measured_in(cells))

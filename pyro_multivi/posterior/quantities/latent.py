@@ -21,6 +21,7 @@ from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
 from pyro_multivi.posterior.engine.posterior_scale import corrected, normal_in
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
+from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -52,15 +53,15 @@ def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str 
     ValueError
         If there is no expert of that modality, or q(z) has no mean.
     """
-    means, variances, points = [], [], []
-    for minibatch in cells:
+
+    def of_minibatch(minibatch: Cells) -> Arrays:
         with evaluation_mode(program):
             q, hole = _posterior(program, minibatch, modality)
             mean = mean_of("z", q)
-            means.append(mean + hole)
-            variances.append(q.variance + hole)
-            points.append(program.transform(mean) + hole)
-    return LatentState(_gather(means), _gather(variances), _gather(points))
+            found = {"mean": mean, "variance": q.variance, "point": program.transform(mean)}
+            return {name: (value + hole).cpu().numpy() for name, value in found.items()}
+
+    return LatentState(**joined(by_minibatch(of_minibatch, cells)))
 
 
 def latent_draws(
@@ -70,15 +71,16 @@ def latent_draws(
 
     Rows of cells in which ``modality`` was not measured are NaN.
     """
-    draws = []
-    for minibatch in cells:
+
+    def of_minibatch(minibatch: Cells) -> Arrays:
         with evaluation_mode(program):
             q, hole = _posterior(program, minibatch, modality)
             if modality == "joint":
                 q = corrected(program, minibatch, q)
             z_sbk = CellNoise(minibatch.index, seed).draw("z", q.expand((n_samples, len(minibatch))))
-            draws.append(program.transform(z_sbk) + hole)
-    return _gather(draws, 1)
+            return {"z": (program.transform(z_sbk) + hole).cpu().numpy()}
+
+    return joined(by_minibatch(of_minibatch, cells), axis=1)["z"]
 
 
 def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
@@ -127,25 +129,24 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
             expert = experts.get(modality.name)
             parts = (torch.zeros_like(normal.loc), torch.ones_like(normal.loc))
             stored[modality.name] = torch.cat(parts if expert is None else (expert.loc, expert.scale), -1)
-        rows.append(torch.from_numpy(packed(stored)))
-    return _gather(rows)
+        rows.append(packed(stored))
+    return np.concatenate(rows)
 
 
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:
     """Posterior mean of the library size and the cell factor of accessibility, NaN where unmeasured."""
-    parts: dict[str, list[Tensor]] = {}
-    for minibatch in cells:
+
+    def of_minibatch(minibatch: Cells) -> Arrays:
+        parts: Arrays = {}
         with evaluation_mode(program):
             nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, minibatch)).get_trace(minibatch).nodes)
             for modality in MODALITIES:
                 if modality.depth in nodes:
                     site = nodes[modality.depth]
-                    # The cell factor is a point estimate.
-                    found = site["value"] if modality.binary else site["fn"].mean
+                    # The cell factor is a point estimate, unless it counts fragments.
+                    found = site["value"] if modality.in_model(program.config).binary else site["fn"].mean
                     found = found.masked_fill(~modality.measured_in(minibatch), torch.nan)
-                    parts.setdefault(modality.name, []).append(found)
-    return {name: _gather(depths) for name, depths in parts.items()}
+                    parts[modality.name] = found.cpu().numpy()
+        return parts
 
-
-def _gather(parts: list[Tensor], axis: int = 0) -> NDArray[np.float32]:
-    return np.concatenate([part.cpu().numpy() for part in parts], axis)
+    return joined(by_minibatch(of_minibatch, cells))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,10 +20,12 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.quantities.array_sink import Arrays
+from pyro_multivi.posterior.quantities.array_sink import Arrays, Recorder, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
 from pyro_multivi.posterior.quantities.file_sink import Store, digest
 from pyro_multivi.posterior.quantities.summary import Estimate
+from pyro_multivi.processes.group import current
+from pyro_multivi.processes.shares import gather_arrays
 from pyro_multivi.program import MultiVIProgram
 
 #: Forms of an estimated quantity.
@@ -77,6 +79,10 @@ def deliver(
     """
     sparse = quantity.threshold is not None
     index, columns = pd.Index(cell_names), pd.Index(feature_names)
+
+    def fill(minibatches: Iterable[Cells], sink: Sink) -> None:
+        estimate(program, minibatches, quantity, average, sink)
+
     if out is not None:
         if average.keep_draws:
             raise ValueError("out holds summaries and return_mean=False asks for all draws: leave one of them out.")
@@ -84,12 +90,11 @@ def deliver(
         dense_places, sparse_places = ({}, places) if sparse else (places, {})
         request = request_digest(program, cells, [quantity], average, [*index, *columns])
         frames = (pd.DataFrame(index=index.astype(str)), pd.DataFrame(index=columns.astype(str)))
-        with Store(out, request, *frames, {}, dense_places, sparse_places) as store:
-            estimate(program, remaining_minibatches(cells, store.n_done, silent is True), quantity, average, store)
-        return store.path
+        write_shared(lambda: Store(out, request, *frames, {}, dense_places, sparse_places), fill, cells, silent is True)
+        return Path(out)
     draws = (average.n_samples,) if average.keep_draws else ()
     kept = Arrays((*draws, len(index), len(columns)), **{"sparse" if sparse else "dense": average.names})
-    estimate(program, remaining_minibatches(cells, 0, silent is not False), quantity, average, kept)
+    stream(fill, cells, kept, silent is not False)
     found = [kept[name] for name in average.names]
     if sparse and not return_numpy:
         as_frame: Any = pd.DataFrame.sparse
@@ -97,6 +102,46 @@ def deliver(
     elif not return_numpy and not average.keep_draws:
         found = [pd.DataFrame(values, index=index, columns=columns, copy=False) for values in found]
     return found[0] if average.level is None else Estimate(*found)
+
+
+def write_shared(
+    store: Callable[[], Store], fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, silent: bool
+) -> None:
+    """Stream all cells into a file, which the first of several processes writes."""
+    if not current().is_first:
+        stream(fill, cells, None, silent)
+        return
+    with store() as opened:
+        stream(fill, cells, opened, silent)
+
+
+def stream(fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, sink: Sink | None, silent: bool) -> None:
+    """Stream the cells that are not done yet into a sink.
+
+    Several processes compute minibatches in turn; each that has a sink is given the results of all. There is one in
+    all of them, or in the first only.
+    """
+    processes = current()
+    n_done = int(processes.first(0 if sink is None else sink.n_done))
+    (to_first,) = processes.any(sink is None)
+    if not processes.are_several:
+        assert sink is not None
+        fill(remaining_minibatches(cells, n_done, silent), sink)
+        return
+    rest = Minibatches(cells.table, cells.index[n_done:], batch_size=cells.batch_size, device=cells.device)
+    parts = rest.parts()
+    starts = n_done + np.cumsum([0, *map(len, parts)])
+    silent = silent or not processes.is_first
+    with tqdm(total=cells.n_cells, initial=n_done, desc="posterior", unit="cell", disable=silent) as bar:
+        for number in range(0, len(parts), processes.size):
+            mine = number + processes.rank
+            recorder = Recorder(int(starts[min(mine, len(parts))]))
+            if mine < len(parts):
+                fill([rest.cut(parts[mine])], recorder)
+            for calls in gather_arrays(recorder.calls, to_first):
+                if sink is not None:
+                    Recorder.replay(calls, sink)
+            bar.update(sum(map(len, parts[number : number + processes.size])))
 
 
 def remaining_minibatches(cells: Minibatches, n_done: int, silent: bool) -> Iterator[Cells]:

@@ -8,6 +8,7 @@ has the checksums of both.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pyro_multivi.checksums import CHECKSUMS, checksum, read_checksums, write_ch
 from pyro_multivi.data.checks import caution, shown, unwrapped
 from pyro_multivi.data.split import Split
 from pyro_multivi.files import present, replacing, writing
+from pyro_multivi.processes.group import current
 from pyro_multivi.training.checkpoints.loop import Loop
 from pyro_multivi.training.checkpoints.run import Run
 
@@ -107,6 +109,16 @@ class Checkpoints:
         FileNotFoundError
             If there are none in the folder that was given to go on from.
         """
+        processes = current()
+        processes.on_first(lambda: self._open(run))
+        if processes.are_several:
+            # The others need not see the folder, which may be on another machine.
+            sent = io.BytesIO()
+            torch.save((self.state, None if self.split is None else vars(self.split)), sent)
+            received = torch.load(io.BytesIO(processes.broadcast(sent.getvalue())), weights_only=True)
+            self.state, self.split = received[0], None if received[1] is None else Split(**received[1])
+
+    def _open(self, run: Run) -> None:
         self._run = run
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self._where} is a file: give a folder.")
@@ -181,7 +193,7 @@ class Checkpoints:
         return time.monotonic() - self._written >= self._seconds
 
     def write(self, loop: Loop) -> None:
-        """Write a checkpoint in place of the one before the last.
+        """Write a checkpoint in place of the one before the last; called in all processes, the first writes.
 
         Warns
         -----
@@ -196,6 +208,8 @@ class Checkpoints:
         at = loop.position
         split = None if self.split is None else {**vars(self.split), "cell_names": ()}
         state = {"loop": loop.state(), "split": split}
+        if not current().is_first:
+            return
         description = {"number": self._number + 1, "epoch": at.epoch, "step": at.step, "reason": at.reason}
         try:
             with replacing(self.folder / _FOLDERS[self._next], self._where, CHECKSUMS, overwrite=True) as work:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.processes.group import current
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms
 from pyro_multivi.training.adversary import Adversary
@@ -78,7 +79,7 @@ class Loop:
     watch: Stopwatch
 
     def state(self) -> dict[str, Any]:
-        """Tensors, which are not copied, and plain values."""
+        """Tensors, which are not copied, and plain values; all processes have the same but for the noise of each."""
         at, device = self.position, self.train.device
         # Between two epochs the order of the next is not drawn yet.
         order = at.order if at.place else self.train.order_state
@@ -96,8 +97,8 @@ class Loop:
             "adversary": None if self.adversary is None else self.adversary.state(),
             "history": [{name: float(value) for name, value in row.items()} for row in self.history.rows],
             "watch": self.watch.seconds,
-            "noise": torch.get_rng_state(),
-            "noise_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "noise": current().gather(torch.get_rng_state()),
+            "noise_cuda": current().gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
         }
 
     def restore(self, state: dict[str, Any]) -> list[float]:
@@ -123,6 +124,7 @@ class Loop:
 
     def restore_noise(self, state: dict[str, Any]) -> None:
         """Set torch's generators to those of a state."""
-        torch.set_rng_state(state["noise"])
+        rank = current().rank
+        torch.set_rng_state(state["noise"][rank])
         if self.train.device.type == "cuda":
-            torch.cuda.set_rng_state(state["noise_cuda"], self.train.device)
+            torch.cuda.set_rng_state(state["noise_cuda"][rank], self.train.device)

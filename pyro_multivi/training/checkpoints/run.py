@@ -19,6 +19,7 @@ from pyro_multivi import _version
 from pyro_multivi.data.checks import shown
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.options import FitOptions
@@ -125,7 +126,7 @@ def _contents(table: CellTable) -> Iterator[tuple[str, int]]:
         words |= {each.size_factor: f"{each.assay} size factors"}
     for name, word in words.items():
         part = getattr(table, name)
-        tensors = part.parts() if isinstance(part, SparseCounts) else [] if part is None else [part]
+        tensors = part.parts() if isinstance(part, (SparseCounts, StoredCounts)) else [] if part is None else [part]
         yield word, _checksum_of(tensors)
     for each in MODALITIES:
         yield f"{each.features} measured in the cells", _checksum_of(each.panels_in(table) or ())

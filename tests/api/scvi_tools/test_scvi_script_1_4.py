@@ -118,10 +118,17 @@ def test_positions_are_those_of_scvi_tools(mdata):
     assert MULTIVI(adata, n_hidden=4, n_latent=2).get_setup_arg("size_factor_keys") == ["size", None]
 
 
-def test_proteins_are_refused_in_one_sentence(mdata):
-    for given in ({"protein_layer": "protein"}, {"modalities": {"rna_layer": "rna", "protein_layer": "atac"}}):
-        with pytest.raises(TypeError, match=r"proteins are not modelled yet.*extra_modalities=\['protein'\]"):
-            MULTIVI.setup_mudata(mdata, **given)
+def test_proteins_are_a_modality_or_a_matrix_of_obsm():
+    mdata = scvi.data.synthetic_iid(20, n_genes=10, n_proteins=5, n_regions=0, return_mudata=True)
+    MULTIVI.setup_mudata(
+        mdata, batch_key="batch", modalities={"rna_layer": "rna", "protein_layer": "protein_expression"}
+    )
+    assert MULTIVI(mdata, n_hidden=4, n_latent=2, protein_dispersion="protein-batch").n_proteins == 5
+    adata = scvi.data.synthetic_iid(20, n_genes=10, n_proteins=5, n_regions=0)
+    adata.var["feature_types"] = "Gene Expression"
+    keys = {"protein_expression_obsm_key": "protein_expression", "protein_names_uns_key": "protein_names"}
+    MULTIVI.setup_anndata(adata, batch_key="batch", **keys)
+    assert MULTIVI(adata, n_hidden=4, n_latent=2).n_proteins == 5
 
 
 def test_seed_of_the_settings_is_that_of_models_made_afterwards(mdata):

@@ -41,9 +41,10 @@ IN_DICTIONARIES = [(kind, name) for kind in ("plan_kwargs", "datasplitter_kwargs
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
-    adata = pm.simulate_multiome((24, 0, 0), n_genes=6, n_regions=8, n_batches=2, n_types=2, seed=0)
+    adata = pm.simulate_multiome((24, 0, 0), n_genes=6, n_regions=8, n_batches=2, n_types=2, n_proteins=3, seed=0)
     mdata = pm.simulate_multiome((12, 0, 0), n_genes=30, n_regions=60, return_mudata=True)
-    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    keys = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
+    pm.MULTIVI.setup_anndata(adata, **keys)
     model = pm.MULTIVI(adata, n_hidden=4, n_latent=2)
     model.train(1, train_size=0.8, progress_bar=False)
     folder = tmp_path_factory.mktemp("scvi")

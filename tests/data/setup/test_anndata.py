@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import anndata as ad
@@ -194,7 +195,8 @@ def test_backed_file_is_read_and_left_as_it_is(tmp_path, form):
     setup_anndata(adata)
     written = (tmp_path / "a.h5ad").read_bytes()
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    report = setup_anndata(backed)
+    with pytest.warns(UserWarning, match="by columns.*pyro-multivi convert") if form == "csc" else nullcontext():
+        report = setup_anndata(backed)
     table = DataSpec.of(backed).table(backed)
     with pytest.raises(ValueError, match="view of an object in a file"):
         setup_anndata(backed[:4])

@@ -18,6 +18,7 @@ import pyro_multivi as pm
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup import counts as reader
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.stores.matrix import StoreChangedError
 from pyro_multivi.data.table import CellTable
 
 KEYS = {"batch_key": "batch", "modality_key": "modality"}
@@ -34,9 +35,9 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     blocks = reader._blocks
 
-    def counted(counts):
+    def counted(counts, stored):
         found.append(counts.where)
-        return blocks(counts)
+        return blocks(counts, stored)
 
     monkeypatch.setattr(reader, "_blocks", counted)
     return found
@@ -229,6 +230,7 @@ def test_a_file_is_read_once_and_again_when_rewritten(adata, tmp_path, form, swe
     backed = ad.read_h5ad(path, backed="r")
     pm.MULTIVI.setup_anndata(backed, **KEYS)
     before = DataSpec.of(backed).table(backed)
+    then = before.x.to_dense()
     assert len(sweeps) == 1
     backed.file.close()
     adata.X = adata.X * 2
@@ -237,7 +239,9 @@ def test_a_file_is_read_once_and_again_when_rewritten(adata, tmp_path, form, swe
     after = DataSpec.of(backed).table(backed)
     backed.file.close()
     assert len(sweeps) == 2
-    assert torch.equal(after.x.to_dense(), 2 * before.x.to_dense())
+    assert torch.equal(after.x.to_dense(), 2 * then)
+    with pytest.raises(StoreChangedError, match=r"a\.h5ad was changed while it was in use"):
+        before.x.to_dense()
 
 
 def test_a_file_open_for_writing_is_always_read(adata, tmp_path, sweeps):

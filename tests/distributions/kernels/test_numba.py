@@ -21,7 +21,14 @@ from pyro_multivi.distributions.kernels.numba.switch import compiled_loops, loop
 from pyro_multivi.networks.layers import CountsLinear
 
 B = 6
-LOOPS = {"accessibility": {"regions"}, "nb": {"zeros", "nonzeros"}, "zinb": {"zeros", "nonzeros"}, "poisson": set()}
+LOOPS = {
+    "accessibility": {"regions"},
+    "nb": {"zeros", "nonzeros"},
+    "zinb": {"zeros", "nonzeros"},
+    "poisson": set(),
+    "fragments-poisson": {"fragments"},
+    "fragments-nb": {"fragments"},
+}
 OF_SOFTMAX = {"softmax", "softmax_slopes"}
 
 
@@ -45,7 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for name in ("regions", "sparse_product", "zeros", "nonzeros", *OF_SOFTMAX):
+    for name in ("regions", "fragments", "sparse_product", "zeros", "nonzeros", *OF_SOFTMAX):
         monkeypatch.setattr(loops, name, recorded(name, getattr(loops, name)))
     return names
 
@@ -82,7 +89,7 @@ def test_value_and_gradients_are_those_of_the_formula(
     assert set(runs) == (set() if per_cell else LOOPS[case.family] | of_link)
 
 
-@pytest.mark.parametrize("case", ["accessibility", "zinb"], indirect=True)
+@pytest.mark.parametrize("case", ["accessibility", "zinb", "fragments-poisson", "fragments-nb"], indirect=True)
 @pytest.mark.parametrize("gemm_dtype", [None, torch.bfloat16])
 def test_frozen_inputs_and_no_gradients(case: Any, gemm_dtype: torch.dtype | None) -> None:
     inputs, x = case.inputs(B, dtype=torch.float32), SparseCounts.from_dense(case.value(B, dtype=torch.float32))

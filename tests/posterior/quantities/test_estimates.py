@@ -85,12 +85,12 @@ def test_a_custom_decoder_is_averaged_where_it_ends(make_program, make_cells, mo
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(fitted, method):
-    get = getattr(fitted, method)
+def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(fitted_weights, method):
+    get = getattr(fitted_weights, method)
     draws = get(indices=SOME, n_samples=30, return_mean=False, seed=4)
     assert isinstance(draws, np.ndarray)
-    z = torch.from_numpy(fitted.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
-    cells, program = fitted.minibatch(SOME), fitted.program
+    z = torch.from_numpy(fitted_weights.get_latent_representation(indices=SOME, give_mean=False, n_samples=30, seed=4))
+    cells, program = fitted_weights.minibatch(SOME), fitted_weights.program
     with torch.no_grad():
         decode = (lambda: program.expression(z, cells.design).rho) if method == METHODS[0] else None
         expected = (decode() if decode else program.accessibility(z, cells.design)).dense().numpy()
@@ -187,8 +187,8 @@ def test_the_latent_state_stays_that_of_the_own_batch(mosaic):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_some_features_are_the_columns_of_all(fitted, method, monkeypatch):
-    get, (argument, kind) = getattr(fitted, method), features(method)
+def test_some_features_are_the_columns_of_all(fitted_weights, method, monkeypatch):
+    get, (argument, kind) = getattr(fitted_weights, method), features(method)
     whole = get(n_samples=25, return_interval=0.9)
     wanted = [f"{kind}_11", f"{kind}_02", f"{kind}_37"]
     part = get(n_samples=25, return_interval=0.9, **{argument: wanted})
@@ -247,38 +247,38 @@ def without_regressions(program):
             regression.copy_(before)
 
 
-def test_library_sizes_scale_expression(fitted):
-    get = fitted.get_normalized_expression
+def test_library_sizes_scale_expression(fitted_weights):
+    get = fitted_weights.get_normalized_expression
     rho = get(indices=SOME, n_samples=40, return_mean=False, seed=1)
     np.testing.assert_allclose(get(indices=SOME, library_size=1e4), 1e4 * get(indices=SOME), rtol=1e-5)
     sizes = np.array([10.0, 20.0, 30.0, 40.0])
     for batch_size in (1, 3, 512):
         found = get(indices=SOME, library_size=sizes, n_samples=40, seed=1, batch_size=batch_size)
         np.testing.assert_allclose(found, sizes[:, None] * rho.mean(0), rtol=1e-4)
-    drawn = draw(fitted.program, fitted.minibatch(SOME), ("l",), n_samples=40, seed=1)["l"].numpy()
+    drawn = draw(fitted_weights.program, fitted_weights.minibatch(SOME), ("l",), n_samples=40, seed=1)["l"].numpy()
     found = get(indices=SOME, library_size="latent", n_samples=40, seed=1, return_mean=False)
     np.testing.assert_allclose(found, drawn[..., None] * rho, rtol=1e-4)
     # At the mean it is the posterior mean of l, for an ATAC-only cell that of its prior, or predicted from ATAC.
     sums = get(indices=SOME, library_size="latent").sum(axis=1)
-    expected = fitted.get_library_size_factors(indices=SOME)["expression"]
+    expected = fitted_weights.get_library_size_factors(indices=SOME)["expression"]
     np.testing.assert_allclose(sums[:3], expected[:3], rtol=1e-4)
-    with without_regressions(fitted.program):
+    with without_regressions(fitted_weights.program):
         l = get(indices=SOME, library_size="latent").sum(axis=1)
-    prior = fitted.program.library_prior(fitted.minibatch(SOME), fitted.minibatch(SOME).design)
+    prior = fitted_weights.program.library_prior(fitted_weights.minibatch(SOME), fitted_weights.minibatch(SOME).design)
     np.testing.assert_allclose(l[:3], sums[:3], rtol=1e-6)
     np.testing.assert_allclose(l.iloc[3], prior.mean[3], rtol=1e-4)
     assert abs(sums.iloc[3] / l.iloc[3] - 1) > 1e-3
 
 
-def test_factors_scale_accessibility(fitted):
-    get = fitted.get_accessibility_estimates
-    p, r = get(return_numpy=True), fitted.get_region_factors()
-    d = fitted.get_library_size_factors()["accessibility"]
+def test_factors_scale_accessibility(fitted_weights):
+    get = fitted_weights.get_accessibility_estimates
+    p, r = get(return_numpy=True), fitted_weights.get_region_factors()
+    d = fitted_weights.get_library_size_factors()["accessibility"]
     np.testing.assert_allclose(get(normalize_regions=True), p * r, rtol=1e-5)
     np.testing.assert_allclose(get(normalize_regions=True, region_list=[7, 3]), (p * r)[:, [7, 3]], rtol=1e-5)
     # Without ATAC and without a regression, d has its prior, of mean 1/2.
     d = np.where(np.isnan(d), 0.5, d)
-    with without_regressions(fitted.program):
+    with without_regressions(fitted_weights.program):
         np.testing.assert_allclose(get(normalize_cells=True), p * d[:, None], rtol=1e-5)
         both = get(normalize_cells=True, normalize_regions=True)
         np.testing.assert_allclose(both, p * d[:, None] * r, rtol=1e-5)

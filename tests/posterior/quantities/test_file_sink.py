@@ -14,7 +14,8 @@ import scipy.sparse as sp
 import torch
 
 from pyro_multivi import MULTIVI
-from pyro_multivi.posterior.quantities import array_sink, containers, estimates, file_sink, unfinished
+from pyro_multivi.data.stores import unfinished
+from pyro_multivi.posterior.quantities import array_sink, containers, estimates, file_sink
 from pyro_multivi.posterior.quantities.file_sink import Store, digest
 from pyro_multivi.posterior.quantities.output import request_digest
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.minibatch import Panels
@@ -18,6 +17,7 @@ from pyro_multivi.data.setup.adapter import Counts, Opened
 from pyro_multivi.data.setup.masks.declared import FeatureMasks
 from pyro_multivi.data.setup.modalities import Masks
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 
 # Cells whose counts are compared with their panel at a time.
@@ -26,9 +26,8 @@ _BLOCK = 4096
 
 def measured_panels(
     opened: Opened,
-    needed: str | None,
-    names: Mapping[Modality, tuple[str, ...]],
-    counts: Mapping[Modality, SparseCounts],
+    spec: Any,
+    counts: Mapping[Modality, SparseCounts | StoredCounts],
     cells: Masks,
 ) -> dict[str, Panels]:
     """Panels, by field of a table, of the modalities of which some cells were not measured for all features.
@@ -37,10 +36,9 @@ def measured_panels(
     ----------
     opened
         The object.
-    needed
-        Key of masks without which the zeros of an object that has all features could be taken for counts; or None.
-    names
-        Features of the model.
+    spec
+        Specification of the model. If its data have masks, the zeros of an object with all features and none could be
+        taken for counts, other than of a query.
     counts
         Their counts.
     cells
@@ -52,6 +50,7 @@ def measured_panels(
         If a cell's panel has no mask or an empty one, or there are counts of features that were not measured.
     """
     found, complete = {}, True
+    names = {modality: modality.feature_names_in(spec) for modality in opened.counts}
     for modality, part in opened.counts.items():
         place = part.features.get_indexer(pd.Index(names[modality], dtype=object))
         measured, code = (place >= 0)[None], np.zeros(len(opened.cells), dtype=np.int64)
@@ -63,6 +62,7 @@ def measured_panels(
                 _check_counts(opened, part, part.masks, names[modality], counts[modality], panels)
             found[modality.panels] = panels
         complete &= part.masks is None and bool((place >= 0).all())
+    needed = None if spec.partial else spec.setup.feature_masks
     if complete and needed is not None:
         owner = next(part.owner for part in opened.counts.values())
         raise ValueError(
@@ -179,19 +179,22 @@ def _panels_of(
 
 
 def _check_counts(
-    opened: Opened, part: Counts, masks: FeatureMasks, names: tuple[str, ...], counts: SparseCounts, panels: Panels
+    opened: Opened,
+    part: Counts,
+    masks: FeatureMasks,
+    names: tuple[str, ...],
+    counts: SparseCounts | StoredCounts,
+    panels: Panels,
 ) -> None:
     """Refuse counts of features that were not measured, at the first with its cell."""
-    crow: Tensor = counts.crow.long()
-    for start in range(0, len(crow) - 1, _BLOCK):
-        stop = min(start + _BLOCK, len(crow) - 1)
-        rows = torch.repeat_interleave(torch.arange(start, stop), crow[start : stop + 1].diff())
-        column = counts.col[crow[start] : crow[stop]].long()
-        wrong = ~panels.measured[panels.code[rows], column]
+    for index in torch.arange(len(opened.cells)).split(_BLOCK):
+        own = counts.select_rows(index)
+        row, column = own.rows().long(), own.col.long()
+        wrong = ~panels.measured[panels.code[index[row]], column]
         if bool(wrong.any()):
             at = int(wrong.int().argmax())
             raise ValueError(
                 f"{part.where} holds counts of {part.modality.features} that {masks.where} says were not measured, "
-                f"for instance of {names[int(column[at])]!r} in cell {str(opened.cells[int(rows[at])])!r}. Mark them "
-                "as measured, or set these counts to zero."
+                f"for instance of {names[int(column[at])]!r} in cell {str(opened.cells[int(index[row[at]])])!r}. Mark "
+                "them as measured, or set these counts to zero."
             )

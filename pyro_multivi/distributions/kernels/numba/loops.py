@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from pyro_multivi.distributions.kernels.log_gamma import LARGE_COUNT
+from pyro_multivi.distributions.kernels.numba.fragments import fragments as fragments
 from pyro_multivi.distributions.kernels.numba.scalar_math import (
     FAST,
     LN_2,

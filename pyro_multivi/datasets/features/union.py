@@ -12,7 +12,7 @@ from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.datasets.assembly import join_rows
-from pyro_multivi.datasets.shared_features import caution_of_identifiers, nothing_shared, unlike_regions
+from pyro_multivi.datasets.features.shared import caution_of_identifiers, nothing_shared, unlike_regions
 
 
 def united_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> pd.Index[str]:

@@ -1,0 +1,1 @@
+"""Counts of fragments: checks of them, and counts of reads turned into them."""

@@ -1,0 +1,1 @@
+"""Setup of extra modalities: where they lie, and what counts of proteins have to be."""

@@ -1,0 +1,1 @@
+"""Data sets on disk: counts that are read when they are needed."""

@@ -1,0 +1,227 @@
+"""Matrices on disk, read by rows: compressed or dense, in HDF5, zarr or dask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from pyro_multivi.data.checks import first_names
+
+Rows = Any  # sp.csr_array, whose type SciPy's stubs parametrise by shape
+
+# Rows between two wanted ones that are read along: a second reading costs more than the counts of so few cells.
+_GAP = 32
+# Rows, and values of a dense matrix, read at a time at most: what is read along, and types as wide as on disk, stay
+# small.
+_AT_ONCE, _VALUES_AT_ONCE = 1024, 2**24
+
+
+class StoreChangedError(RuntimeError):
+    """A file or folder of counts was changed, moved or damaged after it was opened."""
+
+
+class RowMatrix(Protocol):
+    """A matrix of counts (n, F) whose rows are read when they are needed."""
+
+    shape: tuple[int, int]
+    at_once: int
+
+    def status(self) -> object:
+        """Sizes and times of what lies on disk, by which a change is noticed."""
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """A context for reading, in which a change is an error."""
+
+    def read(self, start: int, stop: int) -> Rows:
+        """The rows from ``start`` to before ``stop``, compressed; they may be changed."""
+
+
+class StoredMatrix:
+    """A matrix in an HDF5 file or a zarr group.
+
+    It is opened for each reading, so that no file stays open in between, and a file that was replaced is noticed.
+
+    Parameters
+    ----------
+    path
+        File or folder.
+    name
+        Of the matrix in it, such as ``"X"`` or ``"layers/counts"``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such matrix, or it is compressed by columns.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], name: str = "X") -> None:
+        self.path, self.name = Path(path), name
+        with self._opened() as group:
+            if name not in group:
+                folder, _, _ = name.rpartition("/")
+                known = first_names(group[folder] if folder else group) or "nothing"
+                raise ValueError(f"{self.path} has no {name!r}; it has {known}.")
+            self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
+            self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
+        if self.dtype.kind not in "buif":
+            raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")
+        self._then = self.status()
+
+    def status(self) -> object:
+        """Size and time of change of the file, or of every file of the matrix in a folder."""
+        if self.path.is_dir():
+            return tuple(sorted(_files(self.path / self.name)))
+        found = os.stat(self.path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def read(self, start: int, stop: int) -> Rows:
+        """The rows from ``start`` to before ``stop``."""
+        try:
+            with self._opened() as group:
+                return rows_in(group[self.name], self._indptr, start, stop, self.shape[1])
+        except Exception as error:  # whatever HDF5 and zarr stumble on
+            self._compare()
+            raise StoreChangedError(
+                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({type(error).__name__}: {error}): it is "
+                "damaged. Restore it, and open it again."
+            ) from error
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Have a change, before or during the context, raise an error that says so."""
+        self._compare()
+        yield
+        self._compare()
+
+    def _compare(self) -> None:
+        try:
+            now = self.status()
+        except OSError as error:
+            raise StoreChangedError(
+                f"{self.path} is not there any more ({error}). It was moved or deleted while it was in use: put it "
+                "back, or open it at its new place."
+            ) from error
+        if now != self._then:
+            raise StoreChangedError(
+                f"{self.path} was changed while it was in use: the size or time of change of its files is another. "
+                "Counts of before and after would be mixed. Leave the file as it is while it is used; to go on with "
+                "the new counts, open it again and make a new model."
+            )
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        with opened_group(self.path) as group:
+            yield group
+
+
+class LazyMatrix:
+    """A matrix that lies in a dask array, or in a zarr group of any store.
+
+    Parameters
+    ----------
+    matrix
+        The array or group.
+    where
+        How the user would write it.
+    """
+
+    def __init__(self, matrix: Any, where: str) -> None:
+        self._matrix, self._where = matrix, where
+        self._indptr, self.shape, self.at_once = layout(matrix, where)
+
+    def status(self) -> object:
+        """Name: dask gives arrays of the same name the same values. Of others nothing is known."""
+        return getattr(self._matrix, "name", None)
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """A context without effect."""
+        return nullcontext()
+
+    def read(self, start: int, stop: int) -> Rows:
+        """The rows from ``start`` to before ``stop``."""
+        return rows_in(self._matrix, self._indptr, start, stop, self.shape[1])
+
+
+@contextmanager
+def opened_group(path: Path) -> Iterator[Any]:
+    """The root group of an HDF5 file, or of a zarr folder, whose own metadata are read rather than a copy of them."""
+    if path.is_dir():
+        from pyro_multivi._optional import require
+
+        zarr = require("zarr", "scale")
+        fresh = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
+        yield zarr.open_group(str(path), mode="r", **fresh)
+    else:
+        with h5py.File(path, "r") as file:
+            yield file
+
+
+def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int, int], int]:
+    """Row pointers of a matrix, None of a dense one; its shape; and the number of rows to read at once."""
+    if hasattr(matrix, "dask"):
+        return None, (int(matrix.shape[0]), int(matrix.shape[1])), max(map(int, matrix.chunks[0]))
+    kind = str(matrix.attrs.get("encoding-type", "array"))
+    if kind == "csc_matrix":
+        raise ValueError(
+            f"{where} is compressed by columns (CSC), so that no row can be read without all others. Convert it: "
+            "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr."
+        )
+    if kind == "csr_matrix":
+        n_rows, n_columns = (int(size) for size in matrix.attrs["shape"])
+        return np.asarray(matrix["indptr"][:]).astype(np.int64), (n_rows, n_columns), _AT_ONCE
+    if kind != "array" or len(matrix.shape) != 2:
+        raise ValueError(f"{where} is no matrix of counts, but of the kind {kind!r}.")
+    n_rows, n_columns = map(int, matrix.shape)
+    return None, (n_rows, n_columns), max(1, min(_AT_ONCE, _VALUES_AT_ONCE // max(n_columns, 1)))
+
+
+def rows_in(matrix: Any, indptr: NDArray[np.int64] | None, start: int, stop: int, width: int) -> Rows:
+    """Rows of a matrix whose layout is known."""
+    if indptr is None:
+        block: Any = matrix[start:stop]
+        block = block.compute() if hasattr(block, "compute") else block
+        block = block if sp.issparse(block) else np.asarray(block)
+        return sp.csr_array(block.astype(np.float32) if block.dtype == np.float16 else block)
+    first, last = int(indptr[start]), int(indptr[stop])
+    data, indices = np.asarray(matrix["data"][first:last]), np.asarray(matrix["indices"][first:last])
+    if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < width):
+        raise ValueError(f"a column is not one of 0 to {width - 1}")
+    if data.dtype == np.float16:  # which SciPy's sparse matrices do not have
+        data = data.astype(np.float32)
+    pointers = (indptr[start : stop + 1] - first).astype(indices.dtype)
+    made = sp.csr_array((stop - start, width), dtype=data.dtype)
+    # Without SciPy's checks, which cost as much as the reading.
+    made.data, made.indices, made.indptr = data, indices, pointers
+    return made
+
+
+def spans(rows: NDArray[np.int64], at_once: int) -> Iterator[NDArray[np.int64]]:
+    """Ascending rows in parts that are each read at once, with the few rows between them."""
+    if len(rows):
+        for part in np.split(rows, np.flatnonzero(np.diff(rows) > _GAP) + 1):
+            cuts = np.searchsorted(part, np.arange(part[0] + at_once, part[-1] + 1, at_once))
+            yield from (each for each in np.split(part, cuts) if len(each))
+
+
+def blocks(matrix: RowMatrix) -> Iterator[tuple[int, Rows]]:
+    """All rows, block after block, each with the number of its first row."""
+    with matrix.unchanged():
+        for start in range(0, matrix.shape[0], matrix.at_once):
+            yield start, matrix.read(start, min(start + matrix.at_once, matrix.shape[0]))
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int, int]]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _files(Path(entry.path))
+        else:
+            found = entry.stat()
+            yield entry.path, found.st_size, found.st_mtime_ns

@@ -1,0 +1,256 @@
+"""Conversion: a data set written in the form that is read fastest, block by block, resumable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from pyro_multivi._optional import require
+from pyro_multivi.data.checks import check_unique, checked, shown, unknown_key
+from pyro_multivi.data.setup.adapter import layer_names
+from pyro_multivi.data.setup.counts import smallest
+from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
+from pyro_multivi.data.stores.counts import columns_of
+from pyro_multivi.data.stores.matrix import Rows
+from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
+from pyro_multivi.data.stores.unfinished import UnfinishedFolder
+from pyro_multivi.datasets.readers import read
+from pyro_multivi.datasets.samples import join_samples
+from pyro_multivi.datasets.stores.open import open_stores
+
+_log = logging.getLogger("pyro_multivi")
+
+# Entries in a chunk, which is read as a whole (some 50 cells), and in a file of many chunks (zarr 3), of which one is
+# written at a time.
+_CHUNK, _SHARD = 2**17, 2**23
+# Rows of data in memory that are written at a time.
+_ROWS = 1024
+
+
+@checked
+def convert_stores(
+    stores: Any,
+    out: str | os.PathLike[str],
+    *,
+    layer: str | None = None,
+    feature_type_key: str = "feature_types",
+    progress_bar: bool = True,
+) -> Path:
+    """Write a data set as a zarr folder that :func:`open_stores` reads fastest.
+
+    Counts are stored by cells (CSR), compressed with LZ4, in whole numbers of the smallest type that holds them; with
+    zarr 3 in files of many chunks (shards). Memory does not grow with the number of cells, but for files that cannot be
+    read by cells (CSC, 10x, MuData, Matrix Market): those are read whole, one at a time.
+
+    If it is interrupted, the same call goes on where it stopped.
+
+    Parameters
+    ----------
+    stores
+        Path of a file or folder that :func:`read` knows, or several files and folders as for :func:`open_stores`.
+    out
+        Folder to write, ``.zarr``.
+    layer
+        Layer with the counts; ``X`` by default. They are written to ``X``.
+    feature_type_key
+        Column of ``var`` that distinguishes genes from regions, where there are several.
+    progress_bar
+        Show a bar.
+
+    Returns
+    -------
+    Path
+        The folder. It is an AnnData, ``anndata.read_zarr`` reads it too.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``out``.
+    ValueError
+        If counts are no numbers, or names of cells or features occur more than once.
+    ImportError
+        If zarr is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pyro_multivi.datasets.simulate import simulate_multiome
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     simulate_multiome((10, 0, 0), n_genes=5, n_regions=8).write_h5ad(folder + "/cells.h5ad")
+    ...     path = convert_stores(folder + "/cells.h5ad", folder + "/cells.zarr", progress_bar=False)
+    ...     open_stores(path).shape
+    (10, 13)
+    """
+    path = Path(os.path.abspath(out))
+    if path.suffix.lower() != ".zarr":
+        raise ValueError(f"out={str(out)!r} must end in .zarr.")
+    require("zarr", "scale")
+    if path.exists():
+        raise FileExistsError(f"out={str(out)!r} exists and is not replaced: choose another path, or delete it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out={str(out)!r}: there is no folder {path.parent}.")
+    adata = _opened(stores, feature_type_key)
+    source = _Source(adata, layer)
+    work = UnfinishedFolder(path)
+    try:
+        with tqdm(total=2 * source.shape[0], desc="converting", unit="cell", disable=not progress_bar) as bar:
+            _write(work, adata, source, bar)
+        work.publish()
+    finally:
+        work.release()
+    return path
+
+
+def _opened(stores: Any, feature_type_key: str) -> AnnData:
+    """The data set, on disk if it can be read by cells."""
+    if not isinstance(stores, (str, os.PathLike)):
+        return open_stores(stores, feature_type_key=feature_type_key)
+    path = Path(stores)
+    if not path.exists():
+        raise FileNotFoundError(f"stores={shown(str(stores))}: there is no such file or folder.")
+    try:
+        return open_stores(path)
+    except ValueError as error:
+        _log.info("%s is read whole: %s", path, error)
+    data = read(path)
+    adata = join_samples([data]) if is_mudata(data) else data
+    check_unique(adata.obs_names, f"{path}, obs_names", "adata = pyro_multivi.read(...); adata.obs_names_make_unique()")
+    check_unique(adata.var_names, f"{path}, var_names", "adata = pyro_multivi.read(...); adata.var_names_make_unique()")
+    return adata
+
+
+class _Source:
+    """Rows of counts, from disk or memory, in canonical form."""
+
+    def __init__(self, adata: AnnData, layer: str | None) -> None:
+        stores = stores_of(adata)
+        if stores is not None:
+            self._matrix: Any = stores.matrix(layer, adata.var_names, "layer")
+            self._at_once = self._matrix.at_once
+            self.status = zlib.crc32(repr(self._matrix.status()).encode())
+        else:
+            if layer is not None and layer not in adata.layers:
+                raise unknown_key("layer", layer, "adata.layers", layer_names(adata.layers))
+            found = adata.X if layer is None else adata.layers[layer]
+            # By rows, which those compressed by columns are not.
+            self._matrix = found if isinstance(found, np.ndarray) else sp.csr_array(found)
+            self._at_once, self.status = _ROWS, zlib.crc32(repr((layer, float(found.sum()))).encode())
+        self.shape = tuple(map(int, self._matrix.shape))
+
+    def blocks(self, start: int = 0) -> Iterator[Rows]:
+        """Blocks of rows from ``start`` on."""
+        stored = hasattr(self._matrix, "unchanged")
+        same = np.arange(self.shape[1], dtype=np.int32)
+        with self._matrix.unchanged() if stored else nullcontext():
+            for first in range(start, self.shape[0], self._at_once):
+                stop = min(first + self._at_once, self.shape[0])
+                block = self._matrix.read(first, stop) if stored else sp.csr_array(self._matrix[first:stop])
+                if block.dtype.kind not in "buif":
+                    raise ValueError(f"stores holds values of type {block.dtype}; counts must be numbers.")
+                yield columns_of(block, same, self.shape[1])
+
+
+def _count(source: _Source, bar: Any) -> tuple[NDArray[np.int64], np.dtype[Any]]:
+    """Numbers of entries before each row, and the smallest type of the values."""
+    sizes, kind = [np.zeros(1, dtype=np.int64)], np.dtype(np.uint8)
+    for block in source.blocks():
+        sizes.append(np.diff(block.indptr).astype(np.int64))
+        kind = np.result_type(kind, smallest(block.data))
+        bar.update(block.shape[0])
+    return np.cumsum(np.concatenate(sizes)), kind
+
+
+def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) -> None:
+    """Write what is not written yet: entries file by file, the progress noted after each."""
+    zarr = require("zarr", "scale")
+    described = {
+        "cells": checksum_of(adata.obs_names),
+        "features": checksum_of(adata.var_names),
+        "source": source.status,
+    }
+    try:
+        progress = work.read_progress()
+    except ValueError:
+        progress = {}
+    if progress is not None and {key: progress.get(key) for key in described} != described:
+        _log.warning("%s was begun for other data, and is begun anew.", work.path)
+        progress = None
+    pointers = work.folder / "indptr.npy"
+    if progress is None:
+        work.clear()
+        indptr, kind = _count(source, bar)
+        np.save(pointers, indptr)
+        _begin(zarr, work.data, adata, indptr, kind, source.shape)
+        progress = {**described, "done": 0}
+        work.write_progress(progress)
+    indptr = np.load(pointers)
+    group = zarr.open_group(str(work.data), mode="r+")
+    done, total = int(progress["done"]), int(indptr[-1])
+    row = int(np.searchsorted(indptr, done, side="right")) - 1 if done < total else source.shape[0]
+    bar.update(source.shape[0] + row - bar.n)
+    held: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    # Of the row in which the last file ended, what is written already.
+    skipped = done - int(indptr[row])
+    for block in source.blocks(row):
+        held.append((block.data[skipped:], block.indices[skipped:]))
+        skipped = 0
+        bar.update(block.shape[0])
+        while (n_held := sum(len(data) for data, _ in held)) and (n_held >= _SHARD or done + n_held == total):
+            data, indices = (np.concatenate(parts) for parts in zip(*held, strict=True))
+            stop = min(_SHARD, n_held)
+            group["X/data"][done : done + stop] = data[:stop].astype(group["X/data"].dtype)
+            group["X/indices"][done : done + stop] = indices[:stop]
+            held, done = [(data[stop:], indices[stop:])], done + stop
+            work.write_progress({**described, "done": done})
+    if done != total:
+        raise ValueError(f"stores: {total} counts were found first and {done} then: they were changed meanwhile.")
+    pointers.unlink()
+
+
+def _begin(
+    zarr: Any, path: Path, adata: AnnData, indptr: NDArray[np.int64], kind: np.dtype[Any], shape: tuple[int, ...]
+) -> None:
+    """Write all but the counts."""
+    try:
+        from anndata.io import write_elem
+    except ImportError:  # before anndata 0.11
+        from anndata.experimental import write_elem
+    kept = adata.uns.get(UNS_KEY, {})
+    uns = {UNS_KEY: {key: value for key, value in kept.items() if key != STORES}} if kept else {}
+    sharded = not zarr.__version__.startswith("2.")
+    group = zarr.open_group(str(path), mode="w", **({"zarr_format": 3} if sharded else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr says that its form of texts may change
+        write_elem(group, "/", AnnData(obs=adata.obs, var=adata.var, uns=uns))
+    if "X" in group:
+        del group["X"]
+    x = group.create_group("X")
+    x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
+    for name, n, dtype in (("data", int(indptr[-1]), kind), ("indices", int(indptr[-1]), np.dtype(np.int32))):
+        _create(zarr, x, name, n, dtype, sharded)
+    _create(zarr, x, "indptr", len(indptr), indptr.dtype, sharded)
+    x["indptr"][:] = indptr
+
+
+def _create(zarr: Any, group: Any, name: str, n: int, dtype: np.dtype[Any], sharded: bool) -> None:
+    """An array on disk, compressed."""
+    if sharded:
+        codec = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=dtype.itemsize)
+        group.create_array(
+            name, shape=(n,), dtype=dtype, chunks=(_CHUNK,), shards=(_SHARD,), compressors=[codec], fill_value=0
+        )
+    else:
+        codec = require("numcodecs", "scale").Blosc("lz4", 5, 1)
+        group.create_dataset(name, shape=(n,), dtype=dtype, chunks=(_CHUNK,), compressor=codec, fill_value=0)

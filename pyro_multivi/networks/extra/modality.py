@@ -1,0 +1,102 @@
+"""ExtraModality: what a program needs of a modality besides RNA and ATAC, in one object."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.data.checks import shown
+from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
+from pyro_multivi.networks.experts import Expert
+from pyro_multivi.networks.layers import CovariateStack, layer_options
+
+
+class ExtraModality(nn.Module):
+    """One modality besides RNA and ATAC: its expert of the state, its decoder, and its statements in model and guide.
+
+    A subclass says what it observes, :meth:`observe`; what else it overrides is up to it. A program takes it by its
+    class attribute ``extra_modalities = {"name": Subclass}``, the name being that of the matrix in the data
+    (``extra_obsm_keys`` of :func:`~pyro_multivi.setup_anndata`, ``extra_modalities`` of ``setup_mudata``).
+
+    Parameters
+    ----------
+    name
+        Name in ``cells.extra``, and of the observed site.
+    config
+        :class:`~pyro_multivi.config.ProgramConfig` of the program.
+
+    Attributes
+    ----------
+    estimated
+        Last part of the name of the site, (B, F), that estimates and differential tests are of; see :meth:`site`.
+    n_features
+        Number of features F.
+    """
+
+    estimated: ClassVar[str] = "mean"
+
+    def __init__(self, name: str, config: Any) -> None:
+        super().__init__()
+        if name not in config.extra:
+            raise ValueError(
+                f"The program models {name!r}, which the data do not have: they have {shown([*config.extra])}. Name it "
+                f"at setup: extra_obsm_keys=[{name!r}] (of a MuData extra_modalities)."
+            )
+        self.name, self.n_features, self.config = name, int(config.extra[name]), config
+        options = layer_options(config, "encoder")
+        self.first_layer = SharedFirstLayer(self.n_features, config.hidden, **options)
+        self.head = NormalHead(
+            config.hidden, config.latent, config.n_layers_encoder - 1,
+            inject_everywhere=config.deeply_inject_covariates, **options,
+        )  # fmt: skip
+        self.decoder = CovariateStack(
+            config.latent, config.hidden, config.n_layers_decoder,
+            inject_everywhere=config.deeply_inject_covariates, **layer_options(config, "decoder"),
+        )  # fmt: skip
+
+    def site(self, part: str) -> str:
+        """Name of one of its sites, ``"name_part"``."""
+        return f"{self.name}_{part}"
+
+    def measurement(self, cells: Cells | CellTable) -> Measurement:
+        """Values, (B, F), and cells that were measured, (B,): none where the cells come without this modality."""
+        if self.name in cells.extra:
+            return cells.extra[self.name]
+        like = cells.design
+        return Measurement(like.new_zeros(len(cells), self.n_features), torch.zeros_like(cells.has_rna))
+
+    def start_from(self, table: CellTable) -> None:
+        """Set initial parameters from the data."""
+
+    def start_batches_from(self, table: CellTable, n_known: int) -> None:
+        """Set parameters of the batches from ``n_known`` on, those of a query, from its data."""
+
+    def input(self, cells: Cells) -> Tensor:
+        """Input of the encoder, (B, F); rows of cells that were not measured may hold any number."""
+        return self.measurement(cells).values
+
+    def expert(self, cells: Cells, s: Tensor) -> Expert:
+        """q(z) given this modality alone; the prior in cells that lack it."""
+        measured = self.measurement(cells).measured
+        state = self.first_layer(self.input(cells), measured, s, s.new_zeros(len(cells)))
+        loc, scale = self.head(state)
+        prior = s.new_zeros(len(cells), self.config.latent)
+        return Expert(state.scatter(loc, prior), state.scatter(scale, torch.ones_like(prior)), measured)
+
+    def decode(self, z: Tensor, s: Tensor) -> Tensor:
+        """Last hidden layer of the decoder, (..., B, H); ``z`` as :meth:`MultiVIProgram.transform` gives it."""
+        hidden: Tensor = self.decoder(z, s)
+        return hidden
+
+    def observe(self, cells: Cells, z: Tensor, s: Tensor) -> None:
+        """Sample statements of the model, inside the plate of cells."""
+        raise NotImplementedError(
+            f"{type(self).__name__} needs a method observe(cells, z, s) with its sample statements."
+        )
+
+    def guide(self, cells: Cells, s: Tensor) -> None:
+        """Sample statements of the guide for latents that :meth:`observe` draws, in the same order."""

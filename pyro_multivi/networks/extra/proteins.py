@@ -1,0 +1,149 @@
+r"""Counts of surface proteins, as in totalVI (Gayoso et al. 2021, Nature Methods 18).
+
+.. math::
+
+    u_{nt} &\sim \mathrm{Normal}(0, 1), \quad \beta_{nt} = \exp(m_{tb} + s_{tb} u_{nt}) \\
+    y_{nt} &\sim \pi_{nt}\, \mathrm{NB}(\beta_{nt}, \phi_t)
+             + (1 - \pi_{nt})\, \mathrm{NB}(\alpha_{nt} \beta_{nt}, \phi_t)
+
+The background beta is LogNormal with a mean and a standard deviation of each protein t in each batch b, which start
+from the data and are learned. It is written by u, its deviation in units of that standard deviation, so that putting a
+cell into another batch moves its background there: the KL term is the same. alpha > 1 and pi are decoded from the
+state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_multivi.data.minibatch import Cells, Measurement
+from pyro_multivi.data.table import CellTable
+from pyro_multivi.distributions.mixture import NegativeBinomialMixture
+from pyro_multivi.networks.extra.modality import ExtraModality
+from pyro_multivi.networks.extra.protein_marginals import ProteinMarginals
+
+# A background that differs by a quarter between cells; it is learned.
+_START_SD = 0.25
+# exp of more is no count of a protein.
+_MAX_LOG_MEAN, _MAX_LOG_RATIO = 12.0, 10.0
+_MAX_LOG_SD = 1.0
+
+
+class Proteins(ExtraModality):
+    """Counts of proteins: a mixture of background and foreground, with the background of each cell a latent.
+
+    ``values`` hold NaN for a protein that was not measured in a cell.
+
+    ======================================= ======== ============================================================
+    site                                    shape    meaning
+    ======================================= ======== ============================================================
+    ``protein_background``                  (B, F)   u, latent: log background of a cell, standardised
+    ``protein_background_mean``             (B, F)   beta, mean count of the background
+    ``protein_foreground_probability``      (B, F)   1 - pi
+    ``protein_foreground_mean``             (B, F)   (1 - pi) alpha beta: expected counts beside the background
+    ``protein_mean``                        (B, F)   expected counts, background included
+    ``protein``                             (B, F)   y, counts
+    ======================================= ======== ============================================================
+    """
+
+    estimated: ClassVar[str] = "foreground_mean"
+
+    background_log_mean: Tensor
+    background_log_sd: Tensor
+    input_mean: Tensor
+
+    def __init__(self, name: str, config: Any) -> None:
+        super().__init__(name, config)
+        width, n, hidden = self.decoder.n_out, self.n_features, config.hidden
+        self.log_ratio, self.odds = nn.Linear(width, n), nn.Linear(width, n)
+        self.background_log_mean = nn.Parameter(torch.zeros(config.n_batch, n))
+        self.background_log_sd = nn.Parameter(torch.full((config.n_batch, n), _START_SD).log())
+        sets = {"protein": 1, "protein-batch": config.n_batch, "protein-label": config.n_labels}
+        self.log_theta = nn.Parameter(torch.zeros(sets[config.protein_dispersion], n))
+        # q(u | y): it starts at the prior.
+        self.background_hidden, self.background_head = nn.Linear(n, hidden), nn.Linear(hidden, 2 * n)
+        nn.init.zeros_(self.background_head.weight)
+        nn.init.zeros_(self.background_head.bias)
+        self.register_buffer("input_mean", torch.zeros(n))
+
+    @torch.no_grad()
+    def start_from(self, table: CellTable) -> None:
+        """Start at the background and foreground that the counts of each protein show in each batch."""
+        found = ProteinMarginals.of(self.measurement(table), table.batch_code, table.n_batch)
+        self.background_log_mean.copy_(found.background_log_mean)
+        self.log_theta.copy_(found.log_theta.expand_as(self.log_theta))
+        self.input_mean.copy_(found.log1p_mean)
+        for layer in (self.log_ratio, self.odds):
+            layer.weight.zero_()
+        self.odds.bias.copy_(found.foreground_logit)
+        self.log_ratio.bias.copy_(found.foreground_log_ratio.expm1().log())
+
+    @torch.no_grad()
+    def start_batches_from(self, table: CellTable, n_known: int) -> None:
+        """Take the background of new batches from their own counts; of proteins that they lack that of the others."""
+        found = ProteinMarginals.of(self.measurement(table), table.batch_code, table.n_batch)
+        new = found.seen[n_known:]
+        self.background_log_mean[n_known:][new] = found.background_log_mean[n_known:][new]
+
+    # ------------------------------------------------------------------ the generative model
+
+    def observe(self, cells: Cells, z: Tensor, s: Tensor) -> None:
+        """Background u, what is decoded, and the counts y."""
+        u = pyro.sample(self.site("background"), self.background_prior(s))
+        background = pyro.deterministic(self.site("background_mean"), self.background(u, s), event_dim=1)
+        hidden = self.decode(z, s)
+        ratio, logits = 1 + self.log_ratio(hidden).clamp(max=_MAX_LOG_RATIO).exp(), self.odds(hidden)
+        probability = pyro.deterministic(self.site("foreground_probability"), logits.sigmoid(), event_dim=1)
+        foreground = ratio * background
+        pyro.deterministic(self.site("foreground_mean"), probability * foreground, event_dim=1)
+        pyro.deterministic(self.site("mean"), torch.lerp(background, foreground, probability), event_dim=1)
+        counts = NegativeBinomialMixture(background, foreground, self.theta(cells, s), logits)
+        values, measured = self.seen(cells)
+        pyro.sample(self.name, counts.mask(measured).to_event(1), obs=values)
+
+    def background_prior(self, s: Tensor) -> dist.TorchDistribution:
+        """u ~ Normal(0, I), event shape (F,)."""
+        zero = s.new_zeros(*s.shape[:-1], self.n_features)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+    def background(self, u: Tensor, s: Tensor) -> Tensor:
+        """beta = exp(m + s u) with the moments of the batch, (..., B, F)."""
+        s_nb = s[..., : self.config.n_batch]
+        sd = self.background_log_sd.clamp(max=_MAX_LOG_SD).exp()
+        return (s_nb @ self.background_log_mean + (s_nb @ sd) * u).clamp(max=_MAX_LOG_MEAN).exp()
+
+    def theta(self, cells: Cells, s: Tensor) -> Tensor:
+        """phi, inverse dispersion, (F,) or (..., B, F)."""
+        if self.config.protein_dispersion == "protein-batch":
+            return (s[..., : self.config.n_batch] @ self.log_theta).exp()
+        if self.config.protein_dispersion == "protein-label":
+            assert cells.label is not None, "protein-label dispersion needs Cells.label"
+            return self.log_theta[cells.label].exp()
+        return self.log_theta[0].exp()
+
+    # ------------------------------------------------------------------ the posterior
+
+    def guide(self, cells: Cells, s: Tensor) -> None:
+        """q(u | y): Normal; the prior for what was not measured."""
+        _, measured = self.seen(cells)
+        hidden = nn.functional.leaky_relu(self.background_hidden(self.input(cells)))
+        loc, log_scale = self.background_head(hidden).chunk(2, -1)
+        loc = torch.where(measured, loc, 0.0)
+        scale = torch.where(measured, log_scale.clamp(-10.0, _MAX_LOG_SD).exp(), 1.0)
+        pyro.sample(self.site("background"), dist.Normal(loc, scale).to_event(1))
+
+    def input(self, cells: Cells) -> Tensor:
+        """log(1 + count) less its mean over cells; 0, that mean, for a protein that was not measured."""
+        values, measured = self.seen(cells)
+        return torch.where(measured, values.log1p() - self.input_mean, 0.0)
+
+    def seen(self, cells: Cells) -> Measurement:
+        """Counts, 0 where not measured, and whether each was measured, both (B, F)."""
+        values, measured = self.measurement(cells)
+        known = ~values.isnan() & measured[:, None]
+        return Measurement(torch.where(known, values, 0.0), known)

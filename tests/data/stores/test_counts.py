@@ -1,0 +1,190 @@
+"""Counts on disk are those in memory, whatever form they lie in and whichever cells are asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+import zarr
+from anndata.io import write_elem
+
+import pyro_multivi as pm
+from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.stores.counts import StoredCounts, row_hashes
+from pyro_multivi.data.stores.matrix import StoreChangedError, StoredMatrix, spans
+
+KEYS = {"modality_key": "modality", "batch_key": "batch"}
+
+
+def table_of(adata):
+    pm.MULTIVI.setup_anndata(adata, **KEYS)
+    return DataSpec.of(adata).table(adata)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("crow", "col", "val"))
+
+
+def test_every_form_holds_the_same_counts(on_disk, mosaic):
+    memory, disk = table_of(mosaic), table_of(pm.open_stores(on_disk))
+    assert disk.on_disk
+    assert not memory.on_disk
+    assert memory.difference(disk) is disk.difference(memory) is None
+    for index in (
+        torch.arange(120),
+        torch.tensor([7, 3, 3, 119]),
+        torch.arange(119, -1, -3),
+        torch.tensor([], dtype=torch.long),
+    ):
+        one, other = memory.batch(index), disk.batch(index)
+        assert same(one.x, other.x)
+        assert same(one.y, other.y)
+    for name in ("x", "y"):
+        one, other = getattr(memory, name), getattr(disk, name)
+        assert (one.largest, one.whole) == (other.largest, other.whole)
+        assert torch.equal(one.row_sums().double(), other.row_sums())
+        assert torch.equal(one.crow, other.crow)
+
+
+def test_marginals_and_report_are_those_of_memory(on_disk, mosaic):
+    stored = pm.open_stores(on_disk)
+    assert repr(pm.MULTIVI.setup_anndata(stored, **KEYS)) == repr(pm.MULTIVI.setup_anndata(mosaic, **KEYS))
+    one, other = table_of(mosaic).marginals(), table_of(stored).marginals()
+    for name, value in vars(one).items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(other, name))), name
+
+
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_a_backed_anndata_stays_on_disk_also_when_its_file_is_closed(mosaic, tmp_path, form):
+    written = mosaic.copy()
+    written.X = written.X.toarray() if form == "dense" else written.X
+    written.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    table = table_of(backed)
+    backed.file.close()
+    assert isinstance(table.x, StoredCounts)
+    assert same(table.batch(torch.arange(120)).y, table_of(mosaic).batch(torch.arange(120)).y)
+
+
+def test_a_file_open_for_writing_is_read_into_memory(mosaic, tmp_path):
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r+")
+    assert not table_of(backed).on_disk
+    backed.file.close()
+
+
+def test_each_modality_of_a_backed_mudata_stays_on_disk(tmp_path):
+    pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((20, 10, 10), n_genes=12, n_regions=18, seed=0, return_mudata=True)
+    with mudata_as_given() as mudata:
+        mdata.write(tmp_path / "m.h5mu")
+        backed = mudata.read_h5mu(tmp_path / "m.h5mu", backed="r")
+    pm.MULTIVI.setup_mudata(backed)
+    pm.MULTIVI.setup_mudata(mdata)
+    table, memory = DataSpec.of(backed).table(backed), DataSpec.of(mdata).table(mdata)
+    assert table.on_disk
+    assert memory.difference(table) is None
+    index = torch.tensor([39, 0, 25, 3])
+    assert same(memory.batch(index).y, table.batch(index).y)
+    backed.file.close()
+
+
+def test_duplicates_zeros_and_order_on_disk_do_not_show(mosaic, tmp_path):
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        rows = sp.csr_matrix((file["X/data"][:], file["X/indices"][:], file["X/indptr"][:]), shape=mosaic.shape)
+        data, indices, indptr = [], [], [0]
+        for row in range(mosaic.n_obs):
+            own = rows[row]
+            values, places = own.data.tolist(), own.indices.tolist()
+            # Backwards, a zero that is stored, and a count in two parts.
+            values, places = [*values[::-1], 0.0, values[0] - 1, 1.0], [*places[::-1], 39, places[0], places[0]]
+            values[len(own.data) - 1] = 0.0
+            data += values
+            indices += places
+            indptr.append(len(data))
+        for name, part in {"data": data, "indices": indices, "indptr": indptr}.items():
+            kind = file[f"X/{name}"].dtype
+            del file[f"X/{name}"]
+            file[f"X/{name}"] = np.array(part, dtype=kind)
+    table = table_of(pm.open_stores(tmp_path / "a.h5ad"))
+    memory = table_of(mosaic)
+    assert memory.difference(table) is None
+    assert same(memory.batch(torch.arange(120)).x, table.batch(torch.arange(120)).x)
+
+
+def test_values_that_are_no_counts_are_named_with_their_cell(mosaic, tmp_path):
+    values = mosaic.X.toarray()
+    values[5, mosaic.var_names.get_loc("gene_03")] = 1.5
+    mosaic.X = sp.csr_matrix(values)
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    stored = pm.open_stores(tmp_path / "a.h5ad")
+    with pytest.raises(
+        ValueError, match=r"not a whole number, for instance 1.5 for cell 'cell_005' and gene 'gene_03'"
+    ):
+        pm.MULTIVI.setup_anndata(stored, **KEYS)
+
+
+def test_a_change_of_one_count_is_told_by_its_cell(mosaic, tmp_path):
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    before = table_of(pm.open_stores(tmp_path / "a.h5ad"))
+    mosaic.X.data[mosaic.X.indptr[50]] += 1
+    mosaic.write_h5ad(tmp_path / "b.h5ad")
+    after = table_of(pm.open_stores(tmp_path / "b.h5ad"))
+    assert "in 1 of 120 cells, the first being 'cell_050'" in before.difference(after)
+    shifted = sp.csr_array(np.array([[0, 1, 2], [0, 2, 1], [0, 1, 2], [1, 0, 2]]))
+    hashes = row_hashes(shifted)
+    assert hashes[0] == hashes[2]
+    assert len(set(hashes.tolist())) == 3
+
+
+@pytest.mark.parametrize("how", ["rewritten", "moved", "truncated"])
+def test_a_store_that_changes_while_it_is_used(mosaic, tmp_path, how):
+    path = tmp_path / "a.h5ad"
+    mosaic.write_h5ad(path)
+    table = table_of(pm.open_stores(path))
+    if how == "rewritten":
+        mosaic.write_h5ad(path)
+    elif how == "moved":
+        shutil.move(path, tmp_path / "b.h5ad")
+    else:
+        os.truncate(path, 2000)
+    found = "not there any more" if how == "moved" else "was changed while it was in use"
+    with pytest.raises(StoreChangedError, match=rf"a\.h5ad (is )?{found}"):
+        table.batch(torch.tensor([3]))
+
+
+@pytest.mark.parametrize("how", ["lost", "rewritten"])
+def test_a_chunk_of_a_zarr_store_that_changes(mosaic, tmp_path, how):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2)
+    write_elem(group, "/", mosaic)
+    table = table_of(pm.open_stores(tmp_path / "a.zarr"))
+    chunk = next(path for path in sorted((tmp_path / "a.zarr/X/data").iterdir()) if not path.name.startswith("."))
+    if how == "lost":
+        chunk.unlink()  # which zarr would take for zeros
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(StoreChangedError, match=r"a\.zarr was changed while it was in use"):
+        table.batch(torch.tensor([3]))
+
+
+def test_neighbours_are_read_along_and_far_rows_are_not():
+    rows = np.array([0, 2, 3, 40, 41, 100, 2500, 2501])
+    assert [part.tolist() for part in spans(rows, 1024)] == [[0, 2, 3], [40, 41], [100], [2500, 2501]]
+    assert [len(part) for part in spans(np.arange(2500), 1024)] == [1024, 1024, 452]
+    assert list(spans(np.array([], dtype=np.int64), 1024)) == []
+
+
+def test_reading_opens_the_file_for_that_time_only(mosaic, tmp_path):
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    matrix = StoredMatrix(tmp_path / "a.h5ad")
+    assert (matrix.read(3, 7) != mosaic.X[3:7]).nnz == 0
+    with h5py.File(tmp_path / "a.h5ad", "r+"):  # which HDF5 refuses while the file is open for reading
+        pass

@@ -1,0 +1,139 @@
+"""Conversion: the same data set, whatever it came from and however often it was interrupted."""
+
+from __future__ import annotations
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import zarr
+
+import pyro_multivi as pm
+from pyro_multivi.cli import main
+from pyro_multivi.datasets.stores import convert
+
+QUIET = {"progress_bar": False}
+
+
+@pytest.fixture
+def cells():
+    adata = pm.simulate_multiome((40, 20, 20), n_genes=14, n_regions=26, n_batches=2, seed=0)
+    return ad.AnnData(sp.csr_matrix(adata.X), obs=adata.obs, var=adata.var)
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Files of 200 entries, and blocks of 7 rows."""
+    monkeypatch.setattr(convert, "_SHARD", 200)
+    monkeypatch.setattr(convert, "_CHUNK", 50)
+    monkeypatch.setattr("pyro_multivi.data.stores.matrix._AT_ONCE", 7)
+    monkeypatch.setattr(convert, "_ROWS", 7)
+
+
+def assert_same(path, cells):
+    read = ad.read_zarr(path)
+    assert (read.X != cells.X).nnz == 0
+    assert read.obs_names.equals(cells.obs_names)
+    assert read.obs["batch"].tolist() == cells.obs["batch"].tolist()
+    assert read.var["feature_types"].tolist() == cells.var["feature_types"].tolist()
+    stored = pm.open_stores(path)
+    reports = [pm.MULTIVI.setup_anndata(each, modality_key="modality") for each in (stored, cells)]
+    assert repr(reports[0]) == repr(reports[1])
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense", "float64"])
+def test_what_is_written_is_what_was_read(cells, tmp_path, form, small_files):
+    written = cells.copy()
+    forms = {"csc": cells.X.tocsc(), "dense": cells.X.toarray(), "float64": cells.X.astype(float)}
+    written.X = forms.get(form, cells.X)
+    written.write_h5ad(tmp_path / "a.h5ad")
+    path = convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert_same(path, cells)
+    group = zarr.open_group(str(path), mode="r")
+    assert group["X/data"].dtype == (np.uint8 if cells.X.max() < 256 else np.int16)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5ad", "a.zarr"]
+
+
+def test_counts_that_no_small_type_holds(cells, tmp_path):
+    cells.X.data[3] = 70_000
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert_same(tmp_path / "a.zarr", cells)
+
+
+@pytest.mark.parametrize("file", [1, 2, 5])
+def test_the_same_call_goes_on_where_it_was_interrupted(cells, tmp_path, monkeypatch, small_files, file):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    call = convert.convert_stores, (tmp_path / "a.h5ad", tmp_path / "a.zarr")
+    noted, write = [], convert.UnfinishedFolder.write_progress
+
+    def dies(self, progress):
+        write(self, progress)
+        noted.append(progress["done"])
+        if len(noted) == file:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.UnfinishedFolder, "write_progress", dies)
+        with pytest.raises(KeyboardInterrupt):
+            call[0](*call[1], **QUIET)
+    assert not (tmp_path / "a.zarr").exists()
+    counted = []
+    monkeypatch.setattr(convert, "_count", lambda *_: counted.append(1))
+    call[0](*call[1], **QUIET)
+    assert counted == []
+    assert_same(tmp_path / "a.zarr", cells)
+    assert noted[-1] == 200 * (file - 1)
+
+
+def test_what_was_begun_for_other_data_is_begun_anew(cells, tmp_path, monkeypatch, small_files, caplog):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_create", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    other = cells[:30].copy()
+    other.write_h5ad(tmp_path / "b.h5ad")
+    convert.convert_stores(tmp_path / "b.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert_same(tmp_path / "a.zarr", other)
+    assert "is begun anew" in caplog.text
+
+
+def test_what_is_there_is_not_replaced(cells, tmp_path):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "a.zarr").mkdir()
+    with pytest.raises(FileExistsError, match=r"out='.*a\.zarr' exists and is not replaced"):
+        convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert not any((tmp_path / "a.zarr").iterdir())
+    with pytest.raises(ValueError, match=r"out='.*a\.h5ad' must end in \.zarr"):
+        convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.h5ad", **QUIET)
+
+
+def test_several_files_become_one(cells, tmp_path, small_files):
+    genes = (cells.var["feature_types"] == "Gene Expression").to_numpy()
+    parts = {"A": cells[:40], "B": cells[40:60, genes][:, ::-1]}
+    for name, part in parts.items():
+        part.copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    paths = {name: tmp_path / f"{name}.h5ad" for name in parts}
+    convert.convert_stores(paths, tmp_path / "both.zarr", **QUIET)
+    joined = pm.join_samples({name: part.copy() for name, part in parts.items()})
+    read = ad.read_zarr(tmp_path / "both.zarr")
+    assert (read[:, joined.var_names].X != joined.X).nnz == 0
+    assert read.obs["sample"].tolist() == joined.obs["sample"].tolist()
+
+
+def test_convert_on_the_command_line(cells, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells.write_h5ad("a.h5ad")
+    assert main(["convert", "a.h5ad", "a.zarr", "--quiet"]) == 0
+    assert capsys.readouterr().out.endswith("a.zarr: 80 cells x 40 features\n")
+    assert main(["convert", "a.h5ad", "a.zarr"]) == 1
+    assert capsys.readouterr().err.startswith("pyro-multivi: OUT 'a.zarr' exists and is not replaced")
+    assert main(["convert", "nowhere.h5ad", "b.zarr"]) == 1
+    assert "there is no such file or folder" in capsys.readouterr().err
+    with h5py.File("a.h5ad", "r+") as file:
+        file["X"].attrs["encoding-type"] = "csc_matrix"
+    with pytest.raises(ValueError, match="by columns") as error:
+        pm.open_stores("a.h5ad")
+    assert "pyro-multivi convert IN OUT.zarr" in str(error.value)

@@ -1,0 +1,204 @@
+"""Scenarios of training that several processes run, each of which writes what it ended with.
+
+    python launch.py FOLDER SCENARIO:PROCESSES ...
+
+One process imports torch and forks the others, which find torchrun's variables in their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pyro_multivi as pm
+
+
+def model_of(n: tuple[int, int, int] = (30, 15, 15), program: type | None = None, **choices: Any) -> pm.MULTIVI:
+    adata = pm.simulate_multiome(n, n_genes=40, n_regions=60, n_batches=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    return pm.MULTIVI(adata, **{"n_hidden": 6, "n_latent": 2, **choices})
+
+
+def outcome(model: pm.MULTIVI) -> dict[str, Any]:
+    moments = model._optimizer_state["state"]
+    return {
+        "history": [{k: float(v) for k, v in row.items()} for row in model._history.rows],
+        "weights": dict(model.program.state_dict()),
+        "moments": {key: value["exp_avg"] for key, value in moments.items()},
+    }
+
+
+def trained(model: pm.MULTIVI, **options: Any) -> dict[str, Any]:
+    model.train(**{"max_epochs": 4, "batch_size": 16, "progress_bar": False, **options})
+    return outcome(model)
+
+
+def one_step(_: Path) -> dict[str, Any]:
+    """One step without noise, on a number of cells that two and three do not divide."""
+    torch.distributions.normal._standard_normal = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype)  # type: ignore[attr-defined]
+    pm.MultiVIProgram.seen = lambda _, experts: experts  # type: ignore[method-assign]
+    model = model_of((31, 15, 15), modality_penalty="None", dropout_rate=0.0)
+    return trained(model, max_epochs=1, batch_size=64, train_size=1.0, n_epochs_kl_warmup=None)
+
+
+def defaults(_: Path) -> dict[str, Any]:
+    return trained(model_of(), max_epochs=8)
+
+
+def adversary(_: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True, gradient_clip=5.0, seed=3)
+
+
+def batch_norm(_: Path) -> dict[str, Any]:
+    """More than 100 steps, from which on weights and running statistics are averaged."""
+    return trained(model_of(use_batch_norm="both", dropout_rate=0.1), max_epochs=8, batch_size=4)
+
+
+def few_held_out(_: Path) -> dict[str, Any]:
+    return trained(model_of(), train_size=0.9, validation_size=0.05)
+
+
+def continued(_: Path) -> dict[str, Any]:
+    model = model_of()
+    trained(model, max_epochs=2)
+    return trained(model, max_epochs=2)
+
+
+def stopped(_: Path) -> dict[str, Any]:
+    """A callback of one process stops all."""
+    rank = int(os.environ.get("RANK", "0"))
+    return trained(model_of(), callbacks=[lambda epoch, row, program: rank == 0 and epoch == 1])
+
+
+def in_epoch_two_of_process_one(act: Callable[[], object]) -> Callable[..., None]:
+    def callback(epoch: int, row: dict[str, float], program: pm.MultiVIProgram) -> None:
+        if os.environ.get("RANK") == "1" and epoch == 1:
+            act()
+
+    return callback
+
+
+def uninterrupted(_: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True)
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return trained(
+        model_of(), adversarial_mixing=True, checkpoint=folder / "killed", checkpoint_every=1, callbacks=[act]
+    )
+
+
+def terminated(folder: Path) -> dict[str, Any]:
+    """One process gets SIGTERM: all end by it, between the same two steps."""
+    act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "terminated", callbacks=[act])
+
+
+def resumed_after_kill(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "killed", resume=True, checkpoint_every=1)
+
+
+def resumed_after_termination(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "terminated", resume=True)
+
+
+def not_resumed(folder: Path) -> dict[str, Any]:
+    return trained(model_of(), checkpoint=folder / "killed")
+
+
+def fails(_: Path) -> dict[str, Any]:
+    """One process raises an error."""
+
+    def refuse() -> None:
+        raise OSError("nothing works")
+
+    return trained(model_of(), callbacks=[in_epoch_two_of_process_one(refuse)])
+
+
+def posterior(folder: Path) -> dict[str, Any]:
+    """Results of the same model, which each process has trained alone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    variables = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    model = model_of()
+    model.train(2, batch_size=16, progress_bar=False)
+    os.environ.update(variables)
+    groups = {"groupby": "cell_type", "silent": True, "seed": 1}
+    with pm.distributed():
+        model.save(folder / f"model{size}")
+        calls: list[int] = []
+        guide, pm.MultiVIProgram.guide = pm.MultiVIProgram.guide, lambda *given: calls.append(1) or guide(*given)  # type: ignore
+        found: dict[str, Any] = {
+            "latent": model.get_latent_representation(batch_size=8),
+            "draws": model.get_latent_representation(batch_size=8, give_mean=False, n_samples=3),
+            "elbo": model.get_elbo(return_mean=False, batch_size=8),
+            "marginal": model.get_marginal_ll(return_mean=False, batch_size=8, n_mc_samples=100),
+            "library": model.get_library_size_factors(batch_size=8)["expression"],
+            "rho": model.get_normalized_expression(batch_size=8, n_samples=2).to_numpy(),
+            "scaled": model.get_normalized_expression(batch_size=8, library_size="latent", return_numpy=True),
+            "p": model.get_accessibility_estimates(batch_size=8, threshold=0.2, return_numpy=True).toarray(),
+            "few": model.get_normalized_expression(indices=[3], return_numpy=True),
+            "filled": model.impute(batch_size=8).layers["imputed"].toarray(),
+            "de": model.differential_expression(**groups).select_dtypes("number").to_numpy(),
+            "da": model.differential_accessibility(**groups, unit="cell").select_dtypes("number").to_numpy(),
+        }
+        pm.MultiVIProgram.guide = guide  # type: ignore[method-assign]
+        out = model.get_normalized_expression(batch_size=8, out=folder / f"rho{size}.h5ad", silent=True)
+        assert out == folder / f"rho{size}.h5ad"
+        model.impute(batch_size=8, out=folder / f"imputed{size}.h5ad", silent=True)
+    return {"calls": len(calls), **{name: torch.from_numpy(np.array(value)) for name, value in found.items()}}
+
+
+def out_of_one(folder: Path) -> dict[str, Any]:
+    """Without the block each process is alone, and a file is that of the first."""
+    model = model_of()
+    model.is_trained = True
+    return {"path": str(model.get_normalized_expression(out=folder / "alone.h5ad", silent=True))}
+
+
+def no_cells(_: Path) -> dict[str, Any]:
+    return trained(model_of((2, 1, 1)), train_size=0.75, validation_size=0.0)
+
+
+def other_cells(_: Path) -> dict[str, Any]:
+    return trained(model_of((30, 15, 15 + int(os.environ.get("RANK", "0")))))
+
+
+def run(scenario: Callable[[Path], dict[str, Any]], folder: Path, size: int) -> None:
+    """Call a scenario in so many processes; write the outcome of each, or its error in place of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        if size > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        try:
+            found = scenario(folder)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, folder / f"{scenario.__name__}-{size}-{rank}.pt")
+        os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[2:]:
+        name, number = asked.split(":")
+        run(globals()[name], Path(sys.argv[1]), int(number))

@@ -1,0 +1,179 @@
+"""Training in several Gloo processes: the steps of one process, and all end with the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import pytest
+import torch
+
+from pyro_multivi.processes.group import Processes
+from pyro_multivi.traces import Terms
+from pyro_multivi.training.distributed.shared_steps import sum_gradients, sum_terms
+
+ROOT = Path(__file__).parents[3]
+SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "stopped")
+FAILING = ("no_cells", "other_cells", "killed", "fails", "not_resumed")
+#: In this order: some go on from what others left.
+RUNS = (
+    *("one_step:1", "one_step:2", "one_step:3", "defaults:1"),
+    *(f"{name}:2" for name in (*SHARED, *FAILING, "uninterrupted", "resumed_after_kill")),
+    *("terminated:2", "resumed_after_termination:2"),
+    *("posterior:1", "posterior:2", "posterior:3", "out_of_one:2"),
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Outcomes of the processes of a scenario, by its name and their number."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, Path(__file__).with_name("launch.py"), folder, *RUNS]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def read(name, size, ranks=None):
+        ranks = range(size) if ranks is None else ranks
+        return [torch.load(folder / f"{name}-{size}-{rank}.pt", weights_only=True) for rank in ranks]
+
+    read.folder = folder
+    return read
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_step_without_noise_is_that_of_one_process(ended, size):
+    (one,), first = ended("one_step", 1), ended("one_step", size)[0]
+    # Adam's first moment after one step is a tenth of the gradient.
+    assert one["moments"].keys() == first["moments"].keys()
+    for key, expected in one["moments"].items():
+        torch.testing.assert_close(first["moments"][key], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert first["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], rel=1e-6)
+    assert first["history"][0]["elbo_train"] == pytest.approx(one["history"][0]["elbo_train"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_all_processes_end_with_the_same_weights_and_history(ended, name):
+    one, other = ended(name, 2)
+    assert "error" not in one, one["error"]
+    assert one["history"] == other["history"]
+    assert [key for key, value in one["weights"].items() if not torch.equal(value, other["weights"][key])] == []
+    assert [key for key, value in one["moments"].items() if not torch.equal(value, other["moments"][key])] == []
+
+
+def test_two_processes_learn_as_much_as_one(ended):
+    (one,), two = ended("defaults", 1), ended("defaults", 2)[0]
+    before, after = one["history"][0]["elbo_train"], one["history"][-1]["elbo_train"]
+    assert len(one["history"]) == len(two["history"])
+    assert abs(two["history"][-1]["elbo_train"] - after) < 0.1 * (before - after)
+
+
+def test_a_callback_of_one_process_stops_all(ended):
+    assert len(ended("stopped", 2)[1]["history"]) == 2
+
+
+def test_too_few_cells_are_refused_in_every_process(ended):
+    for each in ended("no_cells", 2):
+        assert each["error"] == (
+            "ValueError: 3 cells are too few for 2 processes, of which each needs two: start at most 1."
+        )
+
+
+def test_processes_with_other_cells_are_refused(ended):
+    for each in ended("other_cells", 2):
+        assert "The 2 processes were not given the same: they differ in the cells." in each["error"]
+
+
+def test_a_killed_process_ends_the_others_with_a_message(ended):
+    lost = ended("killed", 2, ranks=[0])[0]["error"]
+    assert lost.startswith("ProcessLostError: Process 0 of 2 has lost another one, which ended, failed or did not come")
+    assert "resume=True goes on from the latest checkpoint. (torch: " in lost
+
+
+def test_an_error_of_one_process_ends_the_others(ended):
+    lost, own = ended("fails", 2)
+    assert own["error"] == "OSError: nothing works"
+    assert lost["error"].startswith("ProcessLostError: Process 0 of 2 has lost another one")
+
+
+@pytest.mark.parametrize("name", ["resumed_after_kill", "resumed_after_termination"])
+def test_training_goes_on_from_a_checkpoint_of_several_processes(ended, name):
+    expected, one, other = ended("uninterrupted", 2)[0], *ended(name, 2)
+    for each in (one, other):
+        assert "error" not in each, each["error"]
+        assert each["history"] == one["history"]
+        assert [key for key, value in expected["weights"].items() if not torch.equal(value, each["weights"][key])] == []
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in of["history"]] for of in (expected, one)]
+    assert rows[0] == rows[1]
+
+
+def test_checkpoints_are_not_replaced_unasked(ended):
+    first, other = ended("not_resumed", 2)
+    assert first["error"].startswith("FileExistsError: checkpoint=")
+    assert other["error"] == "ProcessLostError: Process 1 of 2 ends: the message of process 0 says why."
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_results_are_those_of_one_process_bit_by_bit(ended, size):
+    (one,), all_of_them = ended("posterior", 1), ended("posterior", size)
+    assert len(one) > 10, one
+    for each in all_of_them:
+        assert "error" not in each, each["error"]
+        # The first of several processes has the odd minibatch, and all draw for the cells of pairs.
+        assert each.pop("calls") < 0.8 * one["calls"]
+        assert [
+            name for name, value in each.items() if not torch.equal(value.nan_to_num(), one[name].nan_to_num())
+        ] == []
+
+
+@pytest.mark.parametrize("name", ["rho", "imputed"])
+def test_files_are_those_of_one_process(ended, name):
+    one, two = (ended.folder / f"{name}{size}.h5ad" for size in (1, 2))
+    one, two = anndata.read_h5ad(one), anndata.read_h5ad(two)
+    assert list(one.layers) == list(two.layers)
+    assert one.obs_names.equals(two.obs_names)
+    pairs = [(one.X, two.X), *((one.layers[layer], two.layers[layer]) for layer in one.layers)]
+    for first, other in pairs:
+        assert (first != other).sum() == 0
+
+
+def test_a_file_is_that_of_the_first_process(ended):
+    first, other = ended("out_of_one", 2)
+    assert first["path"].endswith("alone.h5ad")
+    assert "call it in all of them within `with pyro_multivi.distributed():`" in other["error"]
+
+
+class Echo(Processes):
+    """Two processes with the same tensors; both are this one."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor.mul_(2)
+
+
+def test_gradients_weigh_as_the_cells_of_a_share():
+    wide, narrow = (torch.nn.Parameter(torch.zeros(n)) for n in (100_000, 3))
+    unused = torch.nn.Parameter(torch.zeros(2))
+    wide.grad, narrow.grad = torch.full((100_000,), 2.0), torch.full((3,), 4.0)
+    loss = sum_gradients(Echo(), [wide, unused, narrow], torch.tensor(10.0), 0.25)
+    assert float(loss) == 5.0
+    assert wide.grad.unique().tolist() == [1.0]
+    assert narrow.grad.tolist() == [2.0] * 3
+    assert unused.grad is None
+
+
+def test_one_process_changes_nothing():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    loss, terms = torch.tensor(3.0), Terms(n_cells=4)
+    assert sum_gradients(Processes(), [parameter], loss, 0.5) is loss
+    assert parameter.grad.tolist() == [1.0, 1.0]
+    assert sum_terms(Processes(), terms, 9) is terms
