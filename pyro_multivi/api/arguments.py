@@ -77,12 +77,12 @@ def choose_features(
     modality: AnyModality,
     wanted: FeatureList,
     device: torch.device,
-    table: CellTable | None = None,
+    measured: Tensor | None = None,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Positions, int64, and names of the features meant by a list of names or positions, or a mask, in their order.
 
-    One name stands for a list of one; None stands for all features, and for their positions. With ``table``, only those
-    that were measured in all of its cells are chosen.
+    One name stands for a list of one; None stands for all features, and for their positions. With ``measured``, (F,),
+    only those that are true in it are chosen.
 
     Raises
     ------
@@ -98,9 +98,9 @@ def choose_features(
     (tensor([2, 0]), ('CD4', 'ACTB'))
     """
     argument, what, names = modality.list_argument, modality.feature, modality.feature_names_in(spec)
-    panels: Panels | None = None if table is None else modality.panels_in(table)
-    if panels is not None:
-        return _among_measured(panels, choose_features(spec, modality, wanted, device), modality, names, wanted is None)
+    if measured is not None:
+        chosen_features = choose_features(spec, modality, wanted, device)
+        return _among_measured(measured, chosen_features, modality, names, wanted is None)
     if wanted is None:
         return None, names
     chosen = as_list(argument, wanted)
@@ -132,15 +132,29 @@ def choose_features(
     return torch.from_numpy(places.astype(np.int64)).to(device), tuple(names[place] for place in places.tolist())
 
 
+def measured_features(
+    table: CellTable, modality: AnyModality, index: Tensor | None = None, in_all: bool = True
+) -> Tensor | None:
+    """Features that were measured in all cells with the modality, or in any, (F,), bool; None where all were in all.
+
+    ``index``, int64, are the cells, by default all of the table.
+    """
+    panels: Panels | None = modality.panels_in(table)
+    if panels is None:
+        return None
+    cells = modality.measured_in(table) if index is None else index[modality.measured_in(table)[index]]
+    measured = panels.measured[panels.code[cells].unique()]
+    return measured.all(0) if in_all else measured.any(0)
+
+
 def _among_measured(
-    panels: Panels,
+    measured: Tensor,
     chosen: tuple[Tensor | None, tuple[str, ...]],
     modality: AnyModality,
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Those of the chosen features that were measured in all cells: all of them, unless everything was chosen."""
-    measured = panels.measured[panels.code.unique()].all(0)
     places = torch.arange(len(every)) if chosen[0] is None else chosen[0].cpu()
     there = measured[places]
     lacking = [name for name, is_there in zip(chosen[1], there.tolist(), strict=True) if not is_there]
@@ -148,6 +162,11 @@ def _among_measured(
         raise ValueError(
             f"{modality.list_argument} holds {first_names(lacking)}, which were not measured in all of these cells: "
             "leave them out. get_normalized_expression and get_accessibility_estimates impute them."
+        )
+    if len(lacking) == len(chosen[1]):
+        raise ValueError(
+            f"No {modality.feature} was measured in all of these cells: choose cells of one batch (indices), whose "
+            f"{modality.features} are the same."
         )
     if lacking:
         logger.info("%d %s were not measured in all of these cells and are left out.", len(lacking), modality.features)

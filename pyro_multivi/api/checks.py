@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features
+from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features, measured_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import ATAC, RNA, Modality, modality_at, modelled
-from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
 from pyro_multivi.posterior.checks.request import CheckRequest, Statistics, batches_and_groups
 from pyro_multivi.posterior.checks.result import PredictiveCheck
@@ -144,7 +143,7 @@ class ChecksMixin(ModelBase):
             Column of obs, or a list of columns for the combinations of their values: statistics are also computed
             within its groups, as always within batches.
         gene_list, region_list
-            Features to check; default: all.
+            Features to check; default: all that were measured in all of these cells.
         hide_modalities
             Also hide each modality of the paired cells in turn, predict it from the other and score the prediction.
         hidden_depth
@@ -196,7 +195,7 @@ class ChecksMixin(ModelBase):
         ['statistic', 'gene', 'observed', 'replicated', 'lower', 'upper', 'p_value']
         """
         cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
-        features, names = self._features(gene_list, region_list, cells.table)
+        features, names = self._features(gene_list, region_list, cells)
         request = CheckRequest(
             features=features,
             feature_names=names,
@@ -270,16 +269,22 @@ class ChecksMixin(ModelBase):
         return tuple(dict.fromkeys(wanted))
 
     def _features(
-        self, gene_list: FeatureList, region_list: FeatureList, table: CellTable | None = None
+        self, gene_list: FeatureList, region_list: FeatureList, cells: Minibatches | None = None
     ) -> tuple[dict[Modality, Tensor | None], dict[Modality, tuple[str, ...]]]:
-        """Positions of the chosen features of each modality of the model, None for all, and their names."""
+        """Positions of the chosen features of each modality of the model, None for all, and their names.
+
+        With ``cells`` of those that were measured in all of them.
+        """
         positions, names = {}, {}
         for each, wanted in ((RNA, gene_list), (ATAC, region_list)):
             modality = each.in_model(self.program.config)
             if wanted is not None:
                 self._check_modality(modality.list_argument, modality.name)
             if modality in modelled(self.spec):
-                positions[modality], names[modality] = choose_features(self.spec, modality, wanted, self.device, table)
+                measured = None if cells is None else measured_features(cells.table, modality, cells.index)
+                positions[modality], names[modality] = choose_features(
+                    self.spec, modality, wanted, self.device, measured
+                )
         return positions, names
 
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:

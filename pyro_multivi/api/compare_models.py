@@ -14,6 +14,7 @@ from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.checks import caution, check_draws, check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.engine.likelihood import MarginalLikelihood, cells_for_likelihood, marginal_likelihood
@@ -211,6 +212,24 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
     totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]
     if has_factors[0] != has_factors[1] or not all(map(torch.equal, *totals)):
         raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
+    for modality in MODALITIES:
+        measured = [_measured_by_name(modality, model, cells) for _, model, cells in (one, other)]
+        if not measured[0].equals(measured[1]):
+            raise ValueError(
+                f"{pair} take different {modality.features} as measured: likelihoods of different counts cannot be "
+                "compared. Set up both with the same feature_masks."
+            )
+
+
+def _measured_by_name(modality: Modality, model: MULTIVI, cells: Minibatches) -> pd.DataFrame:
+    """Number of the cells in which each feature was measured, in the order of their names."""
+    table, names = cells.table, modality.feature_names_in(model.spec)
+    measured, panels = modality.measured_in(table)[cells.index], modality.panels_in(table)
+    if panels is None:
+        panels = Panels(torch.ones(1, len(names), dtype=torch.bool), torch.zeros(len(table), dtype=torch.int64))
+    code = panels.code[cells.index][measured]
+    sizes = torch.bincount(code, minlength=len(panels.measured))
+    return pd.DataFrame({"cells": (sizes @ panels.measured.long()).numpy()}, index=pd.Index(names)).sort_index()
 
 
 def _totals(modality: Modality, cells: Minibatches) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features
+from pyro_multivi.api.arguments import Batches, Data, FeatureList, choose_features, measured_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import DIFFERENTIAL, takes, tell_difference
 from pyro_multivi.api.scvi_tools.minified import check_counts
@@ -159,7 +159,9 @@ class DifferentialMixin(ModelBase):
             ``comparison``, ``group1``, ``group2``       with ``groupby``
             ===========================================  ====================================================
 
-            Statistics of raw counts are over the cells in which RNA was measured; NaN without any.
+            Statistics of raw counts are over the cells in which RNA was measured; NaN without any. Where genes differ
+            between batches, each is tested with the cells that measured it, ``n_measured1/2``; without any in a group
+            probabilities are NaN and calls NA.
             With ``mode="vanilla"``: ``proba_m1``, ``proba_m2`` (that group 1 or 2 is higher),
             ``bayes_factor``, scales, statistics and groups, in descending order of ``proba_m1``.
 
@@ -324,6 +326,7 @@ class DifferentialMixin(ModelBase):
             ``comparison``, ``group1``, ``group2``          with ``groupby``
             ==============================================  =================================================
 
+            Where regions differ between batches, with ``n_measured1/2`` as in :meth:`differential_expression`.
             With ``mode="vanilla"`` ``proba_m1`` and ``proba_m2`` take the place of the first two. Where fragments are
             counted ``est_fragments1/2`` (expected fragments in a cell of typical depth) and ``emp_fragments1/2`` (mean
             count) take the place of ``est_prob1/2``, and of ``emp_prob1/2`` in ``emp_effect``.
@@ -368,7 +371,9 @@ class DifferentialMixin(ModelBase):
         self._check_trained(warn=True)
         table, _ = self._table_of(arguments["adata"])
         wanted = arguments[modality.list_argument]
-        features, names = choose_features(self.spec, modality, wanted, self.device, table)
+        features, names = choose_features(
+            self.spec, modality, wanted, self.device, measured_features(table, modality, in_all=False)
+        )
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
         if arguments["unit"] == "group" or arguments["all_stats"]:
             check_counts(table, mend="give unit='cell' and all_stats=False")

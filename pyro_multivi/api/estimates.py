@@ -325,7 +325,7 @@ class EstimatesMixin(ModelBase):
         silent: bool | None = None,
         seed: int = 0,
     ) -> Data | Path:
-        """Impute expression of ATAC-only cells and accessibility of RNA-only cells.
+        """Impute expression of ATAC-only cells, accessibility of RNA-only cells, and features that a batch lacks.
 
         Parameters
         ----------
@@ -351,8 +351,8 @@ class EstimatesMixin(ModelBase):
                                                             ``measured_too`` of everything), csr; else empty
             ``layers["imputed_sd"]``, ``"imputed_lower"``,  with ``return_interval``
             ``"imputed_upper"``
-            ``obs["expression_source"]``,                   "measured" or "imputed": where a cell's entries
-            ``obs["accessibility_source"]``                 of a modality come from
+            ``obs["expression_source"]``,                   "measured", "imputed" or "measured in part": where
+            ``obs["accessibility_source"]``                 a cell's entries of a modality come from
             ``uns["imputation"]``                           the arguments, as JSON
             ==============================================  ==================================================
 

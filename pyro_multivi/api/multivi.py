@@ -29,6 +29,7 @@ from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.datasets.stores.open import open_stores
 from pyro_multivi.isolation import isolated
+from pyro_multivi.networks.panels import start_typical
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -201,8 +202,11 @@ class MULTIVI(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed_or(seed))
             program = program_class(config)
-        program.start_from(table.marginals(config.counts_fragments))
+        marginals = table.marginals(config.counts_fragments)
+        program.start_from(marginals)
         program.start_extra_from(table)
+        if any(modality.panels_in(table) is not None for modality in MODALITIES):
+            start_typical(program, table.blocks(), marginals)
         program.eval()
         self._assemble(spec, program, adata, table)
 

@@ -1,4 +1,4 @@
-"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``describe`` and ``convert``."""
+"""Command line: ``pyro-multivi demo``, ``train``, ``check``, ``differential``, ``map``, ``describe``, ``convert``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": ("train", "train"),
     "check": ("check", "check"),
     "differential": ("differential", "differential"),
+    "map": ("map", "map_query"),
     "describe": ("describe", "describe"),
     "convert": ("convert", "convert"),
 }

@@ -5,26 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyro_multivi._optional import require
 from pyro_multivi.cli.inputs import load_model
-from pyro_multivi.cli.outputs import refuse_existing
+from pyro_multivi.cli.outputs import check_table, write_table
 from pyro_multivi.data.modality import modelled
-from pyro_multivi.files import write_whole
 
 
 def differential(options: argparse.Namespace) -> None:
     """Compare groups of cells and write a table."""
     out: Path = options.out
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give a file.")
-    if out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}.")
-    refuse_existing(out.parent, [out.name], options.overwrite)
-    if out.suffix == ".parquet":
-        # A missing package is reported before the work.
-        require("pyarrow", "parquet")
+    check_table(out, options.overwrite)
     model = load_model(options)
     modality = options.modality or modelled(model.spec)[0].name
     table = getattr(model, f"differential_{modality}")(
@@ -42,8 +31,7 @@ def differential(options: argparse.Namespace) -> None:
     )
     # A feature has a row in each comparison: a column, unlike an index, need not be unique.
     table = table.rename_axis("feature").reset_index()
-    content = table.to_csv(index=False).encode() if out.suffix == ".csv" else table.to_parquet(index=False)
-    write_whole(out, content)
+    write_table(table, out)
     called = next((name for name in map(str, table) if name.startswith(("is_de_fdr", "is_da_fdr"))), None)
     for comparison, rows in table.groupby("comparison", sort=False):
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"

@@ -20,7 +20,9 @@ from pyro_multivi.api.saving.folder import read_model
 from pyro_multivi.data.checks import first_names, nearest
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
+from pyro_multivi.data.setup.masks.panels import numbers_of_cells
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
+from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.vocabulary import PAIRED, feature_type_column, spelled
 from pyro_multivi.datasets.assembly import existing
 from pyro_multivi.datasets.examples import cell_lines
@@ -67,7 +69,11 @@ def named_paths(paths: Sequence[str]) -> dict[str, str] | None:
 
 
 def read_samples(
-    paths: Mapping[str, str], setup: Setup, options: argparse.Namespace, names_needed: bool = True
+    paths: Mapping[str, str],
+    setup: Setup,
+    options: argparse.Namespace,
+    names_needed: bool = True,
+    features: str = "intersection",
 ) -> AnnData:
     """Join the samples of several files, without the cells that options leave out; what was kept is printed.
 
@@ -92,7 +98,7 @@ def read_samples(
                 own = setup_of(data, setup, places)
                 yield name, prepare(data, own, options, lambda counts, _: np.ones(len(counts.columns), bool))
 
-    joined_cells = joined(prepared(), setup, SAMPLE_KEYS, modalities=places, names_needed=names_needed)
+    joined_cells = joined(prepared(), setup, SAMPLE_KEYS, features, modalities=places, names_needed=names_needed)
     if options.feature_type is not None and not unstated:
         raise ValueError(f"--feature-type {options.feature_type}: every file says the types of its features.")
     print(f"kept of each sample:\n{joined_cells.uns[UNS_KEY]['samples'].to_string()}")
@@ -105,22 +111,38 @@ def load_model(options: argparse.Namespace) -> MULTIVI:
     if options.data == ["demo"] and not Path("demo").exists():
         data = cell_lines()
     elif options.data:
-        spec = Description.of(read_model(options.model), f"dir_path={str(options.model)!r}").spec
-        samples, key = named_paths(options.data), spec.setup.batch_key
-        if samples is None:
-            data = read_cells(options.data[0])
-            if key in SAMPLE_KEYS and key not in data.obs:
-                data.obs[key] = sample_name(options.data[0])
-            state_features(data, spec.setup.feature_type_key, options)
-        else:
-            data = read_samples(samples, spec.setup, options, names_needed=False)
-        if options.feature_type or options.min_counts or options.round:
-            names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
-            data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
+        data = data_for(spec_of(options.model), options.data, options)
     model = MULTIVI.load(options.model, data)
     if model.adata is None:
-        raise ValueError(f"{str(options.model)!r} holds no data: give DATA, the file of the cells, after it.")
+        how = (
+            "--reference DATA, the file of its cells"
+            if "reference" in options
+            else "DATA, the file of the cells, after it"
+        )
+        raise ValueError(f"{str(options.model)!r} holds no data: give {how}.")
     return model
+
+
+def spec_of(model: Path) -> DataSpec:
+    """Specification of a saved model."""
+    return Description.of(read_model(model), f"dir_path={str(model)!r}").spec
+
+
+def data_for(spec: DataSpec, paths: Sequence[str], options: argparse.Namespace) -> Any:
+    """Cells of one or several files for a saved model: an AnnData or a MuData."""
+    samples, key = named_paths(paths), spec.setup.batch_key
+    if samples is None:
+        data = read_cells(paths[0])
+        if key in SAMPLE_KEYS and key not in data.obs:
+            data.obs[key] = sample_name(paths[0])
+        state_features(data, spec.setup.feature_type_key, options)
+    else:
+        features = "intersection" if spec.setup.feature_masks is None else "union"
+        data = read_samples(samples, spec.setup, options, names_needed=False, features=features)
+    if options.feature_type or options.min_counts or options.round:
+        names = {modality: modality.feature_names_in(spec) for modality in MODALITIES}
+        data = prepare(data, spec.setup, options, lambda counts, _: counts.features.isin(names[counts.modality]))
+    return data
 
 
 def state_features(data: Any, key: str, options: argparse.Namespace) -> None:
@@ -176,6 +198,8 @@ class _Detected:
     counts: Counts
     positive: sp.csr_matrix
     listed: Mask
+    # Number of cells, out of some, in which each feature was measured.
+    n_cells: Callable[[Mask], Any]
 
     @classmethod
     def of(cls, opened: Opened) -> dict[Modality, _Detected]:
@@ -185,7 +209,7 @@ class _Detected:
                 made[id(counts.matrix)] = sp.csr_matrix(counts.matrix > 0)
         n = len(opened.cells)
         return {
-            modality: cls(counts, made[id(counts.matrix)], counts.present(n))
+            modality: cls(counts, made[id(counts.matrix)], counts.present(n), numbers_of_cells(opened, counts))
             for modality, counts in opened.counts.items()
         }
 
@@ -198,10 +222,10 @@ class _Detected:
         return rows if self.counts.rows is None else np.where(self.listed, rows[self.counts.rows], 0)
 
     def share(self, cells: Mask) -> Values:
-        """Share of some cells of the data set in which each feature is detected."""
+        """Share of some cells of the data set, those that measured it, in which each feature is detected."""
         weights = np.zeros(self.positive.shape[0], dtype=np.float64)
         weights[np.flatnonzero(cells) if self.counts.rows is None else self.counts.rows[cells & self.listed]] = 1
-        return np.asarray(self.positive.T @ weights).ravel()[self.counts.columns] / max(cells.sum(), 1)
+        return np.asarray(self.positive.T @ weights).ravel()[self.counts.columns] / np.maximum(self.n_cells(cells), 1)
 
 
 #: Features of a modality that are kept, from its counts and the share of measured cells in which each is detected.

@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
+from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.api.saving.folder import data_of_others, foreign
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.files import write_whole
 
 
 def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool) -> None:
@@ -23,6 +27,25 @@ def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool) -> None
             f"{folder} holds {first_names(there)} already: give --overwrite to replace what an earlier run wrote, or "
             "another --out."
         )
+
+
+def check_table(out: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a path that is not that of a table, or one that is there."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file.")
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}.")
+    refuse_existing(out.parent, [out.name], overwrite)
+    if out.suffix == ".parquet":
+        # A missing package is reported before the work.
+        require("pyarrow", "parquet")
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write a table whose rows are named by a column."""
+    write_whole(out, table.to_csv(index=False).encode() if out.suffix == ".csv" else table.to_parquet(index=False))
 
 
 def make_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:

@@ -25,8 +25,8 @@ def command_parser() -> argparse.ArgumentParser:
         "train",
         help="train on files of yours",
         description="Train on one file, or on several samples: each may have RNA, ATAC or both. Of a modality the "
-        "features are kept that all samples with it have; the rest is counted. Barcodes that occur in more than one "
-        "sample get the name of theirs behind.",
+        "features are kept that all samples with it have; the rest is counted (--features union keeps all). Barcodes "
+        "that occur in more than one sample get the name of theirs behind.",
     )
     train.add_argument(
         "data",
@@ -39,6 +39,15 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--layer", help="layer with the raw counts")
     train.add_argument("--batch-key", help="obs column of batches")
     train.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
+    train.add_argument(
+        "--features",
+        choices=["intersection", "union"],
+        default="intersection",
+        help="of several samples: features that all have, or any, masked in samples that lack them (default: "
+        "intersection)",
+    )
+    train.add_argument("--feature-masks", metavar="KEY", help="varm table of the features measured in each batch")
+    train.add_argument("--panel-key", help="obs column that names the columns of that table (default: --batch-key)")
     train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
     train.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
     for modality in MODALITIES:
@@ -107,6 +116,29 @@ def command_parser() -> argparse.ArgumentParser:
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
     differential.add_argument("--seed", type=int, default=0)
     differential.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    mapping = commands.add_parser(
+        "map",
+        help="place cells of a query among those of a saved model, and carry labels over to them",
+        description="Map a query, cells of new batches with RNA, ATAC or both, onto a saved model. Features are found "
+        "by name; those that the query lacks count as not measured. The table has the cells' latent states, and with "
+        "--labels the label of their neighbours and its confidence.",
+    )
+    mapping.add_argument("model", type=Path, help="folder of a saved model")
+    mapping.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
+    mapping.add_argument("--batch", metavar="NAME", help="batch of the query, where it has no column of batches")
+    mapping.add_argument("--labels", metavar="KEY", help="obs column of the model's own cells to carry over")
+    mapping.add_argument(
+        "--reference", nargs="+", default=[], metavar="DATA", help="those cells, if the model's folder holds no data"
+    )
+    mapping.add_argument("--threshold", type=float, default=0.5, help="least confidence of a label (default: 0.5)")
+    mapping.add_argument("--n-neighbors", type=int, default=15, help="cells whose labels count (default: 15)")
+    mapping.add_argument("--max-epochs", type=int, default=0, help="train what is new in the query (default: 0, not)")
+    _add_data(mapping)
+    mapping.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    _add_overwrite(mapping)
+    mapping.add_argument("--seed", type=int, default=0)
+    mapping.add_argument("--quiet", action="store_true", help="no progress bar")
 
     describe = commands.add_parser("describe", help="what a saved model is, without loading it")
     describe.add_argument("model", type=Path, help="folder of a saved model")

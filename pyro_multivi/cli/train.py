@@ -66,7 +66,8 @@ def train(options: argparse.Namespace) -> None:
         given = {each.features: getattr(options, each.key) for each in MODALITIES}
         whole = Setup("anndata", options.layer, options.layer, modality_key=modality_key, feature_type_key=key)
         whole = with_feature_types(whole, {features: word for features, word in given.items() if word is not None})
-        data = read_samples(samples or {sample_name(options.data[0]): options.data[0]}, whole, options)
+        samples = samples or {sample_name(options.data[0]): options.data[0]}
+        data = read_samples(samples, whole, options, features=options.features)
         if options.batch_from_file:
             batch_key = data.uns[UNS_KEY]["samples"].index.name
         elif batch_key is None:
@@ -76,6 +77,8 @@ def train(options: argparse.Namespace) -> None:
         "modality_key": modality_key,
         "categorical_covariate_keys": options.categorical_covariate or None,
         "continuous_covariate_keys": options.continuous_covariate or None,
+        "feature_masks": options.feature_masks,
+        "panel_key": options.panel_key,
     }
     if isinstance(data, AnnData):
         words = feature_types(data, key, options)

@@ -350,3 +350,13 @@ _PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
     "str | torch.device": _device,
     "torch.device | str": _device,
 }
+
+
+def check_once(table: Any, key: str, where: str) -> None:
+    """Refuse a column that is there more than once."""
+    number = list(table.columns).count(key)
+    if number > 1:
+        raise ValueError(
+            f"{where} has {number} columns called {key!r}, and which is meant cannot be known. Keep one: "
+            f"{where} = {where}.loc[:, ~{where}.columns.duplicated()]."
+        )

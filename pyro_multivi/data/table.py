@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Measurement, Panels
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 
@@ -212,10 +212,13 @@ class CellTable:
             **parts,
         )
 
-    def marginals(self, counts_fragments: bool = False) -> Marginals:
-        """Statistics over the measured cells, with ``counts_fragments`` also of counts of fragments."""
-        blocks = (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
-        return Marginals.of(blocks, self.n_batch, counts_fragments)
+    def marginals(self, counts_fragments: bool = False, shares: Mapping[Modality, Tensor] | None = None) -> Marginals:
+        """Statistics over the measured cells; arguments as in :meth:`Marginals.of`."""
+        return Marginals.of(self.blocks(), self.n_batch, counts_fragments, shares)
+
+    def blocks(self) -> Iterator[Cells]:
+        """All cells, some at a time."""
+        return (self.batch(part) for part in torch.arange(len(self)).split(_BLOCK) if len(part))
 
 
 def cut(

@@ -29,14 +29,16 @@ from pyro_multivi.data.checks import (
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, frame_of, open_data
 from pyro_multivi.data.setup.counts import read_whole
+from pyro_multivi.data.setup.masks.declared import PANEL_ENTRY
 from pyro_multivi.data.setup.modalities import Measured, find_measured, has_counts
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
 from pyro_multivi.datasets.assembly import join_rows, moved, unlike_columns, with_unique_names
+from pyro_multivi.datasets.features.shared import shared_features
+from pyro_multivi.datasets.features.union import described, masks, refuse_masks, united_features
 from pyro_multivi.datasets.readers import read, sample_name
-from pyro_multivi.datasets.shared_features import shared_features
 
 _log = logging.getLogger("pyro_multivi")
 
@@ -62,9 +64,8 @@ def join_samples(
     """Join several samples, each with its own modalities, into one AnnData.
 
     A sample may have RNA, ATAC or both, in all cells or in some. A modality that a sample lacks is masked for its
-    cells. In training a single feature cannot be masked so, and a zero would say it was measured: of a modality those
-    features are kept that all samples with this modality have. Features left out are logged (:mod:`logging`, level
-    warning).
+    cells. Of a modality those features are kept that all samples with this modality have, the others being logged
+    (:mod:`logging`, level warning); or with ``features="union"`` all, masked in the cells of samples that lack them.
 
     Set the result up with the same arguments, ``setup_anndata(joined, batch_key="sample", modality_key="modality")``.
 
@@ -75,8 +76,8 @@ def join_samples(
         a path gives the name, ``"A"`` for ``A.h5`` and ``"S1"`` for ``S1/outs/filtered_feature_bc_matrix.h5``; objects
         are called ``"sample_0"``, ``"sample_1"``, ...
     features
-        ``"intersection"``, or ``"union"``, which is an error if it would need a feature that a sample with this
-        modality did not measure: :meth:`MULTIVI.load_query_data` maps such a sample onto a model of the others.
+        ``"intersection"`` or ``"union"``. Samples of a union must share some features of a modality, if only by way of
+        a third one.
     sample_key
         Column of ``obs`` to write, with the name of the sample.
     modality_key
@@ -100,7 +101,9 @@ def join_samples(
         they are, but a name that occurs in more than one sample becomes ``name_sample`` in each. ``var`` has genes,
         then regions, each in the order and with the columns of the first sample that has the modality.
         ``uns["pyro_multivi"]["samples"]`` is a table of what was kept: for each sample the number of cells of each
-        pattern, of genes and regions, and of those kept. ``obsm``, ``varm`` and ``raw`` are not taken over.
+        pattern, of genes and regions, and of those kept. Where a sample lacks features of a union,
+        ``varm["pyro_multivi_measured"]`` tells which each measured; the setup finds it. Their own ``obsm``, ``varm``
+        and ``raw`` are not taken over.
 
     Raises
     ------
@@ -182,19 +185,24 @@ def joined(
     if names_needed:
         _check_found(parts, setup, places)
     _caution_of_same_cells(parts)
-    kept = {modality: shared_features(modality, _features_of(modality, parts), features) for modality in MODALITIES}
-    var = join_rows([_first_var(modality, parts).loc[names] for modality, names in kept.items() if len(names)])
+    var_of = {each: {part.name: part.var[each] for part in parts if each in part.var} for each in MODALITIES}
+    find = united_features if features == "union" else shared_features
+    kept = {modality: find(modality, found) for modality, found in var_of.items()}
+    var = join_rows([described(var_of[modality], names) for modality, names in kept.items() if len(names)])
     check_unique(var.index, "the genes and regions together", "rename the genes or the regions")
     types = [setup.types_of(modality)[0] for modality in MODALITIES]
     var[setup.feature_type_key] = pd.Categorical(np.repeat(types, [len(names) for names in kept.values()]))
     x = sp.vstack([part.over(kept) for part in parts], format="csr")
     layer, sample_key = setup.rna_layer, _free_key(parts, sample_keys)
+    varm = masks(var_of, kept, [part.name for part in parts])
+    noted = {PANEL_ENTRY: sample_key} if varm else {}
     return AnnData(
         x if layer is None else None,
         obs=_join_obs(parts, sample_key, setup.modality_key or MODALITY_KEY),
         var=var,
         layers={} if layer is None else {layer: x},
-        uns={UNS_KEY: {"samples": _report(parts, kept).rename_axis(sample_key)}},
+        uns={UNS_KEY: {"samples": _report(parts, kept).rename_axis(sample_key), **noted}},
+        varm=varm,
     )
 
 
@@ -219,6 +227,7 @@ class _Part:
                 raise TypeError(f"must be an AnnData, a MuData or a path, got {shown(sample)}.")
             own = setup_of(data, setup, places)
             opened = open_data(data, own)
+            refuse_masks(opened)
             counts = read_whole(opened.counts, {each: tuple(found.features) for each, found in opened.counts.items()})
             has_key = own.modality_key is not None and opened.has_column("modality_key", own.modality_key)
             counted = has_counts(opened, counts)
@@ -346,14 +355,6 @@ def _caution_of_same_cells(parts: Sequence[_Part]) -> None:
                 )
 
 
-def _features_of(modality: Modality, parts: Sequence[_Part]) -> dict[str, pd.DataFrame]:
-    return {part.name: part.var[modality] for part in parts if modality in part.var}
-
-
-def _first_var(modality: Modality, parts: Sequence[_Part]) -> pd.DataFrame:
-    return next(iter(_features_of(modality, parts).values()))
-
-
 def _free_key(parts: Sequence[_Part], keys: Sequence[str]) -> str:
     """The first of some columns in which no sample has anything but its name."""
     taken = ""
@@ -392,7 +393,7 @@ def _report(parts: Sequence[_Part], kept: Mapping[Modality, pd.Index[str]]) -> p
     for part in parts:
         row = {"cells": len(part.obs), **part.measured.sizes()}
         for modality, names in kept.items():
-            row[modality.features] = len(part.var.get(modality, ()))
-            row[f"{modality.features}_kept"] = len(names) if modality in part.var else 0
+            own = part.var[modality].index if modality in part.var else pd.Index([])
+            row |= {modality.features: len(own), f"{modality.features}_kept": int(names.isin(own).sum())}
         rows[part.name] = row
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -166,16 +166,31 @@ class CellDistribution(TorchDistribution):
             setattr(new, name, None if value is None else _select(value, features, self.event_shape[0]))
         return new
 
+    def _of_cells(self, cells: Tensor) -> CellDistribution:
+        """The distribution of some cells of the last batch dimension, at positions (b,), int64, ascending."""
+        new = copy.copy(self)
+        new._rows = None
+        new._batch_shape = torch.Size([*self.batch_shape[:-1], len(cells)])
+        if isinstance(self._mask, Tensor):
+            new._mask = self._mask.index_select(-1, cells)
+        for name in (*self.feature_parameters, *self.cell_parameters):
+            value, axis = getattr(self, name), -1 if name in self.cell_parameters else -2
+            setattr(new, name, None if value is None else _select_cells(value, cells, axis, self.batch_shape[-1]))
+        return new
+
     def _log_prob_of_panels(self, value: Tensor, panels: Panels) -> Tensor:
+        nothing = copy.copy(self)
+        nothing._panels, nothing._mask = None, False
+        result = nothing.log_prob(value)
         # The host waits for an accelerator to know the panels of these cells.
-        codes = panels.code.unique().tolist()
-        total: Tensor | None = None
-        for code in codes:
+        counted = self._mask.reshape(-1, len(panels.code)).any(0) if isinstance(self._mask, Tensor) else None
+        for code in (panels.code if counted is None else panels.code[counted]).unique().tolist():
+            cells = (panels.code == code).nonzero().squeeze(-1)
             features = panels.measured[code].nonzero().squeeze(-1)
-            fn = self._of_features(features)
-            part = (fn if len(codes) == 1 else fn.mask(panels.code == code)).log_prob(_select_counts(value, features))
-            total = part if total is None else total + part
-        return self.mask(False).log_prob(value) if total is None else total
+            own = _select_counts(_select_cells(value, cells, -2, len(panels.code)), features)
+            part = self._of_cells(cells)._of_features(features).log_prob(own)
+            result = result.index_copy(-1, cells, part.expand(*result.shape[:-1], len(cells)))
+        return result
 
     def __repr__(self) -> str:
         masked = "" if self._mask is True else ", masked"
@@ -317,6 +332,17 @@ def _select(value: Tensor, features: Tensor, n_features: int) -> Tensor:
     if isinstance(value, Readout):
         return value.of_features(features)
     return value[..., features] if value.shape[-1] == n_features else value
+
+
+def _select_cells(value: Tensor, cells: Tensor, axis: int, n_cells: int) -> Tensor:
+    """Some cells of a parameter or of counts; itself where it is shared by all."""
+    if isinstance(value, SparseCounts):
+        return value.select_rows(cells)
+    part = value.hidden if isinstance(value, Readout) else value
+    if part.dim() < -axis or part.shape[axis] != n_cells:
+        return value
+    part = part.index_select(axis, cells)
+    return value.with_hidden(part) if isinstance(value, Readout) else part
 
 
 def _select_counts(value: Tensor, features: Tensor) -> Tensor:

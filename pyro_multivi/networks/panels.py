@@ -11,18 +11,23 @@ said the same. (The means alone in place of what is missing would draw all cells
 lines they carried over fewer labels by ATAC than zeros did.) A cell's depth is that of the panel divided by the share
 of a typical cell's counts that the panel holds. The likelihood leaves missing features out
 (:func:`pyro_multivi.distributions.measured_only`). The means are buffers of the program (``rna_typical``,
-``atac_typical``), set by :mod:`pyro_multivi.posterior.mapping.typical`.
+``atac_typical``): of data in which features are missing they are those of the cells that measured each
+(:func:`start_typical`), for queries of a model of other data those of cells that it generates
+(:mod:`pyro_multivi.posterior.mapping.typical`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.minified.layout import stored_part
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
 
@@ -54,6 +59,46 @@ def typical_buffer(program: Any, modality: Modality) -> Tensor:
     return buffer
 
 
+@torch.no_grad()
+def start_typical(program: Any, blocks: Iterable[Cells], marginals: Marginals) -> None:
+    """Set the typical counts and encoder inputs of a program from data, over the cells that measured each feature.
+
+    Parameters
+    ----------
+    blocks
+        Minibatches that together are the data set, on the program's device.
+    marginals
+        Statistics of the same data.
+    """
+    regions = marginals.region_share if marginals.fragments is None else marginals.fragments.region_share
+    of = {RNA: marginals.gene_share, ATAC: regions}
+    shares = {modality: of[modality] for modality in modelled(program.config)}
+    for modality, share in shares.items():
+        typical_buffer(program, modality)[0] = share
+    total = {modality: torch.zeros_like(share) for modality, share in shares.items()}
+    n_cells = {modality: torch.zeros_like(share) for modality, share in shares.items()}
+    for cells in blocks:
+        for modality in shares:
+            counts, measured = modality.counts_in(cells), modality.measured_in(cells)
+            panels: Panels | None = modality.panels_in(cells)
+            options = {"share": measured_share(program, cells, modality)} if modality == RNA else {}
+            total[modality] += _feature_sums(getattr(program, f"{modality.key}_input")(counts, **options), measured)
+            if panels is None:
+                n_cells[modality] += measured.sum()
+            else:
+                sizes = torch.bincount(panels.code[measured], minlength=len(panels.measured))
+                n_cells[modality] += sizes.to(total[modality].dtype) @ panels.measured.to(total[modality].dtype)
+    for modality, inputs in total.items():
+        typical_buffer(program, modality)[1] = inputs / n_cells[modality].clamp(min=1)
+
+
+def _feature_sums(values: Tensor, measured: Tensor) -> Tensor:
+    """Sum of each feature over the measured cells, (F,); other cells hold zeros."""
+    if isinstance(values, SparseCounts):
+        return torch.bincount(values.col, weights=values.val.double(), minlength=values.shape[1]).float()
+    return values[measured].sum(0)
+
+
 def missing_input(program: Any, cells: Cells | CellTable, modality: Modality) -> MissingInput | None:
     """Correction for what was not measured; None where everything was."""
     panels: Panels | None = modality.panels_in(cells)
@@ -71,7 +116,8 @@ def measured_share(program: Any, cells: Cells | CellTable, modality: Modality) -
     if panels is None:
         return None
     share = _typical(program, modality)[0]
-    return (panels.measured.to(share.dtype) @ share).clamp(min=_LEAST_SHARE)[panels.code]
+    # Of a table on the CPU too.
+    return (panels.measured.to(share) @ share).clamp(min=_LEAST_SHARE)[panels.code.to(share.device)]
 
 
 def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
@@ -113,6 +159,6 @@ def _typical(program: Any, modality: Modality) -> Tensor:
     if not bool(typical.any()):
         raise ValueError(
             f"Some {modality.features} were not measured in these cells, and this program has no means to put in their "
-            "place: pyro_multivi.posterior.mapping.typical.set_typical(program) sets them."
+            "place: pyro_multivi.networks.panels.start_typical(program, table.blocks(), table.marginals()) sets them."
         )
     return typical

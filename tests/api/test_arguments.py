@@ -103,6 +103,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("extra_obsm_keys", "extra_modalities"), _NAMES),
     "modality_values": (5, "x", [1], {"a": "nonsense"}, {"a": 5}, {"a": None}, True, THING),
     "feature_type_values": (5, "x", [1], {"nonsense": "a"}, {"genes": 5}, {"genes": [5]}, True, THING),
+    **dict.fromkeys(("feature_masks", "panel_key"), ("nonsense", "", 5, True, ["batch"], THING)),
     "modalities": (5, "x", [1], {"nonsense": "rna"}, {"rna_layer": "nonsense"}, {"rna_layer": 5}, True, THING),
     "mudata_modalities": (5, "rna", ("rna",), ("rna", "x", "y"), (1, 2), None, True, THING),
     "models": (5, None, "x", {}, [1, 2], {"a": 5, "b": 6}, True, THING),

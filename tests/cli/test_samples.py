@@ -97,6 +97,19 @@ def test_several_files_are_trained_on_and_given_again(run):
     assert "written to de.csv" in table
 
 
+def test_union_of_files(run):
+    for name, part in (("A", slice(4, None)), ("B", slice(0, 10))):
+        adata = pm.read(f"{name}.h5ad")
+        adata[:, part].copy().write_h5ad(f"{name}.h5ad")
+    out = run("train", "A.h5ad", "B.h5ad", "C.h5ad", "--batch-from-file", "--features", "union", "--out", "out", *QUICK)
+    report = out.partition("pyro-multivi setup")[2]
+    assert "the others are masked there" in report.partition("measured    B: 10 of ")[2].partition("\n")[0]
+    again, latent = loaded("A.h5ad", "B.h5ad", "C.h5ad"), pd.read_csv("out/latent.csv", index_col="cell")
+    np.testing.assert_allclose(again.get_latent_representation(), latent, atol=1e-5)
+    # What one file alone lacks was not measured in it, as it was in training.
+    np.testing.assert_allclose(loaded("B.h5ad").get_latent_representation(), latent[20:40], atol=1e-5)
+
+
 def test_batches_and_columns_of_samples(run, cells):
     error = run("train", "A.h5ad", "B.h5ad", "--batch-from-file", "--batch-key", "x", "--out", "out", *QUICK)
     assert "--batch-from-file and --batch-key both say what the batches are" in error

@@ -62,17 +62,6 @@ def test_features_that_all_samples_with_a_modality_have_are_kept(multi, rna, ata
     ]
 
 
-def test_union_where_a_feature_would_be_a_false_zero(multi, rna, atac):
-    message = (
-        "union' is not possible: of 3 genes 2 are measured in all samples with RNA, and 'gC' of 'rna' is not in 'm'"
-        r".*MULTIVI.load_query_data\(sample, model\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        join_samples({"m": multi, "rna": rna}, features="union")
-    # Samples of other modalities lack no feature: their cells are masked.
-    assert join_samples({"rna": rna, "atac": atac}, features="union").shape == (3, 5)
-
-
 def test_union_of_the_same_features_is_their_intersection(multi):
     samples = {"one": multi, "two": multi[:, ::-1].copy()}
     shared, union = join_samples(samples), join_samples(samples, features="union")

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
+from pyro_multivi.data.modality import PROTEIN, RNA, Modality, modelled
 from pyro_multivi.data.setup.adapter import Opened, open_data
 from pyro_multivi.data.setup.covariates import categories
 from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.networks.panels import measured_share
+from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.networks.surgery import Growth, Parts
 from pyro_multivi.posterior.mapping.typical import set_typical
 from pyro_multivi.program import MultiVIProgram
@@ -90,35 +90,26 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
     """
     for extra in program.modelled_extra:
         extra.start_batches_from(table, n_known)
-    set_typical(program, n_known)
+    if not any(bool(typical_buffer(program, modality).any()) for modality in modelled(program.config)):
+        set_typical(program, n_known)
     _set_fragments_prior(program, table, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return
-    marginals = table.marginals()
+    marginals = table.marginals(shares=_shares(program))
     program.library_log_mean[n_known:] = marginals.library_log_mean[n_known:]
     program.library_log_var[n_known:] = marginals.library_log_var[n_known:]
-    share = measured_share(program, table, RNA)
-    if share is None:
-        return
-    for code in range(n_known, program.config.n_batch):
-        cells = RNA.measured_in(table) & (table.batch_code == code)
-        # Of a batch without RNA the mean is that of all cells with it.
-        cells = cells if bool(cells.any()) else RNA.measured_in(table)
-        program.library_log_mean[code] -= share[cells.to(share.device)].log().mean()
+
+
+def _shares(program: MultiVIProgram) -> dict[Modality, torch.Tensor]:
+    """Share of each feature in a typical cell's counts, by which depths are those of all features."""
+    return {modality: typical_buffer(program, modality)[0] for modality in modelled(program.config)}
 
 
 def _set_fragments_prior(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
     """Prior of the number of fragments of new batches, in models that count them."""
     if not program.config.counts_fragments or not bool((table.has_atac & (table.batch_code >= n_known)).any()):
         return
-    fragments = table.marginals(counts_fragments=True).fragments
+    fragments = table.marginals(counts_fragments=True, shares=_shares(program)).fragments
     assert fragments is not None
-    share = measured_share(program, table, ATAC)
     program.fragments_log_mean[n_known:] = fragments.log_mean[n_known:]
     program.fragments_log_var[n_known:] = fragments.log_var[n_known:]
-    if share is None:
-        return
-    for code in range(n_known, program.config.n_batch):
-        cells = table.has_atac & (table.batch_code == code)
-        cells = cells if bool(cells.any()) else table.has_atac
-        program.fragments_log_mean[code] -= share[cells.to(share.device)].log().mean()

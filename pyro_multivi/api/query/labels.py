@@ -106,9 +106,19 @@ def _measured_alike(table: CellTable) -> list[Tensor]:
 
 
 def _measured_as_much(reference: CellTable, labelled: Tensor, like: Cells) -> Tensor:
-    """Positions of the labelled cells in which all modalities of a query cell were measured, int64."""
+    """Positions of the labelled cells in which all that was measured in a query cell was measured too, int64.
+
+    Where no reference cell was measured for all its features, its modalities decide.
+    """
     enough = torch.ones(len(reference), dtype=torch.bool)
+    features = enough.clone()
     for modality in MODALITIES:
-        if bool(modality.measured_in(like)[0]):
-            enough &= modality.measured_in(reference)
-    return labelled[enough[labelled]]
+        if not bool(modality.measured_in(like)[0]):
+            continue
+        enough &= modality.measured_in(reference)
+        panels, own = modality.panels_in(reference), modality.panels_in(like)
+        if panels is not None:
+            lacks = ~panels.measured if own is None else ~panels.measured & own.measured[own.code[0]].cpu()
+            features &= ~lacks.any(1)[panels.code]
+    found = labelled[(enough & features)[labelled]]
+    return found if len(found) else labelled[enough[labelled]]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import ExtraFeatures
 from pyro_multivi.data.modality import PROTEIN, Modality
-from pyro_multivi.data.setup.adapter import MEASURED_COLUMN, Counts, layer_names
+from pyro_multivi.data.setup.adapter import Counts, layer_names
+from pyro_multivi.data.setup.masks.declared import MASKS_KEY, MEASURED_COLUMN
 from pyro_multivi.data.setup.options import is_lazy
 from pyro_multivi.data.setup.spec import DataSpec
 
@@ -64,6 +65,7 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
     if type_key is not None:
         var[type_key] = pd.Categorical(types) if isinstance(part.var[type_key].dtype, pd.CategoricalDtype) else types
     var[MEASURED_COLUMN] = take >= 0
+    masks = {key: part.varm[key] for key in (spec.setup.feature_masks, MASKS_KEY) if key in part.varm}
     made = AnnData(
         X=None if part.X is None else _columns(part.X, take),
         obs=part.obs.copy(),
@@ -71,11 +73,18 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
         uns=dict(part.uns),
         obsm={key: value.copy() for key, value in part.obsm.items()},
         obsp={key: value.copy() for key, value in part.obsp.items()},
+        varm={key: _masks_at(table, take, var_names) for key, table in masks.items()},
         layers={key: _columns(part.layers[key], take) for key in layer_names(part.layers)},
     )
     if part.raw is not None:
         made.raw = part.raw.to_adata()
     return made
+
+
+def _masks_at(table: pd.DataFrame, take: NDArray[np.intp], names: pd.Index[Any]) -> pd.DataFrame:
+    """Feature masks in the order of the reference, False for what is missing."""
+    found = table.iloc[np.where(take < 0, 0, take)].set_axis(names)
+    return found & (take >= 0)[:, None]
 
 
 def proteins_in_reference_order(part: AnnData, owner: str, spec: DataSpec) -> AnnData:

@@ -12,10 +12,11 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import check_strings, check_unique, first_names, shown, unknown_key
+from pyro_multivi.data.checks import check_once, check_strings, check_unique, first_names, shown, unknown_key
 from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
+from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
 from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
@@ -24,9 +25,6 @@ from pyro_multivi.data.vocabulary import spelled
 _PEEK = 200
 # Values of which most lie this near to whole numbers were counts before they were computed with.
 _NEARLY, _MOSTLY = 0.01, 0.95
-
-#: Column of var that is False for features that an object holds, as zeros, without their having been measured.
-MEASURED_COLUMN = "pyro_multivi_measured"
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Counts:
         Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
     hint
         Suggests where raw counts may be found if these are none.
+    masks
+        Features that were measured in each panel; None if all were.
     """
 
     modality: Modality
@@ -60,6 +60,7 @@ class Counts:
     cells: pd.Index[Any]
     rows: NDArray[np.intp] | None
     hint: Callable[[], str]
+    masks: FeatureMasks | None = None
 
     def present(self, n_cells: int) -> NDArray[np.bool_]:
         """Whether each cell of the data set has a row, shape (n_cells,)."""
@@ -88,6 +89,8 @@ class Opened:
         Extra modalities by name, those that are there.
     posterior
         Of minified data, the posterior of the cells, (n, P).
+    panel_keys
+        Columns that may hold the panels of the masks.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Opened:
     ignored: dict[str, int] = field(default_factory=dict)
     extra: dict[str, ExtraSource] = field(default_factory=dict)
     posterior: NDArray[np.float32] | None = None
+    panel_keys: tuple[str, ...] = ()
 
     def has_column(self, argument: str, key: str) -> bool:
         """Whether the column that an argument names is there."""
@@ -115,7 +119,7 @@ class Opened:
             others = [place for place, other in self.tables.items() if key in other]
             found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
             raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
-        _check_once(table, key, where)
+        check_once(table, key, where)
         rows = table.index.get_indexer(self.cells)
         absent = rows < 0
         if absent.any():
@@ -149,10 +153,11 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
     _check_cells(adata.obs_names, "adata.obs_names", "adata.obs_names_make_unique()")
     types = _feature_types(adata, setup)
     matrices: dict[str | None, Any] = {}
-    measured = _measured_features(adata, "adata")
+    measured = measured_features(adata, "adata")
     chosen = {modality: types.isin(setup.types_found(modality, types)).to_numpy() & measured for modality in MODALITIES}
+    key = masks_key(adata, setup)
     counts = {
-        modality: _counts(adata, "adata", modality, setup, matrices, np.flatnonzero(columns))
+        modality: _counts(adata, "adata", modality, setup, matrices, key, np.flatnonzero(columns))
         for modality, columns in chosen.items()
         if columns.any()
     }
@@ -174,21 +179,8 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         extra=extra_sources(adata, "adata", setup, _places_of),
         posterior=posterior_of(adata),
+        panel_keys=panel_keys(adata, setup),
     )
-
-
-def _measured_features(part: AnnData, owner: str) -> NDArray[np.bool_]:
-    """Whether each feature was measured, shape (n_vars,)."""
-    if MEASURED_COLUMN not in part.var:
-        return np.ones(part.n_vars, dtype=bool)
-    _check_once(part.var, MEASURED_COLUMN, f"{owner}.var")
-    column = frame_of(part.var)[MEASURED_COLUMN]
-    if not pd.api.types.is_bool_dtype(column.dtype):
-        raise ValueError(
-            f"{owner}.var[{MEASURED_COLUMN!r}] must be True or False for every feature and is of type {column.dtype}. "
-            f"MULTIVI.prepare_query_anndata writes it; without it all features count as measured."
-        )
-    return column.to_numpy(dtype=bool)
 
 
 def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
@@ -197,7 +189,7 @@ def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
         # Of which modality they are is known to the constructor of a model.
         return pd.Series(RNA.feature_type, index=adata.var_names)
     if key in adata.var:
-        _check_once(adata.var, key, "adata.var")
+        check_once(adata.var, key, "adata.var")
         return frame_of(adata.var)[key].astype(str)
     if setup.kind == "mudata":
         raise TypeError(
@@ -224,10 +216,10 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         if name not in mdata.mod:
             continue
         part, owner = mdata.mod[name], f"mdata.mod[{name!r}]"
-        columns = np.flatnonzero(_measured_features(part, owner))
+        columns = np.flatnonzero(measured_features(part, owner))
         if len(columns):
             rows = _rows_of(mdata, part, owner)
-            counts[modality] = _counts(part, owner, modality, setup, {}, columns, rows)
+            counts[modality] = _counts(part, owner, modality, setup, {}, masks_key(mdata, setup), columns, rows)
     if not counts:
         wanted = first_names(name for name in names.values() if name is not None)
         empty = " without any features" if any(name in mdata.mod for name in names.values()) else ""
@@ -242,6 +234,7 @@ def _open_mudata(mdata: Any, setup: Setup) -> Opened:
         table_of={argument: _obs_of(name) for argument, name in setup.obs_modalities.items() if name in mdata.mod},
         extra=extra_sources(mdata, "mdata", setup, _places_of),
         posterior=posterior_of(mdata),
+        panel_keys=panel_keys(mdata, setup),
     )
 
 
@@ -277,7 +270,7 @@ def _rows_of(mdata: Any, part: AnnData, owner: str) -> NDArray[np.intp] | None:
 
 
 def _places_of(mdata: Any, part: AnnData, owner: str) -> tuple[NDArray[np.intp] | None, NDArray[np.intp]]:
-    return _rows_of(mdata, part, owner), np.flatnonzero(_measured_features(part, owner))
+    return _rows_of(mdata, part, owner), np.flatnonzero(measured_features(part, owner))
 
 
 def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
@@ -292,22 +285,13 @@ def frame_of(table: Any) -> pd.DataFrame:
     return table if isinstance(table, pd.DataFrame) else table.to_memory()
 
 
-def _check_once(table: Any, key: str, where: str) -> None:
-    """Refuse a column that is there more than once."""
-    number = list(table.columns).count(key)
-    if number > 1:
-        raise ValueError(
-            f"{where} has {number} columns called {key!r}, and which is meant cannot be known. Keep one: "
-            f"{where} = {where}.loc[:, ~{where}.columns.duplicated()]."
-        )
-
-
 def _counts(
     adata: AnnData,
     owner: str,
     modality: Modality,
     setup: Setup,
     matrices: dict[str | None, Any],
+    masks: str | None,
     columns: NDArray[np.intp],
     rows: NDArray[np.intp] | None = None,
 ) -> Counts:
@@ -345,6 +329,7 @@ def _counts(
         cells=adata.obs_names,
         rows=rows,
         hint=lambda: counts_hint(adata, layer, owner, argument),
+        masks=masks_of(adata, owner, modality, masks, columns),
     )
 
 

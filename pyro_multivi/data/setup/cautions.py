@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.minibatch import Panels
+from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.setup.masks.panels import number_of_values
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
@@ -105,7 +107,7 @@ def _unlikely_counts(found: Description) -> Iterator[str]:
         n_entries = int(counts.crow[-1])
         if modality.binary or n == 0 or n_entries == 0:
             continue
-        density = n_entries / (n * len(part.features))
+        density = n_entries / number_of_values(found.table, modality)
         if counts.largest <= 1 and n_entries * density / 2 > _EXPECTED:
             yield (f"{part.where} holds no {modality.assay} count above 1, as if it were binary: give the counts.")
             continue
@@ -207,20 +209,29 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
         cells = [torch.nonzero(mask & (code == batch)).squeeze(1) for batch in range(spec.n_batch)]
         if sum(len(own) > 0 for own in cells) < 2:
             continue
-        n, n_features = int(mask.sum()), len(part.features)
+        n, n_features = _numbers_of_cells(modality, found, torch.cat(cells)), len(part.features)
         detections = [_detections(counts, own, n_features) for own in cells]
         total = torch.stack(detections).sum(0)
         for batch, (own, detected) in enumerate(zip(cells, detections, strict=True)):
-            expected = (total - detected) * (len(own) / max(n - len(own), 1)) > _EXPECTED
+            measured = _numbers_of_cells(modality, found, own)
+            expected = (total - detected) * (measured / (n - measured).clamp(min=1)) > _EXPECTED
             absent = int((expected & (detected == 0)).sum())
             if absent > _FILLED * expected.sum():
                 yield (
                     f"{absent} {modality.features} have no count in the {len(own)} cells of batch "
                     f"{spec.batch_categories[batch]!r} and many in others, as if zeros had been filled in where they "
-                    "were not measured (an outer join). A model would learn them: keep the features that all have, "
-                    "as pyro_multivi.join_samples does."
+                    "were not measured (an outer join). A model would learn them: mask them (feature_masks), keep the "
+                    "features that all have, or join the samples by pyro_multivi.join_samples, which does either."
                 )
                 break
+
+
+def _numbers_of_cells(modality: Modality, found: Description, cells: torch.Tensor) -> torch.Tensor:
+    """Number of some cells, by position, in which each feature was measured, (F,)."""
+    panels: Panels | None = modality.panels_in(found.table)
+    if panels is None:
+        return torch.full((modality.n_features_in(found.table),), len(cells))
+    return torch.bincount(panels.code[cells], minlength=len(panels.measured)) @ panels.measured.long()
 
 
 def _detections(counts: SparseCounts | StoredCounts, cells: torch.Tensor, n_features: int) -> torch.Tensor:

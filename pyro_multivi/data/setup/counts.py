@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
@@ -230,17 +229,6 @@ def _ones_once(values: Tensor) -> Tensor:
     if len(values) == 0 or not bool((values == 1).all()):
         return values
     return values[:1].clone().expand(len(values))
-
-
-def measured_panels(sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]) -> dict[str, Panels]:
-    """Panels, by field of a table, of the modalities of which an object has some of the features only."""
-    found = {}
-    for modality, counts in sources.items():
-        measured = pd.Index(names[modality], dtype=object).isin(counts.features)
-        if not measured.all():
-            code = torch.zeros(len(counts.cells if counts.rows is None else counts.rows), dtype=torch.int64)
-            found[modality.panels] = Panels(torch.from_numpy(measured)[None], code)
-    return found
 
 
 def _places_of(names: tuple[str, ...], counts: Counts, partial: bool) -> NDArray[np.intp]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import first_names, name_list, nearest, unwrapped
+from pyro_multivi.data.checks import first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup
@@ -232,3 +232,16 @@ def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
             f"{first_names(column.unique())}. Categories belong into categorical_covariate_keys."
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
+    """Columns of the size factors of RNA and of ATAC that an argument names, either None."""
+    found = unwrapped(value)
+    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, set))
+    keys: list[Any] = list(found) if several else [found]
+    if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
+        raise ValueError(
+            f"size_factor_key={shown(value)} must be the column of RNA size factors, or a list of that and the "
+            f"column of ATAC size factors, [rna_column, atac_column]."
+        )
+    return keys[0], keys[1] if len(keys) == 2 else None

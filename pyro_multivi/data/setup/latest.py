@@ -109,6 +109,12 @@ def _contents(opened: Opened, setup: Setup) -> Iterator[Any]:
     for modality, counts in opened.counts.items():
         yield _words([modality.key, *counts.features])
         yield from _of_array(counts.columns)
+        if counts.masks is not None:
+            yield _words([*opened.panel_keys, *counts.masks.panels])
+            yield from _of_array(counts.masks.measured)
+            for key in opened.panel_keys:
+                if opened.has_column("panel_key", key):
+                    yield from _of_frame(opened.tables[opened.place_of("panel_key")][key])
         yield from _of_array(counts.rows)
     for argument, key in setup.columns():
         table = opened.tables[opened.place_of(argument)]

@@ -264,7 +264,8 @@ def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> N
 
 
 def _first(counts: Counts, some: slice) -> Counts:
-    return replace(counts, features=counts.features[some], columns=counts.columns[some])
+    masks = None if counts.masks is None else counts.masks.at(some)
+    return replace(counts, features=counts.features[some], columns=counts.columns[some], masks=masks)
 
 
 def by_name(opened: Opened, names: Mapping[Modality, Sequence[str]]) -> None:

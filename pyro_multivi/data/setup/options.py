@@ -54,6 +54,10 @@ class Setup:
         Layer of that modality; None is ``.X``.
     protein_names_key
         Key of uns with the names of proteins; None takes those that the matrix has.
+    feature_masks
+        Key of varm with the features that were measured in each panel, or None.
+    panel_key
+        Column of obs with the panel of each cell.
     """
 
     kind: str
@@ -76,6 +80,8 @@ class Setup:
     protein_key: str | None = None
     protein_layer: str | None = None
     protein_names_key: str | None = None
+    feature_masks: str | None = None
+    panel_key: str | None = None
 
     def place_of_extra(self, name: str) -> str:
         """Key of obsm, or modality of a MuData, of an extra modality."""

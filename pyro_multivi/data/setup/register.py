@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -19,13 +19,13 @@ from pyro_multivi.data.checks import (
     first_names,
     name_list,
     nearest,
-    shown,
     unknown_key,
-    unwrapped,
 )
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
+from pyro_multivi.data.setup.covariates import size_factor_keys
+from pyro_multivi.data.setup.masks.declared import with_masks
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
@@ -45,6 +45,7 @@ _PLACED = (
     "continuous_covariate_keys",
     "labels_key",
     "modality_key",
+    "panel_key",
 )
 
 
@@ -66,6 +67,8 @@ def setup_anndata(
     modality_values: Mapping[str, str] | None = None,
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
     extra_obsm_keys: Sequence[str] | None = None,
+    feature_masks: str | None = None,
+    panel_key: str | None = None,
 ) -> SetupReport:
     """Declare where counts, batches and covariates lie in an AnnData, and check them.
 
@@ -116,6 +119,13 @@ def setup_anndata(
         Keys of ``obsm`` with extra modalities, such as protein counts: arrays, sparse matrices or
         frames, a row of NaN for a cell that was not measured. A custom program finds them in
         ``cells.extra[key]``.
+    feature_masks
+        Key of ``varm`` with a table of True and False, features x batches: which were measured in the cells of each
+        batch. The others are no zeros there: likelihoods and the data's statistics leave them out. Default: the masks
+        of ``join_samples(..., features="union")``, if there are any; else every feature was measured in all cells.
+    panel_key
+        Column of ``obs`` whose values the columns of that table are named by; default: the samples of
+        ``join_samples``, else ``batch_key``.
 
     Returns
     -------
@@ -152,7 +162,7 @@ def setup_anndata(
         batch_key=batch_key,
         modality_key=modality_key,
         labels_key=labels_key,
-        size_factor_keys=_size_factor_keys(size_factor_key),
+        size_factor_keys=size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=modality_meanings(modality_values),
@@ -167,7 +177,7 @@ def setup_anndata(
         if protein_names_uns_key not in adata.uns:
             raise unknown_key("protein_names_uns_key", protein_names_uns_key, "adata.uns", adata.uns)
     setup = with_proteins(setup, "extra_obsm_keys", protein_expression_obsm_key, names=protein_names_uns_key)
-    return _set_up(adata, with_feature_types(setup, feature_type_values))
+    return _set_up(adata, with_masks(with_feature_types(setup, feature_type_values), adata, feature_masks, panel_key))
 
 
 @isolated()
@@ -188,6 +198,8 @@ def setup_mudata(
     modality_key: str | None = None,
     modality_values: Mapping[str, str] | None = None,
     extra_modalities: Sequence[str] | None = None,
+    feature_masks: str | None = None,
+    panel_key: str | None = None,
 ) -> SetupReport:
     """Declare where counts, batches and covariates lie in a MuData, and check them.
 
@@ -223,6 +235,8 @@ def setup_mudata(
     extra_modalities
         Names of extra modalities (their ``.X``), or keys of ``mdata.obsm``, for a custom program:
         see ``extra_obsm_keys`` of :func:`setup_anndata`.
+    feature_masks, panel_key
+        As in :func:`setup_anndata`, in ``varm`` of the modalities; one without that key was measured for all features.
 
     Returns
     -------
@@ -245,14 +259,14 @@ def setup_mudata(
         batch_key=batch_key,
         modality_key=modality_key,
         labels_key=labels_key,
-        size_factor_keys=_size_factor_keys(size_factor_key),
+        size_factor_keys=size_factor_keys(size_factor_key),
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
         modality_values=modality_meanings(modality_values),
         extra=name_list("extra_modalities", extra_modalities),
         protein_layer=protein_layer,
     )
-    return _set_up(mdata, with_modalities(setup, mdata, modalities))
+    return _set_up(mdata, with_masks(with_modalities(setup, mdata, modalities), mdata, feature_masks, panel_key))
 
 
 def _how_to_join(data: Any) -> str:
@@ -291,18 +305,6 @@ def _keep(data: Any, setup: Setup) -> None:
         # MuData makes that copy through calls of its own that it has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         data.uns[UNS_KEY] = entry
-
-
-def _size_factor_keys(value: str | Sequence[str | None] | None) -> tuple[str | None, str | None]:
-    found = unwrapped(value)
-    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes, set))
-    keys: list[Any] = list(found) if several else [found]
-    if not 1 <= len(keys) <= len(MODALITIES) or not all(key is None or isinstance(key, str) for key in keys):
-        raise ValueError(
-            f"size_factor_key={shown(value)} must be the column of RNA size factors, or a list of that and the "
-            f"column of ATAC size factors, [rna_column, atac_column]."
-        )
-    return keys[0], keys[1] if len(keys) == 2 else None
 
 
 def modality_meanings(values: Mapping[str, str] | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality, modelled
 from pyro_multivi.data.setup import latest
 from pyro_multivi.data.setup.adapter import Opened, open_data
-from pyro_multivi.data.setup.counts import measured_panels, read
+from pyro_multivi.data.setup.counts import read
 from pyro_multivi.data.setup.covariates import (
     batches_meant,
     categories,
@@ -29,6 +29,7 @@ from pyro_multivi.data.setup.covariates import (
 )
 from pyro_multivi.data.setup.extra.proteins import check_informative, missing_by_batch, without_missing
 from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stained
+from pyro_multivi.data.setup.masks.panels import check_every_feature, measured_panels
 from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
@@ -232,8 +233,8 @@ class DataSpec:
             If it is neither an AnnData nor a MuData, or an AnnData without feature types for a model of a
             MuData.
         ValueError
-            If some but not all features of a modality are missing (with ``partial``: all), values are no counts, a
-            column is missing or holds a category that the model has not seen, or a cell has nothing measured.
+            If some but not all features of a modality are missing (with ``partial`` or masks: all), values are no
+            counts, a column is missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
         opened = self._open(data)
         content = latest.checksum(opened, self.setup)
@@ -242,7 +243,7 @@ class DataSpec:
             return found.table
         latest.clear()
         names = {modality: modality.feature_names_in(self) for modality in MODALITIES}
-        counts = read(opened.counts, names, self.partial)
+        counts = read(opened.counts, names, self.partial or self.setup.feature_masks is not None)
         extra = read_extra(opened.extra, self.extra, len(opened.cells), self.partial)
         found_counts = has_counts(opened, counts)
         measured = find_measured(opened, self.setup, found_counts, key_needed=False, stained=stained(self.setup, extra))
@@ -302,8 +303,7 @@ class DataSpec:
             known = self.extra[PROTEIN], batch_code, self.batch_categories
             extra = {**extra, PROTEIN: without_missing(extra[PROTEIN], *known, self.missing_proteins)}
         sizes = size_factors(opened, self.setup, measured.masks)
-        names = {modality: modality.feature_names_in(self) for modality in opened.counts}
-        parts: dict[str, Any] = {**measured_panels(opened.counts, names)}
+        parts: dict[str, Any] = {**measured_panels(opened, self, counts, measured.masks)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
             parts[modality.mask] = torch.from_numpy(measured.masks[modality])
@@ -395,5 +395,6 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
         missing = missing_by_batch(*proteins, spec.batch_codes_of(opened), spec.batch_categories)
         spec = replace(spec, missing_proteins=missing)
     table = spec._table(opened, counts, measured, extra)
+    check_every_feature(opened, names, table)
     latest.keep(data, content, spec, table, own=True)
     return Description(spec, table, opened, measured)

@@ -9,6 +9,7 @@ import torch
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import MODALITIES, PROTEIN
+from pyro_multivi.data.setup.masks.panels import number_of_values, panel_sizes
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
@@ -44,6 +45,8 @@ class SetupReport:
         Share of the values of measured cells that are not zero, for "RNA" and "ATAC".
     counts
         Place and type of the counts, for "RNA" and "ATAC".
+    panels
+        Number of measured features, "genes" and "regions", of each panel; empty if all were measured in all cells.
     notes
         Remarks for the user.
     """
@@ -59,6 +62,7 @@ class SetupReport:
     labels: tuple[str, ...]
     density: dict[str, float]
     counts: dict[str, str]
+    panels: dict[str, dict[str, int]]
     notes: tuple[str, ...]
 
     @classmethod
@@ -67,8 +71,7 @@ class SetupReport:
         spec, table, measured = described.spec, described.table, described.measured
         density, counts, notes = {}, {}, [*likely_mistakes, *measured.notes]
         for modality, place in described.opened.counts.items():
-            found, n_measured = modality.counts_in(table), int(measured.masks[modality].sum())
-            values = n_measured * len(place.features)
+            found, values = modality.counts_in(table), number_of_values(table, modality)
             density[modality.assay] = int(found.crow[-1]) / values if values else 0.0
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
             if modality.binary and not found.whole:
@@ -101,6 +104,7 @@ class SetupReport:
             labels=spec.label_categories,
             density=density,
             counts=counts,
+            panels=panel_sizes(described.opened, table),
             notes=tuple(notes),
         )
 
@@ -121,6 +125,12 @@ class SetupReport:
         listed = [f"{name} ({size})" for name, size in list(self.batches.items())[:_LISTED]]
         more = len(self.batches) - len(listed)
         lines.append(f"  batches     {len(self.batches)}: {', '.join(listed)}{f' and {more} more' if more else ''}")
+        of_features = {"genes": self.n_genes, "regions": self.n_regions}
+        for name, measured in list(self.panels.items())[:_LISTED]:
+            parts = ", ".join(f"{size} of {of_features[what]} {what}" for what, size in measured.items())
+            lines.append(f"  measured    {name}: {parts}; the others are masked there")
+        if len(self.panels) > _LISTED:
+            lines.append(f"  measured    and {len(self.panels) - _LISTED} more panels of features")
         for key, known in self.categorical.items():
             lines.append(f"  covariate   {key}: {len(known)} categories")
         for key, (mean, sd) in self.continuous.items():

@@ -14,14 +14,15 @@ from anndata import AnnData
 
 from pyro_multivi.data.checks import check_unique, checked, first_names, shown
 from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
 from pyro_multivi.data.stores.matrix import StoredMatrix, opened_group
 from pyro_multivi.data.stores.reference import STORES, Store, Stores, checksum_of, element, keep, names_in
 from pyro_multivi.datasets.assembly import errors_naming, join_rows, unlike_columns
+from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.readers import sample_name
 from pyro_multivi.datasets.samples import refuse_repeated, setup_of
-from pyro_multivi.datasets.shared_features import shared_features
 
 _log = logging.getLogger("pyro_multivi")
 
@@ -90,7 +91,7 @@ def open_stores(
     _refuse_same_cells(parts)
     setup = with_feature_types(Setup("anndata", feature_type_key=feature_type_key), feature_type_values)
     found = {modality: _var_of(modality, parts, setup) for modality in MODALITIES}
-    features = {modality: shared_features(modality, each, "intersection") for modality, each in found.items()}
+    features = {modality: shared_features(modality, each) for modality, each in found.items()}
     tables = [next(iter(found[modality].values())).loc[names] for modality, names in features.items() if len(names)]
     if not tables:
         words = {word for part in parts for word in part.var.get(feature_type_key, ())}
@@ -145,6 +146,11 @@ class _Part:
             StoredMatrix(path)
             cells, features = names_in(path)
             with opened_group(path) as group:
+                if f"varm/{MASKS_KEY}" in group:
+                    raise ValueError(
+                        f"{path} says which features each batch measured (varm[{MASKS_KEY!r}]), which is read from "
+                        f"objects in memory only: adata = pyro_multivi.read({str(path)!r})."
+                    )
                 obs, var = element(group, "obs"), element(group, "var")
                 place = f"uns/{UNS_KEY}/setup"
                 setup = str(element(group, place)) if place in group else None

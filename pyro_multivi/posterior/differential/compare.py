@@ -16,8 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.minibatch import Panels
+from pyro_multivi.data.modality import ATAC, Modality
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.panels import measured_share
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
 from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
 from pyro_multivi.posterior.differential.effect import Statistics, StatisticsByBlock, TestSpecification, estimated_delta
@@ -27,6 +29,7 @@ from pyro_multivi.posterior.differential.group_means import (
     change_by_counts,
     change_of_means,
     compare_counts,
+    counts_of_group,
     probability_larger,
     statistics_of_posterior,
     t_ratio,
@@ -53,8 +56,6 @@ Group = tuple[DrawKey, ...]
 
 # Least pseudocount that is estimated: far below the share of any gene with counts.
 _LEAST_PSEUDOCOUNT = 1e-10
-# Least number of expected counts: a decoder may give next to nothing.
-_LEAST_EXPECTED = 1e-6
 # Error of the change that all genes have in common, relative to that of independent genes: 1.5 to 2.3 in simulation.
 _COMMON_ERROR = 2.0
 
@@ -119,13 +120,15 @@ class _SharedDraws:
 
     @cached_property
     def partition(self) -> Partition:
-        return Partition.of(self.contrasts)
+        panels: Panels | None = self.request.modality.panels_in(self.source.table)
+        return Partition.of(self.contrasts, None if panels is None else panels.code)
 
     @cached_property
     def sums(self) -> list[PseudobulkSums]:
         """Sums of the counts of each part."""
         modality, table = self.request.modality, self.source.table
-        return PseudobulkSums.of_parts(table, self.partition.cells, modality)
+        share = measured_share(self.source.program, table, modality) if isinstance(modality, Modality) else None
+        return PseudobulkSums.of_parts(table, self.partition.cells, modality, share)
 
     @cached_property
     def groups(self) -> list[tuple[Group, Group]]:
@@ -309,8 +312,14 @@ def _compare_two_means(
     pseudocounts = shared.pseudocounts(number, [group.largest for group in drawn], detection)
     counted = [_counts_of(shared, group, moments, factor) for group in groups] if request.corrects_by_counts else []
     tested = None
-    if counted and all(group.n_cells for group in counted):
-        tested = compare_counts((counted[0], counted[1]), request.modality)
+    known = np.ones(len(drawn[0].mean), dtype=bool)
+    if counted and all(np.any(group.n_cells) for group in counted):
+        # Nothing is known of a feature that no cell of a group measured.
+        both = np.logical_and(*(np.asarray(group.n_cells) > 0 for group in counted))
+        if both.any():
+            known = both
+            tested = compare_counts((counted[0].at(known), counted[1].at(known)), request.modality)
+    if tested is not None:
         means, errors = tested.means, tested.errors
     else:
         first, second = (group.mean for group in counted) if counted else (group.mean * factor for group in drawn)
@@ -334,8 +343,9 @@ def _compare_two_means(
             for group, sizes in zip(shared.pseudobulk[number], map(shared.sizes, groups), strict=True)
         )
         statistics = _change_statistics(shared, specification, change, error, common_error * t_ratio(cells - 1))
-    if any(0 < group.n_measured < LEAST_CELLS for group in shared.pseudobulk[number]):
-        statistics = {name: np.full_like(values, np.nan) for name, values in statistics.items()}
+    statistics = {name: _scattered(values, known) for name, values in statistics.items()}
+    few = np.any([(group.n_cells > 0) & (group.n_cells < LEAST_CELLS) for group in shared.pseudobulk[number]], axis=0)
+    statistics = {name: np.where(few, np.nan, values) for name, values in statistics.items()}
     statistics = {"mean1": drawn[0].mean, "mean2": drawn[1].mean, **statistics}
     if request.features is not None:
         rows = request.features.cpu().numpy()
@@ -343,41 +353,23 @@ def _compare_two_means(
     return Comparison(statistics, shared.pseudobulk[number], delta, pseudocounts)
 
 
+def _scattered(values: Array, known: NDArray[np.bool_]) -> Array:
+    """Values of some features among all, NaN elsewhere, (F,)."""
+    found = np.full(len(known), np.nan)
+    found[known] = values
+    return found
+
+
 def _counts_of(
     shared: _SharedDraws, group: Group, moments: Mapping[DrawKey, Moments], factor: Array | float
 ) -> GroupCounts:
-    """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
-
-    So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured.
-    """
-    modality = shared.request.modality
+    """Counts of a group beside those that the model expects."""
+    modality, r = shared.request.modality, shared.region_factors
+    factors = 1.0 if modality.compositional or r is None else r.double().cpu().numpy()
+    expected = [moments[DrawKey(key.part, None)].expected * factors for key in group]
+    means = [moments[key].mean * factor for key in group]
     sums = [shared.sums[key.part] for key in group]
-    means, exposure = [], np.zeros(0)
-    for key, counted in zip(group, sums, strict=True):
-        mean = moments[key].mean * factor
-        if counted.n_measured:
-            expected = moments[DrawKey(key.part, None)].expected
-            if modality.compositional:
-                expected = counted.depth * expected / max(float(expected.sum()), 1e-300)
-            else:
-                r = 1.0 if shared.region_factors is None else shared.region_factors.double().cpu().numpy()
-                expected = counted.n_measured * expected * r
-            own = np.maximum(expected, _LEAST_EXPECTED) / np.maximum(mean, 1e-300)
-            mean, exposure = counted.counts / own, own + (exposure if len(exposure) else 0.0)
-        means.append(mean)
-    measured = [one for one in sums if one.n_measured]
-    n, freedom = sum(one.n_measured for one in measured), sum(one.n_measured - 1 for one in measured)
-    depth, squares = sum(one.depth for one in measured), sum(one.depth_squares for one in measured)
-    of_group: Array = np.sum([one.counts for one in sums], axis=0)
-    return GroupCounts(
-        n_cells=n,
-        freedom=freedom,
-        mean=np.average(means, axis=0, weights=shared.sizes(group)),
-        exposure=exposure,
-        effective_cells=depth**2 / max(squares, 1.0),
-        excess=sum((one.excess for one in measured), np.zeros_like(of_group)),
-        base=of_group**2 / max(depth, 1.0) * freedom / max(n, 1),
-    )
+    return counts_of_group(sums, means, expected, shared.sizes(group), modality.compositional)
 
 
 def _change_statistics(

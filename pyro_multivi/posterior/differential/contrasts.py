@@ -240,8 +240,15 @@ class Partition:
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, contrasts: Sequence[Contrast]) -> Partition:
-        """Split the cells into the fewest such parts.
+    def of(cls, contrasts: Sequence[Contrast], panel: Tensor | None = None) -> Partition:
+        """Split the cells into the fewest such parts, each of one panel of features where there are several.
+
+        Parameters
+        ----------
+        contrasts
+            The comparisons.
+        panel
+            Panel of each cell of the data, int64.
 
         Examples
         --------
@@ -257,6 +264,8 @@ class Partition:
             member[index] = 1
             # Cells stay together as long as every group has all or none of them.
             code = np.unique(2 * code + member, return_inverse=True)[1].reshape(-1)
+        if panel is not None:
+            code = np.unique(np.stack([code, panel[: len(code)].numpy()]), axis=1, return_inverse=True)[1].reshape(-1)
         used = np.unique(np.concatenate(groups))
         code, first = code[used], np.unique(code[used], return_index=True)[1]
         # Numbered in the order of their first cells.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit, xlog1py, xlogy
 
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.posterior.differential.effect import Change, Statistics, StatisticsByBlock, TestSpecification
+from pyro_multivi.posterior.differential.raw_counts import PseudobulkSums
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior
 from pyro_multivi.posterior.engine.decode import BLOCK
 
@@ -22,6 +23,8 @@ Pair = tuple[Array, Array]
 _STEP = 1e-5
 # Scores below which a change over its score is 0 / 0; the smallest tail of a t distribution that has a normal score.
 _LEAST_SCORE, _LEAST_TAIL = 1e-3, 1e-300
+# Least number of expected counts: a decoder may give next to nothing.
+_LEAST_EXPECTED = 1e-6
 # Rounds of the weights of two means in the common one: they hardly depend on it.
 _ROUNDS = 8
 # Cells that the dispersion of both groups counts as beside that of one, and degrees of freedom that all features
@@ -39,7 +42,8 @@ class GroupCounts:
     Attributes
     ----------
     n_cells, freedom
-        Number of measured cells, and degrees of freedom of the spread within the parts of the group.
+        Number of measured cells, and degrees of freedom of the spread within the parts of the group; (F,) where
+        features were measured in different cells.
     mean
         Mean that the counts give, on the scale that is compared, (F,).
     exposure
@@ -51,15 +55,19 @@ class GroupCounts:
         Sum of squares beyond Poisson counts, and that of a squared coefficient of variation of 1, (F,).
     """
 
-    n_cells: int
-    freedom: int
+    n_cells: int | Array
+    freedom: int | Array
     mean: Array
     exposure: Array
-    effective_cells: float
+    effective_cells: float | Array
     excess: Array
     base: Array
 
-    def one_more_cell(self, rate: Array, most: float) -> tuple[Array, Array]:
+    def at(self, features: NDArray[np.bool_]) -> GroupCounts:
+        """The counts of some features."""
+        return GroupCounts(**{name: value[features] for name, value in vars(self).items()})
+
+    def one_more_cell(self, rate: Array, most: float | Array) -> tuple[Array, Array]:
         """Counts and exposure with a cell at the given rate beside those of the group, (F,) each."""
         counts = np.minimum(self.mean * self.exposure, most)
         return counts + rate * self.exposure / self.n_cells, self.exposure * (1 + 1 / self.n_cells)
@@ -87,6 +95,63 @@ class TestedMeans:
     score: Array
 
 
+def counts_of_group(
+    parts: Sequence[PseudobulkSums],
+    means: Sequence[Array],
+    expected: Sequence[Array],
+    sizes: Sequence[int],
+    compositional: bool,
+) -> GroupCounts:
+    """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
+
+    So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured. Of
+    a feature only the parts count that measured it.
+
+    Parameters
+    ----------
+    parts
+        Sums over the cells of each part of the group.
+    means, expected
+        The model's mean of each part, and the expected value of a measured cell, (F,) each; of a composition numbers in
+        proportion to it.
+    sizes
+        Numbers of cells of the parts.
+    """
+    of_part, weights, exposure = [], [], np.zeros(len(means[0]))
+    for part, mean, wanted, size in zip(parts, means, expected, sizes, strict=True):
+        if part.n_measured:
+            there = wanted * part.measured
+            # The depth is of all features; the counts of a panel are those of its own.
+            total = part.depth if part.measured.all() else float(part.counts.sum())
+            share = there / max(float(there.sum()), 1e-300)
+            there = total * share if compositional else part.n_measured * there
+            own = np.maximum(there, _LEAST_EXPECTED) / np.maximum(mean, 1e-300) * part.measured
+            mean = np.where(part.measured, part.counts / np.where(part.measured, own, 1.0), mean)
+            exposure = exposure + own
+        of_part.append(mean)
+        weights.append(size * part.measured if part.n_measured else np.full(len(mean), float(size)))
+    measured = [part for part in parts if part.n_measured]
+
+    def summed(values: Sequence[float]) -> Array:
+        """Sum of a number of each part over those that measured a feature, (F,)."""
+        return np.sum([0.0 * exposure, *(n * part.measured for n, part in zip(values, measured, strict=True))], axis=0)
+
+    n, freedom = summed([part.n_measured for part in measured]), summed([part.n_measured - 1 for part in measured])
+    depths, squares = summed([part.depth for part in measured]), summed([part.depth_squares for part in measured])
+    counts: Array = np.sum([part.counts for part in parts], axis=0)
+    weight = np.stack(weights)
+    weight[:, ~weight.any(0)] = 1.0
+    return GroupCounts(
+        n_cells=n,
+        freedom=freedom,
+        mean=np.average(of_part, axis=0, weights=weight),
+        exposure=exposure,
+        effective_cells=depths**2 / np.maximum(squares, 1.0),
+        excess=sum((part.excess for part in measured), np.zeros(len(exposure))),
+        base=counts**2 / np.maximum(depths, 1.0) * freedom / np.maximum(n, 1),
+    )
+
+
 def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModality) -> TestedMeans:
     r"""Test whether two groups share one mean, by the likelihood of the sums of their counts.
 
@@ -105,13 +170,13 @@ def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModalit
     total = sum(group.mean * group.exposure for group in groups) + 0.5
     rate = total / (groups[0].exposure + groups[1].exposure)
     if modality.binary:
-        spread = [np.full(len(rate), -1 / n) for n in n_cells]
+        spread = [np.zeros(len(rate)) - 1 / n for n in n_cells]
         likeliest = 1 - 0.5 / sum(n_cells)
         rate = np.minimum(rate, likeliest * np.minimum(*(group.n_cells / group.exposure for group in groups)))
     else:
         found = zip(dispersions(groups, rate), groups, strict=True)
         spread = [dispersion / group.effective_cells for dispersion, group in found]
-    most = [float(n) if modality.binary else np.inf for n in n_cells]
+    most = [n if modality.binary else np.inf for n in n_cells]
     pairs = [group.one_more_cell(rate, limit) for group, limit in zip(groups, most, strict=True)]
     (counts1, exposure1), (counts2, exposure2) = pairs
     first, second = counts1 / exposure1, counts2 / exposure2
@@ -151,12 +216,13 @@ def dispersions(groups: tuple[GroupCounts, GroupCounts], rate: Array) -> Pair:
     found = []
     for group in groups:
         free = group.freedom
-        of_all = free * group.excess.sum() / max(group.base.sum(), 1e-300) + _PRIOR_CELLS * both
-        typical = max(of_all / (free + _PRIOR_CELLS), _LEAST_DISPERSION)
+        most = float(np.max(free))
+        of_all = most * group.excess.sum() / max(group.base.sum(), 1e-300) + _PRIOR_CELLS * both
+        typical = max(of_all / (most + _PRIOR_CELLS), _LEAST_DISPERSION)
         # Expected number of counts of a cell, which decides how much a feature tells of its dispersion.
         expected = rate * group.exposure / group.n_cells
-        relative_variance = 2 / max(free, 1) * (1 + 1 / np.maximum(typical * expected, 1e-9)) ** 2
-        weight = 1 / (1 + relative_variance) if free else np.zeros_like(expected)
+        relative_variance = 2 / np.maximum(free, 1) * (1 + 1 / np.maximum(typical * expected, 1e-9)) ** 2
+        weight = np.where(np.greater(free, 0), 1 / (1 + relative_variance), 0.0)
         own: Array = np.where(group.base > 0, group.excess / np.maximum(group.base, 1e-300), typical)
         found.append(np.maximum(weight * own + (1 - weight) * typical, 0.1 * typical))
     return found[0], found[1]

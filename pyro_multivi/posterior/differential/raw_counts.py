@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.processes.shares import shared_map
 
@@ -30,26 +30,40 @@ class PseudobulkSums:
     ----------
     n_measured
         Number of those cells.
+    measured
+        Whether each feature was measured in them, (F,), as all of them are of one panel.
     totals
         Cells with a count; unless the modality is binary also sums of counts, of scaled counts, and of squares of
         counts over the total of their cell: (1 or 4, F).
     depth, depth_squares
         Sums of the totals of the cells and of their squares; of a modality that is no composition the number of cells.
+        The total is that of all features, also where some were not measured.
     """
 
     n_measured: int
+    measured: NDArray[np.bool_]
     totals: Array
     depth: float
     depth_squares: float
 
     @classmethod
-    def of_cells(cls, table: CellTable, index: Tensor, modality: AnyModality) -> PseudobulkSums:
-        """Sum up the stored counts of the cells at ``index``, int64."""
+    def of_cells(
+        cls, table: CellTable, index: Tensor, modality: AnyModality, share: Tensor | None = None
+    ) -> PseudobulkSums:
+        """Sum up the stored counts of the cells at ``index``, int64, all of one panel.
+
+        ``share`` has the part of a typical cell's counts that lies in the panel of each cell of the table, (n,).
+        """
         counts, n_features = modality.counts_in(table), modality.n_features_in(table)
         index = index[modality.measured_in(table)[index]]
         sums = torch.zeros(1 if modality.binary else 4, n_features, dtype=torch.float64)
+        panels: Panels | None = modality.panels_in(table)
+        measured = np.ones(n_features, dtype=bool)
+        if panels is not None and len(index):
+            measured = panels.measured[panels.code[index[0]]].numpy()
         if counts is None:
-            return cls(0, sums.numpy(), 0.0, 0.0)
+            return cls(0, measured, sums.numpy(), 0.0, 0.0)
+        of_all = 1.0 if share is None or not len(index) else float(share[index[0]])
         depth = squares = float(len(index)) if modality.binary else 0.0
         for part in index.split(_BLOCK):
             rows = counts.select_rows(part)
@@ -58,7 +72,7 @@ class PseudobulkSums:
             column = rows.col.long()
             sums[0] += torch.bincount(column, minlength=n_features)
             if not modality.binary:
-                value, total = rows.val, rows.row_sums().clamp(min=1.0)
+                value, total = rows.val, rows.row_sums().clamp(min=1.0) / of_all
                 scaled = SCALED_TOTAL * (value / total[rows.rows()])
                 if not modality.depth:  # The model has no depth of such values: all cells weigh the same.
                     total = torch.ones_like(total)
@@ -66,13 +80,23 @@ class PseudobulkSums:
                 by_depth = value / total[rows.rows()]
                 for number, weight in enumerate((value, scaled, value * by_depth), 1):
                     sums[number] += torch.bincount(column, weights=weight, minlength=n_features)
-        return cls(len(index), sums.numpy(), depth, squares)
+        return cls(len(index), measured, sums.numpy(), depth, squares)
+
+    @property
+    def n_cells(self) -> NDArray[np.int64]:
+        """Number of cells in which each feature was measured, (F,)."""
+        return self.n_measured * self.measured.astype(np.int64)
 
     @classmethod
-    def of_parts(cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality) -> list[PseudobulkSums]:
+    def of_parts(
+        cls, table: CellTable, parts: Sequence[Tensor], modality: AnyModality, share: Tensor | None = None
+    ) -> list[PseudobulkSums]:
         """Sums of several sets of cells, which processes share."""
-        found = shared_map(lambda index: vars(cls.of_cells(table, index, modality)), parts)
-        return [cls(int(n), sums, float(depth), float(squares)) for n, sums, depth, squares in map(dict.values, found)]
+        found = shared_map(lambda index: vars(cls.of_cells(table, index, modality, share)), parts)
+        return [
+            cls(int(n), measured, sums, float(depth), float(squares))
+            for n, measured, sums, depth, squares in map(dict.values, found)
+        ]
 
     @property
     def counts(self) -> Array:
@@ -99,13 +123,16 @@ class PseudobulkStatistics:
     Attributes
     ----------
     n_measured
-        Number of those cells n.
+        Number of those cells.
+    n_cells
+        Number of those in which each feature was measured, (F,), over which its averages are.
     mean, nonzero, normalized
         Mean count, share of cells with a count, and mean of counts scaled to a total of 10 000 per cell, of each
         feature, (F,). Of a binary modality those of open or closed.
     """
 
     n_measured: int
+    n_cells: NDArray[np.int64]
     mean: Array
     nonzero: Array
     normalized: Array
@@ -113,9 +140,9 @@ class PseudobulkStatistics:
     @classmethod
     def from_sums(cls, parts: Sequence[PseudobulkSums]) -> PseudobulkStatistics:
         """Statistics of all cells of disjoint parts."""
-        n = sum(part.n_measured for part in parts)
+        n, n_cells = sum(part.n_measured for part in parts), np.sum([part.n_cells for part in parts], axis=0)
         totals = np.sum([part.totals for part in parts], axis=0)
-        averages: Array = totals / n if n else np.full(totals.shape, np.nan)
+        averages: Array = np.where(n_cells > 0, totals / np.maximum(n_cells, 1), np.nan)
         if len(averages) == 1:
-            return cls(n, averages[0], averages[0], averages[0])
-        return cls(n, averages[1], averages[0], averages[2])
+            return cls(n, n_cells, averages[0], averages[0], averages[0])
+        return cls(n, n_cells, averages[1], averages[0], averages[2])

@@ -47,13 +47,12 @@ class Comparison:
     delta: float
     pseudocounts: float
 
-    def calls(self, target: float) -> BooleanArray:
-        """Calls at a false discovery rate, (k,): missing where nothing is known, all of them if a group is imputed."""
+    def calls(self, request: DifferentialRequest) -> BooleanArray:
+        """Calls at the false discovery rate, (k,): missing where nothing is known, or a group did not measure it."""
         probability = self.statistics["probability"]
-        unknown = np.isnan(probability)
-        if not all(group.n_measured for group in self.pseudobulk):
-            unknown[:] = True
-        return BooleanArray(expected_fdr_calls(probability, target), unknown)
+        measured = [group.n_cells[_reported(request)] > 0 for group in self.pseudobulk]
+        unknown = np.isnan(probability) | ~np.logical_and(*measured)
+        return BooleanArray(expected_fdr_calls(np.where(unknown, np.nan, probability), request.fdr_target), unknown)
 
 
 def arrange(
@@ -70,6 +69,8 @@ def arrange(
     compared = [_in_fragments(one, request, region_factors) for one in compared]
     for one, contrast in zip(compared, contrasts, strict=True):
         columns = layout.columns(one, request)
+        if any((group.n_cells != group.n_measured).any() for both in compared for group in both.pseudobulk):
+            columns |= _of_both("n_measured", "n_cells", one, request)
         if contrast.group1:
             columns |= {"comparison": contrast.comparison, "group1": contrast.group1, "group2": contrast.group2}
         frame = pd.DataFrame(columns, index=index)
@@ -127,7 +128,7 @@ def _expression(tested: Comparison, request: DifferentialRequest) -> dict[str, A
         columns |= _of_both("non_zeros_proportion", "nonzero", tested, request)
         columns |= _of_both("raw_normalized_mean", "normalized", tested, request)
     if request.mode == "change":
-        columns[f"is_de_fdr_{request.fdr_target}"] = tested.calls(request.fdr_target)
+        columns[f"is_de_fdr_{request.fdr_target}"] = tested.calls(request)
     return columns
 
 
@@ -137,7 +138,7 @@ def _accessibility(tested: Comparison, request: DifferentialRequest) -> dict[str
     if request.mode == "vanilla":
         columns: dict[str, Any] = {"proba_m1": probability, "proba_m2": 1 - probability}
     else:
-        columns = {"prob_da": probability, "is_da_fdr": tested.calls(request.fdr_target)}
+        columns = {"prob_da": probability, "is_da_fdr": tested.calls(request)}
     columns |= {"bayes_factor": _bayes_factor(probability), "effect_size": found["mean1"] - found["mean2"]}
     what = "prob" if request.modality.binary else "fragments"
     observed: dict[str, Any] = {}
@@ -161,8 +162,13 @@ def _bayes_factor(probability: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _of_both(prefix: str, statistic: str, tested: Comparison, request: DifferentialRequest) -> dict[str, Any]:
     """Columns of a pseudobulk statistic of both groups."""
-    rows = slice(None) if request.features is None else request.features.cpu().numpy()
+    rows = _reported(request)
     return {f"{prefix}{n}": getattr(group, statistic)[rows] for n, group in enumerate(tested.pseudobulk, 1)}
+
+
+def _reported(request: DifferentialRequest) -> Any:
+    """Positions of the reported features."""
+    return slice(None) if request.features is None else request.features.cpu().numpy()
 
 
 def _intervals(prefix: str, found: Statistics, request: DifferentialRequest) -> dict[str, Any]:
@@ -229,6 +235,6 @@ def changed_as_a_whole(
     """Names of the comparisons in which nearly all features of a composition are called."""
     if request.mode == "vanilla" or not request.modality.compositional or request.features is not None:
         return []
-    calls = [one.calls(request.fdr_target).fillna(False).to_numpy(dtype=bool) for one in compared]
+    calls = [one.calls(request).fillna(False).to_numpy(dtype=bool) for one in compared]
     pairs = zip(calls, contrasts, strict=True)
     return [contrast.comparison for called, contrast in pairs if called.mean() >= _NEARLY_ALL]

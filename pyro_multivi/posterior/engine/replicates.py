@@ -71,6 +71,13 @@ def counts_of(program: MultiVIProgram, cells: Cells, site: str) -> tuple[Tensor,
     return _opened(counts) if modality.binary else counts, modality.measured_in(cells)
 
 
+def where_measured(cells: Cells, site: str) -> Tensor:
+    """Whether each count of a site was measured, (B, F), or (B, 1) where no feature is missing."""
+    modality = modality_at(site)
+    measured, panels = modality.measured_in(cells)[:, None], modality.panels_in(cells)
+    return measured if panels is None else measured & panels.measured[panels.code]
+
+
 def paired(minibatches: Minibatches) -> Tensor:
     """Positions of the cells in which every modality of the data was measured, (n,), int64."""
     table, index = minibatches.table, minibatches.index
@@ -234,14 +241,14 @@ def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None
 def masked_replicates(
     program: MultiVIProgram, minibatches: Minibatches, n_samples: int, seed: int = 0
 ) -> Iterator[sp.csr_matrix]:
-    """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where nothing was measured."""
+    """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where they were not measured."""
     for number in range(n_samples):
         rows: list[sp.csr_matrix] = []
         for cells in minibatches:
             # One draw, of another seed each time, so that a single replicate is in memory.
             one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
             (_, found) = next(replicate(program, cells, 1, one))
-            parts = [found[site].values[0] * counts_of(program, cells, site)[1][:, None] for site in found]
+            parts = [found[site].values[0] * where_measured(cells, site) for site in found]
             rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
         yield sp.vstack(rows, format="csr")
 

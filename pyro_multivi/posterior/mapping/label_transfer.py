@@ -75,7 +75,10 @@ def states(program: MultiVIProgram, minibatches: Minibatches, like: Cells | None
 
 
 def measured_as(cells: Cells, like: Cells) -> Cells:
-    """Cells without the modalities and features that were not measured in another one, the first of ``like``."""
+    """Cells without the modalities and features that were not measured in another one, the first of ``like``.
+
+    Features that they lack themselves stay not measured.
+    """
     for modality in MODALITIES:
         panels: Panels | None = modality.panels_in(like)
         if not bool(modality.measured_in(like)[0]):
@@ -92,8 +95,10 @@ def _without_features(cells: Cells, modality: Modality, measured: torch.Tensor) 
     crow = torch.zeros_like(rows.crow)
     crow[1:] = torch.bincount(rows.rows()[kept], minlength=len(cells)).cumsum(0)
     left = SparseCounts(crow, rows.col[kept], rows.val[kept], (len(cells), rows.shape[1]))
-    code = torch.zeros(len(cells), dtype=torch.int64, device=cells.device)
-    return cells.replace(**{modality.counts: left, modality.panels: Panels(measured[None], code)})
+    own: Panels | None = modality.panels_in(cells)
+    if own is None:
+        own = Panels(torch.ones_like(measured)[None], torch.zeros(len(cells), dtype=torch.int64, device=cells.device))
+    return cells.replace(**{modality.counts: left, modality.panels: own._replace(measured=own.measured & measured)})
 
 
 def vote(

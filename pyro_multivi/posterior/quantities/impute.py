@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import MODALITIES, modality_at
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.spec import DataSpec
@@ -69,7 +69,8 @@ def impute(
     spec
         Names of features, and whether a MuData is wanted.
     obs
-        Annotation of those cells; a copy of it, with a column ``"measured"`` or ``"imputed"`` for each modality
+        Annotation of those cells; a copy of it, with a column ``"measured"``, ``"imputed"`` or, of cells that were not
+        measured for all features, ``"measured in part"`` for each modality
         (:attr:`~pyro_multivi.data.modality.Modality.source_column`), becomes that of the result.
     scale
         Arguments that were turned into quantities, to be kept with the result.
@@ -85,7 +86,12 @@ def impute(
     obs = obs.copy()
     for modality in MODALITIES:
         missing = (~modality.measured_in(cells.table)[cells.index]).numpy().astype(np.int8)
-        obs[modality.source_column] = pd.Categorical.from_codes(missing, pd.Index(["measured", "imputed"]))
+        words, panels = ["measured", "imputed"], modality.panels_in(cells.table)
+        if panels is not None:
+            in_part = ~panels.measured.all(1)[panels.code[cells.index]].numpy() & (missing == 0)
+            missing[in_part] = len(words)
+            words.append("measured in part")
+        obs[modality.source_column] = pd.Categorical.from_codes(missing, pd.Index(words))
     var = _variables(spec)
     arguments = {"n_samples": average.n_samples, "use_z_mean": average.use_mean, "seed": average.seed, **scale}
     arguments.update(return_interval=average.level, measured_too=measured_too)
@@ -126,10 +132,16 @@ def _fill(
                 modality = modality_at(quantity.site)
                 counts, measured = modality.counts_in(cells), modality.measured_in(cells)
                 rows["counts"].append(_as_csr(counts))
-                wanted = (torch.ones_like(measured) if measured_too else ~measured).nonzero().squeeze(-1)
+                panels: Panels | None = modality.panels_in(cells)
+                lacks = ~measured if panels is None else ~measured | ~panels.measured.all(1)[panels.code]
+                wanted = (torch.ones_like(measured) if measured_too else lacks).nonzero().squeeze(-1)
+                known = None
+                if panels is not None and not measured_too:
+                    known = (measured[wanted, None] & panels.measured[panels.code[wanted]]).cpu().numpy()
                 pieces: dict[str, list[sp.csr_matrix]] = {name: [] for name in average.names}
-                for _, found in blocks(decoded, quantity, average, start, wanted):
+                for block, found in blocks(decoded, quantity, average, start, wanted):
                     kept = found["mean"] >= (quantity.threshold or 0.0)
+                    kept = kept if known is None else kept & ~known[:, block]
                     for name, values in found.items():
                         pieces[name].append(compress(np.where(kept, values, np.float32(0))))
                 for name, parts in pieces.items():

@@ -16,7 +16,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES, modality_at
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_DRAWS, cells_for_likelihood
-from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate
+from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate, where_measured
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
 
@@ -78,8 +78,7 @@ def inference_data(
                 drawn[site].append(values if chosen is None else values[..., chosen])
         for site, chosen in features.items():
             add("posterior_predictive", site, torch.cat(drawn[site]))
-            counts, measured = counts_of(program, cells, site)
-            counts = counts.masked_fill(~measured[:, None], torch.nan)
+            counts = counts_of(program, cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
             add("observed_data", site, counts if chosen is None else counts[:, chosen])
         for modality in MODALITIES:
             add("constant_data", modality.mask, modality.measured_in(cells))

@@ -169,6 +169,8 @@ def request_digest(
     for modality in MODALITIES:
         sizes = modality.size_factor_in(table)
         tensors += [modality.measured_in(table)[index], None if sizes is None else sizes[index]]
+        panels = modality.panels_in(table)
+        tensors += [None] if panels is None else [panels.measured, panels.code[index]]
     tensors += [part[index] for extra in table.extra.values() for part in extra]
     arguments: dict[str, Any] = {
         "version": __version__,

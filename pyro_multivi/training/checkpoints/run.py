@@ -128,6 +128,8 @@ def _contents(table: CellTable) -> Iterator[tuple[str, int]]:
         part = getattr(table, name)
         tensors = part.parts() if isinstance(part, (SparseCounts, StoredCounts)) else [] if part is None else [part]
         yield word, _checksum_of(tensors)
+    for each in MODALITIES:
+        yield f"{each.features} measured in the cells", _checksum_of(each.panels_in(table) or ())
     for name, extra in table.extra.items():
         yield f"values of {name}", _checksum_of(extra)
 

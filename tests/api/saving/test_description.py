@@ -112,6 +112,7 @@ def test_a_description_of_wrong_types_is_broken_in_a_format_without_checksum(fol
                 loads.append(place)
     # What has the right type may name something that the data have not: an error about the data.
     names = ("rna_layer", "atac_layer", "batch_key", "modality_key", "feature_type_key", "size_factor_keys")
+    names += ("feature_masks",)
     about_data = {("spec", "setup", name) for name in (*names, "gene_types", "region_types")}
     about_data |= {("spec", name, 0) for name in ("gene_names", "region_names", "batch_categories")}
     about_data |= {("spec", "categorical", "cell_type")}

@@ -21,7 +21,7 @@ _INTERVAL = r"^(?:chr)?(\S+?)[:_-](\d+)[_-](\d+)$"
 _FOUND = 0.5
 
 
-def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], features: str) -> pd.Index[str]:
+def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> pd.Index[str]:
     """Find the features that all samples with a modality have, in the order of the first; what is left out is logged.
 
     Parameters
@@ -30,39 +30,26 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], feat
         The modality.
     var_of
         Features of each sample that has it, by name of the sample.
-    features
-        ``"intersection"``, or ``"union"``: all must have the same.
 
     Raises
     ------
     ValueError
-        If there are none, if more regions overlap under other names, or if a union is asked for and they differ.
+        If there are none, or if more regions overlap under other names.
     """
     names = {sample: var.index for sample, var in var_of.items()}
     shared = next(iter(names.values()), pd.Index([], dtype=object))
     for other in names.values():
         shared = shared[shared.isin(other)]
-    _caution_of_identifiers(modality, var_of, shared)
+    caution_of_identifiers(modality, var_of, shared)
     left = {sample: own[~own.isin(shared)] for sample, own in names.items()}
     left = {sample: own for sample, own in left.items() if len(own)}
     if not left:
         return shared
-    if features == "union":
-        sample, own = next(iter(left.items()))
-        lacking = next(name for name, other in names.items() if not other.isin(own[:1]).any())
-        number = len(set().union(*names.values()))
-        raise ValueError(
-            f"features='union' is not possible: of {number} {modality.features} {len(shared)} are measured in all "
-            f"samples with {modality.assay}, and {own[0]!r} of {sample!r} is not in {lacking!r}. Training would take a "
-            f"{modality.feature} that a sample lacks for a zero. Give features='intersection', count all samples over "
-            f"the same {modality.features}, or train on the samples that have all of them and map the others with "
-            "MULTIVI.load_query_data(sample, model), which counts what they lack as not measured."
-        )
-    number, sentence = _unlike_regions(modality, left)
+    number, sentence, _ = unlike_regions(modality, left)
     if number >= max(len(shared), 1):
         raise ValueError(f"{sentence} Only {len(shared)} {modality.features} of the same name are in all samples.")
     if not len(shared):
-        raise ValueError(_nothing_shared(modality, var_of))
+        raise ValueError(nothing_shared(modality, var_of))
     if number:
         caution(sentence)
     for sample, own in left.items():
@@ -73,7 +60,7 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame], feat
     return shared
 
 
-def _caution_of_identifiers(modality: Modality, var_of: Mapping[str, pd.DataFrame], shared: pd.Index[str]) -> None:
+def caution_of_identifiers(modality: Modality, var_of: Mapping[str, pd.DataFrame], shared: pd.Index[str]) -> None:
     """Warn of features of one name that two samples know by different identifiers: they are not the same."""
     column = FEATURE_COLUMNS["id"]
     known = [(sample, var) for sample, var in var_of.items() if column in var]
@@ -90,7 +77,7 @@ def _caution_of_identifiers(modality: Modality, var_of: Mapping[str, pd.DataFram
             )
 
 
-def _nothing_shared(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> str:
+def nothing_shared(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> str:
     """Error for samples without a feature in common; if a column has the names of another sample, it is named."""
     # Some of more than two samples may well share features; two without any tell more.
     pairs = [(one, other) for one in var_of for other in var_of if one != other]
@@ -110,9 +97,12 @@ def _nothing_shared(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> s
     )
 
 
-def _unlike_regions(modality: Modality, left: Mapping[str, pd.Index[str]]) -> tuple[int, str]:
-    """Most features of a sample that overlap with one of another name in another sample, and a sentence on them."""
-    most, sentence = 0, ""
+def unlike_regions(modality: Modality, left: Mapping[str, pd.Index[str]]) -> tuple[int, str, bool]:
+    """Most features of a sample that overlap with one of another name in another sample, and a sentence on them.
+
+    The last tells whether they are the same intervals, written otherwise.
+    """
+    most, sentence, are_same = 0, "", False
     places = {sample: intervals(names) for sample, names in left.items()}
     for sample, own in places.items():
         others = pd.concat([place for other, place in places.items() if other != sample] or [own[:0]])
@@ -123,7 +113,8 @@ def _unlike_regions(modality: Modality, left: Mapping[str, pd.Index[str]]) -> tu
             first = own[found][:1]
             second = others[overlapping(others, first)][:1]
             same = own.merge(others, how="inner").drop_duplicates()
-            if 2 * len(same) > most:
+            are_same = 2 * len(same) > most
+            if are_same:
                 pattern, usual = r"^(?:chr)?(\S+?)[:_-](\d+)[_-](\d+)$", r"chr\1:\2-\3"
                 mend = (
                     "They are the same intervals: write them alike in every sample, adata.var_names = "
@@ -138,7 +129,7 @@ def _unlike_regions(modality: Modality, left: Mapping[str, pd.Index[str]]) -> tu
                 f"{most} {modality.features} of sample {sample!r} overlap with {modality.features} of other samples "
                 f"under another name, such as {first.index[0]!r} with {second.index[0]!r}. {mend}"
             )
-    return most, sentence
+    return most, sentence, are_same
 
 
 def intervals(names: pd.Index[str]) -> pd.DataFrame:

@@ -1,0 +1,61 @@
+"""``pyro-multivi map``: cells of a query placed among those of a saved model, and labels carried over to them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.inputs import data_for, load_model, spec_of
+from pyro_multivi.cli.outputs import check_table, write_table
+
+
+def map_query(options: argparse.Namespace) -> None:
+    """Map a query onto a saved model and write a table of its cells."""
+    out: Path = options.out
+    check_table(out, options.overwrite)
+    spec = spec_of(options.model)
+    query = data_for(spec, options.query, options)
+    _state_batch(query, spec.setup.batch_key, options.batch)
+    if options.labels is None:
+        reference = MULTIVI.load(options.model)
+    else:
+        # The reference's own cells, of which only the labels and states are needed.
+        own = {"data": options.reference, "feature_type": None, "min_counts": 0, "round": False}
+        reference = load_model(argparse.Namespace(**{**vars(options), **own}))
+    mapped = MULTIVI.load_query_data(query, reference)
+    print(mapped.query_report)
+    if options.max_epochs:
+        mapped.train(options.max_epochs, seed=options.seed, progress_bar=not options.quiet)
+    latent = np.asarray(mapped.get_latent_representation())
+    columns = [f"z{number + 1}" for number in range(latent.shape[1])]
+    table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
+    if options.labels is not None:
+        labels = reference.transfer_labels(
+            mapped, options.labels, n_neighbors=options.n_neighbors, threshold=options.threshold
+        )
+        table = table.join(labels)
+        for label, size in labels["label"].value_counts().items():
+            if size:
+                print(f"  {label}: {size} cells")
+    write_table(table.reset_index(), out)
+    print(f"written to {out}")
+
+
+def _state_batch(query: Any, key: str | None, batch: str | None) -> None:
+    """Write the batch of all cells that ``--batch`` states."""
+    if batch is None:
+        if key is not None and key not in query.obs:
+            raise ValueError(
+                f"the query has no column {key!r} of batches: give --batch NAME, what its cells are called."
+            )
+        return
+    if key is None:
+        raise ValueError(f"--batch {batch}: the model was trained without batches. Leave it out.")
+    if key in query.obs:
+        raise ValueError(f"--batch {batch}: the query has a column {key!r} of batches. Leave it out.")
+    query.obs[key] = batch

@@ -1,0 +1,1 @@
+"""Features that were measured in some batches only."""

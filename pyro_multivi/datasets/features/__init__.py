@@ -1,0 +1,1 @@
+"""Features of several samples: those that all have, or any."""
