@@ -39,7 +39,7 @@ def compare_models(
     A model of open or closed regions beside one that counts fragments (``accessibility_likelihood``) explains other
     data. Then all are compared on the counts, for which a probability to be open stands for the Poisson count that is
     above zero as often, and beside that on what is open alone: which likelihood suits the data is the best of the
-    former, and with next to no counts above 1 both are equal.
+    former. Of data without a count above 1 only what is open is compared.
 
     Parameters
     ----------
@@ -119,7 +119,8 @@ def compare_models(
         return found, max((one.log_likelihood for one in found.values()), key=np.mean)
 
     is_mixed = len({model.program.config.counts_fragments for model in models.values() if model.spec.n_regions}) > 1
-    scores, best = scored("counts" if is_mixed else None)
+    has_counts = cells.table.y is not None and cells.table.y.largest > 1
+    scores, best = scored(("counts" if has_counts else "open") if is_mixed else None)
     opened, best_opened = scored("open") if is_mixed else ({}, best)
     rows = []
     for name, (by_cell, error) in scores.items():
