@@ -15,7 +15,7 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_multivi.data.checks import check_type, shown
+from pyro_multivi.data.checks import check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
@@ -282,6 +282,7 @@ def _scores(processes: Processes, program: MultiVIProgram, validation: Minibatch
     return _named(sum_terms(processes, terms, n_scored), "validation")
 
 
+@checked
 def evaluate(program: MultiVIProgram, cells: Iterable[Cells], seed: int = _VALIDATION_SEED) -> Terms:
     """Terms of the ELBO over minibatches, in evaluation mode, with noise of its own."""
     check_type("program", program, MultiVIProgram)

@@ -117,7 +117,9 @@ def test_the_model_starts_at_the_marginals_of_the_data(ready, library):
 
 def test_repr_tells_the_sizes(ready):
     model = small(ready)
-    assert repr(model).startswith("MULTIVI: 40 genes (zinb, dispersion gene), 60 regions, 2 batches; latent 2")
+    assert repr(model).startswith(
+        "MULTIVI: 40 genes (zinb, dispersion gene), 60 regions (bernoulli), 2 batches; latent 2"
+    )
     assert "not trained" in repr(model)
 
 
