@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 import pyro_multivi as pm
-from pyro_multivi.posterior.quantities import containers, file_sink, unfinished
+from pyro_multivi.data.stores import unfinished
+from pyro_multivi.posterior.quantities import containers, file_sink
 
 WRITERS = {module.__file__ for module in (containers, file_sink, unfinished)}
 

@@ -98,3 +98,25 @@ def test_python_m_runs_it():
         [sys.executable, "-m", "pyro_multivi", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == pm.__version__
+
+
+@pytest.mark.filterwarnings("default:.* even numbers, as of reads")
+def test_fragments_are_counted_when_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
+    path, out = tmp_path / "reads.h5ad", tmp_path / "out"
+    adata = pm.simulate_multiome((40, 10, 10), 20, 30, reads=True, truth=False, seed=0)
+    pm.reads_to_fragments(adata)
+    adata.uns.clear()
+    adata.write_h5ad(path)
+    options = ("--accessibility-likelihood", "poisson", "--modality-key", "modality", "--n-hidden", "8")
+    assert train(path, "--out", out, "--layer", "fragments", *options) == 0
+    assert "regions (poisson)" in capsys.readouterr().out
+    table = tmp_path / "regions.csv"
+    compare = ("--groupby", "cell_type", "--group1", "type_0", "--modality", "accessibility", "--n-samples", "50")
+    assert main(["differential", str(out / "model"), str(path), "--out", str(table), "--quiet", *compare]) == 0
+    assert {"est_fragments1", "emp_fragments1"} <= set(pd.read_csv(table))
+    # Reads themselves are warned of, and a word that is none is refused by the option's name.
+    assert train(path, "--out", tmp_path / "again", *options) == 0
+    assert "even numbers, as of reads" in capsys.readouterr().err
+    assert train(path, "--out", tmp_path / "other", "--accessibility-likelihood", "x", "--min-counts", 1) != 0
+    assert "--accessibility-likelihood" in capsys.readouterr().err

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.data.checks import caution, check_type, checked, shown
+from pyro_multivi.data.checks import caution, check_draws, check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.isolation import isolated
+from pyro_multivi.posterior.engine.likelihood import MarginalLikelihood, cells_for_likelihood, marginal_likelihood
 
 
 @isolated()
@@ -34,6 +35,11 @@ def compare_models(
     The marginal likelihood of each cell, log p(x, y | s), is estimated by importance sampling, as in
     :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`, with the cell factor of accessibility at the guide's value. Cells
     differ far more than models do, so the error that counts is that of the differences between models within cells.
+
+    A model of open or closed regions beside one that counts fragments (``accessibility_likelihood``) explains other
+    data. Then all are compared on the counts, for which a probability to be open stands for the Poisson count that is
+    above zero as often, and beside that on what is open alone: which likelihood suits the data is the best of the
+    former, and with next to no counts above 1 both are equal.
 
     Parameters
     ----------
@@ -61,7 +67,11 @@ def compare_models(
         ``monte_carlo_error``                     part of the error that more draws would remove
         ``difference``, ``difference_error``      from the best model, with the paired standard error
         ``n_cells``                               number of cells
+        ``open_log_likelihood``,                  with both kinds of models: the same of open or closed regions,
+        ``open_difference``,                      and from the model that is best at it
+        ``open_difference_error``
         ``gene_likelihood``, ``n_hidden``,        options and size of the model
+        ``accessibility_likelihood``,
         ``n_latent``, ``n_parameters``
         ========================================= =========================================================
 
@@ -97,17 +107,32 @@ def compare_models(
     for other, model in others:
         _check_comparable((first, reference, cells), (other, model, model._cells(adata, indices, batch_size)))
     _warn_of_training_cells(models, cells)
-    scores = {
-        name: model.get_marginal_ll(
-            adata, n_mc_samples, indices, return_mean=False, batch_size=batch_size, return_se=True, seed=seed
-        )
-        for name, model in models.items()
-    }
-    best, _ = max(scores.values(), key=lambda score: float(score[0].mean()))
+    n_draws = check_draws("n_mc_samples", n_mc_samples, 2)
+    size = cells_for_likelihood(batch_size, n_draws)
+
+    def scored(reading: str | None) -> tuple[dict[str, MarginalLikelihood], NDArray[np.float64]]:
+        """Log-likelihoods by model, and those of the best model."""
+        found = {
+            name: marginal_likelihood(model.program, model._cells(adata, indices, size), n_draws, seed, reading)
+            for name, model in models.items()
+        }
+        return found, max((one.log_likelihood for one in found.values()), key=np.mean)
+
+    is_mixed = len({model.program.config.counts_fragments for model in models.values() if model.spec.n_regions}) > 1
+    scores, best = scored("counts" if is_mixed else None)
+    opened, best_opened = scored("open") if is_mixed else ({}, best)
     rows = []
     for name, (by_cell, error) in scores.items():
         n, program = len(by_cell), models[name].program
         difference, config = by_cell - best, program.config
+        of_open = {}
+        if is_mixed:
+            difference_open = opened[name].log_likelihood - best_opened
+            of_open = {
+                "open_log_likelihood": opened[name].log_likelihood.mean(),
+                "open_difference": difference_open.mean(),
+                "open_difference_error": _error_of_mean(difference_open),
+            }
         rows.append(
             {
                 "model": name,
@@ -116,8 +141,10 @@ def compare_models(
                 "monte_carlo_error": float(np.sqrt(np.square(error).sum()) / n),
                 "difference": difference.mean(),
                 "difference_error": _error_of_mean(difference),
+                **of_open,
                 "n_cells": n,
                 "gene_likelihood": config.gene_likelihood if RNA in modelled(config) else "",
+                "accessibility_likelihood": config.accessibility_likelihood if config.n_regions else "",
                 "n_hidden": config.hidden,
                 "n_latent": config.latent,
                 "n_parameters": sum(part.numel() for part in program.parameters()),

@@ -32,6 +32,7 @@ from pyro_multivi.processes.group import current, distributed
 from pyro_multivi.training import FitOptions, fit, resolve_device
 from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.run import Run
+from pyro_multivi.training.cost.estimate import TrainingCost, timed_cost
 from pyro_multivi.training.distributed.shared_steps import share_weights
 from pyro_multivi.training.options import Callback
 
@@ -271,6 +272,20 @@ class TrainingMixin(ModelBase):
             share_weights(processes, self.program)
         finally:
             self.is_trained = self.is_trained or self._history.n_epochs > 0
+
+    def _training_cost(
+        self, accelerator: str, batch_size: int | None, options: FitOptions, seed: int, *, checkpoint: bool, timed: bool
+    ) -> TrainingCost:
+        """Estimate what :meth:`train` takes; the few steps that are ``timed`` change the weights of this model."""
+        table, device = self._training_table(), resolve_device(accelerator)
+        if batch_size is None:
+            batch_size = settings.batch_size or default_batch_size(len(table))
+        split = Split.of(len(table), None, None, True, seed)
+        batches = partial(Minibatches, resident_if_it_fits(table, device), batch_size=batch_size, device=device)
+        train, validation = batches(split.train, shuffle=True, seed=seed), batches(split.validation)
+        if not timed:
+            return TrainingCost.of_sizes(self.program, train, options, checkpoint)
+        return timed_cost(self.program, train, validation, options, checkpoint)
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:

@@ -197,6 +197,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the latest checkpoint in DIR, if there is one; give all other options again",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what memory, time (from a few steps) and disk training would take; nothing is written",
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ from pyro_multivi.files import write_whole
 from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 from pyro_multivi.processes.group import is_first_process
+from pyro_multivi.training import FitOptions
 
 #: Everything that is written to the folder.
 OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png")
@@ -111,6 +112,29 @@ def train(options: argparse.Namespace) -> None:
     _analyse(model, data, options)
 
 
+def _say_cost(model: MULTIVI, options: argparse.Namespace) -> None:
+    """Print what training would take, from a few steps of it."""
+    cost = model._training_cost(
+        options.accelerator, options.batch_size, FitOptions(max_epochs=options.max_epochs, lr=options.lr), options.seed,
+        checkpoint=options.checkpoint is not None, timed=True,
+    )  # fmt: skip
+    print(cost)
+    for each in cost.shortages(options.out):
+        print(f"will not fit: {each}")
+    print("dry run: nothing is written")
+
+
+def _warn_of_shortage(model: MULTIVI, options: argparse.Namespace) -> None:
+    """Say before a run that will not fit what it takes."""
+    cost = model._training_cost(
+        options.accelerator, options.batch_size, FitOptions(max_epochs=options.max_epochs), options.seed,
+        checkpoint=options.checkpoint is not None, timed=False,
+    )  # fmt: skip
+    short = cost.shortages(options.out)
+    if short:
+        print(f"this run will not fit: {'; '.join(short)}\n{cost}\n--dry-run says this, with the time, and ends")
+
+
 def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     """Train, then write the model, the latent space, the history, figures and a picture."""
     out: Path = options.out
@@ -119,9 +143,13 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         if options.labels not in data.obs:
             raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
         labels = data.obs[options.labels]
+    print(model)
+    if options.dry_run:
+        _say_cost(model, options)
+        return
     make_folder(out, OUTPUTS, options.overwrite)
     check_model_folder(model, out / "model")
-    print(model)
+    _warn_of_shortage(model, options)
     started = time.perf_counter()
     model.train(
         max_epochs=options.max_epochs,

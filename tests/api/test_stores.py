@@ -160,3 +160,21 @@ def test_minified_data_need_the_store_no_more(path, tmp_path):
     model.minify_adata()
     own.unlink()
     assert np.array_equal(model.get_latent_representation(), before)
+
+
+def test_a_query_on_disk(model, path, tmp_path):
+    """As it is, and put in the order of the reference, also where it lacks features."""
+    query = pm.read(path)[:40, ::-1].copy()
+    query = query[:, ~query.var_names.isin(["gene_03", "region_07"])].copy()
+    query.obs["batch"] = "new"
+    query.write_h5ad(tmp_path / "query.h5ad")
+    memory = pm.MULTIVI.load_query_data(query, model).get_latent_representation()
+    stored = pm.open_stores(tmp_path / "query.h5ad")
+    mapped = pm.MULTIVI.load_query_data(stored, model)
+    assert mapped._table.on_disk
+    assert np.allclose(mapped.get_latent_representation(), memory, atol=1e-5)
+    prepared = pm.MULTIVI.prepare_query_anndata(stored, model, inplace=False)
+    assert prepared.var_names.tolist() == [*model.spec.gene_names, *model.spec.region_names]
+    again = pm.MULTIVI.load_query_data(prepared, model)
+    assert again._table.on_disk
+    assert np.allclose(again.get_latent_representation(), memory, atol=1e-5)

@@ -224,3 +224,16 @@ def test_differential_runs_without_scvi_tools(tmp_path):
     assert [one["system"] for one in records] == ["ours cell", "ours group"]
     assert all(one["result"]["table_bytes"] > 0 for one in records), records
     assert rows(printed[printed.index("| |") :])["peer"][0] == "not run"
+
+
+def test_processes_that_end_with_another_loss_are_reported(capsys):
+    def row(loss, steps):
+        return {"elbo_train": loss, "elbo_validation": loss, "steps": steps}
+
+    report = module("distributed").report
+    assert report({1: row(100.0, 10.0), 2: row(101.0, 15.0), 3: row(99.0, 12.0)}, 2, 0.02) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 cores\n")
+    # Three processes on two cores can be twice as fast as one.
+    assert [line.split()[-1] for line in said.splitlines()[2:5]] == ["100%", "75%", "60%"]
+    assert report({1: row(100.0, 10.0), 2: row(103.0, 15.0)}, 2, 0.02) == 1

@@ -18,9 +18,11 @@ def train(model, max_epochs=4, **options):
     return model
 
 
-CHOICES = [{}, {"gene_likelihood": "nb"}, {"gene_likelihood": "poisson"}, {"region_factors": False}]
+CHOICES = [{}, {"gene_likelihood": "nb"}, {"gene_likelihood": "poisson"}, {"region_factors": False},
+           {"accessibility_likelihood": "poisson"}, {"accessibility_likelihood": "nb"}]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:ATAC holds no count above 1")
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 @pytest.mark.parametrize(("precision", "rtol"), [("fp32", 2e-5), ("bf16", 2e-3)])
 def test_the_history_is_that_of_eager_training(build, choices, precision, rtol):

@@ -39,9 +39,11 @@ def train(program, minibatches):
 
 
 CHOICES = [{}, {"gene_likelihood": "nb", "dispersion": "gene-batch"}, {"gene_likelihood": "poisson"},
-           {"modality_weights": "cell", "use_batch_norm": "both"}, {"region_factors": False}]  # fmt: skip
+           {"modality_weights": "cell", "use_batch_norm": "both"}, {"region_factors": False},
+           {"accessibility_likelihood": "poisson"}, {"accessibility_likelihood": "nb"}]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:ATAC holds no count above 1")
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_number_is_read_within_an_epoch(build, choices, precision):

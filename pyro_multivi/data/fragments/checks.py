@@ -85,7 +85,7 @@ def fragment_cautions(table: CellTable) -> Iterator[str]:
         yield (
             f"{even:.0%} of the ATAC counts above zero are even numbers, as of reads, two of which come from one "
             "fragment: no counts of fragments have more even than odd numbers. pyro_multivi.reads_to_fragments(adata) "
-            "turns them into fragments."
+            "makes a layer of fragments of them, to be named in the setup."
         )
 
 

@@ -66,8 +66,13 @@ class Stores:
         """The string kept in ``uns``."""
         return json.dumps({"version": _VERSION, "stores": [asdict(store) for store in self.stores]})
 
-    def matrix(self, layer: str | None, features: pd.Index[Any], argument: str) -> JoinedMatrix:
-        """Counts of some features in all cells, (cells, features); ``argument`` is the one that named the layer."""
+    def matrix(
+        self, layer: str | None, features: pd.Index[Any], argument: str, measured: NDArray[np.bool_] | bool = True
+    ) -> JoinedMatrix:
+        """Counts of some features in all cells, (cells, features).
+
+        ``argument`` is the one that named the layer; features that were not ``measured`` may be in none of the stores.
+        """
         name = "X" if layer is None else f"layers/{layer}"
         known = self._matrices.get(name)
         if known is not None and known[0].equals(features):
@@ -83,10 +88,12 @@ class Stores:
             places = features.get_indexer(own).astype(np.int32)
             found[places[places >= 0]] = True
             parts.append((matrix, None if own.equals(features) else places))
-        if not found.all():
+        # Others are zeros, which a query marks as not measured.
+        absent = features[~found & measured]
+        if len(absent):
             raise ValueError(
-                f"adata.var_names holds {int((~found).sum())} features that are in none of its stores: "
-                f"{first_names(features[~found])}. Features of stores are known by name: leave their names as they are."
+                f"adata.var_names holds {len(absent)} features that are in none of its stores: {first_names(absent)}. "
+                "Features of stores are known by name: leave their names as they are."
             )
         made = JoinedMatrix(parts, len(features))
         if made.shape[0] != len(self.cells):

@@ -50,7 +50,7 @@ def convert_stores(
 ) -> Path:
     """Write a data set as a zarr folder that :func:`open_stores` reads fastest.
 
-    Counts are stored by cells (CSR), compressed with LZ4, in whole numbers of the smallest type that holds them; with
+    Counts are stored by cells (CSR), compressed with LZ4, in the smallest type that holds them; with
     zarr 3 in files of many chunks (shards). Memory does not grow with the number of cells, but for files that cannot be
     read by cells (CSC, 10x, MuData, Matrix Market): those are read whole, one at a time.
 
@@ -102,6 +102,8 @@ def convert_stores(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out={str(out)!r}: there is no folder {path.parent}.")
     adata = _opened(stores, feature_type_key)
+    if feature_type_key != "feature_types" and feature_type_key not in adata.var:
+        raise unknown_key("feature_type_key", feature_type_key, "adata.var", adata.var.columns)
     source = _Source(adata, layer)
     work = UnfinishedFolder(path)
     try:

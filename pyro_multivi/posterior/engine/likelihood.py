@@ -15,7 +15,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_trace
+from pyro_multivi.posterior.engine.readings import READINGS
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, kl, random_sites
@@ -99,7 +102,11 @@ class MarginalLikelihood(NamedTuple):
 
 
 def marginal_likelihood(
-    program: MultiVIProgram, minibatches: Iterable[Cells], n_samples: int = 1000, seed: int = 0
+    program: MultiVIProgram,
+    minibatches: Iterable[Cells],
+    n_samples: int = 1000,
+    seed: int = 0,
+    reading: str | None = None,
 ) -> MarginalLikelihood:
     r"""Importance sampling estimate of the marginal likelihood of each cell.
 
@@ -109,6 +116,8 @@ def marginal_likelihood(
     The guide holds the cell factor d at f_l(y), where the density of its uniform prior is 1: the
     likelihood is conditional on it. The standard error of the logarithm is, to first order, the
     relative error of the mean weight. The logarithm of a mean is low by half its square on average.
+
+    With ``reading``, ``"open"`` or ``"counts"``, accessibility is read as :mod:`.readings` tells.
     """
 
     def of_minibatch(cells: Cells) -> Arrays:
@@ -117,7 +126,10 @@ def marginal_likelihood(
             size = min(LIKELIHOOD_DRAWS, n_samples - first)
             with evaluation_mode(program):
                 latents = draw_latents(program, cells, size, seed, first, as_trained=True)
-                weights.append(log_weights(*scored_traces(program, cells, latents)))
+                model, guide = scored_traces(program, cells, latents)
+                if reading is not None and ATAC.counts in model.nodes:
+                    _read_as(reading, model.nodes[ATAC.counts], cells)
+                weights.append(log_weights(model, guide))
         log_w = torch.cat(weights)  # (S, B)
         log_mean = log_w.logsumexp(0) - math.log(n_samples)
         relative = (log_w - log_mean).exp()
@@ -126,6 +138,13 @@ def marginal_likelihood(
         return {"log_likelihood": log_mean.cpu().numpy(), "standard_error": error.cpu().numpy()}
 
     return MarginalLikelihood(**joined(by_minibatch(of_minibatch, minibatches)))
+
+
+def _read_as(reading: str, site: Any, cells: Cells) -> None:
+    """Score the site of accessibility by another reading, in the cells that have it."""
+    y = cells.y if isinstance(cells.y, SparseCounts) else SparseCounts.from_dense(cells.y)
+    found = READINGS[reading](site["fn"], y)
+    site["unscaled_log_prob"] = torch.where(cells.has_atac, found, 0.0).expand_as(site["unscaled_log_prob"])
 
 
 def cells_for_likelihood(batch_size: int, n_samples: int) -> int:

@@ -13,6 +13,8 @@ the link, 1 for shares of counts and 1 - 2 p for probabilities. Directions and s
 program (``rna_weight_directions``, ``rna_weight_sd``, and those of ATAC), set by
 :mod:`pyro_multivi.posterior.calibration.fit_weights`; zeros before that, with which draws are of the fitted decoder.
 The weights, what is decoded at posterior means, the ELBO and the marginal likelihood stay as they were trained.
+Differential tests draw the latent state alone: in those of groups, calibrated by counts, the decoder cancels; those of
+random cells (``unit="cell"``) are of the fitted decoder.
 """
 
 from __future__ import annotations

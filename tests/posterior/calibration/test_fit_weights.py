@@ -18,6 +18,7 @@ from pyro_multivi.distributions import (
     ScaledBernoulli,
     ZeroInflatedNegativeBinomialCounts,
 )
+from pyro_multivi.distributions.fragments import NegativeBinomialFragments, PoissonFragments
 from pyro_multivi.posterior.calibration import fit_weights
 from pyro_multivi.posterior.calibration.fit_weights import _Decoded, fit_weight_posteriors, posterior_sd
 from pyro_multivi.posterior.engine.weight_posterior import WeightPosterior, weight_buffers
@@ -45,15 +46,20 @@ def counts_of(name, values):
         return NegativeBinomialCounts(values, library, theta)
     if name == "zinb":
         return ZeroInflatedNegativeBinomialCounts(values, library, theta, torch.full_like(theta, -30.0))
+    if name == "poisson fragments":
+        return PoissonFragments(values, library, theta)
+    if name == "nb fragments":
+        return NegativeBinomialFragments(values, library, theta, theta.flip(0))
     return ScaledBernoulli(values, library / 7, theta / 10)
 
 
 @pytest.mark.parametrize(("name", "link"), [
     ("poisson", "softmax"), ("nb", "softmax"), ("zinb", "softmax"), ("nb", "softplus"), ("bernoulli", "sigmoid"),
+    ("poisson fragments", "sigmoid"), ("nb fragments", "sigmoid"),
 ])  # fmt: skip
 def test_information_is_the_expected_square_of_the_score(name, link):
     """Of each logit with the others held, summed over all counts that a cell may have."""
-    modality = ATAC if name == "bernoulli" else RNA
+    modality = ATAC if link == "sigmoid" else RNA
     made = readout(link)
     ((_, found, at_mean),) = evidence(made, counts_of(name, made), modality).evidence()
     torch.testing.assert_close(at_mean, torch.zeros_like(at_mean))

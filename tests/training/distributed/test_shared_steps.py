@@ -17,13 +17,14 @@ from pyro_multivi.training.distributed.shared_steps import sum_gradients, sum_te
 
 ROOT = Path(__file__).parents[3]
 SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "stopped")
-FAILING = ("no_cells", "other_cells", "killed", "fails", "not_resumed")
-#: In this order: some go on from what others left.
-RUNS = (
-    *("one_step:1", "one_step:2", "one_step:3", "defaults:1"),
-    *(f"{name}:2" for name in (*SHARED, *FAILING, "uninterrupted", "resumed_after_kill")),
-    *("terminated:2", "resumed_after_termination:2"),
-    *("posterior:1", "posterior:2", "posterior:3", "out_of_one:2"),
+#: Scenarios and numbers of processes. In this order: some go on from what others left.
+QUICK = (
+    *("one_step:1", "one_step:2", "no_cells:2", "uninterrupted:2", "killed:2", "resumed_after_kill:2"),
+    *("posterior:1", "posterior:2"),
+)
+SLOW = (
+    *("one_step:3", "defaults:1", "terminated:2", "resumed_after_termination:2", "posterior:3", "not_resumed:2"),
+    *(f"{name}:2" for name in (*SHARED, "other_cells", "fails", "out_of_one")),
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -31,14 +32,17 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """Outcomes of the processes of a scenario, by its name and their number."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, Path(__file__).with_name("launch.py"), folder, *RUNS]
+    """Outcomes of the processes of a scenario, by its name and their number; run with others of its kind."""
+    folder, done = tmp_path_factory.mktemp("processes"), set()
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=alone, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
     def read(name, size, ranks=None):
+        runs = next(each for each in (QUICK, SLOW) if f"{name}:{size}" in each)
+        if runs not in done:
+            done.add(runs)
+            command = [sys.executable, Path(__file__).with_name("launch.py"), folder, *runs]
+            ran = subprocess.run(command, capture_output=True, text=True, env=alone, check=False)
+            assert ran.returncode == 0, ran.stdout + ran.stderr
         ranks = range(size) if ranks is None else ranks
         return [torch.load(folder / f"{name}-{size}-{rank}.pt", weights_only=True) for rank in ranks]
 
@@ -46,7 +50,10 @@ def ended(tmp_path_factory):
     return read
 
 
-@pytest.mark.parametrize("size", [2, 3])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow)])
 def test_a_step_without_noise_is_that_of_one_process(ended, size):
     (one,), first = ended("one_step", 1), ended("one_step", size)[0]
     # Adam's first moment after one step is a tenth of the gradient.
@@ -57,7 +64,7 @@ def test_a_step_without_noise_is_that_of_one_process(ended, size):
     assert first["history"][0]["elbo_train"] == pytest.approx(one["history"][0]["elbo_train"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", ["uninterrupted", *(pytest.param(name, marks=slow) for name in SHARED)])
 def test_all_processes_end_with_the_same_weights_and_history(ended, name):
     one, other = ended(name, 2)
     assert "error" not in one, one["error"]
@@ -66,13 +73,17 @@ def test_all_processes_end_with_the_same_weights_and_history(ended, name):
     assert [key for key, value in one["moments"].items() if not torch.equal(value, other["moments"][key])] == []
 
 
+@slow
 def test_two_processes_learn_as_much_as_one(ended):
     (one,), two = ended("defaults", 1), ended("defaults", 2)[0]
-    before, after = one["history"][0]["elbo_train"], one["history"][-1]["elbo_train"]
     assert len(one["history"]) == len(two["history"])
-    assert abs(two["history"][-1]["elbo_train"] - after) < 0.1 * (before - after)
+    first, last = two["history"][0]["elbo_train"], two["history"][-1]["elbo_train"]
+    assert last < first
+    # Other noise, and a contrast among the cells of each share: 0.1 to 0.9 % in runs of 8 to 30 epochs.
+    assert last == pytest.approx(one["history"][-1]["elbo_train"], rel=0.01)
 
 
+@slow
 def test_a_callback_of_one_process_stops_all(ended):
     assert len(ended("stopped", 2)[1]["history"]) == 2
 
@@ -84,6 +95,7 @@ def test_too_few_cells_are_refused_in_every_process(ended):
         )
 
 
+@slow
 def test_processes_with_other_cells_are_refused(ended):
     for each in ended("other_cells", 2):
         assert "The 2 processes were not given the same: they differ in the cells." in each["error"]
@@ -95,13 +107,14 @@ def test_a_killed_process_ends_the_others_with_a_message(ended):
     assert "resume=True goes on from the latest checkpoint. (torch: " in lost
 
 
+@slow
 def test_an_error_of_one_process_ends_the_others(ended):
     lost, own = ended("fails", 2)
     assert own["error"] == "OSError: nothing works"
     assert lost["error"].startswith("ProcessLostError: Process 0 of 2 has lost another one")
 
 
-@pytest.mark.parametrize("name", ["resumed_after_kill", "resumed_after_termination"])
+@pytest.mark.parametrize("name", ["resumed_after_kill", pytest.param("resumed_after_termination", marks=slow)])
 def test_training_goes_on_from_a_checkpoint_of_several_processes(ended, name):
     expected, one, other = ended("uninterrupted", 2)[0], *ended(name, 2)
     for each in (one, other):
@@ -112,13 +125,14 @@ def test_training_goes_on_from_a_checkpoint_of_several_processes(ended, name):
     assert rows[0] == rows[1]
 
 
+@slow
 def test_checkpoints_are_not_replaced_unasked(ended):
     first, other = ended("not_resumed", 2)
     assert first["error"].startswith("FileExistsError: checkpoint=")
     assert other["error"] == "ProcessLostError: Process 1 of 2 ends: the message of process 0 says why."
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow)])
 def test_results_are_those_of_one_process_bit_by_bit(ended, size):
     (one,), all_of_them = ended("posterior", 1), ended("posterior", size)
     assert len(one) > 10, one
@@ -142,6 +156,7 @@ def test_files_are_those_of_one_process(ended, name):
         assert (first != other).sum() == 0
 
 
+@slow
 def test_a_file_is_that_of_the_first_process(ended):
     first, other = ended("out_of_one", 2)
     assert first["path"].endswith("alone.h5ad")
