@@ -301,7 +301,7 @@ def _counts(
     check_unique(features, f"{owner}.var_names ({modality.features})", f"{owner}.var_names_make_unique()")
     where = f"{owner}.X" if layer is None else f"{owner}.layers[{layer!r}]"
     if (stores := stores_of(adata)) is not None:
-        matrix = stores.matrix(layer, adata.var_names, argument, _measured_features(adata, owner))
+        matrix = stores.matrix(layer, adata.var_names, argument, measured_features(adata, owner))
         places = stores.cells, stores.rows_of(adata.obs_names)
         return Counts(modality, matrix, owner, where, features, columns, *places, lambda: f", perhaps by {argument}.")
     if layer is not None and layer not in adata.layers:
