@@ -116,7 +116,7 @@ class ProgramConfig:
     n_layers_encoder: int = 2
     n_layers_decoder: int = 2
     dropout_rate: float = 0.1
-    region_dropout_rate: float = 0.5
+    region_dropout_rate: float = 0.25
     gene_likelihood: str = "zinb"
     dispersion: str = "gene"
     latent_distribution: str = "normal"

@@ -158,7 +158,7 @@ class MULTIVI(
         program_options: Mapping[str, Any] | None = None,
         mixing_weight: float | None = None,
         contrast_weight: float | None = None,
-        region_dropout_rate: float = 0.5,
+        region_dropout_rate: float = 0.25,
         accessibility_likelihood: str = "bernoulli",
     ) -> None:
         # First, while the arguments are the only local names.

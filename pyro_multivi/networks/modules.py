@@ -153,6 +153,7 @@ class ProgramModules(nn.Module):
         return [modality for modality in self.extra.values() if isinstance(modality, ExtraModality)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.size_weight_directions()
         # Models of earlier versions were saved without it.
         state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
         for modality in modelled(self.config):
@@ -160,6 +161,15 @@ class ProgramModules(nn.Module):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def size_weight_directions(self) -> None:
+        """Give the directions of each last layer the width of that layer, which a decoder of one's own may change."""
+        for modality in modelled(self.config):
+            name = f"{modality.key}_weight_directions"
+            directions = getattr(self, name)
+            layer = getattr(getattr(self, f"{modality.name}_decoder"), modality.decoded, None)
+            if isinstance(layer, nn.Linear) and directions.shape[1] != layer.in_features + 1:
+                setattr(self, name, directions.new_zeros(len(directions), layer.in_features + 1))
 
     def use_precision(self, precision: str) -> None:
         """Use ``"fp32"`` or ``"bf16"`` for the matrix products of the decoders' last layers.

@@ -53,6 +53,7 @@ _WIDEST = 9.0
 
 def clear_weight_posteriors(program: MultiVIProgram) -> None:
     """Return the last layers to their fitted weights."""
+    program.size_weight_directions()
     for modality in modelled(program.config):
         for buffer in weight_buffers(program, modality):
             buffer.zero_()
@@ -63,7 +64,7 @@ def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``rna_weight_directions``, ``rna_weight_sd`` and those of ATAC.
 
     They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package, and where
-    rho or p is not decoded by a readout.
+    rho or p is not decoded by a readout of the decoder's layer of that name.
 
     Parameters
     ----------
@@ -85,7 +86,8 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> Non
     n_features = modality.n_features_in(program.config)
     index = spread(measured, min(_MOST, max(_DIRECTION_CELLS, _ENTRIES // n_features)))
     directions, sd = weight_buffers(program, modality)
-    n_directions = len(directions) - 1
+    # A narrow layer has fewer; what is left of the buffers stays zero.
+    n_directions = min(len(directions), directions.shape[1]) - 1
     if len(index) < _FEWEST:
         return
     # Of a unit prior: weights have variance 1 / H.
@@ -93,7 +95,7 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> Non
     hidden_parts, weights = [], []
     for part in spread(index, _DIRECTION_CELLS).split(_AT_ONCE):
         decoded = _Decoded.of(program, train.cut(part), modality)
-        if decoded is None:
+        if decoded is None or decoded.readout.hidden.shape[-1] != directions.shape[1] - 1:
             return
         hidden_parts.append(decoded.readout.hidden[0] * unit)
         weights.append(torch.stack([found.sum(1) for _, found, _ in decoded.evidence()]).sum(0))
@@ -103,8 +105,8 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> Non
     centred = hidden - centre
     _, vectors = torch.linalg.eigh((centred * weight[:, None]).T @ centred)
     vectors = vectors.flip(1)[:, :n_directions].T.to(directions.dtype)
-    directions[:-1, :-1] = vectors * unit
-    directions[:-1, -1] = -(vectors @ centre.to(vectors.dtype))
+    directions[:n_directions, :-1] = vectors * unit
+    directions[:n_directions, -1] = -(vectors @ centre.to(vectors.dtype))
     directions[-1, -1] = 1.0
 
     information_fr, score_fr = torch.zeros_like(sd), torch.zeros_like(sd)
@@ -117,6 +119,7 @@ def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> Non
             score_fr[features] += score.T @ phi
         # In units of the prior.
         fitted_fk = decoded.readout.weight @ vectors.T / unit
+        fitted_fk = torch.nn.functional.pad(fitted_fk, (0, sd.shape[1] - 1 - n_directions))
     share = len(measured) / len(index)
     sd.copy_(posterior_sd(information_fr * share, score_fr * share, fitted_fk))
 

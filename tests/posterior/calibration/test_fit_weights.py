@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
-from pyro_multivi import MultiVIProgram
+from pyro_multivi import MULTIVI, MultiVIProgram, simulate_multiome
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, RNA
@@ -169,3 +170,46 @@ def test_ctrl_c_leaves_the_fitted_decoder(fitted, monkeypatch, caplog):
     assert "too narrow" in caplog.text
     assert WeightPosterior.of(again, RNA) is None
     assert WeightPosterior.of(again, ATAC) is None
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.map = nn.Linear(3, width)
+
+    def forward(self, z, s):
+        return self.map(z).relu()
+
+
+class OwnDecoder(MultiVIProgram):
+    width = 0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.expression_decoder.stack = Bottleneck(self.width)
+        self.expression_decoder.rho = nn.Linear(self.width, config.n_genes)
+
+
+@pytest.mark.parametrize("width", [5, 20])
+def test_a_decoder_of_another_width_has_a_posterior_too(width, monkeypatch):
+    monkeypatch.setattr(OwnDecoder, "width", width)
+    adata = simulate_multiome((60, 0, 0), 20, 30, n_latent=2, seed=0)
+    MULTIVI.setup_anndata(adata)
+    model = MULTIVI(adata, n_hidden=12, n_latent=3, gene_likelihood="nb", program_class=OwnDecoder)
+    model.train(max_epochs=3, progress_bar=False)
+    directions, sd = weight_buffers(model.program, RNA)
+    assert directions.shape == (12, width + 1)
+    # As many directions as there are, and none beyond.
+    used = min(width, 11)
+    assert (directions[:used].abs().sum(1) > 0).all()
+    assert (directions[used:-1] == 0).all()
+    assert (sd > 0).all()
+    again = OwnDecoder(model.program.config)
+    again.load_state_dict(model.program.state_dict())
+    assert torch.equal(weight_buffers(again, RNA)[0], directions)
+    drawn, fixed = (
+        model.get_normalized_expression(n_samples=25, return_mean=mean, return_numpy=True, **options)
+        for mean, options in ((False, {}), (True, {"return_interval": 0.9}))
+    )
+    assert drawn.std(0).mean() > 0
+    assert (fixed.upper > fixed.lower).all()
