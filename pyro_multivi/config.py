@@ -55,7 +55,7 @@ class ProgramConfig:
         Dropout rate of the encoders' hidden layers.
     region_dropout_rate
         Share of a cell's open regions that the ATAC encoder does not see in training. A cell's fragments are a small
-        sample of its open regions: an encoder that sees another half of them at each epoch learns by heart
+        sample of its open regions: an encoder that sees others of them at each epoch learns by heart
         less of the training cells, and predicts hidden expression and accessibility better.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
