@@ -91,14 +91,18 @@ def test_another_batch_is_decoded_with_its_background(model):
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_differential_expression_of_proteins(model, adata, unit):
     table = model.differential_protein_expression(groupby="cell_type", group1="type_0", unit=unit, n_samples=200)
-    # That of one panel only cannot be compared by counts.
-    assert sorted(table.index) == [f"protein_{place}" for place in range(5)]
+    assert sorted(table.index) == [f"protein_{place}" for place in range(6)]
     in_group = (adata.obs["cell_type"] == "type_0").to_numpy() & adata.obs["has_protein"].to_numpy()
+    # The last is of one panel only: it is compared between cells of that panel.
+    in_panel = in_group & (adata.obs["batch"] == "batch_0").to_numpy()
     mean = adata.obsm["protein_expression"][in_group].mean()
+    mean["protein_5"] = adata.obsm["protein_expression"]["protein_5"][in_panel].mean()
     np.testing.assert_allclose(table["raw_mean1"], mean[table.index], rtol=1e-5)
+    n_measured = {name: in_group.sum() for name in table.index} | {"protein_5": in_panel.sum()}
+    assert table["n_measured1"].to_dict() == n_measured
     assert table["proba_de"].between(0, 1).all()
-    with pytest.raises(ValueError, match="protein_list holds 'protein_5', which were not measured in all"):
-        model.differential_protein_expression(groupby="cell_type", protein_list=["protein_5"], n_samples=50)
+    one = model.differential_protein_expression(groupby="cell_type", protein_list=["protein_5"], n_samples=50)
+    assert set(one.index) == {"protein_5"}
     extra = model.differential_extra("protein", groupby="cell_type", group1="type_0", n_samples=200)
     assert "raw_mean1" not in extra
 

@@ -73,7 +73,8 @@ class ProteinDifferentialMixin(ProteinEstimatesMixin, DifferentialMixin):
         pseudocounts
             Added to both sides of log scales, in counts.
         protein_list
-            Names, positions or a mask: test these only. Proteins that some of the batches did not measure are left out.
+            Names, positions or a mask: test these only. Each is compared between the cells that measured it, whose
+            numbers are `n_measured1` and `n_measured2`.
 
         Returns
         -------
