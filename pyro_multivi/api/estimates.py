@@ -221,9 +221,9 @@ class EstimatesMixin(ModelBase):
         seed: int = 0,
         detection: bool = False,
     ) -> Estimates:
-        r"""Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`, a probability to be open.
+        """Expected accessibility of each region in each cell, :math:`E_q[g_z(z, s)]`, a probability to be open.
 
-        Where fragments are counted, it is their expected number in a cell of typical depth, :math:`E_q[g_z(z, s)\, r]`.
+        Where fragments are counted, it is their expected number in a cell of typical depth, :math:`E_q[g_z(z, s) r]`.
         Denoised where ATAC was measured, imputed where it was not, as in :meth:`get_normalized_expression`.
         Also available as ``get_normalized_accessibility``.
 

@@ -49,7 +49,8 @@ class ProteinEstimatesMixin(ModelBase):
 
         Parameters
         ----------
-        adata, indices, n_samples_overall, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent, \
+        adata, indices, n_samples_overall, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent
+            As in :meth:`get_normalized_expression`.
         return_interval, out, seed
             As in :meth:`get_normalized_expression`.
         transform_batch
@@ -115,7 +116,8 @@ class ProteinEstimatesMixin(ModelBase):
 
         Parameters
         ----------
-        adata, indices, transform_batch, protein_list, n_samples, batch_size, use_z_mean, return_mean, return_numpy, \
+        adata, indices, transform_batch, protein_list, n_samples, batch_size, use_z_mean, return_mean, return_numpy
+            As in :meth:`get_normalized_protein_expression`.
         silent, n_samples_overall, return_interval, out, seed
             As in :meth:`get_normalized_protein_expression`.
 
