@@ -242,7 +242,8 @@ def _begin(
     x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
     for name, n, dtype in (("data", int(indptr[-1]), kind), ("indices", int(indptr[-1]), np.dtype(np.int32))):
         _create(zarr, x, name, n, dtype, sharded)
-    _create(zarr, x, "indptr", len(indptr), indptr.dtype, sharded)
+    # Of the type of the indices where it holds them: old versions of SciPy do not mix types.
+    _create(zarr, x, "indptr", len(indptr), np.dtype(np.int32 if indptr[-1] < 2**31 else np.int64), sharded)
     x["indptr"][:] = indptr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -12,13 +13,20 @@ import pytest
 import scipy.sparse as sp
 import torch
 import zarr
-from anndata.io import write_elem
 
 import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.stores.counts import StoredCounts, row_hashes
 from pyro_multivi.data.stores.matrix import StoreChangedError, StoredMatrix, spans
+
+try:
+    from anndata.io import write_elem
+except ImportError:  # anndata before 0.11
+    from anndata.experimental import write_elem
+
+#: Of zarr 3; zarr 2 knows no other format.
+FORMAT_2: dict[str, Any] = {} if zarr.__version__.startswith("2.") else {"zarr_format": 2}
 
 KEYS = {"modality_key": "modality", "batch_key": "batch"}
 
@@ -164,7 +172,7 @@ def test_a_store_that_changes_while_it_is_used(mosaic, tmp_path, how):
 
 @pytest.mark.parametrize("how", ["lost", "rewritten"])
 def test_a_chunk_of_a_zarr_store_that_changes(mosaic, tmp_path, how):
-    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2)
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", **FORMAT_2)
     write_elem(group, "/", mosaic)
     table = table_of(pm.open_stores(tmp_path / "a.zarr"))
     chunk = next(path for path in sorted((tmp_path / "a.zarr/X/data").iterdir()) if not path.name.startswith("."))

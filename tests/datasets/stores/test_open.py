@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -13,11 +14,19 @@ import pytest
 import scipy.sparse as sp
 import torch
 import zarr
-from anndata.io import write_elem
 
 import pyro_multivi as pm
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.stores import reference
+
+try:
+    from anndata.io import write_elem
+except ImportError:  # anndata before 0.11
+    from anndata.experimental import write_elem
+
+#: Of zarr 3; zarr 2 knows no other format.
+FORMAT_2: dict[str, Any] = {} if zarr.__version__.startswith("2.") else {"zarr_format": 2}
+FRESH: dict[str, Any] = {"use_consolidated": False} if FORMAT_2 else {}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def paths(samples, tmp_path):
     found = {name: tmp_path / f"{name}.h5ad" for name in "AB"}
     for name, path in found.items():
         samples[name].write_h5ad(path)
-    write_elem(zarr.open_group(str(tmp_path / "C.zarr"), mode="w", zarr_format=2), "/", samples["C"])
+    write_elem(zarr.open_group(str(tmp_path / "C.zarr"), mode="w", **FORMAT_2), "/", samples["C"])
     return {**found, "C": tmp_path / "C.zarr"}
 
 
@@ -205,11 +214,11 @@ def test_what_is_no_store(tmp_path, paths):
 def test_consolidated_metadata_are_not_needed_nor_believed(samples, tmp_path):
     """A copy of all descriptions in one place may be missing, or of an earlier state."""
     path = tmp_path / "C.zarr"
-    write_elem(zarr.open_group(str(path), mode="w", zarr_format=2), "/", samples["C"])
+    write_elem(zarr.open_group(str(path), mode="w", **FORMAT_2), "/", samples["C"])
     plain = pm.open_stores(path)
     zarr.consolidate_metadata(str(path))
     later = samples["C"][:7].copy()
-    write_elem(zarr.open_group(str(path), mode="r+", zarr_format=2, use_consolidated=False), "/", later)
+    write_elem(zarr.open_group(str(path), mode="r+", **FORMAT_2, **FRESH), "/", later)
     assert (plain.n_obs, pm.open_stores(path).n_obs) == (20, 7)
 
 
