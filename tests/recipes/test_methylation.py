@@ -41,7 +41,8 @@ def test_rates_of_simulated_cells_are_imputed_and_tested(recipes, tmp_path):
     adata.obsm["methylated"], adata.obsm["coverage"] = methylated, coverage.astype(np.float32)
     pm.MULTIVI.setup_anndata(adata, modality_key="modality", extra_obsm_keys=["methylated", "coverage"])
     model = pm.MULTIVI(adata, n_hidden=16, n_latent=3, program_class=recipes.WithMethylation)
-    model.train(60, batch_size=32, lr=5e-3, progress_bar=False)
+    # After 60 epochs the correlation was .68 to .94 over eight seeds, after 150 .90 to .97 over five.
+    model.train(150, batch_size=32, lr=5e-3, progress_bar=False)
     imputed = model.get_extra_estimates("methylated", return_numpy=True)[hidden]
     for place in (0, 1):
         assert np.corrcoef(imputed[:, place], rates[hidden, place])[0, 1] > 0.8
@@ -51,7 +52,7 @@ def test_rates_of_simulated_cells_are_imputed_and_tested(recipes, tmp_path):
         "methylated", groupby="cell_type", group1="type_0", change_fn="difference", delta=0.01, n_samples=500
     )
     change = table["lfc_mean"]
-    # Little was trained: directions, not sizes.
+    # Few cells: directions, not sizes.
     assert abs(change["2"]) < 0.02 < min(change["0"], -change["1"])
     assert sorted(table.index) == ["0", "1", "2"]
     assert np.isnan(model.get_latent_representation(modality="methylated")[hidden]).all()
