@@ -14,6 +14,7 @@ from pyro_multivi.data.minibatch import Cells, Measurement, Panels
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
+from pyro_multivi.data.stores.rows import RowSlices
 
 # Cells read at a time for statistics: large enough to be fast, small beside any table.
 _BLOCK = 4096
@@ -222,7 +223,7 @@ class CellTable:
 
 
 def cut(
-    counts: SparseCounts | StoredCounts | None, index: Tensor, width: int, total: int | None = None
+    counts: SparseCounts | StoredCounts | RowSlices | None, index: Tensor, width: int, total: int | None = None
 ) -> SparseCounts:
     """Rows of the cells at ``index``, floating; empty ones for a modality that no cell has.
 
@@ -231,7 +232,7 @@ def cut(
     if counts is None:
         crow = torch.zeros(len(index) + 1, dtype=torch.int32, device=index.device)
         return SparseCounts(crow, crow[:0], torch.zeros(0, device=index.device), (len(index), width))
-    if total is None or isinstance(counts, StoredCounts):
+    if total is None or not isinstance(counts, SparseCounts):
         rows = counts.select_rows(index)
     else:
         rows = counts.gather_rows(index, total)

@@ -16,10 +16,11 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, columns_of, row_hashes
+from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
 from pyro_multivi.data.stores.matrix import RowMatrix
 from pyro_multivi.data.stores.matrix import blocks as stored_blocks
 from pyro_multivi.data.stores.opening import on_disk
+from pyro_multivi.data.stores.rows import Columns
 
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.
 _BLOCK_ENTRIES = 2**24
@@ -162,17 +163,16 @@ class _OnDisk:
 
     def __init__(self, counts: Counts, names: tuple[str, ...], partial: bool, rows: StoredRows) -> None:
         take = _places_of(names, counts, partial)
-        self._counts, self._rows, self._width = counts, rows, len(names)
-        self._places = np.full(counts.matrix.shape[1], -1, dtype=np.int32)
-        self._places[counts.columns[take[take >= 0]]] = np.flatnonzero(take >= 0)
-        self._names = names
-        rows.add(counts.modality.key, self._places, self._width)
+        self._counts, self._rows, self._names = counts, rows, names
+        places = np.full(counts.matrix.shape[1], -1, dtype=np.int32)
+        places[counts.columns[take[take >= 0]]] = np.flatnonzero(take >= 0)
+        self._columns = Columns(places, len(names))
         self._parts: list[tuple[NDArray[np.int64], ...]] = []
         self._largest, self._kind, self._whole = 0.0, np.dtype(np.uint8), True
 
     def add(self, start: int, rows: sp.csr_array[Any, tuple[int, int]]) -> None:
         """Check the rows from ``start`` on."""
-        block = columns_of(rows, self._places, self._width)
+        block = self._columns.take(rows)
         check_values(self._counts, self._names, start, block)
         self._kind = np.result_type(self._kind, smallest(block.data))
         self._largest = max(self._largest, float(block.data.max(initial=0)))
@@ -183,6 +183,8 @@ class _OnDisk:
         """The counts, in the order of the data set's cells."""
         sizes, hashes, totals = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         row_of = self._counts.rows
+        ones = self._kind == np.uint8 and self._largest <= 1
+        self._rows.add(self._counts.modality.key, self._columns, None if ones else self._kind)
         if row_of is not None:
             # What a cell without a row has stands at the end.
             sizes, hashes, totals = (np.append(part, part.dtype.type(0))[row_of] for part in (sizes, hashes, totals))
@@ -193,7 +195,7 @@ class _OnDisk:
             crow=torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])),
             hashes=torch.from_numpy(hashes),
             totals=torch.from_numpy(totals.astype(np.float64)),
-            shape=(len(sizes), self._width),
+            shape=(len(sizes), len(self._names)),
             kind=self._kind,
             largest=self._largest,
             whole=self._whole,

@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.stores.matrix import RowMatrix, spans
+from pyro_multivi.data.stores.matrix import RowMatrix, Rows, spans
+from pyro_multivi.data.stores.rows import Columns, RowSlices, canonical
 
 # Odd numbers of 64 random bits: entries of a row are hashed to numbers that are summed.
 _COLUMN_FACTOR, _VALUE_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+
+# Share of the rows that were read of which the others are kept with them: a copy of some rows costs more than they do.
+_KEPT = 0.75
 
 
 class StoredRows:
@@ -31,16 +34,16 @@ class StoredRows:
 
     def __init__(self, matrix: RowMatrix) -> None:
         self.matrix = matrix
-        self._places: dict[str, NDArray[np.int32]] = {}
-        self._widths: dict[str, int] = {}
-        self._kept: tuple[NDArray[np.int64], dict[str, Any]] | None = None
+        self._columns: dict[str, Columns] = {}
+        self._kinds: dict[str, np.dtype[Any] | None] = {}
+        self._kept: tuple[NDArray[np.int64], dict[str, RowSlices]] | None = None
 
-    def add(self, name: str, places: NDArray[np.int32], width: int) -> None:
-        """Make a modality known: the place of every column of the matrix among its features, -1 for another's."""
-        self._places[name], self._widths[name] = places, width
+    def add(self, name: str, columns: Columns, kind: np.dtype[Any] | None) -> None:
+        """Make a modality known: its columns, and the type that holds its values, None if all of them are 1."""
+        self._columns[name], self._kinds[name] = columns, kind
 
-    def read(self, name: str, rows: NDArray[np.int64]) -> Any:
-        """Ascending rows of a modality, as sparse rows (len(rows), width) in canonical form."""
+    def read(self, name: str, rows: NDArray[np.int64]) -> RowSlices:
+        """Ascending rows of a modality, (len(rows), width)."""
         kept = self._kept
         # By one step: a thread that reads ahead, and results asked for meanwhile, share it.
         found = kept[1].pop(name, None) if kept is not None and np.array_equal(kept[0], rows) else None
@@ -50,41 +53,63 @@ class StoredRows:
         self._kept = kept if kept[1] else None
         return found
 
-    def _read(self, rows: NDArray[np.int64]) -> dict[str, Any]:
-        parts: dict[str, list[Any]] = {name: [] for name in self._places}
-        with self.matrix.unchanged():
-            for span in spans(rows, self.matrix.at_once):
-                block = self.matrix.read(int(span[0]), int(span[-1]) + 1)
-                if len(span) < block.shape[0]:
-                    block = block[span - span[0]]
-                for name, places in self._places.items():
-                    parts[name].append(columns_of(block, places, self._widths[name]))
-        return {name: _stacked(blocks, self._widths[name]) for name, blocks in parts.items()}
+    def _read(self, rows: NDArray[np.int64]) -> dict[str, RowSlices]:
+        runs = [name for name, columns in self._columns.items() if columns.are_run]
+        made = {name: _Slices(columns.width) for name, columns in self._columns.items()}
+        shared = _Blocks()
+        kind = np.result_type(np.uint8, *(each for name in runs if (each := self._kinds[name]) is not None))
+        with self.matrix.reading() as read:
+            wanted_rows = list(spans(rows, self.matrix.at_once))
+            read_rows = read([(int(span[0]), int(span[-1]) + 1) for span in wanted_rows])
+            for span, block in zip(wanted_rows, map(canonical, read_rows), strict=True):
+                wanted = span - span[0]
+                if len(span) < _KEPT * block.shape[0]:
+                    block, wanted = block[wanted], np.arange(len(span))
+                for name, columns in self._columns.items():
+                    if name in runs:
+                        start, stop = columns.bounds(block)
+                        made[name].add(len(shared.columns), start[wanted], stop[wanted])
+                    else:
+                        own = columns.take(block)
+                        made[name].blocks.add(own, self._kinds[name] or np.dtype(np.uint8))
+                        pointers = own.indptr.astype(np.int64)
+                        made[name].add(len(made[name].blocks.columns) - 1, pointers[:-1][wanted], pointers[1:][wanted])
+                if runs:
+                    shared.add(block, kind)
+        return {
+            name: made[name].finish(shared if name in runs else made[name].blocks, columns.shift, self._kinds[name])
+            for name, columns in self._columns.items()
+        }
 
 
-def columns_of(block: Any, places: NDArray[np.int32], width: int) -> Any:
-    """Some columns of sparse rows in canonical form: sorted, no duplicates, no stored zeros."""
-    own = np.flatnonzero(places >= 0)
-    if len(own) == width and np.array_equal(places[own[0] : own[0] + width] if width else own, np.arange(width)):
-        # As columns lie in most files: SciPy cuts a slice in a third of the time.
-        made = block[:, own[0] : own[0] + width] if width else block[:, :0]
-    else:
-        column = places[block.indices]
-        entries = np.flatnonzero(column >= 0)
-        made = sp.csr_array((block.shape[0], width), dtype=block.dtype)
-        made.data, made.indices = block.data[entries], column[entries]
-        made.indptr = np.searchsorted(entries, block.indptr).astype(np.int32)
-    made.sum_duplicates()
-    if len(made.data) and not made.data.all():
-        made.eliminate_zeros()
-    return made
+class _Blocks:
+    """Columns and values of blocks, in types as small as may be."""
+
+    def __init__(self) -> None:
+        self.columns: list[NDArray[np.int32]] = []
+        self.values: list[NDArray[Any]] = []
+
+    def add(self, block: Rows, kind: np.dtype[Any]) -> None:
+        self.columns.append(block.indices.astype(np.int32, copy=False))
+        with np.errstate(invalid="ignore"):  # columns of no modality may hold what is no count
+            self.values.append(block.data.astype(kind, copy=False))
 
 
-def _stacked(blocks: list[Any], width: int) -> Any:
-    if len(blocks) == 1:
-        return blocks[0]
-    kind: Any = (0, width)  # SciPy's types have no matrix from its shape alone.
-    return sp.vstack(blocks, format="csr") if blocks else sp.csr_array(kind, dtype=np.float32)
+class _Slices:
+    """Slices of rows, growing block by block."""
+
+    def __init__(self, width: int) -> None:
+        self.blocks = _Blocks()
+        self._width = width
+        self._parts: list[tuple[NDArray[np.int64], ...]] = [(np.zeros(0, np.int64),) * 3]
+
+    def add(self, block: int, start: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
+        self._parts.append((np.full(len(start), block), start, stop))
+
+    def finish(self, blocks: _Blocks, shift: int, kind: np.dtype[Any] | None) -> RowSlices:
+        block, start, stop = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        shape = len(block), self._width
+        return RowSlices(blocks.columns, blocks.values, block, start, stop, shift, shape, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,31 +151,18 @@ class StoredCounts:
 
     def select_rows(self, index: Tensor) -> SparseCounts:
         """Read the rows at ``index`` (int64), in that order."""
-        index = index.cpu()
-        ordered = bool((index.diff() > 0).all())
-        wanted, inverse = (index, None) if ordered else torch.unique(index, return_inverse=True)
-        found = self._ascending(wanted.numpy())
-        return found if inverse is None else found.select_rows(inverse)
+        cells, order = np.unique(index.cpu().numpy(), return_inverse=True)
+        return self.read(cells).select_rows(torch.from_numpy(order))
 
-    def _ascending(self, cells: NDArray[np.int64]) -> SparseCounts:
-        places, order = cells, None
-        if self.row_of is not None:
-            own = self.row_of[cells]
-            places, order = np.unique(own[own >= 0], return_inverse=True)
-        read = self.rows.read(self.name, places)
-        ones = self.kind == np.uint8 and self.largest <= 1
-        # One 1 for all, as a table in memory has it.
-        val = torch.ones(1, dtype=torch.uint8).expand(len(read.data)) if ones else _tensor(read.data.astype(self.kind))
-        counts = SparseCounts(_tensor(read.indptr), _tensor(read.indices), val, (len(places), self.shape[1]))
-        if order is None:
-            return counts
-        # An empty row at the end, for the cells without one (-1).
-        padded = SparseCounts(
-            torch.cat([counts.crow, counts.crow[-1:]]), counts.col, counts.val, (len(places) + 1, self.shape[1])
-        )
-        at = np.full(len(cells), len(places), dtype=np.int64)
+    def read(self, cells: NDArray[np.int64]) -> RowSlices:
+        """Read the rows of some cells, ascending."""
+        if self.row_of is None:
+            return self.rows.read(self.name, cells)
+        own = self.row_of[cells]
+        rows, order = np.unique(own[own >= 0], return_inverse=True)
+        at = np.full(len(cells), -1, dtype=np.int64)
         at[own >= 0] = order
-        return padded.select_rows(torch.from_numpy(at))
+        return self.rows.read(self.name, rows).at(at)
 
     def row_sums(self) -> Tensor:
         """Sum over features, shape (n,)."""
@@ -163,10 +175,6 @@ class StoredCounts:
     def parts(self) -> tuple[Tensor, ...]:
         """What tells these counts from others."""
         return self.crow, self.hashes
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array)
 
 
 def row_hashes(rows: Any) -> NDArray[np.int64]:

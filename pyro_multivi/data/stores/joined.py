@@ -9,8 +9,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from pyro_multivi.data.stores.counts import columns_of
-from pyro_multivi.data.stores.matrix import Rows, StoredMatrix
+from pyro_multivi.data.stores.matrix import ReadRows, Rows, StoredMatrix
+from pyro_multivi.data.stores.rows import Columns
 
 
 class JoinedMatrix:
@@ -26,6 +26,7 @@ class JoinedMatrix:
 
     def __init__(self, parts: Sequence[tuple[StoredMatrix, NDArray[np.int32] | None]], width: int) -> None:
         self.parts = list(parts)
+        self._columns = [None if places is None else Columns(places, width) for _, places in parts]
         self._starts = np.cumsum([0, *(matrix.shape[0] for matrix, _ in parts)])
         self.shape = (int(self._starts[-1]), width)
         self.dtype = np.result_type(*(matrix.dtype for matrix, _ in parts))
@@ -41,19 +42,35 @@ class JoinedMatrix:
         return np.repeat(found, [matrix.shape[0] for matrix, _ in self.parts])
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """A context for reading, in which a change of any part is an error."""
+    def reading(self) -> Iterator[ReadRows]:
+        """A context that gives the function to read with, and in which a change of a part that is read is an error."""
         with ExitStack() as stack:
-            for matrix, _ in self.parts:
-                stack.enter_context(matrix.unchanged())
-            yield
+            readers: dict[int, ReadRows] = {}
 
-    def read(self, start: int, stop: int) -> Rows:
-        """The rows from ``start`` to before ``stop``."""
-        found = []
-        for (matrix, places), first in zip(self.parts, self._starts.tolist(), strict=False):
-            own = slice(max(start - first, 0), min(stop - first, matrix.shape[0]))
-            if own.start < own.stop:
-                block = matrix.read(own.start, own.stop)
-                found.append(block if places is None else columns_of(block, places, self.shape[1]))
-        return found[0] if len(found) == 1 else sp.vstack(found, format="csr")
+            def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
+                pieces = [self._pieces(*span) for span in spans]
+                wanted: dict[int, list[tuple[int, int]]] = {}
+                for number, *rows in (piece for span in pieces for piece in span):
+                    wanted.setdefault(number, []).append((rows[0], rows[1]))
+                for number in wanted.keys() - readers.keys():
+                    readers[number] = stack.enter_context(self.parts[number][0].reading())
+                streams = {number: readers[number](rows) for number, rows in wanted.items()}
+                for span in pieces:
+                    found = [self._joint(number, next(streams[number])) for number, *_ in span]
+                    yield found[0] if len(found) == 1 else sp.vstack(found, format="csr")
+
+            yield read
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Rows of the parts that a span is made of: number of the part, first row in it and last."""
+        ends = self._starts[1:]
+        first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
+        return [
+            (number, int(max(start, before) - before), int(min(stop, ends[number]) - before))
+            for number, before in enumerate(self._starts[first : last + 1], int(first))
+            if max(start, before) < min(stop, ends[number])
+        ]
+
+    def _joint(self, number: int, block: Rows) -> Rows:
+        columns = self._columns[number]
+        return block if columns is None else columns.take(block)

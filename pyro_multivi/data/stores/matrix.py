@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,11 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.stores.slices import slices_reader
 
 Rows = Any  # sp.csr_array, whose type SciPy's stubs parametrise by shape
+#: Reads spans of rows, each from a first row to before another, one after the other: compressed; they may be changed.
+ReadRows = Callable[[Sequence[tuple[int, int]]], Iterator[Rows]]
 
 # Rows between two wanted ones that are read along: a second reading costs more than the counts of so few cells.
 _GAP = 32
@@ -37,11 +40,8 @@ class RowMatrix(Protocol):
     def status(self) -> object:
         """Sizes and times of what lies on disk, by which a change is noticed."""
 
-    def unchanged(self) -> AbstractContextManager[None]:
-        """A context for reading, in which a change is an error."""
-
-    def read(self, start: int, stop: int) -> Rows:
-        """The rows from ``start`` to before ``stop``, compressed; they may be changed."""
+    def reading(self) -> AbstractContextManager[ReadRows]:
+        """A context that gives the function to read with, and in which a change is an error."""
 
 
 class StoredMatrix:
@@ -82,23 +82,27 @@ class StoredMatrix:
         found = os.stat(self.path)
         return found.st_ino, found.st_size, found.st_mtime_ns
 
-    def read(self, start: int, stop: int) -> Rows:
-        """The rows from ``start`` to before ``stop``."""
-        try:
-            with self._opened() as group:
-                return rows_in(group[self.name], self._indptr, start, stop, self.shape[1])
-        except Exception as error:  # whatever HDF5 and zarr stumble on
-            self._compare()
-            raise StoreChangedError(
-                f"Rows {start} to {stop - 1} of {self.path} cannot be read ({type(error).__name__}: {error}): it is "
-                "damaged. Restore it, and open it again."
-            ) from error
-
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Have a change, before or during the context, raise an error that says so."""
+    def reading(self) -> Iterator[ReadRows]:
+        """Open it for some readings: a change, before or during the context, raises an error that says so."""
         self._compare()
-        yield
+        with ExitStack() as stack:
+            found: list[ReadRows] = []
+
+            def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
+                try:
+                    if not found:  # at the first reading, whose error says which rows cannot be read
+                        group = stack.enter_context(self._opened())
+                        found.append(reader(group[self.name], self._indptr, self.shape[1]))
+                    yield from found[0](spans)
+                except Exception as error:  # whatever HDF5 and zarr stumble on
+                    self._compare()
+                    raise StoreChangedError(
+                        f"Rows {spans[0][0]} to {spans[-1][1] - 1} of {self.path} cannot be read "
+                        f"({type(error).__name__}: {error}): it is damaged. Restore it, and open it again."
+                    ) from error
+
+            yield read
         self._compare()
 
     def _compare(self) -> None:
@@ -141,13 +145,9 @@ class LazyMatrix:
         """Name: dask gives arrays of the same name the same values. Of others nothing is known."""
         return getattr(self._matrix, "name", None)
 
-    def unchanged(self) -> AbstractContextManager[None]:
-        """A context without effect."""
-        return nullcontext()
-
-    def read(self, start: int, stop: int) -> Rows:
-        """The rows from ``start`` to before ``stop``."""
-        return rows_in(self._matrix, self._indptr, start, stop, self.shape[1])
+    def reading(self) -> AbstractContextManager[ReadRows]:
+        """A context that gives the function to read with."""
+        return nullcontext(reader(self._matrix, self._indptr, self.shape[1]))
 
 
 @contextmanager
@@ -183,24 +183,34 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
     return None, (n_rows, n_columns), max(1, min(_AT_ONCE, _VALUES_AT_ONCE // max(n_columns, 1)))
 
 
-def rows_in(matrix: Any, indptr: NDArray[np.int64] | None, start: int, stop: int, width: int) -> Rows:
-    """Rows of a matrix whose layout is known."""
+def reader(matrix: Any, indptr: NDArray[np.int64] | None, width: int) -> ReadRows:
+    """The function that reads rows of a matrix whose layout is known."""
     if indptr is None:
-        block: Any = matrix[start:stop]
-        block = block.compute() if hasattr(block, "compute") else block
-        block = block if sp.issparse(block) else np.asarray(block)
-        return sp.csr_array(block.astype(np.float32) if block.dtype == np.float16 else block)
-    first, last = int(indptr[start]), int(indptr[stop])
-    data, indices = np.asarray(matrix["data"][first:last]), np.asarray(matrix["indices"][first:last])
-    if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < width):
-        raise ValueError(f"a column is not one of 0 to {width - 1}")
-    if data.dtype == np.float16:  # which SciPy's sparse matrices do not have
-        data = data.astype(np.float32)
-    pointers = (indptr[start : stop + 1] - first).astype(indices.dtype)
-    made = sp.csr_array((stop - start, width), dtype=data.dtype)
-    # Without SciPy's checks, which cost as much as the reading.
-    made.data, made.indices, made.indptr = data, indices, pointers
-    return made
+        return lambda spans: (_dense_rows(matrix, *span) for span in spans)
+    # Once: zarr reads the description of an array whenever it is asked for.
+    values, columns = slices_reader(matrix, "data"), slices_reader(matrix, "indices")
+
+    def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
+        ends = [(int(indptr[start]), int(indptr[stop])) for start, stop in spans]
+        for (start, stop), data, indices in zip(spans, values(ends), columns(ends), strict=True):
+            if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < width):
+                raise ValueError(f"a column is not one of 0 to {width - 1}")
+            if data.dtype == np.float16:  # which SciPy's sparse matrices do not have
+                data = data.astype(np.float32)
+            pointers = (indptr[start : stop + 1] - indptr[start]).astype(indices.dtype)
+            made = sp.csr_array((stop - start, width), dtype=data.dtype)
+            # Without SciPy's checks, which cost as much as the reading.
+            made.data, made.indices, made.indptr = data, indices, pointers
+            yield made
+
+    return read
+
+
+def _dense_rows(matrix: Any, start: int, stop: int) -> Rows:
+    block: Any = matrix[start:stop]
+    block = block.compute() if hasattr(block, "compute") else block
+    block = block if sp.issparse(block) else np.asarray(block)
+    return sp.csr_array(block.astype(np.float32) if block.dtype == np.float16 else block)
 
 
 def spans(rows: NDArray[np.int64], at_once: int) -> Iterator[NDArray[np.int64]]:
@@ -213,9 +223,10 @@ def spans(rows: NDArray[np.int64], at_once: int) -> Iterator[NDArray[np.int64]]:
 
 def blocks(matrix: RowMatrix) -> Iterator[tuple[int, Rows]]:
     """All rows, block after block, each with the number of its first row."""
-    with matrix.unchanged():
+    with matrix.reading() as read:
         for start in range(0, matrix.shape[0], matrix.at_once):
-            yield start, matrix.read(start, min(start + matrix.at_once, matrix.shape[0]))
+            for block in read([(start, min(start + matrix.at_once, matrix.shape[0]))]):
+                yield start, block
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int, int]]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.stores.counts import StoredCounts
+from pyro_multivi.data.stores.rows import RowSlices
 from pyro_multivi.data.table import CellTable, cut
 
 
@@ -49,7 +51,10 @@ def block_order(index: Tensor, block: int, buffer: int, generator: torch.Generat
 
 
 class _Buffer(NamedTuple):
-    """Counts of some cells in memory, in the order of ``MODALITIES``, and the row of each cell in them."""
+    """Counts of some cells that were read, in the order of ``MODALITIES``, and the row of each cell in them.
+
+    Counts of a modality that lies in memory are those of all cells.
+    """
 
     counts: list[Any]
     rows: Tensor
@@ -78,7 +83,7 @@ def cells_from_disk(table: CellTable, parts: Sequence[Tensor], n_total: int, at_
                 ahead.append(pool.submit(_read, table, groups[number + 1]))
             for part, rows in zip(group, buffer.rows.split([len(part) for part in group]), strict=True):
                 counts = [
-                    cut(found, rows, modality.n_features_in(table))
+                    cut(found, rows if isinstance(found, RowSlices) else part, modality.n_features_in(table))
                     for modality, found in zip(MODALITIES, buffer.counts, strict=True)
                 ]
                 yield table.cells(part, n_total, counts, table.measured_rows(part))
@@ -87,6 +92,6 @@ def cells_from_disk(table: CellTable, parts: Sequence[Tensor], n_total: int, at_
 def _read(table: CellTable, group: Sequence[Tensor]) -> _Buffer:
     # By NumPy: torch's threads belong to the step that goes on meanwhile.
     cells, rows = np.unique(np.concatenate([part.numpy() for part in group]), return_inverse=True)
-    index = torch.from_numpy(cells)
-    stored = [modality.counts_in(table) for modality in MODALITIES]
-    return _Buffer([None if each is None else each.select_rows(index) for each in stored], torch.from_numpy(rows))
+    counts = [modality.counts_in(table) for modality in MODALITIES]
+    read = [each.read(cells) if isinstance(each, StoredCounts) else each for each in counts]
+    return _Buffer(read, torch.from_numpy(rows))

@@ -22,9 +22,9 @@ from pyro_multivi.data.checks import check_unique, checked, shown, unknown_key
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.counts import smallest
 from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
-from pyro_multivi.data.stores.counts import columns_of
 from pyro_multivi.data.stores.matrix import Rows
 from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
+from pyro_multivi.data.stores.rows import canonical
 from pyro_multivi.data.stores.unfinished import UnfinishedFolder
 from pyro_multivi.datasets.readers import read
 from pyro_multivi.datasets.samples import join_samples
@@ -153,15 +153,20 @@ class _Source:
 
     def blocks(self, start: int = 0) -> Iterator[Rows]:
         """Blocks of rows from ``start`` on."""
-        stored = hasattr(self._matrix, "unchanged")
-        same = np.arange(self.shape[1], dtype=np.int32)
-        with self._matrix.unchanged() if stored else nullcontext():
-            for first in range(start, self.shape[0], self._at_once):
-                stop = min(first + self._at_once, self.shape[0])
-                block = self._matrix.read(first, stop) if stored else sp.csr_array(self._matrix[first:stop])
+        spans = [
+            (first, min(first + self._at_once, self.shape[0])) for first in range(start, self.shape[0], self._at_once)
+        ]
+
+        def slices(spans: list[tuple[int, int]]) -> Iterator[Rows]:
+            return (sp.csr_array(self._matrix[slice(*span)]) for span in spans)
+
+        stored = hasattr(self._matrix, "reading")
+        with self._matrix.reading() if stored else nullcontext(slices) as read:
+            # One by one: from zarr, several are read together.
+            for block in (block for span in spans for block in read([span])):
                 if block.dtype.kind not in "buif":
                     raise ValueError(f"stores holds values of type {block.dtype}; counts must be numbers.")
-                yield columns_of(block, same, self.shape[1])
+                yield canonical(block)
 
 
 def _count(source: _Source, bar: Any) -> tuple[NDArray[np.int64], np.dtype[Any]]:

@@ -92,14 +92,14 @@ def test_minibatches_are_those_of_the_table_in_memory(tables, batch_size):
 
 def test_two_buffers_are_in_memory_at_most_and_no_thread_is_left(tables, monkeypatch):
     disk, held, most = tables[1], [], []
-    whole = type(disk.x).select_rows
+    whole = type(disk.x).read
 
-    def counted(self, index):
+    def counted(self, cells):
         if self is disk.x:
-            held.append(len(index))
-        return whole(self, index)
+            held.append(len(cells))
+        return whole(self, cells)
 
-    monkeypatch.setattr(type(disk.x), "select_rows", counted)
+    monkeypatch.setattr(type(disk.x), "read", counted)
     passes = iter(Minibatches(disk, batch_size=5, shuffle=True, shuffle_block=5, shuffle_buffer=2))
     for number, _ in zip(range(10), passes, strict=False):
         most.append(sum(held) - 10 * (number // 2))
