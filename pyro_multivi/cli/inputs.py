@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
@@ -23,11 +22,13 @@ from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.masks.panels import numbers_of_cells
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.stores.sums import Sums, sums_of
 from pyro_multivi.data.vocabulary import PAIRED, feature_type_column, spelled
 from pyro_multivi.datasets.assembly import existing
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import read, sample_name
 from pyro_multivi.datasets.samples import cells_of, joined, naming, refuse_repeated, setup_of
+from pyro_multivi.datasets.stores.open import open_stores
 
 #: Columns for the names of samples: the first that no file has with other values.
 SAMPLE_KEYS = ("sample", "file")
@@ -103,6 +104,32 @@ def read_samples(
         raise ValueError(f"--feature-type {options.feature_type}: every file says the types of its features.")
     print(f"kept of each sample:\n{joined_cells.uns[UNS_KEY]['samples'].to_string()}")
     return joined_cells
+
+
+def open_cells(options: argparse.Namespace) -> AnnData:
+    """Cells whose counts stay on disk, of one store or of several with the names of their samples."""
+    refused = {
+        "--round": (options.round, "the files are never written to; round their counts, or leave --from-disk out"),
+        "--feature-type": (options.feature_type, "write the types into var of the file, or leave --from-disk out"),
+        "--features union": (options.features == "union", "masks are for counts in memory; leave one of them out"),
+    }
+    for option, (given, mend) in refused.items():
+        if given:
+            raise ValueError(f"--from-disk does not go with {option}: {mend}.")
+    samples = named_paths(options.data)
+    if samples is None:
+        if not options.batch_from_file:
+            return open_stores(options.data[0])
+        samples = {sample_name(options.data[0]): options.data[0]}
+    words = {each.features: getattr(options, each.key) for each in MODALITIES}
+    data = open_stores(
+        samples,
+        sample_key=SAMPLE_KEYS[0],
+        feature_type_key=options.feature_type_key,
+        feature_type_values={features: word for features, word in words.items() if word is not None} or None,
+    )
+    print(f"kept of each sample:\n{data.uns[UNS_KEY]['samples'].to_string()}")
+    return data
 
 
 def load_model(options: argparse.Namespace) -> MULTIVI:
@@ -193,39 +220,39 @@ def modality_names(mdata: Any, options: argparse.Namespace) -> dict[Modality, st
 
 @dataclass(frozen=True)
 class _Detected:
-    """Which counts of a modality are above zero; matrices of (rows, all columns)."""
+    """Which counts of a modality are above zero."""
 
     counts: Counts
-    positive: sp.csr_matrix
+    sums: Sums
     listed: Mask
     # Number of cells, out of some, in which each feature was measured.
     n_cells: Callable[[Mask], Any]
 
     @classmethod
     def of(cls, opened: Opened) -> dict[Modality, _Detected]:
-        made: dict[int, sp.csr_matrix] = {}
+        made: dict[int, Sums] = {}
         for counts in opened.counts.values():
             if id(counts.matrix) not in made:
-                made[id(counts.matrix)] = sp.csr_matrix(counts.matrix > 0)
+                made[id(counts.matrix)] = sums_of(counts.matrix, counts.where)
         n = len(opened.cells)
         return {
             modality: cls(counts, made[id(counts.matrix)], counts.present(n), numbers_of_cells(opened, counts))
             for modality, counts in opened.counts.items()
         }
 
-    def per_cell(self, matrix: Any, features: Mask | None = None) -> Values:
-        """Sum over features (default: all) for each cell of the data set, (n,)."""
+    def per_cell(self, features: Mask | None = None, positive: bool = False) -> Values:
+        """Sum over features (default: all) of counts, or of whether they are above zero, for each cell, (n,)."""
         columns = self.counts.columns if features is None else self.counts.columns[features]
-        inside = np.zeros(matrix.shape[1], dtype=np.float32)
+        inside = np.zeros(self.counts.matrix.shape[1], dtype=np.float32)
         inside[columns] = 1
-        rows = np.asarray(matrix @ inside).ravel()
+        rows = self.sums.of_rows(inside, positive)
         return rows if self.counts.rows is None else np.where(self.listed, rows[self.counts.rows], 0)
 
     def share(self, cells: Mask) -> Values:
         """Share of some cells of the data set, those that measured it, in which each feature is detected."""
-        weights = np.zeros(self.positive.shape[0], dtype=np.float64)
+        weights = np.zeros(self.counts.matrix.shape[0], dtype=np.float64)
         weights[np.flatnonzero(cells) if self.counts.rows is None else self.counts.rows[cells & self.listed]] = 1
-        return np.asarray(self.positive.T @ weights).ravel()[self.counts.columns] / np.maximum(self.n_cells(cells), 1)
+        return self.sums.of_columns(weights)[self.counts.columns] / np.maximum(self.n_cells(cells), 1)
 
 
 #: Features of a modality that are kept, from its counts and the share of measured cells in which each is detected.
@@ -242,7 +269,7 @@ def prepare(data: Any, setup: Setup, options: argparse.Namespace, choose: Choice
     detected = _Detected.of(opened)
     n = len(opened.cells)
     measured, stated = _measured(opened, setup, detected)
-    totals = sum(found.per_cell(found.counts.matrix) for found in detected.values())
+    totals = sum(found.per_cell() for found in detected.values())
     cells = ~(totals < options.min_counts)
     _print_left_out(~cells, "cells", f"have fewer than {options.min_counts} counts", "--min-counts")
     empty = cells & ~np.any([*measured.values()], axis=0)
@@ -261,7 +288,7 @@ def prepare(data: Any, setup: Setup, options: argparse.Namespace, choose: Choice
             choose(found.counts, found.share(seen)) if seen.any() else np.ones(len(found.counts.columns), bool)
         )
     if not stated:
-        left = sum(found.per_cell(found.positive, kept[modality]) for modality, found in detected.items())
+        left = sum(found.per_cell(kept[modality], positive=True) for modality, found in detected.items())
         emptied = cells & (left == 0)
         if emptied.any() and not options.min_counts:
             raise ValueError(
@@ -318,7 +345,7 @@ def _measured(
         return {each: np.isin(pattern, [PAIRED, each.name]) | (pattern == None) for each in detected}, True  # noqa: E711
     if not all(found.listed.all() for found in detected.values()):
         return {each: found.listed for each, found in detected.items()}, True
-    return {each: found.per_cell(found.positive) > 0 for each, found in detected.items()}, False
+    return {each: found.per_cell(positive=True) > 0 for each, found in detected.items()}, False
 
 
 def _round(data: Any, setup: Setup) -> None:

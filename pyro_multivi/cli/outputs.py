@@ -66,12 +66,15 @@ def _refuse(folder: Path, found: str) -> None:
         raise ValueError(f"{folder} {found}. It is not replaced: move it away, or give another --out.")
 
 
-def save_model(model: MULTIVI, folder: Path, overwrite: bool) -> Path:
-    """Save a model that was trained; beside the folder if that was taken meanwhile, so that the model is not lost."""
+def save_model(model: MULTIVI, folder: Path, overwrite: bool, refer_to_data: bool = False) -> Path:
+    """Save a model that was trained; beside the folder if that was taken meanwhile, so that the model is not lost.
+
+    With ``refer_to_data``, for counts on disk, where they are is saved too.
+    """
     taken, number = folder, 2
     while True:
         try:
-            model.save(folder, overwrite=overwrite)
+            model.save(folder, overwrite=overwrite, save_anndata=refer_to_data)
         except FileExistsError:
             folder, number = taken.with_name(f"{taken.name}-{number}"), number + 1
             continue

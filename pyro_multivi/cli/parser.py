@@ -19,7 +19,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="analyse the built-in real cells from start to end")
     _add_training(demo)
-    demo.set_defaults(labels="cell_type")
+    demo.set_defaults(labels="cell_type", from_disk=False)
 
     train = commands.add_parser(
         "train",
@@ -45,6 +45,11 @@ def command_parser() -> argparse.ArgumentParser:
         default="intersection",
         help="of several samples: features that all have, or any, masked in samples that lack them (default: "
         "intersection)",
+    )
+    train.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="read the counts of .h5ad and .zarr files as they are needed, so that memory does not grow with them",
     )
     train.add_argument("--feature-masks", metavar="KEY", help="varm table of the features measured in each batch")
     train.add_argument("--panel-key", help="obs column that names the columns of that table (default: --batch-key)")

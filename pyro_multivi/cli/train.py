@@ -19,6 +19,7 @@ from pyro_multivi.cli.inputs import (
     feature_types,
     modality_names,
     named_paths,
+    open_cells,
     prepare,
     read_cells,
     read_samples,
@@ -58,7 +59,9 @@ def train(options: argparse.Namespace) -> None:
         raise ValueError("--batch-from-file and --batch-key both say what the batches are: give one of them.")
     key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
     samples = named_paths(options.data)
-    if samples is None and not options.batch_from_file:
+    if options.from_disk:
+        data = open_cells(options)
+    elif samples is None and not options.batch_from_file:
         data = read_cells(options.data[0])
         state_features(data, key, options)
     else:
@@ -68,10 +71,10 @@ def train(options: argparse.Namespace) -> None:
         whole = with_feature_types(whole, {features: word for features, word in given.items() if word is not None})
         samples = samples or {sample_name(options.data[0]): options.data[0]}
         data = read_samples(samples, whole, options, features=options.features)
-        if options.batch_from_file:
-            batch_key = data.uns[UNS_KEY]["samples"].index.name
-        elif batch_key is None:
-            print("all samples are one batch; --batch-from-file makes each a batch of its own")
+    if options.batch_from_file:
+        batch_key = data.uns[UNS_KEY]["samples"].index.name
+    elif batch_key is None and samples is not None:
+        print("all samples are one batch; --batch-from-file makes each a batch of its own")
     keys: dict[str, Any] = {
         "batch_key": batch_key,
         "modality_key": modality_key,
@@ -81,7 +84,9 @@ def train(options: argparse.Namespace) -> None:
         "panel_key": options.panel_key,
     }
     if isinstance(data, AnnData):
-        words = feature_types(data, key, options)
+        # Several stores are joined under the usual words.
+        joined_stores = options.from_disk and "samples" in data.uns[UNS_KEY]
+        words = {} if joined_stores else feature_types(data, key, options)
         keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
         places: dict[str, Any] = {
             f"{modality.feature}_types": (words[modality.features],)
@@ -165,7 +170,7 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     if not is_first_process():
         return
     # Before anything that may fail.
-    written = [f"{save_model(model, out / 'model', options.overwrite).name}/"]
+    written = [f"{save_model(model, out / 'model', options.overwrite, options.from_disk).name}/"]
     latent = np.asarray(model.get_latent_representation())
     figures: dict[str, float] = {
         "cells": len(latent),

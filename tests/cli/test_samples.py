@@ -164,3 +164,46 @@ def test_words_and_layers_of_each_file(run, cells):
     assert loaded(*files, "--feature-type", "rna").get_latent_representation().shape == (50, 2)
     # Some of the files, none of which has the words.
     assert loaded("two=B.h5ad", "C.h5ad", "--feature-type", "rna").get_latent_representation().shape == (30, 2)
+
+
+@pytest.mark.parametrize("files", [["A.h5ad", "B.h5ad", "three=C.h5ad", "--batch-from-file"], ["A.h5ad"]])
+def test_counts_stay_on_disk(run, monkeypatch, files):
+    for file in "ABC":
+        adata = pm.read(f"{file}.h5ad")
+        counts = adata.X.toarray()
+        counts[::2, ::3] = 0
+        counts[1], counts[1, 1] = 0, 1
+        adata.X = sp.csr_matrix(counts)
+        adata.write_h5ad(f"{file}.h5ad")
+    fewer = ["--min-fraction", "0.6", "--min-counts", "2"]
+    in_memory = run("train", *files, "--out", "memory", *fewer, *QUICK)
+    with monkeypatch.context() as context:
+        context.setattr("pyro_multivi.cli.inputs.read", lambda path: pytest.fail(f"{path} is read whole"))
+        on_disk = run("train", *files, "--from-disk", "--out", "disk", *fewer, *QUICK)
+        table = run("differential", "disk/model", "--groupby", "cell_type", "--out", "de.csv", "--quiet")
+    assert "written to de.csv" in table
+    left_out = [line for line in on_disk.splitlines() if line.startswith("left out")]
+    assert len(left_out) >= 2
+    for text in ("batches", "modalities"):
+        lines = [[line for line in out.splitlines() if line.startswith(text)] for out in (in_memory, on_disk)]
+        assert lines[0] == lines[1]
+    models = [pm.MULTIVI.load(f"{name}/model") for name in ("memory", "disk")]
+    assert models[1].adata.X is None
+    for names in ("gene_names", "region_names"):
+        assert list(getattr(models[0].spec, names)) == list(getattr(models[1].spec, names))
+    latents = [pd.read_csv(f"{name}/latent.csv", index_col="cell") for name in ("memory", "disk")]
+    assert [*latents[0].index] == [*latents[1].index]
+    # What was trained in memory finds the same counts on disk; the order of cells in training differs.
+    np.testing.assert_allclose(models[0].get_latent_representation(models[1].adata), latents[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--round"], "--from-disk does not go with --round: the files are never written to"),
+        (["--feature-type", "rna"], "--from-disk does not go with --feature-type"),
+        (["--features", "union"], "--from-disk does not go with --features union"),
+    ],
+)
+def test_what_needs_counts_in_memory_is_refused(run, option, says):
+    assert says in run("train", "A.h5ad", "B.h5ad", "--from-disk", *option, "--out", "out", *QUICK)
