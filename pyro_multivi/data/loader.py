@@ -15,7 +15,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.stores.passes import block_order, cells_from_disk
+from pyro_multivi.data.stores.passes import block_order, cells_from_disk, dealt_blocks
 from pyro_multivi.data.table import CellTable
 
 
@@ -183,7 +183,10 @@ class Minibatches:
     def parts(self) -> list[Tensor]:
         """Positions of the cells of each minibatch of the next pass, or of its share."""
         order = self.index
-        if self.shuffle and self.table.on_disk and len(order):
+        if self.shuffle and self.table.on_disk and len(order) and self._n_shares > 1:
+            sizes = self.sizes()
+            order = dealt_blocks(order, self._block, sizes, self._at_once, self._n_shares, self._generator)
+        elif self.shuffle and self.table.on_disk and len(order):
             order = block_order(order, self._block, self._at_once * self.batch_size, self._generator)
         elif self.shuffle:
             order = order[torch.randperm(len(order), generator=self._generator)]

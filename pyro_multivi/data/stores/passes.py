@@ -39,15 +39,58 @@ def block_order(index: Tensor, block: int, buffer: int, generator: torch.Generat
     >>> block_order(torch.arange(8), 2, 4, torch.Generator().manual_seed(0)).sort().values.tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    n = len(index)
-    first = min(int(torch.randint(block, (1,), generator=generator)) + 1, n)
+    return torch.cat([_shuffled(cells, generator) for cells in _in_blocks(index, block, generator).split(buffer)])
+
+
+def dealt_blocks(
+    index: Tensor, block: int, sizes: Sequence[int], at_once: int, n_shares: int, generator: torch.Generator
+) -> Tensor:
+    """Order of cells as of :func:`block_order` for several processes, of which each reads blocks of its own.
+
+    Of every buffer a process gets other blocks, at random. Minibatches are the sizes in turn, and the shares of one are
+    those of ``tensor_split``.
+
+    Parameters
+    ----------
+    index, block, generator
+        As there.
+    sizes
+        Numbers of cells of the minibatches, over all processes.
+    at_once
+        Minibatches that are cut from one buffer.
+    n_shares
+        Number of processes.
+
+    Examples
+    --------
+    >>> order = dealt_blocks(torch.arange(8), 2, [4, 4], 2, 2, torch.Generator().manual_seed(0))
+    >>> [sorted(torch.cat([part.tensor_split(2)[rank] for part in order.split(4)]).tolist()) for rank in (0, 1)]
+    [[1, 3, 4, 7], [0, 2, 5, 6]]
+    """
+    cells, dealt = _in_blocks(index, block, generator), []
+    for first in range(0, len(sizes), at_once):
+        # Cells of each process in each minibatch.
+        share_kp = [
+            [size // n_shares + (p < size % n_shares) for p in range(n_shares)] for size in sizes[first:][:at_once]
+        ]
+        totals = [sum(column) for column in zip(*share_kp, strict=True)]
+        own, cells = cells.split([sum(totals), len(cells) - sum(totals)])
+        runs = [_shuffled(run, generator) for run in own.split(totals)]
+        pieces = [run.split(list(column)) for run, column in zip(runs, zip(*share_kp, strict=True), strict=True)]
+        dealt += [pieces[p][k] for k in range(len(share_kp)) for p in range(n_shares)]
+    return torch.cat(dealt)
+
+
+def _in_blocks(index: Tensor, block: int, generator: torch.Generator) -> Tensor:
+    """Cells block after block, the blocks in a random order."""
+    first = min(int(torch.randint(block, (1,), generator=generator)) + 1, len(index))
     blocks = [index[:first], *index[first:].split(block)]
     order = torch.randperm(len(blocks), generator=generator).tolist()
-    shuffled = [
-        cells[torch.randperm(len(cells), generator=generator)]
-        for cells in torch.cat([blocks[place] for place in order]).split(buffer)
-    ]
-    return torch.cat(shuffled)
+    return torch.cat([blocks[place] for place in order])
+
+
+def _shuffled(cells: Tensor, generator: torch.Generator) -> Tensor:
+    return cells[torch.randperm(len(cells), generator=generator)]
 
 
 class _Buffer(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.setup.spec import DataSpec
-from pyro_multivi.data.stores.passes import block_order
+from pyro_multivi.data.stores.passes import block_order, dealt_blocks
 
 
 @pytest.fixture
@@ -43,6 +43,26 @@ def test_a_buffer_holds_whole_blocks_from_all_over_the_data():
         assert cells[0] < 2500
         assert cells[-1] > 7500
     assert order[:1000].diff().abs().double().median() > 1000
+
+
+@pytest.mark.parametrize("n_shares", [2, 3])
+@pytest.mark.parametrize("sizes", [[100] * 100, [100] * 99 + [103], [64] * 7 + [6]])
+def test_each_process_reads_blocks_of_its_own(n_shares, sizes):
+    n, block, at_once = sum(sizes), 50, 10
+    order = dealt_blocks(torch.arange(n), block, sizes, at_once, n_shares, generator())
+    assert order.sort().values.tolist() == list(range(n))
+    minibatches = order.split(sizes)
+    for first in range(0, len(sizes), at_once):
+        shares = [
+            [part.tensor_split(n_shares)[rank] for part in minibatches[first:][:at_once]] for rank in range(n_shares)
+        ]
+        for share in shares:
+            cells = torch.cat(share).sort().values
+            # Runs of neighbours: whole blocks, of which those at both ends, and at the edge of the data, may be cut.
+            assert int((cells.diff() > 1).sum()) + 1 <= len(cells) / block + 4
+        # Shuffled within what a process reads.
+        assert torch.cat(shares[0]).diff().abs().double().median() > block / 4
+    assert dealt_blocks(torch.arange(n), block, sizes, at_once, n_shares, generator()).tolist() == order.tolist()
 
 
 def test_neighbours_are_others_in_the_next_pass():

@@ -94,6 +94,16 @@ def uninterrupted(_: Path) -> dict[str, Any]:
     return trained(model_of(), adversarial_mixing=True)
 
 
+def from_disk(folder: Path) -> dict[str, Any]:
+    """Counts on disk, of which each process reads its share."""
+    store = folder / f"cells{os.environ.get('RANK', '')}.h5ad"
+    adata = pm.simulate_multiome((90, 30, 30), n_genes=40, n_regions=60, seed=0)
+    adata.write_h5ad(store)
+    adata = pm.open_stores(store)
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality")
+    return trained(pm.MULTIVI(adata, n_hidden=6, n_latent=2), shuffle_block=8, shuffle_buffer=6)
+
+
 def killed(folder: Path) -> dict[str, Any]:
     act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGKILL))
     return trained(

@@ -20,6 +20,7 @@ SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "s
 #: Scenarios and numbers of processes. In this order: some go on from what others left.
 QUICK = (
     *("one_step:1", "one_step:2", "no_cells:2", "uninterrupted:2", "killed:2", "resumed_after_kill:2"),
+    "from_disk:2",
     *("posterior:1", "posterior:2"),
 )
 SLOW = (
@@ -64,7 +65,7 @@ def test_a_step_without_noise_is_that_of_one_process(ended, size):
     assert first["history"][0]["elbo_train"] == pytest.approx(one["history"][0]["elbo_train"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["uninterrupted", *(pytest.param(name, marks=slow) for name in SHARED)])
+@pytest.mark.parametrize("name", ["uninterrupted", "from_disk", *(pytest.param(name, marks=slow) for name in SHARED)])
 def test_all_processes_end_with_the_same_weights_and_history(ended, name):
     one, other = ended(name, 2)
     assert "error" not in one, one["error"]
