@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.matrix import RowMatrix, Rows, spans
 from pyro_multivi.data.stores.rows import Columns, RowSlices, canonical
 
@@ -62,6 +63,7 @@ class StoredRows:
             wanted_rows = list(spans(rows, self.matrix.at_once))
             read_rows = read([(int(span[0]), int(span[-1]) + 1) for span in wanted_rows])
             for span, block in zip(wanted_rows, map(canonical, read_rows), strict=True):
+                count_read(block.data.nbytes + block.indices.nbytes)
                 wanted = span - span[0]
                 if len(span) < _KEPT * block.shape[0]:
                     block, wanted = block[wanted], np.arange(len(span))
