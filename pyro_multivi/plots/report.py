@@ -51,6 +51,7 @@ dt { font-weight: 600; }
 dd { margin: 0 0 .5em 1.5em; }
 nav ul { columns: 2; max-width: 52em; padding-left: 1.2em; }
 a { color: #005a8c; }
+@media (max-width: 900px) { table { font-size: 13px; } th, td { padding: .25em .3em; } }
 """
 
 

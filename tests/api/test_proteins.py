@@ -64,7 +64,7 @@ def test_normalized_expression_is_that_of_the_formula(model):
     np.testing.assert_allclose(share, probability.mean(0)[:, [3, 0]], rtol=1e-5)
     shares = model.get_normalized_protein_expression(scale_protein=True, protein_list=[1, 2])
     whole = model.get_normalized_protein_expression()
-    np.testing.assert_allclose(shares, whole.iloc[:, [1, 2]].div(whole.sum(1), axis=0), rtol=1e-4)
+    np.testing.assert_allclose(shares, whole.iloc[:, [1, 2]].div(whole.sum(axis=1), axis=0), rtol=1e-4)
     pd.testing.assert_frame_equal(model.get_extra_estimates("protein"), whole)
 
 

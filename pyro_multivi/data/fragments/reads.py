@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, checked, first_names, shown
 from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_lazy, is_mudata
 from pyro_multivi.data.vocabulary import feature_type_column, spelled
 
@@ -62,7 +63,8 @@ def reads_to_fragments(
     if fragment_layer in adata.layers:
         raise ValueError(f"layers[{fragment_layer!r}] is there already: give another fragment_layer, or delete it.")
     if read_layer is not None and read_layer not in adata.layers:
-        raise ValueError(f"read_layer={read_layer!r} is no layer: choose from {first_names(adata.layers) or 'none'}.")
+        known = first_names(layer_names(adata.layers)) or "none"
+        raise ValueError(f"read_layer={read_layer!r} is no layer: choose from {known}.")
     where = "X" if read_layer is None else f"layers[{read_layer!r}]"
     reads: Any = adata.X if read_layer is None else adata.layers[read_layer]
     is_sparse = bool(sp.issparse(reads))
