@@ -68,11 +68,20 @@ def test_normalized_expression_is_that_of_the_formula(model):
     pd.testing.assert_frame_equal(model.get_extra_estimates("protein"), whole)
 
 
-def test_estimates_do_not_depend_on_the_batch_size_and_have_intervals(model, tmp_path):
+def test_estimates_do_not_depend_on_the_batch_size_and_have_intervals(model, adata, tmp_path):
     given = {"n_samples": 40, "return_interval": 0.9}
     found = model.get_normalized_protein_expression(**given)
-    assert (found.lower <= found.mean).all(axis=None)
-    assert (found.mean <= found.upper).all(axis=None)
+    assert (found.lower <= found.upper).all(axis=None)
+    both = model.get_normalized_protein_expression(include_protein_background=True, **given)
+    assert (both.lower > 0).all(axis=None)
+    assert (both.lower < both.upper).all(axis=None)
+    # Of draws that know the counts; where there are none it is the expectation given the state.
+    hidden = ~adata.obs["has_protein"].to_numpy()
+    expected = model.get_normalized_protein_expression(n_samples=400)[hidden].mean()
+    drawn = model.get_normalized_protein_expression(n_samples=400, return_interval=0.9).mean[hidden].mean()
+    np.testing.assert_allclose(drawn, expected, rtol=0.1)
+    shares = model.get_normalized_protein_expression(scale_protein=True, **given)
+    assert shares.upper.max(axis=None) <= 1
     small = model.get_normalized_protein_expression(batch_size=7, **given)
     np.testing.assert_allclose(small.upper, found.upper, rtol=1e-4)
     path = model.get_normalized_protein_expression(out=tmp_path / "proteins.h5ad", **given)
@@ -175,7 +184,10 @@ def test_minified_data_keep_proteins_and_what_follows_from_them(adata):
     model = pm.MULTIVI(adata, n_hidden=8, n_latent=2)
     model.train(1, progress_bar=False)
     before = model.get_normalized_protein_expression(n_samples=4)
+    upper = model.get_normalized_protein_expression(n_samples=40, return_interval=0.9).upper
     model.minify_adata()
+    again = model.get_normalized_protein_expression(n_samples=40, return_interval=0.9).upper
+    pd.testing.assert_frame_equal(again, upper, rtol=1e-4)
     pd.testing.assert_frame_equal(model.get_normalized_protein_expression(n_samples=4), before, rtol=1e-4)
     assert model.get_latent_representation(modality="protein").shape == (100, 2)
 
@@ -222,6 +234,13 @@ def test_truth_is_recovered():
     logs = np.log(imputed[~stained]), np.log(mean[~stained])
     correlation = [np.corrcoef(logs[0][:, t], logs[1][:, t])[0, 1] for t in range(20)]
     assert np.mean(correlation) > 0.7
+    found = model.get_normalized_protein_expression(
+        include_protein_background=True, n_samples=100, return_interval=0.9, return_numpy=True
+    )
+    held = (found.lower <= mean) & (mean <= found.upper)
+    # 86 to 93 % over four seeds.
+    for cells in (stained, ~stained):
+        assert 0.84 < held[cells].mean() < 0.95
 
 
 def auroc(is_positive, score):
