@@ -90,6 +90,40 @@ def test_estimates_do_not_depend_on_the_batch_size_and_have_intervals(model, ada
     np.testing.assert_allclose(few, model.get_normalized_protein_expression(), rtol=1e-4)
 
 
+def test_proteins_are_imputed_beside_the_others(model, adata, tmp_path):
+    found = model.impute()
+    stained = adata.obs["has_protein"].to_numpy()
+    in_panel = (adata.obs["batch"] == "batch_0").to_numpy()
+    assert list(found.var["feature_types"]) == ["Gene Expression"] * 20 + ["Peaks"] * 25 + ["Antibody Capture"] * 6
+    kinds = np.where(~stained, "imputed", np.where(in_panel, "measured", "measured in part"))
+    assert list(found.obs["protein_source"]) == list(kinds)
+    counts, imputed = found.X[:, 45:].toarray(), found.layers["imputed"][:, 45:].toarray()
+    np.testing.assert_array_equal(counts, adata.obsm["protein_expression"])
+    gaps = np.repeat(~stained[:, None], 6, axis=1)
+    gaps[:, 5] |= ~in_panel
+    whole = model.get_normalized_protein_expression(return_numpy=True)
+    np.testing.assert_allclose(imputed, np.where(gaps, whole, 0), rtol=1e-4)
+    given = {"n_samples": 20, "return_interval": 0.9, "indices": np.arange(0, 100, 9)}
+    both = model.impute(**given, include_protein_background=True, measured_too=True)
+    expected = model.get_normalized_protein_expression(**given, include_protein_background=True, return_numpy=True)
+    np.testing.assert_allclose(both.layers["imputed_upper"][:, 45:].toarray(), expected.upper, rtol=1e-4)
+    path = model.impute(**given, include_protein_background=True, measured_too=True, out=tmp_path / "filled.h5ad")
+    assert (pm.read(path).layers["imputed_lower"] != both.layers["imputed_lower"]).nnz == 0
+
+
+def test_of_a_mudata_comes_a_mudata_with_proteins():
+    pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((20, 10, 10), n_genes=8, n_regions=9, n_proteins=3, stained=0.5, return_mudata=True)
+    mdata.mod["adt"] = mdata.mod.pop("protein")
+    pm.MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "atac_layer": "atac", "protein_layer": "adt"})
+    model = pm.MULTIVI(mdata, n_hidden=8, n_latent=2)
+    model.train(1, progress_bar=False)
+    found = model.impute()
+    assert {name: part.shape for name, part in found.mod.items()} == {"rna": (40, 8), "atac": (40, 9), "adt": (40, 3)}
+    missing = (found.obs["protein_source"] == "imputed").to_numpy()
+    assert (found.mod["adt"].layers["imputed"][missing].toarray() > 0).all()
+
+
 def test_another_batch_is_decoded_with_its_background(model):
     one, other = (model.get_normalized_protein_expression(transform_batch=name) for name in ("batch_0", "batch_1"))
     both = model.get_normalized_protein_expression(transform_batch=["batch_0", "batch_1"])
@@ -157,6 +191,11 @@ def test_proteins_beside_one_modality_or_both(kept):
     assert np.isfinite(model.get_elbo())
     assert np.isfinite(model.get_latent_representation()).all()
     assert np.isfinite(model.get_normalized_protein_expression()).all(axis=None)
+    # From proteins alone, too.
+    imputed = model.impute(normalize_regions=True).layers["imputed"].toarray()
+    n_measured = adata.n_vars
+    assert (imputed[without][:, :n_measured] > 0).all()
+    assert (imputed[~adata.obs["has_protein"].to_numpy()][:, n_measured:] > 0).all()
     if "x" in kept:
         assert np.isfinite(model.get_normalized_expression()).all(axis=None)
     if "y" in kept:
