@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import pyro_multivi as pm
+from pyro_multivi.plots.report import check_and_report
 
 KEYS = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
 
@@ -122,6 +123,31 @@ def test_of_a_mudata_comes_a_mudata_with_proteins():
     assert {name: part.shape for name, part in found.mod.items()} == {"rna": (40, 8), "atac": (40, 9), "adt": (40, 3)}
     missing = (found.obs["protein_source"] == "imputed").to_numpy()
     assert (found.mod["adt"].layers["imputed"][missing].toarray() > 0).all()
+
+
+def test_predictive_checks_know_proteins(model, adata, tmp_path):
+    replicates = model.posterior_predictive_sample(n_samples=2)
+    assert list(replicates) == ["x", "y", "protein"]
+    assert replicates["protein"][1].shape == (100, 6)
+    check = model.posterior_predictive_check(n_samples=40, held_out=False)
+    assert set(check.extra["statistic"]) == {"mean", "variance", "cv", "zero_fraction"}
+    # The last is of one panel only.
+    assert set(check.extra["feature"]) == {f"protein_{place}" for place in range(5)}
+    stained = adata.obsm["protein_expression"][adata.obs["has_protein"]].to_numpy()[:, :5]
+    means = check.extra[check.extra["statistic"] == "mean"]
+    np.testing.assert_allclose(means["observed"], stained.mean(0), rtol=1e-6)
+    depth = check.cells[check.cells["statistic"] == "protein_depth"]
+    np.testing.assert_allclose(depth["observed"], stained.sum(1))
+    summary = check.summary()
+    assert (summary["table"] == "extra: protein").sum() == 4
+    assert not summary.loc[summary["statistic"] == "protein_depth", "fails"].isna().any()
+    assert {"cells, proteins", "hidden protein", "hidden expression"} <= set(check.scores["setting"])
+    assert (check.imputed["modality"] == "protein").sum() == 5
+    assert list(check.feature_tables) == ["genes", "regions", "proteins"]
+    check_and_report(model, tmp_path, n_samples=40, held_out=False)
+    page = (tmp_path / "check.html").read_text()
+    assert "Proteins: observed against replicated" in page
+    assert "Proteins reproduced worst" in page
 
 
 def test_another_batch_is_decoded_with_its_background(model):

@@ -19,11 +19,12 @@ from torch import Tensor
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures, Panels
-from pyro_multivi.data.modality import PROTEIN, modelled
+from pyro_multivi.data.modality import modelled
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average, decode
+from pyro_multivi.posterior.engine.replicates import extra_features
 from pyro_multivi.posterior.quantities.array_sink import Arrays, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, blocks, compress
 from pyro_multivi.posterior.quantities.file_sink import Store
@@ -153,11 +154,7 @@ def _fill(
 
 def imputed_modalities(program: MultiVIProgram, spec: DataSpec) -> list[AnyModality]:
     """RNA, ATAC and the modelled extra modalities, those of which there are features, in the order of a result."""
-    extra = (
-        ExtraFeatures(each.name, each.site(each.estimated), PROTEIN if each.name == PROTEIN else "feature")
-        for each in program.modelled_extra
-    )
-    return [*modelled(spec), *extra]
+    return [*modelled(spec), *extra_features(program).values()]
 
 
 def _variables(spec: DataSpec, modalities: Sequence[AnyModality]) -> pd.DataFrame:
