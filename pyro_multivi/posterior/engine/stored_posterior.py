@@ -30,9 +30,7 @@ def guide_of(program: MultiVIProgram, cells: Cells) -> Callable[[Cells], None]:
                 pyro.sample("l", inferred if known is None else dist.Delta(known))
             if program.config.n_regions:
                 factor = stored_part(stored, "factor")[:, 0]
-                if cells.atac_size is not None:
-                    pyro.sample("d", dist.Delta(cells.atac_size))
-                elif program.config.counts_fragments:
+                if program.config.counts_fragments:
                     pyro.sample("d", dist.LogNormal(factor, stored_part(stored, FACTOR_SD)[:, 0]))
                 else:
                     pyro.sample("d", dist.Delta(factor))

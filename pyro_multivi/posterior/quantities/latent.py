@@ -124,8 +124,7 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
         stored["factor"] = torch.where(known, factor.to(known.device), 0.5)[:, None]
         if program.config.counts_fragments:
             fn = nodes[ATAC.depth]["fn"]
-            of_fragments = [fn.loc, fn.scale] if isinstance(fn, dist.LogNormal) else [torch.zeros(n), torch.ones(n)]
-            stored["factor"], stored[FACTOR_SD] = (part[:, None] for part in of_fragments)
+            stored["factor"], stored[FACTOR_SD] = fn.loc[:, None], fn.scale[:, None]
         normal = normal_in(nodes["z"]["fn"])
         assert normal is not None
         stored["z"] = torch.cat([normal.loc, normal.scale], -1)
