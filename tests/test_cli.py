@@ -121,6 +121,8 @@ def test_fragments_are_counted_when_asked_for(tmp_path, capsys, monkeypatch):
     assert {"est_fragments1", "emp_fragments1"} <= set(pd.read_csv(table))
     # Reads themselves are warned of, and a word that is none is refused by the option's name.
     assert train(path, "--out", tmp_path / "again", *options) == 0
-    assert "even numbers, as of reads" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "even numbers, as of reads" in told
+    assert "--reads-to-fragments makes fragments of them" in told
     assert train(path, "--out", tmp_path / "other", "--accessibility-likelihood", "x", "--min-counts", 1) != 0
     assert "--accessibility-likelihood" in capsys.readouterr().err

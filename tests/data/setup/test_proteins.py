@@ -261,3 +261,9 @@ def test_antibodies_of_a_10x_file_are_moved_to_obsm(sparse):
         pm.organize_cite_seq_10x(tenx)
     with pytest.raises(TypeError, match="adata must be an AnnData"):
         pm.organize_cite_seq_10x(3)
+
+
+def test_proteins_called_present_or_absent_are_warned_of(mosaic, counts):
+    mosaic.obsm["adt"] = (counts > 5).astype(np.float32)
+    with pytest.warns(UserWarning, match=r"No count of adata.obsm\['adt'\] is above 1.*raw counts"):
+        set_up(mosaic)
