@@ -58,12 +58,12 @@ def given_count(
 
     Examples
     --------
-    A count of four times the mean moves a background that varies by a fifth less than one standard deviation:
+    A count of four times the mean, of a background that varies by a fifth, moves it by two standard deviations:
 
     >>> found = given_count(torch.tensor(40.0), torch.tensor(True), torch.tensor(10.0).log(), torch.tensor(0.2).log(),
     ...                     torch.tensor(10.0).log())
     >>> found.mode.round(decimals=2), found.sd.round(decimals=2)
-    (tensor(0.87), tensor(0.92))
+    (tensor(2.0100), tensor(0.8200))
     """
     known = measured.to(log_mean.dtype)
     with torch.no_grad():
