@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,9 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
             {site: with_weight_noise(program, site, values, latents.noise) for site, values in one.items()}
             for one in decoded
         ]
+    if average.level is not None and latents.noise is not None:
+        for forced, values in zip(interventions, decoded, strict=True):
+            values.update(_realised(program, cells, latents, sites, forced.get("s", cells.design)))
     if at_mean:
         for site in sites:
             missing = _lacks(program, cells, site)
@@ -112,6 +116,21 @@ def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
         if site.startswith(extra.site("")):
             return ~cells.measured(extra.name)
     return None
+
+
+def _realised(
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Sequence[str], design: Tensor
+) -> dict[str, Tensor]:
+    """Draws of the values of cells themselves, of those sites of extra modalities that have some."""
+    found = {}
+    nodes: dict[str, Any] = dict(latents.trace.nodes)
+    for extra in program.modelled_extra:
+        for site in (name for name in sites if name.startswith(extra.site(""))):
+            z, part = program.transform(nodes["z"]["value"]), site.removeprefix(extra.site(""))
+            values = extra.realised(part, cells, z, design, latents.noise)
+            if values is not None:
+                found[site] = values
+    return found
 
 
 def _averaged(program: MultiVIProgram, cells: Cells, points: Latents, site: str, forced: dict[str, Tensor]) -> Tensor:

@@ -87,7 +87,8 @@ def blocks(
     """
     values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
     if quantity.of_sum:
-        values = [part / part.sum(-1, keepdim=True) for part in values]
+        # A draw without any protein has no shares.
+        values = [part / part.sum(-1, keepdim=True).clamp(min=1e-12) for part in values]
     n_rows = values[0].shape[:-1].numel()
     if n_rows == 0:
         return
