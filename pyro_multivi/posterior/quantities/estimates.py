@@ -92,7 +92,12 @@ def blocks(
     if n_rows == 0:
         return
     factor = _cell_factor(decoded, quantity, start, rows)
-    streams = (feature_blocks(value, quantity.features, block_width(n_rows)) for value in values)
+    width = block_width(n_rows)
+    streams = []
+    for value, means in zip(values, decoded.means, strict=True):
+        stream = feature_blocks(value, quantity.features, width)
+        towards = means.get(quantity.site)
+        streams.append(stream if towards is None else towards.shrink(stream, quantity.features, width, rows))
     for parts in zip(*streams, strict=True):
         block, first = parts[0]
         if quantity.detection:
