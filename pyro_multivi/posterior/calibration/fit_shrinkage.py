@@ -22,12 +22,11 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells, Panels
-from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.data.modality import ATAC, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.distributions import Readout
 from pyro_multivi.networks.panels import depth
-from pyro_multivi.posterior.engine.decode import Average, decode, mean_buffers, mean_profiles
-from pyro_multivi.posterior.engine.draws import mean_latents, region_factors
+from pyro_multivi.posterior.engine.decode import Average, block_width, decode, mean_buffers
+from pyro_multivi.posterior.engine.draws import feature_blocks, mean_latents, region_factors
 from pyro_multivi.posterior.engine.replicates import counts_of, hide, paired, spread, where_measured
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -39,6 +38,8 @@ GRID = torch.linspace(0, 1, 41)
 # Most held-out pairs, and fewest that are enough; cells whose decoded values tell the level of the mean profile.
 _MOST, _FEWEST, _LEVEL_CELLS = 1024, 10, 256
 _AT_ONCE = 64
+# Of a rate, that its logarithm be finite.
+_LEAST = 1e-30
 
 
 def clear_shrinkage(program: MultiVIProgram) -> None:
@@ -50,10 +51,10 @@ def clear_shrinkage(program: MultiVIProgram) -> None:
 
 @torch.no_grad()
 def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
-    """Set ``rna_mean_weight``, ``rna_mean_bias`` and those of ATAC of a program.
+    """Set ``rna_mean``, ``rna_mean_weight`` and those of ATAC of a program.
 
-    With fewer than ten pairs (cells of both modalities) held out nothing is fitted, and weights are 0. So they are
-    where a modality is not decoded by a readout, or a latent variable has no posterior mean. The weight is that of the
+    With fewer than ten pairs (cells of both modalities) held out nothing is fitted, and weights are 0; so they are
+    where a latent variable has no posterior mean, from which estimates are made by default. The weight is that of the
     mean over the training cells; the mean that is kept is over the held-out cells too.
 
     Parameters
@@ -66,18 +67,18 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
     if len(modelled(program.config)) < 2 or len(pairs) < _FEWEST or not _has_means(program, held_out.cut(pairs[:1])):
         return
     for modality in modelled(program.config):
-        weight, bias = mean_buffers(program, modality)
+        mean, weight = mean_buffers(program, modality)
         try:
             measured, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
-            shares = measured.share, (measured + more).share
-            fitted, kept = (mean_bias(program, train, modality, share) for share in shares)
-            if fitted is None or kept is None:
-                continue
+            # On the scale of what is decoded: rates of such a sum, without the factors of features.
+            level, factor = _level(program, train, modality), _feature_factor(program, modality)
+            scale = level if factor is None else level / factor
+            fitted, kept = (scale * sums.share for sums in (measured, measured + more))
             scores = [log_scores(program, held_out.cut(part), modality, fitted) for part in pairs.split(_AT_ONCE)]
         except KeyboardInterrupt:
             logger.warning("interrupted after training: what is imputed is not drawn towards the mean of the measured")
             return
-        bias.copy_(kept)
+        mean.copy_(kept)
         weight.fill_(weight_of(torch.cat(scores)))
         logger.info("imputed %s: the mean of the measured has weight %.2f", modality.name, float(weight))
 
@@ -109,74 +110,46 @@ def weight_of(score_nw: Tensor) -> float:
     return float((temper * total).softmax(0) @ grid)
 
 
-def log_scores(program: MultiVIProgram, cells: Cells, modality: Modality, bias: Tensor) -> Tensor:
+def log_scores(program: MultiVIProgram, cells: Cells, modality: Modality, mean: Tensor) -> Tensor:
     """Log-likelihood of a modality's counts given their total, predicted from the other, at each weight, (B, W).
 
     Parameters
     ----------
-    bias
-        :func:`mean_bias` of the modality.
+    mean
+        Mean of the measured cells, (F,), on the scale of what is decoded.
     """
-    seen = hide(cells, modality)
     counts, _ = counts_of(program, cells, modality.counts)
     known = where_measured(cells, modality.counts)
     factor = _feature_factor(program, modality)
     grid = GRID.to(counts.device).double()
+    log_rate = torch.zeros(len(cells), len(grid), dtype=torch.float64, device=counts.device)
+    sums = torch.zeros(2, len(cells), 1, dtype=torch.float64, device=counts.device)
     with evaluation_mode(program):
-        own = _decoded(program, seen, modality)
-        found = mean_profiles(program, seen, mean_latents(program, seen), modality, {}, bias)
-        assert own is not None, "mean_bias finds readouts alone"
-        assert found is not None, "mean_bias finds readouts alone"
-        profiles, code_b = found
-        log_rate = torch.zeros(len(cells), len(grid), dtype=torch.float64, device=counts.device)
-        sums = torch.zeros(2, len(cells), 1, dtype=torch.float64, device=counts.device)
-        for (block, own_bw), (_, mean_uw) in zip(own.blocks(), profiles.blocks(), strict=True):
-            scale = known[:, block] if known.shape[1] > 1 else known
+        decoded = decode(program, hide(cells, modality), Average(), (modality.decoded,)).sites[0][modality.decoded]
+        for block, own_sbw in feature_blocks(decoded, None, block_width(len(cells))):
+            scale = known if known.shape[1] == 1 else known[:, block]
             scale = scale if factor is None else scale * factor[block]
-            a, b = own_bw[0] * scale, mean_uw[code_b] * scale
-            sums += torch.stack([a, b]).double().sum(-1, keepdim=True)
+            own, other = own_sbw[0] * scale, mean[block] * scale
+            sums += torch.stack([own, other]).double().sum(-1, keepdim=True)
             rows, columns = (counts[:, block] > 0).nonzero(as_tuple=True)
-            one, other = a[rows, columns].double()[:, None], b[rows, columns].double()[:, None]
-            rate = torch.lerp(one, other, grid).clamp(min=1e-30).log()
+            one, two = (values[rows, columns].double()[:, None] for values in (own, other))
+            rate = torch.lerp(one, two, grid).clamp(min=_LEAST).log()
             log_rate.index_add_(0, rows, counts[:, block][rows, columns].double()[:, None] * rate)
-        total = counts.double().sum(-1, keepdim=True)
-        return log_rate - total * torch.lerp(sums[0], sums[1], grid).clamp(min=1e-30).log()
+    total = counts.double().sum(-1, keepdim=True)
+    return log_rate - total * torch.lerp(sums[0], sums[1], grid).clamp(min=_LEAST).log()
 
 
-def mean_bias(program: MultiVIProgram, train: Minibatches, modality: Modality, share: Tensor) -> Tensor | None:
-    """Bias of the decoder's last layer, (F,), by which z = 0 is the mean profile of a modality.
-
-    In several batches it is the mean over them that is met. None without cells that have the modality, or where the
-    decoder returns no readout.
-
-    Parameters
-    ----------
-    train
-        Cells that it was trained on; what is decoded for some of them tells the level of the profile.
-    share
-        Mean share of each feature in the counts, (F,).
-    """
+def _level(program: MultiVIProgram, train: Minibatches, modality: Modality) -> float:
+    """Sum over features of what is decoded, times the factors of features, mean over some training cells."""
     measured = train.index[modality.measured_in(train.table)[train.index]]
     sample = spread(measured, _LEVEL_CELLS)
-    factor = _feature_factor(program, modality)
-    level, start, own = 0.0, torch.zeros_like(share), None
+    factor, total = _feature_factor(program, modality), 0.0
     for part in sample.split(_AT_ONCE):
-        cells = train.cut(part)
         with evaluation_mode(program):
-            own = _decoded(program, cells, modality)
-            found = None if own is None else mean_profiles(
-                program, cells, mean_latents(program, cells), modality, {}, own.bias
-            )  # fmt: skip
-            if own is None or found is None:
-                return None
-            profiles, code_b = found
-            mean = _column_sums(own)
-            level += float((mean if factor is None else mean * factor).sum()) / len(sample)
-            start += _column_sums(profiles, torch.bincount(code_b, minlength=len(profiles))) / len(sample)
-    if own is None:
-        return None
-    wanted = level * share if factor is None else level * share / factor
-    return own.bias + _inverse_link(own, wanted) - _inverse_link(own, start)
+            decoded = decode(program, train.cut(part), Average(), (modality.decoded,)).sites[0][modality.decoded]
+            for block, values in feature_blocks(decoded, None, block_width(len(part))):
+                total += float((values if factor is None else values * factor[block]).sum())
+    return total / max(len(sample), 1)
 
 
 def _has_means(program: MultiVIProgram, cells: Cells) -> bool:
@@ -189,24 +162,9 @@ def _has_means(program: MultiVIProgram, cells: Cells) -> bool:
     return True
 
 
-def _decoded(program: MultiVIProgram, cells: Cells, modality: Modality) -> Readout | None:
-    """What is decoded by default, without a mean profile, (1, B, F); None where it is no readout."""
-    values = decode(program, cells, Average(), (modality.decoded,)).sites[0][modality.decoded]
-    return values if isinstance(values, Readout) else None
-
-
 def _feature_factor(program: MultiVIProgram, modality: Modality) -> Tensor | None:
     """Factor of each feature in its expected count beside what is decoded, (F,); None for 1."""
-    return region_factors(program) if modality.depth == "d" else None
-
-
-def _column_sums(readout: Readout, weight_b: Tensor | None = None) -> Tensor:
-    """Sum over cells of each feature, (F,)."""
-    parts = []
-    for _, values in readout.blocks():
-        rows = values.flatten(0, -2)
-        parts.append(rows.sum(0) if weight_b is None else weight_b.to(rows) @ rows)
-    return torch.cat(parts)
+    return region_factors(program) if modality == ATAC else None
 
 
 class _Measured(NamedTuple):
@@ -246,14 +204,3 @@ class _Measured(NamedTuple):
         """Share of each feature, (F,), half a count more in each; sums to 1."""
         rate = (self.counts + 0.5) / self.depth.clamp(min=1.0)
         return (rate / rate.sum()).float()
-
-
-def _inverse_link(readout: Readout, values: Tensor) -> Tensor:
-    """Logits whose link is these values; of a softmax up to a constant."""
-    if readout.link == "sigmoid":
-        return torch.logit(values, eps=1e-7)
-    values = values.clamp(min=1e-12)
-    if readout.link == "softplus":
-        # exp would overflow where both are the same.
-        return torch.where(values > 20, values, values.clamp(max=20).expm1().log())
-    return values.log()

@@ -1,41 +1,30 @@
 r"""Decoding of the latents of some cells, once for every batch they are put into.
 
-What is decoded from a state that was inferred from one modality says more about the other than it knows: the
-encoders tell cells apart by what the modalities do not share. So where a modality was not measured in a cell, its
-expression and its accessibility are
+A state that was inferred from one modality says more about the other than it knows: encoders tell cells apart by what
+the modalities do not share, too. So where a modality was not measured in a cell, the mean of its expression or
+accessibility is estimated as
 
-.. math:: (1 - w)\ E_q[f(z, s)] + w\ \bar f(s)
+.. math:: (1 - w)\ E_q[f(z, s)] + w\ m
 
-with :math:`\bar f(s)` the mean of the cells in which the modality was measured, under the cell's design s, and a
-weight w for each modality that is learned on held-out cells of both
-(:mod:`pyro_multivi.posterior.calibration.fit_shrinkage`). Both are buffers of the program: ``rna_mean_weight`` and
-``atac_mean_weight``, 0 before that and without such cells, and ``rna_mean_bias`` and ``atac_mean_bias``: the profile is
-what the decoder makes of z = 0 with these in place of the bias of its last layer, so it moves with the batch as the
-decoder does. Set the weights to zero to have the decoder's values alone. Draws of the latents, counts that are drawn,
-densities and the ELBO are not affected.
+with m the mean of the cells in which the modality was measured and a weight w that held-out cells of both modalities
+teach (:mod:`pyro_multivi.posterior.calibration.fit_shrinkage`). Both are buffers of the program: ``rna_mean``,
+``atac_mean`` and the weights ``rna_mean_weight``, ``atac_mean_weight``, 0 before that and without such cells. Set the
+weights to zero to have what is decoded alone. Draws, intervals, replicated counts, densities and differential tests are
+those of the model, without m.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.distributions import Readout
-from pyro_multivi.posterior.engine.draws import (
-    ROWS,
-    Latents,
-    draw_latents,
-    feature_blocks,
-    mean_latents,
-    mirrored_latents,
-    replay,
-)
+from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, mirrored_latents, replay
 from pyro_multivi.posterior.engine.weight_posterior import with_weight_noise
 from pyro_multivi.program import MultiVIProgram
 
@@ -94,58 +83,53 @@ class Average:
 
 
 @dataclass(frozen=True)
-class MeanProfiles:
-    """Mean profile of a modality, towards which values of some cells are drawn; not multiplied out yet.
+class MeasuredMean:
+    """Mean of the cells in which a modality was measured, and how much of it estimates of other cells have.
 
     Attributes
     ----------
-    profiles
-        One for each design among the cells, (U, F).
-    code_b
-        Design of each cell, (B,), int64.
-    weight_b
-        Weight of the profile in each cell, (B,); 0 leaves what was decoded.
+    mean
+        On the scale of what is decoded, (F,). That of accessibility may exceed 1, where a region is open more often
+        than the factors of cells and regions allow.
+    weight
+        Weight of the mean in each of some cells, (B, 1); 0 where the modality was measured.
+    ceiling
+        What an estimate is at most, factors included: 1 of a probability.
     """
 
-    profiles: Readout
-    code_b: Tensor
-    weight_b: Tensor
+    mean: Tensor
+    weight: Tensor
+    ceiling: float
 
-    def shrink(
-        self, blocks: Iterator[tuple[slice, Tensor]], features: Tensor | None, width: int, rows: Tensor | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of decoded values, (S, B, W), drawn towards the profiles.
+    def some(self, features: Tensor | None, rows: Tensor | None) -> MeasuredMean:
+        """The same of some features and cells, at positions (k,), int64; None for all."""
+        mean = self.mean if features is None else self.mean[features]
+        return MeasuredMean(mean, self.weight if rows is None else self.weight[rows], self.ceiling)
 
-        Parameters
-        ----------
-        blocks, features, width
-            :func:`~pyro_multivi.posterior.engine.draws.feature_blocks` of these features and this width.
-        rows
-            Positions of the cells of the blocks among those of the profiles, (k,), int64; None for all.
-        """
-        code, weight = (values if rows is None else values[rows] for values in (self.code_b, self.weight_b))
-        means = feature_blocks(self.profiles, features, width)
-        for (block, values_sbw), (_, mean_uw) in zip(blocks, means, strict=True):
-            yield block, torch.lerp(values_sbw, mean_uw[code], weight[:, None])
+    def shrink(self, values: Tensor, block: slice) -> Tensor:
+        """Decoded values of a block of features, (S, B, W), drawn towards the mean."""
+        return torch.lerp(values, self.mean[block], self.weight)
 
 
 @dataclass(frozen=True)
 class DecodedDraws:
     """Latents of some cells, and values of sites by name, once for every batch the cells are put into.
 
-    ``means`` are the profiles towards which estimates of a site are drawn, by name; none of a site that is not.
+    ``means`` has the mean towards which estimates of a site are drawn, by name; none where they are not.
     """
 
     latents: Latents
     sites: Sequence[dict[str, Tensor]]
-    means: Sequence[dict[str, MeanProfiles]]
+    means: dict[str, MeasuredMean]
+
+
+def mean_buffers(program: MultiVIProgram, modality: Modality) -> tuple[Tensor, Tensor]:
+    """Buffers of a program: mean of a modality's measured cells, (F,), and its weight in what is imputed, ()."""
+    return getattr(program, f"{modality.key}_mean"), getattr(program, f"{modality.key}_mean_weight")
 
 
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> DecodedDraws:
-    """Decode sites of some cells, and find the profiles that estimates of what was not measured are drawn towards.
-
-    Call it within :func:`~pyro_multivi.traces.evaluation_mode`.
-    """
+    """Decode sites of some cells. Call it within :func:`~pyro_multivi.traces.evaluation_mode`."""
     at_mean = average.use_mean and average.n_samples == 1
     latents = mean_latents(program, cells) if at_mean else draw_latents(program, cells, average.n_samples, average.seed)
     interventions: list[dict[str, Tensor]] = [{}]
@@ -166,62 +150,19 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
                 for forced, values in zip(interventions, decoded, strict=True):
                     averaged = _averaged(program, cells, points, site, forced)
                     values[site] = _where(missing, averaged, values[site])
-    means = [
-        {
-            site: found
-            for site, values in one.items()
-            if (found := _means(program, cells, latents, site, values, forced))
-        }
-        for forced, one in zip(interventions, decoded, strict=True)
-    ]
-    return DecodedDraws(latents, decoded, means)
+    return DecodedDraws(latents, decoded, {} if average.with_weights else _means(program, cells, sites))
 
 
-def mean_buffers(program: MultiVIProgram, modality: Modality) -> tuple[Tensor, Tensor]:
-    """Buffers of the program: weight of a modality's mean profile, (), and the bias that makes it of z = 0, (F,)."""
-    return getattr(program, f"{modality.key}_mean_weight"), getattr(program, f"{modality.key}_mean_bias")
-
-
-def mean_profiles(
-    program: MultiVIProgram, cells: Cells, latents: Latents, modality: Modality, forced: dict[str, Tensor], bias: Tensor
-) -> tuple[Readout, Tensor] | None:
-    """Mean profile of a modality under each design among some cells, (U, F), and the design of each cell, (B,).
-
-    None where the decoder returns no readout. Call it within :func:`~pyro_multivi.traces.evaluation_mode`.
-
-    Parameters
-    ----------
-    forced
-        Values of sites of the model that are forced, such as the design ``"s"``.
-    bias
-        Takes the place of that of the decoder's last layer, (F,).
-    """
-    one = latents.some(slice(0, 1))
-    nodes: dict[str, Any] = dict(one.trace.nodes)
-    decoded = replay(program, cells, one.at("z", torch.zeros_like(nodes["z"]["value"])), (modality.decoded,), forced)
-    readout = decoded[modality.decoded]
-    if not isinstance(readout, Readout) or len(bias) != len(readout.bias):
-        return None
-    designs, code_b = forced.get("s", cells.design).unique(dim=0, return_inverse=True)
-    first_u = torch.empty(len(designs), dtype=torch.long, device=code_b.device)
-    first_u[code_b] = torch.arange(len(code_b), device=code_b.device)
-    hidden = readout.hidden[0, first_u]
-    return Readout(hidden, readout.weight, bias, readout.link, readout.gemm_dtype), code_b
-
-
-def _means(
-    program: MultiVIProgram, cells: Cells, latents: Latents, site: str, values: Tensor, forced: dict[str, Tensor]
-) -> MeanProfiles | None:
-    """Profiles for the cells that lack a site's modality; None where there are none."""
-    modality = next((one for one in MODALITIES if one.decoded == site), None)
-    if modality is None or not isinstance(values, Readout):
-        return None
-    weight, bias = mean_buffers(program, modality)
-    missing = ~modality.measured_in(cells)
-    if not bool(weight > 0) or not bool(missing.any()):
-        return None
-    found = mean_profiles(program, cells, latents, modality, forced, bias)
-    return None if found is None else MeanProfiles(*found, weight * missing)
+def _means(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> dict[str, MeasuredMean]:
+    """Means towards which these cells' estimates of sites are drawn, by site."""
+    found = {}
+    for modality in modelled(program.config):
+        mean, weight = mean_buffers(program, modality)
+        missing = ~modality.measured_in(cells)
+        if modality.decoded in sites and bool(weight > 0) and bool(missing.any()):
+            ceiling = 1.0 if modality.in_model(program.config).binary else torch.inf
+            found[modality.decoded] = MeasuredMean(mean, (weight * missing)[:, None], ceiling)
+    return found
 
 
 def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
