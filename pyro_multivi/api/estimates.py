@@ -91,8 +91,8 @@ class EstimatesMixin(ModelBase):
     ) -> Estimates:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not. With a zero-inflated likelihood it is the expression
-        before dropout.
+        Denoised where RNA was measured, imputed where it was not, and drawn there towards the mean of the measured as
+        :meth:`train` learned (:mod:`pyro_multivi.posterior.engine.decode`). With zero inflation it is before dropout.
 
         Parameters
         ----------
@@ -124,7 +124,8 @@ class EstimatesMixin(ModelBase):
             accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
             Probability of a central interval of the expectation over draws of the latent state and the decoder's last
-            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws.
+            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws. All
+            are of the draws alone, the expectation too: what is imputed is not drawn towards the mean of the measured.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it

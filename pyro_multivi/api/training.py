@@ -27,6 +27,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
+from pyro_multivi.posterior.calibration.fit_shrinkage import fit_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.processes.group import current, distributed
@@ -90,7 +91,8 @@ class TrainingMixin(ModelBase):
         intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`; of proteins also the spread of the
         background, :mod:`pyro_multivi.posterior.calibration.fit_proteins`), and cells of both modalities teach
         how the sequencing depth of one follows from the other
-        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`), those that were held out also how far what is imputed
+        is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 
         Parameters
         ----------
@@ -267,6 +269,7 @@ class TrainingMixin(ModelBase):
                 calibrations.append(partial(fit_proteins, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
+                calibrations.append(partial(fit_shrinkage, self.program, seen, validation))
             progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
