@@ -119,9 +119,8 @@ class EstimatesMixin(ModelBase):
         silent
             Show no progress bar. Default: a bar when writing to ``out``.
         library_size
-            :math:`\ell'`: 1 (shares of a cell's expression), a number, one number per cell, or
-            ``"latent"``, the inferred library size, drawn along with z. For a cell without RNA it is predicted from its
-            accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
+            :math:`\ell'`: 1 (shares of a cell's expression), a number, one per cell, or ``"latent"``, the inferred one.
+            Without RNA it is predicted from accessibility as :meth:`train` fitted to pairs, else by the batch's prior.
         return_interval
             Probability of a central interval of the expectation over draws of the latent state and the decoder's last
             layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws. All
