@@ -35,9 +35,8 @@ def map_query(options: argparse.Namespace) -> None:
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
     table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
     if options.labels is not None:
-        labels = reference.transfer_labels(
-            mapped, options.labels, n_neighbors=options.n_neighbors, threshold=options.threshold
-        )
+        chosen = {name: getattr(options, name) for name in ("n_neighbors", "threshold", "alpha")}
+        labels = reference.transfer_labels(mapped, options.labels, **chosen)
         table = table.join(labels)
         for label, size in labels["label"].value_counts().items():
             if size:

@@ -49,7 +49,7 @@ def test_states_and_labels_of_a_query(run):
               "--out", "mapped.csv", "--quiet")  # fmt: skip
     assert "17 shared with the model; 3 missing" in out
     table = pd.read_csv("mapped.csv", index_col="cell")
-    assert list(table.columns) == ["z1", "z2", "label", "confidence", "nearest_label"]
+    assert list(table.columns) == ["z1", "z2", "label", "confidence", "nearest_label", "p_value"]
     reference, query = anndata.read_h5ad("reference.h5ad"), anndata.read_h5ad("query.h5ad")
     model = pm.MULTIVI.load("out/model", reference)
     query.obs["donor"] = "new"
