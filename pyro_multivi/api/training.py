@@ -212,8 +212,9 @@ class TrainingMixin(ModelBase):
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
-        tell_difference("train")
         is_query = self._training is not None
+        if not is_query:
+            tell_difference("train")
         max_epochs = (_QUERY_EPOCHS if is_query else FitOptions.max_epochs) if max_epochs is None else max_epochs
         early_stopping = not is_query if early_stopping is None else early_stopping
         seed, processes = settings.seed_or(seed), current()

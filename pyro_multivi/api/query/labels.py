@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.api.base import PREDICTION_BATCH
-from pyro_multivi.data.checks import unknown_key
+from pyro_multivi.data.checks import caution, unknown_key
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
@@ -28,6 +28,31 @@ _MOST, _LEAST_HELD_OUT = 4096, 100
 _LEAST_APART = 19
 # Cells of a batch, at least, for a statement about it.
 _FEW = 10
+
+
+def labelled_reference(model: Any) -> Any:
+    """Model whose cells have the labels: the reference of a query's model, or the model itself.
+
+    Raises
+    ------
+    ValueError
+        If its data are not there, or changed in place.
+    """
+    reference = model._reference or model
+    if (model._reference is None and model._training is not None) or reference.adata is None:
+        raise ValueError(
+            "The data of the reference are not there, from which labels would come: a model of a query knows its "
+            "reference until it is saved. Call reference_model.transfer_labels(query, key) of a reference that has "
+            "data, MULTIVI.load(folder, adata)."
+        )
+    reference._training_table()
+    if reference.minified_data_type is not None:
+        caution(
+            "The reference is minified: its cells cannot be encoded again as the query was measured, by which "
+            "confidence and p_value are calibrated. They hold for a query with the same modalities and features only; "
+            "for another use the model that was saved before."
+        )
+    return reference
 
 
 def label_codes(obs: pd.DataFrame, key: str) -> tuple[list[Any], NDArray[np.int64]]:

@@ -17,7 +17,7 @@ from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
-from pyro_multivi.api.query.labels import batches_apart, carried_over, label_codes
+from pyro_multivi.api.query.labels import batches_apart, carried_over, label_codes, labelled_reference
 from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_reference_order
 from pyro_multivi.api.query.report import QueryReport, cautions
 from pyro_multivi.api.saving.folder import BrokenModelError
@@ -334,13 +334,7 @@ class QueryMixin(SavingMixin):
             table = mapped._table_of(query)[0]
         else:
             mapped, table = query, query._training_table()
-        reference = self._reference or self
-        if reference._training is not None or reference.adata is None:
-            raise ValueError(
-                "The data of the reference are not there, from which labels would come: a model of a query knows its "
-                "reference until it is saved. Call reference_model.transfer_labels(query, key) of a reference that "
-                "has data, MULTIVI.load(folder, adata)."
-            )
+        reference = labelled_reference(self)
         names, code = label_codes(reference._obs_of(None), key)
         if unknown in map(str, names):
             raise ValueError(f"unknown={unknown!r} is a label of the reference: give another word.")

@@ -47,6 +47,35 @@ def test_labels_of_another_kind_are_refused(world, tmp_path):
     assert len(world.model.transfer_labels(loaded, "cell_type")) == world.query.n_obs
 
 
+def test_a_query_is_the_reference_of_another(world):
+    first = pm.MULTIVI.load_query_data(world.query, world.model)
+    other = world.query[:5].copy()
+    other.obs["batch"] = "batch_3"
+    second = pm.MULTIVI.load_query_data(other, first)
+    assert second.spec.batch_categories[2:] == ("batch_2", "batch_3")
+    table = second.transfer_labels(other, "cell_type", n_neighbors=1, threshold=0.0)
+    # The nearest cells of the first query are these cells themselves.
+    assert table["nearest_label"].astype(str).tolist() == other.obs["cell_type"].astype(str).tolist()
+
+
+def test_a_reference_that_changed_is_refused_and_a_minified_one_warned_of():
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=12, n_regions=14, n_types=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata)
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(1, progress_bar=False)
+    query = adata[:20].copy()
+    order = np.arange(60)[::-1]
+    adata._inplace_subset_obs(order)
+    with pytest.raises(ValueError, match="data of this model were changed in place"):
+        model.transfer_labels(query, "cell_type")
+    adata._inplace_subset_obs(order)
+    whole = model.transfer_labels(query, "cell_type")
+    model.minify_adata()
+    with pytest.warns(UserWarning, match="The reference is minified"):
+        found = model.transfer_labels(query, "cell_type")
+    np.testing.assert_allclose(found["confidence"], whole["confidence"], rtol=1e-6)
+
+
 def test_cells_without_a_label_do_not_vote(world):
     reference = world.model.adata
     reference.obs["some"] = reference.obs["cell_type"].astype(object).where(np.arange(reference.n_obs) % 2 == 0)
