@@ -208,7 +208,7 @@ def p_values(calibration: Array, distance: Array) -> Array:
     Examples
     --------
     >>> p_values(np.array([1.0, 2.0, 3.0]), np.array([0.1, 1.8, 99.0])).round(1)
-    array([1. , 0.6, 0. ])
+    array([1. , 0.5, 0. ])
     """
     known, of = (np.log(np.maximum(each, np.finfo(float).tiny)) for each in (calibration, distance))
     quartiles = np.quantile(known, [0.25, 0.75])
