@@ -27,10 +27,10 @@ def map_query(options: argparse.Namespace) -> None:
         # The reference's own cells, of which only the labels and states are needed.
         own = {"data": options.reference, "feature_type": None, "min_counts": 0, "round": False}
         reference = load_model(argparse.Namespace(**{**vars(options), **own}))
-    mapped = MULTIVI.load_query_data(query, reference)
+    mapped = MULTIVI.load_query_data(query, reference, freeze_expression=not options.align)
     print(mapped.query_report)
-    if options.max_epochs:
-        mapped.train(options.max_epochs, seed=options.seed, progress_bar=not options.quiet)
+    if options.max_epochs or options.align:
+        mapped.train(options.max_epochs or None, seed=options.seed, progress_bar=not options.quiet)
     latent = np.asarray(mapped.get_latent_representation())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
     table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
