@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyro_multivi.api.saving.summary import describe
     from pyro_multivi.config import ProgramConfig
     from pyro_multivi.data.fragments.reads import reads_to_fragments
+    from pyro_multivi.data.setup.extra.antibodies import organize_cite_seq_10x
     from pyro_multivi.data.stores.matrix import StoreChangedError
     from pyro_multivi.datasets.examples import cell_lines
     from pyro_multivi.datasets.organize import organize_multiome_anndatas
@@ -47,6 +48,7 @@ __all__ = [
     "distributed",
     "join_samples",
     "open_stores",
+    "organize_cite_seq_10x",
     "organize_multiome_anndatas",
     "read",
     "read_10x_h5",
@@ -73,6 +75,7 @@ _MODULE_OF = {
     "distributed": "processes.group",
     "join_samples": "datasets.samples",
     "open_stores": "datasets.stores.open",
+    "organize_cite_seq_10x": "data.setup.extra.antibodies",
     "organize_multiome_anndatas": "datasets.organize",
     "read": "datasets.readers",
     "read_10x_h5": "datasets.readers",

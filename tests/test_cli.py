@@ -111,12 +111,18 @@ def test_fragments_are_counted_when_asked_for(tmp_path, capsys, monkeypatch):
     options = ("--accessibility-likelihood", "poisson", "--modality-key", "modality", "--n-hidden", "8")
     assert train(path, "--out", out, "--layer", "fragments", *options) == 0
     assert "regions (poisson)" in capsys.readouterr().out
+    # As the layer has them, and the same run.
+    assert train(path, "--out", tmp_path / "of_reads", "--reads-to-fragments", *options) == 0
+    figures = [json.loads((folder / "figures.json").read_text()) for folder in (out, tmp_path / "of_reads")]
+    assert figures[0]["elbo_per_cell"] == figures[1]["elbo_per_cell"]
     table = tmp_path / "regions.csv"
     compare = ("--groupby", "cell_type", "--group1", "type_0", "--modality", "accessibility", "--n-samples", "50")
     assert main(["differential", str(out / "model"), str(path), "--out", str(table), "--quiet", *compare]) == 0
     assert {"est_fragments1", "emp_fragments1"} <= set(pd.read_csv(table))
     # Reads themselves are warned of, and a word that is none is refused by the option's name.
     assert train(path, "--out", tmp_path / "again", *options) == 0
-    assert "even numbers, as of reads" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "even numbers, as of reads" in told
+    assert "--reads-to-fragments makes fragments of them" in told
     assert train(path, "--out", tmp_path / "other", "--accessibility-likelihood", "x", "--min-counts", 1) != 0
     assert "--accessibility-likelihood" in capsys.readouterr().err

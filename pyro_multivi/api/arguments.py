@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.minibatch import AnyModality, Panels
-from pyro_multivi.data.modality import ATAC, RNA
+from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
 from pyro_multivi.data.selection import as_list
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -70,6 +70,18 @@ class AccessibilityOptions(_Options, total=False):
     normalize_cells: bool
     normalize_regions: bool
     detection: bool
+
+
+class ImputeOptions(_Options, total=False):
+    """Such arguments of imputation."""
+
+    library_size: LibrarySize
+    threshold: float | None
+    normalize_cells: bool
+    normalize_regions: bool
+    include_protein_background: bool
+    measured_too: bool
+    return_interval: float | None
 
 
 def choose_features(
@@ -276,6 +288,28 @@ def accessibility_of(
     return Quantity(
         ATAC.decoded, regions, by_cell, factors, threshold, detection=detection and fragments, inverse_dispersion=theta
     )
+
+
+def imputed_quantities(
+    program: MultiVIProgram,
+    modalities: Sequence[AnyModality],
+    library: float | Tensor | str,
+    threshold: float | None,
+    normalize_cells: bool,
+    normalize_regions: bool,
+    include_protein_background: bool,
+) -> list[Quantity]:
+    """What is imputed of each modality, by arguments of the method."""
+    found = []
+    for modality in modalities:
+        if modality == ATAC:
+            found.append(accessibility_of(program, threshold, normalize_cells, normalize_regions))
+        elif modality == RNA:
+            found.append(Quantity(RNA.decoded, by_cell=library))
+        else:
+            site = f"{PROTEIN}_mean" if include_protein_background and modality.counts == PROTEIN else modality.decoded
+            found.append(Quantity(site))
+    return found
 
 
 def as_json(value: Any, several: str = "") -> Any:

@@ -15,11 +15,12 @@ from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_featur
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.modality import ATAC, RNA, Modality, modality_at, modelled
+from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.modality import ATAC, RNA, modelled
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
 from pyro_multivi.posterior.checks.request import CheckRequest, Statistics, batches_and_groups
 from pyro_multivi.posterior.checks.result import PredictiveCheck
-from pyro_multivi.posterior.engine.replicates import sample_replicates
+from pyro_multivi.posterior.engine.replicates import extra_features, features_at, sample_replicates
 from pyro_multivi.posterior.quantities.inference_data import inference_data
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class ChecksMixin(ModelBase):
         gene_list, region_list
             Names, positions or a mask of features; default: all.
         sites
-            ``"x"`` (gene counts), ``"y"`` (accessibility), or both; default: all that the model has.
+            ``"x"`` (gene counts), ``"y"`` (accessibility), ``"protein"`` or the name of another extra modality;
+            default: all that the model has.
         batch_size
             Cells at a time. Latents do not depend on it, the counts drawn do.
         seed
@@ -98,7 +100,7 @@ class ChecksMixin(ModelBase):
         """
         n_samples = number_of_draws(n_samples, None)
         features, _ = self._features(gene_list, region_list)
-        wanted = {site: features[modality_at(site)] for site in self._sites(sites)}
+        wanted = {site: features.get(features_at(self.program, site)) for site in self._sites(sites)}
         cells = self._cells(adata, indices, batch_size, counts=None)
         return sample_replicates(self.program, cells, wanted, n_samples, seed)
 
@@ -133,7 +135,9 @@ class ChecksMixin(ModelBase):
             None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``, ``"cv"``,
             ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions, ``"expression_depth"``, ``"detected_genes"``,
             ``"accessible_regions"`` of cells); or a mapping ``{"name": f}`` of statistics of your own beside all
-            built-in ones. ``f`` is given a csr matrix (cells, genes + regions), genes first, accessibility as 0 or 1,
+            built-in ones; those of proteins, and of other extra modalities, have the names of genes (of cells
+            ``"protein_depth"``, ``"detected_proteins"``). ``f`` is given a csr matrix (cells, genes + regions), genes
+            first, accessibility as 0 or 1,
             rows empty where a modality was not measured, observed and replicated alike, and returns a number or a flat
             array.
         held_out
@@ -145,7 +149,8 @@ class ChecksMixin(ModelBase):
         gene_list, region_list
             Features to check; default: all that were measured in all of these cells.
         hide_modalities
-            Also hide each modality of the paired cells in turn, predict it from the other and score the prediction.
+            Also hide each modality of the paired cells in turn, and proteins of cells that have another, predict it
+            from the others and score the prediction.
         hidden_depth
             Sequencing depth, l or d, of a hidden modality, which the other predicts only roughly. ``"observed"``:
             it is inferred from the hidden counts, which serve for nothing else. ``"predicted"``: it is predicted
@@ -196,6 +201,9 @@ class ChecksMixin(ModelBase):
         """
         cells = self._held_out(adata, indices, batch_size) if held_out else self._cells(adata, indices, batch_size)
         features, names = self._features(gene_list, region_list, cells)
+        for each in extra_features(self.program).values():
+            if bool((measured := measured_features(cells.table, each, cells.index)) is None or measured.any()):
+                features[each], names[each] = choose_features(self.spec, each, None, self.device, measured)
         request = CheckRequest(
             features=features,
             feature_names=names,
@@ -260,7 +268,7 @@ class ChecksMixin(ModelBase):
     # ------------------------------------------------------------------ shared by the methods
 
     def _sites(self, sites: str | Sequence[str] | None) -> tuple[str, ...]:
-        known = tuple(modality.counts for modality in modelled(self.program.config))
+        known = (*(each.counts for each in modelled(self.program.config)), *extra_features(self.program))
         if sites is None:
             return known
         wanted = name_list("sites", sites)
@@ -270,12 +278,13 @@ class ChecksMixin(ModelBase):
 
     def _features(
         self, gene_list: FeatureList, region_list: FeatureList, cells: Minibatches | None = None
-    ) -> tuple[dict[Modality, Tensor | None], dict[Modality, tuple[str, ...]]]:
+    ) -> tuple[dict[AnyModality, Tensor | None], dict[AnyModality, tuple[str, ...]]]:
         """Positions of the chosen features of each modality of the model, None for all, and their names.
 
         With ``cells`` of those that were measured in all of them.
         """
-        positions, names = {}, {}
+        positions: dict[AnyModality, Tensor | None] = {}
+        names: dict[AnyModality, tuple[str, ...]] = {}
         for each, wanted in ((RNA, gene_list), (ATAC, region_list)):
             modality = each.in_model(self.program.config)
             if wanted is not None:

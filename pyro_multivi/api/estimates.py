@@ -16,6 +16,7 @@ from pyro_multivi.api.arguments import (
     Data,
     ExpressionOptions,
     FeatureList,
+    ImputeOptions,
     Indices,
     LibrarySize,
     OutPath,
@@ -24,6 +25,7 @@ from pyro_multivi.api.arguments import (
     average_over,
     check_threshold,
     choose_features,
+    imputed_quantities,
     library_factor,
 )
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
@@ -32,7 +34,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.engine.draws import cells_at_a_time
 from pyro_multivi.posterior.quantities.estimates import Quantity
-from pyro_multivi.posterior.quantities.impute import impute
+from pyro_multivi.posterior.quantities.impute import impute, imputed_modalities
 from pyro_multivi.posterior.quantities.output import Estimates, deliver
 from pyro_multivi.posterior.quantities.summary import Estimate
 
@@ -89,8 +91,8 @@ class EstimatesMixin(ModelBase):
     ) -> Estimates:
         r"""Expected expression of each gene in each cell, :math:`E_q[\ell' f_w(z, s)]`.
 
-        Denoised where RNA was measured, imputed where it was not. With a zero-inflated likelihood it is the expression
-        before dropout.
+        Denoised where RNA was measured, imputed where it was not, and drawn there towards the mean of the measured as
+        :meth:`train` learned (:mod:`pyro_multivi.posterior.engine.decode`). With zero inflation it is before dropout.
 
         Parameters
         ----------
@@ -122,7 +124,8 @@ class EstimatesMixin(ModelBase):
             accessibility as :meth:`train` fitted to paired cells, or follows the prior of the cell's own batch.
         return_interval
             Probability of a central interval of the expectation over draws of the latent state and the decoder's last
-            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws.
+            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws. All
+            are of the draws alone, the expectation too: what is imputed is not drawn towards the mean of the measured.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it
@@ -290,20 +293,12 @@ class EstimatesMixin(ModelBase):
 
     @overload
     def impute(
-        self, adata: Data | None = ..., indices: Indices = ..., transform_batch: Batches = ..., use_z_mean: bool = ...,
-        n_samples: int = ..., *, n_samples_overall: int | None = ..., library_size: LibrarySize = ...,
-        threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
-        measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: None = ...,
-        silent: bool | None = ..., seed: int = ...,
-    ) -> Data: ...  # fmt: skip
+        self, adata: Data | None = ..., indices: Indices = ..., *, out: None = ..., **options: Unpack[ImputeOptions]
+    ) -> Data: ...
     @overload
     def impute(
-        self, adata: Data | None = ..., indices: Indices = ..., transform_batch: Batches = ..., use_z_mean: bool = ...,
-        n_samples: int = ..., *, n_samples_overall: int | None = ..., library_size: LibrarySize = ...,
-        threshold: float | None = ..., normalize_cells: bool = ..., normalize_regions: bool = ...,
-        measured_too: bool = ..., return_interval: float | None = ..., batch_size: int = ..., out: OutPath,
-        silent: bool | None = ..., seed: int = ...,
-    ) -> Path: ...  # fmt: skip
+        self, adata: Data | None = ..., indices: Indices = ..., *, out: OutPath, **options: Unpack[ImputeOptions]
+    ) -> Path: ...
     @checked
     def impute(
         self,
@@ -318,6 +313,7 @@ class EstimatesMixin(ModelBase):
         threshold: float | None = None,
         normalize_cells: bool = False,
         normalize_regions: bool = False,
+        include_protein_background: bool = False,
         measured_too: bool = False,
         return_interval: float | None = None,
         batch_size: int = PREDICTION_BATCH,
@@ -325,7 +321,7 @@ class EstimatesMixin(ModelBase):
         silent: bool | None = None,
         seed: int = 0,
     ) -> Data | Path:
-        """Impute expression of ATAC-only cells, accessibility of RNA-only cells, and features that a batch lacks.
+        """Impute what cells were not measured for (expression, accessibility, proteins), and features a batch lacks.
 
         Parameters
         ----------
@@ -334,6 +330,8 @@ class EstimatesMixin(ModelBase):
             As in :meth:`get_normalized_expression`.
         threshold, normalize_cells, normalize_regions
             As in :meth:`get_accessibility_estimates`; of accessibility only.
+        include_protein_background
+            As in :meth:`get_normalized_protein_expression`; of proteins only.
         measured_too
             Also estimate (denoise) what was measured.
         out
@@ -342,7 +340,7 @@ class EstimatesMixin(ModelBase):
         Returns
         -------
         AnnData, MuData or Path
-            A new object of the model's features, genes first; a MuData of two modalities that both
+            A new object of the model's features, genes first, proteins last; a MuData whose modalities all
             hold all cells, for a model of a MuData; with ``out`` its path. It holds
 
             ==============================================  ==================================================
@@ -352,7 +350,10 @@ class EstimatesMixin(ModelBase):
             ``layers["imputed_sd"]``, ``"imputed_lower"``,  with ``return_interval``
             ``"imputed_upper"``
             ``obs["expression_source"]``,                   "measured", "imputed" or "measured in part": where
-            ``obs["accessibility_source"]``                 a cell's entries of a modality come from
+            ``obs["accessibility_source"]``,                a cell's entries of a modality come from
+            ``obs["protein_source"]``
+            ``var["feature_types"]``                        Gene Expression, Peaks, Antibody Capture; of another extra
+                                                            modality its name
             ``uns["imputation"]``                           the arguments, as JSON
             ==============================================  ==================================================
 
@@ -376,21 +377,22 @@ class EstimatesMixin(ModelBase):
         >>> bool(filled[filled.obs["expression_source"] == "imputed", :30].layers["imputed"].min() > 0)
         True
         """
-        for modality in MODALITIES:
+        parts = imputed_modalities(self.program, self.spec)
+        for modality in MODALITIES if len(parts) < 2 else ():
             self._check_modality("impute", modality.name)
         average = average_over(
             self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, True, return_interval, seed
         )
         check_threshold(threshold, Average())
-        n_features = sum(modality.n_features_in(self.spec) for modality in MODALITIES)
+        n_features = sum(len(part.feature_names_in(self.spec)) for part in parts)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
-        quantities = [
-            Quantity(RNA.decoded, by_cell=library_factor(library_size, cells.n_cells, self.device)),
-            accessibility_of(self.program, threshold, normalize_cells, normalize_regions),
-        ]
+        library = library_factor(library_size, cells.n_cells, self.device)
+        scaled = (threshold, normalize_cells, normalize_regions, include_protein_background)
+        quantities = imputed_quantities(self.program, parts, library, *scaled)
         arguments = {
             "transform_batch": as_json(transform_batch), "library_size": as_json(library_size, "one number per cell"),
             "threshold": threshold, "normalize_cells": normalize_cells, "normalize_regions": normalize_regions,
+            "include_protein_background": include_protein_background,
         }  # fmt: skip
         obs = self._obs_of(adata).iloc[cells.index.numpy()]
         return impute(

@@ -25,7 +25,9 @@ from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
+from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
+from pyro_multivi.posterior.calibration.fit_shrinkage import fit_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.processes.group import current, distributed
@@ -89,9 +91,11 @@ class TrainingMixin(ModelBase):
 
         At the end the standard deviations of the posterior are corrected
         (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
-        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and cells of both modalities teach
+        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`; of proteins also the spread of the
+        background, :mod:`pyro_multivi.posterior.calibration.fit_proteins`), and cells of both modalities teach
         how the sequencing depth of one follows from the other
-        (:mod:`pyro_multivi.posterior.engine.depth_regression`).
+        (:mod:`pyro_multivi.posterior.engine.depth_regression`), those that were held out also how far what is imputed
+        is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 
         Parameters
         ----------
@@ -276,8 +280,10 @@ class TrainingMixin(ModelBase):
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
             if recalibrates:
                 calibrations.append(partial(fit_weight_posteriors, self.program, seen))
+                calibrations.append(partial(fit_proteins, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
+                calibrations.append(partial(fit_shrinkage, self.program, seen, validation))
             progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)

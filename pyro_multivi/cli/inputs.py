@@ -17,7 +17,8 @@ from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
 from pyro_multivi.data.checks import first_names, nearest
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.fragments.reads import make_fragments
+from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.masks.panels import numbers_of_cells
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
@@ -97,6 +98,7 @@ def read_samples(
                 unstated.append(name)
             with naming(name):
                 own = setup_of(data, setup, places)
+                count_fragments(data, own, options)
                 yield name, prepare(data, own, options, lambda counts, _: np.ones(len(counts.columns), bool))
 
     joined_cells = joined(prepared(), setup, SAMPLE_KEYS, features, modalities=places, names_needed=names_needed)
@@ -110,6 +112,7 @@ def open_cells(options: argparse.Namespace) -> AnnData:
     """Cells whose counts stay on disk, of one store or of several with the names of their samples."""
     refused = {
         "--round": (options.round, "the files are never written to; round their counts, or leave --from-disk out"),
+        "--reads-to-fragments": (options.reads_to_fragments, "the files are never written to; leave one of them out"),
         "--feature-type": (options.feature_type, "write the types into var of the file, or leave --from-disk out"),
         "--features union": (options.features == "union", "masks are for counts in memory; leave one of them out"),
     }
@@ -163,6 +166,7 @@ def data_for(spec: DataSpec, paths: Sequence[str], options: argparse.Namespace) 
         if key in SAMPLE_KEYS and key not in data.obs:
             data.obs[key] = sample_name(paths[0])
         state_features(data, spec.setup.feature_type_key, options)
+        count_fragments(data, spec.setup, options)
     else:
         features = "intersection" if spec.setup.feature_masks is None else "union"
         data = read_samples(samples, spec.setup, options, names_needed=False, features=features)
@@ -355,6 +359,16 @@ def _round(data: Any, setup: Setup) -> None:
         values: NDArray[Any] = matrix.data if hasattr(matrix, "indptr") else matrix
         if values.dtype.kind == "f":
             np.rint(values, out=values)
+
+
+def count_fragments(data: Any, setup: Setup, options: argparse.Namespace) -> None:
+    """Make fragments of the reads of regions with ``--reads-to-fragments``; once for each file that was read."""
+    if not options.reads_to_fragments:
+        return
+    counts = open_data(data, setup).counts.get(ATAC)
+    if counts is None:
+        raise ValueError("--reads-to-fragments is for counts of regions, and there are none.")
+    make_fragments(counts.matrix, counts.columns, counts.where)
 
 
 def _subset(data: Any, opened: Opened, cells: Mask, kept: Mapping[Modality, Mask]) -> Any:

@@ -28,6 +28,14 @@ _ADVICE = (
     (r"round them, .* = .*?\.?$", "round them with --round."),
     (r"may be rounded: .* = .*?\.?$", "may be rounded with --round."),
     (r": \S+\.raw looks like counts, .*", ": raw looks like counts: copy it to a layer of the file, and give --layer."),
+    (
+        r"pyro_multivi\.reads_to_fragments\(adata\) makes a layer of fragments of them, to be named in the setup",
+        "--reads-to-fragments makes fragments of them",
+    ),
+    (
+        r"pyro_multivi\.organize_cite_seq_10x\(adata\) makes proteins of them",
+        "In Python pyro_multivi.organize_cite_seq_10x(data) makes proteins of them",
+    ),
     (r"layer=None", "no --layer"),
     (r"samples\[(.+?)\](\.obs|: )", r"sample \1\2"),
     (r"feature_type_values\['genes'\] is|modalities\['rna_layer'\] is", "--rna"),

@@ -186,6 +186,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--min-counts", type=int, default=0, help="leave out cells with fewer counts, such as empty barcodes"
     )
     parser.add_argument("--round", action="store_true", help="round counts that are not whole numbers")
+    parser.add_argument(
+        "--reads-to-fragments", action="store_true", help="count fragments, half of the reads, of each region"
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

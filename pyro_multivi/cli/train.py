@@ -16,6 +16,7 @@ from anndata import AnnData
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.cli.inputs import (
     at_least,
+    count_fragments,
     feature_types,
     modality_names,
     named_paths,
@@ -100,6 +101,8 @@ def train(options: argparse.Namespace) -> None:
         places = {f"{modality.key}_modality": name for modality, name in names.items()}
     kind = "anndata" if isinstance(data, AnnData) else "mudata"
     setup = Setup(kind, options.layer, options.layer, modality_key=modality_key, feature_type_key=key, **places)
+    if samples is None:
+        count_fragments(data, setup, options)
     data = prepare(data, setup, options, at_least(options.min_fraction))
     with warnings.catch_warnings():
         # They are among the notes of the report.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -218,6 +218,16 @@ class ExtraFeatures:
         """Number of features in a minibatch or table."""
         width: int = table.extra[self.name].values.shape[1]
         return width
+
+    @property
+    def feature_type(self) -> str:
+        """Value of ``var["feature_types"]``: for proteins as Cell Ranger writes it."""
+        return PROTEIN_FEATURE_TYPES[0] if self.name == PROTEIN else self.name
+
+    @property
+    def source_column(self) -> str:
+        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
+        return f"{self.name}_source"
 
     @property
     def features(self) -> str:

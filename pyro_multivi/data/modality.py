@@ -167,6 +167,8 @@ ATAC = Modality(
 
 #: Name of the extra modality that holds counts of proteins, where setup names some; and of the analyst's methods.
 PROTEIN = "protein"
+#: Values of ``var["feature_types"]`` for proteins, the first as Cell Ranger writes it.
+PROTEIN_FEATURE_TYPES = ("Antibody Capture",)
 
 #: In the order in which features of both stand beside each other.
 MODALITIES = (RNA, ATAC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -41,12 +42,29 @@ def negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     if _has_large(x):
         return negative_binomial_log_prob(x.double(), mu.double(), theta.double()).to(mu.dtype)
     rising, is_large = log_rising(x, theta)
+    return rising - torch.lgamma(x + 1) + log_prob_of_mean(x, mu, theta, is_large)
+
+
+def negative_binomial_log_probs(x: Tensor, mus: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """:func:`negative_binomial_log_prob` under each of several means, whose gamma functions are evaluated once."""
+    if _has_large(x):
+        return [negative_binomial_log_prob(x, mu, theta) for mu in mus]
+    rising, is_large = log_rising(x, theta)
+    of_count = rising - torch.lgamma(x + 1)
+    return [of_count + log_prob_of_mean(x, mu, theta, is_large) for mu in mus]
+
+
+def log_prob_of_mean(x: Tensor, mu: Tensor, theta: Tensor, is_large: Tensor) -> Tensor:
+    """The part of a negative binomial's log-probability that depends on its mean, in the form that goes with a count.
+
+    ``is_large`` says which, as :func:`log_rising` returns it.
+    """
     log_ratio = torch.log1p(mu / theta)
     at_mean = torch.xlogy(x, mu.clamp_min(torch.finfo(mu.dtype).tiny))
     # x log(theta) is large and cancels: one form has it inside `rising`, the other leaves it out of both terms.
     as_poisson = at_mean - (x + theta) * log_ratio
     as_odds = at_mean - torch.xlogy(x, mu + theta) - theta * log_ratio
-    return rising + torch.where(is_large, as_poisson, as_odds) - torch.lgamma(x + 1)
+    return torch.where(is_large, as_poisson, as_odds)
 
 
 def negative_binomial_means(mu: Tensor, theta: Tensor, shape: torch.Size) -> Tensor:

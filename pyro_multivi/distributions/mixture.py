@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
-from pyro_multivi.distributions.counts import negative_binomial_log_prob, negative_binomial_means
+from pyro_multivi.distributions.counts import negative_binomial_log_probs, negative_binomial_means
 
 
 class NegativeBinomialMixture(TorchDistribution):
@@ -98,6 +98,6 @@ class NegativeBinomialMixture(TorchDistribution):
         """Log-probability of counts, elementwise."""
         if self._validate_args:
             self._validate_sample(value)
-        background = logsigmoid(-self.logits) + negative_binomial_log_prob(value, self.background, self.theta)
-        foreground = logsigmoid(self.logits) + negative_binomial_log_prob(value, self.foreground, self.theta)
-        return torch.logaddexp(background, foreground)
+        means = (self.background, self.foreground)
+        background, foreground = negative_binomial_log_probs(value, means, self.theta)
+        return torch.logaddexp(logsigmoid(-self.logits) + background, logsigmoid(self.logits) + foreground)

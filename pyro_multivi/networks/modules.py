@@ -56,6 +56,9 @@ class ProgramModules(nn.Module):
         Regression that predicts the depth of a modality that was not measured, (1 + 1 + K + n_batch,): standard
         deviation of the errors (0 before it was learned), coefficients; see
         :mod:`pyro_multivi.posterior.engine.depth_regression`. Not part of the model itself.
+    rna_mean, atac_mean, rna_mean_weight, atac_mean_weight
+        Mean of the measured cells, (F,), and its weight in what is imputed, (), 0 before it was learned; see
+        :mod:`pyro_multivi.posterior.engine.decode`. Not part of the model itself.
     rna_weight_directions, atac_weight_directions, rna_weight_sd, atac_weight_sd
         Posterior of the decoders' last layers, (R, H + 1) and (F, R); zeros before it was fitted, see
         :mod:`pyro_multivi.posterior.engine.weight_posterior`. Not part of the model itself.
@@ -137,6 +140,8 @@ class ProgramModules(nn.Module):
         for modality in modelled(config):
             n_features, n_directions = modality.n_features_in(config), min(_WEIGHT_DIRECTIONS, hidden)
             self.register_buffer(f"{modality.key}_typical", torch.zeros(2, n_features))
+            self.register_buffer(f"{modality.key}_mean", torch.zeros(n_features))
+            self.register_buffer(f"{modality.key}_mean_weight", torch.tensor(0.0))
             self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, hidden + 1))
             self.register_buffer(f"{modality.key}_weight_sd", torch.zeros(n_features, n_directions))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
@@ -157,7 +162,7 @@ class ProgramModules(nn.Module):
         # Models of earlier versions were saved without it.
         state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
         for modality in modelled(self.config):
-            for name in ("typical", "weight_directions", "weight_sd"):
+            for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -191,7 +191,7 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     imputed
         ``imputed`` of a :class:`~pyro_multivi.posterior.checks.result.PredictiveCheck`.
     modality
-        ``"expression"`` or ``"accessibility"``.
+        ``"expression"``, ``"accessibility"``, ``"protein"`` or the name of another extra modality.
     ax
         Axes to draw into; default: a new figure.
 
@@ -201,7 +201,8 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
         If the modality was not hidden.
     """
     check_table("imputed", imputed, ("modality", "measured", "imputed", "correlation"))
-    check_choice("modality", modality, [each.name for each in MODALITIES])
+    known = [each.name for each in MODALITIES]
+    check_choice("modality", modality, list(dict.fromkeys([*known, *imputed["modality"].unique()])))
     part = imputed[imputed["modality"] == modality]
     if not len(part):
         raise KeyError(f"modality={modality!r} was not hidden and predicted in this check.")

@@ -17,7 +17,6 @@ from pyro_multivi import plots
 from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.files import write_whole
 from pyro_multivi.posterior.checks.result import (
     FAILS,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Tables of features.
-_FEATURES = tuple(modality.features for modality in MODALITIES)
 #: Name of the page within the folder.
 PAGE = "check.html"
 # Width of one panel in inches; pixels per inch on the page, where letters are as large as the text, and in the file.
@@ -51,6 +49,7 @@ dt { font-weight: 600; }
 dd { margin: 0 0 .5em 1.5em; }
 nav ul { columns: 2; max-width: 52em; padding-left: 1.2em; }
 a { color: #005a8c; }
+@media (max-width: 900px) { table { font-size: 13px; } th, td { padding: .25em .3em; } }
 """
 
 
@@ -145,12 +144,10 @@ def _sections(model: MULTIVI, check: PredictiveCheck, labels: str | None) -> lis
         alt = html.escape(picture.title, quote=True)
         image = f"<img alt='{alt}' width='{width}' src='data:image/png;base64,{image}'>"
         found.append((picture.title, _help(picture.help) + image))
-    for name in _FEATURES:
-        table = getattr(check, name)
-        if len(table):
-            text = f"The {name} whose observed value lies farthest from the replicates, in widths of their interval."
-            shown = _with_p_values(worst(table), check.n_samples)
-            found.append((f"{name.capitalize()} reproduced worst", _help(text) + _table(shown)))
+    for name, table in check.feature_tables.items():
+        text = f"The {name} whose observed value lies farthest from the replicates, in widths of their interval."
+        shown = _with_p_values(worst(table), check.n_samples)
+        found.append((f"{name.capitalize()} reproduced worst", _help(text) + _table(shown)))
     terms = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in _terms(check).items())
     return [*((title, body) for title, body in found if body), ("Terms", f"<dl>{terms}</dl>")]
 
@@ -176,8 +173,8 @@ def _terms(check: PredictiveCheck) -> dict[str, str]:
         FAILS: "More than twice the expected share lie outside, and more than chance would put there (binomial).",
         NO_TEST: "The depth of a cell is inferred from just these counts, so that its replicates repeat it: neither "
         "agreement nor a small difference tells anything of the model.",
-        "mean, variance, cv, zero_fraction": "Over cells, of the counts of a gene: cv is the standard deviation over "
-        "the mean, zero_fraction the share of cells without a count.",
+        "mean, variance, cv, zero_fraction": "Over cells, of the counts of a gene or protein: cv is the standard "
+        "deviation over the mean, zero_fraction the share of cells without a count.",
         "detection_rate": "Share of cells in which a region is open.",
         "expression_depth, detected_genes, accessible_regions": "Of a cell: sum of its gene counts, number of genes "
         "with a count, number of open regions.",
@@ -199,8 +196,8 @@ def _terms(check: PredictiveCheck) -> dict[str, str]:
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
     """Pictures of the tables that a check has, and of training."""
     found: list[Picture] = []
-    for things in (*_FEATURES, "cells"):
-        table, title = getattr(check, things), things.capitalize()
+    for things, table in {**check.feature_tables, "cells": check.cells}.items():
+        title = things.capitalize()
         if not len(table):
             continue
         names = list(pd.unique(table["statistic"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +42,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self._operands: deque[Sequence[Tensor]] = deque(maxlen=2)
 
     @property
     def are_several(self) -> bool:
@@ -59,14 +61,14 @@ class Processes:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over processes."""
         if self.are_several and tensors:
-            with self._or_lost():
+            with self._or_lost(tensors):
                 for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                     work.wait()
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by that of the first process."""
         if self.are_several and tensors:
-            with self._or_lost():
+            with self._or_lost(tensors):
                 for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
                     work.wait()
 
@@ -84,7 +86,7 @@ class Processes:
             return [tensor]
         mine = tensor.to(self._device())
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._or_lost():
+        with self._or_lost([mine, *found]):
             dist.all_gather(found, mine)
         return [part.cpu() for part in found]
 
@@ -101,7 +103,7 @@ class Processes:
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         mine = mine.to(self._device())
         found = [torch.empty_like(mine) for _ in range(self.size)] if self.is_first or not to_first else None
-        with self._or_lost():
+        with self._or_lost([mine, *(found or ())]):
             if to_first:
                 dist.gather(mine, found)
             else:
@@ -173,7 +175,10 @@ class Processes:
         return "cpu" if on_host else f"cuda:{local_rank()}"
 
     @contextmanager
-    def _or_lost(self) -> Iterator[None]:
+    def _or_lost(self, operands: Sequence[Tensor]) -> Iterator[None]:
+        # The backend's threads let go of the operands after the call has returned. Where torch (2.4 does) ends a group
+        # with Python's lock held, it waits for ever for a thread that has to free a tensor of Python: so these stay.
+        self._operands.append(operands)
         try:
             yield
         except RuntimeError as error:
@@ -294,7 +299,7 @@ def _begin(processes: Processes) -> None:
     """Make the default process group."""
     global _n_groups
     _n_groups += 1
-    with processes._or_lost():
+    with processes._or_lost([]):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",
             # Under a prefix of its own: a fast process must not read addresses of the group before.

@@ -225,6 +225,7 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "convert_stores": {"stores": world.folder / "store.h5ad", "out": world.folder / "new.zarr"},
         "open_stores": {"stores": [world.folder / "store.h5ad"]},
         "organize_multiome_anndatas": {"multi_anndata": world.plain},
+        "organize_cite_seq_10x": {"adata": world.plain.copy()},
         "reads_to_fragments": {"adata": world.plain.copy()},
         "read": {"path": world.folder}, "read_10x_h5": {"path": world.folder}, "read_10x_mtx": {"folder": world.folder},
         "simulate_multiome": {"n_cells": (4, 0, 0), "n_genes": 4, "n_regions": 4},

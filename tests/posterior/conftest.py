@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from pyro_multivi import MULTIVI, simulate_multiome
 from pyro_multivi.data.modality import modality_at
+from pyro_multivi.posterior.calibration.fit_shrinkage import clear_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.quantities.array_sink import Arrays
@@ -37,7 +38,7 @@ def fitted() -> MULTIVI:
 
 @pytest.fixture
 def fitted_weights(fitted: MULTIVI) -> MULTIVI:
-    """``fitted`` without a posterior of the decoders' last layers: draws are of the latent state alone."""
+    """``fitted`` without what calibration adds to the latent state: a posterior of the last layers, and means."""
     return _without_weights(fitted)
 
 
@@ -51,6 +52,7 @@ def _without_weights(model: MULTIVI) -> MULTIVI:
     bare = copy.copy(model)
     bare.program = copy.deepcopy(model.program)
     clear_weight_posteriors(bare.program)
+    clear_shrinkage(bare.program)
     return bare
 
 

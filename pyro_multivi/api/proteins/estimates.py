@@ -51,7 +51,12 @@ class ProteinEstimatesMixin(ModelBase):
         ----------
         adata, indices, n_samples_overall, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent
             As in :meth:`get_normalized_expression`.
-        return_interval, out, seed
+        return_interval
+            As in :meth:`get_normalized_expression`, but of the cell's own expression: each draw is background or
+            foreground, and has a background of its own, as the counts of the cell tell where the protein was
+            measured, else as cells of its state do. A protein that a cell surely lacks has the interval from 0 to 0.
+            The mean is that of these draws: it knows the counts, which the expectation given the state does not.
+        out, seed
             As in :meth:`get_normalized_expression`.
         transform_batch
             Batch to decode in, or several to average over. A cell's background moves there with it: as far from the

@@ -224,9 +224,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Saved:
     if not any((source / name).is_file() for name in (DESCRIPTION, CHECKSUMS)):
-        raise FileNotFoundError(
-            f"{where} is not a saved model: {DESCRIPTION} is missing. Give the folder that MULTIVI.save wrote."
+        within = [path.parent.name for path in sorted(source.glob(f"*/{DESCRIPTION}"))]
+        remedy = (
+            f"Its folder {within[0]!r} is one: give that." if within else "Give the folder that MULTIVI.save wrote."
         )
+        raise FileNotFoundError(f"{where} is not a saved model: {DESCRIPTION} is missing. {remedy}")
     sums = _read_checksums(source, where) if (source / CHECKSUMS).is_file() else {}
     if sums and not {WEIGHTS, DESCRIPTION} <= sums.keys():
         raise BrokenModelError(f"{where}: {CHECKSUMS} is damaged (it lacks a file). Save the model again.")

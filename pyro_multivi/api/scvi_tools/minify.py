@@ -112,11 +112,6 @@ class MinifyMixin(ModelBase):
         needed = "minify_mudata" if is_mudata(self.adata) else "minify_adata"
         if method != needed:
             raise ValueError(f"{method}: the data of this model are of the other kind: call {needed}().")
-        if self.program.config.counts_fragments:
-            raise ValueError(
-                f"{method}: of a model with accessibility_likelihood={self.program.config.accessibility_likelihood!r} "
-                "the posterior of d is not kept in minified data. Keep the data as they are."
-            )
         own = [name for name in _STORED if getattr(type(self.program), name) is not getattr(MultiVIProgram, name)]
         if own:
             raise ValueError(

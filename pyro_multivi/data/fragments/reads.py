@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, checked, first_names, shown
 from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.options import is_lazy, is_mudata
 from pyro_multivi.data.vocabulary import feature_type_column, spelled
 
@@ -62,7 +63,8 @@ def reads_to_fragments(
     if fragment_layer in adata.layers:
         raise ValueError(f"layers[{fragment_layer!r}] is there already: give another fragment_layer, or delete it.")
     if read_layer is not None and read_layer not in adata.layers:
-        raise ValueError(f"read_layer={read_layer!r} is no layer: choose from {first_names(adata.layers) or 'none'}.")
+        known = first_names(layer_names(adata.layers)) or "none"
+        raise ValueError(f"read_layer={read_layer!r} is no layer: choose from {known}.")
     where = "X" if read_layer is None else f"layers[{read_layer!r}]"
     reads: Any = adata.X if read_layer is None else adata.layers[read_layer]
     is_sparse = bool(sp.issparse(reads))
@@ -72,19 +74,43 @@ def reads_to_fragments(
     made: Any = sp.csr_array(reads, copy=True)
     made.eliminate_zeros()
     of_regions = is_region[made.indices]
-    counts = made.data[of_regions]
-    wrong = ~np.isfinite(counts) | (counts < 0)
-    wrong |= counts != np.floor(counts)
+    made.data[of_regions] = fragments_of(made.data[of_regions], where)
+    adata.layers[fragment_layer] = sp.csr_matrix(made) if is_sparse else made.toarray()
+
+
+def fragments_of(reads: NDArray[Any], where: str) -> NDArray[Any]:
+    """Half of some counts of reads above zero, rounded up, of the same type.
+
+    Raises
+    ------
+    ValueError
+        If they are no counts.
+    """
+    wrong = ~np.isfinite(reads) | (reads < 0)
+    wrong |= reads != np.floor(reads)
     if wrong.any():
-        raise ValueError(f"{where} holds {counts[wrong][0]!s} among its regions, which is no count of reads.")
-    if len(counts) and (counts % 2 == 1).mean() > 0.5:
+        raise ValueError(f"{where} holds {reads[wrong][0]!s} among its regions, which is no count of reads.")
+    if len(reads) and (reads % 2 == 1).mean() > 0.5:
         caution(
-            f"{(counts % 2 == 1).mean():.0%} of the counts above zero in {where} are odd, as of fragments rather than "
+            f"{(reads % 2 == 1).mean():.0%} of the counts above zero in {where} are odd, as of fragments rather than "
             "reads, of which most are even: use them as they are."
         )
-    # The type of the counts stays.
-    made.data[of_regions] = np.ceil(counts / 2).astype(made.data.dtype)
-    adata.layers[fragment_layer] = sp.csr_matrix(made) if is_sparse else made.toarray()
+    found: NDArray[Any] = np.ceil(reads / 2).astype(reads.dtype)
+    return found
+
+
+def make_fragments(matrix: Any, columns: NDArray[np.intp], where: str) -> None:
+    """Put counts of fragments into the place of those of reads, in some columns of a matrix in memory."""
+    is_region = np.zeros(matrix.shape[1], dtype=bool)
+    is_region[columns] = True
+    if hasattr(matrix, "indptr"):
+        lengths = np.diff(matrix.indptr)
+        column = np.repeat(np.arange(len(lengths)), lengths) if matrix.format == "csc" else matrix.indices
+        chosen = is_region[column] & (matrix.data != 0)
+        matrix.data[chosen] = fragments_of(matrix.data[chosen], where)
+        return
+    chosen = is_region & (matrix != 0)
+    matrix[chosen] = fragments_of(matrix[chosen], where)
 
 
 def _regions(adata: AnnData, feature_type_key: str) -> NDArray[np.bool_]:

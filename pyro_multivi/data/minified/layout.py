@@ -28,6 +28,8 @@ _PARTS: dict[str, tuple[int, int]] = {
     "z": (0, 2),
     **{modality.name: (0, 2) for modality in MODALITIES},
 }
+#: A column behind them, of models that count fragments.
+FACTOR_SD = "factor_sd"
 _FIXED = sum(fixed for fixed, _ in _PARTS.values())
 _TIMES = sum(times for _, times in _PARTS.values())
 
@@ -41,7 +43,8 @@ def stored_part(stored: Any, name: str) -> Any:
         (B, P).
     name
         ``"measured"``: whether a cell has each modality, (B, 2). ``"total"``: its RNA counts and its number of open
-        regions, (B, 2). ``"library"``: mean and standard deviation of log l, (B, 2). ``"factor"``: d, (B, 1). ``"z"``,
+        regions or of fragments, (B, 2). ``"library"``: mean and standard deviation of log l, (B, 2). ``"factor"``: d,
+        (B, 1), or the mean of log d where fragments are counted, whose standard deviation ``"factor_sd"`` is. ``"z"``,
         or the name of a modality: mean and standard deviation of z given all or that, (B, 2 K).
 
     Examples
@@ -56,12 +59,14 @@ def stored_part(stored: Any, name: str) -> Any:
         if other == name:
             return stored[:, start : start + width]
         start += width
+    if name == FACTOR_SD and start < stored.shape[1]:
+        return stored[:, start:]
     raise KeyError(name)
 
 
 def packed(parts: Mapping[str, Tensor]) -> NDArray[np.float32]:
     """The posterior of some cells, (B, P), of all its parts, each (B, its width)."""
-    columns = [parts[name].cpu().numpy() for name in _PARTS]
+    columns = [parts[name].cpu().numpy() for name in (*_PARTS, FACTOR_SD) if name in parts or name in _PARTS]
     return np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
 
 
@@ -89,7 +94,7 @@ def posterior_of(data: Any) -> NDArray[np.float32] | None:
         return None
     kept = data.obsm[OBSM_KEY] if OBSM_KEY in data.obsm else np.zeros((0, 0))
     found: NDArray[np.float32] = np.asarray(kept, dtype=np.float32)
-    if found.ndim != 2 or found.shape[1] <= _FIXED or (found.shape[1] - _FIXED) % _TIMES:
+    if found.ndim != 2 or found.shape[1] <= _FIXED or (found.shape[1] - _FIXED) % _TIMES > 1:
         raise ValueError(
             f"These data were minified, but obsm[{OBSM_KEY!r}] with the posterior of the cells is not there as it was "
             "written: restore it, or give the data with their counts."

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
 from pyro_multivi.data.setup.masks.panels import number_of_values
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
@@ -70,6 +70,7 @@ def cautions(found: Description) -> list[str]:
         *_zeros_of_batches(found),
         *_categories_of_single_cells(found),
         *_left_out(found),
+        *_binary_proteins(found),
     ]
 
 
@@ -258,6 +259,18 @@ def _categories_of_single_cells(found: Description) -> Iterator[str]:
                 f"{argument}={key!r} has {size} categories for {n} cells, so that most are one cell: its effect cannot "
                 "be told from the cell. Is it a column of names or numbers? Give one with a few groups of cells."
             )
+
+
+def _binary_proteins(found: Description) -> Iterator[str]:
+    """Proteins without a count above 1, in which no background could be told from a foreground."""
+    if found.spec.setup.protein_key is None:
+        return
+    values, measured = found.table.extra[PROTEIN]
+    if measured.sum() >= _LEAST_CELLS and float(values.nan_to_num(0.0).max()) <= 1:
+        yield (
+            f"No count of {found.opened.extra[PROTEIN].where} is above 1, as if proteins were only called present or "
+            "absent: their background is modelled from raw counts (UMI). Give these, or leave proteins out."
+        )
 
 
 def _left_out(found: Description) -> Iterator[str]:

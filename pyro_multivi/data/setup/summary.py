@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import MODALITIES, PROTEIN
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES
 from pyro_multivi.data.setup.masks.panels import number_of_values, panel_sizes
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
@@ -87,7 +87,11 @@ class SetupReport:
                 notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
             else:
                 notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
-        notes += [f"{size} features of type {kind!r} are ignored." for kind, size in described.opened.ignored.items()]
+        notes += [
+            f"{size} features of type {kind!r} are ignored."
+            + " pyro_multivi.organize_cite_seq_10x(adata) makes proteins of them." * (kind in PROTEIN_FEATURE_TYPES)
+            for kind, size in described.opened.ignored.items()
+        ]
         batch_sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         return cls(
             kind=spec.kind,

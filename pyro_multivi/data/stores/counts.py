@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.matrix import RowMatrix, Rows, spans
 from pyro_multivi.data.stores.rows import Columns, RowSlices, canonical
 
@@ -60,10 +61,14 @@ class StoredRows:
         kind = np.result_type(np.uint8, *(each for name in runs if (each := self._kinds[name]) is not None))
         with self.matrix.reading() as read:
             wanted_rows = list(spans(rows, self.matrix.at_once))
-            read_rows = read([(int(span[0]), int(span[-1]) + 1) for span in wanted_rows])
+            whole = [(int(span[0]), int(span[-1]) + 1) for span in wanted_rows]
+            # Of all or none of them: one block that is kept as it was read keeps its neighbours in memory.
+            are_copied = len(rows) < _KEPT * sum(stop - start for start, stop in whole)
+            read_rows = read(whole)
             for span, block in zip(wanted_rows, map(canonical, read_rows), strict=True):
+                count_read(block.data.nbytes + block.indices.nbytes)
                 wanted = span - span[0]
-                if len(span) < _KEPT * block.shape[0]:
+                if are_copied:
                     block, wanted = block[wanted], np.arange(len(span))
                 for name, columns in self._columns.items():
                     if name in runs:

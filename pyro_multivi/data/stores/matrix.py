@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.slices import slices_reader
 
 Rows = Any  # sp.csr_array, whose type SciPy's stubs parametrise by shape
@@ -226,6 +227,7 @@ def blocks(matrix: RowMatrix) -> Iterator[tuple[int, Rows]]:
     with matrix.reading() as read:
         for start in range(0, matrix.shape[0], matrix.at_once):
             for block in read([(start, min(start + matrix.at_once, matrix.shape[0]))]):
+                count_read(block.data.nbytes + block.indices.nbytes)
                 yield start, block
 
 

@@ -92,6 +92,24 @@ class ExtraModality(nn.Module):
         hidden: Tensor = self.decoder(z, s)
         return hidden
 
+    def realised(self, part: str, cells: Cells, z: Tensor, s: Tensor, noise: Any) -> Tensor | None:
+        """Draws of a site's value in each cell itself, (S, B, F), for intervals; None: the decoded values are that.
+
+        Override it where a decoded value is an expectation over something that differs between cells of one state.
+
+        Parameters
+        ----------
+        part
+            Last part of the name of the site.
+        z
+            Draws of the state, (S, B, K), as :meth:`MultiVIProgram.transform` gives them.
+        s
+            Design that the cells are decoded with, (B, D); that of their own is ``cells.design``.
+        noise
+            :class:`~pyro_multivi.posterior.engine.cell_noise.CellNoise` of the draws.
+        """
+        return None
+
     def observe(self, cells: Cells, z: Tensor, s: Tensor) -> None:
         """Sample statements of the model, inside the plate of cells."""
         raise NotImplementedError(

@@ -14,7 +14,7 @@ state.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -24,14 +24,18 @@ from torch import Tensor, nn
 from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions.mixture import NegativeBinomialMixture
+from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.extra.protein_marginals import ProteinMarginals
 
-# A background that differs by a quarter between cells; it is learned.
-_START_SD = 0.25
+#: A background that differs by a quarter between cells; it is learned.
+START_SD = 0.25
 # exp of more is no count of a protein.
 _MAX_LOG_MEAN, _MAX_LOG_RATIO = 12.0, 10.0
 _MAX_LOG_SD = 1.0
+_CALIBRATED = ("calibrated_log_sd", "calibrated_log_theta", "weight_directions", "weight_sd")
+#: Directions of the decoder's hidden layer in which its last layers have a posterior.
+WEIGHT_DIRECTIONS = 16
 
 
 class Proteins(ExtraModality):
@@ -52,17 +56,26 @@ class Proteins(ExtraModality):
     """
 
     estimated: ClassVar[str] = "foreground_mean"
+    #: Last layers of the decoder, which have a posterior after training.
+    readouts: ClassVar[tuple[str, ...]] = ("log_ratio", "odds")
 
     background_log_mean: Tensor
     background_log_sd: Tensor
     input_mean: Tensor
+    #: Set after training for intervals by :mod:`pyro_multivi.posterior.calibration.fit_proteins`: what is added to
+    #: the log standard deviation of the background and its standard error, (2,), and to log theta, (F,);
+    #: directions of the hidden layer, (R, H + 1), and standard deviations of the weights in them, (2, F, R).
+    calibrated_log_sd: Tensor
+    calibrated_log_theta: Tensor
+    weight_directions: Tensor
+    weight_sd: Tensor
 
     def __init__(self, name: str, config: Any) -> None:
         super().__init__(name, config)
         width, n, hidden = self.decoder.n_out, self.n_features, config.hidden
         self.log_ratio, self.odds = nn.Linear(width, n), nn.Linear(width, n)
         self.background_log_mean = nn.Parameter(torch.zeros(config.n_batch, n))
-        self.background_log_sd = nn.Parameter(torch.full((config.n_batch, n), _START_SD).log())
+        self.background_log_sd = nn.Parameter(torch.full((config.n_batch, n), START_SD).log())
         sets = {"protein": 1, "protein-batch": config.n_batch, "protein-label": config.n_labels}
         self.log_theta = nn.Parameter(torch.zeros(sets[config.protein_dispersion], n))
         # q(u | y): it starts at the prior.
@@ -70,6 +83,10 @@ class Proteins(ExtraModality):
         nn.init.zeros_(self.background_head.weight)
         nn.init.zeros_(self.background_head.bias)
         self.register_buffer("input_mean", torch.zeros(n))
+        self.register_buffer("calibrated_log_sd", torch.zeros(2))
+        self.register_buffer("calibrated_log_theta", torch.zeros(n))
+        self.register_buffer("weight_directions", torch.zeros(min(WEIGHT_DIRECTIONS, width) + 1, width + 1))
+        self.register_buffer("weight_sd", torch.zeros(len(self.readouts), n, len(self.weight_directions)))
 
     @torch.no_grad()
     def start_from(self, table: CellTable) -> None:
@@ -147,3 +164,87 @@ class Proteins(ExtraModality):
         values, measured = self.measurement(cells)
         known = ~values.isnan() & measured[:, None]
         return Measurement(torch.where(known, values, 0.0), known)
+
+    # ------------------------------------------------------------------ the values of a cell itself, for intervals
+
+    @property
+    def calibrated(self) -> list[Tensor]:
+        """Buffers that are set after training and cleared before more of it."""
+        return [getattr(self, name) for name in _CALIBRATED]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Programs that were saved without them.
+        for name in _CALIBRATED:
+            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def is_as_written(self) -> bool:
+        """Whether the statements are those of this class, which :meth:`realised` and its calibration are about."""
+        return type(self).observe is Proteins.observe
+
+    def realised(self, part: str, cells: Cells, z: Tensor, s: Tensor, noise: Any) -> Tensor | None:
+        """Draws of the background, and of which component a count is of, given the count where it was measured."""
+        if not self.is_as_written:
+            return None
+        if part == "foreground_probability":
+            return self._decoded(z, s, noise).logits.sigmoid()
+        if part not in ("mean", "foreground_mean", "background_mean"):
+            return None
+        n_draws, own = len(z), self._decoded(z, cells.design, noise)
+        y, measured = self.seen(cells)
+        shift, error = self.calibrated_log_sd
+        log_sd_shift = shift + error * noise.of(torch.zeros_like(cells.index[:1])).coarse_normal(
+            self.site("log sd"), n_draws, 1
+        )
+        log_theta = self.theta(cells, cells.design).log() + self.calibrated_log_theta
+        log_mean, log_sd = self.moments(cells.design, log_sd_shift)
+        components = [
+            given_count(y, measured, log_mean + log_ratio, log_sd, log_theta)
+            for log_ratio in (torch.zeros_like(own.log_ratio), own.log_ratio)
+        ]
+        odds = own.logits + components[1].log_evidence - components[0].log_evidence
+        shape = (self.n_features,)
+        is_foreground = noise.uniform(self.site("component"), n_draws, shape).to(odds.dtype) < odds.sigmoid()
+        unit = torch.special.ndtri(noise.uniform(self.site("background of a cell"), n_draws, shape)).to(odds.dtype)
+        u = torch.where(
+            is_foreground,
+            components[1].mode + components[1].sd * unit,
+            components[0].mode + components[0].sd * unit,
+        )
+        there = own if s is cells.design else self._decoded(z, s, noise)
+        log_mean, log_sd = self.moments(s, log_sd_shift)
+        background = (log_mean + log_sd.exp() * u).clamp(max=_MAX_LOG_MEAN).exp()
+        if part == "background_mean":
+            return background
+        foreground = background * there.log_ratio.exp()
+        return torch.where(is_foreground, foreground, 0.0 if part == "foreground_mean" else background)
+
+    def moments(self, s: Tensor, log_sd_shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the log background in the batches of a design, (..., B, F)."""
+        s_nb = s[..., : self.config.n_batch]
+        log_sd = (s_nb @ self.background_log_sd.clamp(max=_MAX_LOG_SD).exp()).log()
+        return s_nb @ self.background_log_mean, log_sd + log_sd_shift
+
+    def _decoded(self, z: Tensor, s: Tensor, noise: Any) -> _Decoded:
+        """Log ratio of foreground to background and log odds of the foreground, with draws of the last layers."""
+        hidden = self.decode(z, s.expand(*z.shape[:-1], s.shape[-1]))
+        coordinates = nn.functional.linear(hidden, self.weight_directions[:, :-1], self.weight_directions[:, -1])
+        features = torch.arange(self.n_features, device=z.device)
+        found = []
+        for name, sd in zip(self.readouts, self.weight_sd, strict=True):
+            value = getattr(self, name)(hidden)
+            if bool(sd.any()):
+                weights = noise.of(features).coarse_normal(self.site(name), len(z), sd.shape[1]) * sd
+                # What keeps the mean of the decoded value where the fitted weights have it.
+                bend = 1 - 2 * value.sigmoid() if name == "odds" else 1.0
+                variance = coordinates.square() @ sd.square().T
+                value = value + coordinates @ weights.transpose(1, 2) - 0.5 * bend * variance
+            found.append(value)
+        log_ratio, logits = found
+        return _Decoded(log_ratio.clamp(max=_MAX_LOG_RATIO).exp().log1p(), logits)
+
+
+class _Decoded(NamedTuple):
+    log_ratio: Tensor
+    logits: Tensor

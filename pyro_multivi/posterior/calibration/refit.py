@@ -9,7 +9,10 @@ from torch import Tensor
 
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.calibration.fit_depth import clear_depth_regressions
+from pyro_multivi.posterior.calibration.fit_proteins import clear_proteins, proteins_of
+from pyro_multivi.posterior.calibration.fit_shrinkage import clear_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
+from pyro_multivi.posterior.engine.decode import mean_buffers
 from pyro_multivi.posterior.engine.depth_regression import regression_buffer
 from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 from pyro_multivi.program import MultiVIProgram
@@ -28,6 +31,8 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     before = n_epochs()
     clear_depth_regressions(program)
     clear_weight_posteriors(program)
+    clear_proteins(program)
+    clear_shrinkage(program)
     program.posterior_scale.fill_(1.0)
     try:
         yield
@@ -41,5 +46,11 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
 
 def _buffers(program: MultiVIProgram) -> list[Tensor]:
     """Buffers of the program that are calibrated."""
-    weights = (buffer for modality in modelled(program.config) for buffer in weight_buffers(program, modality))
-    return [program.posterior_scale, *(regression_buffer(program, modality) for modality in MODALITIES), *weights]
+    by_modality = (
+        buffer
+        for modality in modelled(program.config)
+        for buffer in (*weight_buffers(program, modality), *mean_buffers(program, modality))
+    )
+    proteins = (buffer for modality in proteins_of(program) for buffer in modality.calibrated)
+    depths = (regression_buffer(program, modality) for modality in MODALITIES)
+    return [program.posterior_scale, *depths, *by_modality, *proteins]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures
+from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.checks import statistics as stats
 from pyro_multivi.posterior.checks.request import CheckRequest
 from pyro_multivi.posterior.checks.result import PredictiveCheck
@@ -112,7 +112,7 @@ class _Check:
                 scorer.end()
             start += len(cells)
         # Of several modalities whose counts are scored, names say which.
-        counted = [modality for modality in scorers if not modality.binary]
+        counted = [each for each in scorers if not each.binary and not isinstance(each, ExtraFeatures)]
         for modality, scorer in scorers.items():
             self._tabulate_features(modality, observed[modality], replicated[modality])
             measured_n = modality.measured_in(self.minibatches.table)[self.minibatches.index].numpy()
@@ -120,17 +120,25 @@ class _Check:
                 self._tabulate_cells(measured_n, observed[modality], replicated[modality])
             else:
                 self.notes.append(f"{modality.name} was measured in none of these cells")
-            self._add(scorer.tables(request.setting + _COUNTED if modality in counted[1:] else request.setting))
+            suffix = f", {modality.features}" if isinstance(modality, ExtraFeatures) else ""
+            self._add(scorer.tables(request.setting + (_COUNTED if modality in counted[1:] else suffix)))
 
     def predict_hidden(self) -> None:
-        """Hide each modality of the paired cells in turn, predict it from the other, and add scores."""
+        """Hide each modality of the cells that have another in turn, predict it from the others, and add scores."""
         request, every = self.request, self.minibatches
         with_both = paired(every)
-        if len(request.features) < 2 or not len(with_both):
-            self.notes.append("no modality was hidden and predicted: none of these cells has both")
-            return
-        paired_cells = Minibatches(every.table, with_both, batch_size=every.batch_size, device=every.device)
+        measured = {modality: modality.measured_in(every.table)[every.index] for modality in request.features}
+        n_hidden = 0
         for modality, features in request.features.items():
+            index = with_both
+            if isinstance(modality, ExtraFeatures) or len(set(MODALITIES) & set(measured)) < 2:
+                others = [has for other, has in measured.items() if other != modality]
+                has_others = sum(others, torch.zeros_like(measured[modality]))
+                index = every.index[measured[modality] & has_others]
+            if len(request.features) < 2 or not len(index):
+                continue
+            n_hidden += 1
+            paired_cells = Minibatches(every.table, index, batch_size=every.batch_size, device=every.device)
             names, site = list(request.feature_names[modality]), modality.counts
             scorer = Scorer(modality, len(names))
             for cells in paired_cells:
@@ -146,6 +154,8 @@ class _Check:
             imputed.insert(0, "modality", modality.name)
             setting = f"hidden {modality.name}{_DEPTH[request.hidden_depth]}"
             self._add({**scorer.tables(setting), "imputed": imputed})
+        if not n_hidden:
+            self.notes.append("no modality was hidden and predicted: none of these cells has both")
 
     def compare_user(self) -> None:
         """Add the user's statistics."""
@@ -173,13 +183,15 @@ class _Check:
             notes=self.notes,
         )
 
-    def _measured(self, cells: Cells, modality: Modality, features: Tensor | None) -> tuple[Tensor, NDArray[np.int64]]:
+    def _measured(
+        self, cells: Cells, modality: AnyModality, features: Tensor | None
+    ) -> tuple[Tensor, NDArray[np.int64]]:
         """Counts of the measured cells of a minibatch, and their positions in it."""
         counts, measured = counts_of(self.program, cells, modality.counts)
         rows: NDArray[np.int64] = np.flatnonzero(measured.cpu().numpy())
         return _chosen(counts, features, rows), rows
 
-    def _tabulate_features(self, modality: Modality, observed: stats.CountSums, replicated: stats.CountSums) -> None:
+    def _tabulate_features(self, modality: AnyModality, observed: stats.CountSums, replicated: stats.CountSums) -> None:
         """Add statistics of features over all cells and over those of each group."""
         names = list(self.request.feature_names[modality])
         for grouping, of_data, of_model in zip(self.groupings, observed.features, replicated.features, strict=True):
@@ -191,6 +203,8 @@ class _Check:
                 table = "groups"
                 if grouping.by == "all":
                     table, labels = modality.features, {modality.feature: names}
+                if grouping.by == "all" and isinstance(modality, ExtraFeatures):
+                    table, labels = "extra", {"modality": modality.name, "feature": names}
                 self._add({table: stats.compare_all(data, model, labels, self.request.level)})
 
     def _tabulate_cells(
@@ -225,13 +239,15 @@ class _Check:
                 self.parts[name].append(table)
 
 
-def depth_is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality) -> bool:
+def depth_is_inferred(program: MultiVIProgram, cells: Cells, modality: AnyModality) -> bool:
     """Whether the guide infers the depth of cells from their counts of this modality, rather than knowing it.
 
     The total count of such a cell is no test of the model. Its replicates have the depth that the total
     suggested, with the error of that guess, and are drawn with the same error once more: over cells they scatter too
     much, and each cell alone lies near the middle of them.
     """
+    if isinstance(modality, ExtraFeatures):
+        return False
     measured = modality.measured_in(cells)
     # Measured, but zero: a depth that is known, fixed or the prior's stays as it is.
     blank = hide(cells, modality).replace(**{modality.mask: measured})

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_multivi.data.checks import check_choice, check_number, least_draws, name_list, number_of_draws
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.setup.covariates import grouping
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.posterior.checks.statistics import Grouping, cell_statistics, feature_statistics
@@ -29,7 +29,7 @@ class CheckRequest:
     Attributes
     ----------
     features
-        Positions of the features to check, int64, of each modality of the model; None for all.
+        Positions of the features to check, int64, of each modality of the model, extra ones too; None for all.
     feature_names
         Names of these features.
     statistics
@@ -52,8 +52,8 @@ class CheckRequest:
         If an argument is out of range, a name is unknown, or a statistic is no function.
     """
 
-    features: Mapping[Modality, Tensor | None]
-    feature_names: Mapping[Modality, Sequence[str]]
+    features: Mapping[AnyModality, Tensor | None]
+    feature_names: Mapping[AnyModality, Sequence[str]]
     statistics: Statistics
     n_samples: int
     level: float

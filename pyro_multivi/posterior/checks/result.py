@@ -13,11 +13,11 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_multivi.data.checks import checked
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.files import write_whole
 
 #: Tables whose rows carry a p-value.
-TESTED = (*(modality.features for modality in MODALITIES), "cells", "groups", "totals", "user")
+TESTED = (*(modality.features for modality in MODALITIES), "extra", "cells", "groups", "totals", "user")
 #: Words of the column ``fails`` wherever it is read, on the console and on the page.
 FAILS, PASSES, NO_TEST = "FAILS", "ok", "n/a"
 
@@ -78,6 +78,8 @@ class PredictiveCheck:
     ----------
     genes, regions
         Statistics of each feature over the measured cells; column ``gene`` or ``region``.
+    extra
+        The same of extra modalities, such as proteins; columns ``modality`` and ``feature``.
     cells
         Depth and detected features of each cell; column ``cell``.
     groups
@@ -110,6 +112,7 @@ class PredictiveCheck:
 
     genes: pd.DataFrame = field(default_factory=pd.DataFrame)
     regions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    extra: pd.DataFrame = field(default_factory=pd.DataFrame)
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     groups: pd.DataFrame = field(default_factory=pd.DataFrame)
     totals: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -132,6 +135,15 @@ class PredictiveCheck:
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: table for name, table in found.items() if isinstance(table, pd.DataFrame) and len(table)}
 
+    @property
+    def feature_tables(self) -> dict[str, pd.DataFrame]:
+        """Statistics of features by name of the features, extra modalities each with a table of its own."""
+        found = {modality.features: getattr(self, modality.features) for modality in MODALITIES}
+        for name in pd.unique(self.extra["modality"]) if len(self.extra) else ():
+            part, features = self.extra[self.extra["modality"] == name], f"{name}s" if name == PROTEIN else name
+            found[features] = part.drop(columns="modality").reset_index(drop=True)
+        return {name: table for name, table in found.items() if len(table)}
+
     def summary(self) -> pd.DataFrame:
         """One row per statistic.
 
@@ -151,7 +163,7 @@ class PredictiveCheck:
             table = getattr(self, name)
             if not len(table):
                 continue
-            keys = ["by", "statistic"] if "by" in table else ["statistic"]
+            keys = [key for key in ("by", "modality", "statistic") if key in table]
             for key, part in table.groupby(keys, sort=False):
                 p = np.sort(part["p_value"].dropna().to_numpy())
                 if not len(p):
@@ -162,7 +174,7 @@ class PredictiveCheck:
                 fails = above + below > 2 * expected and by_chance <= expected + 1e-9
                 rows.append(
                     {
-                        "table": name if "by" not in table or key[0] == "all" else f"{name} by {key[0]}",
+                        "table": _table_name(name, table, key[0]),
                         "statistic": key[-1],
                         "n": len(p),
                         "data_above": above,
@@ -203,6 +215,13 @@ class PredictiveCheck:
             values = [f"{name} {value:.4f}" for name, value in zip(part["score"], part["value"], strict=True)]
             lines.append(f"  {setting!s}: {', '.join(values)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _table_name(name: str, table: pd.DataFrame, first_key: str) -> str:
+    """Name of some rows of a table, in the summary."""
+    if "modality" in table:
+        return f"{name}: {first_key}"
+    return name if "by" not in table or first_key == "all" else f"{name} by {first_key}"
 
 
 #: Names of the files that :meth:`PredictiveCheck.to_csv` may write.

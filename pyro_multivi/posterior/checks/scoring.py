@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.modality import Modality
+from pyro_multivi.data.minibatch import AnyModality
 
 #: Bounds of the bins of predicted accessibility: squares, because most regions are closed in most cells.
 EDGES = (np.arange(21) / 20) ** 2
@@ -148,7 +148,7 @@ class Scorer:
     Where only open or closed is modelled the probabilities are scored, otherwise the intervals.
     """
 
-    def __init__(self, modality: Modality, n_features: int) -> None:
+    def __init__(self, modality: AnyModality, n_features: int) -> None:
         self.calibration: Reliability | Coverage = Reliability(n_features) if modality.binary else Coverage()
         self.imputation = Imputation(n_features)
 

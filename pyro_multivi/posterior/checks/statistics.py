@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.modality import RNA, Modality
+from pyro_multivi.data.minibatch import AnyModality
+from pyro_multivi.data.modality import RNA
 
 Array = NDArray[np.float64]
 
@@ -27,12 +28,12 @@ class Grouping(NamedTuple):
     names: Sequence[str]
 
 
-def feature_statistics(modality: Modality) -> tuple[str, ...]:
+def feature_statistics(modality: AnyModality) -> tuple[str, ...]:
     """Names of the statistics of each feature over cells."""
     return ("detection_rate",) if modality.binary else ("mean", "variance", "cv", "zero_fraction")
 
 
-def cell_statistics(modality: Modality) -> tuple[str, ...]:
+def cell_statistics(modality: AnyModality) -> tuple[str, ...]:
     """Names of the statistics of each cell.
 
     Examples
@@ -49,7 +50,7 @@ def cell_statistics(modality: Modality) -> tuple[str, ...]:
 class FeatureSums:
     """Sums over the cells of each group, (groups, S, F), from which the statistics of features follow."""
 
-    def __init__(self, modality: Modality, n_groups: int, n_samples: int, n_features: int) -> None:
+    def __init__(self, modality: AnyModality, n_groups: int, n_samples: int, n_features: int) -> None:
         self._binary = modality.binary
         self.n_cells = np.zeros(n_groups)
         # The sum of values of 0 or 1 determines the others.
@@ -57,7 +58,7 @@ class FeatureSums:
         self._sums = {name: np.zeros((n_groups, n_samples, n_features)) for name in names}
 
     @staticmethod
-    def bytes_needed(modality: Modality, n_groups: int, n_samples: int, n_features: int) -> float:
+    def bytes_needed(modality: AnyModality, n_groups: int, n_samples: int, n_features: int) -> float:
         """Memory of the sums and of the statistics computed from one group at a time."""
         return 8.0 * n_groups * n_samples * n_features * (2 if modality.binary else 5)
 
@@ -98,7 +99,7 @@ class CountSums:
     Those of features are taken within the groups of each of ``groupings`` of all n cells.
     """
 
-    def __init__(self, modality: Modality, groupings: Sequence[Grouping], n_samples: int, n_features: int) -> None:
+    def __init__(self, modality: AnyModality, groupings: Sequence[Grouping], n_samples: int, n_features: int) -> None:
         self._code_n = [grouping.code_n for grouping in groupings]
         #: Sums of features, for each grouping.
         self.features = [FeatureSums(modality, len(by.names), n_samples, n_features) for by in groupings]

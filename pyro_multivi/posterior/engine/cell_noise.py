@@ -58,6 +58,10 @@ class CellNoise:
         unit = (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
         return unit.reshape(n_samples, len(self.index), *event_shape)
 
+    def of(self, index: Tensor) -> CellNoise:
+        """Noise of other things than cells, such as features, at positions (n,): shared by all cells of a draw."""
+        return CellNoise(index, self.seed, self.first)
+
     def coarse_normal(self, site: str, n_samples: int, n_components: int) -> Tensor:
         """Standard Normal numbers, (S, B, n), float32, of 16 bits each: for sums of many, in a tenth of the time.
 

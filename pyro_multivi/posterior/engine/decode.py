@@ -1,15 +1,29 @@
-"""Decoding of the latents of some cells, once for every batch they are put into."""
+r"""Decoding of the latents of some cells, once for every batch they are put into.
+
+A state that was inferred from one modality says more about the other than it knows: encoders tell cells apart by what
+the modalities do not share, too. So where a modality was not measured in a cell, the mean of its expression or
+accessibility is estimated as
+
+.. math:: (1 - w)\ E_q[f(z, s)] + w\ m
+
+with m the mean of the cells in which the modality was measured and a weight w that held-out cells of both modalities
+teach (:mod:`pyro_multivi.posterior.calibration.fit_shrinkage`). Both are buffers of the program: ``rna_mean``,
+``atac_mean`` and the weights ``rna_mean_weight``, ``atac_mean_weight``, 0 before that and without such cells. Set the
+weights to zero to have what is decoded alone. Draws, intervals, replicated counts, densities and differential tests are
+those of the model, without m.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.engine.draws import ROWS, Latents, draw_latents, mean_latents, mirrored_latents, replay
 from pyro_multivi.posterior.engine.weight_posterior import with_weight_noise
@@ -70,11 +84,49 @@ class Average:
 
 
 @dataclass(frozen=True)
+class MeasuredMean:
+    """Mean of the cells in which a modality was measured, and how much of it estimates of other cells have.
+
+    Attributes
+    ----------
+    mean
+        On the scale of what is decoded, (F,). That of accessibility may exceed 1, where a region is open more often
+        than the factors of cells and regions allow.
+    weight
+        Weight of the mean in each of some cells, (B, 1); 0 where the modality was measured.
+    ceiling
+        What an estimate is at most, factors included: 1 of a probability.
+    """
+
+    mean: Tensor
+    weight: Tensor
+    ceiling: float
+
+    def some(self, features: Tensor | None, rows: Tensor | None) -> MeasuredMean:
+        """The same of some features and cells, at positions (k,), int64; None for all."""
+        mean = self.mean if features is None else self.mean[features]
+        return MeasuredMean(mean, self.weight if rows is None else self.weight[rows], self.ceiling)
+
+    def shrink(self, values: Tensor, block: slice) -> Tensor:
+        """Decoded values of a block of features, (S, B, W), drawn towards the mean."""
+        return torch.lerp(values, self.mean[block], self.weight)
+
+
+@dataclass(frozen=True)
 class DecodedDraws:
-    """Latents of some cells, and values of sites by name, once for every batch the cells are put into."""
+    """Latents of some cells, and values of sites by name, once for every batch the cells are put into.
+
+    ``means`` has the mean towards which estimates of a site are drawn, by name; none where they are not.
+    """
 
     latents: Latents
     sites: Sequence[dict[str, Tensor]]
+    means: dict[str, MeasuredMean]
+
+
+def mean_buffers(program: MultiVIProgram, modality: Modality) -> tuple[Tensor, Tensor]:
+    """Buffers of a program: mean of a modality's measured cells, (F,), and its weight in what is imputed, ()."""
+    return getattr(program, f"{modality.key}_mean"), getattr(program, f"{modality.key}_mean_weight")
 
 
 def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Sequence[str]) -> DecodedDraws:
@@ -91,6 +143,9 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
             {site: with_weight_noise(program, site, values, latents.noise) for site, values in one.items()}
             for one in decoded
         ]
+    if average.level is not None and latents.noise is not None:
+        for forced, values in zip(interventions, decoded, strict=True):
+            values.update(_realised(program, cells, latents, sites, forced.get("s", cells.design)))
     if at_mean:
         for site in sites:
             missing = _lacks(program, cells, site)
@@ -99,7 +154,19 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
                 for forced, values in zip(interventions, decoded, strict=True):
                     averaged = _averaged(program, cells, points, site, forced)
                     values[site] = _where(missing, averaged, values[site])
-    return DecodedDraws(latents, decoded)
+    return DecodedDraws(latents, decoded, {} if average.with_weights else _means(program, cells, sites))
+
+
+def _means(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> dict[str, MeasuredMean]:
+    """Means towards which these cells' estimates of sites are drawn, by site."""
+    found = {}
+    for modality in modelled(program.config):
+        mean, weight = mean_buffers(program, modality)
+        missing = ~modality.measured_in(cells)
+        if modality.decoded in sites and bool(weight > 0) and bool(missing.any()):
+            ceiling = 1.0 if modality.in_model(program.config).binary else torch.inf
+            found[modality.decoded] = MeasuredMean(mean, (weight * missing)[:, None], ceiling)
+    return found
 
 
 def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
@@ -112,6 +179,21 @@ def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
         if site.startswith(extra.site("")):
             return ~cells.measured(extra.name)
     return None
+
+
+def _realised(
+    program: MultiVIProgram, cells: Cells, latents: Latents, sites: Sequence[str], design: Tensor
+) -> dict[str, Tensor]:
+    """Draws of the values of cells themselves, of those sites of extra modalities that have some."""
+    found = {}
+    nodes: dict[str, Any] = dict(latents.trace.nodes)
+    for extra in program.modelled_extra:
+        for site in (name for name in sites if name.startswith(extra.site(""))):
+            z, part = program.transform(nodes["z"]["value"]), site.removeprefix(extra.site(""))
+            values = extra.realised(part, cells, z, design, latents.noise)
+            if values is not None:
+                found[site] = values
+    return found
 
 
 def _averaged(program: MultiVIProgram, cells: Cells, points: Latents, site: str, forced: dict[str, Tensor]) -> Tensor:

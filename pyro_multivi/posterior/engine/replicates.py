@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import Modality, modality_at, modelled
+from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures, Measurement
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, modality_at, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.base import dense_rows
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
@@ -64,9 +64,23 @@ def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
     return tuple(modality.counts for modality in modelled(program.config))
 
 
+def extra_features(program: MultiVIProgram) -> dict[str, ExtraFeatures]:
+    """Extra modalities that the program models, by their observed sites."""
+    return {
+        each.name: ExtraFeatures(each.name, each.site(each.estimated), PROTEIN if each.name == PROTEIN else "feature")
+        for each in program.modelled_extra
+    }
+
+
+def features_at(program: MultiVIProgram, site: str) -> AnyModality:
+    """The modality of a site, as the program treats it; also an extra one."""
+    found = extra_features(program).get(site)
+    return modality_at(site).in_model(program.config) if found is None else found
+
+
 def counts_of(program: MultiVIProgram, cells: Cells, site: str) -> tuple[Tensor, Tensor]:
     """Counts (B, F) of a site as the model sees them (open regions as 0 or 1), and where they were measured."""
-    modality = modality_at(site).in_model(program.config)
+    modality = features_at(program, site)
     counts = dense_rows(modality.counts_in(cells))
     return _opened(counts) if modality.binary else counts, modality.measured_in(cells)
 
@@ -89,7 +103,7 @@ def spread(index: Tensor, n: int) -> Tensor:
     return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
 
 
-def hide(cells: Cells, modality: Modality) -> Cells:
+def hide(cells: Cells, modality: AnyModality) -> Cells:
     """Take one modality away from cells.
 
     Examples
@@ -100,6 +114,9 @@ def hide(cells: Cells, modality: Modality) -> Cells:
     >>> hide(cells, ATAC).has_atac, hide(cells, ATAC).y
     (tensor([False, False]), SparseCounts(shape=(2, 4), nnz=0))
     """
+    if isinstance(modality, ExtraFeatures):
+        unmeasured = Measurement(*map(torch.zeros_like, cells.extra[modality.name]))
+        return cells.replace(extra={**cells.extra, modality.name: unmeasured})
     counts = modality.counts_in(cells)
     crow = torch.zeros(len(cells) + 1, dtype=torch.long, device=cells.device)
     nothing = torch.zeros(0, dtype=counts.dtype, device=cells.device)
@@ -121,7 +138,7 @@ def replicate(
     Parameters
     ----------
     cells
-        B cells. Both modalities are drawn in all of them, measured or not.
+        B cells. All modalities are drawn in all of them, measured or not.
     n_samples
         Number of draws.
     seed
@@ -138,28 +155,31 @@ def replicate(
     slice, dict
         Numbers of the draws, and their counts by site.
     """
-    hidden_modality = None if hidden is None else modality_at(hidden)
+    hidden_modality = None if hidden is None else features_at(program, hidden)
     seen = cells if hidden_modality is None else hide(cells, hidden_modality)
-    known_depth = None if hidden_depth == "predicted" else hidden_modality
-    width = max(modality.n_features_in(program.config) for modality in modelled(program.config))
+    known_depth = next((each for each in MODALITIES if each == hidden_modality and hidden_depth != "predicted"), None)
+    sites = (*observed_sites(program), *extra_features(program))
+    width = max(program.config.n_genes, program.config.n_regions, *program.config.extra.values())
     for draws in _draws_at_a_time(n_samples, len(cells) * width):
         with evaluation_mode(program):
             n = draws.stop - draws.start
             latents = _latents(program, cells, draws, seed, hidden_modality, hidden_depth)
             drawn = {}
-            for sites, part in imputation_latents(program, seen, latents, observed_sites(program), known_depth):
+            for together, part in imputation_latents(program, seen, latents, sites, known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
                 model = WeightNoise(program, part.noise)(poutine.uncondition(program.model))
                 nodes: dict[str, Any] = dict(model_trace(model, seen, part).nodes)
-                for site in sites:
-                    modality = modality_at(site).in_model(program.config)
+                for site in together:
+                    if site not in nodes:
+                        continue  # an extra modality with statements of another name
+                    modality = features_at(program, site)
                     fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
                     # A custom likelihood may draw counts of a region; only open or closed is compared.
                     value = _opened(value) if modality.binary else value
                     shape = (n, len(cells), value.shape[-1])
                     drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, modality))
         # Outside, so that no state of torch is held while the caller is at work.
-        yield draws, {site: drawn[site] for site in observed_sites(program)}
+        yield draws, {site: drawn[site] for site in sites if site in drawn}
 
 
 def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
@@ -170,7 +190,7 @@ def _draws_at_a_time(n_samples: int, n_numbers: int) -> Iterator[slice]:
 
 
 def _latents(
-    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: Modality | None, hidden_depth: str
+    program: MultiVIProgram, cells: Cells, draws: slice, seed: int, hidden: AnyModality | None, hidden_depth: str
 ) -> Latents:
     n = draws.stop - draws.start
     if hidden is None:
@@ -182,7 +202,7 @@ def _latents(
     return latents.at(hidden.depth, known["value"])
 
 
-def _expected_by(program: MultiVIProgram, modality: Modality) -> Callable[[Any], Tensor]:
+def _expected_by(program: MultiVIProgram, modality: AnyModality) -> Callable[[Any], Tensor]:
     """Function of a distribution of counts: expected counts, or the probability of a region to be open."""
     return program.open_probability if modality.binary else attrgetter("mean")
 
@@ -210,7 +230,7 @@ def sample_replicates(
         If they would not fit at the density of the data.
     """
     check_memory(
-        _sparse_bytes(minibatches, features, n_samples),
+        _sparse_bytes(program, minibatches, features, n_samples),
         f"{n_samples} replicates of {minibatches.n_cells} cells",
         ["fewer n_samples", "some indices", "a gene_list and a region_list",
          "posterior_predictive_check, which keeps no replicate"],
@@ -225,11 +245,13 @@ def sample_replicates(
     return {site: [sp.vstack(parts, format="csr") for parts in by_draw] for site, by_draw in rows.items()}
 
 
-def _sparse_bytes(minibatches: Minibatches, features: Mapping[str, Tensor | None], n_samples: int) -> float:
+def _sparse_bytes(
+    program: MultiVIProgram, minibatches: Minibatches, features: Mapping[str, Tensor | None], n_samples: int
+) -> float:
     """Memory of sparse replicates as dense as the measured counts: 4 bytes for a count, 4 for its place."""
     total = 0.0
     for site, chosen in features.items():
-        modality, table = modality_at(site), minibatches.table
+        modality, table = features_at(program, site), minibatches.table
         counts = modality.counts_in(table)
         if counts is None:
             continue
@@ -248,7 +270,7 @@ def masked_replicates(
             # One draw, of another seed each time, so that a single replicate is in memory.
             one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
             (_, found) = next(replicate(program, cells, 1, one))
-            parts = [found[site].values[0] * where_measured(cells, site) for site in found]
+            parts = [found[site].values[0] * where_measured(cells, site) for site in observed_sites(program)]
             rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
         yield sp.vstack(rows, format="csr")
 

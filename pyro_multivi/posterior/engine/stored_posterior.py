@@ -9,7 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.minified.layout import stored_part
+from pyro_multivi.data.minified.layout import FACTOR_SD, stored_part
 from pyro_multivi.data.modality import modelled
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.program import CELLS, MultiVIProgram
@@ -29,7 +29,11 @@ def guide_of(program: MultiVIProgram, cells: Cells) -> Callable[[Cells], None]:
                 inferred = dist.LogNormal(*stored_part(stored, "library").unbind(-1))
                 pyro.sample("l", inferred if known is None else dist.Delta(known))
             if program.config.n_regions:
-                pyro.sample("d", dist.Delta(stored_part(stored, "factor")[:, 0]))
+                factor = stored_part(stored, "factor")[:, 0]
+                if program.config.counts_fragments:
+                    pyro.sample("d", dist.LogNormal(factor, stored_part(stored, FACTOR_SD)[:, 0]))
+                else:
+                    pyro.sample("d", dist.Delta(factor))
             # Their values stay beside the posterior.
             for modality in program.modelled_extra:
                 modality.guide(cells, cells.design)

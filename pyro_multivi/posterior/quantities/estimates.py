@@ -87,25 +87,32 @@ def blocks(
     """
     values = [_of_cells(sites[quantity.site], rows) for sites in decoded.sites]
     if quantity.of_sum:
-        values = [part / part.sum(-1, keepdim=True) for part in values]
+        # A draw without any protein has no shares.
+        values = [part / part.sum(-1, keepdim=True).clamp(min=1e-12) for part in values]
     n_rows = values[0].shape[:-1].numel()
     if n_rows == 0:
         return
     factor = _cell_factor(decoded, quantity, start, rows)
-    streams = (feature_blocks(value, quantity.features, block_width(n_rows)) for value in values)
+    streams = [feature_blocks(value, quantity.features, block_width(n_rows)) for value in values]
+    towards = decoded.means.get(quantity.site)
+    if towards is not None:
+        towards = towards.some(quantity.features, rows)
     for parts in zip(*streams, strict=True):
-        block, first = parts[0]
+        block = parts[0][0]
+        by_batch = [values if towards is None else towards.shrink(values, block) for _, values in parts]
         if quantity.detection:
-            detected = torch.stack([_detected(values, quantity, factor, block) for _, values in parts]).mean(0)
+            detected = torch.stack([_detected(values, quantity, factor, block) for values in by_batch]).mean(0)
             yield block, summarise(detected, average.level, average.keep_draws)
             continue
-        mean_sbw = sum((values for _, values in parts[1:]), start=first)
-        if len(parts) > 1:
-            mean_sbw = mean_sbw / len(parts)
+        mean_sbw = sum(by_batch[1:], start=by_batch[0])
+        if len(by_batch) > 1:
+            mean_sbw = mean_sbw / len(by_batch)
         if factor is not None:
             mean_sbw = mean_sbw * factor
         if quantity.by_feature is not None:
             mean_sbw = mean_sbw * quantity.by_feature[block]
+        if towards is not None:
+            mean_sbw = mean_sbw.clamp(max=towards.ceiling)
         yield block, summarise(mean_sbw, average.level, average.keep_draws)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells, Panels
-from pyro_multivi.data.modality import MODALITIES, modality_at
+from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures, Panels
+from pyro_multivi.data.modality import modelled
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average, decode
+from pyro_multivi.posterior.engine.replicates import extra_features
 from pyro_multivi.posterior.quantities.array_sink import Arrays, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, blocks, compress
 from pyro_multivi.posterior.quantities.file_sink import Store
@@ -65,7 +65,7 @@ def impute(
     Parameters
     ----------
     quantities
-        Expression and accessibility, of all features.
+        Expression, accessibility and extra modalities, of all features; see :func:`imputed_modalities`.
     spec
         Names of features, and whether a MuData is wanted.
     obs
@@ -84,7 +84,8 @@ def impute(
     AnnData, MuData or Path
     """
     obs = obs.copy()
-    for modality in MODALITIES:
+    modalities = imputed_modalities(program, spec)
+    for modality in modalities:
         missing = (~modality.measured_in(cells.table)[cells.index]).numpy().astype(np.int8)
         words, panels = ["measured", "imputed"], modality.panels_in(cells.table)
         if panels is not None:
@@ -92,14 +93,14 @@ def impute(
             missing[in_part] = len(words)
             words.append("measured in part")
         obs[modality.source_column] = pd.Categorical.from_codes(missing, pd.Index(words))
-    var = _variables(spec)
+    var = _variables(spec, modalities)
     arguments = {"n_samples": average.n_samples, "use_z_mean": average.use_mean, "seed": average.seed, **scale}
     arguments.update(return_interval=average.level, measured_too=measured_too)
     uns = {UNS_KEY: json.dumps(arguments, default=str)}
     names = ("counts", *average.names)
 
     def fill(minibatches: Iterable[Cells], sink: Sink) -> None:
-        _fill(program, minibatches, quantities, average, sink, measured_too)
+        _fill(program, minibatches, dict(zip(modalities, quantities, strict=True)), average, sink, measured_too)
 
     if out is not None:
         request = request_digest(program, cells, quantities, average, list(obs.index), measured_too=measured_too)
@@ -110,26 +111,25 @@ def impute(
     stream(fill, cells, kept, silent is not False)
     layers = {ELEMENTS[name].removeprefix("layers/"): kept[name] for name in average.names}
     filled = AnnData(kept["counts"], obs=obs, var=var, layers=layers, uns=uns)
-    return filled if spec.kind == "anndata" else _as_mudata(filled, spec)
+    return filled if spec.kind == "anndata" else _as_mudata(filled, spec, modalities)
 
 
 def _fill(
     program: MultiVIProgram,
     minibatches: Iterable[Cells],
-    quantities: Sequence[Quantity],
+    quantities: Mapping[AnyModality, Quantity],
     average: Average,
     sink: Sink,
     measured_too: bool,
 ) -> None:
     """Stream counts and estimates, as sparse rows, into a sink that may hold the first of them already."""
     start = sink.n_done
-    sites = [site for quantity in quantities for site in quantity.sites]
+    sites = [site for quantity in quantities.values() for site in quantity.sites]
     for cells in minibatches:
         rows: dict[str, list[sp.csr_matrix]] = {name: [] for name in ("counts", *average.names)}
         with evaluation_mode(program):
             decoded = decode(program, cells, average, sites)
-            for quantity in quantities:
-                modality = modality_at(quantity.site)
+            for modality, quantity in quantities.items():
                 counts, measured = modality.counts_in(cells), modality.measured_in(cells)
                 rows["counts"].append(_as_csr(counts))
                 panels: Panels | None = modality.panels_in(cells)
@@ -152,23 +152,32 @@ def _fill(
         sink.commit(start)
 
 
-def _variables(spec: DataSpec) -> pd.DataFrame:
-    names = [modality.feature_names_in(spec) for modality in MODALITIES]
-    codes = np.repeat(np.arange(len(names)), list(map(len, names)))
-    types = pd.Categorical.from_codes(codes, pd.Index([modality.feature_type for modality in MODALITIES]))
-    # A region may be called like a gene; in one table each has a name of its own.
-    genes = set(names[0])
-    names[1] = tuple(f"{name} ({MODALITIES[1].feature})" if name in genes else name for name in names[1])
-    return pd.DataFrame({"feature_types": types}, index=pd.Index(list(chain(*names)), dtype=object))
+def imputed_modalities(program: MultiVIProgram, spec: DataSpec) -> list[AnyModality]:
+    """RNA, ATAC and the modelled extra modalities, those of which there are features, in the order of a result."""
+    return [*modelled(spec), *extra_features(program).values()]
 
 
-def _as_mudata(adata: AnnData, spec: DataSpec) -> MuData:
+def _variables(spec: DataSpec, modalities: Sequence[AnyModality]) -> pd.DataFrame:
+    # A region or a protein may be called like a gene; in one table each has a name of its own.
+    names: dict[str, None] = {}
+    for modality in modalities:
+        found = modality.feature_names_in(spec)
+        names.update(dict.fromkeys([f"{name} ({modality.feature})" if name in names else name for name in found]))
+    codes = np.repeat(np.arange(len(modalities)), [len(each.feature_names_in(spec)) for each in modalities])
+    types = pd.Categorical.from_codes(codes, pd.Index([modality.feature_type for modality in modalities]))
+    return pd.DataFrame({"feature_types": types}, index=pd.Index(list(names), dtype=object))
+
+
+def _as_mudata(adata: AnnData, spec: DataSpec, modalities: Sequence[AnyModality]) -> MuData:
     """MuData of modalities that all hold all cells, with the values of an AnnData."""
     parts = {}
-    for modality in MODALITIES:
+    for modality in modalities:
         part = adata[:, (adata.var["feature_types"] == modality.feature_type).to_numpy()].copy()
         part.var_names = list(modality.feature_names_in(spec))
-        name = getattr(spec.setup, f"{modality.key}_modality")
+        if isinstance(modality, ExtraFeatures):
+            name: str | None = spec.setup.place_of_extra(modality.name)
+        else:
+            name = spec.setup.mudata_name(modality)
         layers = {layer: part.layers[layer] for layer in layer_names(part.layers)}
         parts[name] = AnnData(part.X, obs=part.obs[[modality.source_column]], var=part.var, layers=layers)
     with mudata_as_given() as mudata:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.minified.layout import packed
+from pyro_multivi.data.minified.layout import FACTOR_SD, packed
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
@@ -122,6 +122,9 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
         known = minibatch.has_atac if minibatch.atac_size is None else torch.ones_like(minibatch.has_atac)
         # Of other cells the guide draws it from the prior, and posterior quantities do so anew.
         stored["factor"] = torch.where(known, factor.to(known.device), 0.5)[:, None]
+        if program.config.counts_fragments:
+            fn = nodes[ATAC.depth]["fn"]
+            stored["factor"], stored[FACTOR_SD] = fn.loc[:, None], fn.scale[:, None]
         normal = normal_in(nodes["z"]["fn"])
         assert normal is not None
         stored["z"] = torch.cat([normal.loc, normal.scale], -1)

@@ -99,7 +99,7 @@ def test_results_have_all_features(world):
     partial.train(2, train_size=0.9, progress_bar=False)
     expression = partial.get_normalized_expression()
     assert list(expression.columns) == list(world.model.spec.gene_names)
-    np.testing.assert_allclose(expression.sum(1), 1.0, rtol=1e-4)
+    np.testing.assert_allclose(expression.sum(axis=1), 1.0, rtol=1e-4)
     table = partial.differential_expression(groupby="cell_type", group1="type_0", n_samples=20)
     missing, there = list(world.model.spec.gene_names[:8]), list(world.model.spec.gene_names[8:])
     # Nothing is known of what was not measured: neither tested nor checked, but imputed.

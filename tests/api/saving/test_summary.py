@@ -61,9 +61,11 @@ def test_weights_are_not_read(folder, tmp_path):
         pm.describe(copy)
 
 
-def test_what_is_no_model(tmp_path):
+def test_what_is_no_model(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a saved model"):
         pm.describe(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"Its folder '{folder.name}' is one: give that"):
+        pm.describe(folder.parent)
 
 
 def test_the_command(folder, tmp_path, capsys):

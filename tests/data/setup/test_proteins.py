@@ -233,3 +233,37 @@ def test_a_change_in_place_is_found_out(mosaic, counts):
     mosaic.obsm["adt"][1, 1] += 1
     with pytest.raises(ValueError, match="'protein' holds other values"):
         model.minibatch([0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_antibodies_of_a_10x_file_are_moved_to_obsm(sparse):
+    adata = pm.simulate_multiome((20, 0, 0), n_genes=6, n_regions=7, n_proteins=3, seed=0)
+    proteins = adata.obsm.pop("protein_expression")
+    kinds = [*adata.var["feature_types"], *["Antibody Capture"] * 3]
+    var = pd.DataFrame({"feature_types": kinds}, index=[*adata.var_names, *proteins.columns])
+    counts = sp.hstack([adata.X, sp.csr_matrix(proteins.to_numpy())]).tocsr()
+    tenx = AnnData(counts if sparse else counts.toarray(), obs=adata.obs[[]], var=var)
+    tenx.layers["counts"] = tenx.X.copy()
+    report = pm.MULTIVI.setup_anndata(tenx.copy())
+    assert any("'Antibody Capture' are ignored. pyro_multivi.organize_cite_seq_10x" in note for note in report.notes)
+    moved = pm.organize_cite_seq_10x(tenx, copy=True)
+    assert tenx.n_vars == 16
+    assert pm.organize_cite_seq_10x(tenx) is None
+    for found in (moved, tenx):
+        assert found.layers["counts"].shape == (20, 13)
+        np.testing.assert_array_equal(found.obsm["protein_expression"], proteins)
+        assert list(found.obsm["protein_expression"].columns) == list(proteins.columns)
+        pm.MULTIVI.setup_anndata(found, protein_expression_obsm_key="protein_expression")
+    with pytest.raises(ValueError, match="is there already"):
+        pm.organize_cite_seq_10x(tenx)
+    del tenx.obsm["protein_expression"]
+    with pytest.raises(ValueError, match="No feature of adata is of the type 'Antibody Capture'"):
+        pm.organize_cite_seq_10x(tenx)
+    with pytest.raises(TypeError, match="adata must be an AnnData"):
+        pm.organize_cite_seq_10x(3)
+
+
+def test_proteins_called_present_or_absent_are_warned_of(mosaic, counts):
+    mosaic.obsm["adt"] = (counts > 5).astype(np.float32)
+    with pytest.warns(UserWarning, match=r"No count of adata.obsm\['adt'\] is above 1.*raw counts"):
+        set_up(mosaic)

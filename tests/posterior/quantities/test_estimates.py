@@ -33,8 +33,9 @@ def features(method):
 # ---------------------------------------------------------------------- what is computed
 
 
-def test_one_sample_at_the_mean_decodes_the_mean(fitted):
+def test_one_sample_at_the_mean_decodes_the_mean(fitted_weights):
     """What was measured; of what was not, the hidden layer is averaged over points of the posterior."""
+    fitted = fitted_weights
     cells, program = fitted.minibatch(), fitted.program
     z_nk = torch.from_numpy(fitted.get_latent_representation())
     with evaluation_mode(program):
