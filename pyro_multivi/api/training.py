@@ -38,6 +38,9 @@ from pyro_multivi.training.cost.estimate import TrainingCost, timed_cost
 from pyro_multivi.training.distributed.shared_steps import share_weights
 from pyro_multivi.training.options import Callback
 
+#: Epochs of the model of a query: by twice as many, cells mix with those of the reference hardly better.
+_QUERY_EPOCHS = 100
+
 
 class TrainingMixin(ModelBase):
     """Methods that train a model and say how it went."""
@@ -48,7 +51,7 @@ class TrainingMixin(ModelBase):
     @checked
     def train(
         self,
-        max_epochs: int = 500,
+        max_epochs: int | None = None,
         lr: float = 1e-3,
         accelerator: str = "auto",
         devices: int | str = "auto",
@@ -58,7 +61,7 @@ class TrainingMixin(ModelBase):
         batch_size: int | None = None,
         weight_decay: float = 1e-3,
         eps: float = 1e-8,
-        early_stopping: bool = True,
+        early_stopping: bool | None = None,
         check_val_every_n_epoch: int | None = 1,
         n_steps_kl_warmup: int | None = None,
         n_epochs_kl_warmup: int | None = 1,
@@ -97,15 +100,16 @@ class TrainingMixin(ModelBase):
         Parameters
         ----------
         max_epochs
-            Passes over the training cells at most.
+            Passes over the training cells at most. Default: 500, or 100 for the model of a query.
         lr, weight_decay, eps
             Learning rate of Adam, its weight decay (of the weight matrices other than loadings), the constant in its
             denominator.
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
-            Shares of the cells; default 0.9 and the rest. Going on keeps the cells of the first call unless a share is
-            given; a cell once trained on is never held out again.
+            Shares of the cells; default 0.9 and the rest, or all cells of a query that is trained without early
+            stopping. Going on keeps the cells of the first call unless a share is given; a cell once trained on is
+            never held out again. Where cells are held out, the weights of the epoch that is best for them are kept.
         shuffle_set_split
             Choose validation cells at random rather than the last ones.
         batch_size
@@ -113,7 +117,7 @@ class TrainingMixin(ModelBase):
             epoch has some 16 steps.
         early_stopping, early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
             Stop when a column of :attr:`history` no longer falls. Without validation cells there is
-            nothing to monitor and all epochs are run.
+            nothing to monitor and all epochs are run. Default: True, but for the model of a query.
         check_val_every_n_epoch
             Epochs from one scoring of the validation cells to the next; they are always scored after the last one.
             None is 1.
@@ -182,6 +186,10 @@ class TrainingMixin(ModelBase):
 
         Notes
         -----
+        The model of a query (:meth:`~pyro_multivi.MULTIVI.load_query_data`) has few parameters to train and few cells
+        to hold out, whose ELBO stops falling long before the new batch is aligned. So all its cells are trained on, for
+        a fixed number of epochs, unless arguments say otherwise.
+
         State of callbacks is not in a checkpoint.
 
         In a script under torchrun, or with an initialised process group of ``torch.distributed``, the processes share
@@ -208,7 +216,11 @@ class TrainingMixin(ModelBase):
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
-        tell_difference("train")
+        is_query = self._training is not None
+        if not is_query:
+            tell_difference("train")
+        max_epochs = (_QUERY_EPOCHS if is_query else FitOptions.max_epochs) if max_epochs is None else max_epochs
+        early_stopping = not is_query if early_stopping is None else early_stopping
         seed, processes = settings.seed_or(seed), current()
         options = FitOptions.from_arguments(locals())
         # First: a model that a callback saves or asks for results has the weights of a whole epoch.
@@ -242,6 +254,8 @@ class TrainingMixin(ModelBase):
             split = replace(checkpoints.split, cell_names=names)
         elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
             # Going on keeps the cells held out so far, unless other sizes are given.
+            if is_query and not early_stopping and (train_size, validation_size) == (None, None):
+                train_size = 1.0
             split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
         if checkpoints is not None:
             checkpoints.split = split

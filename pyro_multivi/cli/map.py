@@ -27,17 +27,16 @@ def map_query(options: argparse.Namespace) -> None:
         # The reference's own cells, of which only the labels and states are needed.
         own = {"data": options.reference, "feature_type": None, "min_counts": 0, "round": False}
         reference = load_model(argparse.Namespace(**{**vars(options), **own}))
-    mapped = MULTIVI.load_query_data(query, reference)
+    mapped = MULTIVI.load_query_data(query, reference, freeze_expression=not options.align)
     print(mapped.query_report)
-    if options.max_epochs:
-        mapped.train(options.max_epochs, seed=options.seed, progress_bar=not options.quiet)
+    if options.max_epochs or options.align:
+        mapped.train(options.max_epochs or None, seed=options.seed, progress_bar=not options.quiet)
     latent = np.asarray(mapped.get_latent_representation())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
     table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
     if options.labels is not None:
-        labels = reference.transfer_labels(
-            mapped, options.labels, n_neighbors=options.n_neighbors, threshold=options.threshold
-        )
+        chosen = {name: getattr(options, name) for name in ("n_neighbors", "threshold", "alpha")}
+        labels = reference.transfer_labels(mapped, options.labels, **chosen)
         table = table.join(labels)
         for label, size in labels["label"].value_counts().items():
             if size:

@@ -47,6 +47,8 @@ _ADVICE = (
     (r" To train on, call train\(\) once more.*", ""),
     (r"resume=True", "--resume"),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
+    (r"load_query_data\(query, model, freeze_expression=False\) and train\(\) align a batch", "--align moves it"),
+    (r"load_query_data\(\.\.\., freeze_expression=False\) chooses more to be trained", "--align trains more"),
     (r"MULTIVI\.load_query_data\(adata, model\)", "pyro-multivi map MODEL QUERY"),
     (r"key='([^']*)' is not in obs of the reference", r"--labels \1 is not in obs of the reference"),
 )

@@ -137,8 +137,17 @@ def command_parser() -> argparse.ArgumentParser:
         "--reference", nargs="+", default=[], metavar="DATA", help="those cells, if the model's folder holds no data"
     )
     mapping.add_argument("--threshold", type=float, default=0.5, help="least confidence of a label (default: 0.5)")
+    mapping.add_argument(
+        "--alpha", type=float, default=0.05, help="share of cells like the reference's called unknown (default: 0.05)"
+    )
     mapping.add_argument("--n-neighbors", type=int, default=15, help="cells whose labels count (default: 15)")
     mapping.add_argument("--max-epochs", type=int, default=0, help="train what is new in the query (default: 0, not)")
+    mapping.add_argument(
+        "--align",
+        action="store_true",
+        help="train the encoders' first layers too, 100 epochs if no other number is given: moves the cells of a batch "
+        "that lies apart, such as another donor",
+    )
     _add_data(mapping)
     mapping.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
     _add_overwrite(mapping)

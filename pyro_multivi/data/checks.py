@@ -175,9 +175,10 @@ def check_number(
     *,
     above: float | None = None,
     least: float | None = None,
+    most: float | None = None,
     allowed: str = "",
 ) -> float:
-    """A finite number, above or of at least some other if one is given; ``allowed`` ends the message."""
+    """A finite number, above, of at least or of at most some other if one is given; ``allowed`` ends the message."""
     found = unwrapped(value)
     numeric = isinstance(found, (int, float)) and not isinstance(found, bool)
     # Everything is computed in float32, where larger numbers are infinite.
@@ -187,6 +188,8 @@ def check_number(
         raise _refused(argument, value, f"a number above {above}{allowed}")
     if least is not None and not found >= least:
         raise _refused(argument, value, f"a number of at least {least}{allowed}")
+    if most is not None and not found <= most:
+        raise _refused(argument, value, f"a number of at most {most}{allowed}")
     return float(found)
 
 

@@ -27,7 +27,7 @@ class FitOptions:
     """Options of :func:`~pyro_multivi.training.fit`, checked when they are made.
 
     Each field is an argument of :meth:`pyro_multivi.MULTIVI.train`, where it is described, with the same default; only
-    ``early_stopping`` is False by default.
+    ``early_stopping`` is False by default, and ``max_epochs`` does not depend on the model.
 
     Raises
     ------

@@ -38,7 +38,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "pseudocounts", "threshold_counts"), (-1.0, -1e-9)),
     **dict.fromkeys(("contrast_weight", "mixing_weight", "effect_size", "batch_effect", "library_sd"), (-1.0,)),
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),
-    **dict.fromkeys(("train_size", "validation_size", "threshold", "type_separation"), (-0.1, 1.1)),
+    **dict.fromkeys(("train_size", "validation_size", "threshold", "alpha", "type_separation"), (-0.1, 1.1)),
     **dict.fromkeys(("differential_fraction", "dropout", "dropout_rate", "mean_accessibility"), (-0.1, 1.1)),
     "region_dropout_rate": (-0.1, 1.0),
     **dict.fromkeys(("return_interval", "level", "fdr_target"), (0.0, 1.0, -0.5, 95)),

@@ -9,6 +9,7 @@ import pytest
 
 import pyro_multivi as pm
 from pyro_multivi.cli import main
+from pyro_multivi.cli.messages import in_options
 
 QUICK = ["--quiet", "--max-epochs", "1", "--n-latent", "2", "--n-hidden", "8", "--accelerator", "cpu"]
 
@@ -49,7 +50,7 @@ def test_states_and_labels_of_a_query(run):
               "--out", "mapped.csv", "--quiet")  # fmt: skip
     assert "17 shared with the model; 3 missing" in out
     table = pd.read_csv("mapped.csv", index_col="cell")
-    assert list(table.columns) == ["z1", "z2", "label", "confidence", "nearest_label"]
+    assert list(table.columns) == ["z1", "z2", "label", "confidence", "nearest_label", "p_value"]
     reference, query = anndata.read_h5ad("reference.h5ad"), anndata.read_h5ad("query.h5ad")
     model = pm.MULTIVI.load("out/model", reference)
     query.obs["donor"] = "new"
@@ -64,7 +65,15 @@ def test_states_alone_and_training(run):
     assert "new         late (" in run("out/model", "query.h5ad", "--batch", "late", "--out", "states.csv", "--quiet")
     assert list(pd.read_csv("states.csv").columns) == ["cell", "z1", "z2"]
     run("out/model", "query.h5ad", "--batch", "late", "--max-epochs", "1", "--out", "trained.csv", "--quiet")
-    assert len(pd.read_csv("trained.csv")) == len(pd.read_csv("states.csv"))
+    states, trained = pd.read_csv("states.csv"), pd.read_csv("trained.csv")
+    # Encoders do not see the batch: what is learned of it moves no cells, unless they are trained too.
+    pd.testing.assert_frame_equal(trained, states)
+    aligned = ["--align", "--max-epochs", "1", "--out", "aligned.csv", "--quiet"]
+    run("out/model", "query.h5ad", "--batch", "late", *aligned)
+    assert not np.allclose(pd.read_csv("aligned.csv")["z1"], states["z1"])
+    assert in_options(
+        "load_query_data(query, model, freeze_expression=False) and train() align a batch; alpha=0", ["alpha"]
+    ) == ("--align moves it; --alpha 0")
 
 
 def test_errors_in_the_words_of_the_command_line(run):

@@ -17,8 +17,8 @@ from pyro_multivi.training import FitOptions, fit, resolve_device
 def test_fit_has_the_options_of_train_and_their_defaults():
     arguments = inspect.signature(pm.MULTIVI.train).parameters
     differing = [field.name for field in fields(FitOptions) if arguments[field.name].default != field.default]
-    # train() takes the seed of pyro_multivi.settings where none is given.
-    assert differing == ["early_stopping", "seed"]
+    # train() takes the seed of pyro_multivi.settings where none is given, and has other defaults for a query.
+    assert differing == ["max_epochs", "early_stopping", "seed"]
     others = {"self", "accelerator", "devices", "train_size", "validation_size", "shuffle_set_split", "batch_size"}
     others |= {"checkpoint", "checkpoint_every", "resume", "shuffle_block", "shuffle_buffer"}
     assert arguments.keys() - {field.name for field in fields(FitOptions)} == others

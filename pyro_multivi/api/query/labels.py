@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.api.base import PREDICTION_BATCH
-from pyro_multivi.data.checks import unknown_key
+from pyro_multivi.data.checks import caution, unknown_key
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.engine.replicates import spread
-from pyro_multivi.posterior.mapping.label_transfer import states, transfer
+from pyro_multivi.posterior.mapping.label_transfer import Transferred, states, transfer
 from pyro_multivi.program import MultiVIProgram
 
 # Reference cells by which confidence is calibrated, at most; those held out of training if there are so many.
 _MOST, _LEAST_HELD_OUT = 4096, 100
+# Cells held out of training, at least, by whose distances it is told what lies apart: encoders know the others too
+# well. Of 19 one in twenty lies as far as the farthest.
+_LEAST_APART = 19
+# Cells of a batch, at least, for a statement about it.
+_FEW = 10
+
+
+def labelled_reference(model: Any) -> Any:
+    """Model whose cells have the labels: the reference of a query's model, or the model itself.
+
+    Raises
+    ------
+    ValueError
+        If its data are not there, or changed in place.
+    """
+    reference = model._reference or model
+    if (model._reference is None and model._training is not None) or reference.adata is None:
+        raise ValueError(
+            "The data of the reference are not there, from which labels would come: a model of a query knows its "
+            "reference until it is saved. Call reference_model.transfer_labels(query, key) of a reference that has "
+            "data, MULTIVI.load(folder, adata)."
+        )
+    reference._training_table()
+    if reference.minified_data_type is not None:
+        caution(
+            "The reference is minified: its cells cannot be encoded again as the query was measured, by which "
+            "confidence and p_value are calibrated. They hold for a query with the same modalities and features only; "
+            "for another use the model that was saved before."
+        )
+    return reference
 
 
 def label_codes(obs: pd.DataFrame, key: str) -> tuple[list[Any], NDArray[np.int64]]:
@@ -53,7 +84,7 @@ def carried_over(
     held_out: Tensor,
     query: CellTable,
     n_neighbors: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> Transferred:
     """Label of each query cell, and the probability that it is right; see :mod:`.label_transfer`.
 
     Parameters
@@ -72,7 +103,7 @@ def carried_over(
     z_reference = states(program, _batches(reference, labelled, device))
     place = np.full(len(code), -1)
     place[labelled.numpy()] = np.arange(len(labelled))
-    labels, probability = np.zeros(len(query), dtype=np.int64), np.zeros(len(query))
+    found = Transferred(np.zeros(len(query), dtype=np.int64), np.zeros(len(query)), np.zeros(len(query)))
     for index in _measured_alike(query):
         like = query.batch(index[:1]).to(device)
         able = _measured_as_much(reference, labelled, like)
@@ -84,10 +115,28 @@ def carried_over(
         z = states(program, _batches(query, index, device))
         rows = index.numpy()
         own = place[chosen.numpy()]
-        labels[rows], probability[rows] = transfer(
-            z_reference, code[labelled.numpy()], z, calibration, own, n_neighbors
+        is_unseen = torch.isin(chosen, held_out).numpy()
+        few = is_unseen.sum() < _LEAST_APART
+        of_rows = transfer(
+            z_reference, code[labelled.numpy()], z, calibration, own, n_neighbors, None if few else is_unseen
         )
-    return labels, probability
+        for whole, part in zip(found, of_rows, strict=True):
+            whole[rows] = part
+    return found
+
+
+def batches_apart(is_apart: NDArray[np.bool_], table: CellTable, names: Sequence[str], alpha: float) -> Iterator[str]:
+    """Sentences on batches of which more than half lies apart from the reference, each with what to do."""
+    batch = table.batch_code.numpy()
+    for code in np.unique(batch):
+        inside = is_apart[batch == code]
+        if len(inside) >= _FEW and inside.mean() > max(0.5, 2 * alpha):
+            yield (
+                f"{inside.sum()} of the {len(inside)} cells of batch {names[code]!r} lie farther from the reference "
+                f"than {1 - alpha:.1%} of its own cells and are called unknown: it lacks such cells, or the batch as a "
+                "whole lies apart. load_query_data(query, model, freeze_expression=False) and train() align a batch; "
+                "alpha=0 gives labels whatever the distance."
+            )
 
 
 def _batches(table: CellTable, index: Tensor, device: torch.device) -> Minibatches:

@@ -17,7 +17,7 @@ from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
-from pyro_multivi.api.query.labels import carried_over, label_codes
+from pyro_multivi.api.query.labels import batches_apart, carried_over, label_codes, labelled_reference
 from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_reference_order
 from pyro_multivi.api.query.report import QueryReport, cautions
 from pyro_multivi.api.saving.folder import BrokenModelError
@@ -64,7 +64,12 @@ class QueryMixin(SavingMixin):
 
         It works at once, without training: :meth:`get_latent_representation` places the query's cells among those of
         the reference. :meth:`train` then fits what is new in it, the effects of new batches on expression and
-        accessibility, and what is chosen here beside them. The reference is not changed.
+        accessibility, and what is chosen here beside them, for 100 epochs and without early stopping by default. The
+        reference is not changed.
+
+        By default training leaves the states of cells where they are, unless the reference has
+        ``encode_covariates=True``. Where a new batch does not mix with the reference, give ``freeze_expression=False``:
+        then training moves its cells to where the frozen decoders explain them best.
 
         Parameters
         ----------
@@ -85,7 +90,8 @@ class QueryMixin(SavingMixin):
         freeze_dropout
             Use no dropout in training.
         freeze_expression
-            Keep the first layers of the encoders as they are. False: they are trained, which moves all cells.
+            Keep the first layers of the encoders as they are. False: they are trained, which moves all cells, those of
+            the reference too in this model; the reference model stays as it is.
         freeze_decoder_first_layer
             Keep the first layers of the decoders as they are, but for the weights of new batches and categories.
         freeze_batchnorm_encoder, freeze_batchnorm_decoder
@@ -252,14 +258,26 @@ class QueryMixin(SavingMixin):
     @isolated()
     @checked
     def transfer_labels(
-        self, query: Any, key: str, n_neighbors: int = 15, threshold: float = 0.5, unknown: str = "unknown"
+        self,
+        query: Any,
+        key: str,
+        n_neighbors: int = 15,
+        threshold: float = 0.5,
+        unknown: str = "unknown",
+        alpha: float = 0.05,
     ) -> pd.DataFrame:
         """Labels of the reference's cells, carried over to those of a query by neighbours in the latent space.
 
-        How often the label of the neighbours is right is learned from reference cells, encoded with only the modalities
-        and features that the query has; how far cells lie whose label the reference lacks, from those whose label is
-        left out of it. That finds cells which lie apart; an encoder places many cells of a type that it never saw among
-        known ones, and these get a label. See :mod:`pyro_multivi.posterior.mapping.label_transfer`.
+        Both ways to be unknown are learned from reference cells, those held out of training where there are 100,
+        encoded with only the modalities and features that the query has: how often the label of the neighbours is
+        right, and how far cells lie from their neighbours. See
+        :mod:`pyro_multivi.posterior.mapping.label_transfer`.
+
+        Cells of a type that the reference lacks are found if they lie apart. Of a cell line left out of a reference of
+        four, by default 86 to 100 % were found from RNA, and 11 to 46 % from ATAC, whose encoder places many among the
+        known ones. All this holds for cells measured as the reference's were. A new batch that is not aligned with it
+        lies apart as a whole, and its labels are less often right than their confidence says; train its model with
+        ``freeze_expression=False`` first.
 
         Parameters
         ----------
@@ -274,11 +292,20 @@ class QueryMixin(SavingMixin):
             Smallest confidence of a label; below it a cell is ``unknown``.
         unknown
             Label of such cells.
+        alpha
+            Cells are ``unknown`` too that lie farther from their neighbours than a share 1 - ``alpha`` of the
+            reference's own cells: so many are called so wrongly of a query that is like the reference. 0: none are.
 
         Returns
         -------
         A frame of the query's cells with the columns ``label``, ``confidence``, the probability that the label of the
-        neighbours is right, and ``nearest_label``, that label whatever its confidence.
+        neighbours is right, ``nearest_label``, that label whatever its confidence, and ``p_value``, the chance
+        that a cell of the reference lies as far from its neighbours, small for a cell that lies apart.
+
+        Warns
+        -----
+        UserWarning
+            If more than half of a batch lies apart.
 
         Raises
         ------
@@ -295,11 +322,10 @@ class QueryMixin(SavingMixin):
         >>> model = pm.MULTIVI(reference, n_hidden=16, n_latent=3)
         >>> model.train(max_epochs=2, progress_bar=False)
         >>> model.transfer_labels(query, "cell_type").columns.tolist()
-        ['label', 'confidence', 'nearest_label']
+        ['label', 'confidence', 'nearest_label', 'p_value']
         """
-        n = check_number("threshold", threshold, least=0.0)
-        if n > 1:
-            raise ValueError(f"threshold={threshold!r} is not allowed: a confidence is at most 1.")
+        least = check_number("threshold", threshold, least=0.0, most=1.0)
+        tail = check_number("alpha", alpha, least=0.0, most=1.0)
         if not isinstance(query, (AnnData, QueryMixin)) and not is_mudata(query):
             raise TypeError(f"query={shown(query)} is not allowed: give an AnnData, a MuData, or the model of a query.")
         mapped: Any
@@ -308,25 +334,21 @@ class QueryMixin(SavingMixin):
             table = mapped._table_of(query)[0]
         else:
             mapped, table = query, query._training_table()
-        reference = self._reference or self
-        if reference._training is not None or reference.adata is None:
-            raise ValueError(
-                "The data of the reference are not there, from which labels would come: a model of a query knows its "
-                "reference until it is saved. Call reference_model.transfer_labels(query, key) of a reference that "
-                "has data, MULTIVI.load(folder, adata)."
-            )
+        reference = labelled_reference(self)
         names, code = label_codes(reference._obs_of(None), key)
         if unknown in map(str, names):
             raise ValueError(f"unknown={unknown!r} is a label of the reference: give another word.")
         mine = mapped.spec.table(reference.adata)
         held_out = torch.zeros(0, dtype=torch.int64) if reference._split is None else reference._split.validation
-        found, confidence = carried_over(mapped.program, mine, code, held_out, table, n_neighbors)
+        found, confidence, p_value = carried_over(mapped.program, mine, code, held_out, table, n_neighbors)
+        is_apart = p_value < tail
+        for sentence in batches_apart(is_apart, table, mapped.spec.batch_categories, tail):
+            caution(sentence)
         nearest = pd.Categorical.from_codes(found, pd.Index(names))
-        codes = np.where(confidence < n, len(names), found)
+        codes = np.where(is_apart | (confidence < least), len(names), found)
         label = pd.Categorical.from_codes(codes, pd.Index([*names, unknown], dtype=object))
-        return pd.DataFrame(
-            {"label": label, "confidence": confidence, "nearest_label": nearest}, index=pd.Index(table.cell_names)
-        )
+        columns = {"label": label, "confidence": confidence, "nearest_label": nearest, "p_value": p_value}
+        return pd.DataFrame(columns, index=pd.Index(table.cell_names))
 
     # ------------------------------------------------------------------ shared by the methods
 

@@ -5,17 +5,19 @@ reference cells that are encoded as the query was measured, with the modalities 
 and whose label is read off their neighbours other than themselves: a logistic regression on the share of the vote and
 the distance of the neighbours. That a cell is of a label that the reference has at all is learned in the same way, from
 their distances to neighbours of other labels alone: so far from everything would they be if theirs were not there.
+Whether a cell lies apart is told by how far held-out reference cells lie from their neighbours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from scipy.special import ndtr
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells, Panels
@@ -35,6 +37,8 @@ _PRIOR_NEW = 0.02
 _RIDGE = 1.0
 # Smallest distance, relative to a typical one, of which a logarithm is taken.
 _LEAST = 1e-3
+# Distribution of log distances: points at which it is computed, and least bandwidth of its kernel.
+_N_PLACES, _LEAST_BANDWIDTH = 1024, 1e-3
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,34 @@ def vote(
     return Votes(winner, total.max(1) / weight.sum(1), distance.mean(1))
 
 
+class Transferred(NamedTuple):
+    """Labels of some cells.
+
+    Attributes
+    ----------
+    code
+        Label of the neighbours, (n,).
+    probability
+        Probability that it is right, (n,).
+    p_value
+        Chance that a cell of the reference would lie as far from its neighbours, (n,).
+    """
+
+    code: Codes
+    probability: Array
+    p_value: Array
+
+
 def transfer(
-    reference: Array, code: Codes, z: Array, calibration: Array, own: Codes, n_neighbors: int
-) -> tuple[Codes, Array]:
-    """Label of each query cell, and the probability that it is right, (n,) each.
+    reference: Array,
+    code: Codes,
+    z: Array,
+    calibration: Array,
+    own: Codes,
+    n_neighbors: int,
+    held_out: NDArray[np.bool_] | None = None,
+) -> Transferred:
+    """Label of each query cell, the probability that it is right, and whether the cell lies apart.
 
     Parameters
     ----------
@@ -151,6 +179,8 @@ def transfer(
         States of the query's cells.
     calibration, own
         States of some reference cells encoded as the query was measured, (C, K), and their positions, (C,).
+    held_out
+        Those of them that were not trained on, (C,), with whose distances the query's are compared. Default: all.
     """
     tree = cKDTree(reference)
     query = vote(reference, code, z, n_neighbors, tree=tree)
@@ -165,7 +195,30 @@ def transfer(
         weight = np.where(is_known, (1 - _PRIOR_NEW) / is_known.mean(), _PRIOR_NEW / (~is_known).mean())
         in_reference = _Logistic.fit(_log(distance, scale)[:, None], is_known, weight)
         probability = probability * in_reference.probability(_log(query.distance, scale)[:, None])
-    return query.code, probability
+    unseen = slice(None) if held_out is None else held_out
+    return Transferred(query.code, probability, p_values(known.distance[unseen], query.distance))
+
+
+def p_values(calibration: Array, distance: Array) -> Array:
+    """Chance of a cell that is drawn as the calibration cells were to lie as far as a cell does, (n,).
+
+    The distribution of their log distances is smoothed by a Normal kernel (bandwidth: Silverman 1986), for few cells
+    say little about its tail.
+
+    Examples
+    --------
+    >>> p_values(np.array([1.0, 2.0, 3.0]), np.array([0.1, 1.8, 99.0])).round(1)
+    array([1. , 0.5, 0. ])
+    """
+    known, of = (np.log(np.maximum(each, np.finfo(float).tiny)) for each in (calibration, distance))
+    quartiles = np.quantile(known, [0.25, 0.75])
+    bandwidth = 0.9 * min(float(known.std()), float(np.diff(quartiles)[0]) / 1.349) * len(known) ** -0.2
+    bandwidth = max(bandwidth, _LEAST_BANDWIDTH)
+    # By interpolation: every cell beside every other would be a large matrix.
+    places = np.linspace(known.min() - 5 * bandwidth, known.max() + 5 * bandwidth, _N_PLACES)
+    tail = ndtr((known[None] - places[:, None]) / bandwidth).mean(1)
+    found: Array = np.interp(of, places, tail)
+    return found
 
 
 def _distances_without_own_label(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.saving.folder import BrokenModelError
+from pyro_multivi.training import fit
 
 GENES = slice(0, 24)
 
@@ -67,6 +69,31 @@ def test_what_is_chosen_is_trained(world, chosen, whole):
     frozen = {name for name, parameter in mapped.program.named_parameters() if not parameter.requires_grad}
     assert not changed & frozen
     assert bool(frozen) != ("unfrozen" in chosen)
+
+
+def test_a_query_is_trained_on_all_cells_for_a_fixed_number_of_epochs(world, monkeypatch):
+    given = []
+
+    def once(program, train, validation, options, *others):
+        given.append((options.max_epochs, options.early_stopping, len(train.index), validation is None))
+        return fit(program, train, validation, replace(options, max_epochs=1), *others)
+
+    monkeypatch.setattr("pyro_multivi.api.training.fit", once)
+    mapped = pm.MULTIVI.load_query_data(world.query, world.model, freeze_expression=False)
+    n = len(world.query)
+    mapped.train(progress_bar=False)
+    mapped.train(progress_bar=False)
+    assert given == [(100, False, n, True)] * 2
+    # What is said wins.
+    for chosen, expected in (
+        ({"max_epochs": 7, "plan_kwargs": {"weight_decay": 0.0}}, (7, False, n, True)),
+        ({"early_stopping": True}, (100, True, round(0.9 * n), False)),
+        ({"train_size": 0.5}, (100, False, n // 2, False)),
+    ):
+        pm.MULTIVI.load_query_data(world.query, world.model).train(**chosen, progress_bar=False)
+        assert given[-1] == pytest.approx(expected, abs=1)
+    pm.MULTIVI(world.reference, n_hidden=4, n_latent=2).train(progress_bar=False)
+    assert given[-1][:2] == (500, True)
 
 
 def test_batch_normalisation_and_dropout_freeze():

@@ -96,7 +96,7 @@ def test_typical_inputs_are_those_of_cells_of_the_model(make_program):
 
 def test_results_have_all_features(world):
     partial = pm.MULTIVI.load_query_data(paired(world)[:, 8:].copy(), world.model)
-    partial.train(2, progress_bar=False)
+    partial.train(2, train_size=0.9, progress_bar=False)
     expression = partial.get_normalized_expression()
     assert list(expression.columns) == list(world.model.spec.gene_names)
     np.testing.assert_allclose(expression.sum(axis=1), 1.0, rtol=1e-4)
