@@ -25,7 +25,7 @@ from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
-from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins
+from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins, proteins_of
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.fit_shrinkage import fit_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
@@ -280,6 +280,7 @@ class TrainingMixin(ModelBase):
             calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
             if recalibrates:
                 calibrations.append(partial(fit_weight_posteriors, self.program, seen))
+            if recalibrates and proteins_of(self.program):
                 calibrations.append(partial(fit_proteins, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
