@@ -22,7 +22,8 @@ def fitted():
     pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(adata, n_hidden=32, n_latent=5, gene_likelihood="nb", modality_penalty="MMD")
     with torch.random.fork_rng():
-        model.train(40, lr=1e-2, batch_size=32, progress_bar=False, n_epochs_kl_warmup=10)
+        # After 40 some seeds have not found the types from ATAC alone (0.77); after 80 it is 0.94 at least.
+        model.train(80, lr=1e-2, batch_size=32, progress_bar=False, n_epochs_kl_warmup=10)
     return adata, model
 
 

@@ -122,14 +122,19 @@ def test_a_mean_is_that_of_the_measured_cells(trained):
 def test_what_the_other_modality_tells_is_kept_and_what_it_does_not_is_not(trained):
     """Simulated types: hardly any weight. An encoder that reads other genes: what it says is not believed."""
 
-    def scrambled(program):
-        order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-        program.rna_first_layer.counts.weight.copy_(program.rna_first_layer.counts.weight[order])
+    def weights_if_scrambled(seed):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
 
-    other = _again(trained, scrambled)
+        def scrambled(program):
+            program.rna_first_layer.counts.weight.copy_(program.rna_first_layer.counts.weight[order])
+
+        return _weights(_again(trained, scrambled))
+
+    rna, atac = np.transpose([weights_if_scrambled(seed) for seed in range(4)])
+    # Over seeds and versions of torch 0.01 to 0.07, and 0.65 to 0.88.
     assert all(weight < 0.25 for weight in _weights(trained))
-    assert _weights(other)[1] > 0.6
-    assert _weights(other)[0] == pytest.approx(_weights(trained)[0], abs=1e-6)  # its encoder is as it was
+    assert np.median(atac) > 0.5
+    np.testing.assert_allclose(rna, _weights(trained)[0], atol=1e-6)  # its encoder is as it was
 
 
 def test_estimates_of_cells_without_the_modality_are_drawn_towards_the_mean(trained):
@@ -155,7 +160,7 @@ def test_estimates_of_cells_without_the_modality_are_drawn_towards_the_mean(trai
             expected = np.minimum(expected, 1.0) if modality is ATAC else expected
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
             whole = call(**{modality.list_argument: [7, 0]})
-            np.testing.assert_allclose(whole, call()[:, [7, 0]], rtol=1e-6)
+            np.testing.assert_allclose(whole, call()[:, [7, 0]], rtol=1e-5)
         # What is made of draws is that of the model.
         for found, before in zip(call(n_samples=40, return_interval=0.9), interval, strict=True):
             np.testing.assert_array_equal(found, before)
