@@ -25,7 +25,10 @@ def test_a_system_without_the_call_goes_on(monkeypatch):
 
     freed._trim.cache_clear()
     monkeypatch.setattr(freed.ctypes, "CDLL", without)
+    monkeypatch.setattr(freed, "_read", 1)
     try:
         freed.count_read(freed.EVERY)
+        assert freed._trim()(0) == 0
+        assert freed._read == 0
     finally:
         freed._trim.cache_clear()
