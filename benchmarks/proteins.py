@@ -10,21 +10,15 @@ with Poisson counts of fragments, in turn and round after round; other processes
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-import warnings
 
 import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
-from make_data import random_counts
+from step_times import print_step_times, random_cells, untrained
 
 import pyro_multivi as pm
-from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
-from pyro_multivi.training import FitOptions, fit
 
 PROTEINS = "protein_expression"
 ALL, RNA_ONLY, PROTEINS_ONLY = range(3)
@@ -142,40 +136,16 @@ def simulated(options: argparse.Namespace) -> None:
 
 def step_times(options: argparse.Namespace) -> None:
     """CPU time of a step, relative to that without proteins of open or closed regions."""
-    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    parts = [random_counts(rng, options.cells, n, d) for n, d in ((options.genes, 0.1), (options.regions, 0.05))]
-    adata = anndata.AnnData(sp.hstack(parts, format="csr"))
-    adata.var["feature_types"] = np.repeat(["Gene Expression", "Peaks"], [options.genes, options.regions])
-    adata.obs["modality"] = "paired"
+    adata = random_cells(rng, options.cells, options.genes, options.regions)
     adata.obsm[PROTEINS] = rng.poisson(10.0, (options.cells, options.proteins)).astype(np.float32)
-    models, choices = {}, {"compile": True} if options.compile else {}
-    for name, likelihood, keys in (
-        ("bernoulli", "bernoulli", {}),
-        ("with proteins", "bernoulli", {"protein_expression_obsm_key": PROTEINS}),
-        ("poisson", "poisson", {}),
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            pm.MULTIVI.setup_anndata(adata, modality_key="modality", **keys)
-            model = pm.MULTIVI(adata, accessibility_likelihood=likelihood)
-        models[name] = (model.program, model._training_table())
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(options.rounds + 1):
-        for name, (program, table) in models.items():
-            batches = Minibatches(table, torch.arange(options.cells), batch_size=128, shuffle=True, seed=number)
-            started = time.process_time()
-            fit(program, batches, None, FitOptions(max_epochs=1, progress_bar=False, **choices))
-            seconds[name].append((time.process_time() - started) / -(-options.cells // 128))
+    models = {
+        "no proteins": untrained(adata, "bernoulli"),
+        "with proteins": untrained(adata, "bernoulli", protein_expression_obsm_key=PROTEINS),
+        "poisson": untrained(adata, "poisson"),
+    }
     print(f"{options.genes} genes x {options.regions} regions, {options.proteins} proteins, 128 cells, 1 thread")
-    for name, values in seconds.items():
-        # The first round warms up.
-        ratios = [one / other for one, other in zip(values[1:], seconds["bernoulli"][1:], strict=True)]
-        print(
-            f"  {name:<14} {1e3 * statistics.median(values[1:]):7.1f} ms a step, {statistics.median(ratios):.3f} times "
-            f"that without ({min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
+    print_step_times(models, options.rounds, **({"compile": True} if options.compile else {}))
 
 
 def main() -> None:
