@@ -82,7 +82,7 @@ def auroc(is_positive: np.ndarray, score: np.ndarray) -> float:
 def simulated(options: argparse.Namespace) -> None:
     """Print every figure, one line per seed, and their means."""
     rows = []
-    for seed in range(options.seeds):
+    for seed in options.of_seeds:
         adata, part, genes, proteins = cells_of(options, seed)
         shares = np.log1p(1e4 * genes / genes.sum(1, keepdims=True).clip(min=1))
         logs = np.log1p(proteins)
@@ -129,7 +129,7 @@ def simulated(options: argparse.Namespace) -> None:
         rows.append(row)
         print(f"seed {seed} done", flush=True)
     table = pd.DataFrame(rows).T
-    table.columns = [f"seed {seed}" for seed in range(options.seeds)]
+    table.columns = [f"seed {seed}" for seed in options.of_seeds]
     table["mean"] = table.mean(axis=1)
     print(table.round(3).to_string())
 
@@ -152,7 +152,8 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("simulated", "time"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--proteins", type=int, help="default: 20; 100 for time")
     parser.add_argument("--cells", type=int, help="default: 1500; 512 for time")
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="time with compiled loops")
     options = parser.parse_args()
+    options.of_seeds = range(options.first_seed, options.first_seed + options.seeds)
     defaults = (20, 1500, 300, 600) if options.what == "simulated" else (100, 512, 15_000, 80_000)
     for name, value in zip(("proteins", "cells", "genes", "regions"), defaults, strict=True):
         if getattr(options, name) is None:
