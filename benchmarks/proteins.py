@@ -79,6 +79,14 @@ def auroc(is_positive: np.ndarray, score: np.ndarray) -> float:
     return float((rank[is_positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def mean_of_log(model: pm.MULTIVI, mean: np.ndarray) -> np.ndarray:
+    """Expectation of log(1 + count), which ridge predicts, over background and foreground at their means."""
+    share = model.get_protein_foreground_probability(return_numpy=True)
+    of_foreground = model.get_normalized_protein_expression(return_numpy=True)
+    background = (mean - of_foreground) / (1 - share).clip(min=1e-6)
+    return (1 - share) * np.log1p(background) + share * np.log1p(of_foreground / share.clip(min=1e-6))
+
+
 def simulated(options: argparse.Namespace) -> None:
     """Print every figure, one line per seed, and their means."""
     rows = []
@@ -101,7 +109,10 @@ def simulated(options: argparse.Namespace) -> None:
         )
 
         mean = model.get_normalized_protein_expression(include_protein_background=True, return_numpy=True)
-        row["proteins from RNA"] = correlation(np.log(mean[part == RNA_ONLY]), logs[part == RNA_ONLY])
+        row["proteins from RNA, log of mean"] = correlation(np.log(mean[part == RNA_ONLY]), logs[part == RNA_ONLY])
+        row["proteins from RNA, mean of log"] = correlation(
+            mean_of_log(model, mean)[part == RNA_ONLY], logs[part == RNA_ONLY]
+        )
         by_ridge = ridge(shares[part == ALL], logs[part == ALL], shares[part == RNA_ONLY], seed)
         row["  ridge, proteins"] = correlation(by_ridge, logs[part == RNA_ONLY])
         seen = genes.mean(0) > 0.5
@@ -127,7 +138,8 @@ def simulated(options: argparse.Namespace) -> None:
         held = (found.lower <= target) & (target <= found.upper)
         row["90 % intervals, measured"], row["90 % intervals, imputed"] = held[stained].mean(), held[~stained].mean()
         rows.append(row)
-        print(f"seed {seed} done", flush=True)
+        shown = ", ".join(f"{name.strip()} {value:.3f}" for name, value in row.items())
+        print(f"seed {seed}: {shown}", flush=True)
     table = pd.DataFrame(rows).T
     table.columns = [f"seed {seed}" for seed in options.of_seeds]
     table["mean"] = table.mean(axis=1)
