@@ -148,9 +148,9 @@ def render_rivals(records: Sequence[Record], metrics: Mapping[str, Metric] = MET
     Returns
     -------
     str
-        Scores are mean ± standard deviation over seeds. The best system is chosen for each score by its mean over
-        the seeds that ours has, from systems that have them all. Gains are taken within seeds, mean ± standard
-        error; above 0 ours is better.
+        Scores are mean ± standard deviation over seeds. The best is chosen for each score by its mean over the seeds
+        that ours has, from systems that have them all and the mean of the measured. Gains are taken within seeds,
+        mean ± standard error; above 0 ours is better.
     """
     parts = []
     for data in dict.fromkeys(r["data"] for r in records):
@@ -171,12 +171,18 @@ def render_rivals(records: Sequence[Record], metrics: Mapping[str, Metric] = MET
             row = [name, "↑" if metric.best is max else "↓", _spread(_baseline(done, metric).values())]
             row += [_spread(found[system].values()) for system in others] if every else []
             for system in ours:
-                rivals = {other: found[other] for other in others if found[other].keys() >= found[system].keys()}
-                best = best_setting(rivals, metric) if found[system] else None
+                rivals = {other: found[other] for other in others}
+                if isinstance(metric.baseline, str):
+                    rivals["mean of the measured"] = _baseline(done, metric)
+                seeds = found[system].keys()
+                rivals = {
+                    other: {s: at[s] for s in seeds} for other, at in rivals.items() if seeds and at.keys() >= seeds
+                }
+                best = best_setting(rivals, metric)
                 row.append(_spread(found[system].values()))
                 if not every:
-                    row.append("–" if best is None else f"{_spread(found[best].values())} {best}")
-                row.append("–" if best is None else _paired_gain(found[system], found[best], metric))
+                    row.append("–" if best is None else f"{_spread(rivals[best].values())} {best}")
+                row.append("–" if best is None else _paired_gain(found[system], rivals[best], metric))
             rows.append(row)
         if all(row[2] == "–" for row in rows[2:]):
             rows = [[*row[:2], *row[3:]] for row in rows]

@@ -266,6 +266,11 @@ def test_ours_stands_beside_the_best_of_all_others(module):
     assert found[purity]["gain over the best"] == "+0.1500 ± 0.0500"
     assert found[nll]["best other"] == "1.250 ± 0.354 regression"
     assert found[nll]["gain over the best"] == "-0.2500 ± 0.2500"
+    # The mean of the measured is one of them.
+    for one in records:
+        one["result"]["scores"]["atac_imputed_auprc_per_cell"] = 0.1
+    found = {row["metric"]: row for row in rows(summary.render_rivals(records))}
+    assert found["atac_imputed_auprc_per_cell"]["best other"] == "0.200 ± 0.000 mean of the measured"
     every = {row["metric"]: row for row in rows(summary.render_rivals(records, every=True))}
     assert (every[purity]["linear"], every[purity]["regression"]) == ("0.350 ± 0.071", "0.200 ± 0.000")
     assert summary.render_rivals(records[:4]) == ""
