@@ -180,9 +180,11 @@ def render_rivals(records: Sequence[Record], metrics: Mapping[str, Metric] = MET
                 }
                 best = best_setting(rivals, metric)
                 row.append(_spread(found[system].values()))
-                if not every:
-                    row.append("–" if best is None else f"{_spread(rivals[best].values())} {best}")
-                row.append("–" if best is None else _paired_gain(found[system], rivals[best], metric))
+                if best is None:
+                    row += ["–"] if every else ["–", "–"]
+                    continue
+                gain = _paired_gain(found[system], rivals[best], metric)
+                row += [f"{gain} ({best})"] if every else [f"{_spread(rivals[best].values())} {best}", gain]
             rows.append(row)
         if all(row[2] == "–" for row in rows[2:]):
             rows = [[*row[:2], *row[3:]] for row in rows]

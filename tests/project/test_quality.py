@@ -272,6 +272,7 @@ def test_ours_stands_beside_the_best_of_all_others(module):
     found = {row["metric"]: row for row in rows(summary.render_rivals(records))}
     assert found["atac_imputed_auprc_per_cell"]["best other"] == "0.200 ± 0.000 mean of the measured"
     every = {row["metric"]: row for row in rows(summary.render_rivals(records, every=True))}
+    assert every[purity]["gain over the best"] == "+0.1500 ± 0.0500 (linear)"
     assert (every[purity]["linear"], every[purity]["regression"]) == ("0.350 ± 0.071", "0.200 ± 0.000")
     assert summary.render_rivals(records[:4]) == ""
 
