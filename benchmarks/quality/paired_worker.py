@@ -26,7 +26,7 @@ from measure import report, task  # noqa: E402
 #: Neighbours of every cell in every graph.
 N_NEIGHBOURS = 20
 #: Resolutions of Leiden, of which each score takes its best.
-RESOLUTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
+RESOLUTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
 #: Share of the labels that are hidden and told by the others.
 HIDDEN_LABELS = 0.5
 N_COMPONENTS = 30
