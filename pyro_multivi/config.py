@@ -142,12 +142,12 @@ class ProgramConfig:
     def __post_init__(self) -> None:
         if self.modality_penalty is None:
             object.__setattr__(self, "modality_penalty", "None")
-        weights = self.contrast_weight, self.mixing_weight
-        if self.fully_paired and self.modality_penalty == "contrastive" and weights == (None, None):
-            object.__setattr__(self, "modality_penalty", "None")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_fields(self, ProgramConfig)
+        weights = self.contrast_weight, self.mixing_weight
+        if self.fully_paired and self.modality_penalty == "contrastive" and weights == (None, None):
+            object.__setattr__(self, "modality_penalty", "None")
         if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
             raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
         for name, number in self.extra.items():
