@@ -190,16 +190,20 @@ class StatisticsByBlock:
 
     def put(self, block: slice, found: Mapping[str, Tensor | Array]) -> None:
         """Add a block of features."""
-        arrays = {name: each.cpu().numpy() if isinstance(each, Tensor) else each for name, each in found.items()}
+        # Copies: a view of one sorted draw would keep all draws of the block in memory.
+        arrays = {
+            name: np.array(each.cpu().numpy() if isinstance(each, Tensor) else each) for name, each in found.items()
+        }
         self._blocks.append({"at": np.array([block.start, block.stop]), **arrays})
 
     def of_all(self) -> Statistics:
         """Those of every block of every process, (F,) each by name. All processes call this together."""
         found: Statistics = {}
         for part in chain.from_iterable(gather_arrays(self._blocks)):
-            start, stop = part.pop("at")
+            start, stop = part["at"]
             for name, values in part.items():
-                found.setdefault(name, np.empty(self._n_features))[start:stop] = values
+                if name != "at":
+                    found.setdefault(name, np.empty(self._n_features))[start:stop] = values
         return found
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,13 @@ def posterior(folder: Path) -> dict[str, Any]:
         )
         for name in CHECKED:
             found[name] = numbers(getattr(check, name))
+        query = pm.MULTIVI.load_query_data(model.adata[::2].copy(), model)
+        found["labels"] = numbers(model.transfer_labels(query, "cell_type", n_neighbors=5))
+        if find_spec("arviz"):
+            exported = model.to_inference_data(indices=range(60), n_samples=4, batch_size=8)
+            found["exported"] = np.concatenate(
+                [each.to_numpy().ravel() for each in exported.posterior_predictive.values()]
+            )
         pm.MultiVIProgram.guide = guide  # type: ignore[method-assign]
         out = model.get_normalized_expression(batch_size=8, out=folder / f"rho{size}.h5ad", silent=True)
         assert out == folder / f"rho{size}.h5ad"
