@@ -303,9 +303,9 @@ def test_truth_is_recovered():
         include_protein_background=True, n_samples=100, return_interval=0.9, return_numpy=True
     )
     held = (found.lower <= mean) & (mean <= found.upper)
-    # 86 to 93 % over four seeds.
+    # 87 to 94 % over five seeds.
     for cells in (stained, ~stained):
-        assert 0.84 < held[cells].mean() < 0.95
+        assert 0.85 < held[cells].mean() < 0.96
 
 
 def auroc(is_positive, score):

@@ -188,10 +188,10 @@ class Proteins(ExtraModality):
         if not self.is_as_written:
             return None
         if part == "foreground_probability":
-            return self._decoded(z, s, noise).logits.sigmoid()
+            return self.decoded(z, s, noise).logits.sigmoid()
         if part not in ("mean", "foreground_mean", "background_mean"):
             return None
-        n_draws, own = len(z), self._decoded(z, cells.design, noise)
+        n_draws, own = len(z), self.decoded(z, cells.design, noise)
         y, measured = self.seen(cells)
         shift, error = self.calibrated_log_sd
         log_sd_shift = shift + error * noise.of(torch.zeros_like(cells.index[:1])).coarse_normal(
@@ -212,7 +212,7 @@ class Proteins(ExtraModality):
             components[1].mode + components[1].sd * unit,
             components[0].mode + components[0].sd * unit,
         )
-        there = own if s is cells.design else self._decoded(z, s, noise)
+        there = own if s is cells.design else self.decoded(z, s, noise)
         log_mean, log_sd = self.moments(s, log_sd_shift)
         background = (log_mean + log_sd.exp() * u).clamp(max=_MAX_LOG_MEAN).exp()
         if part == "background_mean":
@@ -226,8 +226,16 @@ class Proteins(ExtraModality):
         log_sd = (s_nb @ self.background_log_sd.clamp(max=_MAX_LOG_SD).exp()).log()
         return s_nb @ self.background_log_mean, log_sd + log_sd_shift
 
-    def _decoded(self, z: Tensor, s: Tensor, noise: Any) -> _Decoded:
-        """Log ratio of foreground to background and log odds of the foreground, with draws of the last layers."""
+    def decoded(self, z: Tensor, s: Tensor, noise: Any) -> Decoded:
+        """Log ratio of foreground to background and log odds of the foreground, with draws of the last layers.
+
+        Parameters
+        ----------
+        z, s
+            Draws of the state, (S, B, k), and the design.
+        noise
+            Of the draws.
+        """
         hidden = self.decode(z, s.expand(*z.shape[:-1], s.shape[-1]))
         coordinates = nn.functional.linear(hidden, self.weight_directions[:, :-1], self.weight_directions[:, -1])
         features = torch.arange(self.n_features, device=z.device)
@@ -242,9 +250,12 @@ class Proteins(ExtraModality):
                 value = value + coordinates @ weights.transpose(1, 2) - 0.5 * bend * variance
             found.append(value)
         log_ratio, logits = found
-        return _Decoded(log_ratio.clamp(max=_MAX_LOG_RATIO).exp().log1p(), logits)
+        return Decoded(log_ratio.clamp(max=_MAX_LOG_RATIO).exp().log1p(), logits, hidden)
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
+    """What is decoded of the state: both of the mixture (S, B, F), and the hidden layer they come from, (S, B, H)."""
+
     log_ratio: Tensor
     logits: Tensor
+    hidden: Tensor

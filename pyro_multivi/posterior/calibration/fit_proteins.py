@@ -3,9 +3,14 @@ r"""Fit of what intervals of proteins need beside the state: spread of the backg
 The background of a cell, :math:`\exp(m + s u)`, and the dispersion :math:`\phi` of its counts both make counts differ
 between cells of one state. The ELBO favours :math:`\phi`, whose effect the likelihood integrates exactly, over u, whose
 posterior is approximated, so that training leaves s too small. Here u is integrated out
-(:mod:`pyro_multivi.networks.extra.given_count`), and the likelihood of the counts at the posterior means of z tells
-s from :math:`\phi` by the shape of their distribution: one factor of s for all proteins, a factor of :math:`\phi` and
-shifts of m for each. Curvature of the profile likelihood gives the error of the factor of s.
+(:mod:`pyro_multivi.networks.extra.given_count`), and the likelihood of the counts tells s from :math:`\phi` by the
+shape of their distribution: one factor of s for all proteins, a factor of :math:`\phi` and shifts of m for each.
+Curvature of the profile likelihood gives the error of the factor of s.
+
+State and decoder were fitted to the same counts, which therefore differ less from what is decoded at the posterior
+means than from the truth: there s comes out a fifth too small. The log-likelihood is averaged over draws of z and of
+the last layers instead. By Fisher's identity the gradient of the marginal likelihood is that average under the exact
+posterior.
 
 The two last layers of the decoder, log odds and log ratio, get the Normal posterior in a few directions of the hidden
 layer that the last layers of genes and regions have (:mod:`pyro_multivi.posterior.calibration.fit_weights`), the
@@ -16,6 +21,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +30,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.proteins import START_SD, Proteins
 from pyro_multivi.posterior.calibration.fit_weights import posterior_sd
-from pyro_multivi.posterior.engine.draws import mean_latents
+from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.posterior.engine.replicates import spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -39,6 +47,8 @@ _FEWEST = 50
 _STEPS, _PROFILE_STEPS = 40, 15
 # With fewer the error of the integral, small as it is, depends on the spread as much as the likelihood does.
 _NODES = 5
+# Draws of z and of the last layers that the likelihood is averaged over.
+_DRAWS = 4
 # Standard deviation of the log of the spread before any data, around that of the start of training.
 _PRIOR_SD = 0.5
 _WEAK = 0.05
@@ -49,8 +59,12 @@ _APART, _LARGEST = 0.2, 1.5
 def clear_proteins(program: MultiVIProgram) -> None:
     """Return the draws of proteins to the parameters of training."""
     for proteins in proteins_of(program):
-        for buffer in proteins.calibrated:
-            buffer.zero_()
+        _clear(proteins)
+
+
+def _clear(proteins: Proteins) -> None:
+    for buffer in proteins.calibrated:
+        buffer.zero_()
 
 
 def fit_proteins(program: MultiVIProgram, train: Minibatches) -> None:
@@ -85,29 +99,43 @@ def _fit(program: MultiVIProgram, proteins: Proteins, train: Minibatches) -> Non
     index = spread(measured, min(_MOST, max(_FEWEST, _ENTRIES // proteins.n_features)))
     if len(index) < _FEWEST:
         return
-    likelihood, hidden = _Likelihood.of(program, proteins, train, index)
-    n_features = proteins.n_features
-    zero = likelihood.y.new_zeros
-    found = likelihood.fitted(zero(()), [zero(n_features), zero(proteins.config.n_batch, n_features)], _STEPS)
-    shift, (theta_shift, mean_shift) = found
+    cells = train.cut(index)
+    _fit_weights(proteins, _Likelihood.of(program, proteins, cells), len(measured) / len(index))
+    likelihood = _Likelihood.of(program, proteins, cells)
+    found = likelihood.fitted(_no_shifts(proteins), _STEPS)
     # Of the profile likelihood, by a parabola through three points.
-    profile = [
-        likelihood.fitted(shift + step, [theta_shift, mean_shift], _PROFILE_STEPS, fixed=True)
+    ends = sum(
+        likelihood.total(likelihood.fitted(found._replace(sd=found.sd + step), _PROFILE_STEPS, fixed=True))
         for step in (-_APART, _APART)
-    ]
-    if not (bool(shift.isfinite()) and bool(theta_shift.isfinite().all())):
+    )
+    if not all(bool(part.isfinite().all()) for part in found):
+        _clear(proteins)
         return
-    middle = likelihood.total(shift, theta_shift, mean_shift)
-    ends = sum(likelihood.total(at, *rest) for at, rest in profile)
-    curvature = (2 * middle - ends) / _APART**2
-    proteins.calibrated_log_sd[0] = shift
+    curvature = (2 * likelihood.total(found) - ends) / _APART**2
+    proteins.calibrated_log_sd[0] = found.sd
     proteins.calibrated_log_sd[1] = curvature.clamp(min=_PRIOR_SD**-2).rsqrt()
-    proteins.calibrated_log_theta.copy_(theta_shift)
-    _fit_weights(proteins, likelihood, hidden, shift, theta_shift, mean_shift, len(measured) / len(index))
+    proteins.calibrated_log_theta.copy_(found.theta)
+
+
+class _Shifts(NamedTuple):
+    """What is added to the log of s, (), of phi, (F,), and of the background's mean in each batch, (batches, F)."""
+
+    sd: Tensor
+    theta: Tensor
+    mean: Tensor
+
+
+def _no_shifts(proteins: Proteins) -> _Shifts:
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    return _Shifts(zeros(()), zeros(proteins.n_features), zeros(proteins.config.n_batch, proteins.n_features))
 
 
 class _Likelihood(NamedTuple):
-    """Counts of n cells, (n, F), and what is decoded of their posterior means, in float64."""
+    """Counts of n cells, (n, F), and what is decoded for them, in float64.
+
+    Log ratio and log odds, (S, n, F), are decoded from the hidden layers, (S, n, H), of S draws of the state, with
+    draws of the last layers where these have a posterior.
+    """
 
     y: Tensor
     measured: Tensor
@@ -117,33 +145,28 @@ class _Likelihood(NamedTuple):
     log_theta: Tensor
     log_ratio: Tensor
     logits: Tensor
+    hidden: Tensor
 
     @classmethod
-    def of(
-        cls, program: MultiVIProgram, proteins: Proteins, train: Minibatches, index: Tensor
-    ) -> tuple[_Likelihood, Tensor]:
-        """Likelihood of the cells at some positions, and their hidden layer, (n, H)."""
-        cells = train.cut(index)
+    def of(cls, program: MultiVIProgram, proteins: Proteins, cells: Cells) -> _Likelihood:
+        """Likelihood of some cells at draws of the posterior."""
         with torch.no_grad(), evaluation_mode(program):
-            nodes: dict[str, Any] = dict(mean_latents(program, cells).trace.nodes)
-            z, s = program.transform(nodes["z"]["value"])[0], cells.design
-            hidden = proteins.decode(z, s)
-            log_ratio, logits = proteins.log_ratio(hidden), proteins.odds(hidden)
+            latents = draw_latents(program, cells, _DRAWS)
+            nodes: dict[str, Any] = dict(latents.trace.nodes)
+            decoded = proteins.decoded(program.transform(nodes["z"]["value"]), cells.design, latents.noise)
+            s = cells.design
             log_mean, log_sd = proteins.moments(s, torch.zeros_like(s[:1, :1]))
             log_theta = proteins.theta(cells, s).log()
         y, measured = proteins.seen(cells)
-        found = cls(
+        return cls(
             _wide(y), measured.cpu(), _wide(s[:, : proteins.config.n_batch]), _wide(log_mean), _wide(log_sd),
-            _wide(log_theta), _wide(log_ratio).exp().log1p(), _wide(logits),
+            _wide(log_theta), _wide(decoded.log_ratio), _wide(decoded.logits), _wide(decoded.hidden),
         )  # fmt: skip
-        return found, _wide(hidden)
 
-    def log_prob(
-        self, shift: Tensor, theta_shift: Tensor, mean_shift: Tensor, log_ratio: Tensor, logits: Tensor
-    ) -> Tensor:
-        """Log-likelihood of each count, (n, F), 0 where not measured, without what depends on counts alone."""
-        log_theta, log_mean = self.log_theta + theta_shift, self.log_mean + self.batch @ mean_shift
-        log_sd = self.log_sd + shift
+    def log_prob(self, shifts: _Shifts, log_ratio: Tensor, logits: Tensor) -> Tensor:
+        """Log-likelihood of each count, (S, n, F), 0 where not measured, without what depends on counts alone."""
+        log_theta, log_mean = self.log_theta + shifts.theta, self.log_mean + self.batch @ shifts.mean
+        log_sd = self.log_sd + shifts.sd
         background, foreground = (
             given_count(self.y, self.measured, mean, log_sd, log_theta, _NODES).log_evidence
             for mean in (log_mean, log_mean + log_ratio)
@@ -152,49 +175,59 @@ class _Likelihood(NamedTuple):
         both = torch.logaddexp(logsigmoid(-logits) + background, logsigmoid(logits) + foreground)
         return torch.where(self.measured, both + torch.lgamma(self.y + theta) - torch.lgamma(theta), 0.0)
 
-    def total(self, shift: Tensor, theta_shift: Tensor, mean_shift: Tensor) -> Tensor:
-        """Log-posterior of the shifts."""
-        prior = ((self.log_sd.mean() + shift - math.log(START_SD)) / _PRIOR_SD).square()
-        likelihood = self.log_prob(shift, theta_shift, mean_shift, self.log_ratio, self.logits).sum()
+    @torch.enable_grad()
+    def scores(self, shifts: _Shifts, draw: int) -> tuple[Tensor, Tensor]:
+        """Gradients of a draw's log-likelihood with respect to the values of both last layers, (n, F)."""
+        decoded = [part[draw].clone().requires_grad_() for part in (self.log_ratio, self.logits)]
+        of_ratio, of_logits = torch.autograd.grad(self.log_prob(shifts, *decoded).sum(), decoded)
+        # The log ratio is log(1 + exp(value of the layer)).
+        return of_ratio * -(-self.log_ratio[draw]).expm1(), of_logits
+
+    def terms(self, shifts: _Shifts) -> Iterator[Tensor]:
+        """Log-posterior of the shifts in terms: its prior, and the average over the draws, one after another."""
+        prior = ((self.log_sd.mean() + shifts.sd - math.log(START_SD)) / _PRIOR_SD).square()
         # Of shifts that no count speaks about: proteins that were measured in no cell of a batch.
-        weak = _WEAK * (theta_shift.square().sum() + mean_shift.square().sum())
-        return likelihood - 0.5 * (prior + weak)
+        weak = _WEAK * (shifts.theta.square().sum() + shifts.mean.square().sum())
+        yield -0.5 * (prior + weak)
+        for log_ratio, logits in zip(self.log_ratio, self.logits, strict=True):
+            yield self.log_prob(shifts, log_ratio, logits).sum() / len(self.log_ratio)
+
+    def total(self, shifts: _Shifts) -> Tensor:
+        """Log-posterior of the shifts, averaged over the draws."""
+        return torch.stack(list(self.terms(shifts))).sum()
 
     @torch.enable_grad()
-    def fitted(
-        self, shift: Tensor, rest: list[Tensor], n_steps: int, fixed: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+    def fitted(self, start: _Shifts, n_steps: int, fixed: bool = False) -> _Shifts:
         """Shifts of the largest log-posterior; with ``fixed`` that of s stays."""
-        shift, rest = shift.clone().requires_grad_(not fixed), [part.clone().requires_grad_() for part in rest]
-        moving = rest if fixed else [shift, *rest]
-        optimizer = torch.optim.LBFGS(moving, max_iter=n_steps, line_search_fn="strong_wolfe")
+        shifts = _Shifts(*(part.clone().requires_grad_() for part in start))
+        optimizer = torch.optim.LBFGS(shifts[1:] if fixed else shifts, max_iter=n_steps, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = -self.total(shift, *rest) / len(self.y)
-            value.backward()
+            value = self.y.new_zeros(())
+            for term in self.terms(shifts):
+                # Backwards at once, so that memory is that of one draw.
+                term = -term / len(self.y)
+                term.backward()
+                value += term.detach()
             return value
 
         optimizer.step(loss)
-        return shift.detach().clamp(-_LARGEST, _LARGEST), [part.detach().clamp(-_LARGEST, _LARGEST) for part in rest]
+        return _Shifts(*(part.detach().clamp(-_LARGEST, _LARGEST) for part in shifts))
 
 
 def _wide(values: Tensor) -> Tensor:
     return values.detach().cpu().double()
 
 
-def _fit_weights(
-    proteins: Proteins,
-    likelihood: _Likelihood,
-    hidden: Tensor,
-    shift: Tensor,
-    theta_shift: Tensor,
-    mean_shift: Tensor,
-    share: float,
-) -> None:
-    """Set directions of the hidden layer and standard deviations of the weights in them."""
+def _fit_weights(proteins: Proteins, likelihood: _Likelihood, share: float) -> None:
+    """Set directions of the hidden layer and standard deviations of the weights in them.
+
+    ``share`` is the number of cells that were trained on, relative to those of the likelihood.
+    """
     directions = proteins.weight_directions
     unit = proteins.config.hidden**-0.5
+    hidden = likelihood.hidden.flatten(0, 1)
     centre = hidden.mean(0)
     _, vectors = torch.linalg.eigh((hidden - centre).T @ (hidden - centre))
     vectors = vectors.flip(1)[:, : len(directions) - 1].T
@@ -202,13 +235,13 @@ def _fit_weights(
     last = torch.nn.functional.pad(made.new_ones(1, 1), (made.shape[1] - 1, 0))
     directions.copy_(torch.cat([made, last]))
     phi = torch.cat([(hidden - centre) @ vectors.T * unit, hidden.new_ones(len(hidden), 1)], 1)
-    with torch.enable_grad():
-        decoded = [likelihood.log_ratio.clone().requires_grad_(), likelihood.logits.clone().requires_grad_()]
-        total = likelihood.log_prob(shift, theta_shift, mean_shift, *decoded).sum()
-        scores = list(torch.autograd.grad(total, decoded))
-    # Of the layer's value a, where the log ratio is log(1 + exp(a)).
-    scores[0] = scores[0] * -(-likelihood.log_ratio).expm1()
-    for place, (name, score) in enumerate(zip(proteins.readouts, scores, strict=True)):
+    information, pull = torch.zeros(2, *proteins.weight_sd.shape, dtype=phi.dtype)
+    n_draws = len(likelihood.hidden)
+    for draw, phi_nr in enumerate(phi.split(len(likelihood.y))):
+        for place, score in enumerate(likelihood.scores(_no_shifts(proteins), draw)):
+            information[place] += score.square().T @ phi_nr.square() * share / n_draws
+            pull[place] += score.T @ phi_nr * share / n_draws
+    for place, name in enumerate(proteins.readouts):
         weight = getattr(proteins, name).weight.detach().cpu().double()
-        sd = posterior_sd(score.square().T @ phi.square() * share, score.T @ phi * share, weight @ vectors.T / unit)
+        sd = posterior_sd(information[place], pull[place], weight @ vectors.T / unit)
         proteins.weight_sd[place] = sd.to(proteins.weight_sd)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.loader import Minibatches
@@ -16,6 +16,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.proteins import Proteins
+from pyro_multivi.posterior.calibration import fit_proteins as fitting
 from pyro_multivi.posterior.calibration.fit_proteins import clear_proteins, fit_proteins
 from pyro_multivi.posterior.calibration.refit import refit
 from pyro_multivi.posterior.engine.decode import Average, decode
@@ -116,6 +117,37 @@ def test_spread_and_dispersion_are_told_apart_and_intervals_cover(simulated):
     clear_proteins(simulated.program)
     lower, upper = np.quantile(draws(simulated, "protein_mean"), [0.05, 0.95], axis=0)
     assert ((lower <= expected) & (expected <= upper)).mean() < 0.75
+
+
+def test_its_likelihood_is_the_average_over_draws_of_counts_with_u_integrated_out(simulated):
+    fit_proteins(simulated.program, simulated.cells)
+    cells = simulated.cells.cut(torch.arange(40))
+    likelihood = fitting._Likelihood.of(simulated.program, simulated.proteins, cells)
+    assert likelihood.logits.std(0).min() > 0
+    one = torch.ones(1, F, dtype=torch.float64)
+    shifts = fitting._Shifts(0.3 * one[0, 0], 0.2 * one[0], 0.1 * one)
+    u = np.linspace(-8, 8, 2001)
+    log_mean, log_sd, log_theta, log_ratio, logits, y = (
+        part.numpy()[..., None]
+        for part in (
+            likelihood.log_mean + 0.1, likelihood.log_sd + 0.3, likelihood.log_theta.expand(40, F) + 0.2,
+            likelihood.log_ratio, likelihood.logits, likelihood.y,
+        )
+    )  # fmt: skip
+    theta, share = np.exp(log_theta), 1 / (1 + np.exp(-logits))
+    mixture = sum(
+        weight * stats.nbinom.pmf(y, theta, theta / (theta + np.exp(log_mean + ratio + np.exp(log_sd) * u)))
+        for weight, ratio in ((1 - share, 0.0), (share, log_ratio))
+    )
+    log_prob = np.log((mixture * stats.norm.pdf(u)).sum(-1) * (u[1] - u[0]))
+    # Of counts and dispersion alone: what the likelihood leaves out.
+    log_prob = log_prob + special.gammaln(y + 1)[..., 0]
+    expected = np.where(simulated.measured[:40, None], log_prob, 0).mean(0).sum()
+    prior, *draws = likelihood.terms(shifts)
+    assert sum(draws).item() == pytest.approx(expected, abs=0.05)
+    sd = 0.1 * np.exp(0.3)
+    at_prior = stats.norm.logpdf(np.log(sd), np.log(0.25), 0.5) - stats.norm.logpdf(0, 0, 0.5)
+    assert prior.item() == pytest.approx(at_prior - 0.5 * 0.05 * F * (0.2**2 + 0.1**2), rel=1e-5)
 
 
 def test_training_on_clears_it_and_an_error_brings_it_back(simulated):
