@@ -17,7 +17,7 @@ from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
-from pyro_multivi.networks.fragments import start_fragments
+from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.layers import layer_options
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
@@ -124,8 +124,11 @@ class ProgramModules(nn.Module):
                 self.region_log_rate = nn.Parameter(torch.zeros(config.n_regions))
                 self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
                 self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
-            elif config.region_factors:
-                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+            else:
+                for name, start in unlearned_cell_factor(config.n_batch).items():
+                    self.register_parameter(name, nn.Parameter(start))
+                if config.region_factors:
+                    self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
             if config.accessibility_likelihood == "nb":
                 self.region_log_theta = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":
@@ -165,6 +168,10 @@ class ProgramModules(nn.Module):
             for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        if self.config.n_regions and not self.config.counts_fragments:
+            # In them d was a point, and its prior uniform.
+            for name, value in unlearned_cell_factor(self.config.n_batch).items():
+                state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def size_weight_directions(self) -> None:
@@ -229,6 +236,7 @@ class ProgramModules(nn.Module):
             assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
             start_fragments(self, marginals.fragments)
         elif self.config.n_regions:
+            start_cell_factor(self, marginals)
             wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
