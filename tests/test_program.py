@@ -81,7 +81,7 @@ def test_reading_a_program_needs_no_gradient_and_no_validation(make_program, mak
 
 @pytest.mark.parametrize("extreme", [60.0, -60.0])
 def test_a_saturated_cell_factor_stays_within_its_prior(make_program, make_cells, extreme):
-    """In float32 sigmoid(60) is 1, where Uniform(0, 1) has no density."""
+    """In float32 sigmoid(60) is 1, whose logit is infinite."""
     program, cells = make_program(), make_cells()
     with torch.no_grad():
         program.cell_factor_head.out.bias.fill_(extreme)

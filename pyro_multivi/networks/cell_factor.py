@@ -11,8 +11,8 @@ Where regions are open or closed d is in (0, 1) and, of a cell n of batch s in w
 with :math:`i_n` the information that the regions have of the logit: the sum over regions of :math:`q (1 - d)^2 / (1 -
 q)` at probabilities q = p d r, which are small and add up to f. So the width is that of the Laplace approximation, and
 the factor c, which is learned, starts at 1. The data determine p r d, but not d: a smaller d of all cells is as good as
-a smaller r of all regions. So :math:`m_s` and :math:`\tau_s` are learned too: they start at the mean and the variance
-of the log number of open regions, as the prior of the library size has those of its data, and follow d wherever it goes.
+a smaller r of all regions. So :math:`m_s` and :math:`\tau_s` are learned too: they start at the moments of the log
+number of open regions, as the prior of the library size has those of its data, and follow d wherever it goes.
 
 Where ``accessibility_likelihood`` is not "bernoulli", d is the number of fragments of a cell, with a LogNormal prior
 for each batch as the library size has, and region j has mean :math:`p_{nj} r_j d_n / \bar d`, with
@@ -70,9 +70,7 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
     information = depth(program, cells, ATAC) * (1 - d).square()
     sd = program.cell_factor_log_scale.exp() * (prior.scale**-2 + information).rsqrt()
     loc = torch.logit(d, _MARGIN)
-    return LogitNormal(
-        torch.where(cells.has_atac, loc, prior.loc), torch.where(cells.has_atac, sd, prior.scale)
-    )
+    return LogitNormal(torch.where(cells.has_atac, loc, prior.loc), torch.where(cells.has_atac, sd, prior.scale))
 
 
 @torch.no_grad()

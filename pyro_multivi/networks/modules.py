@@ -14,10 +14,10 @@ from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, modelled
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
-from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.layers import layer_options
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
