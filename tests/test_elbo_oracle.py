@@ -111,7 +111,7 @@ class Oracle:
 
     def factor_prior(self):
         """Mean and standard deviation of logit d."""
-        return self.w["cell_factor_loc"][self.batch], np.exp(self.w["cell_factor_log_sd"][self.batch])
+        return self.w["cell_factor_loc"][self.batch], self.w["cell_factor_sd"][self.batch]
 
     def cell_factor(self, logit):
         """Mean and standard deviation of q(logit d); from the number of open regions that a probability implies."""

@@ -5,10 +5,8 @@ from pyro_multivi.distributions.base import measured_only
 from pyro_multivi.distributions.counts import NegativeBinomialCounts, PoissonCounts, ZeroInflatedNegativeBinomialCounts
 from pyro_multivi.distributions.fragments import NegativeBinomialFragments, PoissonFragments
 from pyro_multivi.distributions.kernels.readout import Readout
-from pyro_multivi.distributions.logit_normal import LogitNormal
 
 __all__ = [
-    "LogitNormal",
     "NegativeBinomialCounts",
     "NegativeBinomialFragments",
     "PoissonCounts",

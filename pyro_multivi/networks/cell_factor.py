@@ -11,8 +11,9 @@ Where regions are open or closed d is in (0, 1) and, of a cell n of batch s in w
 with :math:`i_n` the information that the regions have of the logit: the sum over regions of :math:`q (1 - d)^2 / (1 -
 q)` at probabilities q = p d r, which are small and add up to f. So the width is that of the Laplace approximation, and
 the factor c, which is learned, starts at 1. The data determine p r d, but not d: a smaller d of all cells is as good as
-a smaller r of all regions. So :math:`m_s` and :math:`\tau_s` are learned too: they start at the moments of the log
-number of open regions, as the prior of the library size has those of its data, and follow d wherever it goes.
+a smaller r of all regions. So :math:`m_s` is learned, and follows d wherever it goes. :math:`\tau_s` is that of the
+data, as the variance of the library size is: at d = 1/2, where cells start, the logit varies twice as much as the log
+number of open regions does.
 
 Where ``accessibility_likelihood`` is not "bernoulli", d is the number of fragments of a cell, with a LogNormal prior
 for each batch as the library size has, and region j has mean :math:`p_{nj} r_j d_n / \bar d`, with
@@ -28,10 +29,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.marginals import LIBRARY_LOG_VAR_FLOOR, FragmentMarginals, Marginals
+from pyro_multivi.data.marginals import FragmentMarginals, Marginals
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import ATAC
-from pyro_multivi.distributions import LogitNormal
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.distributions.fragments import FragmentCounts, NegativeBinomialFragments, PoissonFragments
 from pyro_multivi.networks.encoders import HiddenState
 from pyro_multivi.networks.panels import depth
@@ -49,19 +50,18 @@ _UNIFORM_SD = math.pi / math.sqrt(3)
 
 
 def unlearned_cell_factor(n_batch: int) -> dict[str, Tensor]:
-    """Parameters of the prior and posterior of d by name, before anything is learned: the prior is nearly uniform."""
+    """What priors and posteriors of d need, by name, before anything is known: the prior is nearly uniform."""
     return {
         "cell_factor_loc": torch.zeros(n_batch),
-        "cell_factor_log_sd": torch.full((n_batch,), math.log(_UNIFORM_SD)),
         "cell_factor_log_scale": torch.tensor(0.0),
+        "cell_factor_sd": torch.full((n_batch,), _UNIFORM_SD),
     }
 
 
 def factor_prior(program: Any, s: Tensor) -> LogitNormal:
-    """d ~ LogitNormal of the batch, (..., B), as narrow as a library at most."""
+    """d ~ LogitNormal of the batch, (..., B)."""
     batch = s[..., : program.config.n_batch]
-    sd = (batch @ program.cell_factor_log_sd).exp().clamp(min=LIBRARY_LOG_VAR_FLOOR**0.5)
-    return LogitNormal(batch @ program.cell_factor_loc, sd)
+    return LogitNormal(batch @ program.cell_factor_loc, batch @ program.cell_factor_sd)
 
 
 def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
@@ -77,7 +77,13 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
 def start_cell_factor(program: Any, marginals: Marginals) -> None:
     """Start the prior of d at the numbers of open regions: f_l starts at 1/2 in a cell of the typical number."""
     program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean)
-    program.cell_factor_log_sd.copy_(0.5 * marginals.atac_log_var.log())
+    set_factor_spread(program, marginals)
+
+
+@torch.no_grad()
+def set_factor_spread(program: Any, marginals: Marginals, first: int = 0) -> None:
+    """Take the spread of d from the numbers of open regions, for batches from a first one on."""
+    program.cell_factor_sd[first:] = 2.0 * marginals.atac_log_var[first:].sqrt()
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:

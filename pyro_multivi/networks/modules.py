@@ -44,6 +44,8 @@ class ProgramModules(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    cell_factor_loc, cell_factor_sd
+        Mean and standard deviation of logit d per batch, (n_batch,): its prior. The mean is a parameter.
     fragments_log_mean, fragments_log_var
         Those of the log number of fragments: the prior of d in models of fragment counts, which alone have them.
     posterior_scale
@@ -125,8 +127,10 @@ class ProgramModules(nn.Module):
                 self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
                 self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
             else:
-                for name, start in unlearned_cell_factor(config.n_batch).items():
-                    self.register_parameter(name, nn.Parameter(start))
+                start = unlearned_cell_factor(config.n_batch)
+                self.cell_factor_loc = nn.Parameter(start["cell_factor_loc"])
+                self.cell_factor_log_scale = nn.Parameter(start["cell_factor_log_scale"])
+                self.register_buffer("cell_factor_sd", start["cell_factor_sd"])
                 if config.region_factors:
                     self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
             if config.accessibility_likelihood == "nb":

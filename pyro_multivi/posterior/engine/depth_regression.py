@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modelled
-from pyro_multivi.distributions import LogitNormal
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import log_depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.posterior_scale import normal_in

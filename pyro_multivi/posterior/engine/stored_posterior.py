@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.minified.layout import FACTOR_SD, has_factor_sd, stored_part
 from pyro_multivi.data.modality import modelled
-from pyro_multivi.distributions import LogitNormal
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.program import CELLS, MultiVIProgram
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.minified.layout import FACTOR_SD, packed
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
-from pyro_multivi.distributions import LogitNormal
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of

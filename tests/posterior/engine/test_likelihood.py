@@ -61,7 +61,7 @@ def log_marginal(program, cells, n_z=61, n_l=81):
             weight = scipy.stats.norm.logpdf(log_l, loc, scale) + np.log(log_l[1] - log_l[0])
             log_p += np.logaddexp.reduce(each.sum(-1) + weight[:, None], 0)
         if cells.has_atac[n]:
-            centre, sd = program.cell_factor_loc[batch[n]].item(), program.cell_factor_log_sd[batch[n]].exp().item()
+            centre, sd = program.cell_factor_loc[batch[n]].item(), program.cell_factor_sd[batch[n]].item()
             logit_d = np.linspace(centre - 7 * sd, centre + 7 * sd, n_l)
             q = scipy.special.expit(logit_d)[:, None, None] * p * r
             each = np.where(cells.y.to_dense()[n].numpy() > 0, np.log(q), np.log1p(-q)).sum(-1)
