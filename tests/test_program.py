@@ -263,6 +263,33 @@ def test_an_extra_modality_enters_elbo_and_terms(make_program, make_cells):
     assert terms.n_measured["proteins"] == 12
 
 
+def test_a_state_from_before_d_had_a_posterior_gets_one(make_program, make_cells):
+    """Its width needs nothing learned; d was uniform a priori."""
+    old, cells = make_program(), make_cells()
+    later = {"cell_factor_loc", "cell_factor_log_scale", "cell_factor_sd"}
+    program = MultiVIProgram(old.config).eval()
+    program.load_state_dict({name: value for name, value in old.state_dict().items() if name not in later})
+    q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
+    measured = cells.has_atac
+    f_l = program.cell_factor(cells, program.encode(cells, cells.design))
+    torch.testing.assert_close(q.loc.sigmoid()[measured], f_l[measured])
+    assert bool((q.scale[measured] < q.scale[~measured].min()).all())
+    uniform = torch.rand(100_000, dtype=torch.float64)
+    prior = program.cell_factor_prior(cells)
+    assert float(prior.loc[0]) == pytest.approx(uniform.logit().mean(), abs=0.03)
+    assert float(prior.scale[0]) == pytest.approx(uniform.logit().std(), abs=0.03)
+
+
+def test_an_overridden_centre_of_the_cell_factor_is_used(make_program, make_cells):
+    class Half(MultiVIProgram):
+        def cell_factor(self, cells, hidden):
+            return cells.design.new_full((len(cells),), 0.5)
+
+    cells, program = make_cells(), Half(make_program().config)
+    q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
+    assert torch.equal(q.loc[cells.has_atac], torch.zeros(int(cells.has_atac.sum())))
+
+
 def test_an_overridden_edge_is_used(make_program, make_cells):
     class Tight(MultiVIProgram):
         def z_prior(self, s):

@@ -32,8 +32,8 @@ from torch import Tensor
 from pyro_multivi.data.marginals import FragmentMarginals, Marginals
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import ATAC
-from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.distributions.fragments import FragmentCounts, NegativeBinomialFragments, PoissonFragments
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.encoders import HiddenState
 from pyro_multivi.networks.panels import depth
 
