@@ -96,7 +96,7 @@ class Oracle:
         prior_loc = self.w["library_log_mean"][self.batch]
         prior_sd = np.sqrt(self.w["library_log_var"][self.batch])
         l_loc = np.where(self.has_rna, lib[:, 0], prior_loc)
-        l_sd = np.where(self.has_rna, np.exp(lib[:, 1]), prior_sd)
+        l_sd = np.where(self.has_rna, np.exp(lib[:, 1].clip(max=2)), prior_sd)
         gap = (loc_x - loc_y) ** 2
         forth = np.log(sd_y / sd_x) + (sd_x**2 + gap) / (2 * sd_y**2) - 0.5
         back = np.log(sd_x / sd_y) + (sd_y**2 + gap) / (2 * sd_x**2) - 0.5
