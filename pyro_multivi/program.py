@@ -341,7 +341,7 @@ class MultiVIProgram(ProgramModules):
         assert hidden.atac is not None
         log_depth = self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0]
         # A cell of typical depth starts at d = 1/2.
-        d = (log_depth - self.atac_log_depth).sigmoid()
+        d = (log_depth - self.atac_log_depth - 2.0).sigmoid()
         return hidden.atac.scatter(d, cells.design.new_full((len(cells),), 0.5))
 
     def alignment(self, experts: dict[str, Expert], s: Tensor) -> Tensor:

@@ -76,14 +76,14 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
 @torch.no_grad()
 def start_cell_factor(program: Any, marginals: Marginals) -> None:
     """Start the prior of d at the numbers of open regions: f_l starts at 1/2 in a cell of the typical number."""
-    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean)
+    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean - 2.0)
     set_factor_spread(program, marginals)
 
 
 @torch.no_grad()
 def set_factor_spread(program: Any, marginals: Marginals, first: int = 0) -> None:
     """Take the spread of d from the numbers of open regions, for batches from a first one on."""
-    program.cell_factor_sd[first:] = 2.0 * marginals.atac_log_var[first:].sqrt()
+    program.cell_factor_sd[first:] = 1.14 * marginals.atac_log_var[first:].sqrt()
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:

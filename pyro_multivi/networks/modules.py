@@ -241,7 +241,7 @@ class ProgramModules(nn.Module):
             start_fragments(self, marginals.fragments)
         elif self.config.n_regions:
             start_cell_factor(self, marginals)
-            wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
+            wanted = (8.39 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
                 r = (2.0 * wanted).clamp(1e-7, 0.95)
