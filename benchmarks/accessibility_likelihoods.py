@@ -4,14 +4,13 @@
 of Poisson and of negative binomial counts on the same cells, and compares them on held-out ones; ``binarised`` does so
 on the same cells with every count above zero as 1. ``real FILE ...`` hides a modality in two thirds of the paired cells
 of files with ``var["feature_types"]`` (counts of reads become fragments) and scores types (``obs["cell_type"]``, if it
-is there) and imputation. ``time`` measures a step of training at 15 000 genes × 80 000 regions, the likelihoods in turn
-and round after round: leave the machine alone meanwhile.
+is there) and imputation. ``time`` prints the CPU time of a step of training on one thread at 15 000 genes × 80 000
+regions, the likelihoods in turn and round after round; other processes hardly matter to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from make_data import random_counts
+from step_times import print_step_times, random_cells, untrained
 
 import pyro_multivi as pm
 from pyro_multivi.data.fragments.checks import even_share
@@ -182,29 +181,12 @@ def real(options: argparse.Namespace, path: Path) -> None:
 
 
 def step_times(options: argparse.Namespace) -> None:
-    """Time of a step of training by likelihood, relative to open or closed regions."""
-    rng = np.random.default_rng(0)
-    genes, regions = options.genes, options.regions
-    parts = [random_counts(rng, options.cells, n, d) for n, d in ((genes, 0.1), (regions, 0.05))]
-    adata = anndata.AnnData(sp.hstack(parts, format="csr"))
-    adata.var["feature_types"] = np.repeat(["Gene Expression", "Peaks"], [genes, regions])
-    adata.obs["modality"] = "paired"
-    pm.MULTIVI.setup_anndata(adata, modality_key="modality")
-    for choice in [{}, {"compile": True}] if options.compile else [{}]:
-        seconds: dict[str, list[float]] = {name: [] for name in LIKELIHOODS}
-        for _ in range(options.rounds):
-            for name in LIKELIHOODS:
-                model = pm.MULTIVI(adata, accessibility_likelihood=name)
-                model.train(3, train_size=1.0, validation_size=0.0, batch_size=128, progress_bar=False, **choice)
-                seconds[name].append(min(model.history["seconds"].to_numpy().ravel()[1:]) / -(-options.cells // 128))
-        print(f"\n{genes} genes x {regions} regions, 128 cells, {torch.get_num_threads()} threads, {choice or 'eager'}")
-        for name, values in seconds.items():
-            ratios = [one / other for one, other in zip(values, seconds["bernoulli"], strict=True)]
-            print(
-                f"  {name:<10} {1e3 * statistics.median(values):7.1f} ms a step, {statistics.median(ratios):.2f} times "
-                f"that of bernoulli ({min(ratios):.2f} to {max(ratios):.2f})",
-                flush=True,
-            )
+    """CPU time of a step of training by likelihood, relative to open or closed regions."""
+    adata = random_cells(np.random.default_rng(0), options.cells, options.genes, options.regions)
+    models = {name: untrained(adata, name) for name in LIKELIHOODS}
+    for choices in [{}, {"compile": True}] if options.compile else [{}]:
+        print(f"\n{options.genes} genes x {options.regions} regions, 128 cells, 1 thread, {choices or 'eager'}")
+        print_step_times(models, options.rounds, **choices)
 
 
 def main() -> None:

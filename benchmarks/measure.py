@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import sys
 import time
@@ -43,6 +44,11 @@ class Memory:
     def peak(self) -> int:
         """Highest memory since the last reset, in bytes above the imports."""
         return max(0, _status("VmHWM") - self.start)
+
+
+def peak_megabytes() -> float:
+    """Peak memory of this process so far, imports and all that came before included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _status(key: str) -> int:

@@ -10,21 +10,15 @@ with Poisson counts of fragments, in turn and round after round; other processes
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-import warnings
 
 import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
-from make_data import random_counts
+from step_times import print_step_times, random_cells, untrained
 
 import pyro_multivi as pm
-from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
-from pyro_multivi.training import FitOptions, fit
 
 PROTEINS = "protein_expression"
 ALL, RNA_ONLY, PROTEINS_ONLY = range(3)
@@ -85,10 +79,18 @@ def auroc(is_positive: np.ndarray, score: np.ndarray) -> float:
     return float((rank[is_positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def mean_of_log(model: pm.MULTIVI, mean: np.ndarray) -> np.ndarray:
+    """Expectation of log(1 + count), which ridge predicts, over background and foreground at their means."""
+    share = model.get_protein_foreground_probability(return_numpy=True)
+    of_foreground = model.get_normalized_protein_expression(return_numpy=True)
+    background = (mean - of_foreground) / (1 - share).clip(min=1e-6)
+    return (1 - share) * np.log1p(background) + share * np.log1p(of_foreground / share.clip(min=1e-6))
+
+
 def simulated(options: argparse.Namespace) -> None:
     """Print every figure, one line per seed, and their means."""
     rows = []
-    for seed in range(options.seeds):
+    for seed in options.of_seeds:
         adata, part, genes, proteins = cells_of(options, seed)
         shares = np.log1p(1e4 * genes / genes.sum(1, keepdims=True).clip(min=1))
         logs = np.log1p(proteins)
@@ -107,7 +109,10 @@ def simulated(options: argparse.Namespace) -> None:
         )
 
         mean = model.get_normalized_protein_expression(include_protein_background=True, return_numpy=True)
-        row["proteins from RNA"] = correlation(np.log(mean[part == RNA_ONLY]), logs[part == RNA_ONLY])
+        row["proteins from RNA, log of mean"] = correlation(np.log(mean[part == RNA_ONLY]), logs[part == RNA_ONLY])
+        row["proteins from RNA, mean of log"] = correlation(
+            mean_of_log(model, mean)[part == RNA_ONLY], logs[part == RNA_ONLY]
+        )
         by_ridge = ridge(shares[part == ALL], logs[part == ALL], shares[part == RNA_ONLY], seed)
         row["  ridge, proteins"] = correlation(by_ridge, logs[part == RNA_ONLY])
         seen = genes.mean(0) > 0.5
@@ -133,56 +138,34 @@ def simulated(options: argparse.Namespace) -> None:
         held = (found.lower <= target) & (target <= found.upper)
         row["90 % intervals, measured"], row["90 % intervals, imputed"] = held[stained].mean(), held[~stained].mean()
         rows.append(row)
-        print(f"seed {seed} done", flush=True)
+        shown = ", ".join(f"{name.strip()} {value:.3f}" for name, value in row.items())
+        print(f"seed {seed}: {shown}", flush=True)
     table = pd.DataFrame(rows).T
-    table.columns = [f"seed {seed}" for seed in range(options.seeds)]
+    table.columns = [f"seed {seed}" for seed in options.of_seeds]
     table["mean"] = table.mean(axis=1)
     print(table.round(3).to_string())
 
 
 def step_times(options: argparse.Namespace) -> None:
     """CPU time of a step, relative to that without proteins of open or closed regions."""
-    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    parts = [random_counts(rng, options.cells, n, d) for n, d in ((options.genes, 0.1), (options.regions, 0.05))]
-    adata = anndata.AnnData(sp.hstack(parts, format="csr"))
-    adata.var["feature_types"] = np.repeat(["Gene Expression", "Peaks"], [options.genes, options.regions])
-    adata.obs["modality"] = "paired"
+    adata = random_cells(rng, options.cells, options.genes, options.regions)
     adata.obsm[PROTEINS] = rng.poisson(10.0, (options.cells, options.proteins)).astype(np.float32)
-    models, choices = {}, {"compile": True} if options.compile else {}
-    for name, likelihood, keys in (
-        ("bernoulli", "bernoulli", {}),
-        ("with proteins", "bernoulli", {"protein_expression_obsm_key": PROTEINS}),
-        ("poisson", "poisson", {}),
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            pm.MULTIVI.setup_anndata(adata, modality_key="modality", **keys)
-            model = pm.MULTIVI(adata, accessibility_likelihood=likelihood)
-        models[name] = (model.program, model._training_table())
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(options.rounds + 1):
-        for name, (program, table) in models.items():
-            batches = Minibatches(table, torch.arange(options.cells), batch_size=128, shuffle=True, seed=number)
-            started = time.process_time()
-            fit(program, batches, None, FitOptions(max_epochs=1, progress_bar=False, **choices))
-            seconds[name].append((time.process_time() - started) / -(-options.cells // 128))
+    models = {
+        "no proteins": untrained(adata, "bernoulli"),
+        "with proteins": untrained(adata, "bernoulli", protein_expression_obsm_key=PROTEINS),
+        "poisson": untrained(adata, "poisson"),
+    }
     print(f"{options.genes} genes x {options.regions} regions, {options.proteins} proteins, 128 cells, 1 thread")
-    for name, values in seconds.items():
-        # The first round warms up.
-        ratios = [one / other for one, other in zip(values[1:], seconds["bernoulli"][1:], strict=True)]
-        print(
-            f"  {name:<14} {1e3 * statistics.median(values[1:]):7.1f} ms a step, {statistics.median(ratios):.3f} times "
-            f"that without ({min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
+    print_step_times(models, options.rounds, **({"compile": True} if options.compile else {}))
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("simulated", "time"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--proteins", type=int, help="default: 20; 100 for time")
     parser.add_argument("--cells", type=int, help="default: 1500; 512 for time")
@@ -191,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="time with compiled loops")
     options = parser.parse_args()
+    options.of_seeds = range(options.first_seed, options.first_seed + options.seeds)
     defaults = (20, 1500, 300, 600) if options.what == "simulated" else (100, 512, 15_000, 80_000)
     for name, value in zip(("proteins", "cells", "genes", "regions"), defaults, strict=True):
         if getattr(options, name) is None:

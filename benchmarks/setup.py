@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from measure import peak_megabytes
 
 #: Features and the share of their counts that are not zero: genes, then regions.
 FEATURES = {"Gene Expression": (2_000, 0.08), "Peaks": (20_000, 0.03)}
@@ -71,7 +71,7 @@ def measure(path: Path, checkout: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     adata = ad.read_h5ad(path)
     query = adata[::4].copy()
-    found: dict[str, float] = {"loaded_peak": peak()}
+    found: dict[str, float] = {"loaded_peak": round(peak_megabytes())}
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -79,7 +79,7 @@ def measure(path: Path, checkout: Path) -> dict[str, float]:
         yield
         found[f"{name}_seconds"] = round(time.perf_counter() - clock, 3)
         found[f"{name}_processor_seconds"] = round(time.process_time() - processor, 3)
-        found[f"{name}_peak"] = peak()
+        found[f"{name}_peak"] = round(peak_megabytes())
 
     with timed("setup"):
         MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
@@ -89,11 +89,6 @@ def measure(path: Path, checkout: Path) -> dict[str, float]:
         with timed(name):
             model.minibatch(range(128), adata=query)
     return found
-
-
-def peak() -> float:
-    """Largest resident memory of this process so far, in MB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:

@@ -99,6 +99,9 @@ class ProgramConfig:
         :mod:`pyro_multivi.networks.extra.proteins`. Other extra modalities are for a custom program.
     protein_dispersion
         ``"protein"``, ``"protein-batch"`` or ``"protein-label"``: sharing of the inverse dispersion of proteins.
+    fully_paired
+        Whether every cell has both modalities. Then nothing has to be inferred from one of them alone: z is drawn from
+        both in training, and the penalty ``"contrastive"`` becomes ``"None"`` unless a weight of it is given.
 
     Raises
     ------
@@ -134,6 +137,7 @@ class ProgramConfig:
     extra: dict[str, int] = field(default_factory=dict)
     proteins: bool = False
     protein_dispersion: str = "protein"
+    fully_paired: bool = False
 
     def __post_init__(self) -> None:
         if self.modality_penalty is None:
@@ -141,6 +145,9 @@ class ProgramConfig:
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_fields(self, ProgramConfig)
+        weights = self.contrast_weight, self.mixing_weight
+        if self.fully_paired and self.modality_penalty == "contrastive" and weights == (None, None):
+            object.__setattr__(self, "modality_penalty", "None")
         if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
             raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
         for name, number in self.extra.items():

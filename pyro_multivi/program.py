@@ -283,9 +283,10 @@ class MultiVIProgram(ProgramModules):
     def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
         """Experts that z is drawn from: in training, half of the paired cells are seen from one modality alone.
 
-        So the posterior from one modality learns to predict the other. Return ``experts`` for the paper's guide.
+        So the posterior from one modality learns to predict the other, unless ``fully_paired``. Return ``experts`` for
+        the paper's guide.
         """
-        return seen_from_one(experts) if self.training else experts
+        return seen_from_one(experts) if self.training and not self.config.fully_paired else experts
 
     def weight_logit(self, name: str, expert: Expert) -> Tensor:
         """Unnormalised log weight of an expert in each cell, (B,)."""

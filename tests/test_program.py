@@ -16,6 +16,7 @@ from pyro.infer.inspect import get_model_relations
 from pyro_multivi import MultiVIProgram, ProgramConfig
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.networks.experts import Expert
 from pyro_multivi.traces import measure
 
 CHOICES = [
@@ -352,6 +353,19 @@ def test_a_config_survives_json():
     assert ProgramConfig(**json.loads(json.dumps(one.to_dict()))) == one
     assert one.gene_likelihood == "nb"
     assert one.modality_penalty == "None"
+
+
+def test_a_fully_paired_program_learns_from_both_modalities_together(make_program):
+    """As the paper's guide without a penalty; weights that are given, and another penalty, stay."""
+    one = config(fully_paired=True)
+    assert (one.modality_penalty, one.contrast, one.mixing) == ("None", 0, 0)
+    assert config(fully_paired=True, mixing_weight=1.0).modality_penalty == "contrastive"
+    assert config(fully_paired=True, modality_penalty="Jeffreys").modality_penalty == "Jeffreys"
+    flags = torch.ones(200, dtype=torch.bool)
+    both = {name: Expert(torch.zeros(200, 4), torch.ones(200, 4), flags) for name in ("rna", "atac")}
+    program = make_program(fully_paired=True).train()
+    assert all(expert.measured.all() for expert in program.seen(both).values())
+    assert not all(expert.measured.all() for expert in make_program().train().seen(both).values())
 
 
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])

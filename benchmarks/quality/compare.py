@@ -19,13 +19,15 @@ sys.path.append(str(HERE.parent))
 
 from launch import Outcome, available_memory, launch  # noqa: E402
 from run import NO_PEER, environment_of  # noqa: E402
-from summary import METRICS, render, render_times  # noqa: E402
+from summary import METRICS, render, render_rivals, render_times  # noqa: E402
 
 #: Settings of scvi-tools, without early stopping, as its figures were always taken; its default is the first.
 PEERS = {
     "peer, adversary": {"train": {"adversarial_mixing": True, "early_stopping": False}},
     "peer, no adversary": {"train": {"adversarial_mixing": False, "early_stopping": False}},
 }
+#: Names in regression.py, which runs in the worker.
+METHODS = ("canonical correlations", "partial least squares", "ridge")
 TO_REACH = (
     "knn_celltype_purity",
     "modality_mixing",
@@ -59,6 +61,8 @@ def main() -> None:
 
 def print_tables(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(render(records))
+    if options.rivals:
+        print(render_rivals(records))
     if any((record["result"] or {}).get("checkpoints") for record in records):
         print(render_times(records, options.to_reach))
 
@@ -69,7 +73,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", default=["simulated"], help="h5ad files of paired cells, or 'simulated'")
     parser.add_argument("--simulate", type=json.loads, default={}, help="JSON: arguments of simulate_multiome")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split and of every system")
-    parser.add_argument("--systems", nargs="+", choices=["linear", "peer", "ours"], default=["linear", "peer", "ours"])
+    parser.add_argument(
+        "--systems", nargs="+", choices=["linear", "regression", "peer", "ours"], default=["linear", "peer", "ours"]
+    )
+    parser.add_argument("--twins", type=float, default=0.0, help="share of the cells that are there twice, see README")
+    parser.add_argument("--rivals", action="store_true", help="also ours beside the best of all other systems")
     parser.add_argument(
         "--ours", action="append", metavar="NAME=JSON", help="a setting of ours, see ours.py; may be repeated"
     )
@@ -136,6 +144,7 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
                 "epochs": epochs,
                 "settings": settings,
                 "batch_key": options.batch_key,
+                "twins": options.twins,
                 "threads": options.threads,
                 "checkpoints": list(checkpoints(epochs)) if watched else None,
                 "scored": options.to_reach,
@@ -148,9 +157,12 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
 
 
 def systems(options: argparse.Namespace) -> Iterator[tuple[str, str, int | None, dict[str, Any]]]:
-    """Name, kind, epochs and settings of each system."""
+    """Name, kind (which is the module), epochs and settings of each system."""
     if "linear" in options.systems:
         yield "linear", "linear", None, {}
+    if "regression" in options.systems:
+        for name in METHODS:
+            yield name, "regression", None, {"method": name}
     if "peer" in options.systems and options.peer_python is not None:
         for name, settings in options.peer.items():
             batch = {} if options.batch_key is None else {"batch_key": options.batch_key}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ GROUPS = ("latent", "accessibility", "expression")
 TRUE_RATE = "true_rate"
 
 PAIRED, RNA_ONLY, ATAC_ONLY = 0, 1, 2
-# Cells whose hidden modality is scored, and paired cells that are matched, at most.
-_N_IMPUTED, _N_MATCHED = 500, 1500
+# Cells whose hidden modality is scored, paired cells and twins that are matched, at most.
+_N_IMPUTED, _N_MATCHED, _N_TWINS = 500, 1500, 2000
+# Groups of cells of like depth.
+_N_STRATA = 4
 # Spearman within a cell is taken of every fifth of them.
 _EVERY = 5
 
@@ -60,12 +62,15 @@ class Hidden:
         G; genes come first.
     part
         Which modalities of each cell are left, (n,): ``PAIRED``, ``RNA_ONLY`` or ``ATAC_ONLY``.
+    twins
+        Positions of the RNA-only and of the ATAC-only copies of cells that are there twice, (2, n).
     """
 
     whole: Any
     seen: Any
     n_genes: int
     part: np.ndarray
+    twins: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64))
 
     @property
     def has_rna(self) -> np.ndarray:
@@ -76,15 +81,25 @@ class Hidden:
         return self.part != RNA_ONLY
 
 
-def prepare(path: str | Path, seed: int, n_cells: int | None = None, least_detected: float = 0.01) -> Hidden:
-    """Read a file of paired cells and hide.
+def prepare(
+    path: str | Path, seed: int, n_cells: int | None = None, least_detected: float = 0.01, twins: float = 0.0
+) -> Hidden:
+    """Read a file of paired cells and hide: :func:`read`, then :func:`hide`."""
+    whole, n_genes = read(path, seed, n_cells, least_detected)
+    return hide(whole, n_genes, seed, twins)
+
+
+def read(
+    path: str | Path, seed: int, n_cells: int | None = None, least_detected: float = 0.01
+) -> tuple[anndata.AnnData, int]:
+    """Paired cells of a file, genes first, and the number of genes.
 
     Parameters
     ----------
     path
         h5ad of raw counts with ``obs["cell_type"]`` and ``var["feature_types"]``.
     seed
-        Of which cells are taken and what is hidden.
+        Of which cells are taken.
     n_cells
         Take so many cells at random; default all.
     least_detected
@@ -98,12 +113,23 @@ def prepare(path: str | Path, seed: int, n_cells: int | None = None, least_detec
     order = np.concatenate([np.flatnonzero(is_gene & is_common), np.flatnonzero(~is_gene & is_common)])
     whole = whole[:, order].copy()
     whole.X = sp.csr_matrix(whole.X, dtype=np.float32)
-    return hide(whole, int((is_gene & is_common).sum()), seed)
+    return whole, int((is_gene & is_common).sum())
 
 
-def hide(whole: Any, n_genes: int, seed: int) -> Hidden:
-    """Leave a third of the cells paired, a third with RNA only, a third with ATAC only."""
-    part = np.random.default_rng(seed + 1000).permutation(np.arange(whole.n_obs) % 3)
+def hide(whole: Any, n_genes: int, seed: int, twins: float = 0.0) -> Hidden:
+    """Leave a third of the cells paired, a third with RNA only, a third with ATAC only.
+
+    A share of the cells, ``twins``, is there twice instead, once with RNA only and once with ATAC only: pairs that
+    no system may use as pairs.
+    """
+    n_cells = whole.n_obs
+    part = np.random.default_rng(seed + 1000).permutation(np.arange(n_cells) % 3)
+    one = np.sort(np.random.default_rng(seed + 2000).choice(n_cells, round(twins * n_cells), replace=False))
+    two = np.arange(n_cells, n_cells + len(one))
+    if len(one):
+        part[one] = RNA_ONLY
+        part = np.concatenate([part, np.full(len(two), ATAC_ONLY)])
+        whole = anndata.concat([whole, whole[one]], merge="same", index_unique="-")
     rna, atac = (
         sp.diags_array((part != missing).astype(np.float32)) @ counts
         for counts, missing in ((whole.X[:, :n_genes], ATAC_ONLY), (whole.X[:, n_genes:], RNA_ONLY))
@@ -111,7 +137,7 @@ def hide(whole: Any, n_genes: int, seed: int) -> Hidden:
     left = sp.csr_matrix(sp.hstack([rna, atac]), dtype=np.float32)
     left.eliminate_zeros()
     seen = anndata.AnnData(left, obs=whole.obs.drop(columns="cell_type"), var=whole.var[["feature_types"]])
-    return Hidden(whole, seen, n_genes, part)
+    return Hidden(whole, seen, n_genes, part, np.stack([one, two]))
 
 
 def score(
@@ -159,15 +185,21 @@ def score_latent(hidden: Hidden, found: Mapping[str, Any], batch_key: str | None
     if found.get("z_rna") is not None:
         paired = np.flatnonzero(hidden.part == PAIRED)[:_N_MATCHED]
         scores["foscttm_paired"] = foscttm(np.asarray(found["z_rna"])[paired], np.asarray(found["z_atac"])[paired])
+    one, two = hidden.twins
+    if len(one):
+        scores["twin_foscttm"] = foscttm(z_nk[one[:_N_TWINS]], z_nk[two[:_N_TWINS]])
+        agree = [label[to[nearest(z_nk[of], z_nk[to])]] == label[of] for of, to in ((one, two), (two, one))]
+        scores["twin_label_transfer"] = float(np.mean(agree))
     return scores
 
 
 def score_accessibility(hidden: Hidden, detection: Any) -> dict[str, float]:
     """Imputed accessibility against the hidden one, of cells left with RNA only."""
-    cells = np.flatnonzero(hidden.part == RNA_ONLY)[:_N_IMPUTED]
+    # The other half of a twin was seen, as another cell.
+    cells = np.setdiff1d(np.flatnonzero(hidden.part == RNA_ONLY), hidden.twins[0])[:_N_IMPUTED]
     is_open = hidden.whole.X[:, hidden.n_genes :] > 0
     truth_bm = is_open[cells].toarray()
-    measured = np.asarray(is_open[hidden.has_atac].mean(axis=0)).ravel()
+    measured = np.asarray(is_open[hidden.has_atac].mean(axis=0)).ravel() + 1e-6
     scores = _accessibility("imputed", truth_bm, np.asarray(detection(cells)))
     scores |= _accessibility("base", truth_bm, np.broadcast_to(measured, truth_bm.shape), across_cells=False)
     if TRUE_RATE in hidden.whole.layers:
@@ -178,20 +210,38 @@ def score_accessibility(hidden: Hidden, detection: Any) -> dict[str, float]:
 def _accessibility(name: str, truth_bm: np.ndarray, p_bm: np.ndarray, across_cells: bool = True) -> dict[str, float]:
     some = np.flatnonzero(truth_bm.any(axis=1))
     precision = [average_precision_score(truth_bm[i], p_bm[i]) for i in some]
+    depth_b = truth_bm.sum(axis=1)
+    mean_bm = np.clip(depth_b[:, None] * p_bm / p_bm.sum(axis=1, keepdims=True), 1e-9, None)
     scores = {
         f"atac_{name}_auprc_per_cell": float(np.mean(precision)),
         f"atac_{name}_auroc_per_cell": float(auroc(truth_bm[some].T, p_bm[some].T).mean()),
+        f"atac_{name}_poisson_nll_per_count": float((mean_bm - truth_bm * np.log(mean_bm)).sum() / truth_bm.sum()),
     }
     if across_cells:
         often = np.argsort(-truth_bm.mean(axis=0))[:2000]
-        often = often[truth_bm[:, often].any(axis=0) & ~truth_bm[:, often].all(axis=0)]
-        scores[f"atac_{name}_auroc_per_region_top2000"] = float(auroc(truth_bm[:, often], p_bm[:, often]).mean())
+        truth_bm, p_bm = truth_bm[:, often], p_bm[:, often]
+        scores[f"atac_{name}_auroc_per_region_top2000"] = float(auroc(*_varying(truth_bm, p_bm)).mean())
+        edges = np.quantile(depth_b, np.linspace(0, 1, _N_STRATA + 1)[1:-1])
+        stratum = np.searchsorted(edges, depth_b)
+        found, weights = [], []
+        for s in range(_N_STRATA):
+            truth, value = _varying(truth_bm[stratum == s], p_bm[stratum == s])
+            found.append(auroc(truth, value))
+            weights.append(truth.sum(axis=0) * (~truth).sum(axis=0))
+        in_strata = np.average(np.concatenate(found), weights=np.concatenate(weights))
+        scores[f"atac_{name}_auroc_per_region_in_depth_strata"] = float(in_strata)
     return scores
+
+
+def _varying(truth: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns whose truth is not the same in all cells."""
+    varies = truth.any(axis=0) & ~truth.all(axis=0)
+    return truth[:, varies], value[:, varies]
 
 
 def score_expression(hidden: Hidden, share: Any) -> dict[str, float]:
     """Imputed expression against the hidden one, of cells left with ATAC only."""
-    cells = np.flatnonzero(hidden.part == ATAC_ONLY)[:_N_IMPUTED]
+    cells = np.setdiff1d(np.flatnonzero(hidden.part == ATAC_ONLY), hidden.twins[1])[:_N_IMPUTED]
     counts = hidden.whole.X[:, : hidden.n_genes]
     truth_bg = counts[cells].toarray()
     measured = np.asarray(counts[hidden.has_rna].sum(axis=0)).ravel() + 1e-2
@@ -223,6 +273,11 @@ def neighbours(z_nk: np.ndarray, k: int) -> np.ndarray:
     """The k nearest cells of each cell, (n, k), itself left out."""
     k = min(k, len(z_nk) - 1)
     return NearestNeighbors(n_neighbors=k + 1).fit(z_nk).kneighbors(z_nk, return_distance=False)[:, 1:]
+
+
+def nearest(a_nk: np.ndarray, b_nk: np.ndarray) -> np.ndarray:
+    """Position of the nearest of b for each of a, (len(a),)."""
+    return NearestNeighbors(n_neighbors=1).fit(b_nk).kneighbors(a_nk, return_distance=False)[:, 0]
 
 
 def mixing(z_nk: np.ndarray, code: np.ndarray, k: int = 50) -> float:

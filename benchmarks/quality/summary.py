@@ -43,13 +43,26 @@ METRICS: dict[str, Metric] = {
     "modality_mixing": Metric("latent", max),
     "batch_mixing": Metric("latent", max),
     "foscttm_paired": Metric("latent", min),
+    "twin_foscttm": Metric("latent", min),
+    "twin_label_transfer": Metric("latent", max),
     "atac_imputed_auprc_per_cell": Metric("accessibility", max, "atac_base_auprc_per_cell"),
     "atac_imputed_auroc_per_cell": Metric("accessibility", max, "atac_base_auroc_per_cell"),
     "atac_imputed_auroc_per_region_top2000": Metric("accessibility", max, 0.5),
+    "atac_imputed_auroc_per_region_in_depth_strata": Metric("accessibility", max, 0.5),
+    "atac_imputed_poisson_nll_per_count": Metric("accessibility", min, "atac_base_poisson_nll_per_count"),
     "rna_imputed_poisson_nll_per_count": Metric("expression", min, "rna_base_poisson_nll_per_count"),
     "rna_imputed_spearman_per_gene_top1000": Metric("expression", max, 0.0),
     "rna_imputed_spearman_per_cell": Metric("expression", max, "rna_base_spearman_per_cell"),
 }
+#: Scores of cells that all have both modalities.
+PAIRED_METRICS: dict[str, Metric] = {
+    "ari_leiden": Metric("latent", max),
+    "ami_leiden": Metric("latent", max),
+    "label_transfer": Metric("latent", max),
+    "batch_mixing": Metric("latent", max),
+}
+# Order of columns.
+_KINDS = ("rival", "linear", "regression", "peer", "ours")
 
 
 def render(records: Sequence[Record]) -> str:
@@ -118,6 +131,72 @@ def _gaps(done: Sequence[Record]) -> list[str]:
             row.append(_spread(metric.gain(found[s], base[s]) / gap[s] for s in found if gap.get(s, 0) > 0))
         rows.append(row)
     return [*_table(rows), ""] if len(rows) > 2 else []
+
+
+def render_rivals(records: Sequence[Record], metrics: Mapping[str, Metric] = METRICS, every: bool = False) -> str:
+    """One table per data set: ours beside the best of all other systems, its name, and the gain over it.
+
+    Parameters
+    ----------
+    records
+        As for :func:`render`.
+    metrics
+        Scores to show.
+    every
+        Whether to show all other systems rather than the best one of each score only.
+
+    Returns
+    -------
+    str
+        Scores are mean ± standard deviation over seeds. The best is chosen for each score by its mean over the seeds
+        that ours has, from systems that have them all and the mean of the measured. Gains are taken within seeds,
+        mean ± standard error; above 0 ours is better.
+    """
+    parts = []
+    for data in dict.fromkeys(r["data"] for r in records):
+        done = [r for r in records if r["data"] == data and r.get("result")]
+        kinds = _systems(done)
+        ours = [name for name, kind in kinds.items() if kind == "ours"]
+        others = [name for name, kind in kinds.items() if kind != "ours"]
+        if not ours or not others:
+            continue
+        header = ["metric", "", "mean of the measured", *(others if every else [])]
+        for name in ours:
+            header += [name, *([] if every else ["best other"]), "gain over the best"]
+        rows = [header, ["---", "---"] + ["---:"] * (len(header) - 2)]
+        for name, metric in metrics.items():
+            found = {system: _by_seed(done, system, _score(name)) for system in kinds}
+            if not any(found[system] for system in ours):
+                continue
+            row = [name, "↑" if metric.best is max else "↓", _spread(_baseline(done, metric).values())]
+            row += [_spread(found[system].values()) for system in others] if every else []
+            for system in ours:
+                rivals = {other: found[other] for other in others}
+                if isinstance(metric.baseline, str):
+                    rivals["mean of the measured"] = _baseline(done, metric)
+                seeds = found[system].keys()
+                rivals = {
+                    other: {s: at[s] for s in seeds} for other, at in rivals.items() if seeds and at.keys() >= seeds
+                }
+                best = best_setting(rivals, metric)
+                row.append(_spread(found[system].values()))
+                if best is None:
+                    row += ["–"] if every else ["–", "–"]
+                    continue
+                gain = _paired_gain(found[system], rivals[best], metric)
+                row += [f"{gain} ({best})"] if every else [f"{_spread(rivals[best].values())} {best}", gain]
+            rows.append(row)
+        if all(row[2] == "–" for row in rows[2:]):
+            rows = [[*row[:2], *row[3:]] for row in rows]
+        parts += [_heading(data, done), "", *_table(rows), ""]
+    return "\n".join(parts)
+
+
+def _paired_gain(found: Mapping[int, float], other: Mapping[int, float], metric: Metric) -> str:
+    """Mean gain ± its standard error over seeds."""
+    gains = [metric.gain(found[seed], other[seed]) for seed in found]
+    text = f"{statistics.mean(gains):+.4f}"
+    return text if len(gains) == 1 else f"{text} ± {statistics.stdev(gains) / math.sqrt(len(gains)):.4f}"
 
 
 def render_times(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -208,9 +287,9 @@ def best_setting(found: Mapping[str, Mapping[int, float]], metric: Metric) -> st
 
 
 def _systems(done: Iterable[Record]) -> dict[str, str]:
-    """Kinds by name: linear, then scvi-tools, then ours."""
+    """Kinds by name: those without training, then scvi-tools, then ours."""
     kinds = {r["system"]: r["kind"] for r in done}
-    return dict(sorted(kinds.items(), key=lambda item: ("linear", "peer", "ours").index(item[1])))
+    return dict(sorted(kinds.items(), key=lambda item: _KINDS.index(item[1])))
 
 
 def _by_seed(done: Iterable[Record], system: str, figure: Callable[[Mapping[str, Any]], Any]) -> dict[int, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_multivi._settings import settings
-from pyro_multivi.api.arguments import Data
+from pyro_multivi.api.arguments import Data, check_paired
 from pyro_multivi.api.checks import ChecksMixin
 from pyro_multivi.api.custom_program import configure
 from pyro_multivi.api.estimates import EstimatesMixin
@@ -84,7 +84,10 @@ class MULTIVI(
     encode_covariates
         Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
-        Raise an error unless every cell has both modalities.
+        Every cell has both modalities, here and in all data the model will be used on; else an error is raised. The
+        model then learns from both together only, without a penalty that draws them to each other (give
+        ``contrast_weight`` or ``mixing_weight`` to keep it), which fits paired cells better. A state inferred from one
+        modality alone means little.
     protein_dispersion
         Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
         (``"protein-label"``).
@@ -171,12 +174,8 @@ class MULTIVI(
             adata = open_stores(adata)
         spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)
-        paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)
-        if fully_paired and not paired.all():
-            raise ValueError(
-                f"fully_paired=True, but {int((~paired).sum())} of {len(table)} cells lack a modality: leave it out "
-                "or keep paired cells only."
-            )
+        if fully_paired:
+            check_paired(table, "leave it out or keep paired cells only.")
         given_size = RNA.size_factor_in(table) is not None
         if library == "size_factor" and not given_size:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -54,6 +55,11 @@ class Processes:
         """Whether this is the process that writes files and shows bars."""
         return self.rank == 0
 
+    @property
+    def turn(self) -> slice:
+        """Which of the items that processes do in turn are this one's: every n-th."""
+        return slice(self.rank, None, self.size)
+
     def seed(self, seed: int) -> int:
         """Seed of the noise of this process: cells of two of them must not see the same."""
         return seed + _SEEDS_APART * self.rank
@@ -64,6 +70,15 @@ class Processes:
             with self._or_lost(tensors):
                 for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                     work.wait()
+
+    def sum_arrays_(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """Replace each array by its sum over processes."""
+        if not self.are_several:
+            return
+        sums = [torch.from_numpy(array).to(self._device()) for array in arrays]
+        self.sum_(sums)
+        for array, total in zip(arrays, sums, strict=True):
+            array[...] = total.cpu().numpy()
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by that of the first process."""

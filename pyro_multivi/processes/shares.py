@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ def shared_map(
     {'square': array(9)}
     """
     processes = current()
-    items_here = items[processes.rank :: processes.size]
+    items_here = items[processes.turn]
     mine = [compute(item) for item in tqdm(items_here, desc, disable=silent or not processes.is_first)]
     found = gather_arrays(mine)
     return [found[place % processes.size][place // processes.size] for place in range(len(items))]
@@ -41,6 +42,19 @@ def by_minibatch(compute: Callable[[Cells], Arrays], minibatches: Iterable[Cells
     if not isinstance(minibatches, Minibatches) or not current().are_several:
         return [compute(cells) for cells in minibatches]
     return shared_map(lambda index: compute(minibatches.cut(index)), minibatches.parts())
+
+
+def minibatches_in_turn(minibatches: Minibatches) -> Iterator[tuple[int, Cells]]:
+    """Every n-th minibatch, with the position of its first cell among all; in one process alone each of them.
+
+    For sums over cells: every process adds up its own, and then they are added.
+    """
+    starts = [0, *accumulate(minibatches.sizes())]
+    if not current().are_several:
+        yield from zip(starts, minibatches, strict=False)
+        return
+    for start, index in list(zip(starts, minibatches.parts(), strict=False))[current().turn]:
+        yield start, minibatches.cut(index)
 
 
 def joined(found: Sequence[Arrays], axis: int = 0) -> Arrays:

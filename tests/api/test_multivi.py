@@ -71,7 +71,12 @@ def test_fully_paired_is_checked(ready):
     with pytest.raises(ValueError, match="fully_paired=True, but 30 of 60 cells lack a modality"):
         small(ready, fully_paired=True)
     paired = ready[:30].copy()
-    assert trained(paired, fully_paired=True).get_latent_representation().shape == (30, 2)
+    model = trained(paired, fully_paired=True)
+    assert model.get_latent_representation().shape == (30, 2)
+    with pytest.raises(ValueError, match="30 of 60 cells lack a modality: give paired cells, or train without"):
+        model.get_latent_representation(ready)
+    with pytest.raises(ValueError, match="30 of 60 cells lack a modality: .*train the reference without"):
+        pm.MULTIVI.load_query_data(ready, model)
 
 
 def test_unknown_choices_are_refused_with_a_suggestion(ready):

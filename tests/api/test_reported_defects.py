@@ -108,7 +108,8 @@ def test_a_size_factor_is_a_column_or_two(mosaic):
 
 
 def test_the_count_check_reads_no_global_random_numbers(mosaic, global_rng_untouched):
-    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    report = pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    assert "raw counts (whole numbers)" in str(report)
 
 
 # ---------------------------------------------------------------------- the model

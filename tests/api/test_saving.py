@@ -137,7 +137,7 @@ def test_without_data_each_method_asks_for_them(model, folder, mosaic):
 
 
 def test_loading_leaves_the_random_state_alone(folder, mosaic, global_rng_untouched):
-    pm.MULTIVI.load(folder, mosaic)
+    assert pm.MULTIVI.load(folder, mosaic).is_trained
 
 
 def test_a_model_of_a_mudata(tmp_path):

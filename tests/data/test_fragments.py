@@ -27,7 +27,8 @@ def simulated(**options):
 def test_counts_of_fragments_are_taken_without_a_word(likelihood):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model_of(simulated(fragments=3.0), likelihood)
+        model = model_of(simulated(fragments=3.0), likelihood)
+    assert model.program.config.counts_fragments
 
 
 def test_values_that_are_not_whole_are_refused_by_cell_and_region():

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
@@ -58,6 +59,52 @@ def test_each_pattern_is_a_third_and_nothing_else_is_seen(hidden):
     assert list(hidden.seen.obs) == ["batch"]
     assert not hidden.seen.layers
     assert not hidden.seen.obsm
+
+
+def test_twins_are_pairs_that_nobody_sees_as_pairs(module, hidden):
+    protocol = sys.modules["protocol"]
+    twice = protocol.hide(hidden.whole, hidden.n_genes, 0, twins=0.25)
+    one, two = twice.twins
+    assert (len(one), two.tolist()) == (30, list(range(120, 150)))
+    assert (twice.whole.X[one] != twice.whole.X[two]).nnz == 0
+    assert (twice.part[one] == protocol.RNA_ONLY).all()
+    assert (twice.part[two] == protocol.ATAC_ONLY).all()
+    others = np.setdiff1d(np.arange(120), one)
+    np.testing.assert_array_equal(twice.part[others], hidden.part[others])
+    assert twice.seen.obs_names.is_unique
+    # Twins that lie at the same place, far from all others; and imputation is asked for of other cells only.
+    place = np.arange(150.0)
+    place[two] = one
+    asked = []
+
+    def imputed(cells, columns):
+        asked.append(cells)
+        return twice.whole.layers[protocol.TRUE_RATE][cells][:, columns]
+
+    scores = protocol.score(
+        twice,
+        {
+            "latent": place[:, None],
+            "rho": lambda cells: imputed(cells, slice(None, twice.n_genes)),
+            "p": lambda cells: imputed(cells, slice(twice.n_genes, None)),
+        },
+    )
+    assert scores["twin_foscttm"] == 0
+    assert scores["twin_label_transfer"] == 1
+    assert not np.isin(np.concatenate(asked), [*one, *two]).any()
+
+
+def test_predicting_depth_alone_earns_nothing_within_strata_of_depth(module):
+    protocol = module("protocol")
+    rng = np.random.default_rng(0)
+    depth, region = rng.uniform(0.1, 0.9, 400), rng.uniform(0.3, 0.7, 50)
+    mark = rng.random((400, 50)) < 0.5
+    truth = rng.random((400, 50)) < 0.6 * depth[:, None] + 0.4 * mark
+    name = "atac_imputed_auroc_per_region_in_depth_strata"
+    by_depth = protocol._accessibility("imputed", truth, depth[:, None] * region)
+    assert by_depth["atac_imputed_auroc_per_region_top2000"] > 0.65
+    assert by_depth[name] < 0.57
+    assert protocol._accessibility("imputed", truth, 0.1 + mark)[name] > 0.65
 
 
 def test_true_rates_are_the_oracle(module, hidden):
@@ -111,11 +158,20 @@ def test_ranks(module):
 
 
 @pytest.mark.filterwarnings("ignore:Only 40 of 120 cells are paired:UserWarning")
-@pytest.mark.parametrize("system", ["ours", "linear"])
-def test_systems_keep_the_contract(module, hidden, system):
+@pytest.mark.parametrize(
+    ("system", "settings"),
+    [
+        ("ours", {"model": {"n_hidden": 8, "n_latent": 2}}),
+        ("linear", None),
+        ("regression", {"method": "ridge"}),
+        ("regression", {"method": "partial least squares"}),
+        ("regression", {"method": "canonical correlations"}),
+    ],
+)
+def test_systems_keep_the_contract(module, hidden, system, settings):
     before = hidden.seen.copy()
     fit = module(system).fit
-    more = {} if system == "linear" else {"settings": {"model": {"n_hidden": 8, "n_latent": 2}}}
+    more = {} if settings is None else {"settings": settings}
     found = fit(hidden.seen, hidden.n_genes, hidden.has_rna, hidden.has_atac, 2, 0, **more)
     scores = sys.modules["protocol"].score(hidden, found)
     assert np.isfinite(list(scores.values())).all()
@@ -192,6 +248,65 @@ def test_gains_are_over_the_best_setting_of_each_score_within_seeds(module):
     assert found[nll]["ours: gain over best peer"] == "-0.250 ± 0.354"
     assert found[nll]["peer b"] == "1.250 ± 0.354"
     assert found["training, s"]["ours: gain over best peer"] == "5.000 ± 0.000×"
+
+
+def test_ours_stands_beside_the_best_of_all_others(module):
+    purity, nll = "knn_celltype_purity", "rna_imputed_poisson_nll_per_count"
+    records = [
+        record("linear", 0, **{purity: 0.3, nll: 2.0}), record("linear", 1, **{purity: 0.4, nll: 2.0}),
+        record("regression", 0, **{purity: 0.2, nll: 1.0}), record("regression", 1, **{purity: 0.2, nll: 1.5}),
+        # The best, in one seed of two: no mean to be held against.
+        record("peer", 0, **{purity: 0.9, nll: 0.1}),
+        record("ours", 0, **{purity: 0.4, nll: 1.5}), record("ours", 1, **{purity: 0.6, nll: 1.5}),
+    ]  # fmt: skip
+    summary = module("summary")
+    found = {row["metric"]: row for row in rows(summary.render_rivals(records))}
+    assert found[purity]["ours"] == "0.500 ± 0.141"
+    assert found[purity]["best other"] == "0.350 ± 0.071 linear"
+    assert found[purity]["gain over the best"] == "+0.1500 ± 0.0500"
+    assert found[nll]["best other"] == "1.250 ± 0.354 regression"
+    assert found[nll]["gain over the best"] == "-0.2500 ± 0.2500"
+    # The mean of the measured is one of them.
+    for one in records:
+        one["result"]["scores"]["atac_imputed_auprc_per_cell"] = 0.1
+    found = {row["metric"]: row for row in rows(summary.render_rivals(records))}
+    assert found["atac_imputed_auprc_per_cell"]["best other"] == "0.200 ± 0.000 mean of the measured"
+    every = {row["metric"]: row for row in rows(summary.render_rivals(records, every=True))}
+    assert every[purity]["gain over the best"] == "+0.1500 ± 0.0500 (linear)"
+    assert (every[purity]["linear"], every[purity]["regression"]) == ("0.350 ± 0.071", "0.200 ± 0.000")
+    assert summary.render_rivals(records[:4]) == ""
+
+
+def test_labels_are_told_by_weighted_neighbours(module):
+    """Two groups that are cliques: every hidden label is told right; without edges none is."""
+    worker = module("paired_worker")
+    label = np.repeat(["a", "b"], 20)
+    same = sp.csr_matrix((label[:, None] == label[None]) - np.eye(40))
+    known = np.ones(40, dtype=bool)
+    assert worker.score_transfer(same, label, known, 0) == {"label_transfer": 1.0}
+    assert worker.score_transfer(sp.csr_matrix((40, 40)), label, known, 0) == {"label_transfer": 0.0}
+    # Weights decide, not the number of neighbours.
+    other = sp.csr_matrix(1.0 * (label[:, None] != label[None]))
+    assert worker.score_transfer(same + 3 * other, label, known, 0) == {"label_transfer": 0.0}
+    # A cell without a type neither votes nor counts.
+    assert worker.score_transfer(same + 3 * other, label, label == "a", 0) == {"label_transfer": 1.0}
+    coarse, right = np.zeros(40), (label == "a").astype(int)
+    assert worker.score_clusters([coarse, right], label, known) == {"ari_leiden": 1.0, "ami_leiden": 1.0}
+    assert worker.mixing(same, label) == pytest.approx(0, abs=1e-6)
+    assert worker.mixing(same + other, label) == pytest.approx(1, abs=0.01)
+
+
+def test_spaces_of_the_modalities_of_paired_cells(module, hidden):
+    worker = module("paired_worker")
+    rna, atac, both = (
+        space(hidden.whole, hidden.n_genes, 0)
+        for space in (worker.principal_components, worker.semantic_indexing, worker.concatenation)
+    )
+    np.testing.assert_allclose(atac.std(axis=0), 1)
+    assert both.shape == (120, rna.shape[1] + atac.shape[1])
+    # Neither modality outweighs the other.
+    assert both[:, : rna.shape[1]].var(axis=0).sum() == pytest.approx(1)
+    assert both[:, rna.shape[1] :].var(axis=0).sum() == pytest.approx(1)
 
 
 def test_time_to_the_quality_of_scvi_tools(module):

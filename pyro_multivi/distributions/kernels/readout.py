@@ -171,10 +171,13 @@ class Readout(torch.Tensor):
             return (logits - self.log_normalizer().unsqueeze(-1)).exp()
         return self._apply_link(logits)
 
-    def blocks(self, width: int = STREAM_WIDTH) -> Iterator[tuple[slice, Tensor]]:
-        """Dense values of ``width`` features at a time, as (features, values of shape (..., width))."""
+    def blocks(self, width: int = STREAM_WIDTH, which: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
+        """Dense values of ``width`` features at a time, as (features, values of shape (..., width)).
+
+        ``which`` of the blocks are evaluated: by default all.
+        """
         normalizer = self.log_normalizer().unsqueeze(-1) if self.link == "softmax" else None
-        for features in self._slices(width):
+        for features in list(self._slices(width))[which]:
             if torch.is_grad_enabled() or self.gemm_dtype is not None:
                 logits = self._logits_at(features)
                 yield features, self._apply_link(logits) if normalizer is None else (logits - normalizer).exp()

@@ -25,11 +25,13 @@ from pyro_multivi.posterior.engine.replicates import (
     check_memory,
     counts_of,
     hide,
-    masked_replicates,
+    masked_replicate,
     observed_matrix,
     paired,
     replicate,
 )
+from pyro_multivi.processes.group import current
+from pyro_multivi.processes.shares import Arrays, minibatches_in_turn, shared_map
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -92,16 +94,16 @@ class _Check:
             for size in (1, n_samples)
         )
         scorers = {modality: Scorer(modality, width[modality]) for modality in width}
-        start = 0
-        for cells in self.minibatches:
+        untested: set[str] = set()
+        for start, cells in minibatches_in_turn(self.minibatches):
             measured = {}
             for modality, features in request.features.items():
                 counts, measured[modality] = self._measured(cells, modality, features)
                 scorers[modality].begin(counts)
                 observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
                 total = stats.cell_statistics(modality)[0]
-                if total not in self.untested and depth_is_inferred(self.program, cells, modality):
-                    self.untested.add(total)
+                if total not in untested and depth_is_inferred(self.program, cells, modality):
+                    untested.add(total)
             for draws, found in replicate(self.program, cells, n_samples, request.seed):
                 for modality, features in request.features.items():
                     drawn, rows = found[modality.counts], measured[modality]
@@ -110,7 +112,12 @@ class _Check:
                     replicated[modality].add(start + rows, draws, values)
             for scorer in scorers.values():
                 scorer.end()
-            start += len(cells)
+        for modality in width:
+            for sums in (observed[modality], replicated[modality], scorers[modality]):
+                current().sum_arrays_(sums.arrays())
+        totals = [stats.cell_statistics(modality)[0] for modality in width]
+        found_in_any = current().any(*(total in untested for total in totals))
+        self.untested.update(total for total, found in zip(totals, found_in_any, strict=True) if found)
         # Of several modalities whose counts are scored, names say which.
         counted = [each for each in scorers if not each.binary and not isinstance(each, ExtraFeatures)]
         for modality, scorer in scorers.items():
@@ -141,7 +148,7 @@ class _Check:
             paired_cells = Minibatches(every.table, index, batch_size=every.batch_size, device=every.device)
             names, site = list(request.feature_names[modality]), modality.counts
             scorer = Scorer(modality, len(names))
-            for cells in paired_cells:
+            for _, cells in minibatches_in_turn(paired_cells):
                 counts, rows = self._measured(cells, modality, features)
                 scorer.begin(counts)
                 for _, found in replicate(
@@ -149,6 +156,7 @@ class _Check:
                 ):
                     scorer.add(*(_chosen(part, features, rows) for part in (found[site].values, found[site].mean())))
                 scorer.end()
+            current().sum_arrays_(scorer.arrays())
             imputed = scorer.imputation.table()
             imputed.insert(0, "feature", names)
             imputed.insert(0, "modality", modality.name)
@@ -162,11 +170,16 @@ class _Check:
         request = self.request
         counts = observed_matrix(self.program, self.minibatches)
         observed = {name: statistic(counts) for name, statistic in request.user.items()}
+
+        def of_replicate(number: int) -> Arrays:
+            counts = masked_replicate(self.program, self.minibatches, number, request.seed)
+            return {name: statistic(counts) for name, statistic in request.user.items()}
+
+        found = shared_map(of_replicate, range(request.n_samples))
         replicated = {name: np.empty((request.n_samples, len(value))) for name, value in observed.items()}
-        replicates = masked_replicates(self.program, self.minibatches, request.n_samples, request.seed)
-        for number, counts in enumerate(replicates):
-            for name, statistic in request.user.items():
-                replicated[name][number] = statistic(counts)
+        for number, values in enumerate(found):
+            for name, value in values.items():
+                replicated[name][number] = value
         for name, value in observed.items():
             labels = {"position": range(len(value))}
             self._add({"user": stats.compare_all({name: value}, {name: replicated[name]}, labels, request.level)})

@@ -27,9 +27,13 @@ class Reliability:
     def __init__(self, n_regions: int) -> None:
         self.n = np.zeros(len(EDGES) - 1)
         self._predicted, self._open = np.zeros_like(self.n), np.zeros_like(self.n)
-        self._squares = 0.0
+        self._squares = np.zeros(1)
         self._open_m = np.zeros(n_regions)
-        self._n_cells = 0
+        self._n_cells = np.zeros(1)
+
+    def arrays(self) -> list[NDArray[np.float64]]:
+        """All sums, which processes add up."""
+        return [self.n, self._predicted, self._open, self._squares, self._open_m, self._n_cells]
 
     def add(self, probability: NDArray[np.float64], is_open: NDArray[np.float64]) -> None:
         """Add some cells, (B, M)."""
@@ -59,7 +63,7 @@ class Reliability:
         rate = self._open_m / self._n_cells
         return {
             "ece": float(np.abs(self._predicted - self._open).sum() / total),
-            "brier": self._squares / total,
+            "brier": float(self._squares[0] / total),
             "brier_of_region_rates": float((rate * (1 - rate)).mean()),
             "predicted_rate": float(self._predicted.sum() / total),
             "observed_rate": float(self._open.sum() / total),
@@ -79,7 +83,11 @@ class Coverage:
 
     def __init__(self) -> None:
         self._covered = {name: np.zeros(len(LEVELS)) for name in COUNTS}
-        self._n = dict.fromkeys(COUNTS, 0)
+        self._n = {name: np.zeros(1) for name in COUNTS}
+
+    def arrays(self) -> list[NDArray[np.float64]]:
+        """All sums, which processes add up."""
+        return [*self._covered.values(), *self._n.values()]
 
     def add(
         self, below: NDArray[np.float64], equal: NDArray[np.float64], n_samples: int, expected: NDArray[np.float64]
@@ -99,8 +107,8 @@ class Coverage:
     def curve(self) -> pd.DataFrame:
         """Nominal probability and share covered, of all counts and of those expected to be at least 1."""
         frames = [
-            pd.DataFrame({"counts": name, "nominal": LEVELS, "covered": self._covered[name] / n, "n": n})
-            for name, n in self._n.items()
+            pd.DataFrame({"counts": name, "nominal": LEVELS, "covered": self._covered[name] / n, "n": int(n)})
+            for name, (n,) in self._n.items()
             if n
         ]
         return pd.concat(frames, ignore_index=True)
@@ -108,7 +116,7 @@ class Coverage:
     def scores(self) -> dict[str, float]:
         """Coverage of the 90 % interval, and the largest gap over all levels; also of counts that are not mostly 0."""
         found = {}
-        for (name, n), suffix in zip(self._n.items(), ("", "_expected_1"), strict=True):
+        for (name, (n,)), suffix in zip(self._n.items(), ("", "_expected_1"), strict=True):
             if n:
                 covered = self._covered[name] / n
                 found[f"coverage_90{suffix}"] = float(covered[LEVELS.index(0.9)])
@@ -120,14 +128,23 @@ class Imputation:
     """Predictions of a hidden modality against its counts, feature by feature."""
 
     def __init__(self, n_features: int) -> None:
-        self.n_cells = 0
+        self._n_cells = np.zeros(1)
         self._sums = np.zeros((5, n_features))
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells added."""
+        return int(self._n_cells[0])
+
+    def arrays(self) -> list[NDArray[np.float64]]:
+        """All sums, which processes add up."""
+        return [self._n_cells, self._sums]
 
     def add(self, predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> None:
         """Add some cells, (B, F)."""
         products = (predicted, measured, predicted**2, measured**2, predicted * measured)
         self._sums += np.stack([part.sum(0) for part in products])
-        self.n_cells += len(measured)
+        self._n_cells += len(measured)
 
     def table(self) -> pd.DataFrame:
         """Means of counts and of predictions of each feature, and their correlation over cells."""
@@ -178,6 +195,10 @@ class Scorer:
             self.calibration.add(self._below.cpu().numpy(), self._equal.cpu().numpy(), self._n_samples, mean)
         else:
             self.calibration.add(mean, counts)
+
+    def arrays(self) -> list[NDArray[np.float64]]:
+        """All sums, which processes add up."""
+        return [*self.calibration.arrays(), *self.imputation.arrays()]
 
     def tables(self, setting: str) -> dict[str, pd.DataFrame]:
         """Scores and the curve that they summarise, by table of a result; none without measured cells."""

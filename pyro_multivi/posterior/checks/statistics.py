@@ -75,6 +75,10 @@ class FeatureSums:
         for name, part in parts.items():
             self._sums[name][:, draws] += (member @ part).transpose(0, 1).numpy()  # (groups, S, F)
 
+    def arrays(self) -> list[Array]:
+        """All sums, which processes add up."""
+        return [self.n_cells, *self._sums.values()]
+
     def statistics(self, group: int) -> dict[str, Array]:
         """Statistics of one group by name, (S, F); NaN where one is not defined."""
         n = self.n_cells[group]
@@ -123,6 +127,11 @@ class CountSums:
                 self.histogram[number] += torch.bincount(counts.reshape(-1), minlength=LARGEST_COUNT + 2).numpy()
         for by_cell, total in zip(self.cells.values(), totals, strict=True):
             by_cell[draws, rows] = total.numpy()
+
+    def arrays(self) -> list[Array]:
+        """All sums, which processes add up; a cell is zero where another process has it."""
+        found = [array for sums in self.features for array in sums.arrays()]
+        return [*found, *self.cells.values(), *(() if self.histogram is None else (self.histogram,))]
 
 
 def compare(observed: Array, replicated: Array, level: float) -> dict[str, Array]:

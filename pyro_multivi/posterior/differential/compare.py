@@ -46,6 +46,7 @@ from pyro_multivi.posterior.differential.tables import (
     warn_of_unmeasured,
 )
 from pyro_multivi.posterior.engine.draws import region_factors
+from pyro_multivi.processes.group import current
 from pyro_multivi.processes.shares import shared_map
 from pyro_multivi.program import MultiVIProgram
 
@@ -235,10 +236,9 @@ class _SharedDraws:
 def _compare_cells(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     """Compare random cells of the groups; all comparisons in each block of features."""
     request = shared.request
-    draws = {key: shared.draw(key) for key in tqdm(shared.keys, desc="decoding", disable=silent)}
-    largest: dict[DrawKey, Array] = {}
-    if request.pseudocounts is None:
-        largest = {key: drawn.moments(largest=True).largest for key, drawn in draws.items()}
+    draws, largest = shared.source.draw_in_turn(
+        {key: shared.partition.cells[key.part] for key in shared.keys}, request.pseudocounts is None, silent
+    )
     factors = {key: drawn.cell_factor for key, drawn in draws.items()}
     pairs, pseudocounts = [], []
     for number, groups in enumerate(shared.groups):
@@ -255,12 +255,12 @@ def _compare_cells(shared: _SharedDraws, silent: bool) -> list[Comparison]:
             for both, found, offset in zip(pairs, changes, pseudocounts, strict=True):
                 change = both.change(block, both.groups(values), request.change, offset)
                 found.put(block, {"mean": change.mean(0)})
-        deltas = [estimated_delta(found.statistics["mean"], request.change.least_delta) for found in changes]
+        deltas = [estimated_delta(found.of_all()["mean"], request.change.least_delta) for found in changes]
     else:
         deltas = [request.bound for _ in pairs]
     results = [StatisticsByBlock(n_features) for _ in pairs]
     specifications = [shared.specification(*pair) for pair in zip(deltas, pseudocounts, strict=True)]
-    with tqdm(total=n_features, desc="features", disable=silent) as bar:
+    with tqdm(total=n_features // current().size, desc="features", disable=silent or not current().is_first) as bar:
         for block, values in feature_blocks_of(draws, request.features):
             for both, specification, result in zip(pairs, specifications, results, strict=True):
                 drawn = both.groups(values)
@@ -269,7 +269,7 @@ def _compare_cells(shared: _SharedDraws, silent: bool) -> list[Comparison]:
                 else:
                     result.put(block, both.change_statistics(block, drawn, specification))
             bar.update(block.stop - block.start)
-    statistics = [result.statistics for result in results]
+    statistics = [result.of_all() for result in results]
     return list(map(Comparison, statistics, shared.pseudobulk, deltas, pseudocounts))
 
 

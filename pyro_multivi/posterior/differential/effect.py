@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pyro_multivi.processes.shares import Arrays, gather_arrays
 
 Array = NDArray[np.float64]
 Statistics = dict[str, Array]
@@ -179,18 +182,29 @@ class TestSpecification:
 
 
 class StatisticsByBlock:
-    """Statistics of F features, (F,) each by name, that are filled in block by block."""
+    """Statistics of F features that are found block by block, by several processes in turn."""
 
     def __init__(self, n_features: int) -> None:
-        self.n_features = n_features
-        self.statistics: Statistics = {}
+        self._n_features = n_features
+        self._blocks: list[Arrays] = []
 
     def put(self, block: slice, found: Mapping[str, Tensor | Array]) -> None:
-        """Fill in a block of features."""
-        for name, values in found.items():
-            if name not in self.statistics:
-                self.statistics[name] = np.empty(self.n_features)
-            self.statistics[name][block] = values.cpu().numpy() if isinstance(values, Tensor) else values
+        """Add a block of features."""
+        # Copies: a view of one sorted draw would keep all draws of the block in memory.
+        arrays = {
+            name: np.array(each.cpu().numpy() if isinstance(each, Tensor) else each) for name, each in found.items()
+        }
+        self._blocks.append({"at": np.array([block.start, block.stop]), **arrays})
+
+    def of_all(self) -> Statistics:
+        """Those of every block of every process, (F,) each by name. All processes call this together."""
+        found: Statistics = {}
+        for part in chain.from_iterable(gather_arrays(self._blocks)):
+            start, stop = part["at"]
+            for name, values in part.items():
+                if name != "at":
+                    found.setdefault(name, np.empty(self._n_features))[start:stop] = values
+        return found
 
 
 def estimated_delta(change: Array, least: float) -> float:

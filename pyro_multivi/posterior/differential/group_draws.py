@@ -20,6 +20,8 @@ from pyro_multivi.posterior.differential.request import DifferentialRequest
 from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_ROWS, log_weights, scored_traces
+from pyro_multivi.processes.group import current
+from pyro_multivi.processes.shares import Arrays, shared_map
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -61,6 +63,18 @@ class GroupDraws:
     def cell_factor(self) -> float:
         """Mean depth over the draws of measured cells, or of all if there is none."""
         return float(self.cell_factors[self.measured if self.measured.any() else slice(None)].mean())
+
+    def arrays(self) -> Arrays:
+        """What :meth:`with_arrays` makes draws from: those of pairs of cells, which need no gate."""
+        values = self.values.hidden if isinstance(self.values, Readout) else self.values
+        return {"values": values.cpu().numpy(), "cell_factors": self.cell_factors, "measured": self.measured}
+
+    def with_arrays(self, arrays: Arrays) -> GroupDraws:
+        """Draws of the same kind, of other cells."""
+        values = torch.from_numpy(arrays["values"]).to(self.values.device)
+        if isinstance(self.values, Readout):
+            values = self.values.with_hidden(values)
+        return GroupDraws(values, None, arrays["cell_factors"], arrays["measured"])
 
     def statistics(self, largest: bool) -> dict[str, Array]:
         """Moments by name, and the mean depth as ``"factor"``."""
@@ -132,6 +146,33 @@ class DrawSource:
         """Draws that are decoded in each batch, as evenly as can be."""
         parts = np.array_split(np.arange(self.request.n_draws), len(batches or (0,)))
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+    def draw_in_turn(
+        self, cells: Mapping[DrawKey, Tensor], largest: bool, silent: bool
+    ) -> tuple[dict[DrawKey, GroupDraws], dict[DrawKey, Array]]:
+        """Draw sets of cells, of which each process draws every n-th, and all have the draws of all.
+
+        Parameters
+        ----------
+        cells
+            Positions of the cells of each set, int64.
+        largest
+            Whether to find the largest draw of each feature, (F,), too; none is returned otherwise.
+        silent
+            Show no progress bar.
+        """
+        mine: dict[DrawKey, GroupDraws] = {}
+
+        def draw(key: DrawKey) -> Arrays:
+            drawn = mine[key] = self.draw(cells[key], key.batches)
+            return {**drawn.arrays(), **({"largest": drawn.moments(largest=True).largest} if largest else {})}
+
+        keys = list(cells)
+        found = dict(zip(keys, shared_map(draw, keys, "decoding", silent), strict=True))
+        # A process without a set of its own learns from one cell how draws are laid out.
+        like = next(iter(mine.values())) if mine else self.draw(cells[keys[0]][:1], keys[0].batches)
+        draws = {key: mine[key] if key in mine else like.with_arrays(arrays) for key, arrays in found.items()}
+        return draws, {key: arrays["largest"] for key, arrays in found.items() if largest}
 
     def draw(self, index: Tensor, batches: tuple[int, ...] | None) -> GroupDraws:
         """Draw cells, one posterior draw of each, and decode them.
@@ -220,9 +261,9 @@ class _GatheredDraws:
 def feature_blocks_of(
     draws: Mapping[DrawKey, GroupDraws], features: Tensor | None
 ) -> Iterator[tuple[slice, dict[DrawKey, Tensor]]]:
-    """Blocks of features (default: of all), with the values of all draws in each, (n, f)."""
+    """Blocks of features (default: of all), with the values of all draws, (n, f); each process has every n-th block."""
     width = block_width(sum(len(group.values) for group in draws.values()))
-    streams = [feature_blocks(group.values, features, width) for group in draws.values()]
+    streams = [feature_blocks(group.values, features, width, current().turn) for group in draws.values()]
     for parts in zip(*streams, strict=True):
         yield parts[0][0], {key: values for key, (_, values) in zip(draws, parts, strict=True)}
 

@@ -15,6 +15,7 @@ from pyro_multivi.posterior.differential.effect import Change, Statistics, Stati
 from pyro_multivi.posterior.differential.raw_counts import PseudobulkSums
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior
 from pyro_multivi.posterior.engine.decode import BLOCK
+from pyro_multivi.processes.group import current
 
 Array = NDArray[np.float64]
 Pair = tuple[Array, Array]
@@ -282,7 +283,7 @@ def statistics_of_posterior(
 ) -> Statistics:
     """Probability and statistics of a change, (F,) each, a block of features at a time.
 
-    Probabilities, means and deviations are exact; the rest comes from draws of the posterior.
+    Probabilities, means and deviations are exact; the rest comes from draws of the posterior. Processes share blocks.
 
     Parameters
     ----------
@@ -295,7 +296,7 @@ def statistics_of_posterior(
     drawing = specification.extremes or bool(specification.levels) or specification.m1_domain_fn is not None
     width = max(1, BLOCK // n_draws) if drawing else _EXACT_WIDTH
     seed = int(rng.integers(2**63))
-    for start in range(0, n_features, width):
+    for start in range(0, n_features, width)[current().turn]:
         block = slice(start, min(start + width, n_features))
         change = posterior(block)
         statistics = {"mean": change.mean(), "std": change.std()}
@@ -309,4 +310,4 @@ def statistics_of_posterior(
             if specification.m1_domain_fn is not None:
                 statistics["probability"] = specification.probability_of_draws(draws)
         found.put(block, statistics)
-    return found.statistics
+    return found.of_all()

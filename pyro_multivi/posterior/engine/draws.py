@@ -283,7 +283,9 @@ def region_factors(program: MultiVIProgram) -> Tensor | None:
     return factors
 
 
-def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
+def feature_blocks(
+    values: Tensor, features: Tensor | None, width: int, which: slice = slice(None)
+) -> Iterator[tuple[slice, Tensor]]:
     """Dense values of some features (default all), ``width`` at a time.
 
     Parameters
@@ -294,6 +296,8 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
         Positions in [0, F), (k,), int64.
     width
         Most features in a block.
+    which
+        Blocks to evaluate (default all), as those of one of several processes.
 
     Yields
     ------
@@ -302,18 +306,19 @@ def feature_blocks(values: Tensor, features: Tensor | None, width: int) -> Itera
     """
     if not isinstance(values, Readout):
         chosen = values if features is None else values[..., features]
-        for start in range(0, chosen.shape[-1], width):
+        for start in range(0, chosen.shape[-1], width)[which]:
             block = slice(start, min(start + width, chosen.shape[-1]))
             yield block, chosen[..., block]
     elif features is None:
-        yield from values.blocks(width)
+        yield from values.blocks(width, which)
     elif len(features) <= width:
-        yield slice(0, len(features)), values.select(features)
+        if range(1)[which]:
+            yield slice(0, len(features)), values.select(features)
     else:
         # A softmax is summed over all features once, not once for each block.
         norm = values.log_normalizer()[..., None] if values.link == "softmax" else None
         link: Link = values.link if norm is None else "identity"
-        for block, block_values in values.of_features(features, link).blocks(width):
+        for block, block_values in values.of_features(features, link).blocks(width, which):
             yield block, block_values if norm is None else (block_values - norm).exp()
 
 

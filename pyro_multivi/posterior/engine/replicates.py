@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import pyro.poutine as poutine
 import scipy.sparse as sp
 import torch
@@ -24,6 +25,7 @@ from pyro_multivi.distributions.base import dense_rows
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputation_latents, model_trace
 from pyro_multivi.posterior.engine.weight_posterior import WeightNoise
+from pyro_multivi.processes.shares import Arrays, by_minibatch
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -33,6 +35,8 @@ DEPTHS = ("observed", "predicted", "prior")
 MEMORY_LIMIT = 4 * 2**30
 # Draws x cells x features drawn at once: a handful of float32 copies of 16 MB.
 _BLOCK = 2**22
+# What a sparse matrix of rows is made of.
+_CSR = ("data", "indices", "indptr", "shape")
 
 
 @dataclass(frozen=True)
@@ -235,14 +239,34 @@ def sample_replicates(
         ["fewer n_samples", "some indices", "a gene_list and a region_list",
          "posterior_predictive_check, which keeps no replicate"],
     )  # fmt: skip
-    rows: dict[str, list[list[sp.csr_matrix]]] = {site: [[] for _ in range(n_samples)] for site in features}
-    for cells in minibatches:
-        for draws, found in replicate(program, cells, n_samples, seed):
+
+    def of_minibatch(cells: Cells) -> Arrays:
+        """Parts of a sparse matrix of all draws of all cells, one draw below the other, by site."""
+        parts: dict[str, list[sp.csr_matrix]] = {site: [] for site in features}
+        for _, found in replicate(program, cells, n_samples, seed):
             for site, chosen in features.items():
                 values = found[site].values if chosen is None else found[site].values[..., chosen]
-                for number, value in zip(range(draws.start, draws.stop), values.cpu().numpy(), strict=True):
-                    rows[site][number].append(sp.csr_matrix(value))
-    return {site: [sp.vstack(parts, format="csr") for parts in by_draw] for site, by_draw in rows.items()}
+                parts[site].append(sp.csr_matrix(values.flatten(0, 1).cpu().numpy()))
+        arrays: Arrays = {}
+        for site, matrices in parts.items():
+            whole = sp.vstack(matrices, format="csr")
+            parts_of = (whole.data, whole.indices, whole.indptr, np.array(whole.shape))
+            arrays |= {f"{site}/{name}": array for name, array in zip(_CSR, parts_of, strict=True)}
+        return arrays
+
+    found = by_minibatch(of_minibatch, minibatches)
+    return {site: _by_draw(found, site, n_samples) for site in features}
+
+
+def _by_draw(found: Sequence[Arrays], site: str, n_samples: int) -> list[sp.csr_matrix]:
+    """One matrix per draw, (cells, features), from those of minibatches, which lie draw below draw."""
+    rows: list[list[sp.csr_matrix]] = [[] for _ in range(n_samples)]
+    for arrays in found:
+        data, indices, indptr, shape = (arrays.pop(f"{site}/{name}") for name in _CSR)
+        whole, n = sp.csr_matrix((data, indices, indptr), shape=tuple(shape)), int(shape[0]) // n_samples
+        for number, parts in enumerate(rows):
+            parts.append(whole[number * n : (number + 1) * n])
+    return [sp.vstack(parts, format="csr") for parts in rows]
 
 
 def _sparse_bytes(
@@ -260,23 +284,20 @@ def _sparse_bytes(
     return total * minibatches.n_cells * n_samples
 
 
-def masked_replicates(
-    program: MultiVIProgram, minibatches: Minibatches, n_samples: int, seed: int = 0
-) -> Iterator[sp.csr_matrix]:
-    """Replicates of all features, one whole matrix (cells, G + M) at a time, empty where they were not measured."""
-    for number in range(n_samples):
-        rows: list[sp.csr_matrix] = []
-        for cells in minibatches:
-            # One draw, of another seed each time, so that a single replicate is in memory.
-            one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
-            (_, found) = next(replicate(program, cells, 1, one))
-            parts = [found[site].values[0] * where_measured(cells, site) for site in observed_sites(program)]
-            rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
-        yield sp.vstack(rows, format="csr")
+def masked_replicate(program: MultiVIProgram, minibatches: Minibatches, number: int, seed: int = 0) -> sp.csr_matrix:
+    """The replicate of this number, of all features: a matrix (cells, G + M), empty where nothing was measured."""
+    rows: list[sp.csr_matrix] = []
+    for cells in minibatches:
+        # One draw, of another seed each time, so that a single replicate is in memory.
+        one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
+        (_, found) = next(replicate(program, cells, 1, one))
+        parts = [found[site].values[0] * where_measured(cells, site) for site in observed_sites(program)]
+        rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
+    return sp.vstack(rows, format="csr")
 
 
 def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp.csr_matrix:
-    """Measured counts as :func:`masked_replicates` lays them out."""
+    """Measured counts as :func:`masked_replicate` lays them out."""
     rows: list[sp.csr_matrix] = []
     for cells in minibatches:
         parts = [counts_of(program, cells, site)[0] for site in observed_sites(program)]

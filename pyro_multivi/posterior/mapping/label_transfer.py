@@ -25,6 +25,7 @@ from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.draws import mean_latents
 from pyro_multivi.posterior.engine.replicates import hide
+from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 
@@ -68,14 +69,15 @@ def states(program: MultiVIProgram, minibatches: Minibatches, like: Cells | None
     like
         A cell: modalities and features that were not measured in it are taken away.
     """
-    found = []
-    for cells in minibatches:
+
+    def of_minibatch(cells: Cells) -> Arrays:
         seen = cells if like is None else measured_as(cells, like)
         with evaluation_mode(program):
             nodes: dict[str, Any] = dict(mean_latents(program, seen).trace.nodes)
         z = nodes["z"]["value"]
-        found.append(z.expand(1, len(cells), -1)[0].double().cpu().numpy())
-    return np.concatenate(found)
+        return {"z": z.expand(1, len(cells), -1)[0].double().cpu().numpy()}
+
+    return joined(by_minibatch(of_minibatch, minibatches))["z"]
 
 
 def measured_as(cells: Cells, like: Cells) -> Cells:

@@ -17,6 +17,7 @@ from pyro_multivi.data.modality import MODALITIES, modality_at
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_DRAWS, cells_for_likelihood
 from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate, where_measured
+from pyro_multivi.processes.shares import Arrays, by_minibatch
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
 
@@ -61,27 +62,27 @@ def inference_data(
         ["fewer n_samples", "some indices", "a gene_list and a region_list"],
     )
     size = cells_for_likelihood(minibatches.batch_size, n_samples)
-    parts: dict[str, dict[str, list[Any]]] = {
-        name: {} for name in ("posterior", "log_likelihood", "posterior_predictive", "observed_data", "constant_data")
-    }
 
-    def add(group: str, site: str, values: Tensor) -> None:
-        parts[group].setdefault(site, []).append(values.cpu().numpy())
-
-    for cells in Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device):
-        for (group, site), values in _scored(program, cells, n_samples, seed).items():
-            add(group, site, values)
+    def of_minibatch(cells: Cells) -> Arrays:
+        """Values by group and site."""
+        scored = _scored(program, cells, n_samples, seed)
+        found = {f"{group}/{site}": values for (group, site), values in scored.items()}
         drawn: dict[str, list[Tensor]] = {site: [] for site in features}
-        for _, found in replicate(program, cells, n_samples, seed):
+        for _, part in replicate(program, cells, n_samples, seed):
             for site, chosen in features.items():
-                values = found[site].values
+                values = part[site].values
                 drawn[site].append(values if chosen is None else values[..., chosen])
         for site, chosen in features.items():
-            add("posterior_predictive", site, torch.cat(drawn[site]))
+            found[f"posterior_predictive/{site}"] = torch.cat(drawn[site])
             counts = counts_of(program, cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
-            add("observed_data", site, counts if chosen is None else counts[:, chosen])
+            found[f"observed_data/{site}"] = counts if chosen is None else counts[:, chosen]
         for modality in MODALITIES:
-            add("constant_data", modality.mask, modality.measured_in(cells))
+            found[f"constant_data/{modality.mask}"] = modality.measured_in(cells)
+        return {name: values.cpu().numpy() for name, values in found.items()}
+
+    parts = by_minibatch(
+        of_minibatch, Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device)
+    )
     coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
     dims = {"z": ["cell", "latent"]}
     for modality in MODALITIES:
@@ -91,13 +92,12 @@ def inference_data(
         coords[feature] = list(feature_names[site])
         dims[site] = ["cell", feature]
     # One chain in front of the draws; cells are joined along their own axis.
-    groups: dict[str, Any] = {}
-    for group, by_site in parts.items():
+    groups: dict[str, Any] = {"posterior": {}, "log_likelihood": {}}
+    for name in list(parts[0]):
+        group, _, site = name.partition("/")
         of_draws = group not in ("observed_data", "constant_data")
-        groups[group] = {
-            site: np.concatenate(values, 1)[None] if of_draws else np.concatenate(values)
-            for site, values in by_site.items()
-        }
+        values = np.concatenate([part.pop(name) for part in parts], int(of_draws))
+        groups.setdefault(group, {})[site] = values[None] if of_draws else values
     # In two steps, because x has genes everywhere but in the log-likelihood.
     scored = groups.pop("log_likelihood")
     used = {site for values in groups.values() for site in values}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import kstest, mannwhitneyu, norm
 
 from pyro_multivi.data.modality import ATAC, RNA
-from pyro_multivi.posterior.differential.effect import Change
+from pyro_multivi.posterior.differential.effect import Change, StatisticsByBlock
 from pyro_multivi.posterior.differential.group_means import GroupCounts, change_by_counts, compare_counts
 from pyro_multivi.posterior.differential.shrinkage import ShrinkagePrior
 from pyro_multivi.posterior.differential.tables import expected_fdr_calls
@@ -83,3 +84,13 @@ def test_power_is_that_of_a_wilcoxon_test_or_more(n):
             found[name].append((score[:40] > np.quantile(score[40:], 0.95)).mean())
     assert np.mean(found["ours"]) >= np.mean(found["wilcoxon"]) - 0.02, found
     assert np.mean(found["ours"]) > 0.3
+
+
+def test_blocks_of_statistics_keep_nothing_of_what_they_were_taken_from():
+    ordered = np.arange(6.0).reshape(3, 2)
+    found = StatisticsByBlock(5)
+    found.put(slice(3, 5), {"min": torch.tensor([7.0, 8.0])})
+    found.put(slice(0, 3), {"min": ordered[:, 0]})
+    ordered[:] = np.nan
+    assert found.of_all()["min"].tolist() == [0.0, 2.0, 4.0, 7.0, 8.0]
+    assert all(array.base is None for block in found._blocks for array in block.values())

@@ -13,13 +13,18 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 import pyro_multivi as pm
+
+#: Tables of a check; sums of scores are of whole numbers only but for rounding.
+CHECKED = ("genes", "regions", "cells", "groups", "totals", "user", "histogram", "scores", "imputed")
 
 
 def model_of(n: tuple[int, int, int] = (30, 15, 15), program: type | None = None, **choices: Any) -> pm.MULTIVI:
@@ -55,6 +60,11 @@ def one_step(_: Path) -> dict[str, Any]:
 
 def defaults(_: Path) -> dict[str, Any]:
     return trained(model_of(), max_epochs=8)
+
+
+def learned(_: Path) -> dict[str, Any]:
+    """As long as it takes until the loss has fallen far below its noise."""
+    return trained(model_of((120, 60, 60), n_hidden=16), max_epochs=40, lr=1e-2, early_stopping=False)
 
 
 def adversary(_: Path) -> dict[str, Any]:
@@ -138,6 +148,10 @@ def fails(_: Path) -> dict[str, Any]:
     return trained(model_of(), callbacks=[in_epoch_two_of_process_one(refuse)])
 
 
+def numbers(table: pd.DataFrame) -> np.ndarray:
+    return table.select_dtypes("number").to_numpy()
+
+
 def posterior(folder: Path) -> dict[str, Any]:
     """Results of the same model, which each process has trained alone."""
     size = os.environ.get("WORLD_SIZE", "1")
@@ -161,9 +175,23 @@ def posterior(folder: Path) -> dict[str, Any]:
             "p": model.get_accessibility_estimates(batch_size=8, threshold=0.2, return_numpy=True).toarray(),
             "few": model.get_normalized_expression(indices=[3], return_numpy=True),
             "filled": model.impute(batch_size=8).layers["imputed"].toarray(),
-            "de": model.differential_expression(**groups).select_dtypes("number").to_numpy(),
-            "da": model.differential_accessibility(**groups, unit="cell").select_dtypes("number").to_numpy(),
+            "de": numbers(model.differential_expression(**groups)),
+            "da": numbers(model.differential_accessibility(**groups, unit="cell")),
+            "vanilla": numbers(model.differential_expression(**groups, unit="cell", mode="vanilla", gene_list=[5, 9])),
+            "sampled": [x.toarray() for x in model.posterior_predictive_sample(n_samples=3, batch_size=8)["y"]],
         }
+        check = model.posterior_predictive_check(
+            None, None, {"largest": lambda counts: counts.max()}, 4, False, groupby="cell_type", level=0.5, batch_size=8
+        )
+        for name in CHECKED:
+            found[name] = numbers(getattr(check, name))
+        query = pm.MULTIVI.load_query_data(model.adata[::2].copy(), model)
+        found["labels"] = numbers(model.transfer_labels(query, "cell_type", n_neighbors=5))
+        if find_spec("arviz"):
+            exported = model.to_inference_data(indices=range(60), n_samples=4, batch_size=8)
+            found["exported"] = np.concatenate(
+                [each.to_numpy().ravel() for each in exported.posterior_predictive.values()]
+            )
         pm.MultiVIProgram.guide = guide  # type: ignore[method-assign]
         out = model.get_normalized_expression(batch_size=8, out=folder / f"rho{size}.h5ad", silent=True)
         assert out == folder / f"rho{size}.h5ad"

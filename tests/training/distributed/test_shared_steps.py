@@ -24,7 +24,15 @@ QUICK = (
     *("posterior:1", "posterior:2"),
 )
 SLOW = (
-    *("one_step:3", "defaults:1", "terminated:2", "resumed_after_termination:2", "posterior:3", "not_resumed:2"),
+    *(
+        "one_step:3",
+        "learned:1",
+        "learned:2",
+        "terminated:2",
+        "resumed_after_termination:2",
+        "posterior:3",
+        "not_resumed:2",
+    ),
     *(f"{name}:2" for name in (*SHARED, "other_cells", "fails", "out_of_one")),
 )
 
@@ -76,12 +84,12 @@ def test_all_processes_end_with_the_same_weights_and_history(ended, name):
 
 @slow
 def test_two_processes_learn_as_much_as_one(ended):
-    (one,), two = ended("defaults", 1), ended("defaults", 2)[0]
-    assert len(one["history"]) == len(two["history"])
-    first, last = two["history"][0]["elbo_train"], two["history"][-1]["elbo_train"]
-    assert last < first
-    # Other noise, and a contrast among the cells of each share: 0.1 to 0.9 % in runs of 8 to 30 epochs.
-    assert last == pytest.approx(one["history"][-1]["elbo_train"], rel=0.01)
+    (one,), two = ([[row["elbo_train"] for row in run["history"]] for run in ended("learned", n)] for n in (1, 2))
+    assert len(one) == len(two[0])
+    # Of 131 before, which an epoch's noise moves by 0.15: 127.9 by one process, 127.9 by two.
+    ends = [sum(losses[-10:]) / 10 for losses in (one, two[0])]
+    assert ends[1] < two[0][0] - 2
+    assert abs(ends[1] - ends[0]) < 0.4
 
 
 @slow
@@ -139,8 +147,10 @@ def test_results_are_those_of_one_process_bit_by_bit(ended, size):
     assert len(one) > 10, one
     for each in all_of_them:
         assert "error" not in each, each["error"]
-        # The first of several processes has the odd minibatch, and all draw for the cells of pairs.
-        assert each.pop("calls") < 0.8 * one["calls"]
+        # The first of several processes has the odd minibatch.
+        assert each.pop("calls") < 0.7 * one["calls"]
+        for name in ("scores", "imputed"):  # sums over cells, each process its own first
+            torch.testing.assert_close(each.pop(name), one[name], rtol=1e-12, atol=0, equal_nan=True)
         assert [
             name for name, value in each.items() if not torch.equal(value.nan_to_num(), one[name].nan_to_num())
         ] == []

@@ -4,7 +4,7 @@ For each seed cells are simulated (a third each paired, RNA only and ATAC only),
 and 90 % intervals of some cells of each pattern are compared with the true values of differential features, once with
 draws of the fitted decoder alone and once as they are returned, with draws of the last layers too.
 
-    python benchmarks/coverage.py --cells 600 --seeds 5
+    python benchmarks/intervals.py --cells 600 --seeds 5
 """
 
 from __future__ import annotations
