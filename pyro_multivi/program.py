@@ -341,8 +341,7 @@ class MultiVIProgram(ProgramModules):
         """f_l(y), the centre of q(d | y), (B,); 1/2 for cells without ATAC."""
         assert hidden.atac is not None
         log_depth = self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0]
-        # A cell of typical depth starts at d = 1/2.
-        d = (log_depth - self.atac_log_depth - 2.0).sigmoid()
+        d = (log_depth - self.atac_log_depth + self.cell_factor_offset).sigmoid()
         return hidden.atac.scatter(d, cells.design.new_full((len(cells),), 0.5))
 
     def alignment(self, experts: dict[str, Expert], s: Tensor) -> Tensor:

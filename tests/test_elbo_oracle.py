@@ -104,7 +104,7 @@ class Oracle:
         return {
             "z": (loc, np.sqrt(var)),
             "l": (l_loc, l_sd),
-            "d": self.cell_factor(factor[:, 0] - self.w["atac_log_depth"]),
+            "d": self.cell_factor(factor[:, 0] - self.w["atac_log_depth"] + self.w["cell_factor_offset"]),
             "alignment": np.where(paired, (forth + back).sum(1) + self.contrast(loc_x, loc_y, paired), 0.0),
             "mixing": np.full(len(paired), self.config.mixing * self.apart(loc)),
         }

@@ -267,7 +267,8 @@ def test_an_extra_modality_enters_elbo_and_terms(make_program, make_cells):
 def test_a_state_from_before_d_had_a_posterior_gets_one(make_program, make_cells):
     """Its width needs nothing learned; d was uniform a priori."""
     old, cells = make_program(), make_cells()
-    later = {"cell_factor_loc", "cell_factor_log_scale", "cell_factor_sd"}
+    old.cell_factor_offset.zero_()
+    later = {"cell_factor_loc", "cell_factor_log_scale", "cell_factor_offset", "cell_factor_sd"}
     program = MultiVIProgram(old.config).eval()
     program.load_state_dict({name: value for name, value in old.state_dict().items() if name not in later})
     q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
@@ -382,8 +383,9 @@ def test_a_program_starts_at_the_marginals(make_program, make_cells, dispersion)
     # Whatever the state: every cell starts at the mean profile.
     torch.testing.assert_close(decoded.rho.dense(), marginals.gene_share.expand(len(cells), -1))
     torch.testing.assert_close(theta.expand(len(cells), -1), marginals.inverse_dispersion.expand(len(cells), -1))
-    rate = marginals.detection_rate.clamp(max=0.47)  # at d = 1/2 more is out of reach
-    torch.testing.assert_close(0.5 * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
+    d = program.cell_factor_offset.sigmoid()
+    rate = torch.minimum(marginals.detection_rate, 0.94 * d)  # more is out of reach
+    torch.testing.assert_close(d * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
     torch.testing.assert_close(program.library_log_mean, marginals.library_log_mean)
     torch.testing.assert_close(program.library_log_var, marginals.library_log_var)
 

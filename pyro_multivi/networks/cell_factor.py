@@ -11,9 +11,15 @@ Where regions are open or closed d is in (0, 1) and, of a cell n of batch s in w
 with :math:`i_n` the information that the regions have of the logit: the sum over regions of :math:`q (1 - d)^2 / (1 -
 q)` at probabilities q = p d r, which are small and add up to f. So the width is that of the Laplace approximation, and
 the factor c, which is learned, starts at 1. The data determine p r d, but not d: a smaller d of all cells is as good as
-a smaller r of all regions. So :math:`m_s` is learned, and follows d wherever it goes. :math:`\tau_s` is that of the
-data, as the variance of the library size is: at d = 1/2, where cells start, the logit varies twice as much as the log
-number of open regions does.
+a smaller r of all regions. So :math:`m_s` is learned, and follows d wherever it goes.
+
+Where it starts matters, as d, p and r stay below 1: with a large d the deepest cells cannot have all their open
+regions, with a small one the most open regions cannot be as open as they are. So a typical cell starts at
+:func:`typical_factor`, which :math:`f_\ell` has as ``cell_factor_offset``, its logit: as small as the spread of depths
+asks, so that three standard deviations deeper than the mean of a batch d reaches 1, and as large as the regions need,
+so that those with 90 % of all detections may be four times as open in a type of cells as they are on average.
+:math:`\tau_s` is that of the data, as the variance of the library size is: there the logit varies 1 / (1 - d) times as
+much as the log number of open regions does.
 
 Where ``accessibility_likelihood`` is not "bernoulli", d is the number of fragments of a cell, with a LogNormal prior
 for each batch as the library size has, and region j has mean :math:`p_{nj} r_j d_n / \bar d`, with
@@ -45,6 +51,13 @@ _MAX_LOG_SD = 2.0
 _START = 0.25
 # Closest to 0 and 1 that a cell factor comes: nearer to 1 float32 has few numbers.
 _MARGIN = 1e-6
+# With p r at most this in a typical cell, a type of cells may have a region open four times as often, short of p r = 1.
+_MOST_OPEN = 0.95 / 4
+# Share of all detections that are in regions of which that holds.
+_SHARE_IN_REACH = 0.9
+# Standard deviations of the log depth from a batch's mean to its deepest cells.
+_DEEPEST_SDS = 3.0
+_LEAST_TYPICAL, _MOST_TYPICAL = 0.1, 0.5
 # Logit of a number that is uniform in (0, 1): its standard deviation.
 _UNIFORM_SD = math.pi / math.sqrt(3)
 
@@ -54,6 +67,7 @@ def unlearned_cell_factor(n_batch: int) -> dict[str, Tensor]:
     return {
         "cell_factor_loc": torch.zeros(n_batch),
         "cell_factor_log_scale": torch.tensor(0.0),
+        "cell_factor_offset": torch.tensor(0.0),
         "cell_factor_sd": torch.full((n_batch,), _UNIFORM_SD),
     }
 
@@ -75,15 +89,26 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
 
 @torch.no_grad()
 def start_cell_factor(program: Any, marginals: Marginals) -> None:
-    """Start the prior of d at the numbers of open regions: f_l starts at 1/2 in a cell of the typical number."""
-    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean - 2.0)
+    """Start d and its prior at the numbers of open regions, around that of a typical cell."""
+    program.cell_factor_offset.copy_(torch.logit(typical_factor(marginals)))
+    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean + program.cell_factor_offset)
     set_factor_spread(program, marginals)
+
+
+def typical_factor(marginals: Marginals) -> Tensor:
+    """Cell factor that a cell of typical depth starts with, (), between 0.1 and 0.5; see the module."""
+    deepest = (marginals.atac_log_mean + _DEEPEST_SDS * marginals.atac_log_var.sqrt()).max()
+    of_depths = (marginals.atac_log_depth_mean - deepest).exp()
+    rate = marginals.detection_rate.double().sort().values
+    share = rate.cumsum(0) / rate.sum()
+    of_regions = rate[share >= _SHARE_IN_REACH][0] / _MOST_OPEN
+    return torch.maximum(of_depths.double(), of_regions).clamp(_LEAST_TYPICAL, _MOST_TYPICAL).float()
 
 
 @torch.no_grad()
 def set_factor_spread(program: Any, marginals: Marginals, first: int = 0) -> None:
     """Take the spread of d from the numbers of open regions, for batches from a first one on."""
-    program.cell_factor_sd[first:] = 1.14 * marginals.atac_log_var[first:].sqrt()
+    program.cell_factor_sd[first:] = marginals.atac_log_var[first:].sqrt() / (1 - program.cell_factor_offset.sigmoid())
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:

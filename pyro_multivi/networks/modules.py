@@ -46,6 +46,8 @@ class ProgramModules(nn.Module):
         Moments of the log library size per batch, (n_batch,): the prior of l.
     cell_factor_loc, cell_factor_sd
         Mean and standard deviation of logit d per batch, (n_batch,): its prior. The mean is a parameter.
+    cell_factor_offset
+        Logit of the d that a cell of typical depth starts with, scalar.
     fragments_log_mean, fragments_log_var
         Those of the log number of fragments: the prior of d in models of fragment counts, which alone have them.
     posterior_scale
@@ -130,6 +132,7 @@ class ProgramModules(nn.Module):
                 start = unlearned_cell_factor(config.n_batch)
                 self.cell_factor_loc = nn.Parameter(start["cell_factor_loc"])
                 self.cell_factor_log_scale = nn.Parameter(start["cell_factor_log_scale"])
+                self.register_buffer("cell_factor_offset", start["cell_factor_offset"])
                 self.register_buffer("cell_factor_sd", start["cell_factor_sd"])
                 if config.region_factors:
                     self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
@@ -205,7 +208,7 @@ class ProgramModules(nn.Module):
 
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
         share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
-        of each region for a cell of typical depth (d = 1/2), or at its mean number of fragments there.
+        of each region for a cell of typical depth, or at its mean number of fragments there.
         Loadings start at zero, so that this profile is that of every cell: with random ones each feature
         would start with differences between cells that are not in the data.
         """
@@ -241,7 +244,7 @@ class ProgramModules(nn.Module):
             start_fragments(self, marginals.fragments)
         elif self.config.n_regions:
             start_cell_factor(self, marginals)
-            wanted = (8.39 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
+            wanted = (marginals.detection_rate / self.cell_factor_offset.sigmoid()).clamp(max=0.95)  # p r
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
                 r = (2.0 * wanted).clamp(1e-7, 0.95)
