@@ -90,8 +90,9 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
 @torch.no_grad()
 def start_cell_factor(program: Any, marginals: Marginals) -> None:
     """Start d and its prior at the numbers of open regions, around that of a typical cell."""
-    program.cell_factor_offset.copy_(torch.logit(typical_factor(marginals)))
-    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean + program.cell_factor_offset)
+    offset = torch.logit(typical_factor(marginals))
+    program.cell_factor_offset.copy_(offset)
+    program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean + offset)
     set_factor_spread(program, marginals)
 
 
@@ -108,7 +109,8 @@ def typical_factor(marginals: Marginals) -> Tensor:
 @torch.no_grad()
 def set_factor_spread(program: Any, marginals: Marginals, first: int = 0) -> None:
     """Take the spread of d from the numbers of open regions, for batches from a first one on."""
-    program.cell_factor_sd[first:] = marginals.atac_log_var[first:].sqrt() / (1 - program.cell_factor_offset.sigmoid())
+    d = program.cell_factor_offset.sigmoid().item()
+    program.cell_factor_sd[first:] = marginals.atac_log_var[first:].sqrt() / (1 - d)
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:
