@@ -88,12 +88,14 @@ def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
 
 
 @torch.no_grad()
-def start_cell_factor(program: Any, marginals: Marginals) -> None:
-    """Start d and its prior at the numbers of open regions, around that of a typical cell."""
-    offset = torch.logit(typical_factor(marginals))
+def start_cell_factor(program: Any, marginals: Marginals) -> float:
+    """Start d and its prior at the numbers of open regions, around that of a typical cell, which is returned."""
+    typical = typical_factor(marginals)
+    offset = torch.logit(typical)
     program.cell_factor_offset.copy_(offset)
     program.cell_factor_loc.copy_(marginals.atac_log_mean - marginals.atac_log_depth_mean + offset)
     set_factor_spread(program, marginals)
+    return typical.item()
 
 
 def typical_factor(marginals: Marginals) -> Tensor:

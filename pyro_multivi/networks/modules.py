@@ -243,8 +243,8 @@ class ProgramModules(nn.Module):
             assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
             start_fragments(self, marginals.fragments)
         elif self.config.n_regions:
-            start_cell_factor(self, marginals)
-            wanted = (marginals.detection_rate / self.cell_factor_offset.sigmoid().item()).clamp(max=0.95)  # p r
+            typical = start_cell_factor(self, marginals)
+            wanted = (marginals.detection_rate / typical).clamp(max=0.95)  # p r
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
                 r = (2.0 * wanted).clamp(1e-7, 0.95)
