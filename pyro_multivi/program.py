@@ -21,20 +21,17 @@ from pyro_multivi.distributions import (
     measured_only,
 )
 from pyro_multivi.distributions.fragments import FragmentCounts
+from pyro_multivi.networks import cell_factor as factors
 from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
 from pyro_multivi.networks.decoders import DecodedExpression, dispersions_of_cells
 from pyro_multivi.networks.encoders import HiddenState, HiddenStates
 from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights, seen_from_one
-from pyro_multivi.networks.fragments import depth_posterior, fragments_likelihood, fragments_prior
 from pyro_multivi.networks.modules import ProgramModules
 from pyro_multivi.networks.panels import depth, log_depth, measured_share, missing_input, totals
 from pyro_multivi.networks.param_sites import register_param_sites
 
 #: Name of the plate of cells.
 CELLS = "cells"
-
-# A saturated sigmoid equals 1.0 in float32, where Uniform(0, 1) has log density -inf.
-_LARGEST_FACTOR = 1 - 1e-6
 
 
 class MultiVIProgram(ProgramModules):
@@ -83,7 +80,7 @@ class MultiVIProgram(ProgramModules):
         .. math::
 
             \begin{split}
-            p(z, \ell, d, x, y \mid s) = \prod_n\; & p(z_n)\, p(\ell_n \mid s_n)\, p(d_n) \\
+            p(z, \ell, d, x, y \mid s) = \prod_n\; & p(z_n)\, p(\ell_n \mid s_n)\, p(d_n \mid s_n) \\
             & \prod_g p(x_{ng} \mid \ell_n \rho_{ng}, \theta_g, \pi_{ng})
             \prod_j \mathrm{Bernoulli}(y_{nj} \mid p_{nj} d_n r_j)
             \end{split}
@@ -103,7 +100,7 @@ class MultiVIProgram(ProgramModules):
         r          --         (M,)    region factor, in (0, 1)
         ========== ========== ======= ==========================================================
 
-        Counts of fragments (``accessibility_likelihood``) follow :mod:`~pyro_multivi.networks.fragments`.
+        Counts of fragments (``accessibility_likelihood``) follow :mod:`~pyro_multivi.networks.cell_factor`.
         Unmeasured modalities are masked out of the density; sampling ignores the mask, so the
         same statements impute them.
         """
@@ -133,10 +130,11 @@ class MultiVIProgram(ProgramModules):
 
             q(z, \ell, d \mid x, y, s) = \prod_n
             \mathrm{Normal}\Big(z_n \Big| \sum_k w_k \mu_k, \sum_k w_k^2 \sigma_k^2\Big)\,
-            q(\ell_n \mid x_n)\, \delta(d_n - f_\ell(y_n))
+            q(\ell_n \mid x_n)\, q(d_n \mid y_n)
 
         k runs over the measured modalities of the cell and the weights sum to one over them: z is
-        the average of one expert per modality. Where nothing was measured the prior takes its place.
+        the average of one expert per modality. d is LogitNormal around :math:`f_\ell(y_n)`. Where nothing was measured
+        the prior takes its place.
         """
         register_param_sites(self, self.uid)
         self.guide_shared()
@@ -203,13 +201,11 @@ class MultiVIProgram(ProgramModules):
         return p
 
     def cell_factor_prior(self, cells: Cells) -> dist.TorchDistribution:
-        """d ~ Uniform(0, 1), or of fragments LogNormal; known factors as they are."""
+        """d ~ LogitNormal of the batch, or of fragments LogNormal; known factors as they are."""
         if cells.atac_size is not None:
             return dist.Delta(cells.atac_size)
-        if self.config.counts_fragments:
-            return fragments_prior(self, cells.design)
-        zero = cells.design.new_zeros(len(cells))
-        return dist.Uniform(zero, torch.ones_like(zero))
+        prior = factors.fragments_prior if self.config.counts_fragments else factors.factor_prior
+        return prior(self, cells.design)
 
     def region_factors(self) -> Tensor | None:
         """r, (M,), in (0, 1), or a rate of fragments; None stands for 1.
@@ -223,7 +219,7 @@ class MultiVIProgram(ProgramModules):
     def accessibility_dist(self, p: Tensor, d: Tensor, r: Tensor | None) -> dist.TorchDistribution:
         """y ~ Bernoulli(p d r), or counts of fragments, event shape (M,)."""
         if self.config.counts_fragments and r is not None:
-            return fragments_likelihood(self, p, d, r)
+            return factors.fragments_likelihood(self, p, d, r)
         return ScaledBernoulli(p, d, r)
 
     def open_probability(self, y: dist.TorchDistribution) -> Tensor:
@@ -328,28 +324,25 @@ class MultiVIProgram(ProgramModules):
             return dist.Delta(known)
         assert hidden.rna is not None
         state = self.depth_hidden_state(hidden.rna)
-        return depth_posterior(self.library_head, state, self.rna_log_depth, *self._library_moments(s))
+        return factors.depth_posterior(self.library_head, state, self.rna_log_depth, *self._library_moments(s))
 
     def cell_factor_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
-        """q(d | y): a point, :meth:`cell_factor`; LogNormal for fragments, as that of the library."""
-        if not self.config.counts_fragments or cells.atac_size is not None:
-            return dist.Delta(self.cell_factor(cells, hidden))
+        """q(d | y): LogitNormal around :meth:`cell_factor`, or of fragments LogNormal; the prior without ATAC."""
+        prior = self.cell_factor_prior(cells)
+        if isinstance(prior, dist.Delta):
+            return prior
+        if not self.config.counts_fragments:
+            return factors.factor_posterior(self, cells, self.cell_factor(cells, hidden))
         assert hidden.atac is not None
-        prior, state = fragments_prior(self, s), self.depth_hidden_state(hidden.atac)
-        return depth_posterior(self.cell_factor_head, state, self.atac_log_depth, prior.loc, prior.scale)
+        state = self.depth_hidden_state(hidden.atac)
+        return factors.depth_posterior(self.cell_factor_head, state, self.atac_log_depth, prior.loc, prior.scale)
 
     def cell_factor(self, cells: Cells, hidden: HiddenStates) -> Tensor:
-        """d = f_l(y), (B,); a draw from the prior for cells without ATAC."""
-        if cells.atac_size is not None:
-            return cells.atac_size
+        """f_l(y), the centre of q(d | y), (B,); 1/2 for cells without ATAC."""
         assert hidden.atac is not None
-        prior = cells.design.new_empty(len(cells))
-        if hidden.atac.rows is not None:
-            prior.uniform_()
         log_depth = self.cell_factor_head(self.depth_hidden_state(hidden.atac), self.atac_log_depth)[:, 0]
-        # A cell of typical depth starts at d = 1/2.
-        d = (log_depth - self.atac_log_depth).sigmoid()
-        return hidden.atac.scatter(d, prior).clamp(max=_LARGEST_FACTOR)
+        d = (log_depth - self.atac_log_depth + self.cell_factor_offset).sigmoid()
+        return hidden.atac.scatter(d, cells.design.new_full((len(cells),), 0.5))
 
     def alignment(self, experts: dict[str, Expert], s: Tensor) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""

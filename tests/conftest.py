@@ -162,6 +162,9 @@ def make_program() -> Callable[..., MultiVIProgram]:
             program.atac_log_depth.fill_(1.2)
             program.library_log_mean.copy_(torch.tensor([2.0, 3.0]))
             program.library_log_var.copy_(torch.tensor([0.3, 0.8]))
+            if hasattr(program, "cell_factor_sd"):
+                program.cell_factor_sd.copy_(torch.tensor([0.7, 1.2]))
+                program.cell_factor_offset.fill_(-0.4)
         return program
 
     return make

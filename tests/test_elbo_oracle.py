@@ -96,7 +96,7 @@ class Oracle:
         prior_loc = self.w["library_log_mean"][self.batch]
         prior_sd = np.sqrt(self.w["library_log_var"][self.batch])
         l_loc = np.where(self.has_rna, lib[:, 0], prior_loc)
-        l_sd = np.where(self.has_rna, np.exp(lib[:, 1]), prior_sd)
+        l_sd = np.where(self.has_rna, np.exp(lib[:, 1].clip(max=2)), prior_sd)
         gap = (loc_x - loc_y) ** 2
         forth = np.log(sd_y / sd_x) + (sd_x**2 + gap) / (2 * sd_y**2) - 0.5
         back = np.log(sd_x / sd_y) + (sd_y**2 + gap) / (2 * sd_x**2) - 0.5
@@ -104,10 +104,22 @@ class Oracle:
         return {
             "z": (loc, np.sqrt(var)),
             "l": (l_loc, l_sd),
-            "d": special.expit(factor[:, 0] - self.w["atac_log_depth"]) if self.atac_size is None else self.atac_size,
+            "d": self.cell_factor(factor[:, 0] - self.w["atac_log_depth"] + self.w["cell_factor_offset"]),
             "alignment": np.where(paired, (forth + back).sum(1) + self.contrast(loc_x, loc_y, paired), 0.0),
             "mixing": np.full(len(paired), self.config.mixing * self.apart(loc)),
         }
+
+    def factor_prior(self):
+        """Mean and standard deviation of logit d."""
+        return self.w["cell_factor_loc"][self.batch], self.w["cell_factor_sd"][self.batch]
+
+    def cell_factor(self, logit):
+        """Mean and standard deviation of q(logit d); from the number of open regions that a probability implies."""
+        prior_loc, prior_sd = self.factor_prior()
+        closed = 1 / (1 + np.exp(logit))
+        precision = 1 / prior_sd**2 + (self.y > 0).sum(1) * closed**2
+        sd = np.exp(self.w["cell_factor_log_scale"]) / np.sqrt(precision)
+        return np.where(self.has_atac, logit, prior_loc), np.where(self.has_atac, sd, prior_sd)
 
     def apart(self, loc):
         """Squared discrepancy between cells of RNA alone, ATAC alone and both, summed over the three pairs."""
@@ -161,14 +173,16 @@ class Oracle:
         return stats.bernoulli.logpmf((self.y > 0) * 1, q).sum(1) * self.has_atac
 
     def kl(self):
-        """KL(q(z)|p(z)) and KL(q(l)|p(l)) of each cell."""
+        """KL(q|p) of z, l and d of each cell."""
         q = self.guide()
         loc, sd = q["z"]
         kl_z = (0.5 * (sd**2 + loc**2 - 1) - np.log(sd)).sum(1)
         m, v = self.w["library_log_mean"][self.batch], self.w["library_log_var"][self.batch]
         loc, sd = q["l"]
         kl_l = 0.5 * ((sd**2 + (loc - m) ** 2) / v - 1 - np.log(sd**2 / v))
-        return kl_z, kl_l if self.config.library == "latent" else np.zeros_like(kl_l)
+        (loc, sd), (m, prior_sd) = q["d"], self.factor_prior()
+        kl_d = 0.5 * ((sd**2 + (loc - m) ** 2) / prior_sd**2 - 1) - np.log(sd / prior_sd)
+        return kl_z, kl_l if self.config.library == "latent" else np.zeros_like(kl_l), kl_d
 
 
 def traces(program, cells):
@@ -196,7 +210,6 @@ def check(program, cells):
 
     np.testing.assert_allclose(guide.nodes["z"]["fn"].mean.detach(), q["z"][0], **close)
     np.testing.assert_allclose(guide.nodes["z"]["fn"].stddev.detach(), q["z"][1], **close)
-    np.testing.assert_allclose(d[oracle.has_atac], q["d"][oracle.has_atac], **close)
     # A factor of the guide counts as minus log q: positive, it raises the loss.
     np.testing.assert_allclose(of(guide, "alignment"), q["alignment"], **close)
     np.testing.assert_allclose(of(guide, "mixing"), q["mixing"], **close)
@@ -207,7 +220,11 @@ def check(program, cells):
         mean = oracle.w["library_log_mean"][oracle.batch]
         sd = np.sqrt(oracle.w["library_log_var"][oracle.batch])
         np.testing.assert_allclose(of(model, "l"), stats.norm.logpdf(np.log(l), mean, sd) - np.log(l), **close)
-    np.testing.assert_allclose(of(model, "d"), 0, **close)
+    if cells.atac_size is None:
+        np.testing.assert_allclose(guide.nodes["d"]["fn"].loc.detach(), q["d"][0], **close)
+        np.testing.assert_allclose(guide.nodes["d"]["fn"].scale.detach(), q["d"][1], **close)
+        log_prior = stats.norm.logpdf(special.logit(d), *oracle.factor_prior()) - np.log(d * (1 - d))
+        np.testing.assert_allclose(of(model, "d"), log_prior, **close)
     np.testing.assert_allclose(of(model, "x"), oracle.log_x(z, l), **close)
     np.testing.assert_allclose(of(model, "y"), oracle.log_y(z, d), **close)
 
@@ -276,16 +293,18 @@ def test_loss_of_an_elbo(make_program, make_cells, elbo):
     _, guide = traces(program, cells)
     z, l, d = drawn(guide, "z", "l", "d")
     oracle = Oracle(program, cells)
-    q, (kl_z, kl_l) = oracle.guide(), oracle.kl()
+    q, (kl_z, kl_l, kl_d) = oracle.guide(), oracle.kl()
     per_cell = q["alignment"] + q["mixing"] - oracle.log_x(z, l) - oracle.log_y(z, d)
     if elbo is TraceMeanField_ELBO:
-        per_cell = per_cell + kl_z + kl_l
+        per_cell = per_cell + kl_z + kl_l + kl_d
     else:
         mean, sd = oracle.w["library_log_mean"][oracle.batch], np.sqrt(oracle.w["library_log_var"][oracle.batch])
         ratio_z = stats.norm.logpdf(z, *q["z"]).sum(1) - stats.norm.logpdf(z).sum(1)
-        # log l is normal under both, and the Jacobian cancels.
+        # log l and logit d are normal under both, and the Jacobian cancels.
         ratio_l = stats.norm.logpdf(np.log(l), *q["l"]) - stats.norm.logpdf(np.log(l), mean, sd)
-        per_cell = per_cell + ratio_z + ratio_l
+        logit = special.logit(d)
+        ratio_d = stats.norm.logpdf(logit, *q["d"]) - stats.norm.logpdf(logit, *oracle.factor_prior())
+        per_cell = per_cell + ratio_z + ratio_l + ratio_d
     assert loss == pytest.approx(60 / 12 * per_cell.sum(), rel=1e-9)
 
 
@@ -297,13 +316,13 @@ def test_terms_are_the_parts_of_the_elbo_and_the_alignment_is_none_of_them(make_
     _, guide = traces(program, cells)
     z, l, d = drawn(guide, "z", "l", "d")
     oracle = Oracle(program, cells)
-    kl_z, kl_l = oracle.kl()
+    kl_z, kl_l, kl_d = oracle.kl()
     log_x, log_y = oracle.log_x(z, l), oracle.log_y(z, d)
     assert terms.log_likelihood == pytest.approx({"x": log_x.sum(), "y": log_y.sum()})
-    assert terms.kl == pytest.approx({"z": kl_z.sum(), "l": kl_l.sum(), "d": 0.0})
+    assert terms.kl == pytest.approx({"z": kl_z.sum(), "l": kl_l.sum(), "d": kl_d.sum()})
     q = oracle.guide()
     assert terms.training == pytest.approx({name: q[name].sum() for name in ("alignment", "mixing")})
-    assert terms.elbo == pytest.approx((log_x + log_y - kl_z - kl_l).sum())
+    assert terms.elbo == pytest.approx((log_x + log_y - kl_z - kl_l - kl_d).sum())
     row = terms.per_cell()
     assert row["elbo"] == pytest.approx(-terms.elbo / 12)
     # Eight cells have RNA, nine have ATAC.

@@ -82,7 +82,7 @@ def test_reading_a_program_needs_no_gradient_and_no_validation(make_program, mak
 
 @pytest.mark.parametrize("extreme", [60.0, -60.0])
 def test_a_saturated_cell_factor_stays_within_its_prior(make_program, make_cells, extreme):
-    """In float32 sigmoid(60) is 1, where Uniform(0, 1) has no density."""
+    """In float32 sigmoid(60) is 1, whose logit is infinite."""
     program, cells = make_program(), make_cells()
     with torch.no_grad():
         program.cell_factor_head.out.bias.fill_(extreme)
@@ -264,6 +264,35 @@ def test_an_extra_modality_enters_elbo_and_terms(make_program, make_cells):
     assert terms.n_measured["proteins"] == 12
 
 
+def test_a_state_from_before_d_had_a_posterior_gets_one(make_program, make_cells):
+    """Its width needs nothing learned; d was uniform a priori."""
+    old, cells = make_program(), make_cells()
+    old.cell_factor_offset.zero_()
+    later = {"cell_factor_loc", "cell_factor_log_scale", "cell_factor_offset", "cell_factor_sd"}
+    program = MultiVIProgram(old.config).eval()
+    program.load_state_dict({name: value for name, value in old.state_dict().items() if name not in later})
+    q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
+    measured = cells.has_atac
+    f_l = program.cell_factor(cells, program.encode(cells, cells.design))
+    torch.testing.assert_close(q.loc.sigmoid()[measured], f_l[measured])
+    assert bool((q.scale[measured] < q.scale[~measured].min()).all())
+    uniform = torch.rand(100_000, dtype=torch.float64)
+    with torch.no_grad():
+        prior = program.cell_factor_prior(cells)
+    assert float(prior.loc[0]) == pytest.approx(float(uniform.logit().mean()), abs=0.03)
+    assert float(prior.scale[0]) == pytest.approx(float(uniform.logit().std()), abs=0.03)
+
+
+def test_an_overridden_centre_of_the_cell_factor_is_used(make_program, make_cells):
+    class Half(MultiVIProgram):
+        def cell_factor(self, cells, hidden):
+            return cells.design.new_full((len(cells),), 0.5)
+
+    cells, program = make_cells(), Half(make_program().config)
+    q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
+    assert torch.equal(q.loc[cells.has_atac], torch.zeros(int(cells.has_atac.sum())))
+
+
 def test_an_overridden_edge_is_used(make_program, make_cells):
     class Tight(MultiVIProgram):
         def z_prior(self, s):
@@ -354,8 +383,9 @@ def test_a_program_starts_at_the_marginals(make_program, make_cells, dispersion)
     # Whatever the state: every cell starts at the mean profile.
     torch.testing.assert_close(decoded.rho.dense(), marginals.gene_share.expand(len(cells), -1))
     torch.testing.assert_close(theta.expand(len(cells), -1), marginals.inverse_dispersion.expand(len(cells), -1))
-    rate = marginals.detection_rate.clamp(max=0.47)  # at d = 1/2 more is out of reach
-    torch.testing.assert_close(0.5 * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
+    d = program.cell_factor_offset.sigmoid()
+    rate = torch.minimum(marginals.detection_rate, 0.94 * d)  # more is out of reach
+    torch.testing.assert_close(d * p * r, rate.expand(len(cells), -1), rtol=0.02, atol=0)
     torch.testing.assert_close(program.library_log_mean, marginals.library_log_mean)
     torch.testing.assert_close(program.library_log_var, marginals.library_log_var)
 

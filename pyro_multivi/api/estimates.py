@@ -241,7 +241,7 @@ class EstimatesMixin(ModelBase):
             with ``return_interval``.
         normalize_cells
             Multiply with the cell factor d. For a cell without ATAC d is predicted from its expression
-            (:meth:`train` fits that to paired cells; without any, d has its prior, uniform on (0, 1)).
+            (:meth:`train` fits that to paired cells; without any, d has its prior).
             Of fragments: their expected number in the cell itself.
         normalize_regions
             Multiply with the region factor r. With both factors the result is the expected

@@ -117,7 +117,7 @@ class LatentMixin(ModelBase):
         -------
         dict
             ``"expression"``: posterior mean of l in counts (scvi-tools returns a logarithm);
-            ``"accessibility"``: the cell factor d in (0, 1). NaN for cells that lack the modality.
+            ``"accessibility"``: that of the cell factor d in (0, 1). NaN for cells that lack the modality.
         """
         tell_difference("library_size")
         return depth_factors(self.program, self._cells(adata, indices, batch_size, untrained=True, counts=None))
@@ -290,9 +290,8 @@ class LatentMixin(ModelBase):
     ) -> MarginalLL:
         r"""Log marginal likelihood log p(x, y | s) in nats per cell, by importance sampling.
 
-        The posterior is the proposal for z and the library size; their joint density with the counts, divided by the
-        proposal's, is averaged before the logarithm is taken. The cell factor d of accessibility is not integrated out
-        but held at f_l(y), as everywhere in this model; the density of its uniform prior there is 1.
+        The posterior is the proposal for z, the library size and the cell factor; their joint density with the counts,
+        divided by the proposal's, is averaged before the logarithm is taken.
 
         Parameters
         ----------

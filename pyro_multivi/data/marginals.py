@@ -72,6 +72,8 @@ class Marginals:
         Mean and (population) variance of log(max(total RNA counts, 1)) per batch, shape (K,),
         natural log. A batch without RNA cells takes the values over all RNA cells; without
         any RNA cell they are 0 and 1. The variance is at least ``LIBRARY_LOG_VAR_FLOOR``.
+    atac_log_mean, atac_log_var
+        Those of log(max(number of open regions, 1)), over ATAC cells, shape (K,).
     rna_log_depth_mean
         Mean over RNA cells of log(1 + total counts); 0 without RNA cells.
     atac_log_depth_mean
@@ -95,6 +97,8 @@ class Marginals:
     detection_rate: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
+    atac_log_mean: Tensor
+    atac_log_var: Tensor
     rna_log_depth_mean: float
     atac_log_depth_mean: float
     fragments: FragmentMarginals | None = None
@@ -141,6 +145,7 @@ class Marginals:
         share_m = atac.share()
         rna_depth, atac_depth = rna.depth(share_g), atac.depth(share_m)
         mean_k, var_k = _library_prior(rna_depth, rna.batch)
+        atac_mean_k, atac_var_k = _library_prior(atac_depth, atac.batch)
         return cls(
             gene_share=share_g.float(),
             region_share=share_m.float(),
@@ -148,6 +153,8 @@ class Marginals:
             detection_rate=((atac.feature_sum.sum(0) + 0.5) / (atac.n_cells() + 1)).float(),
             library_log_mean=mean_k.float(),
             library_log_var=var_k.float(),
+            atac_log_mean=atac_mean_k.float(),
+            atac_log_var=atac_var_k.float(),
             rna_log_depth_mean=_mean_log1p(rna_depth),
             atac_log_depth_mean=_mean_log1p(atac_depth),
             fragments=None if counted is None else counted.of_fragments(known.get(ATAC)),

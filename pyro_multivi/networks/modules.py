@@ -14,10 +14,10 @@ from pyro_multivi.data.checks import check_choice, check_type
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, modelled
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
-from pyro_multivi.networks.fragments import start_fragments
 from pyro_multivi.networks.layers import layer_options
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
@@ -44,6 +44,10 @@ class ProgramModules(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    cell_factor_loc, cell_factor_sd
+        Mean and standard deviation of logit d per batch, (n_batch,): its prior. The mean is a parameter.
+    cell_factor_offset
+        Logit of the d that a cell of typical depth starts with, scalar.
     fragments_log_mean, fragments_log_var
         Those of the log number of fragments: the prior of d in models of fragment counts, which alone have them.
     posterior_scale
@@ -124,8 +128,14 @@ class ProgramModules(nn.Module):
                 self.region_log_rate = nn.Parameter(torch.zeros(config.n_regions))
                 self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
                 self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
-            elif config.region_factors:
-                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+            else:
+                start = unlearned_cell_factor(config.n_batch)
+                self.cell_factor_loc = nn.Parameter(start["cell_factor_loc"])
+                self.cell_factor_log_scale = nn.Parameter(start["cell_factor_log_scale"])
+                self.register_buffer("cell_factor_offset", start["cell_factor_offset"])
+                self.register_buffer("cell_factor_sd", start["cell_factor_sd"])
+                if config.region_factors:
+                    self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
             if config.accessibility_likelihood == "nb":
                 self.region_log_theta = nn.Parameter(torch.zeros(config.n_regions))
         if config.modality_weights == "universal":
@@ -165,6 +175,10 @@ class ProgramModules(nn.Module):
             for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        if self.config.n_regions and not self.config.counts_fragments:
+            # In them d was a point, and its prior uniform.
+            for name, value in unlearned_cell_factor(self.config.n_batch).items():
+                state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def size_weight_directions(self) -> None:
@@ -194,7 +208,7 @@ class ProgramModules(nn.Module):
 
         Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
         share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
-        of each region for a cell of typical depth (d = 1/2), or at its mean number of fragments there.
+        of each region for a cell of typical depth, or at its mean number of fragments there.
         Loadings start at zero, so that this profile is that of every cell: with random ones each feature
         would start with differences between cells that are not in the data.
         """
@@ -229,7 +243,8 @@ class ProgramModules(nn.Module):
             assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
             start_fragments(self, marginals.fragments)
         elif self.config.n_regions:
-            wanted = (2.0 * marginals.detection_rate).clamp(max=0.95)  # p r at d = 1/2
+            typical = start_cell_factor(self, marginals)
+            wanted = (marginals.detection_rate / typical).clamp(max=0.95)  # p r
             if self.config.region_factors:
                 # p = 1/2 where possible: a cell type may open a region to twice its mean rate.
                 r = (2.0 * wanted).clamp(1e-7, 0.95)

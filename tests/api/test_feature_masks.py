@@ -86,9 +86,12 @@ def test_masked_is_absent_in_value_and_gradient(world):
     guide = poutine.trace(latents).get_trace(cells)
     guide.compute_log_prob()
     z, l, d = (guide.nodes[name]["value"] for name in ("z", "l", "d"))
-    expected = -sum(guide.nodes[name]["log_prob_sum"] for name in ("z", "l"))
+    expected = -sum(guide.nodes[name]["log_prob_sum"] for name in ("z", "l", "d"))
     prior = dist.LogNormal(*program._library_moments(cells.design))
     expected = expected + dist.Normal(0.0, 1.0).log_prob(z).sum() + prior.log_prob(l).sum()
+    batch = cells.design[:, : program.config.n_batch]
+    of_logit = dist.Normal(batch @ program.cell_factor_loc, batch @ program.cell_factor_sd)
+    expected = expected + (of_logit.log_prob(d.logit()) - d.log() - (1 - d).log()).sum()
     for batch in world.samples:
         rows = torch.from_numpy(np.flatnonzero(world.joined.obs["batch"] == batch))
         part = own_columns(program, world, batch, z[rows], cells.design[rows], l[rows], d[rows])

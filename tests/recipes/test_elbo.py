@@ -64,9 +64,9 @@ def test_a_prior_without_closed_form_enters_at_the_draw(recipes, randomised, sta
     torch.manual_seed(3)
     terms = measure(program, stained)
     assert float(terms.kl["z"]) == pytest.approx(difference.sum(), rel=1e-9)
-    # Only the library has a closed form here: the two losses differ by what it makes of l.
-    at_draw = log_density(guide["l"]) - log_density(model["l"])
-    gap = (float(terms.kl["l"]) - at_draw.sum()) * 60 / 12
+    # Only depths have a closed form here: the two losses differ by what it makes of l and d.
+    at_draw = sum((log_density(guide[name]) - log_density(model[name])).sum() for name in ("l", "d"))
+    gap = (float(terms.kl["l"] + terms.kl["d"]) - at_draw) * 60 / 12
     assert losses[TraceMeanField_ELBO] - losses[Trace_ELBO] == pytest.approx(gap, rel=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_vamp_prior_is_the_mixture_of_posteriors_of_pseudo_cells(recipes, random
     yes = torch.ones(4, dtype=torch.bool)
     pseudo = stained.replace(
         index=torch.arange(4), x=counts, y=program.pseudo_y.detach(), has_rna=yes,
-        has_atac=yes, design=torch.zeros(4, 3, dtype=torch.float64), label=yes.long(), extra={},
+        has_atac=yes, design=torch.eye(3, dtype=torch.float64)[[0] * 4], label=yes.long(), extra={},
     )  # fmt: skip
     q = poutine.trace(program.guide).get_trace(pseudo).nodes["z"]["fn"]
     _, model = traced(program, stained)

@@ -13,6 +13,7 @@ from pyro_multivi.data.setup.covariates import categories
 from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
+from pyro_multivi.networks.cell_factor import set_factor_spread
 from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.networks.surgery import Growth, Parts
 from pyro_multivi.posterior.mapping.typical import set_typical
@@ -92,7 +93,7 @@ def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
         extra.start_batches_from(table, n_known)
     if not any(bool(typical_buffer(program, modality).any()) for modality in modelled(program.config)):
         set_typical(program, n_known)
-    _set_fragments_prior(program, table, n_known)
+    _set_accessibility_prior(program, table, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return
     marginals = table.marginals(shares=_shares(program))
@@ -105,11 +106,15 @@ def _shares(program: MultiVIProgram) -> dict[Modality, torch.Tensor]:
     return {modality: typical_buffer(program, modality)[0] for modality in modelled(program.config)}
 
 
-def _set_fragments_prior(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
-    """Prior of the number of fragments of new batches, in models that count them."""
-    if not program.config.counts_fragments or not bool((table.has_atac & (table.batch_code >= n_known)).any()):
+def _set_accessibility_prior(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
+    """Prior of the cell factor, or of the number of fragments, of new batches."""
+    if not program.config.n_regions or not bool((table.has_atac & (table.batch_code >= n_known)).any()):
         return
-    fragments = table.marginals(counts_fragments=True, shares=_shares(program)).fragments
+    marginals = table.marginals(program.config.counts_fragments, shares=_shares(program))
+    if not program.config.counts_fragments:
+        set_factor_spread(program, marginals, n_known)
+        return
+    fragments = marginals.fragments
     assert fragments is not None
     program.fragments_log_mean[n_known:] = fragments.log_mean[n_known:]
     program.fragments_log_var[n_known:] = fragments.log_var[n_known:]

@@ -28,7 +28,7 @@ _PARTS: dict[str, tuple[int, int]] = {
     "z": (0, 2),
     **{modality.name: (0, 2) for modality in MODALITIES},
 }
-#: A column behind them, of models that count fragments.
+#: A column behind them, where the cell factor is inferred.
 FACTOR_SD = "factor_sd"
 _FIXED = sum(fixed for fixed, _ in _PARTS.values())
 _TIMES = sum(times for _, times in _PARTS.values())
@@ -43,9 +43,10 @@ def stored_part(stored: Any, name: str) -> Any:
         (B, P).
     name
         ``"measured"``: whether a cell has each modality, (B, 2). ``"total"``: its RNA counts and its number of open
-        regions or of fragments, (B, 2). ``"library"``: mean and standard deviation of log l, (B, 2). ``"factor"``: d,
-        (B, 1), or the mean of log d where fragments are counted, whose standard deviation ``"factor_sd"`` is. ``"z"``,
-        or the name of a modality: mean and standard deviation of z given all or that, (B, 2 K).
+        regions or of fragments, (B, 2). ``"library"``: mean and standard deviation of log l, (B, 2). ``"factor"``: the
+        mean of logit d, or of log d where fragments are counted, whose standard deviation ``"factor_sd"`` is; without
+        it d itself, (B, 1). ``"z"``, or the name of a modality: mean and standard deviation of z given all or that,
+        (B, 2 K).
 
     Examples
     --------
@@ -59,9 +60,14 @@ def stored_part(stored: Any, name: str) -> Any:
         if other == name:
             return stored[:, start : start + width]
         start += width
-    if name == FACTOR_SD and start < stored.shape[1]:
+    if name == FACTOR_SD and has_factor_sd(stored):
         return stored[:, start:]
     raise KeyError(name)
+
+
+def has_factor_sd(stored: Any) -> bool:
+    """Whether the posterior of some cells, (B, P), has a standard deviation of the cell factor."""
+    return bool((stored.shape[1] - _FIXED) % _TIMES)
 
 
 def packed(parts: Mapping[str, Tensor]) -> NDArray[np.float32]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.distributions as torchdist
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import log_depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.posterior_scale import normal_in
@@ -36,8 +36,6 @@ from pyro_multivi.program import MultiVIProgram
 
 # Ending of the names of streams of random numbers. Another one would change the draws of every seed.
 _STREAM = "told"
-# Gauss-Hermite: the mean of a sigmoid of a Normal to 1e-5 up to a standard deviation of 3.
-_NODES, _WEIGHTS = (torch.from_numpy(values).float() for values in np.polynomial.hermite_e.hermegauss(32))
 
 
 def regression_buffer(program: MultiVIProgram, modality: Modality) -> Tensor:
@@ -143,11 +141,9 @@ def mean_depth(modality: Modality, normal: dist.Normal) -> Tensor:
     >>> mean_depth(ATAC, normal), mean_depth(RNA, normal)
     (tensor([0.5000, 0.6707]), tensor([3.0802, 8.3729]))
     """
-    if not modality.binary:
-        return (normal.loc + normal.variance / 2).exp()
-    nodes, weights = _NODES.to(normal.loc), _WEIGHTS.to(normal.loc)
-    mean: Tensor = (normal.loc[..., None] + normal.scale[..., None] * nodes).sigmoid() @ weights
-    return mean / weights.sum()
+    kind = LogitNormal if modality.binary else dist.LogNormal
+    mean: Tensor = kind(normal.loc, normal.scale).mean
+    return mean
 
 
 def is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality, nodes: dict[str, Any]) -> bool:

@@ -342,8 +342,8 @@ def _repeated(statements: Any, n_samples: int) -> Callable[[Cells], None]:
 class _Fill(Messenger):
     """Handler that sets each latent site of a guide: to a draw from a cell's noise, or to the mean without any.
 
-    The guide fixes d of a cell without ATAC at one number that it draws itself. Here d of such
-    cells follows its prior, as every latent does of which nothing was measured.
+    Where a guide of one's own fixes d at a point, d of a cell without ATAC still follows its prior, as every
+    latent does of which nothing was measured.
     """
 
     def __init__(

@@ -111,10 +111,9 @@ def marginal_likelihood(
     r"""Importance sampling estimate of the marginal likelihood of each cell.
 
     .. math:: \log p(x_n, y_n \mid s_n) \approx \log \frac{1}{S} \sum_s
-        \frac{p(x_n, y_n, z_s, \ell_s)}{q(z_s, \ell_s)}, \quad z_s, \ell_s \sim q
+        \frac{p(x_n, y_n, z_s, \ell_s, d_s)}{q(z_s, \ell_s, d_s)}, \quad z_s, \ell_s, d_s \sim q
 
-    The guide holds the cell factor d at f_l(y), where the density of its uniform prior is 1: the
-    likelihood is conditional on it. The standard error of the logarithm is, to first order, the
+    The standard error of the logarithm is, to first order, the
     relative error of the mean weight. The logarithm of a mean is low by half its square on average.
 
     With ``reading``, ``"open"`` or ``"counts"``, accessibility is read as :mod:`.readings` tells.

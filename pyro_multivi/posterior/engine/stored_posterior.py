@@ -9,8 +9,9 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.minified.layout import FACTOR_SD, stored_part
+from pyro_multivi.data.minified.layout import FACTOR_SD, has_factor_sd, stored_part
 from pyro_multivi.data.modality import modelled
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.program import CELLS, MultiVIProgram
 
@@ -29,16 +30,21 @@ def guide_of(program: MultiVIProgram, cells: Cells) -> Callable[[Cells], None]:
                 inferred = dist.LogNormal(*stored_part(stored, "library").unbind(-1))
                 pyro.sample("l", inferred if known is None else dist.Delta(known))
             if program.config.n_regions:
-                factor = stored_part(stored, "factor")[:, 0]
-                if program.config.counts_fragments:
-                    pyro.sample("d", dist.LogNormal(factor, stored_part(stored, FACTOR_SD)[:, 0]))
-                else:
-                    pyro.sample("d", dist.Delta(factor))
+                pyro.sample("d", _cell_factor(program, stored))
             # Their values stay beside the posterior.
             for modality in program.modelled_extra:
                 modality.guide(cells, cells.design)
 
     return guide
+
+
+def _cell_factor(program: MultiVIProgram, stored: Tensor) -> dist.TorchDistribution:
+    """q(d) of cells whose counts are gone: a point where it was known, and as earlier versions stored it."""
+    factor = stored_part(stored, "factor")[:, 0]
+    if not has_factor_sd(stored):
+        return dist.Delta(factor)
+    kind = dist.LogNormal if program.config.counts_fragments else LogitNormal
+    return kind(factor, stored_part(stored, FACTOR_SD)[:, 0])
 
 
 def stored_experts(program: MultiVIProgram, cells: Cells, stored: Tensor) -> dict[str, Expert]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.minified.layout import FACTOR_SD, packed
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import mean_of
@@ -122,8 +123,8 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
         known = minibatch.has_atac if minibatch.atac_size is None else torch.ones_like(minibatch.has_atac)
         # Of other cells the guide draws it from the prior, and posterior quantities do so anew.
         stored["factor"] = torch.where(known, factor.to(known.device), 0.5)[:, None]
-        if program.config.counts_fragments:
-            fn = nodes[ATAC.depth]["fn"]
+        fn = nodes[ATAC.depth]["fn"] if ATAC.depth in nodes else None
+        if isinstance(fn, (LogitNormal, dist.LogNormal)):
             stored["factor"], stored[FACTOR_SD] = fn.loc[:, None], fn.scale[:, None]
         normal = normal_in(nodes["z"]["fn"])
         assert normal is not None
@@ -145,9 +146,7 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
             nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, minibatch)).get_trace(minibatch).nodes)
             for modality in MODALITIES:
                 if modality.depth in nodes:
-                    site = nodes[modality.depth]
-                    # The cell factor is a point estimate, unless it counts fragments.
-                    found = site["value"] if modality.in_model(program.config).binary else site["fn"].mean
+                    found = mean_of(modality.depth, nodes[modality.depth]["fn"])
                     found = found.masked_fill(~modality.measured_in(minibatch), torch.nan)
                     parts[modality.name] = found.cpu().numpy()
         return parts

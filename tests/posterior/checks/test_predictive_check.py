@@ -181,15 +181,12 @@ class FixedLibrary(MultiVIProgram):
 class FixedDepth(FixedLibrary):
     """Every cell as deep as the typical one, in both modalities."""
 
-    def cell_factor(self, cells, read):
-        return cells.design.new_full((len(cells),), 0.5)
+    def cell_factor_prior(self, cells):
+        return dist.Delta(cells.design.new_full((len(cells),), 0.5))
 
 
 class NothingInferred(FixedDepth):
     """Depth is told and the state has no effect: replicates are drawn from the very distribution of the data."""
-
-    def cell_factor_prior(self, cells):
-        return dist.Delta(self.cell_factor(cells, None))
 
     def transform(self, z):
         return torch.zeros_like(z)

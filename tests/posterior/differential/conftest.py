@@ -72,14 +72,21 @@ class TwoGroups:
     def both(self, modality: Modality, batches: tuple[int | None, ...] = (None,)) -> tuple[Any, Any]:
         return self.draws(modality, self.first, batches), self.draws(modality, self.second, batches)
 
+    def cell_factors(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """d of every draw, (n,); NaN where it is of a cell without ATAC."""
+        chosen, number = self.chosen(index)
+        cells = self.model.minibatch(index)
+        with evaluation_mode(self.model.program):
+            nodes = draw_latents(self.model.program, cells, int(number.max()) + 1).trace.nodes
+        d: NDArray[np.float64] = nodes["d"]["value"].double().numpy()[number, chosen]
+        return np.where(cells.has_atac.numpy()[chosen], d, np.nan)
+
     def detection(self, *indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Factor of p in the probability of detection in a cell of mean depth, (F,)."""
-        d = self.model.get_library_size_factors()["accessibility"].ravel()
         means, sizes = [], []
         for index in indices or (self.first, self.second):
-            drawn = d[index[self.chosen(index)[0]]]
-            means.append(np.nanmean(drawn))
-            sizes.append(np.isfinite(d[index]).sum())
+            means.append(np.nanmean(self.cell_factors(index)))
+            sizes.append(int(self.model.minibatch(index).has_atac.sum()))
         factor: NDArray[np.float64] = np.average(means, weights=sizes) * self.model.get_region_factors()
         return factor
 

@@ -162,7 +162,7 @@ def counted(groups, modality, index, draws):
     cells = groups.model.minibatch(index)
     if modality is ATAC:
         y = (cells.y.to_dense()[cells.has_atac] > 0).double().numpy()
-        d = groups.model.get_library_size_factors()["accessibility"].ravel()[index][chosen]
+        d = groups.cell_factors(index)
         measured = np.isfinite(d)
         expected = len(y) * (draws * np.nan_to_num(d)[:, None])[measured].mean(0) * groups.model.get_region_factors()
         exposure = expected / (scale(groups, modality) * draws.mean(0))

@@ -6,6 +6,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 
@@ -25,17 +26,21 @@ def integrable(make_program, **choices):
                 part.mul_(0.2)
             # The average of two experts of variance 2 has variance 1.
             expert.log_variance.bias.fill_(np.log(2.0))
+        # Depths are those that were observed, with wide errors.
+        for head in (program.library_head, program.cell_factor_head):
+            head.out.weight.zero_()
+            head.out.bias.zero_()
+        program.cell_factor_log_scale.fill_(np.log(2.0))
     return program
 
 
 def log_marginal(program, cells, n_z=61, n_l=81):
-    """Log marginal likelihood of each cell by the trapezoidal rule over z and log l, with SciPy's distributions."""
+    """Log marginal likelihood of each cell by the trapezoidal rule over z, log l and logit d, with SciPy."""
     k = program.config.latent
     axis = np.linspace(-6, 6, n_z)
     z = np.stack(np.meshgrid(*[axis] * k, indexing="ij"), -1).reshape(-1, k)
     log_prior = scipy.stats.norm.logpdf(z).sum(-1) + k * np.log(axis[1] - axis[0])
-    with torch.no_grad():
-        d = program.cell_factor(cells, program.encode(cells, cells.design)).numpy()
+    batch = cells.design[:, : program.config.n_batch].argmax(1)
     found = []
     for n in range(len(cells)):
         s = cells.design[n].expand(len(z), -1)
@@ -56,8 +61,12 @@ def log_marginal(program, cells, n_z=61, n_l=81):
             weight = scipy.stats.norm.logpdf(log_l, loc, scale) + np.log(log_l[1] - log_l[0])
             log_p += np.logaddexp.reduce(each.sum(-1) + weight[:, None], 0)
         if cells.has_atac[n]:
-            q = p * d[n] * r
-            log_p += np.where(cells.y.to_dense()[n].numpy() > 0, np.log(q), np.log1p(-q)).sum(-1)
+            centre, sd = program.cell_factor_loc[batch[n]].item(), program.cell_factor_sd[batch[n]].item()
+            logit_d = np.linspace(centre - 7 * sd, centre + 7 * sd, n_l)
+            q = scipy.special.expit(logit_d)[:, None, None] * p * r
+            each = np.where(cells.y.to_dense()[n].numpy() > 0, np.log(q), np.log1p(-q)).sum(-1)
+            weight = scipy.stats.norm.logpdf(logit_d, centre, sd) + np.log(logit_d[1] - logit_d[0])
+            log_p += np.logaddexp.reduce(each + weight[:, None], 0)
         found.append(np.logaddexp.reduce(log_p))
     return np.array(found)
 
@@ -68,7 +77,7 @@ def test_marginal_likelihood_is_the_integral(make_program, make_cells, n_latent,
     cells = make_cells((2, 1, 1), dtype=torch.float64, **SIZES)
     exact = log_marginal(program, cells)
     found = marginal_likelihood(program, [cells], 6000, seed=1)
-    assert (found.standard_error < 0.05).all()
+    assert (found.standard_error < 0.1).all()
     assert (np.abs(found.log_likelihood - exact) < 4 * found.standard_error).all()
     bound = elbo_parts(program, [cells], 500).elbo
     assert (bound < exact).all()
