@@ -21,6 +21,7 @@ from pyro_multivi.distributions import (
     measured_only,
 )
 from pyro_multivi.distributions.fragments import FragmentCounts
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks import cell_factor as factors
 from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
 from pyro_multivi.networks.decoders import DecodedExpression, dispersions_of_cells
@@ -332,8 +333,12 @@ class MultiVIProgram(ProgramModules):
         if isinstance(prior, dist.Delta):
             return prior
         if not self.config.counts_fragments:
-            return factors.factor_posterior(self, cells, self.cell_factor(cells, hidden))
+            # A prior of one's own may be of another family.
+            own = prior if isinstance(prior, LogitNormal) else factors.factor_prior(self, s)
+            return factors.factor_posterior(self, cells, self.cell_factor(cells, hidden), own)
         assert hidden.atac is not None
+        if not isinstance(prior, dist.LogNormal):
+            prior = factors.fragments_prior(self, s)
         state = self.depth_hidden_state(hidden.atac)
         return factors.depth_posterior(self.cell_factor_head, state, self.atac_log_depth, prior.loc, prior.scale)
 

@@ -16,6 +16,7 @@ from pyro.infer.inspect import get_model_relations
 from pyro_multivi import MultiVIProgram, ProgramConfig
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.traces import measure
 
@@ -291,6 +292,31 @@ def test_an_overridden_centre_of_the_cell_factor_is_used(make_program, make_cell
     cells, program = make_cells(), Half(make_program().config)
     q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
     assert torch.equal(q.loc[cells.has_atac], torch.zeros(int(cells.has_atac.sum())))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "own"),
+    [
+        ("bernoulli", dist.Beta(2.0, 3.0)),
+        ("bernoulli", LogitNormal(torch.tensor(1.0), torch.tensor(2.0))),
+        ("poisson", dist.Gamma(2.0, 3.0)),
+        ("poisson", dist.LogNormal(1.0, 2.0)),
+    ],
+)
+def test_an_overridden_prior_of_the_cell_factor_is_used(make_program, make_cells, likelihood, own):
+    """Of any family; the posterior of cells without ATAC is it, where it is of its family."""
+
+    class Mine(MultiVIProgram):
+        def cell_factor_prior(self, cells):
+            return own.expand([len(cells)])
+
+    cells, program = make_cells(), Mine(make_program(accessibility_likelihood=likelihood).config)
+    loss = TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, cells)
+    assert bool(loss.isfinite())
+    q = poutine.trace(program.guide).get_trace(cells).nodes["d"]["fn"]
+    if type(q) is type(own):
+        assert q.base_dist.loc[~cells.has_atac].unique().tolist() == [1.0]
+        assert q.base_dist.scale[~cells.has_atac].unique().tolist() == [2.0]
 
 
 def test_an_overridden_edge_is_used(make_program, make_cells):

@@ -80,6 +80,8 @@ class Marginals:
         Mean over ATAC cells of log(1 + number of open regions); 0 without ATAC cells.
     fragments
         Statistics of counts of fragments, for models of these; else None.
+    atac_size_mean
+        Mean over ATAC cells of the known cell factors; None without them.
 
     Examples
     --------
@@ -102,6 +104,7 @@ class Marginals:
     rna_log_depth_mean: float
     atac_log_depth_mean: float
     fragments: FragmentMarginals | None = None
+    atac_size_mean: float | None = None
 
     @classmethod
     def of(
@@ -132,8 +135,11 @@ class Marginals:
         """
         rna, atac = _FeatureMoments(RNA), _FeatureMoments(ATAC)
         counted = _FeatureMoments(replace(ATAC, binary=False)) if counts_fragments else None
+        sizes: list[Tensor] = []
         for cells in blocks:
             batch_nk = cells.design[:, :n_batch].detach().cpu().double()
+            if cells.atac_size is not None:
+                sizes.append(cells.atac_size[cells.has_atac].cpu().double())
             rna.add(cells, batch_nk)
             atac.add(cells, batch_nk)
             if counted is not None:
@@ -142,7 +148,7 @@ class Marginals:
             raise ValueError("blocks: no cells were given, at least one is needed for the data's marginals.")
         known = {modality: share.cpu().double() for modality, share in (shares or {}).items()}
         share_g = known[RNA] if RNA in known and not rna.complete else rna.share()
-        share_m = atac.share()
+        share_m = known[ATAC] if ATAC in known and not atac.complete else atac.share()
         rna_depth, atac_depth = rna.depth(share_g), atac.depth(share_m)
         mean_k, var_k = _library_prior(rna_depth, rna.batch)
         atac_mean_k, atac_var_k = _library_prior(atac_depth, atac.batch)
@@ -158,6 +164,7 @@ class Marginals:
             rna_log_depth_mean=_mean_log1p(rna_depth),
             atac_log_depth_mean=_mean_log1p(atac_depth),
             fragments=None if counted is None else counted.of_fragments(known.get(ATAC)),
+            atac_size_mean=float(torch.cat(sizes).mean()) if any(len(some) for some in sizes) else None,
         )
 
 

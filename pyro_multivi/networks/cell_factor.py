@@ -1,6 +1,6 @@
 r"""The cell factor d of accessibility, and the depth of a cell in general: priors and posteriors.
 
-Where regions are open or closed d is in (0, 1) and, of a cell n of batch s in which f of M regions are open,
+Where regions are open or closed d is in (0, 1) and, of a cell n of batch s in which f of the measured regions are open,
 
 .. math::
 
@@ -19,7 +19,8 @@ regions, with a small one the most open regions cannot be as open as they are. S
 asks, so that three standard deviations deeper than the mean of a batch d reaches 1, and as large as the regions need,
 so that those with 90 % of all detections may be four times as open in a type of cells as they are on average.
 :math:`\tau_s` is that of the data, as the variance of the library size is: there the logit varies 1 / (1 - d) times as
-much as the log number of open regions does.
+much as the log number of open regions does. A new batch of a query starts at the mean of logit :math:`f_\ell` over its
+cells, around which its prior is best. Of factors that the data give the typical one is their mean.
 
 Where ``accessibility_likelihood`` is not "bernoulli", d is the number of fragments of a cell, with a LogNormal prior
 for each batch as the library size has, and region j has mean :math:`p_{nj} r_j d_n / \bar d`, with
@@ -29,6 +30,7 @@ for each batch as the library size has, and region j has mean :math:`p_{nj} r_j 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -41,7 +43,7 @@ from pyro_multivi.data.modality import ATAC
 from pyro_multivi.distributions.fragments import FragmentCounts, NegativeBinomialFragments, PoissonFragments
 from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.encoders import HiddenState
-from pyro_multivi.networks.panels import depth
+from pyro_multivi.networks.panels import n_open
 
 # exp of more would overflow a depth long after it stopped being one (1e13 counts).
 _MAX_LOG_DEPTH = 30.0
@@ -78,10 +80,10 @@ def factor_prior(program: Any, s: Tensor) -> LogitNormal:
     return LogitNormal(batch @ program.cell_factor_loc, batch @ program.cell_factor_sd)
 
 
-def factor_posterior(program: Any, cells: Cells, d: Tensor) -> LogitNormal:
+def factor_posterior(program: Any, cells: Cells, d: Tensor, prior: LogitNormal) -> LogitNormal:
     """q(d | y) around a number in (0, 1) of each cell, (B,); the prior of cells without ATAC."""
-    prior = factor_prior(program, cells.design)
-    information = depth(program, cells, ATAC) * (1 - d).square()
+    # Of regions that were not measured nothing is known, however deep a cell would be with them.
+    information = n_open(ATAC.counts_in(cells)) * (1 - d).square()
     sd = program.cell_factor_log_scale.exp() * (prior.scale**-2 + information).rsqrt()
     loc = torch.logit(d, _MARGIN)
     return LogitNormal(torch.where(cells.has_atac, loc, prior.loc), torch.where(cells.has_atac, sd, prior.scale))
@@ -99,7 +101,9 @@ def start_cell_factor(program: Any, marginals: Marginals) -> float:
 
 
 def typical_factor(marginals: Marginals) -> Tensor:
-    """Cell factor that a cell of typical depth starts with, (), between 0.1 and 0.5; see the module."""
+    """Cell factor that a cell of typical depth starts with, (), between 0.1 and 0.5 if inferred; see the module."""
+    if marginals.atac_size_mean is not None:
+        return torch.tensor(marginals.atac_size_mean)
     deepest = (marginals.atac_log_mean + _DEEPEST_SDS * marginals.atac_log_var.sqrt()).max()
     of_depths = (marginals.atac_log_depth_mean - deepest).exp()
     rate = marginals.detection_rate.double().sort().values
@@ -113,6 +117,21 @@ def set_factor_spread(program: Any, marginals: Marginals, first: int = 0) -> Non
     """Take the spread of d from the numbers of open regions, for batches from a first one on."""
     d = program.cell_factor_offset.sigmoid().item()
     program.cell_factor_sd[first:] = marginals.atac_log_var[first:].sqrt() / (1 - d)
+
+
+@torch.no_grad()
+def set_factor_mean(program: Any, blocks: Iterable[Cells], first: int) -> None:
+    """Take the mean of logit d from f_l of the cells with ATAC, for batches from a first one on that have any."""
+    n_batch = program.config.n_batch
+    total, n_cells = torch.zeros(2, n_batch, dtype=torch.double)
+    for cells in blocks:
+        logit = torch.logit(program.cell_factor(cells, program.encode(cells, cells.design)), _MARGIN).double()
+        batch = cells.design[cells.has_atac, :n_batch].double()
+        total += logit[cells.has_atac] @ batch
+        n_cells += batch.sum(0)
+    known = n_cells > 0
+    known[:first] = False
+    program.cell_factor_loc[known] = (total / n_cells)[known].to(program.cell_factor_loc)
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:

@@ -11,7 +11,8 @@ import torch
 
 import pyro_multivi as pm
 from pyro_multivi.data.marginals import Marginals
-from pyro_multivi.networks.cell_factor import set_factor_spread, typical_factor
+from pyro_multivi.data.minibatch import Cells, Panels
+from pyro_multivi.networks.cell_factor import set_factor_mean, set_factor_spread, typical_factor
 
 RARE = np.full(1000, 0.01)
 
@@ -96,3 +97,47 @@ def test_the_start_is_saved_with_a_model(tmp_path):
     assert loaded.program.cell_factor_offset.item() == pytest.approx(-1.3)
     for kind, found in loaded.get_library_size_factors().items():
         np.testing.assert_allclose(found, model.get_library_size_factors()[kind], rtol=1e-6)
+
+
+def test_regions_that_were_not_measured_tell_nothing_of_the_factor(make_program, make_cells):
+    """A cell with the same counts in a part of the regions is deeper, but its factor is no better known."""
+    program, cells = make_program(), make_cells()
+    program.atac_typical.copy_(torch.rand(2, 9, generator=torch.Generator().manual_seed(0)))
+    panels = Panels(torch.tensor([[True] * 4 + [False] * 5]), torch.zeros(len(cells), dtype=torch.int64))
+    y = cells.y.to_dense()
+    y[:, 4:] = 0
+    some = cells.replace(y=y, atac_panels=panels)
+    hidden = program.encode(some, some.design)
+    q = program.cell_factor_posterior(some, some.design, hidden)
+    d, prior = program.cell_factor(some, hidden), program.cell_factor_prior(some)
+    precision = prior.scale**-2 + (y > 0).sum(1) * (1 - d).square()
+    expected = torch.where(cells.has_atac, program.cell_factor_log_scale.exp() / precision.sqrt(), prior.scale)
+    torch.testing.assert_close(q.scale, expected)
+
+
+def test_known_factors_say_what_a_typical_cell_has(make_cells):
+    cells = make_cells()
+    known = torch.linspace(0.6, 0.9, len(cells))
+    marginals = Marginals.of([cells.replace(atac_size=known)], n_batch=2)
+    assert typical_factor(marginals).item() == pytest.approx(known[cells.has_atac].mean().item())
+    assert Marginals.of([cells], n_batch=2).atac_size_mean is None
+
+
+def rows(cells: Cells, which: slice) -> Cells:
+    parts = ("index", "has_rna", "has_atac", "design", "label")
+    counts = {name: getattr(cells, name).to_dense()[which] for name in ("x", "y")}
+    return cells.replace(**counts, **{name: getattr(cells, name)[which] for name in parts})
+
+
+def test_later_batches_take_the_mean_of_their_cells(make_program, make_cells):
+    """Of cells with ATAC, however they are cut; a batch without any keeps what it has."""
+    program, cells = make_program(), make_cells(n=(9, 4, 7))
+    before = program.cell_factor_loc.detach().clone()
+    logit = program.cell_factor(cells, program.encode(cells, cells.design)).logit()
+    of_second = cells.has_atac & (cells.design[:, 1] == 1)
+    for blocks in ([cells], [rows(cells, slice(6)), rows(cells, slice(6, None))]):
+        set_factor_mean(program, blocks, first=1)
+        torch.testing.assert_close(program.cell_factor_loc[1], logit[of_second].mean())
+    set_factor_mean(program, [make_cells(n=(0, 6, 0))], first=0)
+    torch.testing.assert_close(program.cell_factor_loc[0], before[0])
+    torch.testing.assert_close(program.cell_factor_loc[1], logit[of_second].mean())

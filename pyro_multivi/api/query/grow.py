@@ -13,11 +13,12 @@ from pyro_multivi.data.setup.covariates import categories
 from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.networks.cell_factor import set_factor_spread
+from pyro_multivi.networks.cell_factor import set_factor_mean, set_factor_spread
 from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.networks.surgery import Growth, Parts
 from pyro_multivi.posterior.mapping.typical import set_typical
 from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode
 
 
 def query_spec(reference: DataSpec, data: Any, needs_labels: bool) -> tuple[DataSpec, Opened]:
@@ -113,6 +114,8 @@ def _set_accessibility_prior(program: MultiVIProgram, table: CellTable, n_known:
     marginals = table.marginals(program.config.counts_fragments, shares=_shares(program))
     if not program.config.counts_fragments:
         set_factor_spread(program, marginals, n_known)
+        with evaluation_mode(program):
+            set_factor_mean(program, table.blocks(), n_known)
         return
     fragments = marginals.fragments
     assert fragments is not None

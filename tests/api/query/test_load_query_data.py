@@ -54,6 +54,16 @@ def test_a_new_batch_starts_as_the_average_of_the_known_ones(world):
     torch.testing.assert_close(weight[:, 5], weight[:, 3:5].mean(1))
 
 
+def test_the_factor_of_a_new_batch_is_expected_where_its_cells_are(world):
+    """Whatever their depth: one of a quarter of it need not be trained to have a prior."""
+    mapped = pm.MULTIVI.load_query_data(world.query, world.model)
+    cells = mapped.minibatch(np.arange(world.query.n_obs))
+    with torch.no_grad():
+        q = mapped.program.cell_factor_posterior(cells, cells.design, mapped.program.encode(cells, cells.design))
+    new = cells.has_atac & (cells.design[:, 2] == 1)
+    torch.testing.assert_close(mapped.program.cell_factor_loc[2], q.loc[new].mean())
+
+
 @pytest.mark.parametrize(
     ("chosen", "whole"),
     [
