@@ -6,11 +6,15 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 import pyro_multivi as scvi
 from pyro_multivi.data._constants import ADATA_MINIFY_TYPE
 from pyro_multivi.data._utils import _is_minified
+from pyro_multivi.data.minified.layout import stored_part
 from pyro_multivi.model import MULTIVI
+from pyro_multivi.networks.cell_factor import unlearned_cell_factor
+from pyro_multivi.posterior.quantities.file_sink import digest
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -198,3 +202,32 @@ def test_minified_data_and_saved_models(minified, tmp_path):
     del other.adata.obsm["pyro_multivi_posterior"]
     with pytest.raises(ValueError, match=r"minified, but obsm\['pyro_multivi_posterior'\] .* is not there"):
         MULTIVI.load(tmp_path / "small", other.adata)
+
+
+def test_data_that_an_earlier_version_minified_keep_their_points(tmp_path):
+    """Then d had no posterior: models had no tensors of it, and of cells d itself was stored."""
+    _, model = made()
+    later = unlearned_cell_factor(2)
+    model.program.load_state_dict({**model.program.state_dict(), **later})
+    model.minify_adata()
+    points = np.linspace(0.1, 0.9, model.adata.n_obs, dtype=np.float32)
+    start = 2 + 2 + 2
+    stored = model.adata.obsm["pyro_multivi_posterior"][:, :-1].copy()
+    stored[:, start] = points
+    model.adata.obsm["pyro_multivi_posterior"] = stored
+    state = model.program.state_dict()
+    earlier = digest({}, *(value for name, value in state.items() if name not in later))
+    model.adata.uns["pyro_multivi"]["minified_by"] = earlier
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = MULTIVI.load(tmp_path / "model")
+    np.testing.assert_allclose(stored_part(stored, "factor")[:, 0], points)
+    d = loaded.get_library_size_factors()["accessibility"]
+    has_atac = loaded.adata.obs["modality"] != "expression"
+    np.testing.assert_allclose(d[has_atac], points[has_atac], rtol=1e-6)
+    assert np.isfinite(loaded.get_normalized_accessibility(n_samples=3, normalize_cells=True, return_numpy=True)).all()
+    # Of a model that has learned something of d since, it is the posterior no more.
+    with torch.no_grad():
+        model.program.cell_factor_loc += 0.1
+    model.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="minified by another model"):
+        MULTIVI.load(tmp_path / "other", model.adata)
