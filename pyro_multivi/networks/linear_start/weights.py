@@ -36,18 +36,13 @@ def start_first_layer(layer: SharedFirstLayer, found: Components, inputs: sp.csr
 
 
 def start_expert(expert: NormalHead, hidden: Tensor, mean: Array, variance: Array) -> None:
-    """Let an expert's mean be the linear map from its hidden layer that is nearest, and its variance a constant.
-
-    Dimensions that the linear model leaves out start at the prior.
-    """
+    """Let an expert's mean be the linear map from its hidden layer that is nearest, and its variance a constant."""
     values: Array = hidden.detach().cpu().double().numpy()
     coefficients = _ridge(values, mean)
     k = mean.shape[1]
-    for layer in (expert.loc, expert.log_variance):
-        layer.weight.zero_()
-        layer.bias.zero_()
     _copy(expert.loc.weight[:k], coefficients.T)
     _copy(expert.loc.bias[:k], mean.mean(0) - values.mean(0) @ coefficients)
+    expert.log_variance.weight[:k] = 0.0
     _copy(expert.log_variance.bias[:k], np.log(variance.clip(_LEAST_VARIANCE)))
 
 
@@ -57,11 +52,11 @@ def start_readout(stack: CovariateStack, layer: nn.Linear, design: Array, effect
     like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     z = rng.standard_normal((_DRAWS, n_latent))
     s = design[rng.integers(0, len(design), _DRAWS)]
-    hidden: Array = stack(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
+    hidden = stack(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
     coefficients = _ridge(hidden, z[:, : effects.shape[1]])
-    weight: Array = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
-    layer.weight.add_(torch.as_tensor(weight, **like))
-    layer.bias.sub_(torch.as_tensor(weight @ hidden.mean(0), **like))
+    weight = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
+    layer.weight += torch.as_tensor(weight, **like)
+    layer.bias -= torch.as_tensor(weight @ hidden.mean(0), **like)
 
 
 def effects_on_means(
