@@ -28,7 +28,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.networks.linear_start.components import Array, Components, components
-from pyro_multivi.networks.linear_start.factors import Factors, factors
+from pyro_multivi.networks.linear_start.factors import Factors, all_signal, shared_signal
 from pyro_multivi.networks.linear_start.weights import (
     effects_on_means,
     start_expert,
@@ -97,12 +97,15 @@ def start_linearly(program: Any, train: Minibatches) -> int:
 
 
 def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: Array) -> int:
-    own = [part.found.scores for part in parts]
-    pairs = []
+    own, found = [part.found.scores for part in parts], [part.found for part in parts]
+    pair = None
     if len(parts) == 2:
         _, *rows = np.intersect1d(parts[0].places, parts[1].places, return_indices=True)
-        pairs = [(own[0][rows[0]], own[1][rows[1]])]
-    model = factors([part.found for part in parts], pairs, program.config.latent)
+        pair = (own[0][rows[0]], own[1][rows[1]])
+    if pair is None or program.config.fully_paired:
+        model = all_signal(found, pair, program.config.latent)
+    else:
+        model = shared_signal(found, pair, program.config.latent)
     k = model.n_latent
     if k == 0:
         return 0

@@ -52,11 +52,11 @@ def start_readout(stack: CovariateStack, layer: nn.Linear, design: Array, effect
     like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     z = rng.standard_normal((_DRAWS, n_latent))
     s = design[rng.integers(0, len(design), _DRAWS)]
-    hidden = stack(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
+    hidden: Array = stack(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
     coefficients = _ridge(hidden, z[:, : effects.shape[1]])
-    weight = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
-    layer.weight += torch.as_tensor(weight, **like)
-    layer.bias -= torch.as_tensor(weight @ hidden.mean(0), **like)
+    weight: Array = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
+    layer.weight.add_(torch.as_tensor(weight, **like))
+    layer.bias.sub_(torch.as_tensor(weight @ hidden.mean(0), **like))
 
 
 def effects_on_means(
