@@ -121,11 +121,10 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
         start_first_layer(first_layer, part.found, part.inputs)
         expert: NormalHead = getattr(program, f"{key}_expert")
         start_expert(expert, _hidden(program, minibatches, part, expert), wanted, together * np.diag(of_expert))
-        weighted = np.tensordot(part.depth, covariance[part.places], 1)
-        group = design[part.places, : program.config.n_batch].argmax(1)
         effects = effects_on_means(
-            part.counts, part.depth, group, mean[part.places], weighted, _overdispersion(program, part)
-        )
+            part.counts, part.depth, design[part.places, : program.config.n_batch].argmax(1), mean[part.places],
+            covariance[part.places], _overdispersion(program, part),
+        )  # fmt: skip
         decoder = getattr(program, f"{part.modality.name}_decoder")
         layer = getattr(decoder, part.modality.decoded)
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())

@@ -73,10 +73,14 @@ def effects_on_means(
     group
         Batch of each cell, (n,); each has shares of its own.
     mean, covariance
-        Posterior of z, (n, K), and the sum of its covariances over cells, weighted by depth, (K, K).
+        Posterior of z, (n, K) and (n, K, K).
     overdispersion
         Variance of a count over its mean, (F,).
     """
+    # Counts vary between cells of one state beyond Poisson noise, so that a cell's weight is bounded.
+    weight = 2 / (1 + depth / max(depth.mean(), 1e-12))
+    counts, depth = sp.diags_array(weight) @ counts, weight * depth
+    overdispersion = overdispersion * (weight @ depth) / max(depth.sum(), 1e-12)
     score: Array = counts.T @ mean
     share: Array = np.zeros(counts.shape[1])
     for code in np.unique(group):
@@ -85,7 +89,7 @@ def effects_on_means(
         score = score - np.outer(total / max(depth[of_group].sum(), 1e-12), depth[of_group] @ mean[of_group])
         share += total
     share /= max(depth.sum(), 1e-12)
-    information = (mean * depth[:, None]).T @ mean + covariance
+    information = (mean * depth[:, None]).T @ mean + np.tensordot(depth, covariance, 1)
     inverse = np.linalg.inv(information + 1e-9 * np.trace(information) * np.eye(len(information)))
     per_share = 1 / share.clip(min=1e-12)
     found = (score @ inverse) * per_share[:, None]
