@@ -20,6 +20,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.isolation import Interruption, PyroState, isolated, uninterrupted
+from pyro_multivi.networks.linear_start import start_linearly
 from pyro_multivi.processes.group import Processes, alone, current, distributed
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
@@ -114,6 +115,8 @@ def fit(
     first = history.n_epochs if state is None else int(state["position"]["first"])
     last = first + options.max_epochs
     program.to(train.device)
+    if not first and state is None and processes.is_first:
+        start_linearly(program, train)
     share_weights(processes, program)
     trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
