@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import check_choice, check_type
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, modelled
 from pyro_multivi.data.table import CellTable
@@ -19,6 +20,7 @@ from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecod
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.layers import layer_options
+from pyro_multivi.networks.linear_start import start_linearly
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
@@ -256,3 +258,11 @@ class ProgramModules(nn.Module):
         """Set initial parameters of the extra modalities from the data."""
         for modality in self.modelled_extra:
             modality.start_from(table)
+
+    def start_training_from(self, train: Minibatches) -> None:
+        """Set weights that the first training starts from: a linear model of the cells where there is one.
+
+        See :mod:`pyro_multivi.networks.linear_start`, which says when there is none. Override it with ``pass`` to start
+        from random weights.
+        """
+        start_linearly(self, train)

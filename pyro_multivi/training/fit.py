@@ -20,7 +20,6 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
 from pyro_multivi.isolation import Interruption, PyroState, isolated, uninterrupted
-from pyro_multivi.networks.linear_start import start_linearly
 from pyro_multivi.processes.group import Processes, alone, current, distributed
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
@@ -116,7 +115,7 @@ def fit(
     last = first + options.max_epochs
     program.to(train.device)
     if not first and state is None and processes.is_first:
-        start_linearly(program, train)
+        program.start_training_from(train)
     share_weights(processes, program)
     trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
