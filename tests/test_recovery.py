@@ -112,7 +112,10 @@ def test_accessibility_that_was_not_measured_is_imputed(fitted):
     truth = adata.obsm["true_p"][RNA_ONLY]
     differential = adata.var["is_differential"].to_numpy()[100:]
     # p is known up to a factor of the region: cells are compared within each region.
-    within = [np.corrcoef(found[:, j], truth[:, j])[0, 1] for j in np.flatnonzero(differential)]
+    # A region that is open in nearly every cell may be at 1 in float32.
+    varies = found.std(0) > 0
+    assert varies[differential].mean() > 0.95
+    within = [np.corrcoef(found[:, j], truth[:, j])[0, 1] for j in np.flatnonzero(differential & varies)]
     assert np.median(within) > 0.7
 
 

@@ -68,7 +68,7 @@ def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> C
     --------
     >>> rng = np.random.default_rng(0)
     >>> state, loadings = rng.standard_normal((400, 2)), rng.standard_normal((2, 200))
-    >>> found = components(sp.csr_array(5 + 0.5 * state @ loadings + rng.standard_normal((400, 200))),
+    >>> found = components(sp.csr_array(5 + 0.2 * state @ loadings + rng.standard_normal((400, 200))),
     ...                    np.full(400, 9.0), np.ones((400, 1)), most=10)
     >>> found.scores.shape, found.directions.shape
     ((400, 2), (2, 200))
