@@ -1,10 +1,8 @@
 r"""Gaussian factor model of the components of all modalities: the latent state that training starts from.
 
-The scores of a modality are :math:`t_m = W_m z + \epsilon_m` with z ~ Normal(0, I) and normal :math:`\epsilon_m`. Where
-every cell has both modalities, z holds the signal of each. Otherwise it holds what they share, as in probabilistic
-canonical correlation analysis (Bach and Jordan 2005): signal of one modality alone would only set cells apart by what
-was measured in them, and counts as noise. What modalities share follows from the covariance of their scores in the
-cells that have both, of which what chance alone gives is taken away.
+The scores of a modality are :math:`t_m = W_m z + \epsilon_m` with z ~ Normal(0, I) and the noise of each component. W
+follows from the variances of the signals and, between modalities, from the covariance of the scores, of which what
+chance alone gives is taken away. The dimensions of z are those of the largest variance.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _MOST_CORRELATED = 0.98
 
 
 class Factors(NamedTuple):
-    """Loadings of the components of each modality, (k_m, K), and covariances of the rest, (k_m, k_m)."""
+    """Loadings of the components of each modality, (k_m, K), and variances of their noise, (k_m,)."""
 
     loadings: Sequence[Array]
     noise: Sequence[Array]
@@ -31,67 +29,49 @@ class Factors(NamedTuple):
         """Number of dimensions K."""
         return int(self.loadings[0].shape[1])
 
-    def covariance(self, measured: Sequence[int]) -> Array:
-        """Posterior covariance of z given some modalities, (K, K)."""
+    def covariance(self) -> Array:
+        """Posterior covariance of z given all scores, (K, K)."""
         precision: Array = np.eye(self.n_latent)
-        for place in measured:
-            precision = precision + self.loadings[place].T @ np.linalg.solve(self.noise[place], self.loadings[place])
+        for loadings, noise in zip(self.loadings, self.noise, strict=True):
+            precision = precision + (loadings.T / noise) @ loadings
         return np.linalg.inv(precision)
 
     def evidence(self, place: int, scores: Array) -> Array:
         """What the scores of one modality, (n, k), add to precision times mean, (n, K)."""
-        return scores @ np.linalg.solve(self.noise[place], self.loadings[place])
+        return (scores / self.noise[place]) @ self.loadings[place]
 
 
-def all_signal(parts: Sequence[Components], pair: tuple[Array, Array] | None, n_latent: int) -> Factors:
-    """Model of the signal of every modality, in the directions of the largest variance.
+def factors(parts: Sequence[Components], n_latent: int) -> Factors:
+    """Fit the model to the components of one or two modalities in the same cells, with ``n_latent`` dimensions at most.
 
-    Parameters
-    ----------
-    parts
-        Components of each modality.
-    pair
-        Scores of the cells that have both, in the same order; None for one modality.
-    n_latent
-        Number of dimensions at most.
+    Examples
+    --------
+    >>> one = Components(*np.zeros((3, 1, 1)), np.zeros((9, 2)), np.array([3.0, 1.0]), np.array([1.0, 1.0]))
+    >>> model = factors([one], n_latent=5)
+    >>> model.n_latent, np.diag(model.covariance())
+    (2, array([0.25, 0.5 ]))
     """
     first = len(parts[0].signal)
     covariance = np.diag(np.concatenate([part.signal for part in parts]))
-    if pair is not None:
-        left, correlations, right = _shared(parts, pair)
+    if len(parts) == 2 and 0 < first < len(covariance):
         sd = [np.sqrt(part.signal) for part in parts]
-        covariance[:first, first:] = (left * correlations) @ right * np.outer(*sd)
+        covariance[:first, first:] = _correlations(*parts) * np.outer(*sd)
         covariance[first:, :first] = covariance[:first, first:].T
     values, vectors = np.linalg.eigh(covariance)
     chosen = np.argsort(-values)[:n_latent]
     chosen = chosen[values[chosen] > 1e-6]
     loadings = vectors[:, chosen] * np.sqrt(values[chosen])
-    return Factors(np.split(loadings, [first])[: len(parts)], [np.diag(part.noise) for part in parts])
+    return Factors(np.split(loadings, [first])[: len(parts)], [part.noise for part in parts])
 
 
-def shared_signal(parts: Sequence[Components], pair: tuple[Array, Array], n_latent: int) -> Factors:
-    """Model of what two modalities share; arguments as those of :func:`all_signal`."""
-    left, correlations, right = _shared(parts, pair)
-    chosen = np.flatnonzero(correlations > 0)[:n_latent]
-    root = np.sqrt(correlations[chosen])
-    loadings, noise = [], []
-    for part, directions in zip(parts, (left, right.T), strict=True):
-        sd = np.sqrt(part.signal)
-        loadings.append(sd[:, None] * directions[:, chosen] * root)
-        noise.append(np.diag(part.signal + part.noise) - loadings[-1] @ loadings[-1].T)
-    return Factors(loadings, noise)
-
-
-def _shared(parts: Sequence[Components], pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """Directions and correlations of two signals, from their scores in the same cells: (k, m), (m,), (m, l)."""
-    n = len(pair[0])
+def _correlations(one: Components, other: Components) -> Array:
+    """Correlations of the signals of two modalities, (k, l)."""
+    n, parts = len(one.scores), (one, other)
     sd = [np.sqrt(part.signal + part.noise) for part in parts]
-    by_chance = sum(np.sqrt(len(each)) for each in sd) / np.sqrt(max(n, 1))
-    observed = (pair[0] / sd[0]).T @ (pair[1] / sd[1]) / max(n, 1)
-    left, correlations, right = np.linalg.svd(observed, full_matrices=False)
-    correlations = np.sqrt((correlations**2 - by_chance**2).clip(0))
+    by_chance = sum(np.sqrt(len(each)) for each in sd) / np.sqrt(n)
+    left, observed, right = np.linalg.svd((one.scores / sd[0]).T @ (other.scores / sd[1]) / n, full_matrices=False)
+    observed = np.sqrt((observed**2 - by_chance**2).clip(0))
     # Of the signals alone, whose correlations have to stay below one.
     share = [np.sqrt(part.signal) / each for part, each in zip(parts, sd, strict=True)]
-    left, correlations, right = np.linalg.svd((left * correlations) @ right / np.outer(*share), full_matrices=False)
-    correlations[correlations < 1e-9] = 0.0
-    return left, correlations.clip(max=_MOST_CORRELATED), right
+    left, found, right = np.linalg.svd((left * observed) @ right / np.outer(*share), full_matrices=False)
+    return (left * found.clip(max=_MOST_CORRELATED)) @ right

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
@@ -19,7 +18,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.networks.linear_start.components import Array, Components, components
-from pyro_multivi.networks.linear_start.factors import Factors, all_signal, shared_signal
+from pyro_multivi.networks.linear_start.factors import factors
 from pyro_multivi.networks.linear_start.weights import (
     effects_on_means,
     start_expert,
@@ -37,10 +36,9 @@ _AT_ONCE = 512
 
 
 class _Part(NamedTuple):
-    """A modality in the cells that have it."""
+    """A modality in n cells that all have it."""
 
     modality: Modality
-    places: NDArray[np.int64]  # of the cells among all, (n,)
     depth: Array  # (n,)
     inputs: sp.csr_array
     counts: sp.csr_array
@@ -51,32 +49,31 @@ class _Part(NamedTuple):
 def start_linearly(program: Any, train: Minibatches) -> int:
     """Set weights of encoders and decoders; return the number of dimensions of z that they use.
 
-    Nothing is set, and 0 returned, if loadings are no longer where construction put them, at zero; for networks of
+    It is for cells that all have every modality: ``fully_paired``, or a model of one. Nothing is set, and 0 returned,
+    for others; with extra modalities; if loadings are no longer where construction put them, at zero; for networks of
     other classes than those of this package or with batch normalisation; for ``latent_distribution="ln"``; where
-    features are masked by batch; and if fewer than fifty cells have a modality, or none of its components lies above
-    the noise.
+    features are masked by batch; for fewer than fifty cells; and if no component lies above the noise.
 
     Parameters
     ----------
     train
         Cells to train on; some thousand of them are read.
     """
-    modalities = modelled(program.config)
-    if not all(_is_as_constructed(program, modality) for modality in modalities):
+    config, modalities = program.config, modelled(program.config)
+    if (len(modalities) > 1 and not config.fully_paired) or config.extra:
         return 0
-    if program.config.latent_distribution != "normal" or program.config.use_batch_norm != "none":
+    if config.latent_distribution != "normal" or config.use_batch_norm != "none" or len(train.index) < _FEWEST:
         return 0
-    if any(modality.panels_in(train.table) is not None for modality in modalities):
-        return 0
+    for modality in modalities:
+        is_complete = modality.panels_in(train.table) is None and bool(modality.measured_in(train.table).all())
+        if not is_complete or not _is_as_constructed(program, modality):
+            return 0
     index = _some(train, modalities)
     cells = train.cut(index)
     design = cells.design.cpu().double().numpy()
-    parts = []
-    for modality in modalities:
-        part = _part(program, cells, modality, design)
-        if part is None:
-            return 0
-        parts.append(part)
+    parts = [_part(program, cells, modality, design) for modality in modalities]
+    if not any(len(part.found.signal) for part in parts):
+        return 0
     was_training, kept = program.training, [value.clone() for value in program.parameters()]
     program.eval()
     try:
@@ -91,40 +88,27 @@ def start_linearly(program: Any, train: Minibatches) -> int:
 
 
 def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: Array) -> int:
-    own, found = [part.found.scores for part in parts], [part.found for part in parts]
-    pair = None
-    if len(parts) == 2:
-        _, *rows = np.intersect1d(parts[0].places, parts[1].places, return_indices=True)
-        pair = (own[0][rows[0]], own[1][rows[1]])
-    if pair is None or program.config.fully_paired:
-        model = all_signal(found, pair, program.config.latent)
-    else:
-        model = shared_signal(found, pair, program.config.latent)
-    k = model.n_latent
-    if k == 0:
-        return 0
-    mean, covariance = _posterior(model, parts, len(design))
-    for place, part in enumerate(parts):
-        # The average of experts is a half of each: where all cells have both modalities, each gives twice its part.
-        together = len(parts) if program.config.fully_paired else 1
-        seen = range(len(parts)) if program.config.fully_paired else [place]
-        of_expert = model.covariance(list(seen))
-        wanted = together * model.evidence(place, own[place]) @ of_expert
-        key = part.modality.key
+    model = factors([part.found for part in parts], program.config.latent)
+    covariance = model.covariance()
+    of_parts = [model.evidence(place, part.found.scores) @ covariance for place, part in enumerate(parts)]
+    mean: Array = np.sum(of_parts, axis=0)
+    group = design[:, : program.config.n_batch].argmax(1)
+    for part, of_part in zip(parts, of_parts, strict=True):
+        key, n_experts = part.modality.key, len(parts)
         first_layer: SharedFirstLayer = getattr(program, f"{key}_first_layer")
         start_first_layer(first_layer, part.found, part.inputs)
         expert: NormalHead = getattr(program, f"{key}_expert")
-        start_expert(expert, _hidden(program, minibatches, part, expert), wanted, together * np.diag(of_expert))
-        effects = effects_on_means(
-            part.counts, part.depth, design[part.places, : program.config.n_batch].argmax(1), mean[part.places],
-            covariance[part.places], _overdispersion(program, part),
-        )  # fmt: skip
+        # z is the average of the experts.
+        start_expert(
+            expert, _hidden(program, minibatches, key, expert), n_experts * of_part, n_experts * np.diag(covariance)
+        )
+        effects = effects_on_means(part.counts, part.depth, group, mean, covariance, _overdispersion(program, part))
         decoder = getattr(program, f"{part.modality.name}_decoder")
         layer = getattr(decoder, part.modality.decoded)
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())
         start_readout(decoder.stack, layer, design, effects / slope[:, None], program.config.latent)
-    logger.debug("training starts from %d dimensions of a linear model", k)
-    return k
+    logger.info("training starts from %d dimensions of a linear model", model.n_latent)
+    return model.n_latent
 
 
 def _is_as_constructed(program: Any, modality: Modality) -> bool:
@@ -148,37 +132,18 @@ def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:
     return index[torch.linspace(0, len(index) - 1, n).long()]
 
 
-def _part(program: Any, cells: Cells, modality: Modality, design: Array) -> _Part | None:
-    measured = modality.measured_in(cells).cpu().numpy()
-    places = np.flatnonzero(measured)
-    if len(places) < _FEWEST:
-        return None
-    counts, binary = _csr(modality.counts_in(cells))[places], modality.in_model(program.config).binary
-    if binary:
+def _part(program: Any, cells: Cells, modality: Modality, design: Array) -> _Part:
+    counts = _csr(modality.counts_in(cells))
+    if modality.in_model(program.config).binary:
         counts.data[:] = 1.0
-    inputs = program.rna_input(cells.x) if modality is RNA else program.atac_input(cells.y)
-    inputs = _csr(inputs)[places]
+    inputs = _csr(program.rna_input(cells.x) if modality is RNA else program.atac_input(cells.y))
     depth: Array = np.asarray(counts.sum(1), dtype=np.float64).ravel()
-    found = components(inputs, depth, design[places], program.config.latent)
-    return _Part(modality, places, depth, inputs, counts, found) if len(found.signal) else None
+    return _Part(modality, depth, inputs, counts, components(inputs, depth, design, program.config.latent))
 
 
-def _posterior(model: Factors, parts: list[_Part], n: int) -> tuple[Array, Array]:
-    """Posterior mean and covariance of z in each cell from what was measured, (n, K) and (n, K, K)."""
-    evidence = np.zeros((n, model.n_latent))
-    code = np.zeros(n, dtype=int)
-    for place, part in enumerate(parts):
-        evidence[part.places] += model.evidence(place, part.found.scores)
-        code[part.places] += 2**place
-    patterns = [[place for place in range(len(parts)) if pattern >> place & 1] for pattern in range(2 ** len(parts))]
-    covariances = np.stack([model.covariance(measured) for measured in patterns])
-    covariance = covariances[code]
-    return np.einsum("nk,nkl->nl", evidence, covariance), covariance
-
-
-def _hidden(program: Any, minibatches: list[Cells], part: _Part, expert: NormalHead) -> Tensor:
-    """Input of an expert's last layers in the cells that have the modality, (n, H)."""
-    states = (getattr(program.encode(cells, cells.design), part.modality.key) for cells in minibatches)
+def _hidden(program: Any, minibatches: list[Cells], key: str, expert: NormalHead) -> Tensor:
+    """Input of an expert's last layers, (n, H)."""
+    states = (getattr(program.encode(cells, cells.design), key) for cells in minibatches)
     return torch.cat([expert.stack(state.hidden, state.s) for state in states])
 
 
