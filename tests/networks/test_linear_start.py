@@ -114,6 +114,20 @@ def test_effects_are_a_step_of_a_poisson_regression():
     assert np.abs(found[20:]).mean() < 0.3 * np.abs(found[:20]).mean()
 
 
+def test_batches_are_neither_components_nor_effects():
+    rng = np.random.default_rng(0)
+    n, batch = 600, np.arange(600) % 2
+    share = rng.dirichlet(np.ones(60), 2)
+    counts = sp.csr_array(rng.poisson(80 * share[batch]).astype(float))
+    depth, design = np.full(n, 80.0), np.eye(2)[batch]
+    assert not components(counts, depth, design, 10).signal.size
+    assert components(counts, depth, np.ones((n, 1)), 10).signal.size > 0
+    z = (batch - 0.5)[:, None] + 0.3 * rng.standard_normal((n, 1))
+    found = effects_on_means(counts, depth, batch, z, np.zeros((1, 1)), np.ones(60))
+    pooled = effects_on_means(counts, depth, 0 * batch, z, np.zeros((1, 1)), np.ones(60))
+    assert np.abs(found).mean() < 0.05 * np.abs(pooled).mean()
+
+
 def model_of(sizes, n_regions=300, seed=0, **options):
     adata = pm.simulate_multiome(sizes, n_genes=200, n_regions=300, seed=seed)
     adata = adata[:, : 200 + n_regions].copy()
@@ -144,6 +158,14 @@ def test_an_untrained_model_knows_the_state(n_regions):
     log_rho = np.log(model.get_normalized_expression(return_numpy=True)[:, genes])
     log_true = np.log(model.adata.obsm["true_rho"][:, genes])
     assert np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(log_rho.T, log_true.T, strict=True)]) > 0.7
+    if n_regions:
+        regions = np.flatnonzero(model.adata.var["is_differential"].to_numpy()[200:])
+        p = model.get_accessibility_estimates(return_numpy=True)[:, regions]
+        true = model.adata.obsm["true_p"][:, regions]
+        # Effects that are not told from noise start at zero.
+        varies = p.std(0) > 0
+        assert varies.mean() > 0.5
+        assert np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(p.T[varies], true.T[varies], strict=True)]) > 0.6
     # What training began with is not started again.
     assert start_linearly(model.program, cells_of(model)) == 0
 

@@ -137,7 +137,7 @@ def _above_noise(eigenvalues: Array, n: int, n_features: int) -> tuple[int, floa
     """Number of eigenvalues above the bound of noise, and its variance, when the mean square is 1."""
     k, level = 0, 1.0
     for _ in range(len(eigenvalues)):
-        level = max((n_features - eigenvalues[:k].sum()) / (n_features * (1 - k / n)), 1e-3)
+        level = max((n_features - eigenvalues[:k].sum()) / max((n_features - k) * (1 - k / n), 1e-3), 1e-3)
         bound = _MARGIN * level * (1 + np.sqrt(n_features / n)) ** 2
         found = int((eigenvalues > bound).sum())
         if found == k:
