@@ -19,6 +19,11 @@ from pyro_multivi.data.stores.passes import block_order, cells_from_disk, dealt_
 from pyro_multivi.data.table import CellTable
 
 
+def spread(index: Tensor, n: int) -> Tensor:
+    """At most n of some positions, spread over all of them, because their order may mean something."""
+    return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
+
+
 def default_batch_size(n_cells: int) -> int:
     """Cells per training step: a power of two near n / 16, from 32 to 128.
 

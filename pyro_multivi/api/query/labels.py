@@ -13,11 +13,10 @@ from torch import Tensor
 
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.data.checks import caution, unknown_key
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.posterior.engine.replicates import spread
 from pyro_multivi.posterior.mapping.label_transfer import Transferred, states, transfer
 from pyro_multivi.program import MultiVIProgram
 

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
@@ -114,13 +114,13 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
 def _is_as_constructed(program: Any, modality: Modality) -> bool:
     decoder = getattr(program, f"{modality.name}_decoder", None)
     layer, stack = getattr(decoder, modality.decoded, None), getattr(decoder, "stack", None)
-    networks_are_known = (
+    return (
         isinstance(layer, torch.nn.Linear)
+        and not bool(layer.weight.any())
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
         and type(getattr(program, f"{modality.key}_expert", None)) is NormalHead
     )
-    return networks_are_known and isinstance(layer, torch.nn.Linear) and not bool(layer.weight.any())
 
 
 def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:
@@ -128,8 +128,8 @@ def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:
     index = train.index
     first = train.cut(index[:_AT_ONCE])
     per_cell = sum(_csr(modality.counts_in(first)).nnz for modality in modalities) / max(len(first), 1)
-    n = min(len(index), _MOST, max(_FEWEST, int(_ENTRIES / max(per_cell, 1.0))))
-    return index[torch.linspace(0, len(index) - 1, n).long()]
+    n = min(_MOST, max(_FEWEST, int(_ENTRIES / max(per_cell, 1.0))))
+    return spread(index, n)
 
 
 def _part(program: Any, cells: Cells, modality: Modality, design: Array) -> _Part:

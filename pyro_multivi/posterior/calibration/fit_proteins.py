@@ -29,13 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.proteins import START_SD, Proteins
 from pyro_multivi.posterior.calibration.fit_weights import posterior_sd
 from pyro_multivi.posterior.engine.draws import draw_latents
-from pyro_multivi.posterior.engine.replicates import spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 

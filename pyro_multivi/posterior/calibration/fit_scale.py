@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modelled
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.posterior_scale import normal_in, pattern_code
-from pyro_multivi.posterior.engine.replicates import spread
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
 

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import Modality, modelled
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.replicates import counts_of, spread
+from pyro_multivi.posterior.engine.replicates import counts_of
 from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode

@@ -102,11 +102,6 @@ def paired(minibatches: Minibatches) -> Tensor:
     return index[torch.stack([modality.measured_in(table)[index] for modality in modelled(table)]).all(0)]
 
 
-def spread(index: Tensor, n: int) -> Tensor:
-    """At most n of some positions, spread over all of them, because their order may mean something."""
-    return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
-
-
 def hide(cells: Cells, modality: AnyModality) -> Cells:
     """Take one modality away from cells.
 
