@@ -28,7 +28,7 @@ N_LATENT = 20
 
 #: Defaults of ``contrast_weight`` and ``mixing_weight`` with the penalty "contrastive".
 CONTRAST_WEIGHT = 2.5
-MIXING_WEIGHT = 3.0
+MIXING_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ProgramConfig:
     mixing_weight
         Weight, in nats, of a penalty for measurement patterns whose posterior means lie apart: the squared maximum
         mean discrepancy between RNA-only, ATAC-only and paired cells. It takes measurement patterns for samples of
-        one population: where they hold other types of cells, give 0. Default: 3 with
+        one population: where they hold other types of cells, give 0. Default: 4 with
         ``modality_penalty="contrastive"``, 0 with any other, which then is the only penalty.
     region_factors
         Whether regions have a factor r_j; without, it is 1. Counts of fragments need it.

@@ -77,6 +77,7 @@ def arguments() -> argparse.Namespace:
         "--systems", nargs="+", choices=["linear", "regression", "peer", "ours"], default=["linear", "peer", "ours"]
     )
     parser.add_argument("--twins", type=float, default=0.0, help="share of the cells that are there twice, see README")
+    parser.add_argument("--paired", type=float, help="share of the cells that stays paired (default: a third)")
     parser.add_argument("--rivals", action="store_true", help="also ours beside the best of all other systems")
     parser.add_argument(
         "--ours", action="append", metavar="NAME=JSON", help="a setting of ours, see ours.py; may be repeated"
@@ -145,6 +146,7 @@ def runs(data: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[
                 "settings": settings,
                 "batch_key": options.batch_key,
                 "twins": options.twins,
+                "paired": options.paired,
                 "threads": options.threads,
                 "checkpoints": list(checkpoints(epochs)) if watched else None,
                 "scored": options.to_reach,

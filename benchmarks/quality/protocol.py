@@ -82,11 +82,16 @@ class Hidden:
 
 
 def prepare(
-    path: str | Path, seed: int, n_cells: int | None = None, least_detected: float = 0.01, twins: float = 0.0
+    path: str | Path,
+    seed: int,
+    n_cells: int | None = None,
+    least_detected: float = 0.01,
+    twins: float = 0.0,
+    paired: float | None = None,
 ) -> Hidden:
     """Read a file of paired cells and hide: :func:`read`, then :func:`hide`."""
     whole, n_genes = read(path, seed, n_cells, least_detected)
-    return hide(whole, n_genes, seed, twins)
+    return hide(whole, n_genes, seed, twins, paired)
 
 
 def read(
@@ -116,14 +121,16 @@ def read(
     return whole, int((is_gene & is_common).sum())
 
 
-def hide(whole: Any, n_genes: int, seed: int, twins: float = 0.0) -> Hidden:
+def hide(whole: Any, n_genes: int, seed: int, twins: float = 0.0, paired: float | None = None) -> Hidden:
     """Leave a third of the cells paired, a third with RNA only, a third with ATAC only.
 
-    A share of the cells, ``twins``, is there twice instead, once with RNA only and once with ATAC only: pairs that
+    With ``paired`` it is that share which stays paired, and half of the others have RNA only. A share of the cells, ``twins``, is there twice instead, once with RNA only and once with ATAC only: pairs that
     no system may use as pairs.
     """
     n_cells = whole.n_obs
-    part = np.random.default_rng(seed + 1000).permutation(np.arange(n_cells) % 3)
+    place = np.arange(n_cells)
+    code = place % 3 if paired is None else np.where(place < round(paired * n_cells), PAIRED, 1 + place % 2)
+    part = np.random.default_rng(seed + 1000).permutation(code)
     one = np.sort(np.random.default_rng(seed + 2000).choice(n_cells, round(twins * n_cells), replace=False))
     two = np.arange(n_cells, n_cells + len(one))
     if len(one):

@@ -29,7 +29,7 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     system = importlib.import_module(job["system"])
-    hidden = protocol.prepare(job["data"], job["seed"], job["n_cells"], twins=job["twins"])
+    hidden = protocol.prepare(job["data"], job["seed"], job["n_cells"], twins=job["twins"], paired=job["paired"])
     memory = Memory()
     checkpoints: list[dict[str, Any]] = []
     more: dict[str, Any] = {}

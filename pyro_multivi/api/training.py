@@ -52,7 +52,7 @@ class TrainingMixin(ModelBase):
     def train(
         self,
         max_epochs: int | None = None,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         accelerator: str = "auto",
         devices: int | str = "auto",
         train_size: float | None = None,

@@ -37,14 +37,14 @@ class FitOptions:
     Examples
     --------
     >>> FitOptions(max_epochs=50, early_stopping=True, early_stopping_patience=10).lr
-    0.001
+    0.002
     >>> FitOptions(max_epochs=0)
     Traceback (most recent call last):
     ValueError: max_epochs=0 is not allowed: give a whole number of at least 1.
     """
 
     max_epochs: int = 500
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 1e-3
     eps: float = 1e-8
     early_stopping: bool = False

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, spread
@@ -18,7 +19,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.networks.linear_start.components import Array, Components, components
-from pyro_multivi.networks.linear_start.factors import factors
+from pyro_multivi.networks.linear_start.factors import Factors, factors
 from pyro_multivi.networks.linear_start.weights import (
     effects_on_means,
     start_expert,
@@ -30,15 +31,16 @@ logger = logging.getLogger("pyro_multivi")
 
 # Cells that components are taken from at most, and entries of their counts (50 MB each time they are held).
 _MOST, _ENTRIES = 8192, 2**22
-# Fewer cells say little about components.
+# Fewer cells say little about components, and fewer pairs about what modalities share.
 _FEWEST = 50
 _AT_ONCE = 512
 
 
 class _Part(NamedTuple):
-    """A modality in n cells that all have it."""
+    """A modality in the n cells that have it."""
 
     modality: Modality
+    places: NDArray[np.int64]  # of these cells among all that are read, (n,)
     depth: Array  # (n,)
     inputs: sp.csr_array
     counts: sp.csr_array
@@ -49,10 +51,10 @@ class _Part(NamedTuple):
 def start_linearly(program: Any, train: Minibatches) -> int:
     """Set weights of encoders and decoders; return the number of dimensions of z that they use.
 
-    It is for cells that all have every modality: ``fully_paired``, or a model of one. Nothing is set, and 0 returned,
-    for others; with extra modalities; if loadings are no longer where construction put them, at zero; for networks of
-    other classes than those of this package or with batch normalisation; for ``latent_distribution="ln"``; where
-    features are masked by batch; for fewer than fifty cells; and if no component lies above the noise.
+    Nothing is set, and 0 returned, with extra modalities; if loadings are no longer where construction put them, at
+    zero; for networks of other classes than those of this package or with batch normalisation; for
+    ``latent_distribution="ln"``; where features are masked by batch; with fewer than fifty cells of a modality, or
+    fifty that have both; and if no component lies above the noise, of each modality where cells lack one.
 
     Parameters
     ----------
@@ -60,19 +62,20 @@ def start_linearly(program: Any, train: Minibatches) -> int:
         Cells to train on; some thousand of them are read.
     """
     config, modalities = program.config, modelled(program.config)
-    if (len(modalities) > 1 and not config.fully_paired) or config.extra:
-        return 0
-    if config.latent_distribution != "normal" or config.use_batch_norm != "none" or len(train.index) < _FEWEST:
+    if config.extra or config.latent_distribution != "normal" or config.use_batch_norm != "none":
         return 0
     for modality in modalities:
-        is_complete = modality.panels_in(train.table) is None and bool(modality.measured_in(train.table).all())
-        if not is_complete or not _is_as_constructed(program, modality):
+        if modality.panels_in(train.table) is not None or not _is_as_constructed(program, modality):
             return 0
     index = _some(train, modalities)
     cells = train.cut(index)
+    measured = [modality.measured_in(cells).cpu().numpy() for modality in modalities]
+    if min(np.all(measured, 0).sum(), *(of_one.sum() for of_one in measured)) < _FEWEST:
+        return 0
     design = cells.design.cpu().double().numpy()
-    parts = [_part(program, cells, modality, design) for modality in modalities]
-    if not any(len(part.found.signal) for part in parts):
+    parts = [_part(program, cells, *each, design) for each in zip(modalities, measured, strict=True)]
+    has_signal = [len(part.found.signal) > 0 for part in parts]
+    if not (any if config.fully_paired else all)(has_signal):
         return 0
     was_training, kept = program.training, [value.clone() for value in program.parameters()]
     program.eval()
@@ -88,27 +91,53 @@ def start_linearly(program: Any, train: Minibatches) -> int:
 
 
 def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: Array) -> int:
-    model = factors([part.found for part in parts], program.config.latent)
-    covariance = model.covariance()
-    of_parts = [model.evidence(place, part.found.scores) @ covariance for place, part in enumerate(parts)]
-    mean: Array = np.sum(of_parts, axis=0)
+    model = factors([part.found for part in parts], _pairs(parts), program.config.latent)
+    mean, covariance = _posterior(model, parts, len(design))
     group = design[:, : program.config.n_batch].argmax(1)
-    for part, of_part in zip(parts, of_parts, strict=True):
-        key, n_experts = part.modality.key, len(parts)
+    for place, part in enumerate(parts):
+        # z is the average of the experts: where every cell has all modalities, each gives its part of the posterior
+        # that many times, and otherwise the posterior given its modality alone.
+        is_together = program.config.fully_paired
+        of_expert = model.covariance(range(len(parts)) if is_together else [place])
+        times = len(parts) if is_together else 1
+        key = part.modality.key
         first_layer: SharedFirstLayer = getattr(program, f"{key}_first_layer")
         start_first_layer(first_layer, part.found, part.inputs)
         expert: NormalHead = getattr(program, f"{key}_expert")
-        # z is the average of the experts.
-        start_expert(
-            expert, _hidden(program, minibatches, key, expert), n_experts * of_part, n_experts * np.diag(covariance)
-        )
-        effects = effects_on_means(part.counts, part.depth, group, mean, covariance, _overdispersion(program, part))
+        wanted = model.evidence(place, part.found.scores) @ of_expert
+        start_expert(expert, _hidden(program, minibatches, key, expert), times * wanted, times * np.diag(of_expert))
+        of_cells = group[part.places], mean[part.places], covariance[part.places]
+        effects = effects_on_means(part.counts, part.depth, *of_cells, _overdispersion(program, part))
         decoder = getattr(program, f"{part.modality.name}_decoder")
         layer = getattr(decoder, part.modality.decoded)
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())
         start_readout(decoder.stack, layer, design, effects / slope[:, None], program.config.latent)
     logger.info("training starts from %d dimensions of a linear model", model.n_latent)
     return model.n_latent
+
+
+def _pairs(parts: list[_Part]) -> tuple[Array, Array] | None:
+    """Scores of the cells that have both modalities, in the same order; None if there is one modality."""
+    if len(parts) < 2:
+        return None
+    one, other = parts
+    _, rows, other_rows = np.intersect1d(one.places, other.places, return_indices=True)
+    return one.found.scores[rows], other.found.scores[other_rows]
+
+
+def _posterior(model: Factors, parts: list[_Part], n: int) -> tuple[Array, Array]:
+    """Posterior mean and covariance of z from what was measured in each cell, (n, K) and (n, K, K)."""
+    evidence: Array = np.zeros((n, model.n_latent))
+    pattern = np.zeros(n, dtype=int)
+    for place, part in enumerate(parts):
+        evidence[part.places] += model.evidence(place, part.found.scores)
+        pattern[part.places] += 2**place
+    places = range(len(parts))
+    of_patterns = [
+        model.covariance([place for place in places if code >> place & 1]) for code in range(2 ** len(parts))
+    ]
+    covariance: Array = np.stack(of_patterns)[pattern]
+    return np.einsum("nk,nkl->nl", evidence, covariance), covariance
 
 
 def _is_as_constructed(program: Any, modality: Modality) -> bool:
@@ -132,17 +161,19 @@ def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:
     return spread(index, n)
 
 
-def _part(program: Any, cells: Cells, modality: Modality, design: Array) -> _Part:
-    counts = _csr(modality.counts_in(cells))
+def _part(program: Any, cells: Cells, modality: Modality, measured: NDArray[np.bool_], design: Array) -> _Part:
+    places = np.flatnonzero(measured)
+    counts = _csr(modality.counts_in(cells))[places]
     if modality.in_model(program.config).binary:
         counts.data[:] = 1.0
-    inputs = _csr(program.rna_input(cells.x) if modality is RNA else program.atac_input(cells.y))
+    inputs = _csr(program.rna_input(cells.x) if modality is RNA else program.atac_input(cells.y))[places]
     depth: Array = np.asarray(counts.sum(1), dtype=np.float64).ravel()
-    return _Part(modality, depth, inputs, counts, components(inputs, depth, design, program.config.latent))
+    found = components(inputs, depth, design[places], program.config.latent)
+    return _Part(modality, places, depth, inputs, counts, found)
 
 
 def _hidden(program: Any, minibatches: list[Cells], key: str, expert: NormalHead) -> Tensor:
-    """Input of an expert's last layers, (n, H)."""
+    """Input of an expert's last layers in the cells that have its modality, (n, H)."""
     states = (getattr(program.encode(cells, cells.design), key) for cells in minibatches)
     return torch.cat([expert.stack(state.hidden, state.s) for state in states])
 

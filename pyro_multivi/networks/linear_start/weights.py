@@ -73,7 +73,7 @@ def effects_on_means(
     group
         Batch of each cell, (n,); each has shares of its own.
     mean, covariance
-        Posterior of z in each cell, (n, K), and its covariance, (K, K).
+        Posterior of z in each cell, (n, K), and its covariance, (n, K, K).
     overdispersion
         Variance of a count over its mean, (F,).
     """
@@ -89,7 +89,7 @@ def effects_on_means(
         score = score - np.outer(total / max(depth[of_group].sum(), 1e-12), depth[of_group] @ mean[of_group])
         share += total
     share /= max(depth.sum(), 1e-12)
-    information = (mean * depth[:, None]).T @ mean + depth.sum() * covariance
+    information = (mean * depth[:, None]).T @ mean + np.tensordot(depth, covariance, 1)
     inverse = np.linalg.inv(information + 1e-9 * np.trace(information) * np.eye(len(information)))
     per_share = 1 / share.clip(min=1e-12)
     found = (score @ inverse) * per_share[:, None]
