@@ -124,8 +124,9 @@ def read(
 def hide(whole: Any, n_genes: int, seed: int, twins: float = 0.0, paired: float | None = None) -> Hidden:
     """Leave a third of the cells paired, a third with RNA only, a third with ATAC only.
 
-    With ``paired`` it is that share which stays paired, and half of the others have RNA only. A share of the cells, ``twins``, is there twice instead, once with RNA only and once with ATAC only: pairs that
-    no system may use as pairs.
+    With ``paired`` it is that share which stays paired, and half of the others have RNA only. A share of the cells,
+    ``twins``, is there twice instead, once with RNA only and once with ATAC only: pairs that no system may use as
+    pairs.
     """
     n_cells = whole.n_obs
     place = np.arange(n_cells)

@@ -102,7 +102,7 @@ class MULTIVI(
         Values of the options that the ``config_class`` of that class has beyond those above.
     mixing_weight
         Weight, in nats, of a penalty for paired, RNA-only and ATAC-only cells whose states lie apart. It takes them for
-        samples of one population: give 0 where they come from different tissues. Default: 3 with
+        samples of one population: give 0 where they come from different tissues. Default: 4 with
         ``modality_penalty="contrastive"``, else 0.
     contrast_weight
         Weight of the term by which the two halves of a cell must find each other among other cells. Less of it

@@ -196,7 +196,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     _add_overwrite(parser)
     parser.add_argument("--max-epochs", type=int, default=200)
     parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

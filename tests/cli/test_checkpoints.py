@@ -70,7 +70,7 @@ def test_messages_are_in_the_words_of_the_command_line(command, tmp_path, capsys
     assert said(*given, "--resume").startswith(f"0 pyro-multivi: warning: --checkpoint '{folder}' holds no checkpoint")
     assert "holds checkpoints already: give --resume to go on" in said(*given, out="two")
     other = said(*given, "--resume", "--lr", "0.01", "--batch-size", "16", out="two")
-    assert "is of another run: lr: 0.001 then, 0.01 now; --batch-size: 32 then, 16 now. Give the same again" in other
+    assert "is of another run: lr: 0.002 then, 0.01 now; --batch-size: 32 then, 16 now. Give the same again" in other
     finished = said(*given, "--resume", out="two")
     assert finished.startswith("0 ")
     assert "this training is finished after 1 epochs" in finished

@@ -47,7 +47,7 @@ def test_lists_of_features_keep_their_order_and_are_known(world):
     model = world[1]
     both = model.get_normalized_expression(return_numpy=True)
     found = model.get_normalized_expression(gene_list=["gene_07", "gene_03"], return_numpy=True)
-    np.testing.assert_array_equal(found, both[:, [7, 3]])
+    np.testing.assert_allclose(found, both[:, [7, 3]], rtol=1e-5)
     with pytest.raises(ValueError, match="gene_list holds 'nope': no gene of the model"):
         model.get_normalized_expression(gene_list=["gene_07", "nope"], return_numpy=True)
 

@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_at_the_start(build, trai
 @pytest.mark.parametrize(
     ("choices", "options", "said"),
     [
-        ({}, {"lr": 0.01}, "lr: 0.001 then, 0.01 now"),
+        ({}, {"lr": 0.01}, "lr: 0.002 then, 0.01 now"),
         ({}, {"max_epochs": 5}, "max_epochs: 4 then, 5 now"),
         ({}, {"seed": 1}, "seed: 0 then, 1 now"),
         ({}, {"batch_size": 20}, "batch_size: 16 then, 20 now"),
