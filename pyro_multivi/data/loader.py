@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.passes import block_order, cells_from_disk, dealt_blocks
@@ -22,6 +22,12 @@ from pyro_multivi.data.table import CellTable
 def spread(index: Tensor, n: int) -> Tensor:
     """At most n of some positions, spread over all of them, because their order may mean something."""
     return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
+
+
+def paired(minibatches: Minibatches) -> Tensor:
+    """Positions of the cells in which every modality of the data was measured, (n,), int64."""
+    table, index = minibatches.table, minibatches.index
+    return index[torch.stack([modality.measured_in(table)[index] for modality in modelled(table)]).all(0)]
 
 
 def default_batch_size(n_cells: int) -> int:

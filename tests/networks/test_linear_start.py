@@ -9,6 +9,7 @@ import torch
 
 import pyro_multivi as pm
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.modality import modelled
 from pyro_multivi.networks.linear_start import start, start_linearly
 from pyro_multivi.networks.linear_start.components import Components, components
 from pyro_multivi.networks.linear_start.factors import factors
@@ -213,6 +214,17 @@ def test_a_mosaic_starts_from_what_each_cell_and_its_pairs_say():
         decoded = contrasts(decode(indices=hidden, return_numpy=True), hidden)
         # 0.86 to 0.94.
         assert np.corrcoef(decoded, contrasts(model.adata.obsm[truth][hidden], hidden))[0, 1] > 0.75
+
+
+def test_of_many_cells_pairs_are_read_first(monkeypatch):
+    model = model_of((60, 500, 500))
+    cells = cells_of(model)
+    assert len(start._some(cells, modelled(model.program.config))) == 1060
+    monkeypatch.setattr(start, "_MOST", 400)
+    chosen = start._some(cells, modelled(model.program.config))
+    assert 400 <= len(chosen) <= 500
+    assert (chosen < 60).sum() == 60
+    assert start_linearly(model.program, cells) > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*cells are paired", "ignore:no cell has both")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches, spread
+from pyro_multivi.data.loader import Minibatches, paired, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
@@ -153,12 +153,18 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
 
 
 def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:
-    """Positions of some of the cells, spread over all, so many that their counts are within bounds."""
+    """Positions of some of the cells, spread over all, so many that their counts are within bounds.
+
+    Where not all are taken a fifth are pairs, if there are so many, for they alone tell what modalities share.
+    """
     index = train.index
     first = train.cut(index[:_AT_ONCE])
     per_cell = sum(_csr(modality.counts_in(first)).nnz for modality in modalities) / max(len(first), 1)
     n = min(_MOST, max(_FEWEST, int(_ENTRIES / max(per_cell, 1.0))))
-    return spread(index, n)
+    some = spread(index, n)
+    if len(some) == len(index) or len(modalities) == 1:
+        return some
+    return torch.cat([some, spread(paired(train), n // 4)]).unique()
 
 
 def _part(program: Any, cells: Cells, modality: Modality, measured: NDArray[np.bool_], design: Array) -> _Part:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches, spread
+from pyro_multivi.data.loader import Minibatches, paired, spread
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.posterior.engine.depth_regression import (
     DepthRegression,
@@ -19,7 +19,7 @@ from pyro_multivi.posterior.engine.depth_regression import (
 )
 from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.posterior.engine.posterior_scale import normal_in
-from pyro_multivi.posterior.engine.replicates import hide, paired
+from pyro_multivi.posterior.engine.replicates import hide
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches, spread
+from pyro_multivi.data.loader import Minibatches, paired, spread
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import ATAC, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.decode import Average, block_width, decode, mean_buffers
 from pyro_multivi.posterior.engine.draws import feature_blocks, mean_latents, region_factors
-from pyro_multivi.posterior.engine.replicates import counts_of, hide, paired, where_measured
+from pyro_multivi.posterior.engine.replicates import counts_of, hide, where_measured
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
 

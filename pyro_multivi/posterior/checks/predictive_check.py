@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, paired
 from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.posterior.checks import statistics as stats
@@ -27,7 +27,6 @@ from pyro_multivi.posterior.engine.replicates import (
     hide,
     masked_replicate,
     observed_matrix,
-    paired,
     replicate,
 )
 from pyro_multivi.processes.group import current

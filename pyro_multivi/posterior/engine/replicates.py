@@ -96,12 +96,6 @@ def where_measured(cells: Cells, site: str) -> Tensor:
     return measured if panels is None else measured & panels.measured[panels.code]
 
 
-def paired(minibatches: Minibatches) -> Tensor:
-    """Positions of the cells in which every modality of the data was measured, (n,), int64."""
-    table, index = minibatches.table, minibatches.index
-    return index[torch.stack([modality.measured_in(table)[index] for modality in modelled(table)]).all(0)]
-
-
 def hide(cells: Cells, modality: AnyModality) -> Cells:
     """Take one modality away from cells.
 
