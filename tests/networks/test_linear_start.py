@@ -248,6 +248,18 @@ def test_an_interrupted_start_is_none(monkeypatch):
     assert all(map(torch.equal, before, model.program.parameters()))
 
 
+def test_a_program_that_decodes_in_its_own_way_starts_at_random():
+    class Blind(pm.MultiVIProgram):
+        """Here z has to hold what differs between batches, which components are freed of."""
+
+        def expression(self, z, s):
+            return super().expression(z, torch.zeros_like(s))
+
+    model = model_of((100, 0, 0), program_class=Blind)
+    assert start_linearly(model.program, cells_of(model)) == 0
+    assert not model.program.expression_decoder.rho.weight.any()
+
+
 def test_a_program_that_overrides_it_starts_at_random():
     class Random(pm.MultiVIProgram):
         def start_training_from(self, train):

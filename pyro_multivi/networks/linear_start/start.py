@@ -52,7 +52,8 @@ def start_linearly(program: Any, train: Minibatches) -> int:
     """Set weights of encoders and decoders; return the number of dimensions of z that they use.
 
     Nothing is set, and 0 returned, with extra modalities; if loadings are no longer where construction put them, at
-    zero; for networks of other classes than those of this package or with batch normalisation; for
+    zero; for networks of other classes than those of this package or with batch normalisation; for programs with an
+    ``expression`` or ``accessibility`` of their own, of which z may have to hold more; for
     ``latent_distribution="ln"``; where features are masked by batch; with fewer than fifty cells of a modality, or
     fifty that have both; and if no component lies above the noise, of each modality where cells lack one.
 
@@ -143,8 +144,10 @@ def _posterior(model: Factors, parts: list[_Part], n: int) -> tuple[Array, Array
 def _is_as_constructed(program: Any, modality: Modality) -> bool:
     decoder = getattr(program, f"{modality.name}_decoder", None)
     layer, stack = getattr(decoder, modality.decoded, None), getattr(decoder, "stack", None)
+    decode = getattr(type(program), modality.name)
     return (
-        isinstance(layer, torch.nn.Linear)
+        decode.__module__.startswith("pyro_multivi.")
+        and isinstance(layer, torch.nn.Linear)
         and not bool(layer.weight.any())
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
