@@ -61,6 +61,16 @@ def test_each_pattern_is_a_third_and_nothing_else_is_seen(hidden):
     assert not hidden.seen.obsm
 
 
+def test_the_share_of_pairs_is_the_one_asked_for(module, hidden):
+    protocol = sys.modules["protocol"]
+    n = hidden.whole.n_obs
+    few = protocol.hide(hidden.whole, hidden.n_genes, 0, paired=0.1)
+    counts = np.bincount(few.part, minlength=3)
+    assert counts[protocol.PAIRED] == round(0.1 * n)
+    assert abs(counts[protocol.RNA_ONLY] - counts[protocol.ATAC_ONLY]) <= 1
+    assert few.seen.X[few.part == protocol.ATAC_ONLY][:, : hidden.n_genes].nnz == 0
+
+
 def test_twins_are_pairs_that_nobody_sees_as_pairs(module, hidden):
     protocol = sys.modules["protocol"]
     twice = protocol.hide(hidden.whole, hidden.n_genes, 0, twins=0.25)
