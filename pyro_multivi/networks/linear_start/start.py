@@ -95,8 +95,8 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
     model = factors([part.found for part in parts], _pairs(parts), program.config.latent)
     mean, covariance = _posterior(model, parts, len(design))
     group = design[:, : program.config.n_batch].argmax(1)
-    # z is the average of the experts: where every cell has all modalities, each gives its part of the posterior that many
-    # times, and otherwise the posterior given its modality alone.
+    # z is the average of the experts: where every cell has all modalities, each gives its part of the posterior that
+    # many times, and otherwise the posterior given its modality alone.
     is_together = program.config.fully_paired
     times = len(parts) if is_together else 1
     for place, part in enumerate(parts):
