@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.split import Split
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
+from pyro_multivi.posterior.calibration.fit_loadings import fit_loadings
 from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins, proteins_of
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.fit_shrinkage import fit_shrinkage
@@ -89,13 +90,14 @@ class TrainingMixin(ModelBase):
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end the standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), the decoders' last layers get a posterior, from which
+        At the end the decoders' last layers are fitted once more, under a prior of which the data choose the widths, as
+        far as held-out cells approve (:mod:`pyro_multivi.posterior.calibration.fit_loadings`; the history is of the
+        weights before). The standard deviations of the posterior are corrected
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and the last layers get a posterior, from which
         intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`; of proteins also the spread of the
-        background, :mod:`pyro_multivi.posterior.calibration.fit_proteins`), and cells of both modalities teach
-        how the sequencing depth of one follows from the other
-        (:mod:`pyro_multivi.posterior.engine.depth_regression`), those that were held out also how far what is imputed
-        is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
+        background, :mod:`pyro_multivi.posterior.calibration.fit_proteins`). Cells of both modalities teach how the
+        sequencing depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`), those
+        that were held out also how far what is imputed is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 
         Parameters
         ----------
@@ -277,9 +279,12 @@ class TrainingMixin(ModelBase):
                 )
             self.is_trained = True
             seen = batches(source, split.train)
-            calibrations = [partial(fit_posterior_scale, self.program, seen)] if recalibrates else []
+            calibrations: list[Callable[[], None]] = []
             if recalibrates:
-                calibrations.append(partial(fit_weight_posteriors, self.program, seen))
+                # The loadings first: the others are of the decoders that they give.
+                calibrations.append(partial(fit_loadings, self.program, seen, validation))
+                calibrations.append(partial(fit_posterior_scale, self.program, seen))
+                calibrations.append(partial(fit_weight_posteriors, self.program, seen, validation))
             if recalibrates and proteins_of(self.program):
                 calibrations.append(partial(fit_proteins, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:

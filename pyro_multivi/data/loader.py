@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES, modelled
+from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.passes import block_order, cells_from_disk, dealt_blocks
@@ -22,6 +22,11 @@ from pyro_multivi.data.table import CellTable
 def spread(index: Tensor, n: int) -> Tensor:
     """At most n of some positions, spread over all of them, because their order may mean something."""
     return index if len(index) <= n else index[torch.linspace(0, len(index) - 1, n).long()]
+
+
+def measured(minibatches: Minibatches, modality: Modality) -> Tensor:
+    """Positions of the cells in which a modality was measured, (n,), int64."""
+    return minibatches.index[modality.measured_in(minibatches.table)[minibatches.index]]
 
 
 def paired(minibatches: Minibatches) -> Tensor:

@@ -42,7 +42,7 @@ def test_with_one_modality_only_standard_deviations_are_calibrated(capsys, train
     train(pm.MULTIVI(rna, n_hidden=6, n_latent=2), 1, progress_bar=True)
     printed = capsys.readouterr().err
     # And the posterior of the last layer.
-    assert "2/2" in printed
+    assert "3/3" in printed
     assert len(lines(printed)) == 1
 
 

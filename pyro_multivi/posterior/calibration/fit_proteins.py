@@ -34,6 +34,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.proteins import START_SD, Proteins
 from pyro_multivi.posterior.calibration.fit_weights import posterior_sd
+from pyro_multivi.posterior.calibration.last_layer import Evidence
 from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -242,5 +243,5 @@ def _fit_weights(proteins: Proteins, likelihood: _Likelihood, share: float) -> N
             pull[place] += score.T @ phi_nr * share / n_draws
     for place, name in enumerate(proteins.readouts):
         weight = getattr(proteins, name).weight.detach().cpu().double()
-        sd = posterior_sd(information[place], pull[place], weight @ vectors.T / unit)
+        sd = posterior_sd(Evidence(information[place], pull[place], weight @ vectors.T / unit))
         proteins.weight_sd[place] = sd.to(proteins.weight_sd)

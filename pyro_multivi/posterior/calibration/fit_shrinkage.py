@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches, paired, spread
+from pyro_multivi.data.loader import Minibatches, measured, paired, spread
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import ATAC, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
@@ -141,8 +141,7 @@ def log_scores(program: MultiVIProgram, cells: Cells, modality: Modality, mean: 
 
 def _level(program: MultiVIProgram, train: Minibatches, modality: Modality) -> float:
     """Sum over features of what is decoded, times the factors of features, mean over some training cells."""
-    measured = train.index[modality.measured_in(train.table)[train.index]]
-    sample = spread(measured, _LEVEL_CELLS)
+    sample = spread(measured(train, modality), _LEVEL_CELLS)
     factor, total = _feature_factor(program, modality), 0.0
     for part in sample.split(_AT_ONCE):
         with evaluation_mode(program):

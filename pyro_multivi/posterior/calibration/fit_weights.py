@@ -1,54 +1,37 @@
 r"""Fit of the posterior of the decoders' last layers.
 
-For feature j the information of the counts of cell n on its logit is :math:`f_{nj} = (\partial\mu/\partial a)^2 / v`,
-with :math:`\mu` and v the mean and variance of a count: exact for Poisson, negative binomial and Bernoulli counts, a
-little low with zero inflation. Directions are the leading eigenvectors of :math:`\sum_n f_n h_n h_n^T` of the hidden
-layers h under the prior of the weights, :math:`f_n` summed over features, so that all features share them (as in
-Kronecker-factored Laplace approximations; Ritter et al. 2018). In them each feature has its own information
-:math:`F_{jk} = \sum_n f_{nj} \phi_k(h_n)^2`.
+Directions of the hidden layer that all features share, and each feature's information :math:`F_{jk}` in them, are
+those of :mod:`pyro_multivi.posterior.calibration.last_layer`.
 
-The prior of training has one width for all features, and draws those that differ between cells towards those that do
-not; early stopping leaves weights on their way. For the posterior each feature has a width of its own,
-:math:`\alpha_j`, by evidence (expectation maximisation), and its mean lies a Newton step from the fitted weight. The
-squared standard deviation of the draws, which stay around the fitted weight, is
-:math:`1 / (F_{jk} + 1 / \alpha_j)` and the squared length of that step.
+In them the weights have the prior that the data choose (:mod:`pyro_multivi.posterior.calibration.adaptive_prior`). The
+posterior mean under it may lie away from the fitted weight, around which draws stay: their squared standard deviation
+is the variance of the posterior and the square of that distance.
+
+That is too sure of itself, for states z were inferred from the same counts, and hidden layers have errors too. Counts
+of held-out cells say how far the weights are off: all standard deviations of a modality are multiplied by one factor,
+the mean of its posterior given the scores of these counts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.loader import Minibatches, spread
-from pyro_multivi.data.minibatch import Cells, Panels
+from pyro_multivi.data.loader import Minibatches, measured, spread
 from pyro_multivi.data.modality import Modality, modelled
-from pyro_multivi.distributions import Readout
-from pyro_multivi.distributions.base import CellDistribution
-from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.replicates import counts_of
+from pyro_multivi.posterior.calibration.adaptive_prior import WIDEST, AdaptivePrior, log_evidence
+from pyro_multivi.posterior.calibration.last_layer import Evidence, LastLayer
 from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode
 
 logger = logging.getLogger("pyro_multivi")
 
-# Cells that directions and information are taken from: more change the standard deviations by a few per cent. Their
-# entries are bounded too, which keeps the fit within the time of an epoch.
-_DIRECTION_CELLS, _MOST, _ENTRIES = 512, 4096, 2**28
-_AT_ONCE = 128
-# Fewer cells say nothing about a layer of 128 units.
-_FEWEST = 10
-# Features of a block: 2 MB for 128 cells.
-_WIDTH = 4096
-# Effects of one nat between cells, which the width of a feature's prior counts beside its own directions.
-_PRIOR_DIRECTIONS = 2
-_ROUNDS = 30
-# Variance of the effects of a feature at most: hardly one differs between cells by more than three nats.
-_WIDEST = 9.0
+# Held-out cells that are asked at most; fewer than the other number say too little.
+_MOST, _FEWEST = 2048, 10
+# Training cells are never too unsure: the weights were fitted to them.
+_FACTORS = tuple(2 ** (eighth / 8) for eighth in range(17))
 
 
 def clear_weight_posteriors(program: MultiVIProgram) -> None:
@@ -60,7 +43,7 @@ def clear_weight_posteriors(program: MultiVIProgram) -> None:
 
 
 @torch.no_grad()
-def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches) -> None:
+def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None = None) -> None:
     """Set ``rna_weight_directions``, ``rna_weight_sd`` and those of ATAC.
 
     They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package, and where
@@ -70,120 +53,74 @@ def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches) -> None:
     ----------
     train
         Cells that it was trained on.
+    held_out
+        Cells that tell how far the weights are off; with fewer than ten of a modality the factor is 1.
     """
     clear_weight_posteriors(program)
     for modality in modelled(program.config):
         try:
-            _fit(program, train, modality)
+            _fit(program, train, held_out, modality)
         except KeyboardInterrupt:
             clear_weight_posteriors(program)
             logger.warning("interrupted after training: intervals are those of the fitted decoder, and too narrow")
             return
 
 
-def _fit(program: MultiVIProgram, train: Minibatches, modality: Modality) -> None:
-    measured = train.index[modality.measured_in(train.table)[train.index]]
-    n_features = modality.n_features_in(program.config)
-    index = spread(measured, min(_MOST, max(_DIRECTION_CELLS, _ENTRIES // n_features)))
+def _fit(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None, modality: Modality) -> None:
     directions, sd = weight_buffers(program, modality)
     # A narrow layer has fewer; what is left of the buffers stays zero.
-    n_directions = min(len(directions), directions.shape[1]) - 1
-    if len(index) < _FEWEST:
+    layer = LastLayer.of(program, train, modality, min(len(directions), directions.shape[1]) - 1)
+    if layer is None or layer.vectors.shape[1] != directions.shape[1] - 1:
         return
-    # Of a unit prior: weights have variance 1 / H.
-    unit = program.config.hidden**-0.5
-    hidden_parts, weights = [], []
-    for part in spread(index, _DIRECTION_CELLS).split(_AT_ONCE):
-        decoded = _Decoded.of(program, train.cut(part), modality)
-        if decoded is None or decoded.readout.hidden.shape[-1] != directions.shape[1] - 1:
-            return
-        hidden_parts.append(decoded.readout.hidden[0] * unit)
-        weights.append(torch.stack([found.sum(1) for _, found, _ in decoded.evidence()]).sum(0))
-    hidden, weight = torch.cat(hidden_parts).double(), torch.cat(weights).double()
-    # Around the mean, which belongs to the intercept.
-    centre = weight @ hidden / weight.sum().clamp(min=1e-12)
-    centred = hidden - centre
-    _, vectors = torch.linalg.eigh((centred * weight[:, None]).T @ centred)
-    vectors = vectors.flip(1)[:, :n_directions].T.to(directions.dtype)
-    directions[:n_directions, :-1] = vectors * unit
-    directions[:n_directions, -1] = -(vectors @ centre.to(vectors.dtype))
+    k = len(layer.vectors)
+    directions[:k, :-1], directions[:k, -1] = layer.vectors, layer.offset
     directions[-1, -1] = 1.0
-
-    information_fr, score_fr = torch.zeros_like(sd), torch.zeros_like(sd)
-    for part in index.split(_AT_ONCE):
-        decoded = _Decoded.of(program, train.cut(part), modality)
-        assert decoded is not None
-        phi = torch.nn.functional.linear(decoded.readout.hidden[0], directions[:, :-1], directions[:, -1])
-        for features, found, score in decoded.evidence():
-            information_fr[features] += found.T @ phi.square()
-            score_fr[features] += score.T @ phi
-        # In units of the prior.
-        fitted_fk = decoded.readout.weight @ vectors.T / unit
-        fitted_fk = torch.nn.functional.pad(fitted_fk, (0, sd.shape[1] - 1 - n_directions))
-    share = len(measured) / len(index)
-    sd.copy_(posterior_sd(information_fr * share, score_fr * share, fitted_fk))
+    found = posterior_sd(layer.evidence(program, train))
+    if held_out is not None and len(measured(held_out, modality)) >= _FEWEST:
+        asked = layer._replace(cells=spread(measured(held_out, modality), _MOST), share=1.0)
+        factor = inflation(asked.evidence(program, held_out), found)
+        logger.info("weights of %s are %.1f times as uncertain as training cells say", modality.name, factor)
+        found = factor * found
+    sd[:, :k], sd[:, -1] = found[:, :-1], found[:, -1]
 
 
-def posterior_sd(information_fr: Tensor, score_fr: Tensor, fitted_fk: Tensor) -> Tensor:
+def posterior_sd(evidence: Evidence) -> Tensor:
     """Standard deviation of each feature's weight in each direction, (F, R), the last that of the intercept.
-
-    Parameters
-    ----------
-    information_fr, score_fr
-        Information of the counts, and gradient of their log-likelihood at the fitted weights, (F, R).
-    fitted_fk
-        Weights in units of their prior, without the intercept, (F, R - 1).
 
     Examples
     --------
     A likelihood that has its mode 0.5 from the fitted weight, and so much information that the prior does not matter:
 
     >>> information = torch.full((1, 3), 1e4)
-    >>> posterior_sd(information, 0.5 * information, torch.zeros(1, 2))
-    tensor([[0.5000, 0.5000, 0.5001]])
+    >>> posterior_sd(Evidence(information, 0.5 * information, torch.zeros(1, 2)))
+    tensor([[0.4999, 0.4999, 0.5001]])
     """
-    slopes, intercepts = information_fr[:, :-1], information_fr[:, -1:]
-    # Where the likelihood would have its mode, times its information: a step of Newton's from the fitted weight.
-    pull = slopes * fitted_fk + score_fr[:, :-1]
-    width = torch.ones_like(slopes[:, :1])
-    for _ in range(_ROUNDS):
-        variance = 1 / (slopes + 1 / width)
-        squares = ((pull * variance).square() + variance).sum(1, keepdim=True)
-        width = ((squares + _PRIOR_DIRECTIONS) / (slopes.shape[1] + _PRIOR_DIRECTIONS)).clamp(max=_WIDEST)
-    variance = torch.cat([1 / (slopes + 1 / width), 1 / (intercepts + 1)], 1)
-    distance = torch.cat([pull * variance[:, :-1] - fitted_fk, score_fr[:, -1:] * variance[:, -1:]], 1)
+    information_fk, pull_fk = evidence.of_slopes()
+    mean_fk, variance_fk = AdaptivePrior.fitted(information_fk, pull_fk).posterior(information_fk, pull_fk)
+    of_intercept = 1 / (evidence.information_fr[:, -1:] + 1)
+    variance = torch.cat([variance_fk, of_intercept], 1)
+    distance = torch.cat([mean_fk - evidence.fitted_fk, evidence.score_fr[:, -1:] * of_intercept], 1)
     # A step is one of Newton's, which far from the mode, and with little information, may go anywhere.
-    return (variance + distance.square().minimum(width)).sqrt()
+    return (variance + distance.square().clamp(max=WIDEST)).sqrt()
 
 
-class _Decoded(NamedTuple):
-    """A modality in B cells that have it, at a draw of their latents: last layer, distribution of counts, counts."""
+def inflation(held_out: Evidence, sd_fr: Tensor) -> float:
+    """Factor by which standard deviations have to be multiplied for the scores of held-out counts.
 
-    readout: Readout
-    name: str
-    fn: CellDistribution
-    counts: Tensor
-    counted: Panels | None
+    It is the posterior mean, all factors from 1 to 4 being as likely beforehand on a scale of logarithms.
 
-    @classmethod
-    def of(cls, program: MultiVIProgram, cells: Cells, modality: Modality) -> _Decoded | None:
-        """Decode some cells; None where the last layer of the decoder, or the likelihood, is unknown."""
-        with evaluation_mode(program):
-            nodes: dict[str, Any] = dict(model_trace(program.model, cells, draw_latents(program, cells)).nodes)
-        name = modality.decoded
-        readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
-        if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):
-            return None
-        return cls(readout, name, fn, counts_of(program, cells, modality.counts)[0], modality.panels_in(cells))
+    Examples
+    --------
+    Weights that are off by a standard deviation of 0.6, where 0.3 was expected:
 
-    def evidence(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks of features: information and score of the counts of each cell on the logit of each, (B, W)."""
-        for features, fn in self.fn.blocks(_WIDTH):
-            values, mean = getattr(fn, self.name), fn.mean
-            # Of log rho or log p: the count's mean is proportional to it.
-            slope = -(-values).expm1() / values.clamp(min=1e-12) if self.readout.link == "softplus" else 1 - values
-            slope = mean * slope
-            relative = slope / fn.variance.clamp(min=1e-12)
-            if self.counted is not None:
-                relative = relative * self.counted.measured[self.counted.code][:, features]
-            yield features, (relative * slope)[0], (relative * (self.counts[:, features] - mean))[0]
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> error, noise = torch.randn(2, 500, 4, generator=generator)
+    >>> information = torch.full((500, 4), 25.0)
+    >>> held_out = Evidence(information, information * 0.6 * error + 5 * noise, torch.zeros(500, 3))
+    >>> round(inflation(held_out, torch.full((500, 4), 0.3)), 1)
+    2.0
+    """
+    information, score = held_out.information_fr, held_out.score_fr
+    factors = torch.tensor(_FACTORS, dtype=torch.float64, device=sd_fr.device)
+    evidence = [log_evidence(information, score, (factor * sd_fr).square()).double().sum() for factor in _FACTORS]
+    return float(torch.stack(evidence).softmax(0) @ factors)

@@ -21,7 +21,8 @@ from pyro_multivi.distributions import (
 )
 from pyro_multivi.distributions.fragments import NegativeBinomialFragments, PoissonFragments
 from pyro_multivi.posterior.calibration import fit_weights
-from pyro_multivi.posterior.calibration.fit_weights import _Decoded, fit_weight_posteriors, posterior_sd
+from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors, inflation, posterior_sd
+from pyro_multivi.posterior.calibration.last_layer import Decoded, Evidence, LastLayer
 from pyro_multivi.posterior.engine.weight_posterior import WeightPosterior, weight_buffers
 
 N_CELLS, N_FEATURES = 3, 5
@@ -36,7 +37,7 @@ def readout(link):
 
 def evidence(made, fn, modality):
     """Cells whose counts are just what is expected."""
-    return _Decoded(made, modality.decoded, fn, fn.mean[0], None)
+    return Decoded(made, modality.decoded, fn, fn.mean[0], None)
 
 
 def counts_of(name, values):
@@ -79,8 +80,8 @@ def test_features_outside_a_panel_carry_no_information():
     made = readout("softmax")
     panels = Panels(torch.tensor([[True] * 5, [True, False, True, False, True]]), torch.tensor([0, 1, 1]))
     counts = torch.ones(N_CELLS, N_FEATURES).double()
-    ((_, *every),) = _Decoded(made, "rho", counts_of("nb", made), counts, None).evidence()
-    ((_, *found),) = _Decoded(made, "rho", counts_of("nb", made), counts, panels).evidence()
+    ((_, *every),) = Decoded(made, "rho", counts_of("nb", made), counts, None).evidence()
+    ((_, *found),) = Decoded(made, "rho", counts_of("nb", made), counts, panels).evidence()
     for part, whole in zip(found, every, strict=True):
         assert torch.equal(part, whole * panels.measured[panels.code])
 
@@ -90,7 +91,7 @@ def test_the_score_is_the_gradient_of_the_log_likelihood(name, link):
     made = readout(link)
     counts = torch.randint(0, 2 if name == "bernoulli" else 9, (N_CELLS, N_FEATURES)).double()
     fn = counts_of(name, made)
-    ((_, _, score),) = _Decoded(made, "p" if name == "bernoulli" else "rho", fn, counts, None).evidence()
+    ((_, _, score),) = Decoded(made, "p" if name == "bernoulli" else "rho", fn, counts, None).evidence()
     step = 1e-6
     for feature in range(N_FEATURES):
         moved = []
@@ -112,19 +113,25 @@ def test_draws_around_fitted_weights_are_as_far_as_the_true_ones(effect, prior_p
     mode = true + torch.randn(4000, 5, generator=generator) * information[:, :5] ** -0.5
     fitted = mode * information[:, :5] / (information[:, :5] + prior_precision)
     score = torch.cat([information[:, :5] * (mode - fitted), torch.zeros(4000, 1)], 1)
-    sd = posterior_sd(information, score, fitted)
+    sd = posterior_sd(Evidence(information, score, fitted))
     held = ((fitted - true).abs() < 1.645 * sd[:, :5]).float().mean()
     assert abs(held - 0.9) < 0.06
     torch.testing.assert_close(sd[:, 5], torch.full((4000,), 101**-0.5))
 
 
 def test_a_feature_without_counts_is_held_by_the_prior():
-    sd = posterior_sd(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 3))
-    torch.testing.assert_close(sd, torch.ones(2, 4))
+    """Under the prior that other features have: weights of standard deviation 2."""
+    generator = torch.Generator().manual_seed(1)
+    information = torch.full((2000, 4), 50.0)
+    information[:2] = 0.0
+    mode = 2 * torch.randn(2000, 4, generator=generator)
+    mode[:, 3] = 0.0
+    sd = posterior_sd(Evidence(information, torch.zeros(2000, 4), mode[:, :3] * (information[:, :3] > 0)))
+    torch.testing.assert_close(sd[:2], torch.tensor([[2.0, 2.0, 2.0, 1.0]]).expand(2, 4), rtol=0.1, atol=0.0)
 
 
 def test_a_step_in_the_dark_is_no_longer_than_the_prior_is_wide():
-    sd = posterior_sd(torch.full((1, 4), 1e-6), torch.full((1, 4), 50.0), torch.zeros(1, 3))
+    sd = posterior_sd(Evidence(torch.full((1, 4), 1e-6), torch.full((1, 4), 50.0), torch.zeros(1, 3)))
     assert sd.max() < 4.5
 
 
@@ -143,8 +150,32 @@ def test_training_fits_it_and_going_on_clears_it(fitted):
     few = Minibatches(train.table, train.index[:5], batch_size=64)
     fit_weight_posteriors(again, few)
     assert WeightPosterior.of(again, RNA) is None
-    fit_weight_posteriors(again, train)
+    held_out = Minibatches(train.table, fitted._split.validation, batch_size=64)
+    fit_weight_posteriors(again, train, held_out)
     torch.testing.assert_close(again.atac_weight_sd, fitted.program.atac_weight_sd)
+
+
+def test_held_out_counts_tell_that_weights_are_off(fitted):
+    """Weights moved from where training left them by twice their prior's standard deviation."""
+    train = Minibatches(fitted._training_table(), fitted._split.train, batch_size=64)
+    held_out = Minibatches(train.table, fitted._split.validation, batch_size=64)
+    factors = []
+    for moved in (0.0, 2.0):
+        again = MultiVIProgram(fitted.program.config)
+        again.load_state_dict(fitted.program.state_dict())
+        fit_weight_posteriors(again, train)
+        alone = again.atac_weight_sd.clone()
+        layer = again.accessibility_decoder.p
+        noise = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            layer.weight.add_(moved * noise * again.config.hidden**-0.5)
+        asked = LastLayer.of(again, train, ATAC, len(again.atac_weight_directions) - 1)._replace(
+            cells=held_out.index[ATAC.measured_in(held_out.table)[held_out.index]], share=1.0
+        )
+        with torch.no_grad():
+            factors.append(inflation(asked.evidence(again, held_out), alone[:, [*range(len(asked.vectors)), -1]]))
+    assert factors[0] < 2
+    assert factors[1] > 3
 
 
 def test_more_cells_leave_less_unknown(fitted):
@@ -154,7 +185,9 @@ def test_more_cells_leave_less_unknown(fitted):
     train = Minibatches(fitted._training_table(), fitted._split.train, batch_size=64)
     fit_weight_posteriors(again, Minibatches(train.table, train.index[::4], batch_size=64))
     leading = [0, 1, -1]  # Others are left to the prior, however many cells there are.
-    ratio = again.rna_weight_sd[:, leading].mean(0) / fitted.program.rna_weight_sd[:, leading].mean(0)
+    of_quarter = again.rna_weight_sd[:, leading].mean(0)
+    fit_weight_posteriors(again, train)
+    ratio = of_quarter / again.rna_weight_sd[:, leading].mean(0)
     assert (ratio > 1.4).all()
 
 
@@ -164,7 +197,7 @@ def test_ctrl_c_leaves_the_fitted_decoder(fitted, monkeypatch, caplog):
 
     again = MultiVIProgram(fitted.program.config)
     again.load_state_dict(fitted.program.state_dict())
-    monkeypatch.setattr(fit_weights, "spread", interrupted)
+    monkeypatch.setattr(fit_weights.LastLayer, "of", interrupted)
     with caplog.at_level(logging.WARNING, logger="pyro_multivi"):
         fit_weight_posteriors(again, Minibatches(fitted._training_table(), fitted._split.train))
     assert "too narrow" in caplog.text
@@ -203,7 +236,7 @@ def test_a_decoder_of_another_width_has_a_posterior_too(width, monkeypatch):
     used = min(width, 11)
     assert (directions[:used].abs().sum(1) > 0).all()
     assert (directions[used:-1] == 0).all()
-    assert (sd > 0).all()
+    assert (sd[:, directions.any(1)] > 0).all()
     again = OwnDecoder(model.program.config)
     again.load_state_dict(model.program.state_dict())
     assert torch.equal(weight_buffers(again, RNA)[0], directions)
