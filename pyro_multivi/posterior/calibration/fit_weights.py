@@ -76,8 +76,8 @@ def _fit(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | No
     directions[:k, :-1], directions[:k, -1] = layer.vectors, layer.offset
     directions[-1, -1] = 1.0
     found = posterior_sd(layer.evidence(program, train))
-    if held_out is not None and len(measured(held_out, modality)) >= _FEWEST:
-        asked = layer._replace(cells=spread(measured(held_out, modality), _MOST), share=1.0)
+    if held_out is not None and len(index := measured(held_out, modality)) >= _FEWEST:
+        asked = layer._replace(cells=spread(index, _MOST), share=1.0)
         factor = inflation(asked.evidence(program, held_out), found)
         logger.info("weights of %s are %.1f times as uncertain as training cells say", modality.name, factor)
         found = factor * found

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from pyro_multivi import MULTIVI, MultiVIProgram, ProgramConfig, simulate_multiome
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, paired
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.posterior.calibration import fit_loadings as module
 from pyro_multivi.posterior.calibration.fit_loadings import fit_loadings, newton_step
 from pyro_multivi.posterior.calibration.last_layer import Decoded, LastLayer
+from pyro_multivi.posterior.engine.draws import draw, region_factors
+from pyro_multivi.posterior.engine.replicates import hide
 
 LAYERS = {RNA: ("expression_decoder", "rho"), ATAC: ("accessibility_decoder", "p")}
 
@@ -138,6 +140,27 @@ def test_held_out_cells_choose_how_far_the_weights_move(fitted, monkeypatch, cap
     before = module._log_likelihood(program, held_out, RNA)
     fit_loadings(program, train, held_out)
     assert module._log_likelihood(program, held_out, RNA) >= before
+
+
+@torch.no_grad()
+def test_hidden_counts_are_scored_by_the_state_of_the_other_modality(fitted):
+    """Bernoulli by hand, with z of the cells without ATAC and the depth of those with it."""
+    program, train, _ = copied(fitted)
+    index = paired(train)[:20]
+    cells = train.cut(index)
+    found = {
+        is_hidden: module._mean_log_likelihood(program, train, index, ATAC, is_hidden=is_hidden)
+        for is_hidden in (True, False)
+    }
+    program.eval()
+    d = draw(program, cells, ("d",), 2)["d"]
+    y = cells.y.to_dense()
+    for is_hidden, seen in ((True, hide(cells, ATAC)), (False, cells)):
+        z = draw(program, seen, ("z",), 2)["z"]
+        mean = program.accessibility(z, cells.design).dense() * d[..., None] * region_factors(program)
+        expected = (y * mean.log() + (1 - y) * (-mean).log1p()).sum(-1).mean()
+        assert found[is_hidden] == pytest.approx(float(expected), rel=1e-4)
+    assert found[True] != pytest.approx(found[False], rel=1e-4)
 
 
 def test_without_held_out_cells_the_layers_stay(fitted):
