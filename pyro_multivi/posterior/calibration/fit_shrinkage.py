@@ -69,11 +69,11 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
     for modality in modelled(program.config):
         mean, weight = mean_buffers(program, modality)
         try:
-            measured, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
+            trained, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
             # On the scale of what is decoded: rates of such a sum, without the factors of features.
             level, factor = _level(program, train, modality), _feature_factor(program, modality)
             scale = level if factor is None else level / factor
-            fitted, kept = (scale * sums.share for sums in (measured, measured + more))
+            fitted, kept = (scale * sums.share for sums in (trained, trained + more))
             scores = [log_scores(program, held_out.cut(part), modality, fitted) for part in pairs.split(_AT_ONCE)]
         except KeyboardInterrupt:
             logger.warning("interrupted after training: what is imputed is not drawn towards the mean of the measured")
@@ -179,14 +179,14 @@ class _Measured(NamedTuple):
         counted = torch.zeros(modality.n_features_in(program.config), dtype=torch.float64, device=device)
         depths = torch.zeros_like(counted)
         for cells in minibatches:
-            counts, measured = modality.counts_in(cells), modality.measured_in(cells)
+            counts, has_counts = modality.counts_in(cells), modality.measured_in(cells)
             if modality.in_model(program.config).binary:
                 counts = counts.binary() if isinstance(counts, SparseCounts) else (counts > 0).double()
             if isinstance(counts, SparseCounts):
                 counted += torch.bincount(counts.col, weights=counts.val.double(), minlength=counts.shape[1])
             else:
-                counted += counts[measured].double().sum(0)
-            depth_b = depth(program, cells, modality).double() * measured
+                counted += counts[has_counts].double().sum(0)
+            depth_b = depth(program, cells, modality).double() * has_counts
             panels: Panels | None = modality.panels_in(cells)
             if panels is None:
                 depths += depth_b.sum()
