@@ -27,6 +27,7 @@ from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_loadings import fit_loadings
 from pyro_multivi.posterior.calibration.fit_proteins import fit_proteins, proteins_of
+from pyro_multivi.posterior.calibration.fit_residual import fit_residuals
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale
 from pyro_multivi.posterior.calibration.fit_shrinkage import fit_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import fit_weight_posteriors
@@ -285,6 +286,7 @@ class TrainingMixin(ModelBase):
                 calibrations.append(partial(fit_loadings, self.program, seen, validation))
                 calibrations.append(partial(fit_posterior_scale, self.program, seen))
                 calibrations.append(partial(fit_weight_posteriors, self.program, seen, validation))
+                calibrations.append(partial(fit_residuals, self.program, seen))
             if recalibrates and proteins_of(self.program):
                 calibrations.append(partial(fit_proteins, self.program, seen))
             if recalibrates and validation is not None and len(modelled(self.spec)) > 1:

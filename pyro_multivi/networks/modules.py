@@ -55,6 +55,8 @@ class ProgramModules(nn.Module):
     posterior_scale
         Factor of the standard deviations of q(z) by measurement pattern, (2^E, K), with which draws are made after
         training; see :mod:`pyro_multivi.posterior.engine.posterior_scale`. Not part of the model itself.
+    depth_scale
+        The same of the logarithm of the library size and the logit of the cell factor, (2^E, 2).
     rna_typical, atac_typical
         Share of each feature in a typical cell's counts, and its mean encoder input, (2, F); zeros before they are
         needed, see :mod:`pyro_multivi.networks.panels`. Not part of the model itself.
@@ -68,6 +70,9 @@ class ProgramModules(nn.Module):
     rna_weight_directions, atac_weight_directions, rna_weight_sd, atac_weight_sd
         Posterior of the decoders' last layers, (R, H + 1) and (F, R); zeros before it was fitted, see
         :mod:`pyro_multivi.posterior.engine.weight_posterior`. Not part of the model itself.
+    rna_residual_sd, atac_residual_sd
+        Standard deviation of each feature's logit among cells of one state, (F,), for intervals; see
+        :mod:`pyro_multivi.posterior.calibration.fit_residual`. Not part of the model itself.
     """
 
     config_class: ClassVar[type[ProgramConfig]] = ProgramConfig
@@ -88,6 +93,7 @@ class ProgramModules(nn.Module):
     fragments_log_mean: Tensor
     fragments_log_var: Tensor
     posterior_scale: Tensor
+    depth_scale: Tensor
 
     def __init__(self, config: ProgramConfig) -> None:
         super().__init__()
@@ -156,9 +162,11 @@ class ProgramModules(nn.Module):
             self.register_buffer(f"{modality.key}_mean_weight", torch.tensor(0.0))
             self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, hidden + 1))
             self.register_buffer(f"{modality.key}_weight_sd", torch.zeros(n_features, n_directions))
+            self.register_buffer(f"{modality.key}_residual_sd", torch.zeros(n_features))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
+        self.register_buffer("depth_scale", torch.ones(2 ** len(MODALITIES), len(MODALITIES)))
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
         kinds = {**self.extra_modalities, **({PROTEIN: Proteins} if config.proteins else {})}
@@ -172,9 +180,10 @@ class ProgramModules(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.size_weight_directions()
         # Models of earlier versions were saved without it.
-        state_dict.setdefault(f"{prefix}posterior_scale", torch.ones_like(self.posterior_scale))
+        for name in ("posterior_scale", "depth_scale"):
+            state_dict.setdefault(prefix + name, torch.ones_like(getattr(self, name)))
         for modality in modelled(self.config):
-            for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd"):
+            for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd", "residual_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         if self.config.n_regions and not self.config.counts_fragments:

@@ -8,12 +8,14 @@ In each dimension its expectations tell the curvature and the distance of the po
 
 Under a posterior that is Normal in each dimension, t is :math:`\sigma^2` over its variance and :math:`\delta` the
 distance of its mean from :math:`\mu` in units of :math:`\sigma`. The factor :math:`f^2 = 1 / t + \delta^2`, averaged
-over cells and at least 1, gives q the mean squared distance that the posterior has from :math:`\mu`.
+over cells and at least 1, gives q the mean squared distance that the posterior has from :math:`\mu`. Logarithms of library
+sizes and logits of cell factors, of which q is Normal too, are treated as dimensions of z.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import modelled
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.posterior_scale import normal_in, pattern_code
+from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in, pattern_code
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
 
@@ -43,14 +45,17 @@ _SMALLEST, _LARGEST = 1.0, 2.0
 
 
 def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
-    """Set ``posterior_scale`` of a program; 1 for patterns of fewer than ten cells, and where q(z) is not Normal.
+    """Set ``posterior_scale`` and ``depth_scale`` of a program.
+
+    They are 1 for patterns of fewer than ten cells, and where q(z) is not Normal; that of a depth also where it is
+    known, and where its modality was not measured.
 
     Parameters
     ----------
     train
         Cells that it was trained on.
     """
-    program.posterior_scale.fill_(1.0)
+    clear_posterior_scale(program)
     n_features = sum(modality.n_features_in(program.config) for modality in modelled(program.config))
     most = min(_MOST, max(_LEAST, _ENTRIES // n_features))
     code = pattern_code(train.table)[train.index]
@@ -58,15 +63,35 @@ def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
         index = spread(train.index[code == pattern], most)
         if len(index) < _FEWEST:
             continue
+        parts = index.split(_AT_ONCE)
         try:
-            found = [gradients(program, train.cut(part)) for part in index.split(_AT_ONCE)]
+            factors = _factors(program, train, parts, "z")
+            if factors is None:
+                return
+            program.posterior_scale[pattern] = factors
+            for place, modality in enumerate(MODALITIES):
+                if pattern & 2**place and modality in modelled(program.config):
+                    factor = _factors(program, train, parts, modality.depth)
+                    program.depth_scale[pattern, place] = 1.0 if factor is None else factor
         except KeyboardInterrupt:
             logger.warning("interrupted after training: some posterior standard deviations are not corrected")
             return
-        if any(part is None for part in found):
-            return
-        noise, gradient = (torch.cat(parts, 1) for parts in zip(*[part for part in found if part], strict=True))
-        program.posterior_scale[pattern] = scale_factor(noise, gradient)
+
+
+def clear_posterior_scale(program: MultiVIProgram) -> None:
+    """Return to the standard deviations that were trained."""
+    program.posterior_scale.fill_(1.0)
+    program.depth_scale.fill_(1.0)
+
+
+def _factors(program: MultiVIProgram, train: Minibatches, parts: Sequence[Tensor], site: str) -> Tensor | None:
+    """Factors of a site's dimensions, (K,); None where its posterior is not made of Normals."""
+    found = [gradients(program, train.cut(part), site) for part in parts]
+    known = [part for part in found if part is not None]
+    if len(known) < len(found):
+        return None
+    noise, gradient = (torch.cat(several, 1) for several in zip(*known, strict=True))
+    return scale_factor(noise, gradient)
 
 
 def scale_factor(noise_snk: Tensor, gradient_snk: Tensor) -> Tensor:
@@ -93,18 +118,32 @@ def scale_factor(noise_snk: Tensor, gradient_snk: Tensor) -> Tensor:
     return (1 / curvature_k + squared_k / curvature_k.square()).sqrt().clamp(_SMALLEST, _LARGEST)
 
 
-def gradients(program: MultiVIProgram, cells: Cells) -> tuple[Tensor, Tensor] | None:
-    """Noise of draws of z and scaled gradients at them, (S, B, K) each; None where q(z) is not Normal."""
+def gradients(program: MultiVIProgram, cells: Cells, site: str = "z") -> tuple[Tensor, Tensor] | None:
+    """Noise of draws of a site and scaled gradients at them, (S, B, K) each.
+
+    Those of a depth, of the Normal of which it is a transformation, have K = 1. None where q(z) is not Normal, and where
+    the depth is a point.
+    """
     with evaluation_mode(program):
         latents = draw_latents(program, cells, _N_SAMPLES, as_trained=True)
         nodes: dict[str, Any] = dict(latents.trace.nodes)
-        normal = normal_in(nodes["z"]["fn"])
+        fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
+        normal = normal_in(fn) if site == "z" else normal_behind(fn)
         if normal is None:
             return None
-        z = nodes["z"]["value"].detach().requires_grad_()
+        transforms = [] if site == "z" else fn.transforms
+        for transform in reversed(transforms):
+            value = transform.inv(value)
+        scaled = ((value - normal.loc) / normal.scale).requires_grad_()
         with torch.enable_grad():
-            model = model_trace(program.model, cells, latents.at("z", z))
+            value, log_slope = normal.loc + normal.scale * scaled, torch.zeros(())
+            for transform in transforms:
+                after = transform(value)
+                log_slope = log_slope + transform.log_abs_det_jacobian(value, after).sum()
+                value = after
+            model = model_trace(program.model, cells, latents.at(site, value))
             model.compute_log_prob()
-            total = torch.stack([site["unscaled_log_prob"].sum() for site in random_sites(model).values()]).sum()
-            (gradient,) = torch.autograd.grad(total, z)
-        return ((z - normal.loc) / normal.scale).detach(), gradient * normal.scale
+            total = torch.stack([each["unscaled_log_prob"].sum() for each in random_sites(model).values()]).sum()
+            (gradient,) = torch.autograd.grad(total + log_slope, scaled)
+        noise = scaled.detach()
+        return (noise, gradient) if site == "z" else (noise[..., None], gradient[..., None])

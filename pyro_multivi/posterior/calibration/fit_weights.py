@@ -70,7 +70,7 @@ def _fit(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | No
     directions, sd = weight_buffers(program, modality)
     # A narrow layer has fewer; what is left of the buffers stays zero.
     layer = LastLayer.of(program, train, modality, min(len(directions), directions.shape[1]) - 1)
-    if layer is None or layer.vectors.shape[1] != directions.shape[1] - 1:
+    if layer is None or not layer.fits_buffers(program):
         return
     k = len(layer.vectors)
     directions[:k, :-1], directions[:k, -1] = layer.vectors, layer.offset

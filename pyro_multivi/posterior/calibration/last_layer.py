@@ -21,7 +21,7 @@ from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
-from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
+from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_trace
 from pyro_multivi.posterior.engine.replicates import counts_of
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -86,6 +86,11 @@ class LastLayer(NamedTuple):
         offset = -(vectors @ centre)
         dtype = hidden_parts[0].dtype
         return cls(modality, index, len(every) / len(index), (vectors * unit(program)).to(dtype), offset.to(dtype))
+
+    def fits_buffers(self, program: MultiVIProgram) -> bool:
+        """Whether the hidden layer has the width that the program's buffers are made for."""
+        directions: Tensor = getattr(program, f"{self.modality.key}_weight_directions")
+        return self.vectors.shape[1] == directions.shape[1] - 1
 
     def evidence(self, program: MultiVIProgram, train: Minibatches, *, joint: bool = False) -> Evidence:
         """What the counts of the cells say of each feature's weights in these directions.
@@ -152,7 +157,7 @@ def unit(program: MultiVIProgram) -> float:
 
 
 class Decoded(NamedTuple):
-    """A modality in B cells that have it, at a draw of their latents: last layer, distribution of counts, counts."""
+    """A modality in B cells that have it, at some latents: last layer, distribution of counts, counts."""
 
     readout: Readout
     name: str
@@ -161,10 +166,16 @@ class Decoded(NamedTuple):
     counted: Panels | None
 
     @classmethod
-    def of(cls, program: MultiVIProgram, cells: Cells, modality: Modality) -> Decoded | None:
-        """Decode some cells; None where the last layer of the decoder, or the likelihood, is unknown."""
+    def of(
+        cls, program: MultiVIProgram, cells: Cells, modality: Modality, latents: Latents | None = None
+    ) -> Decoded | None:
+        """Decode some cells, by default at a draw of their latents.
+
+        None where the last layer of the decoder, or the likelihood, is unknown.
+        """
         with evaluation_mode(program):
-            nodes: dict[str, Any] = dict(model_trace(program.model, cells, draw_latents(program, cells)).nodes)
+            latents = draw_latents(program, cells) if latents is None else latents
+            nodes: dict[str, Any] = dict(model_trace(program.model, cells, latents).nodes)
         name = modality.decoded
         readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
         if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):

@@ -10,11 +10,13 @@ from torch import Tensor
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.calibration.fit_depth import clear_depth_regressions
 from pyro_multivi.posterior.calibration.fit_proteins import clear_proteins, proteins_of
+from pyro_multivi.posterior.calibration.fit_residual import clear_residuals
+from pyro_multivi.posterior.calibration.fit_scale import clear_posterior_scale
 from pyro_multivi.posterior.calibration.fit_shrinkage import clear_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 from pyro_multivi.posterior.engine.decode import mean_buffers
 from pyro_multivi.posterior.engine.depth_regression import regression_buffer
-from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
+from pyro_multivi.posterior.engine.weight_posterior import residual_buffer, weight_buffers
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -31,9 +33,10 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     before = n_epochs()
     clear_depth_regressions(program)
     clear_weight_posteriors(program)
+    clear_residuals(program)
     clear_proteins(program)
     clear_shrinkage(program)
-    program.posterior_scale.fill_(1.0)
+    clear_posterior_scale(program)
     try:
         yield
     except BaseException:
@@ -49,8 +52,12 @@ def _buffers(program: MultiVIProgram) -> list[Tensor]:
     by_modality = (
         buffer
         for modality in modelled(program.config)
-        for buffer in (*weight_buffers(program, modality), *mean_buffers(program, modality))
+        for buffer in (
+            *weight_buffers(program, modality),
+            residual_buffer(program, modality),
+            *mean_buffers(program, modality),
+        )
     )
     proteins = (buffer for modality in proteins_of(program) for buffer in modality.calibrated)
     depths = (regression_buffer(program, modality) for modality in MODALITIES)
-    return [program.posterior_scale, *depths, *by_modality, *proteins]
+    return [program.posterior_scale, program.depth_scale, *depths, *by_modality, *proteins]

@@ -27,7 +27,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
-from pyro_multivi.posterior.engine.posterior_scale import corrected
+from pyro_multivi.posterior.engine.posterior_scale import corrected, corrected_depth
 from pyro_multivi.posterior.engine.stored_posterior import guide_of
 from pyro_multivi.program import MultiVIProgram, is_of_cells
 from pyro_multivi.traces import evaluation_mode, is_deterministic
@@ -167,7 +167,7 @@ def draw_latents(
 ) -> Latents:
     """Draw every latent of the guide S times, numbered from ``first``. For use within ``evaluation_mode``.
 
-    With ``as_trained`` z is drawn from the guide itself, for the ELBO; otherwise with the standard deviations of
+    With ``as_trained`` all are drawn from the guide itself, for the ELBO; otherwise with the standard deviations of
     :mod:`~pyro_multivi.posterior.engine.posterior_scale`.
     """
     noise = CellNoise(cells.index, seed, first)
@@ -359,6 +359,8 @@ class _Fill(Messenger):
         of_cells = is_of_cells(msg)
         if name == "z" and cells is not None and not self.as_trained:
             fn = msg["fn"] = corrected(self.program, cells, fn)
+        elif of_cells and cells is not None and self.noise is not None and not self.as_trained:
+            fn = corrected_depth(self.program, cells, name, fn)
         value = self._value(name, fn, of_cells)
         if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
             prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)

@@ -8,8 +8,9 @@ for it. So draws from the posterior are
 
 with one factor f of 1 to 2 for each measurement pattern c (RNA only, ATAC only, both) and latent dimension k, the
 buffer ``posterior_scale`` of the program: set by :mod:`pyro_multivi.posterior.calibration.fit_scale`, 1 before that.
-Posterior means do not change. The guide itself stays as it was trained, and so do its moments, the ELBO and the
-marginal likelihood.
+Posterior means do not change. Draws of the library size and of the cell factor are widened in the same way, on the
+scale on which their posterior is Normal, by one factor for each pattern that measures them (``depth_scale``). The
+guide itself stays as it was trained, and so do its moments, the ELBO and the marginal likelihood.
 """
 
 from __future__ import annotations
@@ -41,6 +42,29 @@ def corrected(program: MultiVIProgram, cells: Cells, fn: Any) -> Any:
         return fn
     factor_nk = program.posterior_scale[pattern_code(cells)]
     return dist.Normal(normal.loc, normal.scale * factor_nk, validate_args=False).to_event(1)
+
+
+def corrected_depth(program: MultiVIProgram, cells: Cells, name: str, fn: Any) -> Any:
+    """q(l) or q(d) of some cells with corrected standard deviations; any other site, and points, as they are."""
+    place = next((place for place, modality in enumerate(MODALITIES) if modality.depth == name), None)
+    normal = None if place is None else normal_behind(fn)
+    if normal is None:
+        return fn
+    factor_n = program.depth_scale[pattern_code(cells), place]
+    base = dist.Normal(normal.loc, normal.scale * factor_n, validate_args=False)
+    return dist.TransformedDistribution(base, fn.transforms, validate_args=False)
+
+
+def normal_behind(fn: Any) -> torchdist.Normal | None:
+    """Normal of which a distribution, such as a LogNormal, is a transformation; None if there is none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> float(normal_behind(dist.LogNormal(1.0, torch.tensor(2.0))).scale)
+    2.0
+    """
+    return normal_in(fn.base_dist) if isinstance(fn, torchdist.TransformedDistribution) else None
 
 
 def normal_in(fn: Any) -> torchdist.Normal | None:

@@ -19,7 +19,7 @@ random cells (``unit="cell"``) are of the fitted decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -33,6 +33,8 @@ from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.program import MultiVIProgram
 
+#: Directions in which cells of one state differ in a draw: enough for the sum to be about Normal.
+RESIDUAL_DIRECTIONS = 8
 _DECODED = tuple(modality.decoded for modality in MODALITIES)
 
 
@@ -46,19 +48,24 @@ class WeightPosterior:
         Coordinates of a hidden layer with a 1 behind it, (R, H + 1).
     sd
         Standard deviation of each feature's weight in each direction, (F, R).
+    residual_sd
+        Standard deviation of each feature's logit among cells of one state, (F,).
     name
         Name of the stream of random numbers.
     """
 
     directions: Tensor
     sd: Tensor
+    residual_sd: Tensor
     name: str
 
     @classmethod
     def of(cls, program: MultiVIProgram, modality: Modality) -> WeightPosterior | None:
         """Read it from a program; None before it is fitted."""
         directions, sd = weight_buffers(program, modality)
-        return cls(directions, sd, f"{modality.decoded} weights") if bool(sd.any()) else None
+        if not bool(sd.any()):
+            return None
+        return cls(directions, sd, residual_buffer(program, modality), f"{modality.decoded} weights")
 
     def coordinates(self, hidden: Tensor) -> Tensor:
         """Coordinates of hidden layers (..., H), (..., R)."""
@@ -70,15 +77,26 @@ def weight_buffers(program: MultiVIProgram, modality: Modality) -> tuple[Tensor,
     return getattr(program, f"{modality.key}_weight_directions"), getattr(program, f"{modality.key}_weight_sd")
 
 
-def with_weight_noise(program: MultiVIProgram, site: str, values: Tensor, noise: CellNoise) -> Tensor:
+def residual_buffer(program: MultiVIProgram, modality: Modality) -> Tensor:
+    """Buffer with the standard deviation of each feature's logit among cells of one state, (F,)."""
+    buffer: Tensor = getattr(program, f"{modality.key}_residual_sd")
+    return buffer
+
+
+def with_weight_noise(
+    program: MultiVIProgram, site: str, values: Tensor, noise: CellNoise, *, residual: bool = True
+) -> Tensor:
     """Decoded values (S, B, F) of a site, with a draw of the last layer for each of S draws of the cells.
 
-    They are returned as they are without a posterior of the last layer, and where no readout of it is behind them.
+    With ``residual`` cells of one state differ too. Values are returned as they are without a posterior of the last
+    layer, and where no readout of it is behind them.
     """
     modality = next((one for one in modelled(program.config) if one.decoded == site), None)
     posterior = None if modality is None else WeightPosterior.of(program, modality)
     if posterior is None or not isinstance(values, Readout) or values.weight.shape[0] != len(posterior.sd):
         return values
+    if not residual:
+        posterior = replace(posterior, residual_sd=torch.zeros_like(posterior.residual_sd))
     features = torch.arange(len(posterior.sd), device=values.device)
     return PerturbedReadout.of(values, posterior, features, noise)
 
@@ -93,7 +111,7 @@ class WeightNoise(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if self.noise is None or msg["name"] not in _DECODED:
             return
-        values = with_weight_noise(self.program, msg["name"], msg["fn"].base_dist.v, self.noise)
+        values = with_weight_noise(self.program, msg["name"], msg["fn"].base_dist.v, self.noise, residual=False)
         msg["fn"] = dist.Delta(values, event_dim=1).mask(False)
         if msg["value"] is not None:
             msg["value"] = values
@@ -139,6 +157,13 @@ class PerturbedReadout(Readout):
         variance = (phi_scr.square() @ sd_fr.square().T).reshape(logits.shape)
         bend = 1.0 if self.link in ("softmax", "identity") else self._bend(logits)
         noise = (phi_scr @ weights_sfr.transpose(1, 2)).reshape(logits.shape)
+        residual_f = self.posterior.residual_sd[chosen]
+        if bool(residual_f.any()):
+            name, n = f"{self.posterior.name} residual", RESIDUAL_DIRECTIONS
+            effect_sfk = source.coarse_normal(name, n_draws, n) * (residual_f[:, None] * n**-0.5)
+            state_sck = self.noise.coarse_normal(f"{name} state", n_draws, n)
+            noise = noise + (state_sck @ effect_sfk.transpose(1, 2)).reshape(logits.shape)
+            variance = variance + residual_f.square()
         return logits.add(noise).sub_(variance.mul_(0.5 * bend))
 
     def _bend(self, logits: Tensor) -> Tensor:
