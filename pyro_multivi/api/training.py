@@ -94,9 +94,10 @@ class TrainingMixin(ModelBase):
         At the end the decoders' last layers are fitted once more, under a prior of which the data choose the widths, as
         far as held-out cells approve (:mod:`pyro_multivi.posterior.calibration.fit_loadings`; the history is of the
         weights before). The standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`), and the last layers get a posterior, from which
-        intervals are drawn (:mod:`pyro_multivi.posterior.engine.weight_posterior`; of proteins also the spread of the
-        background, :mod:`pyro_multivi.posterior.calibration.fit_proteins`). Cells of both modalities teach how the
+        (:mod:`pyro_multivi.posterior.engine.posterior_scale`). For intervals the last layers get a posterior
+        (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and the variation that the latent state does not
+        explain is measured (:mod:`pyro_multivi.posterior.calibration.fit_residual`), as is the spread of the background
+        of proteins (:mod:`pyro_multivi.posterior.calibration.fit_proteins`). Cells of both modalities teach how the
         sequencing depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`), those
         that were held out also how far what is imputed is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 

@@ -33,9 +33,8 @@ def weights(model):
 
 def same(left, right):
     """Whether weights are equal; what is calibrated after training may differ."""
-    return all(
-        torch.equal(left[name], right[name]) for name in left if name != "posterior_scale" and "_weight_" not in name
-    )
+    calibrated = ("posterior_scale", "depth_scale", "_residual_sd", "_weight_sd", "_weight_directions", "_mean_weight")
+    return all(torch.equal(left[name], right[name]) for name in left if not name.endswith(calibrated))
 
 
 # ---------------------------------------------------------------------- determinism, global state

@@ -55,7 +55,7 @@ def weights_of(model):
     return [
         (name, value)
         for name, value in model.program.state_dict().items()
-        if name != "posterior_scale" and "_weight_" not in name
+        if not name.endswith(("posterior_scale", "depth_scale", "_residual_sd")) and "_weight_" not in name
     ]
 
 

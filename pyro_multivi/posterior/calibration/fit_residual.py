@@ -35,7 +35,8 @@ from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.modality import Modality, modelled
 from pyro_multivi.posterior.calibration.adaptive_prior import AdaptivePrior
 from pyro_multivi.posterior.calibration.last_layer import Decoded, LastLayer
-from pyro_multivi.posterior.engine.draws import mean_latents
+from pyro_multivi.posterior.engine.draws import draw_latents
+from pyro_multivi.posterior.engine.posterior_scale import normal_in
 from pyro_multivi.posterior.engine.weight_posterior import residual_buffer
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -104,8 +105,8 @@ class Likeness(NamedTuple):
 def fit_residuals(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``rna_residual_sd`` and ``atac_residual_sd``.
 
-    They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package, and where
-    rho or p is not decoded by a readout of the decoder's layer of that name.
+    They stay zero where fewer than ten cells were measured, where q(z) is not Normal, where the likelihood is not one
+    of this package, and where rho or p is not decoded by a readout of the decoder's layer of that name.
 
     Parameters
     ----------
@@ -168,14 +169,17 @@ def _compare(program: MultiVIProgram, train: Minibatches, modality: Modality) ->
     for part in spread(layer.cells, _CELLS).split(_AT_ONCE):
         cells = train.cut(part)
         with evaluation_mode(program):
-            latents = mean_latents(program, cells)
-        z: Any = latents.trace.nodes["z"]
-        unknown.append(z["fn"].variance.clamp(max=1).sum(-1).flatten())
-        decoded = Decoded.of(program, cells, modality, latents)
+            latents = draw_latents(program, cells)
+        nodes: dict[str, Any] = dict(latents.trace.nodes)
+        normal = normal_in(nodes["z"]["fn"])
+        if normal is None:
+            return None
+        unknown.append(normal.variance.clamp(max=1).sum(-1).flatten())
+        decoded = Decoded.of(program, cells, modality, latents.at("z", normal.loc.expand_as(nodes["z"]["value"])))
         assert decoded is not None
         _, found, of_cells = zip(*decoded.evidence(), strict=True)
         found_bf, score_bf = torch.cat(found, 1), torch.cat(of_cells, 1)
-        # Less the error of the cell's depth, which all features share.
+        # Less the error of the cell's depth, a draw, which all features share.
         score_bf = score_bf - found_bf * (score_bf.sum(1) / found_bf.sum(1).clamp(min=1e-12))[:, None]
         information.append(found_bf[:, chosen])
         scores.append(score_bf[:, chosen])

@@ -8,8 +8,8 @@ In each dimension its expectations tell the curvature and the distance of the po
 
 Under a posterior that is Normal in each dimension, t is :math:`\sigma^2` over its variance and :math:`\delta` the
 distance of its mean from :math:`\mu` in units of :math:`\sigma`. The factor :math:`f^2 = 1 / t + \delta^2`, averaged
-over cells and at least 1, gives q the mean squared distance that the posterior has from :math:`\mu`. Logarithms of library
-sizes and logits of cell factors, of which q is Normal too, are treated as dimensions of z.
+over cells and at least 1, gives q the mean squared distance that the posterior has from :math:`\mu`. The logarithm of
+the library size and the logit of the cell factor, of which q is Normal too, are treated as dimensions of z.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def scale_factor(noise_snk: Tensor, gradient_snk: Tensor) -> Tensor:
 def gradients(program: MultiVIProgram, cells: Cells, site: str = "z") -> tuple[Tensor, Tensor] | None:
     """Noise of draws of a site and scaled gradients at them, (S, B, K) each.
 
-    Those of a depth, of the Normal of which it is a transformation, have K = 1. None where q(z) is not Normal, and where
-    the depth is a point.
+    Those of a depth, of the Normal of which it is a transformation, have K = 1. None where q(z) is not Normal, and
+    where the depth is a point.
     """
     with evaluation_mode(program):
         latents = draw_latents(program, cells, _N_SAMPLES, as_trained=True)

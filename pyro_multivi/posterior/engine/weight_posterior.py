@@ -12,6 +12,13 @@ last term keeps the mean of rho or p where the fitted weights have it; c is the 
 the link, 1 for shares of counts and 1 - 2 p for probabilities. Directions and standard deviations are buffers of the
 program (``rna_weight_directions``, ``rna_weight_sd``, and those of ATAC), set by
 :mod:`pyro_multivi.posterior.calibration.fit_weights`; zeros before that, with which draws are of the fitted decoder.
+
+Cells of one state z are not all alike: each draw of a cell and feature adds :math:`\tau_j \sum_k u_k a_{jk} / \sqrt K`
+with u of its own for the cell, :math:`a_{jk}` for all cells, both standard Normal, and :math:`\tau_j^2` in the sum of
+the last term. The standard deviations :math:`\tau` (``rna_residual_sd``, ``atac_residual_sd``) are set by
+:mod:`pyro_multivi.posterior.calibration.fit_residual`. Replicated counts do without, for fitted dispersions have it
+already.
+
 The weights, what is decoded at posterior means, the ELBO and the marginal likelihood stay as they were trained.
 Differential tests draw the latent state alone: in those of groups, calibrated by counts, the decoder cancels; those of
 random cells (``unit="cell"``) are of the fitted decoder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -12,7 +11,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.posterior.calibration import fit_scale
 from pyro_multivi.posterior.calibration.fit_scale import fit_posterior_scale, gradients, scale_factor
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.posterior_scale import normal_in, pattern_code
+from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in
 from pyro_multivi.traces import evaluation_mode, random_sites
 
 
@@ -58,6 +57,42 @@ def test_gradients_are_those_of_the_joint_density(make_program, make_cells):
             torch.testing.assert_close(gradient[..., k], slope * normal.scale[..., k], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("site", "to_normal"), [("l", torch.log), ("d", torch.logit)])
+def test_gradients_of_depths_are_those_of_their_normal(make_program, make_cells, site, to_normal):
+    """By differences of log p(counts, latents) plus the log-slope of the transformation."""
+    program, cells = make_program(torch.float64), make_cells(dtype=torch.float64)
+    noise, gradient = gradients(program, cells, site)
+    with evaluation_mode(program):
+        latents = draw_latents(program, cells, fit_scale._N_SAMPLES, as_trained=True)
+        normal, value = normal_behind(latents.trace.nodes[site]["fn"]), latents.trace.nodes[site]["value"]
+        at = to_normal(value)
+        torch.testing.assert_close(normal.loc + normal.scale * noise[..., 0], at)
+
+        def log_joint(step):
+            moved = (at + step).exp() if site == "l" else (at + step).sigmoid()
+            log_slope = at + step if site == "l" else (moved * (1 - moved)).log()
+            trace = model_trace(program.model, cells, latents.at(site, moved))
+            trace.compute_log_prob()
+            return sum(each["unscaled_log_prob"] for each in random_sites(trace).values()) + log_slope
+
+        slope = (log_joint(1e-5) - log_joint(-1e-5)) / 2e-5
+        torch.testing.assert_close(gradient[..., 0], slope * normal.scale, rtol=1e-4, atol=1e-5)
+
+
+def test_depths_of_modalities_that_were_not_measured_are_left_alone(build):
+    model = build()
+    model.train(max_epochs=2, progress_bar=False)
+    # Rows: nothing, RNA only, ATAC only, both. Columns: library size, cell factor.
+    assert (model.program.depth_scale[[0, 0, 1, 2], [0, 1, 1, 0]] == 1).all()
+    assert (model.program.depth_scale[[1, 2, 3, 3], [0, 1, 0, 1]] > 1).any()
+
+
+def test_known_library_sizes_have_no_factor(build):
+    model = build(library="observed")
+    model.train(max_epochs=1, progress_bar=False)
+    assert (model.program.depth_scale[:, 0] == 1).all()
+
+
 def test_patterns_of_few_cells_keep_their_standard_deviations(build, monkeypatch):
     model = build()
     monkeypatch.setattr(fit_scale, "_FEWEST", 20)
@@ -96,18 +131,11 @@ def test_further_training_fits_anew_and_a_failure_restores(build):
 
 
 def test_one_minibatch_of_cells_at_a_time_changes_nothing(fitted, monkeypatch):
-    cells = Minibatches(fitted._table)
+    program, cells = MultiVIProgram(fitted.program.config), Minibatches(fitted._table)
+    program.load_state_dict(fitted.program.state_dict())
     found = []
     for at_once in (7, 1000):
         monkeypatch.setattr(fit_scale, "_AT_ONCE", at_once)
-        kept = fitted.program.posterior_scale.clone()
-        try:
-            fit_posterior_scale(fitted.program, cells)
-            found.append(fitted.program.posterior_scale.clone())
-        finally:
-            fitted.program.posterior_scale.copy_(kept)
+        fit_posterior_scale(program, cells)
+        found.append(torch.cat([program.posterior_scale, program.depth_scale], 1))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
-
-
-def test_codes_of_measurement_patterns(make_cells):
-    np.testing.assert_array_equal(pattern_code(make_cells((2, 1, 3))).numpy(), [3, 3, 1, 2, 2, 2])

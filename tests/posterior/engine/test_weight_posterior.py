@@ -13,7 +13,7 @@ from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.decode import Average, decode
 from pyro_multivi.posterior.engine.draws import draw_latents, feature_blocks, replay
 from pyro_multivi.posterior.engine.replicates import replicate
-from pyro_multivi.posterior.engine.weight_posterior import weight_buffers, with_weight_noise
+from pyro_multivi.posterior.engine.weight_posterior import residual_buffer, weight_buffers, with_weight_noise
 from pyro_multivi.traces import evaluation_mode
 
 SITES = {"rho": RNA, "p": ATAC}
@@ -83,6 +83,39 @@ def test_a_weight_errs_alike_in_every_cell(program, make_cells):
         assert values.std(0).min() > 0
         later = with_weight_noise(program, "p", one.with_hidden(one.hidden[4:]), CellNoise(cells.index, 3, 4)).dense()
     torch.testing.assert_close(values[4:], later)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_cells_of_one_state_differ_by_what_is_left(program, make_cells, site):
+    cells, modality = make_cells(), SITES[site]
+    sd = torch.linspace(0.0, 1.0, len(residual_buffer(program, modality)))
+    readouts = {"rho": program.expression_decoder.rho, "p": program.accessibility_decoder.p}
+    layer, n = readouts[site], 4000
+    hidden = torch.ones(n, len(cells), program.config.hidden)
+    # Links for which the mean of a draw is that of its logit, or of its exponential.
+    one = Readout(hidden, layer.weight.detach(), layer.bias.detach(), "identity")
+    noise = CellNoise(cells.index, 3)
+    plain = with_weight_noise(program, site, one, noise).dense()
+    residual_buffer(program, modality).copy_(sd)
+    drawn = with_weight_noise(program, site, one, noise).dense() - plain
+    assert torch.equal(drawn[..., 0], torch.zeros_like(drawn[..., 0]))
+    torch.testing.assert_close(drawn.mean((0, 1)), -0.5 * sd.square(), atol=0.03, rtol=0.0)
+    torch.testing.assert_close(drawn.std(0).mean(0), sd, atol=0.03, rtol=0.0)
+    # Cells differ from each other, features of a cell do not follow each other.
+    flat = (drawn[..., 1:] - drawn[..., 1:].mean(0)) / sd[1:]
+    assert (flat[:, 0] * flat[:, 1]).mean(0).abs().max() < 0.1
+    assert (flat[..., 0] * flat[..., 1]).mean(0).abs().max() < 0.1
+    assert torch.equal(with_weight_noise(program, site, one, noise, residual=False).dense(), plain)
+    some = with_weight_noise(program, site, one.with_hidden(hidden[5:9, 2:4]), CellNoise(cells.index[2:4], 3, 5))
+    torch.testing.assert_close(some.dense(), (drawn + plain)[5:9, 2:4])
+
+
+def test_replicates_have_it_in_their_dispersion_already(program, make_cells):
+    cells = make_cells()
+    ((_, before),) = replicate(program, cells, 6)
+    program.rna_residual_sd.fill_(1.0)
+    ((_, after),) = replicate(program, cells, 6)
+    assert torch.equal(before["x"].values, after["x"].values)
 
 
 def test_draws_do_not_depend_on_minibatches_or_on_the_features_asked_for(fitted):
