@@ -40,7 +40,7 @@ from pyro_multivi.training.history import History, Stopwatch
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
 from pyro_multivi.training.options import FitOptions
-from pyro_multivi.training.schedules import EarlyStopping, kl_weight
+from pyro_multivi.training.schedules import EarlyStopping, default_patience, kl_weight
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -121,11 +121,12 @@ def fit(
     optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
     adversary = Adversary.wanted(program, train, options)
     objective = NegativeELBO(program, options.elbo, adversary)
-    stopping = EarlyStopping(
-        options.early_stopping_monitor,
-        options.early_stopping_patience if options.early_stopping else options.max_epochs + 1,
-        options.early_stopping_min_delta,
-    )
+    patience = options.early_stopping_patience
+    if validation is None or not options.early_stopping:
+        patience = options.max_epochs + 1
+    elif patience is None:
+        patience = default_patience(validation.n_cells)
+    stopping = EarlyStopping(options.early_stopping_monitor, patience, options.early_stopping_min_delta)
     # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
     best = None if validation is None else _Snapshot(program)
     average = RunningAverage(program, options.average_steps)

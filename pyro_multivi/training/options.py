@@ -52,7 +52,7 @@ class FitOptions:
     n_steps_kl_warmup: int | None = None
     n_epochs_kl_warmup: int | None = 1
     early_stopping_monitor: str = "elbo_validation"
-    early_stopping_patience: int = 30
+    early_stopping_patience: int | None = None
     early_stopping_min_delta: float = 0.0
     gradient_clip: float | None = None
     seed: int = 0

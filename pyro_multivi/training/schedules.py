@@ -39,6 +39,17 @@ def kl_weight(epoch: int, step: int, n_epochs: int | None, n_steps: int | None) 
     return min(1.0, epoch / n_epochs) if n_epochs else 1.0
 
 
+def default_patience(n_held_out: int) -> int:
+    """Scored epochs without improvement before stopping: the fewer cells are held out, the noisier their score.
+
+    Examples
+    --------
+    >>> [default_patience(n_cells) for n_cells in (20, 50, 100, 100_000)]
+    [30, 20, 10, 10]
+    """
+    return min(30, max(10, round(1000 / max(1, n_held_out))))
+
+
 @dataclass
 class EarlyStopping:
     """Stop when a loss no longer falls.

@@ -41,8 +41,8 @@ def test_with_one_modality_only_standard_deviations_are_calibrated(capsys, train
     pm.MULTIVI.setup_anndata(rna)
     train(pm.MULTIVI(rna, n_hidden=6, n_latent=2), 1, progress_bar=True)
     printed = capsys.readouterr().err
-    # And the posterior of the last layer.
-    assert "3/3" in printed
+    # And the last layer, its posterior, and what the state does not explain.
+    assert "4/4" in printed
     assert len(lines(printed)) == 1
 
 

@@ -28,8 +28,8 @@ _PARTS = "every epoch passes over all cells; give fewer cells, or max_epochs"
 #: What means something else here than in scvi-tools though it is called alike; each is said once.
 DIFFERENCES = {
     "train": (
-        "train(): defaults are lr=1e-3, one epoch of KL warm-up, early stopping on the ELBO with a patience of 30, no "
-        "adversary, where scvi-tools 1.4 has lr=1e-4, 50 epochs, the reconstruction loss with 50, and "
+        "train(): defaults are lr=2e-3, one epoch of KL warm-up, early stopping on the ELBO with a patience of 10 to "
+        "30, no adversary, where scvi-tools 1.4 has lr=1e-4, 50 epochs, the reconstruction loss with 50, and "
         "adversarial_mixing=True."
     ),
     "effect_size": (

@@ -107,6 +107,10 @@ class Readout(torch.Tensor):
         """Readout of some features, at positions (k,), int64; a softmax is one over these."""
         return Readout(self.hidden, self.weight[features], self.bias[features], link or self.link, self.gemm_dtype)
 
+    def of_cells(self, rows: Tensor) -> Readout:
+        """Readout (S, k, F) of some cells of one of shape (S, B, F), at positions (k,), int64."""
+        return self.with_hidden(self.hidden[:, rows])
+
     def _with(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Readout:
         return Readout(hidden, weight, bias, self.link, self.gemm_dtype)
 

@@ -144,6 +144,12 @@ class PerturbedReadout(Readout):
         part = super().of_features(features, link)
         return PerturbedReadout.of(part, self.posterior, self.features[features], self.noise)
 
+    def of_cells(self, rows: Tensor) -> Readout:
+        """Readout of some cells, with the same draws of what distinguishes them."""
+        noise = replace(self.noise, index=self.noise.index[rows])
+        parts = (self.hidden[:, rows], self.weight, self.bias, self.link, self.gemm_dtype)
+        return PerturbedReadout.of(Readout(*parts), self.posterior, self.features, noise)
+
     def _with(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Readout:
         return PerturbedReadout.of(super()._with(hidden, weight, bias), self.posterior, self.features, self.noise)
 

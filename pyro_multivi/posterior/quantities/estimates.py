@@ -159,7 +159,7 @@ def _of_cells(values: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return values
     if isinstance(values, Readout):
-        return values.with_hidden(values.hidden[:, rows])
+        return values.of_cells(rows)
     return values[:, rows]
 
 

@@ -108,6 +108,10 @@ def test_cells_of_one_state_differ_by_what_is_left(program, make_cells, site):
     assert torch.equal(with_weight_noise(program, site, one, noise, residual=False).dense(), plain)
     some = with_weight_noise(program, site, one.with_hidden(hidden[5:9, 2:4]), CellNoise(cells.index[2:4], 3, 5))
     torch.testing.assert_close(some.dense(), (drawn + plain)[5:9, 2:4])
+    rows = torch.tensor([4, 1])
+    torch.testing.assert_close(
+        with_weight_noise(program, site, one, noise).of_cells(rows).dense(), (drawn + plain)[:, rows]
+    )
 
 
 def test_replicates_have_it_in_their_dispersion_already(program, make_cells):

@@ -24,10 +24,13 @@ def test_to_inference_data(fitted):
     assert likelihood.shape == (30, 5)
     assert (likelihood[:, 4] == 0).all()
     # Draws have corrected standard deviations, those of the ELBO have not.
-    kept = fitted.program.posterior_scale.clone()
-    fitted.program.posterior_scale.fill_(1.0)
+    factors = fitted.program.posterior_scale, fitted.program.depth_scale
+    kept = [factor.clone() for factor in factors]
+    for factor in factors:
+        factor.fill_(1.0)
     likelihood = fitted.to_inference_data(indices=rows, n_samples=30, seed=2).log_likelihood["x"].values[0]
-    fitted.program.posterior_scale.copy_(kept)
+    for factor, value in zip(factors, kept, strict=True):
+        factor.copy_(value)
     parts = fitted.get_reconstruction_error(indices=rows, n_particles=30, seed=2, return_mean=False)
     np.testing.assert_allclose(-likelihood[:, :4].mean(0), parts["reconstruction_loss_expression"][:4], rtol=1e-4)
     assert found.constant_data["has_atac"].values.tolist() == [True, True, True, False, True]
