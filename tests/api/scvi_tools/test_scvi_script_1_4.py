@@ -13,7 +13,7 @@ import torch
 import pyro_multivi as scvi
 from pyro_multivi.api.scvi_tools.arguments import load_arguments
 from pyro_multivi.model import MULTIVI
-from pyro_multivi.training import resolve_device
+from pyro_multivi.training import FitOptions, resolve_device
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_script(mdata, tmp_path, capsys, caplog):
             logger=False,
             strategy="auto",
         )
-    assert "train(): defaults are lr=1e-3" in caplog.text
+    assert f"train(): defaults are lr={1000 * FitOptions.lr:g}e-3" in caplog.text
     sizes = [len(vae.train_indices), len(vae.validation_indices), len(vae.test_indices)]
     assert sizes == [64, 8, 8]
     everyone = np.concatenate([vae.train_indices, vae.validation_indices, vae.test_indices])
