@@ -97,8 +97,8 @@ class Likeness(NamedTuple):
 
     @property
     def squared_share(self) -> float:
-        """Estimate of K b², at least 0."""
-        return max(0.0, self.found / self.expected)
+        """Estimate of K b², at least 0; 0 where no feature differs between states."""
+        return max(0.0, self.found / self.expected) if self.expected > 0 else 0.0
 
 
 @torch.no_grad()

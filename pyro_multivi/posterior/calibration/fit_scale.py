@@ -136,14 +136,14 @@ def gradients(program: MultiVIProgram, cells: Cells, site: str = "z") -> tuple[T
             value = transform.inv(value)
         scaled = ((value - normal.loc) / normal.scale).requires_grad_()
         with torch.enable_grad():
-            value, log_slope = normal.loc + normal.scale * scaled, torch.zeros(())
+            value, terms = normal.loc + normal.scale * scaled, []
             for transform in transforms:
                 after = transform(value)
-                log_slope = log_slope + transform.log_abs_det_jacobian(value, after).sum()
+                terms.append(transform.log_abs_det_jacobian(value, after).sum())
                 value = after
             model = model_trace(program.model, cells, latents.at(site, value))
             model.compute_log_prob()
-            total = torch.stack([each["unscaled_log_prob"].sum() for each in random_sites(model).values()]).sum()
-            (gradient,) = torch.autograd.grad(total + log_slope, scaled)
+            terms += [each["unscaled_log_prob"].sum() for each in random_sites(model).values()]
+            (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), scaled)
         noise = scaled.detach()
         return (noise, gradient) if site == "z" else (noise[..., None], gradient[..., None])

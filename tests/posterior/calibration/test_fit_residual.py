@@ -56,6 +56,7 @@ def test_the_estimate_has_the_size_of_what_is_left(n_directions, share):
     if not share:
         assert 0.6 < np.mean(errors) / spread < 1.6
     assert Likeness(-1.0, 1.0, 2.0).squared_share == 0
+    assert Likeness.of(noise, information, torch.zeros(150)).squared_share == 0
 
 
 def test_modalities_are_pooled_as_by_weighted_least_squares():
