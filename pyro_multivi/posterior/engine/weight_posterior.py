@@ -161,22 +161,22 @@ class PerturbedReadout(Readout):
 
     def _perturb(self, logits: Tensor, features: slice | Tensor) -> Tensor:
         chosen = self.features[features]
-        sd_fr = self.posterior.sd[chosen]
+        sd_fr, residual_f = self.posterior.sd[chosen], self.posterior.residual_sd[chosen]
         n_draws, n_directions = len(logits), sd_fr.shape[1]
-        source = CellNoise(chosen, self.noise.seed, self.noise.first)
-        weights_sfr = source.coarse_normal(self.posterior.name, n_draws, n_directions) * sd_fr
+        name, source = self.posterior.name, self.noise.of(chosen)
+        weights_sfr = source.coarse_normal(name, n_draws, n_directions) * sd_fr
         # All dimensions between draws and features are cells.
         phi_scr = self.posterior.coordinates(self.hidden).reshape(n_draws, -1, n_directions)
         variance = (phi_scr.square() @ sd_fr.square().T).reshape(logits.shape)
+        if bool(residual_f.any()):
+            n = RESIDUAL_DIRECTIONS
+            effect_sfk = source.coarse_normal(f"{name} residual", n_draws, n) * (residual_f[:, None] * n**-0.5)
+            state_sck = self.noise.coarse_normal(f"{name} state", n_draws, n)
+            phi_scr = torch.cat([phi_scr, state_sck], -1)
+            weights_sfr = torch.cat([weights_sfr, effect_sfk], -1)
+            variance += residual_f.square()
         bend = 1.0 if self.link in ("softmax", "identity") else self._bend(logits)
         noise = (phi_scr @ weights_sfr.transpose(1, 2)).reshape(logits.shape)
-        residual_f = self.posterior.residual_sd[chosen]
-        if bool(residual_f.any()):
-            name, n = f"{self.posterior.name} residual", RESIDUAL_DIRECTIONS
-            effect_sfk = source.coarse_normal(name, n_draws, n) * (residual_f[:, None] * n**-0.5)
-            state_sck = self.noise.coarse_normal(f"{name} state", n_draws, n)
-            noise = noise + (state_sck @ effect_sfk.transpose(1, 2)).reshape(logits.shape)
-            variance = variance + residual_f.square()
         return logits.add(noise).sub_(variance.mul_(0.5 * bend))
 
     def _bend(self, logits: Tensor) -> Tensor:
