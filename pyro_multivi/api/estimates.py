@@ -113,7 +113,7 @@ class EstimatesMixin(ModelBase):
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean
-            Average over the draws of the latent state; otherwise return all of them, of the decoder's last layer too.
+            Average over the draws of the latent state; otherwise return all of them, drawn as for ``return_interval``.
         return_numpy
             Return an array instead of a frame.
         silent
@@ -122,9 +122,9 @@ class EstimatesMixin(ModelBase):
             :math:`\ell'`: 1 (shares of a cell's expression), a number, one per cell, or ``"latent"``, the inferred one.
             Without RNA it is predicted from accessibility as :meth:`train` fitted to pairs, else by the batch's prior.
         return_interval
-            Probability of a central interval of the expectation over draws of the latent state and the decoder's last
-            layer, such as 0.9: also return its ends and the standard deviation. Needs at least 2 / (1 - it) draws. All
-            are of the draws alone, the expectation too: what is imputed is not drawn towards the mean of the measured.
+            Probability of a central interval of the expectation over draws of the state, the decoder's last layer and
+            how cells of one state differ, such as 0.9: also return its ends and the standard deviation, all of the draws
+            alone: what is imputed is not drawn towards the mean of the measured. Needs at least 2 / (1 - it) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it
