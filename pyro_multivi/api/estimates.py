@@ -123,7 +123,7 @@ class EstimatesMixin(ModelBase):
             Without RNA it is predicted from accessibility as :meth:`train` fitted to pairs, else by the batch's prior.
         return_interval
             Probability of a central interval of the expectation over draws of the state, the decoder's last layer and
-            how cells of one state differ, such as 0.9: also return its ends and the standard deviation, all of the draws
+            how cells of one state differ, such as 0.9: also return its ends and the standard deviation, all of draws
             alone: what is imputed is not drawn towards the mean of the measured. Needs at least 2 / (1 - it) draws.
         out
             A path ending in ``.h5ad`` or ``.zarr``: write there, cell by cell, instead of returning
