@@ -15,12 +15,12 @@ independent between features if nothing is left. Effects :math:`\sum_k u_{nk} a_
 with f the information of a count. :math:`\tau_j^2` is the variance of the feature's logit between states under the
 prior that the data have chosen (:mod:`pyro_multivi.posterior.calibration.adaptive_prior`): features that differ along
 directions that were found are expected to differ along others. The mean over pairs of cells estimates
-:math:`K b^2`, a mean over modalities weighted by precision that of a direction which all share. Each modality has the
-larger one of its own and the shared estimate.
+:math:`K b^2`. As z is one state for all modalities, their estimates are also pooled, weighted by precision, and each
+modality has the larger one of its own and the pooled estimate.
 
-The variance of a logit among cells of one state is :math:`K b\, \tau_j^2`. K is not known: at least 1, at most the
-number of dimensions in which posteriors of z are the prior. Its geometric mean is taken. As standard deviations grow
-with the fourth root of K, both ends are within a factor of 1.5.
+The standard deviation of a logit among cells of one state is :math:`\sqrt{K b}\, \tau_j`. K is not known: at least 1,
+at most the number of dimensions in which posteriors of z are the prior. The geometric mean is taken. As standard
+deviations grow with the fourth root of K, both ends are within a factor of 1.5 for 20 dimensions.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def pooled(several: list[Likeness]) -> Likeness:
     >>> round(pooled([sure, unsure]).squared_share, 2)
     0.2
     """
-    # An error of 0 is that of cells of which no two are compared.
+    # An error of 0 is that of scores that are all 0.
     weights = [each.expected / max(each.error, 1e-30) ** 2 for each in several]
     found = sum(weight * each.found for weight, each in zip(weights, several, strict=True))
     expected = sum(weight * each.expected for weight, each in zip(weights, several, strict=True))

@@ -13,9 +13,9 @@ the link, 1 for shares of counts and 1 - 2 p for probabilities. Directions and s
 program (``rna_weight_directions``, ``rna_weight_sd``, and those of ATAC), set by
 :mod:`pyro_multivi.posterior.calibration.fit_weights`; zeros before that, with which draws are of the fitted decoder.
 
-Cells of one state z are not all alike: each draw of a cell and feature adds :math:`\tau_j \sum_k u_k a_{jk} / \sqrt K`
-with u of its own for the cell, :math:`a_{jk}` for all cells, both standard Normal, and :math:`\tau_j^2` in the sum of
-the last term. The standard deviations :math:`\tau` (``rna_residual_sd``, ``atac_residual_sd``) are set by
+Cells of one state z are not all alike: each draw of a cell and feature adds :math:`\eta_j \sum_k u_k a_{jk} / \sqrt K`
+with u of its own for the cell, :math:`a_{jk}` for all cells, both standard Normal, and :math:`\eta_j^2` in the sum of
+the last term. The standard deviations :math:`\eta` (``rna_residual_sd``, ``atac_residual_sd``) are set by
 :mod:`pyro_multivi.posterior.calibration.fit_residual`. Replicated counts do without, for fitted dispersions have it
 already.
 
@@ -147,8 +147,7 @@ class PerturbedReadout(Readout):
     def of_cells(self, rows: Tensor) -> Readout:
         """Readout of some cells, with the same draws of what distinguishes them."""
         noise = replace(self.noise, index=self.noise.index[rows])
-        parts = (self.hidden[:, rows], self.weight, self.bias, self.link, self.gemm_dtype)
-        return PerturbedReadout.of(Readout(*parts), self.posterior, self.features, noise)
+        return PerturbedReadout.of(super().of_cells(rows), self.posterior, self.features, noise)
 
     def _with(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Readout:
         return PerturbedReadout.of(super()._with(hidden, weight, bias), self.posterior, self.features, self.noise)
