@@ -2,7 +2,8 @@
 
 For each seed cells are simulated (a third each paired, RNA only and ATAC only), a model is trained with the defaults,
 and 90 % intervals of some cells of each pattern are compared with the true values of differential features, once with
-draws of the fitted decoder alone and once as they are returned, with draws of the last layers too.
+draws of the fitted decoder alone and once as they are returned, with draws of the last layers too. Library sizes are
+compared in all cells.
 
     python benchmarks/intervals.py --cells 600 --seeds 5
 """
@@ -20,15 +21,19 @@ import pyro_multivi as pm
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 
 PATTERNS = ("paired", "RNA only", "ATAC only")
-# Cells of each pattern whose intervals are compared, and draws of each.
+# Cells of each pattern in which features are compared, and draws of each.
 N_COMPARED, N_DRAWS = 100, 200
 
 
-def intervals(model: pm.MULTIVI, rows: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Whether the interval of each cell and differential feature holds the truth, (cells, features), by quantity."""
+def intervals(model: pm.MULTIVI, size: int) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Whether intervals hold the truth, (cells, features), by quantity; cells of a pattern come together.
+
+    Of differential features those of the first ``size`` cells of each pattern, of library sizes those of all cells.
+    """
     adata = model.adata
     differential = adata.var["is_differential"].to_numpy()
     genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    rows = np.concatenate([part[:size] for part in np.split(np.arange(len(adata)), len(PATTERNS))])
     options = {"indices": rows, "n_samples": N_DRAWS, "return_interval": 0.9, "return_numpy": True}
     detection = adata.obsm["true_p"] * adata.obs["true_cell_factor"].to_numpy()[:, None]
     detection = detection * adata.var["true_region_factor"].to_numpy()[~genes]
@@ -38,9 +43,9 @@ def intervals(model: pm.MULTIVI, rows: NDArray[np.int64]) -> Iterator[tuple[str,
         region_list=differential[~genes], normalize_cells=True, normalize_regions=True, **options
     )
     yield "detection", _holds(p, detection[rows][:, differential[~genes]])
-    draws = pm.posterior.draw(model.program, model.minibatch(rows), ("l",), N_DRAWS)["l"].numpy()
-    lower, upper = np.quantile(draws, [0.05, 0.95], axis=0)
-    library = adata.obs["true_library"].to_numpy()[rows]
+    every = model.minibatch(np.arange(len(adata)))
+    lower, upper = np.quantile(pm.posterior.draw(model.program, every, ("l",), N_DRAWS)["l"].numpy(), [0.05, 0.95], 0)
+    library = adata.obs["true_library"].to_numpy()
     yield "l", ((lower <= library) & (library <= upper))[:, None]
 
 
@@ -56,14 +61,12 @@ def coverage(n_cells: int, seed: int) -> pd.DataFrame:
     pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(adata)
     model.train(progress_bar=False, seed=seed)
-    size = min(N_COMPARED, of_pattern)
-    rows = np.concatenate([np.arange(size) + place * of_pattern for place in range(3)])
     found = {}
     for decoder in ("drawn", "fitted"):
         if decoder == "fitted":
             clear_weight_posteriors(model.program)
-        for quantity, held in intervals(model, rows):
-            found[quantity, decoder] = [held[place * size : (place + 1) * size].mean() for place in range(3)]
+        for quantity, held in intervals(model, min(N_COMPARED, of_pattern)):
+            found[quantity, decoder] = [part.mean() for part in np.split(held, len(PATTERNS))]
     return pd.DataFrame.from_dict(found, orient="index", columns=PATTERNS)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi.posterior.calibration.refit import calibrated_buffers
 
 
 def _train(model: pm.MULTIVI, max_epochs: int = 3, **options: Any) -> pm.MULTIVI:
@@ -21,6 +22,18 @@ def _train(model: pm.MULTIVI, max_epochs: int = 3, **options: Any) -> pm.MULTIVI
 def train() -> Callable[..., pm.MULTIVI]:
     """Train a model for some epochs, and return it."""
     return _train
+
+
+@pytest.fixture
+def learned() -> Callable[[pm.MultiVIProgram], dict[str, torch.Tensor]]:
+    """Copy the state of a program, without what is calibrated after training."""
+
+    def copy(program: pm.MultiVIProgram) -> dict[str, torch.Tensor]:
+        calibrated = {id(buffer) for buffer in calibrated_buffers(program)}
+        named = {**dict(program.named_parameters()), **dict(program.named_buffers())}
+        return {name: value.detach().clone() for name, value in named.items() if id(value) not in calibrated}
+
+    return copy
 
 
 @pytest.fixture

@@ -27,25 +27,21 @@ def curves(model):
     return {name: frame[name].to_numpy() for name, frame in model.history.items() if name != "seconds"}
 
 
-def weights(model):
-    return {name: value.clone() for name, value in model.program.state_dict().items()}
-
-
 def same(left, right):
-    """Whether weights are equal; what is calibrated after training may differ."""
-    calibrated = ("posterior_scale", "depth_scale", "_residual_sd", "_weight_sd", "_weight_directions", "_mean_weight")
-    return all(torch.equal(left[name], right[name]) for name in left if not name.endswith(calibrated))
+    """Whether weights are equal."""
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 # ---------------------------------------------------------------------- determinism, global state
 
 
 @pytest.mark.parametrize("choices", [{}, {"use_batch_norm": "both", "modality_weights": "cell"}], ids=str)
-def test_same_seed_same_curve_bit_for_bit(build, choices):
+def test_same_seed_same_curve_bit_for_bit(build, choices, learned):
     one, two = train(build(**choices), seed=4), train(build(**choices), seed=4)
     for name, values in curves(one).items():
         np.testing.assert_array_equal(values, curves(two)[name])
-    assert same(weights(one), weights(two))
+    assert same(learned(one.program), learned(two.program))
 
 
 def test_another_seed_another_curve(build):
@@ -54,10 +50,10 @@ def test_another_seed_another_curve(build):
     assert not torch.equal(one._split.validation, two._split.validation)
 
 
-def test_the_seed_of_the_weights_is_not_the_seed_of_training(build):
+def test_the_seed_of_the_weights_is_not_the_seed_of_training(build, learned):
     one, two = build(seed=1), build(seed=2)
-    assert same(weights(one), weights(build(seed=1)))
-    assert not same(weights(one), weights(two))
+    assert same(learned(one.program), learned(build(seed=1).program))
+    assert not same(learned(one.program), learned(two.program))
 
 
 def validation_flags():
@@ -255,30 +251,30 @@ def test_an_unknown_monitor_is_an_error_that_lists_the_known(build, max_epochs, 
 
 
 @pytest.mark.parametrize("max_epochs", [1, 3, 5, 6])
-def test_cells_scored_now_and_then_lose_no_training(build, max_epochs):
+def test_cells_scored_now_and_then_lose_no_training(build, max_epochs, learned):
     model = build()
-    start = weights(model)
+    start = learned(model.program)
     train(model, max_epochs, check_val_every_n_epoch=5)
     assert len(model.history["train_loss"]) == max_epochs
-    assert not same(start, weights(model))
+    assert not same(start, learned(model.program))
     scored = np.isfinite(model.history["elbo_validation"]["elbo_validation"].to_numpy())
     # Every fifth epoch, and the last one: something has to tell which weights to keep.
     assert np.flatnonzero(scored).tolist() == sorted({*range(4, max_epochs, 5), max_epochs - 1})
 
 
-def test_the_best_weights_come_back(build):
+def test_the_best_weights_come_back(build, learned):
     """Weights of each epoch are kept aside; those of the best validation score must be found at the end."""
     kept = []
 
     def keep(epoch, row, program):
-        kept.append({name: value.clone() for name, value in program.state_dict().items()})
+        kept.append(learned(program))
 
     # A learning rate that overshoots.
     model = train(build(), 24, lr=0.3, callbacks=[keep], early_stopping=False, n_epochs_kl_warmup=None)
     scores = curves(model)["elbo_validation"]
     best = int(scores.argmin())
     assert 0 < best < 23, "the test needs a curve that rises again"
-    assert same(weights(model), kept[best])
+    assert same(learned(model.program), kept[best])
 
 
 # ---------------------------------------------------------------------- going on

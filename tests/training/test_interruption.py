@@ -50,39 +50,30 @@ def test_ctrl_c_from_a_callback_keeps_the_epoch(build, train, assert_usable):
     assert_usable(model)
 
 
-def weights_of(model):
-    """State of the program, but for what is calibrated after training."""
-    return [
-        (name, value)
-        for name, value in model.program.state_dict().items()
-        if not name.endswith(("posterior_scale", "depth_scale", "_residual_sd")) and "_weight_" not in name
-    ]
-
-
-def test_ctrl_c_goes_back_to_the_best_epoch(build, monkeypatch, train):
+def test_ctrl_c_goes_back_to_the_best_epoch(build, monkeypatch, train, learned):
     kept = {}
 
     def keep(epoch, row, program):
-        kept[row["elbo_validation"]] = {k: v.clone() for k, v in program.state_dict().items()}
+        kept[row["elbo_validation"]] = learned(program)
 
     model = build()
     with monkeypatch.context() as patch:
         Break(patch, pm.MultiVIProgram, 11, KeyboardInterrupt())
         train(model, 5, callbacks=[keep])
     best = kept[min(kept)]
-    assert all(torch.equal(value, best[name]) for name, value in weights_of(model))
+    assert all(torch.equal(value, best[name]) for name, value in learned(model.program).items())
 
 
-def test_ctrl_c_before_the_first_score_keeps_the_last_whole_epoch(build, train):
+def test_ctrl_c_before_the_first_score_keeps_the_last_whole_epoch(build, train, learned):
     kept = []
 
     def interrupt(epoch, row, program):
-        kept.append({k: v.clone() for k, v in program.state_dict().items()})
+        kept.append(learned(program))
         if epoch == 1:
             raise KeyboardInterrupt
 
     model = train(build(), 20, callbacks=[interrupt], check_val_every_n_epoch=10)
-    assert all(torch.equal(value, kept[1][name]) for name, value in weights_of(model))
+    assert all(torch.equal(value, kept[1][name]) for name, value in learned(model.program).items())
 
 
 def test_a_callback_stops_training_and_all_are_called(build, train):

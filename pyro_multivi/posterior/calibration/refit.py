@@ -29,7 +29,7 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     n_epochs
         Function that returns the number of epochs it was trained for so far.
     """
-    kept = [buffer.clone() for buffer in _buffers(program)]
+    kept = [buffer.clone() for buffer in calibrated_buffers(program)]
     before = n_epochs()
     clear_depth_regressions(program)
     clear_weight_posteriors(program)
@@ -42,12 +42,12 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     except BaseException:
         if n_epochs() == before:
             # Looked up anew: training may have moved the program to another device.
-            for buffer, value in zip(_buffers(program), kept, strict=True):
+            for buffer, value in zip(calibrated_buffers(program), kept, strict=True):
                 buffer.copy_(value)
         raise
 
 
-def _buffers(program: MultiVIProgram) -> list[Tensor]:
+def calibrated_buffers(program: MultiVIProgram) -> list[Tensor]:
     """Buffers of the program that are calibrated."""
     by_modality = (
         buffer
