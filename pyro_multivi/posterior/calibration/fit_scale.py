@@ -56,26 +56,28 @@ def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
         Cells that it was trained on.
     """
     clear_posterior_scale(program)
-    n_features = sum(modality.n_features_in(program.config) for modality in modelled(program.config))
+    config = program.config
+    n_features = sum(modality.n_features_in(config) for modality in modelled(config))
     most = min(_MOST, max(_LEAST, _ENTRIES // n_features))
     code = pattern_code(train.table)[train.index]
     for pattern in range(1, len(program.posterior_scale)):
         index = spread(train.index[code == pattern], most)
         if len(index) < _FEWEST:
             continue
-        parts = index.split(_AT_ONCE)
+        known = [
+            modality for place, modality in enumerate(MODALITIES) if pattern & 2**place and modality in modelled(config)
+        ]
         try:
-            factors = _factors(program, train, parts, "z")
-            if factors is None:
-                return
-            program.posterior_scale[pattern] = factors
-            for place, modality in enumerate(MODALITIES):
-                if pattern & 2**place and modality in modelled(program.config):
-                    factor = _factors(program, train, parts, modality.depth)
-                    program.depth_scale[pattern, place] = 1.0 if factor is None else factor
+            factors = _factors(program, train, index, ["z", *(modality.depth for modality in known)])
         except KeyboardInterrupt:
             logger.warning("interrupted after training: some posterior standard deviations are not corrected")
             return
+        if "z" not in factors:
+            return
+        program.posterior_scale[pattern] = factors["z"]
+        for modality in known:
+            if modality.depth in factors:
+                program.depth_scale[pattern, MODALITIES.index(modality)] = factors[modality.depth]
 
 
 def clear_posterior_scale(program: MultiVIProgram) -> None:
@@ -84,14 +86,15 @@ def clear_posterior_scale(program: MultiVIProgram) -> None:
     program.depth_scale.fill_(1.0)
 
 
-def _factors(program: MultiVIProgram, train: Minibatches, parts: Sequence[Tensor], site: str) -> Tensor | None:
-    """Factors of a site's dimensions, (K,); None where its posterior is not made of Normals."""
-    found = [gradients(program, train.cut(part), site) for part in parts]
-    known = [part for part in found if part is not None]
-    if len(known) < len(found):
-        return None
-    noise, gradient = (torch.cat(several, 1) for several in zip(*known, strict=True))
-    return scale_factor(noise, gradient)
+def _factors(program: MultiVIProgram, train: Minibatches, index: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
+    """Factors of the dimensions of those sites whose posteriors are made of Normals, (K,) each, from some cells."""
+    parts = [gradients(program, train.cut(part), sites) for part in index.split(_AT_ONCE)]
+    factors = {}
+    for site in sites:
+        if all(site in part for part in parts):
+            noise, gradient = (torch.cat(several, 1) for several in zip(*(part[site] for part in parts), strict=True))
+            factors[site] = scale_factor(noise, gradient)
+    return factors
 
 
 def scale_factor(noise_snk: Tensor, gradient_snk: Tensor) -> Tensor:
@@ -118,32 +121,37 @@ def scale_factor(noise_snk: Tensor, gradient_snk: Tensor) -> Tensor:
     return (1 / curvature_k + squared_k / curvature_k.square()).sqrt().clamp(_SMALLEST, _LARGEST)
 
 
-def gradients(program: MultiVIProgram, cells: Cells, site: str = "z") -> tuple[Tensor, Tensor] | None:
-    """Noise of draws of a site and scaled gradients at them, (S, B, K) each.
+def gradients(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Noise of draws of some sites, and scaled gradients at them, (S, B, K) each, by site.
 
-    Those of a depth, of the Normal of which it is a transformation, have K = 1. None where q(z) is not Normal, and
-    where the depth is a point.
+    Those of a depth, of the Normal of which it is a transformation, have K = 1. A site is left out where its posterior
+    is not made of Normals, and a depth where it is a point.
     """
     with evaluation_mode(program):
         latents = draw_latents(program, cells, _N_SAMPLES, as_trained=True)
         nodes: dict[str, Any] = dict(latents.trace.nodes)
-        fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
-        normal = normal_in(fn) if site == "z" else normal_behind(fn)
-        if normal is None:
-            return None
-        transforms = [] if site == "z" else fn.transforms
-        for transform in reversed(transforms):
-            value = transform.inv(value)
-        scaled = ((value - normal.loc) / normal.scale).requires_grad_()
+        noise: dict[str, Tensor] = {}
+        terms = []
         with torch.enable_grad():
-            value, terms = normal.loc + normal.scale * scaled, []
-            for transform in transforms:
-                after = transform(value)
-                terms.append(transform.log_abs_det_jacobian(value, after).sum())
-                value = after
-            model = model_trace(program.model, cells, latents.at(site, value))
+            for site in sites:
+                fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
+                normal = normal_in(fn) if site == "z" else normal_behind(fn)
+                if normal is None:
+                    continue
+                transforms = [] if site == "z" else fn.transforms
+                for transform in reversed(transforms):
+                    value = transform.inv(value)
+                noise[site] = ((value - normal.loc) / normal.scale).requires_grad_()
+                value = normal.loc + normal.scale * noise[site]
+                for transform in transforms:
+                    before, value = value, transform(value)
+                    terms.append(transform.log_abs_det_jacobian(before, value).sum())
+                latents = latents.at(site, value)
+            if not noise:
+                return {}
+            model = model_trace(program.model, cells, latents)
             model.compute_log_prob()
             terms += [each["unscaled_log_prob"].sum() for each in random_sites(model).values()]
-            (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), scaled)
-        noise = scaled.detach()
-        return (noise, gradient) if site == "z" else (noise[..., None], gradient[..., None])
+            found = torch.autograd.grad(torch.stack(terms).sum(), list(noise.values()))
+    by_site = {site: (noise[site].detach(), gradient) for site, gradient in zip(noise, found, strict=True)}
+    return {site: each if site == "z" else (each[0][..., None], each[1][..., None]) for site, each in by_site.items()}

@@ -39,7 +39,7 @@ def test_factors_stay_within_bounds(gradient, factor):
 
 def test_gradients_are_those_of_the_joint_density(make_program, make_cells):
     program, cells = make_program(torch.float64), make_cells(dtype=torch.float64)
-    noise, gradient = gradients(program, cells)
+    noise, gradient = gradients(program, cells, ["z", "l", "d"])["z"]
     with evaluation_mode(program):
         latents = draw_latents(program, cells, fit_scale._N_SAMPLES, as_trained=True)
         normal = normal_in(latents.trace.nodes["z"]["fn"])
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_joint_density(make_program, make_cells):
 def test_gradients_of_depths_are_those_of_their_normal(make_program, make_cells, site, to_normal):
     """By differences of log p(counts, latents) plus the log-slope of the transformation."""
     program, cells = make_program(torch.float64), make_cells(dtype=torch.float64)
-    noise, gradient = gradients(program, cells, site)
+    noise, gradient = gradients(program, cells, ["z", "l", "d"])[site]
     with evaluation_mode(program):
         latents = draw_latents(program, cells, fit_scale._N_SAMPLES, as_trained=True)
         normal, value = normal_behind(latents.trace.nodes[site]["fn"]), latents.trace.nodes[site]["value"]
