@@ -17,6 +17,7 @@ Stephens (2017), False discovery rates: a new deal, Biostatistics 18: a mixture 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,9 +52,7 @@ def log_evidence(information_fk: Tensor, pull_fk: Tensor, variance: Tensor) -> T
     >>> round(float(known[0] - known[1]), 4)
     0.8069
     """
-    spread_fk = information_fk * variance
-    found: Tensor = 0.5 * (pull_fk.square() * variance / (1 + spread_fk) - spread_fk.log1p()).sum(1)
-    return found
+    return _given_variance(information_fk.T, pull_fk.T, variance.T if variance.ndim == 2 else variance[:, None])[0]
 
 
 class AdaptivePrior(NamedTuple):
@@ -94,38 +93,49 @@ class AdaptivePrior(NamedTuple):
         (-2.99, 0.0)
         """
         chosen = spread(torch.arange(len(information_fk), device=information_fk.device), _MOST)
-        information, pull = information_fk[chosen], pull_fk[chosen]
+        # Features last: sums over a few directions are slow where they lie beside each other in memory.
+        information, pull = information_fk[chosen].T.contiguous(), pull_fk[chosen].T.contiguous()
         grid = torch.tensor(_GRID, dtype=information.dtype, device=information.device)
-        of_direction = torch.ones_like(information[0])
+        of_direction = torch.ones_like(information[:, 0])
         prior = cls(grid[:, None] * of_direction, torch.full_like(grid, 1 / len(grid)))
         for _ in range(_ROUNDS):
-            class_fc = prior.classes(information, pull)
+            evidence, means, variances = zip(*prior._given_classes(information, pull), strict=True)
+            class_cf = prior._of_evidence(evidence)
             squares = torch.zeros_like(of_direction)
             for place, width in enumerate(grid):
-                mean, variance = prior._given_class(place, information, pull)
-                squares += class_fc[:, place] @ (mean.square() + variance) / width
-            counted = class_fc.sum(0) + _BEFORE
-            of_direction = squares / len(information)
+                squares += (means[place].square() + variances[place]) @ class_cf[place] / width
+            counted = class_cf.sum(1) + _BEFORE
+            of_direction = squares / len(chosen)
             prior = cls((grid[:, None] * of_direction).clamp(_NARROWEST, WIDEST), counted / counted.sum())
         is_used = prior.share_c >= _LEAST_SHARE
         return cls(prior.variance_ck[is_used], prior.share_c[is_used] / prior.share_c[is_used].sum())
 
     def classes(self, information_fk: Tensor, pull_fk: Tensor) -> Tensor:
         """Probability of each class given the counts of a feature, (F, C)."""
-        evidence = [log_evidence(information_fk, pull_fk, variance) for variance in self.variance_ck]
-        return (torch.stack(evidence, 1) + self.share_c.log()).softmax(1)
+        return self._of_evidence([found for found, _, _ in self._given_classes(information_fk.T, pull_fk.T)]).T
 
     def posterior(self, information_fk: Tensor, pull_fk: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each weight given the counts, (F, K) each, as if directions were independent."""
         class_fc = self.classes(information_fk, pull_fk)
         mean_fk, square_fk = torch.zeros_like(pull_fk), torch.zeros_like(pull_fk)
-        for place in range(len(self.share_c)):
-            mean, variance = self._given_class(place, information_fk, pull_fk)
-            mean_fk += class_fc[:, place, None] * mean
-            square_fk += class_fc[:, place, None] * (mean.square() + variance)
+        # Once more: of all features and classes together they would need much memory.
+        for place, (_, mean_kf, variance_kf) in enumerate(self._given_classes(information_fk.T, pull_fk.T)):
+            mean_fk += class_fc[:, place, None] * mean_kf.T
+            square_fk += class_fc[:, place, None] * (mean_kf.square() + variance_kf).T
         return mean_fk, square_fk - mean_fk.square()
 
-    def _given_class(self, place: int, information_fk: Tensor, pull_fk: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each weight if all features were of one class."""
-        variance = self.variance_ck[place] / (1 + information_fk * self.variance_ck[place])
-        return pull_fk * variance, variance
+    def _given_classes(self, information_kf: Tensor, pull_kf: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Log evidence, and mean and variance of each weight, if all features were of one class, for each class."""
+        return (_given_variance(information_kf, pull_kf, variance[:, None]) for variance in self.variance_ck)
+
+    def _of_evidence(self, evidence: Sequence[Tensor]) -> Tensor:
+        """Probability of each class, (C, F), by the log evidence of each, (F,)."""
+        return (torch.stack(list(evidence)) + self.share_c.log()[:, None]).softmax(0)
+
+
+def _given_variance(information_kf: Tensor, pull_kf: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log evidence of each feature, (F,), and mean and variance of its weights, (K, F), under Normal(0, variance)."""
+    spread_kf = information_kf * variance
+    variance_kf = variance / (1 + spread_kf)
+    mean_kf = pull_kf * variance_kf
+    return 0.5 * (pull_kf * mean_kf - spread_kf.log1p()).sum(0), mean_kf, variance_kf
