@@ -167,9 +167,9 @@ class _SharedDraws:
         """Numbers of cells of the parts of a group."""
         return [len(self.partition.cells[key.part]) for key in group]
 
-    def detection(self, number: int, cell_factors: Mapping[DrawKey, float]) -> Tensor | None:
+    def detection(self, number: int, cell_factors: Mapping[DrawKey, float], always: bool = False) -> Tensor | None:
         """Probability of detecting an open region in a cell of mean depth, d r, (F,); None to compare p or rho."""
-        if self.request.probability != "detected":
+        if self.request.probability != "detected" and not always:
             return None
         group1, group2 = self.groups[number]
         both = group1 + group2
@@ -310,7 +310,12 @@ def _compare_two_means(
     detection = shared.detection(number, factors)
     factor = 1.0 if detection is None else detection.double().cpu().numpy()
     pseudocounts = shared.pseudocounts(number, [group.largest for group in drawn], detection)
-    counted = [_counts_of(shared, group, moments, factor) for group in groups] if request.corrects_by_counts else []
+    # Depth acts on what is detected: p is that over d r.
+    seen = shared.detection(number, factors, always=request.modality == ATAC)
+    over = np.ones(len(drawn[0].mean)) if seen is None or detection is not None else seen.double().cpu().numpy()
+    counted = (
+        [_counts_of(shared, group, moments, factor * over) for group in groups] if request.corrects_by_counts else []
+    )
     tested = None
     known = np.ones(len(drawn[0].mean), dtype=bool)
     if counted and all(np.any(group.n_cells) for group in counted):
@@ -319,10 +324,13 @@ def _compare_two_means(
         if both.any():
             known = both
             tested = compare_counts((counted[0].at(known), counted[1].at(known)), request.modality)
+            tested = tested.divided_by(over[known])
     if tested is not None:
         means, errors = tested.means, tested.errors
     else:
-        first, second = (group.mean for group in counted) if counted else (group.mean * factor for group in drawn)
+        first, second = (
+            (group.mean / over for group in counted) if counted else (group.mean * factor for group in drawn)
+        )
         # The variance of a draw of a random cell holds both the spread of the cells and the posterior of each.
         n_drawn = [sum(min(size, request.n_draws) for size in shared.sizes(group)) for group in groups]
         error1, error2 = (np.sqrt(group.var * factor**2 / n) for group, n in zip(drawn, n_drawn, strict=True))
@@ -369,7 +377,7 @@ def _counts_of(
     expected = [moments[DrawKey(key.part, None)].expected * factors for key in group]
     means = [moments[key].mean * factor for key in group]
     sums = [shared.sums[key.part] for key in group]
-    return counts_of_group(sums, means, expected, shared.sizes(group), modality.compositional)
+    return counts_of_group(sums, means, expected, shared.sizes(group), modality)
 
 
 def _change_statistics(

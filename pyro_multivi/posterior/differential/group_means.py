@@ -26,8 +26,10 @@ _STEP = 1e-5
 _LEAST_SCORE, _LEAST_TAIL = 1e-3, 1e-300
 # Least number of expected counts: a decoder may give next to nothing.
 _LEAST_EXPECTED = 1e-6
-# Rounds of the weights of two means in the common one: they hardly depend on it.
-_ROUNDS = 8
+# Rounds of the weights of two means in the common one, on which they hardly depend, and of that of rates of opening.
+_ROUNDS, _OPEN_ROUNDS = 8, 16
+# Largest probability of being open: its rate of opening is 28.
+_MOST_OPEN = 1 - 1e-12
 # Cells that the dispersion of both groups counts as beside that of one, and degrees of freedom that all features
 # lend one. By measurement: with more, three cells of 400 alike are called; with less, twenty cells lose power.
 _PRIOR_CELLS, _PRIOR_FREEDOM = 2, 10
@@ -49,7 +51,7 @@ class GroupCounts:
         Mean that the counts give, on the scale that is compared, (F,).
     exposure
         Expected sum of counts per unit of the mean, (F,): the means differ by more than the counts where batches or
-        depths differ.
+        depths differ. Of open or closed regions per unit of the rate of opening (:func:`rate_of_opening`).
     effective_cells
         Number of cells of equal depth that would know as much of the spread between cells.
     excess, base
@@ -68,10 +70,9 @@ class GroupCounts:
         """The counts of some features."""
         return GroupCounts(**{name: value[features] for name, value in vars(self).items()})
 
-    def one_more_cell(self, rate: Array, most: float | Array) -> tuple[Array, Array]:
+    def one_more_cell(self, rate: Array) -> tuple[Array, Array]:
         """Counts and exposure with a cell at the given rate beside those of the group, (F,) each."""
-        counts = np.minimum(self.mean * self.exposure, most)
-        return counts + rate * self.exposure / self.n_cells, self.exposure * (1 + 1 / self.n_cells)
+        return self.mean * self.exposure + rate * self.exposure / self.n_cells, self.exposure * (1 + 1 / self.n_cells)
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,24 @@ class TestedMeans:
     errors: Pair
     score: Array
 
+    def divided_by(self, factor: Array) -> TestedMeans:
+        """The test of means over a number of each feature, (F,), that leaves a probability a probability."""
+        most = np.where(factor < 1, _MOST_OPEN, np.inf)
+        first, second, common = (np.minimum(mean / factor, most) for mean in (*self.means, self.common))
+        return TestedMeans((first, second), common, (self.errors[0] / factor, self.errors[1] / factor), self.score)
+
 
 def counts_of_group(
     parts: Sequence[PseudobulkSums],
     means: Sequence[Array],
     expected: Sequence[Array],
     sizes: Sequence[int],
-    compositional: bool,
+    modality: AnyModality,
 ) -> GroupCounts:
     """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
 
     So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured. Of
-    a feature only the parts count that measured it.
+    a feature only the parts count that measured it. Of open or closed regions the ratio is of rates of opening.
 
     Parameters
     ----------
@@ -123,12 +130,16 @@ def counts_of_group(
         if part.n_measured:
             there = wanted * part.measured
             # The depth is of all features; the counts of a panel are those of its own.
-            total = part.depth if part.measured.all() else float(part.counts.sum())
+            depth = part.depth if part.measured.all() else float(part.counts.sum())
             share = there / max(float(there.sum()), 1e-300)
-            there = total * share if compositional else part.n_measured * there
-            own = np.maximum(there, _LEAST_EXPECTED) / np.maximum(mean, 1e-300) * part.measured
-            mean = np.where(part.measured, part.counts / np.where(part.measured, own, 1.0), mean)
-            exposure = exposure + own
+            there = np.maximum(depth * share if modality.compositional else part.n_measured * there, _LEAST_EXPECTED)
+            counts, rate = part.counts, np.maximum(mean, 1e-300)
+            if modality.binary:
+                cells, rate = part.n_measured, rate_of_opening(rate)
+                counts, there = cells * rate_of_opening(counts / cells), cells * rate_of_opening(there / cells)
+            ratio = np.where(part.measured, counts / there, 1.0)
+            mean = probability_open(ratio * rate) if modality.binary else ratio * rate
+            exposure = exposure + there / rate * part.measured
         of_part.append(mean)
         weights.append(size * part.measured if part.n_measured else np.full(len(mean), float(size)))
     measured = [part for part in parts if part.n_measured]
@@ -139,7 +150,7 @@ def counts_of_group(
 
     n, freedom = summed([part.n_measured for part in measured]), summed([part.n_measured - 1 for part in measured])
     depths, squares = summed([part.depth for part in measured]), summed([part.depth_squares for part in measured])
-    counts: Array = np.sum([part.counts for part in parts], axis=0)
+    total_counts: Array = np.sum([part.counts for part in parts], axis=0)
     weight = np.stack(weights)
     weight[:, ~weight.any(0)] = 1.0
     return GroupCounts(
@@ -149,39 +160,52 @@ def counts_of_group(
         exposure=exposure,
         effective_cells=depths**2 / np.maximum(squares, 1.0),
         excess=sum((part.excess for part in measured), np.zeros(len(exposure))),
-        base=counts**2 / np.maximum(depths, 1.0) * freedom / np.maximum(n, 1),
+        base=total_counts**2 / np.maximum(depths, 1.0) * freedom / np.maximum(n, 1),
     )
+
+
+def rate_of_opening(probability: Array) -> Array:
+    r"""Rate :math:`-\log(1 - p)` of fragments that a region is open with probability p by, (F,).
+
+    A region is closed in a cell without any of its fragments. Their number is proportional to the depth, so that
+    p is for rare ones, and cannot be for others.
+    """
+    rate: Array = -np.log1p(-np.minimum(probability, _MOST_OPEN))
+    return rate
+
+
+def probability_open(rate: Array) -> Array:
+    """Probability that a region is open by its rate of opening, (F,)."""
+    probability: Array = np.minimum(-np.expm1(-rate), _MOST_OPEN)
+    return probability
 
 
 def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModality) -> TestedMeans:
     r"""Test whether two groups share one mean, by the likelihood of the sums of their counts.
 
-    The sum K of the counts of a group has mean :math:`\mu = E m` and variance :math:`\mu (1 + a \mu)`: negative
-    binomial with :math:`a = \phi / n` where rates differ between the cells of the group (:func:`dispersions`), binomial
-    with :math:`a = -1/n` where each of n cells is open or closed. Both have the log-likelihood
+    The sum K of the counts of a group has mean :math:`\mu = E m` and variance :math:`\mu (1 + a \mu)`, as rates differ
+    between the cells of the group: it is negative binomial with :math:`a = \phi / n` (:func:`dispersions`), of
+    log-likelihood
 
     .. math:: K \log \mu - (K + 1/a) \log(1 + a \mu)
 
-    To each group one cell is added in which the feature has the mean of both, so that features with next to no counts
-    are close to no change. Dispersions are estimates: scores of counts are those of a t distribution, with the degrees
-    of freedom of Satterthwaite.
+    Where each of n cells is open or closed, K is binomial with probability :math:`1 - (1 - m)^{E / n}`: exposure
+    multiplies the rate of opening :math:`-\log(1 - m)`. For small m that is :math:`\mu = E m` too.
+
+    To each group one cell is added in which the feature has the mean of both, so that features with next to no counts,
+    or open in next to all cells, are close to no change. Dispersions are estimates: scores of counts are those of a t
+    distribution, with the degrees of freedom of Satterthwaite.
     """
-    n_cells = [group.n_cells for group in groups]
-    # Half a count in all: no feature has none.
-    total = sum(group.mean * group.exposure for group in groups) + 0.5
-    rate = total / (groups[0].exposure + groups[1].exposure)
     if modality.binary:
-        spread = [np.zeros(len(rate)) - 1 / n for n in n_cells]
-        likeliest = 1 - 0.5 / sum(n_cells)
-        rate = np.minimum(rate, likeliest * np.minimum(*(group.n_cells / group.exposure for group in groups)))
-    else:
-        found = zip(dispersions(groups, rate), groups, strict=True)
-        spread = [dispersion / group.effective_cells for dispersion, group in found]
-    most = [n if modality.binary else np.inf for n in n_cells]
-    pairs = [group.one_more_cell(rate, limit) for group, limit in zip(groups, most, strict=True)]
-    (counts1, exposure1), (counts2, exposure2) = pairs
+        return _compare_open(groups)
+    # Half a count in all: no feature has none.
+    rate = (sum(group.mean * group.exposure for group in groups) + 0.5) / (groups[0].exposure + groups[1].exposure)
+    (counts1, exposure1), (counts2, exposure2) = (group.one_more_cell(rate) for group in groups)
     first, second = counts1 / exposure1, counts2 / exposure2
-    a1, a2 = (a * n / (n + 1) for a, n in zip(spread, n_cells, strict=True))
+    a1, a2 = (
+        dispersion / group.effective_cells * group.n_cells / (group.n_cells + 1)
+        for dispersion, group in zip(dispersions(groups, rate), groups, strict=True)
+    )
     common = rate
     for _ in range(_ROUNDS):
         weight1, weight2 = exposure1 / (1 + a1 * exposure1 * common), exposure2 / (1 + a2 * exposure2 * common)
@@ -194,11 +218,59 @@ def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModalit
     )
     score = np.sign(first - second) * np.sqrt(np.maximum(2 * deviance, 0.0))
     variance1, variance2 = common / weight1, common / weight2
-    if not modality.binary:
-        free1, free2 = (group.freedom + _PRIOR_FREEDOM for group in groups)
-        freedom = (variance1 + variance2) ** 2 / (variance1**2 / free1 + variance2**2 / free2)
-        score = -np.sign(score) * ndtri(np.maximum(stdtr(freedom, -np.abs(score)), _LEAST_TAIL))
+    free1, free2 = (group.freedom + _PRIOR_FREEDOM for group in groups)
+    freedom = (variance1 + variance2) ** 2 / (variance1**2 / free1 + variance2**2 / free2)
+    score = -np.sign(score) * ndtri(np.maximum(stdtr(freedom, -np.abs(score)), _LEAST_TAIL))
     return TestedMeans((first, second), common, (np.sqrt(variance1), np.sqrt(variance2)), score)
+
+
+def _compare_open(groups: tuple[GroupCounts, GroupCounts]) -> TestedMeans:
+    """Test of numbers of open cells."""
+    n_cells = [np.asarray(group.n_cells, dtype=np.float64) for group in groups]
+    depths = [group.exposure / n for group, n in zip(groups, n_cells, strict=True)]
+    shares = [
+        probability_open(depth * rate_of_opening(group.mean)) for group, depth in zip(groups, depths, strict=True)
+    ]
+    # Half a cell in all: no region is open in none, or in all.
+    half = 0.5 / np.add(*n_cells)
+    share = 2 * half * np.add(*(n * own for n, own in zip(n_cells, shares, strict=True)))
+    common = rate_of_opening(np.clip(share + half, half, 1 - half))
+    common = common / (2 * half * np.add(*(group.exposure for group in groups)))
+    # One more cell in each group.
+    n_cells, shares = (
+        [n + 1 for n in n_cells],
+        [
+            (n * own + probability_open(depth * common)) / (n + 1)
+            for n, own, depth in zip(n_cells, shares, depths, strict=True)
+        ],
+    )
+    own1, own2 = (rate_of_opening(share) / depth for share, depth in zip(shares, depths, strict=True))
+    # Newton's method in 1 / rate, in which the slope of the log-likelihood is convex: it nears the root from one side.
+    low, high = np.minimum(own1, own2), np.maximum(own1, own2)
+    common = low
+    for _ in range(_OPEN_ROUNDS):
+        slope, bend = np.zeros(len(common)), np.zeros(len(common))
+        for n, own, depth in zip(n_cells, shares, depths, strict=True):
+            rate = depth * common
+            share = -np.expm1(-rate)
+            slope += n * depth * (own / share - 1)
+            bend += n * own * (rate / share) ** 2 * np.exp(-rate)
+        common = np.clip(common / (1 - slope / bend * common), low, high)
+    deviance, errors = np.zeros(len(common)), []
+    for n, share, own, depth in zip(n_cells, shares, (own1, own2), depths, strict=True):
+        deviance += 2 * n * (_log_open(share, depth * own) - _log_open(share, depth * common))
+        # To first order; no error of a probability is larger than 1.
+        steep = np.exp(np.minimum((depth / 2 - 1) * common, 50.0)) / depth
+        errors.append(np.minimum(np.sqrt(-np.expm1(-depth * common) / n) * steep, 1.0))
+    score = np.sign(own1 - own2) * np.sqrt(np.maximum(deviance, 0.0))
+    means = probability_open(own1), probability_open(own2)
+    return TestedMeans(means, probability_open(common), (errors[0], errors[1]), score)
+
+
+def _log_open(share: Array, rate: Array) -> Array:
+    """Log-likelihood of a share of open cells at this rate of opening, by cell, (F,)."""
+    found: Array = xlogy(share, -np.expm1(-rate)) - (1 - share) * rate
+    return found
 
 
 def dispersions(groups: tuple[GroupCounts, GroupCounts], rate: Array) -> Pair:
@@ -231,7 +303,7 @@ def dispersions(groups: tuple[GroupCounts, GroupCounts], rate: Array) -> Pair:
 
 def _log_likelihood(counts: Array, mean: Array, spread: Array) -> Array:
     """Log-likelihood of sums of counts with this mean and variance mean + spread mean², without constants, (F,)."""
-    found = xlogy(counts, mean) - xlog1py(counts + 1 / spread, np.maximum(spread * mean, -1.0))
+    found = xlogy(counts, mean) - xlog1py(counts + 1 / spread, spread * mean)
     return np.asarray(found, dtype=np.float64)
 
 

@@ -157,7 +157,7 @@ def shrink(estimate, error, delta, common):
 
 
 def counted(groups, modality, index, draws):
-    """Counts of a group, their sum, cells, mean by the counts and exposure of that mean, by hand."""
+    """Counts of a group, depths of its cells, and exposure of its mean (of regions of -log(1 - mean)), by hand."""
     chosen = groups.chosen(index)[0]
     cells = groups.model.minibatch(index)
     if modality is ATAC:
@@ -165,14 +165,14 @@ def counted(groups, modality, index, draws):
         d = groups.cell_factors(index)
         measured = np.isfinite(d)
         expected = len(y) * (draws * np.nan_to_num(d)[:, None])[measured].mean(0) * groups.model.get_region_factors()
-        exposure = expected / (scale(groups, modality) * draws.mean(0))
-        return y, np.ones(len(y)), y.sum(0) / exposure, exposure
+        exposure = len(y) * np.log(1 - expected / len(y)) / np.log(1 - groups.detection() * draws.mean(0))
+        return y, np.ones(len(y)), exposure
     x = cells.x.to_dense()[cells.has_rna].double().numpy()
     depth = x.sum(1)
     of_draw = cells.x.to_dense().double().numpy().sum(1)[chosen][cells.has_rna.numpy()[chosen]]
     expected = of_draw @ groups.expected(index)[cells.has_rna.numpy()[chosen]]
     exposure = depth.sum() * expected / expected.sum() / draws.mean(0)
-    return x, depth, x.sum(0) / exposure, exposure
+    return x, depth, exposure
 
 
 def dispersion(x, depth, exposure, rate, both):
@@ -189,20 +189,18 @@ def dispersion(x, depth, exposure, rate, both):
 def two_sample_test(groups, modality, plain):
     """Means with one more cell each, and z of the likelihood ratio: SciPy's densities, its optimiser, its t."""
     found = [counted(groups, modality, *both) for both in zip((groups.first, groups.second), plain, strict=True)]
-    (x1, depth1, _, e1), (x2, depth2, _, e2) = found
+    (x1, depth1, e1), (x2, depth2, e2) = found
     k1, k2, n1, n2 = x1.sum(0), x2.sum(0), len(x1), len(x2)
+    if modality is ATAC:
+        return (*two_sample_test_of_open_cells(k1, k2, n1, n2, e1 / n1, e2 / n2), None)
     rate = (k1 + k2 + 0.5) / (e1 + e2)
-    if modality is RNA:
-        moments = [dispersion(x, depth, e, rate, 0.0)[1] for x, depth, _, e in found]
-        both = sum(one.sum() for one, _ in moments) / sum(one.sum() for _, one in moments)
-        phi1, phi2 = (dispersion(x, depth, e, rate, both)[0] for x, depth, _, e in found)
-        size1, size2 = (d.sum() ** 2 / (d**2).sum() * (n + 1) / n for d, n in ((depth1, n1), (depth2, n2)))
+    moments = [dispersion(x, depth, e, rate, 0.0)[1] for x, depth, e in found]
+    both = sum(one.sum() for one, _ in moments) / sum(one.sum() for _, one in moments)
+    phi1, phi2 = (dispersion(x, depth, e, rate, both)[0] for x, depth, e in found)
+    size1, size2 = (d.sum() ** 2 / (d**2).sum() * (n + 1) / n for d, n in ((depth1, n1), (depth2, n2)))
     k1, k2, e1, e2 = k1 + rate * e1 / n1, k2 + rate * e2 / n2, e1 * (1 + 1 / n1), e2 * (1 + 1 / n2)
 
     def log_density(j, first, second):
-        if modality is ATAC:
-            parts = ((k1[j], n1 + 1, e1[j] * first), (k2[j], n2 + 1, e2[j] * second))
-            return sum(k * np.log(mu / n) + (n - k) * np.log1p(-mu / n) for k, n, mu in parts)
         parts = ((k1[j], size1 / phi1[j], e1[j] * first), (k2[j], size2 / phi2[j], e2[j] * second))
         # Counts need not be whole here: the density of SciPy, without its factorial.
         return sum(k * np.log(mu / (mu + r)) + r * np.log(r / (mu + r)) for k, r, mu in parts)
@@ -210,23 +208,39 @@ def two_sample_test(groups, modality, plain):
     first, second = k1 / e1, k2 / e2
     z, error = np.empty(len(first)), np.empty((2, len(first)))
     for j in range(len(first)):
-        low, high = sorted((first[j], second[j]))
-        best = minimize_scalar(
-            lambda mean, j=j: -log_density(j, mean, mean),
-            bounds=(low, high),
-            method="bounded",
-            options={"xatol": 1e-12},
-        ).x
+        best = likeliest(lambda mean, j=j: log_density(j, mean, mean), first[j], second[j])
         root = np.sqrt(max(2 * (log_density(j, first[j], second[j]) - log_density(j, best, best)), 0))
-        if modality is RNA:
-            variance = [
-                best / e[j] + best**2 * phi[j] / size for e, phi, size in ((e1, phi1, size1), (e2, phi2, size2))
-            ]
-            free = sum(variance) ** 2 / sum(v**2 / (n + 9) for v, n in zip(variance, (n1, n2), strict=True))
-            root = norm.isf(t.sf(root, free))
-            error[:, j] = np.sqrt(variance)
-        z[j] = np.sign(first[j] - second[j]) * root
+        variance = [best / e[j] + best**2 * phi[j] / size for e, phi, size in ((e1, phi1, size1), (e2, phi2, size2))]
+        free = sum(variance) ** 2 / sum(v**2 / (n + 9) for v, n in zip(variance, (n1, n2), strict=True))
+        error[:, j] = np.sqrt(variance)
+        z[j] = np.sign(first[j] - second[j]) * norm.isf(t.sf(root, free))
     return first, second, z, error
+
+
+def likeliest(log_density, *ends):
+    """Value between two others at which a density is largest."""
+    return minimize_scalar(
+        lambda value: -log_density(value), bounds=sorted(ends), method="bounded", options={"xatol": 1e-12}
+    ).x
+
+
+def two_sample_test_of_open_cells(k1, k2, n1, n2, depth1, depth2):
+    """Means and z of numbers of open cells, each closed with probability (1 - mean)^depth, one more cell in each."""
+    both = (k1 + k2 + 0.5) / (n1 + n2)
+    closed = (1 - both) ** ((n1 + n2) / (n1 * depth1 + n2 * depth2))
+    k1, k2, n1, n2 = k1 + 1 - closed**depth1, k2 + 1 - closed**depth2, n1 + 1, n2 + 1
+    first, second = (1 - (1 - k / n) ** (1 / depth) for k, n, depth in ((k1, n1, depth1), (k2, n2, depth2)))
+    z = np.empty(len(first))
+
+    def log_density(j, first, second):
+        parts = (k1[j], n1, 1 - (1 - first) ** depth1[j]), (k2[j], n2, 1 - (1 - second) ** depth2[j])
+        return sum(k * np.log(p) + (n - k) * np.log1p(-p) for k, n, p in parts)
+
+    for j in range(len(first)):
+        best = likeliest(lambda mean, j=j: log_density(j, mean, mean), first[j], second[j])
+        root = np.sqrt(max(2 * (log_density(j, first[j], second[j]) - log_density(j, best, best)), 0))
+        z[j] = np.sign(first[j] - second[j]) * root
+    return first, second, z
 
 
 @pytest.mark.parametrize(("modality", "change"), CASES)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.sparse import csr_matrix
 
+from pyro_multivi import MULTIVI, simulate_multiome
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential import group_draws
@@ -289,3 +292,23 @@ def test_where_nothing_was_measured_counts_correct_nothing(smooth):
     with pytest.warns(UserWarning, match="No cell of 'group 1', 'group 2' has ATAC"):
         plain, corrected = (smooth.compared(ATAC, calibrated=calibrated, **rna_only) for calibrated in (False, True))
     close(corrected["proba_m1"], plain["proba_m1"])
+
+
+@pytest.mark.parametrize("probability", ["detected", "accessible"])
+def test_regions_open_in_every_cell_do_not_differ(probability):
+    adata = simulate_multiome((60, 30, 30), n_genes=30, n_regions=50, n_batches=2, seed=0)
+    regions = np.flatnonzero(adata.var["feature_types"] == "Peaks")[20:23]
+    x = adata.X.toarray()
+    x[np.ix_(adata.obs["modality"] != "expression", regions)] = 1
+    adata.X = csr_matrix(x)
+    MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    model = MULTIVI(adata, n_hidden=16, n_latent=3)
+    with torch.random.fork_rng():
+        model.train(max_epochs=10, progress_bar=False)
+    rows = model.differential_accessibility(groupby="cell_type", probability=probability, change_fn="log-odds")
+    assert np.isfinite(rows["prob_da"]).all()
+    rows = model.differential_accessibility(groupby="cell_type", probability=probability).loc[adata.var_names[regions]]
+    assert (rows["emp_prob1"] == 1).all()
+    assert (rows["emp_prob2"] == 1).all()
+    assert not rows["is_da_fdr"].any(), rows
+    assert (rows["change_mean"].abs() < 0.05).all(), rows
