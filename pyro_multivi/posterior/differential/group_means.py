@@ -127,19 +127,15 @@ def counts_of_group(
     """
     of_part, weights, exposure = [], [], np.zeros(len(means[0]))
     for part, mean, wanted, size in zip(parts, means, expected, sizes, strict=True):
-        if part.n_measured:
+        if part.n_measured and not modality.binary:
             there = wanted * part.measured
             # The depth is of all features; the counts of a panel are those of its own.
             depth = part.depth if part.measured.all() else float(part.counts.sum())
             share = there / max(float(there.sum()), 1e-300)
-            there = np.maximum(depth * share if modality.compositional else part.n_measured * there, _LEAST_EXPECTED)
-            counts, rate = part.counts, np.maximum(mean, 1e-300)
-            if modality.binary:
-                cells, rate = part.n_measured, rate_of_opening(rate)
-                counts, there = cells * rate_of_opening(counts / cells), cells * rate_of_opening(there / cells)
-            ratio = np.where(part.measured, counts / there, 1.0)
-            mean = probability_open(ratio * rate) if modality.binary else ratio * rate
-            exposure = exposure + there / rate * part.measured
+            there = depth * share if modality.compositional else part.n_measured * there
+            own = np.maximum(there, _LEAST_EXPECTED) / np.maximum(mean, 1e-300) * part.measured
+            mean = np.where(part.measured, part.counts / np.where(part.measured, own, 1.0), mean)
+            exposure = exposure + own
         of_part.append(mean)
         weights.append(size * part.measured if part.n_measured else np.full(len(mean), float(size)))
     measured = [part for part in parts if part.n_measured]
@@ -150,18 +146,36 @@ def counts_of_group(
 
     n, freedom = summed([part.n_measured for part in measured]), summed([part.n_measured - 1 for part in measured])
     depths, squares = summed([part.depth for part in measured]), summed([part.depth_squares for part in measured])
-    total_counts: Array = np.sum([part.counts for part in parts], axis=0)
+    counts: Array = np.sum([part.counts for part in parts], axis=0)
     weight = np.stack(weights)
     weight[:, ~weight.any(0)] = 1.0
+    group_mean = np.average(of_part, axis=0, weights=weight)
+    if modality.binary:
+        known = weight * np.stack([part.measured & (part.n_measured > 0) for part in parts])
+        shares = [part.counts / max(part.n_measured, 1) for part in parts]
+        opened, depth_of_cell = _opened(np.stack(shares), np.stack(expected), np.stack(of_part), known)
+        group_mean = np.maximum(group_mean + known.sum(0) / weight.sum(0) * opened, 0.0)
+        exposure = n * depth_of_cell
     return GroupCounts(
         n_cells=n,
         freedom=freedom,
-        mean=np.average(of_part, axis=0, weights=weight),
+        mean=group_mean,
         exposure=exposure,
         effective_cells=depths**2 / np.maximum(squares, 1.0),
         excess=sum((part.excess for part in measured), np.zeros(len(exposure))),
-        base=total_counts**2 / np.maximum(depths, 1.0) * freedom / np.maximum(n, 1),
+        base=counts**2 / np.maximum(depths, 1.0) * freedom / np.maximum(n, 1),
     )
+
+
+def _opened(shares: Array, expected: Array, means: Array, weight: Array) -> Pair:
+    """What shares of open cells change in the mean of a group, and the depth of its cells, (F,) each.
+
+    Averages over the parts, (P, F), are taken first: rates of opening of few cells are biased.
+    """
+    total = np.maximum(weight.sum(0), 1e-300)
+    share, there, mean = ((weight * values).sum(0) / total for values in (shares, expected, means))
+    depth = rate_of_opening(np.maximum(there, 1e-9)) / rate_of_opening(np.maximum(mean, 1e-9))
+    return probability_open(rate_of_opening(share) / depth) - mean, depth
 
 
 def rate_of_opening(probability: Array) -> Array:

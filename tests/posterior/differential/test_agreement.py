@@ -265,6 +265,16 @@ def test_calibrated_means(groups, modality, change):
     close(vanilla["proba_m1"], norm.cdf(z), atol=1e-3)
 
 
+def test_p_is_tested_as_it_is_detected(groups):
+    tables = [groups.compared(ATAC, mode="vanilla", probability=name) for name in ("accessible", "detected")]
+    close(tables[0]["proba_m1"], tables[1]["proba_m1"], atol=1e-9)
+    first, second, z = two_sample_test(groups, ATAC, groups.both(ATAC))[:3]
+    estimate = np.minimum(first / groups.detection(), 1) - np.minimum(second / groups.detection(), 1)
+    error = np.abs(estimate / z)
+    p = groups.compared(ATAC, probability="accessible")["prob_da"]
+    close(p, np.maximum(*shrink(estimate, error, 0.05, None)), atol=5e-3)
+
+
 def of_types(groups):
     types = groups.model.adata.obs["cell_type"].to_numpy().astype(str)
     return {name: np.flatnonzero(types == name) for name in np.unique(types)}

@@ -149,6 +149,37 @@ def test_exposure_of_rare_regions_multiplies_their_mean():
     np.testing.assert_allclose(found.score, sign * np.sqrt(deviance), rtol=0.02, atol=0.02)
 
 
+def test_means_of_open_cells_do_not_depend_on_how_a_group_is_divided():
+    rng, n, mean = np.random.default_rng(0), 120, np.linspace(0.02, 0.95, N_FEATURES)
+    opened = rng.random((n, N_FEATURES)) < 1 - (1 - mean) ** 1.5
+    everything = np.ones(N_FEATURES, dtype=bool)
+
+    def group(size):
+        parts = [opened[at : at + size] for at in range(0, n, size)]
+        sums = [PseudobulkSums(size, everything, part.sum(0)[None].astype(float), size, size) for part in parts]
+        many = len(parts)
+        return counts_of_group(sums, [mean] * many, [1 - (1 - mean) ** 1.5] * many, [size] * many, ATAC)
+
+    whole = group(n)
+    np.testing.assert_allclose(whole.mean, 1 - (1 - opened.mean(0)) ** (1 / 1.5), rtol=1e-9)
+    for size in (1, 3):
+        np.testing.assert_allclose(group(size).mean, whole.mean, rtol=1e-9)
+        np.testing.assert_allclose(group(size).exposure, 1.5 * n, rtol=1e-9)
+
+
+def test_parts_that_were_not_measured_keep_the_means_of_the_model():
+    half = np.arange(6) < 3
+    sums = [
+        PseudobulkSums(10, half, np.where(half, 6.0, 0.0)[None], 10, 10),
+        PseudobulkSums(0, np.ones(6, dtype=bool), np.zeros((1, 6)), 0, 0),
+    ]
+    found = counts_of_group(sums, [np.full(6, 0.5), np.full(6, 0.2)], [np.full(6, 0.5)] * 2, [10, 30], ATAC)
+    np.testing.assert_allclose(found.mean, np.where(half, (0.6 + 3 * 0.2) / 4, 0.2))
+    nothing = counts_of_group(sums[:1], [np.full(6, 0.5)], [np.full(6, 0.5)], [10], ATAC)
+    np.testing.assert_allclose(nothing.mean, np.where(half, 0.6, 0.5))
+    assert nothing.n_cells.tolist() == [10, 10, 10, 0, 0, 0]
+
+
 @pytest.mark.parametrize("fit", ["saturating", "proportional"])
 def test_depth_alone_changes_no_region_however_open(fit):
     rng, n, rate, shallow, deep = np.random.default_rng(0), 300, np.geomspace(0.02, 4, N_FEATURES), 0.56, 0.78
