@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, check_paired
 from pyro_multivi.api.checks import ChecksMixin
@@ -29,6 +27,7 @@ from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.datasets.stores.open import open_stores
 from pyro_multivi.isolation import isolated
+from pyro_multivi.networks.modules import build_program
 from pyro_multivi.networks.panels import start_typical
 from pyro_multivi.program import MultiVIProgram
 
@@ -198,9 +197,7 @@ class MULTIVI(
             check_fragments(table, spec.region_names)
             for sentence in fragment_cautions(table):
                 caution(sentence)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed_or(seed))
-            program = program_class(config)
+        program = build_program(program_class, config, settings.seed_or(seed))
         marginals = table.marginals(config.counts_fragments)
         program.start_from(marginals)
         program.start_extra_from(table)

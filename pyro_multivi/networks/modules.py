@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,26 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 # Directions of the last layers' posteriors, one of them that of the intercepts. On simulated cells intervals with 64
 # hold 0.02 more of the truth in twice the time; a feature's random numbers are drawn four at a time.
 _WEIGHT_DIRECTIONS = 16
+
+Program = TypeVar("Program", bound="ProgramModules")
+
+
+def build_program(program_class: type[Program], config: ProgramConfig, seed: int | None = None) -> Program:
+    """A program whose buffers fit its layers, also those that a custom class made; torch's generator stays as it is.
+
+    Parameters
+    ----------
+    program_class, config
+        Class of the program, and its argument.
+    seed
+        Seed of the random weights; None: wherever torch's generator is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        program = program_class(config)
+    program.size_weight_directions()
+    return program
 
 
 class ProgramModules(nn.Module):
@@ -197,7 +217,7 @@ class ProgramModules(nn.Module):
         for modality in modelled(self.config):
             name = f"{modality.key}_weight_directions"
             directions = getattr(self, name)
-            layer = getattr(getattr(self, f"{modality.name}_decoder"), modality.decoded, None)
+            layer = getattr(getattr(self, f"{modality.name}_decoder", None), modality.decoded, None)
             if isinstance(layer, nn.Linear) and directions.shape[1] != layer.in_features + 1:
                 setattr(self, name, directions.new_zeros(len(directions), layer.in_features + 1))
 

@@ -19,6 +19,8 @@ from pyro_multivi.networks.layers import BatchNorm
 
 # Buffers whose batches come after something else.
 _BATCHES_LAST = {f"{modality.key}_depth_regression" for modality in MODALITIES}
+# Ending of buffers with directions of a layer's input: the last column is that of the intercept.
+_INTERCEPT_LAST = "weight_directions"
 #: Networks by the words of the arguments ``freeze_batchnorm_encoder`` and ``freeze_batchnorm_decoder``.
 _NETWORKS = {
     "encoder": tuple(f"{each.key}_{part}." for each in MODALITIES for part in ("first_layer", "expert")),
@@ -120,6 +122,10 @@ class Growth:
 
     def _axis(self, name: str, old: int, new: int) -> Axis | None:
         """The axis that has grown from a length to another: batches, or hidden units and behind them the design."""
+        if name.endswith(_INTERCEPT_LAST):
+            # As those of the layer's weights, and one behind them.
+            grown = self._axis("", old - 1, new - 1)
+            return None if grown is None else Axis([*grown.sources, [old - 1]], grown.new)
         if old == self.n_batch or name in _BATCHES_LAST:
             before, axis = old - self.n_batch, self.batches
         else:

@@ -14,6 +14,7 @@ from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.cell_factor import set_factor_mean, set_factor_spread
+from pyro_multivi.networks.modules import build_program
 from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.networks.surgery import Growth, Parts
 from pyro_multivi.posterior.mapping.typical import set_typical
@@ -69,8 +70,7 @@ def _new(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> tup
 def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> tuple[MultiVIProgram, Parts]:
     """A program of the query's size, whose tensors are those of the reference; and the new parts of its tensors."""
     config = replace(reference.config, n_batch=spec.n_batch, n_labels=spec.n_labels, n_covariates=spec.design_width)
-    with torch.random.fork_rng(devices=[]):
-        program = type(reference)(config)
+    program = build_program(type(reference), config)
     growth = Growth.of(
         [old.batch_categories, *old.categorical.values()],
         [spec.batch_categories, *spec.categorical.values()],

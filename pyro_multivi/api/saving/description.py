@@ -15,6 +15,7 @@ from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.setup.spec import LATER_FIELDS, DataSpec
 from pyro_multivi.data.split import Split
+from pyro_multivi.networks.modules import build_program
 from pyro_multivi.program import MultiVIProgram
 
 #: Entries beside those of the file format.
@@ -98,9 +99,7 @@ class Description(NamedTuple):
             config = _config(program_class.config_class, self.config)
             _check_sizes(config, self.spec)
             _check_widths(config, state)
-            # The random start that the weights replace leaves torch's generator alone.
-            with torch.random.fork_rng(devices=[]):
-                program = program_class(config)
+            program = build_program(program_class, config)
         with broken(where, "the weights do not fit the model"):
             program.load_state_dict(state)
         return program
