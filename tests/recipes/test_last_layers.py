@@ -1,11 +1,15 @@
-"""Decoders with a last layer of their own: as references of queries, and when training fails."""
+"""Decoders with a last layer of their own: as references of queries, and where training fails."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import pyro_multivi as pm
+from pyro_multivi.data.modality import RNA
+from pyro_multivi.posterior.calibration.refit import calibrated_buffers
+from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 
 INTERVAL = {"n_samples": 20, "return_interval": 0.9, "return_numpy": True}
 
@@ -54,3 +58,39 @@ def test_a_model_that_was_not_calibrated_is_a_reference_and_a_file(recipes, fitt
     for name in ("batch_0", "another"):
         mapped = pm.MULTIVI.load_query_data(of_batch(adata, name), loaded)
         assert np.isfinite(mapped.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_before_the_first_epoch_is_shown_and_changes_nothing(recipes, fitted, monkeypatch, late):
+    """Also where the layer was put in after the model was made."""
+    adata = fitted(pm.MultiVIProgram).adata
+    model = pm.MULTIVI(adata, n_hidden=8, n_latent=2, program_class=recipes.LinearExpression)
+    if late:
+        directions = model.program.rna_weight_directions
+        model.program.rna_weight_directions = directions.new_zeros(len(directions), 9)
+
+    def fail(*arguments):
+        raise ZeroDivisionError("a mistake of one's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.LinearExpression, "expression", fail)
+        with pytest.raises(ZeroDivisionError, match="a mistake of one's own"):
+            model.train(1, progress_bar=False)
+    assert not model.is_trained
+    model.train(1, progress_bar=False)
+    assert weight_buffers(model.program, RNA)[1].any()
+
+
+def test_an_error_before_the_first_epoch_keeps_the_calibration(recipes, fitted, monkeypatch):
+    model = fitted(recipes.LinearExpression)
+    before = [buffer.clone() for buffer in calibrated_buffers(model.program)]
+
+    def fail(*arguments):
+        raise ZeroDivisionError("a mistake of one's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.LinearExpression, "expression", fail)
+        with pytest.raises(ZeroDivisionError):
+            model.train(1, progress_bar=False)
+    for found, expected in zip(calibrated_buffers(model.program), before, strict=True):
+        torch.testing.assert_close(found, expected)

@@ -29,6 +29,8 @@ def refit(program: MultiVIProgram, n_epochs: Callable[[], int]) -> Iterator[None
     n_epochs
         Function that returns the number of epochs it was trained for so far.
     """
+    # A layer may have been put in after the program was built.
+    program.size_weight_directions()
     kept = [buffer.clone() for buffer in calibrated_buffers(program)]
     before = n_epochs()
     clear_depth_regressions(program)
