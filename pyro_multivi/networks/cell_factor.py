@@ -167,13 +167,16 @@ def depth_posterior(
 
 
 @torch.no_grad()
-def start_fragments(program: Any, marginals: FragmentMarginals) -> None:
-    """Start at the mean count of each region in a cell of typical depth, and at the dispersion of its counts."""
+def start_fragments(program: Any, marginals: FragmentMarginals) -> Tensor:
+    """Start at the mean count of each region in a cell of typical depth, and at the dispersion of its counts.
+
+    The accessibility p that all regions are to start with is returned, ().
+    """
     program.atac_log_depth.fill_(marginals.log_depth_mean)
     program.fragments_log_mean.copy_(marginals.log_mean)
     program.fragments_log_var.copy_(marginals.log_var)
     p = torch.tensor(_START)
-    program.accessibility_decoder.p.bias.fill_(torch.logit(p))
     program.region_log_rate.copy_(marginals.region_share.log() + marginals.log_depth_mean - p.log())
     if program.config.accessibility_likelihood == "nb":
         program.region_log_theta.copy_(marginals.inverse_dispersion.log())
+    return p

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.distributions import Readout
-from pyro_multivi.distributions.kernels.readout import Link
+from pyro_multivi.distributions.kernels.readout import Link, apply_link
 from pyro_multivi.networks.layers import CovariateStack
 
 
@@ -34,6 +34,24 @@ class DecodedExpression(NamedTuple):
     rho: Tensor
     pi_logits: Tensor | None
     theta_logits: Tensor | None
+
+
+def read_out(layer: nn.Module, hidden: Tensor, link: Link, gemm_dtype: torch.dtype | None) -> Tensor:
+    """What a last layer decodes from a hidden layer (..., H), (..., F): dense where it is not an ``nn.Linear``.
+
+    Examples
+    --------
+    >>> hidden, low_rank = torch.ones(2, 8), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 5))
+    >>> for layer in (nn.Linear(8, 5), nn.Linear(8, 5, bias=False), low_rank):
+    ...     type(read_out(layer, hidden, "softmax", None)).__name__
+    'Readout'
+    'Readout'
+    'Tensor'
+    """
+    if isinstance(layer, nn.Linear):
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        return Readout(hidden, layer.weight, bias, link, gemm_dtype)
+    return apply_link(layer(hidden), link)
 
 
 class ExpressionDecoder(nn.Module):
@@ -74,15 +92,11 @@ class ExpressionDecoder(nn.Module):
     def forward(self, z: Tensor, s: Tensor) -> DecodedExpression:
         """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
         hidden = self.stack(z, s)
-
-        def logits(layer: nn.Module | None) -> Tensor | None:
-            if layer is None:
-                return None
-            assert isinstance(layer, nn.Linear)
-            return Readout(hidden, layer.weight, layer.bias, "identity", self.gemm_dtype)
-
-        rho = Readout(hidden, self.rho.weight, self.rho.bias, self.link, self.gemm_dtype)
-        return DecodedExpression(rho, logits(self.pi), logits(self.theta))
+        pi, theta = (
+            None if layer is None else read_out(layer, hidden, "identity", self.gemm_dtype)
+            for layer in (self.pi, self.theta)
+        )
+        return DecodedExpression(read_out(self.rho, hidden, self.link, self.gemm_dtype), pi, theta)
 
 
 def dispersions_of_cells(config: ProgramConfig, log_theta: Tensor, s: Tensor, label: Tensor | None) -> Tensor:
@@ -112,4 +126,4 @@ class AccessibilityDecoder(nn.Module):
 
     def forward(self, z: Tensor, s: Tensor) -> Tensor:
         """Decode z (..., n_latent) under covariates s (B, n_covariates) to p, (..., n_regions)."""
-        return Readout(self.stack(z, s), self.p.weight, self.p.bias, "sigmoid", self.gemm_dtype)
+        return read_out(self.p, self.stack(z, s), "sigmoid", self.gemm_dtype)

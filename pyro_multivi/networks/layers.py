@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.numba.switch import loops_for
+
+logger = logging.getLogger("pyro_multivi")
 
 # A cell has hundreds of non-zero features out of many thousand, so the fan-in is theirs, not that of
 # nn.Linear. Ten times larger weights also learn relatively slower under Adam, whose steps do not depend
@@ -228,3 +231,12 @@ class CountsLinear(nn.Module):
             product: Tensor = _SparseMatmul.apply(self.weight, counts)
             return product + self.bias
         return counts @ self.weight + self.bias
+
+
+def start_constant(layer: nn.Module, name: str, intercept: Tensor) -> None:
+    """Let a decoder's last layer give its intercepts, (F,), in every cell; a layer of another kind keeps its start."""
+    if isinstance(layer, nn.Linear) and layer.bias is not None:
+        layer.weight.zero_()
+        layer.bias.copy_(intercept)
+    else:
+        logger.info("The layer %s of a decoder is no nn.Linear with a bias: it keeps the start that it has", name)

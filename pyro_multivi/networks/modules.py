@@ -19,7 +19,7 @@ from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
 from pyro_multivi.networks.extra import ExtraModality, Proteins
-from pyro_multivi.networks.layers import layer_options
+from pyro_multivi.networks.layers import layer_options, start_constant
 from pyro_multivi.networks.linear_start import start_linearly
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
@@ -241,7 +241,8 @@ class ProgramModules(nn.Module):
         share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
         of each region for a cell of typical depth, or at its mean number of fragments there.
         Loadings start at zero, so that this profile is that of every cell: with random ones each feature
-        would start with differences between cells that are not in the data.
+        would start with differences between cells that are not in the data. A last layer of a custom class that is no
+        ``nn.Linear`` with a bias keeps the start that it has, which a log line at level INFO says.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
@@ -249,9 +250,6 @@ class ProgramModules(nn.Module):
         self.library_log_var.copy_(marginals.library_log_var)
         if self.config.n_genes:
             decoder = self.expression_decoder
-            for layer in (decoder.rho, decoder.pi, decoder.theta):
-                if layer is not None:
-                    layer.weight.zero_()
             share = marginals.gene_share
             if self.config.library == "size_factor":
                 # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
@@ -259,20 +257,19 @@ class ProgramModules(nn.Module):
                 start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
             else:
                 start = share.log()
-            decoder.rho.bias.copy_(start)
+            start_constant(decoder.rho, "rho", start)
             if decoder.pi is not None:
                 # Few dropouts to begin with: 5 %.
-                decoder.pi.bias.fill_(-3.0)
+                start_constant(decoder.pi, "pi", torch.full_like(start, -3.0))
             log_theta = marginals.inverse_dispersion.log()
             if decoder.theta is not None:
-                decoder.theta.bias.copy_(log_theta)
+                start_constant(decoder.theta, "theta", log_theta)
             elif hasattr(self, "log_theta"):
                 self.log_theta.copy_(log_theta.expand_as(self.log_theta))
-        if self.config.n_regions:
-            self.accessibility_decoder.p.weight.zero_()
         if self.config.n_regions and self.config.counts_fragments:
             assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
-            start_fragments(self, marginals.fragments)
+            p = start_fragments(self, marginals.fragments)
+            start_constant(self.accessibility_decoder.p, "p", torch.logit(p.expand(self.config.n_regions)))
         elif self.config.n_regions:
             typical = start_cell_factor(self, marginals)
             wanted = (marginals.detection_rate / typical).clamp(max=0.95)  # p r
@@ -281,7 +278,7 @@ class ProgramModules(nn.Module):
                 r = (2.0 * wanted).clamp(1e-7, 0.95)
                 self.region_logit.copy_(torch.logit(r))
                 wanted = (wanted / r).clamp(1e-7, 0.99)
-            self.accessibility_decoder.p.bias.copy_(torch.logit(wanted))
+            start_constant(self.accessibility_decoder.p, "p", torch.logit(wanted))
 
     def start_extra_from(self, table: CellTable) -> None:
         """Set initial parameters of the extra modalities from the data."""

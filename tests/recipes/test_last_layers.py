@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pyro_multivi as pm
-from pyro_multivi.data.modality import RNA
+from pyro_multivi.networks.extra import Proteins
 from pyro_multivi.posterior.calibration.refit import calibrated_buffers
-from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
 
 INTERVAL = {"n_samples": 20, "return_interval": 0.9, "return_numpy": True}
+
+
+@pytest.fixture(scope="module")
+def adata():
+    adata = pm.simulate_multiome(
+        (40, 20, 20), n_genes=20, n_regions=30, n_batches=2, n_proteins=4, fragments=3.0, seed=0
+    )
+    keys = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
+    pm.MULTIVI.setup_anndata(adata, **keys)
+    return adata
+
+
+@pytest.fixture
+def untrained(adata):
+    def make(program_class, **choices):
+        return pm.MULTIVI(adata, n_hidden=8, n_latent=2, program_class=program_class, **choices)
+
+    return make
 
 
 def of_batch(adata, name):
@@ -31,26 +51,18 @@ def test_a_linear_decoder_is_a_reference(recipes, fitted):
         for found, expected in zip(*intervals, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert model.transfer_labels(of_batch(adata, "another"), "cell_type").shape[0] == 30
-    mapped.train(1, progress_bar=False)
-    assert np.isfinite(mapped.get_normalized_expression(**INTERVAL).sd).all()
-
-
-def test_directions_grow_with_the_input_of_the_layer(recipes, fitted):
-    model = fitted(recipes.LinearExpression)
-    before, after = (
-        one.program.rna_weight_directions
-        for one in (model, pm.MULTIVI.load_query_data(of_batch(model.adata, "another"), model))
-    )
-    # Two dimensions of z, the batches, the intercept.
+    # Directions grow with the input of the layer: two dimensions of z, the batches, the intercept.
+    before, after = (one.program.rna_weight_directions for one in (model, mapped))
     assert before.shape[1] == 2 + 2 + 1
     torch.testing.assert_close(after[:, :4], before[:, :4])
     torch.testing.assert_close(after[:, 4], before[:, 2:4].mean(1))
     torch.testing.assert_close(after[:, 5], before[:, 4])
+    mapped.train(1, progress_bar=False)
+    assert np.isfinite(mapped.get_normalized_expression(**INTERVAL).sd).all()
 
 
-def test_a_model_that_was_not_calibrated_is_a_reference_and_a_file(recipes, fitted, tmp_path):
-    adata = fitted(recipes.LinearExpression).adata
-    model = pm.MULTIVI(adata, n_hidden=8, n_latent=2, program_class=recipes.LinearExpression)
+def test_a_model_that_was_not_calibrated_is_a_reference_and_a_file(recipes, untrained, adata, tmp_path):
+    model = untrained(recipes.LinearExpression)
     assert model.program.rna_weight_directions.shape[1] == model.program.expression_decoder.rho.in_features + 1
     model.save(tmp_path / "model")
     loaded = pm.MULTIVI.load(tmp_path / "model", adata, program_class=recipes.LinearExpression)
@@ -61,10 +73,9 @@ def test_a_model_that_was_not_calibrated_is_a_reference_and_a_file(recipes, fitt
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_error_before_the_first_epoch_is_shown_and_changes_nothing(recipes, fitted, monkeypatch, late):
+def test_an_error_before_the_first_epoch_is_shown_and_changes_nothing(recipes, untrained, monkeypatch, late):
     """Also where the layer was put in after the model was made."""
-    adata = fitted(pm.MultiVIProgram).adata
-    model = pm.MULTIVI(adata, n_hidden=8, n_latent=2, program_class=recipes.LinearExpression)
+    model = untrained(recipes.LinearExpression)
     if late:
         directions = model.program.rna_weight_directions
         model.program.rna_weight_directions = directions.new_zeros(len(directions), 9)
@@ -77,8 +88,7 @@ def test_an_error_before_the_first_epoch_is_shown_and_changes_nothing(recipes, f
         with pytest.raises(ZeroDivisionError, match="a mistake of one's own"):
             model.train(1, progress_bar=False)
     assert not model.is_trained
-    model.train(1, progress_bar=False)
-    assert weight_buffers(model.program, RNA)[1].any()
+    assert model.program.rna_weight_directions.shape[1] == model.program.expression_decoder.rho.in_features + 1
 
 
 def test_an_error_before_the_first_epoch_keeps_the_calibration(recipes, fitted, monkeypatch):
@@ -94,3 +104,52 @@ def test_an_error_before_the_first_epoch_keeps_the_calibration(recipes, fitted, 
             model.train(1, progress_bar=False)
     for found, expected in zip(calibrated_buffers(model.program), before, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def with_last_layers(make):
+    """Program whose last layers are all made by a function of their widths."""
+
+    class OwnProteins(Proteins):
+        def __init__(self, name, config):
+            super().__init__(name, config)
+            self.odds, self.log_ratio = (make(config.hidden, self.n_features) for _ in range(2))
+
+    class Own(pm.MultiVIProgram):
+        def __init__(self, config):
+            super().__init__(config)
+            expression = self.expression_decoder
+            expression.rho, expression.pi = (make(config.hidden, config.n_genes) for _ in range(2))
+            self.accessibility_decoder.p = make(config.hidden, config.n_regions)
+            for modality in self.modelled_extra:
+                self.extra[modality.name] = OwnProteins(modality.name, config)
+
+    return Own
+
+
+KINDS = {
+    "low rank": lambda width, n: nn.Sequential(nn.Linear(width, 3), nn.Linear(3, n)),
+    "no bias": lambda width, n: nn.Linear(width, n, bias=False),
+}
+
+
+@pytest.mark.parametrize(("kind", "likelihood"), [("low rank", "bernoulli"), ("no bias", "poisson")])
+def test_a_last_layer_of_ones_own_keeps_its_start_and_works(kind, likelihood, untrained, adata, tmp_path, caplog):
+    program_class = with_last_layers(KINDS[kind])
+    caplog.set_level(logging.INFO, logger="pyro_multivi")
+    model = untrained(program_class, accessibility_likelihood=likelihood)
+    said = [record.message for record in caplog.records if "keeps the start" in record.message]
+    assert [line.split()[2] for line in said] == ["rho", "pi", "p", "odds", "log_ratio"]
+    assert all(value.any() for name, value in model.program.named_parameters() if "decoder.rho" in name)
+    model.train(1, progress_bar=False)
+    # Of weights that a decoder reads out there is a posterior, of others none.
+    assert bool(model.program.rna_weight_sd.any()) == (kind == "no bias")
+    model.save(tmp_path / "model")
+    loaded = pm.MULTIVI.load(tmp_path / "model", adata, program_class=program_class)
+    for verb in ("get_normalized_expression", "get_accessibility_estimates", "get_normalized_protein_expression"):
+        for found, again in zip(*(getattr(one, verb)(**INTERVAL) for one in (model, loaded)), strict=True):
+            assert np.isfinite(found).all()
+            np.testing.assert_array_equal(found, again)
+    assert np.isfinite(model.get_elbo())
+    assert np.isfinite(model.differential_expression(groupby="cell_type", n_samples=20)["lfc_mean"]).any()
+    mapped = pm.MULTIVI.load_query_data(of_batch(adata, "another"), model)
+    assert np.isfinite(mapped.get_latent_representation()).all()

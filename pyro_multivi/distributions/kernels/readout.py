@@ -19,6 +19,17 @@ Link = Literal["softmax", "sigmoid", "softplus", "identity"]
 STREAM_WIDTH = 4096
 
 
+def apply_link(logits: Tensor, link: Link) -> Tensor:
+    """Values of a link at logits of all features, (..., F)."""
+    if link == "softmax":
+        return logits.softmax(-1)
+    if link == "sigmoid":
+        return logits.sigmoid()
+    if link == "softplus":
+        return torch.nn.functional.softplus(logits, threshold=40.0)
+    return logits
+
+
 class Readout(torch.Tensor):
     """``link(hidden @ weight.T + bias)``, not yet multiplied out.
 
@@ -122,21 +133,13 @@ class Readout(torch.Tensor):
         product = self.hidden.to(self.gemm_dtype) @ weight.to(self.gemm_dtype).T
         return product.to(self.hidden.dtype) + bias
 
-    def _apply_link(self, logits: Tensor) -> Tensor:
-        if self.link == "sigmoid":
-            return logits.sigmoid()
-        if self.link == "softplus":
-            return torch.nn.functional.softplus(logits, threshold=40.0)
-        return logits
-
     def logits(self) -> Tensor:
         """Dense values before the link, shape (..., F)."""
         return self._logits_at(slice(None))
 
     def dense(self) -> Tensor:
         """Dense values, shape (..., F), differentiable in all factors."""
-        logits = self.logits()
-        return logits.softmax(-1) if self.link == "softmax" else self._apply_link(logits)
+        return apply_link(self.logits(), self.link)
 
     def log_normalizer(self) -> Tensor:
         """Log of the softmax denominator, shape (...), summed block by block.
@@ -173,7 +176,7 @@ class Readout(torch.Tensor):
         logits = self._logits_at(features)
         if self.link == "softmax":
             return (logits - self.log_normalizer().unsqueeze(-1)).exp()
-        return self._apply_link(logits)
+        return apply_link(logits, self.link)
 
     def blocks(self, width: int = STREAM_WIDTH, which: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
         """Dense values of ``width`` features at a time, as (features, values of shape (..., width)).
@@ -184,7 +187,7 @@ class Readout(torch.Tensor):
         for features in list(self._slices(width))[which]:
             if torch.is_grad_enabled() or self.gemm_dtype is not None:
                 logits = self._logits_at(features)
-                yield features, self._apply_link(logits) if normalizer is None else (logits - normalizer).exp()
+                yield features, apply_link(logits, self.link) if normalizer is None else (logits - normalizer).exp()
             else:
                 yield features, self._evaluate(features, normalizer)
 
@@ -193,7 +196,7 @@ class Readout(torch.Tensor):
         values = self._pooled_logits(features)
         if normalizer is not None:
             return values.sub_(normalizer).exp_()
-        return values.sigmoid_() if self.link == "sigmoid" else self._apply_link(values)
+        return values.sigmoid_() if self.link == "sigmoid" else apply_link(values, self.link)
 
     def _pooled_logits(self, features: slice) -> Tensor:
         hidden, weight, bias = self.hidden, self.weight[features], self.bias[features]

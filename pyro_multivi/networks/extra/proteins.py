@@ -27,6 +27,7 @@ from pyro_multivi.distributions.mixture import NegativeBinomialMixture
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.extra.protein_marginals import ProteinMarginals
+from pyro_multivi.networks.layers import start_constant
 
 #: A background that differs by a quarter between cells; it is learned.
 START_SD = 0.25
@@ -95,10 +96,8 @@ class Proteins(ExtraModality):
         self.background_log_mean.copy_(found.background_log_mean)
         self.log_theta.copy_(found.log_theta.expand_as(self.log_theta))
         self.input_mean.copy_(found.log1p_mean)
-        for layer in (self.log_ratio, self.odds):
-            layer.weight.zero_()
-        self.odds.bias.copy_(found.foreground_logit)
-        self.log_ratio.bias.copy_(found.foreground_log_ratio.expm1().log())
+        start_constant(self.odds, "odds", found.foreground_logit)
+        start_constant(self.log_ratio, "log_ratio", found.foreground_log_ratio.expm1().log())
 
     @torch.no_grad()
     def start_batches_from(self, table: CellTable, n_known: int) -> None:

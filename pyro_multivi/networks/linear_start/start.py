@@ -148,6 +148,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
     return (
         decode.__module__.startswith("pyro_multivi.")
         and isinstance(layer, torch.nn.Linear)
+        and layer.bias is not None
         and not bool(layer.weight.any())
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer

@@ -223,7 +223,8 @@ def _wide(values: Tensor) -> Tensor:
 def _fit_weights(proteins: Proteins, likelihood: _Likelihood, share: float) -> None:
     """Set directions of the hidden layer and standard deviations of the weights in them.
 
-    ``share`` is the number of cells that were trained on, relative to those of the likelihood.
+    Layers that are no ``nn.Linear`` are left out. ``share`` is the number of cells that were trained on, relative to
+    those of the likelihood.
     """
     directions = proteins.weight_directions
     unit = proteins.config.hidden**-0.5
@@ -242,6 +243,9 @@ def _fit_weights(proteins: Proteins, likelihood: _Likelihood, share: float) -> N
             information[place] += score.square().T @ phi_nr.square() * share / n_draws
             pull[place] += score.T @ phi_nr * share / n_draws
     for place, name in enumerate(proteins.readouts):
-        weight = getattr(proteins, name).weight.detach().cpu().double()
+        layer = getattr(proteins, name)
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        weight = layer.weight.detach().cpu().double()
         sd = posterior_sd(Evidence(information[place], pull[place], weight @ vectors.T / unit))
         proteins.weight_sd[place] = sd.to(proteins.weight_sd)
