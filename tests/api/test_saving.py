@@ -317,6 +317,27 @@ def test_a_model_without_a_posterior_of_weights_says_so(model, folder, caplog):
     assert torch.equal(again.program.rna_weight_sd, model.program.rna_weight_sd)
 
 
+@pytest.mark.parametrize(("missing", "words"), [
+    ("_residual_sd", "the variation that the state does not explain"),
+    ("depth_scale", "the correction of the spread of depths"),
+    ("posterior_scale", "the correction of the spread of states"),
+])  # fmt: skip
+def test_a_model_without_a_part_of_the_calibration_says_so(model, folder, caplog, missing, words):
+    state = torch.load(folder / "weights.pt", weights_only=True)
+    payload = io.BytesIO()
+    torch.save({name: value for name, value in state.items() if not name.endswith(missing)}, payload)
+    forge(folder, payload.getvalue())
+    with caplog.at_level("WARNING", logger="pyro_multivi"):
+        pm.MULTIVI.load(folder, model.adata)
+    assert f"saved by a version without {words}: its intervals leave that out" in caplog.text
+    assert "Training it on (train) brings it" in caplog.text
+    edit(folder, lambda text: text.update(is_trained=False))
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="pyro_multivi"):
+        pm.MULTIVI.load(folder, model.adata)
+    assert "a version without" not in caplog.text
+
+
 def test_a_newer_format_says_upgrade(folder):
     edit(folder, lambda text: text.update(format=99, version="9.9"))
     with pytest.raises(pm.BrokenModelError, match="saved in format 99 by version 9.9.*Upgrade"):

@@ -27,6 +27,14 @@ from pyro_multivi.training import History
 
 logger = logging.getLogger("pyro_multivi")
 
+# What is calibrated for intervals, by the ends of the buffers' names; versions before did not save them all.
+_FOR_INTERVALS = {
+    "weight_sd": "a posterior of the decoders' last layers",
+    "residual_sd": "the variation that the state does not explain",
+    "posterior_scale": "the correction of the spread of states",
+    "depth_scale": "the correction of the spread of depths",
+}
+
 Model = TypeVar("Model", bound="SavingMixin")
 
 
@@ -143,7 +151,8 @@ class SavingMixin(ModelBase):
         saved = read_model(dir_path, with_data=adata is None)
         description = Description.of(saved, where)
         found = find_program(program_class, description.program_class, where)
-        program = description.make_program(found, todays_names(saved), where)
+        state = todays_names(saved)
+        program = description.make_program(found, state, where)
         program.to(device).eval()
         spec, table = description.spec, None
         if adata is not None:
@@ -171,10 +180,15 @@ class SavingMixin(ModelBase):
         if differences:
             logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
         model.is_trained = description.is_trained
-        if model.is_trained and not any(name.endswith("_weight_sd") for name in saved.state):
+        lacking = [name for name in program.state_dict() if name not in state]
+        without = [words for end, words in _FOR_INTERVALS.items() if any(name.endswith(end) for name in lacking)]
+        if model.is_trained and without:
+            of_query = description.query is not None
             logger.warning(
-                "%s was saved by a version without a posterior of the decoders' last layers: its intervals are those "
-                "of the fitted decoder, and too narrow. Training it on (train) makes one.", where,
+                "%s was saved by a version without %s: its intervals leave that out, and are as a rule too narrow. %s",
+                where, " and ".join(without),
+                "Training its reference on (train), and mapping the query again, brings it." if of_query
+                else "Training it on (train) brings it.",
             )  # fmt: skip
         if description.query is not None:
             with broken(where, f"{DESCRIPTION} is damaged"):

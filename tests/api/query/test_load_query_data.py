@@ -189,6 +189,16 @@ def test_the_model_of_a_query_does_what_others_do(world, tmp_path):
     )
 
 
+def test_a_query_of_an_older_version_needs_its_reference_trained_on(world, tmp_path, caplog):
+    mapped = pm.MULTIVI.load_query_data(world.query, world.model)
+    scale = mapped.program.depth_scale
+    del mapped.program.depth_scale
+    mapped.program.register_buffer("depth_scale", scale, persistent=False)
+    mapped.save(tmp_path / "query")
+    pm.MULTIVI.load(tmp_path / "query", world.query)
+    assert "too narrow. Training its reference on (train), and mapping the query again, brings it." in caplog.text
+
+
 def test_a_folder_is_a_reference_as_its_model_is(world, tmp_path):
     world.model.save(tmp_path / "reference")
     of_folder = pm.MULTIVI.load_query_data(world.query[:, 3:].copy(), tmp_path / "reference")
