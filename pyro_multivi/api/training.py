@@ -101,6 +101,12 @@ class TrainingMixin(ModelBase):
         sequencing depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`), those
         that were held out also how far what is imputed is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 
+        Without held-out cells (``train_size=1``, and the default of a query's model) the last layers stay as they were
+        trained, and their weights count as no more uncertain than the training cells say. Then, and with fewer than ten
+        held-out cells of both modalities, depths of what was not measured have their priors, and what is imputed is not
+        drawn towards the mean of the measured, whatever was calibrated before: log lines at level INFO say so. The
+        model of a query whose encoders are frozen, as by default, keeps the calibration of its reference.
+
         Parameters
         ----------
         max_epochs
@@ -292,7 +298,7 @@ class TrainingMixin(ModelBase):
                 calibrations.append(partial(fit_residuals, self.program, seen))
             if recalibrates and proteins_of(self.program):
                 calibrations.append(partial(fit_proteins, self.program, seen))
-            if recalibrates and validation is not None and len(modelled(self.spec)) > 1:
+            if recalibrates and len(modelled(self.spec)) > 1:
                 calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
                 calibrations.append(partial(fit_shrinkage, self.program, seen, validation))
             progress_bar = progress_bar and processes.is_first

@@ -69,7 +69,9 @@ class QueryMixin(SavingMixin):
 
         By default training leaves the states of cells where they are, unless the reference has
         ``encode_covariates=True``. Where a new batch does not mix with the reference, give ``freeze_expression=False``:
-        then training moves its cells to where the frozen decoders explain them best.
+        then training moves its cells to where the frozen decoders explain them best, and calibrates anew: by default
+        no cells are held out, and depths of what was not measured and what is imputed lose the calibration of the
+        reference, which needs some (``train(train_size=0.9)``; see :meth:`train`).
 
         Parameters
         ----------

@@ -41,25 +41,31 @@ def clear_depth_regressions(program: MultiVIProgram) -> None:
         regression_buffer(program, modality).zero_()
 
 
-def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
+def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None) -> None:
     """Set ``rna_depth_regression`` and ``atac_depth_regression`` of a program.
 
     The coefficients are those of ridge regressions on pairs (cells of both modalities) that were trained on. There z
     is fitted to both modalities and predicts the other one better than in new cells. Held-out pairs correct for that:
     regressions with penalties of z from weak to infinite are averaged with their likelihoods for the
-    held-out pairs as weights. With fewer than ten pairs in either set nothing is fitted and depths keep their priors.
+    held-out pairs as weights. With fewer than ten pairs in either set nothing is fitted and depths keep their priors,
+    which a log line says.
 
     Parameters
     ----------
     train, held_out
-        Cells that it was and was not trained on; only those of both modalities are used.
+        Cells that it was and was not trained on; only those of both modalities are used. None: no cells.
     """
     clear_depth_regressions(program)
     modalities = modelled(program.config)
     if len(modalities) < 2:
         return
-    train_pairs, held_out_pairs = (spread(paired(cells), _MOST) for cells in (train, held_out))
-    if min(len(train_pairs), len(held_out_pairs)) < _FEWEST:
+    train_pairs = spread(paired(train), _MOST)
+    held_out_pairs = train_pairs[:0] if held_out is None else spread(paired(held_out), _MOST)
+    if held_out is None or min(len(train_pairs), len(held_out_pairs)) < _FEWEST:
+        logger.info(
+            "depths of what was not measured have their priors: %d cells of both modalities were held out and %d "
+            "trained on, and %d of each are needed to predict them", len(held_out_pairs), len(train_pairs), _FEWEST,
+        )  # fmt: skip
         return
     for modality in modalities:
         try:

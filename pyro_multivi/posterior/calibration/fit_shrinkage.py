@@ -50,21 +50,29 @@ def clear_shrinkage(program: MultiVIProgram) -> None:
 
 
 @torch.no_grad()
-def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibatches) -> None:
+def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None) -> None:
     """Set ``rna_mean``, ``rna_mean_weight`` and those of ATAC of a program.
 
-    With fewer than ten pairs (cells of both modalities) held out nothing is fitted, and weights are 0; so they are
-    where a latent variable has no posterior mean, from which estimates are made by default. The weight is that of the
-    mean over the training cells; the mean that is kept is over the held-out cells too.
+    With fewer than ten pairs (cells of both modalities) held out nothing is fitted, and weights are 0, which a log line
+    says; so they are where a latent variable has no posterior mean, from which estimates are made by default. The
+    weight is that of the mean over the training cells; the mean that is kept is over the held-out cells too.
 
     Parameters
     ----------
     train, held_out
-        Cells that it was and was not trained on.
+        Cells that it was and was not trained on. None: no cells.
     """
     clear_shrinkage(program)
-    pairs = spread(paired(held_out), _MOST)
-    if len(modelled(program.config)) < 2 or len(pairs) < _FEWEST or not _has_means(program, held_out.cut(pairs[:1])):
+    if len(modelled(program.config)) < 2:
+        return
+    pairs = paired(train)[:0] if held_out is None else spread(paired(held_out), _MOST)
+    if held_out is None or len(pairs) < _FEWEST:
+        logger.info(
+            "what is imputed is not drawn towards the mean of the measured: %d cells of both modalities were held out, "
+            "and %d are needed to say how far", len(pairs), _FEWEST,
+        )  # fmt: skip
+        return
+    if not _has_means(program, held_out.cut(pairs[:1])):
         return
     for modality in modelled(program.config):
         mean, weight = mean_buffers(program, modality)
