@@ -15,7 +15,7 @@ from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, PROTEIN, RNA
-from pyro_multivi.data.selection import as_list
+from pyro_multivi.data.selection import as_list, check_order
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.engine.decode import Average
@@ -121,6 +121,7 @@ def choose_features(
     if chosen.dtype == bool:
         if len(chosen) != len(names):
             raise ValueError(f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s.")
+        check_order(argument, wanted, names)
         chosen = np.flatnonzero(chosen)
     if chosen.size == 0:
         raise ValueError(f"{argument} selects no {what}: give at least one, or None for all.")
@@ -229,13 +230,13 @@ def average_over(
     )
 
 
-def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device) -> float | Tensor | str:
+def library_factor(library_size: LibrarySize, cell_names: Sequence[str], device: torch.device) -> float | Tensor | str:
     """Factor of each cell's expression, from the argument ``library_size``.
 
     Raises
     ------
     ValueError
-        If it is neither a positive number, nor one per cell, nor ``"latent"``.
+        If it is neither a positive number, nor one per cell in the order of the cells, nor ``"latent"``.
     """
     library_size = unwrapped(library_size)
     if isinstance(library_size, str):
@@ -255,10 +256,11 @@ def library_factor(library_size: LibrarySize, n_cells: int, device: torch.device
         raise ValueError(
             f"library_size={shown(library_size)} is not allowed: give 'latent', a number, or one number per cell."
         ) from error
-    if sizes.shape != (n_cells,):
+    if sizes.shape != (len(cell_names),):
         raise ValueError(
-            f"library_size has shape {sizes.shape} and {n_cells} cells are asked for: give one number per cell."
+            f"library_size has shape {sizes.shape} and {len(cell_names)} cells are asked for: give one number per cell."
         )
+    check_order("library_size", library_size, cell_names)
     wrong = ~(np.isfinite(sizes) & (sizes > 0))
     if wrong.any():
         at = int(np.argmax(wrong))

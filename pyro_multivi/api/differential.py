@@ -198,8 +198,9 @@ class DifferentialMixin(ModelBase):
         the error of the decoder nor a prior: with few cells, ``is_de_fdr`` understates the false discoveries.
 
         **Several comparisons.** Each group is drawn and decoded once; the rest is made of the other
-        groups, each with its share of the cells. In a single comparison against the rest, the rest
-        is drawn as one group, with other draws.
+        groups, each with its share of the cells. In a single comparison against the rest, the rest is drawn as one
+        group, with other draws. Its counts then also vary by the differences between the other groups, so that
+        probabilities are those of a more cautious test, not only of another seed.
 
         **Donors and replicates.** The probability accounts for the posterior of each cell and for the sampling of
         cells, within the donors at hand. It does *not* account for how donors differ: cells of one donor are no

@@ -130,7 +130,7 @@ class EstimatesMixin(ModelBase):
             arrays. X holds the expectation, layers ``sd``, ``lower`` and ``upper`` the rest. The file appears when it
             is complete (until then it is in ``.NAME.unfinished``); after an interruption make the same call to go on.
         seed
-            Seed of the draws. A cell's draws do not depend on the other cells.
+            Seed of the draws. Those of a cell depend on its position in the data, not on the other cells.
 
         Returns
         -------
@@ -163,7 +163,7 @@ class EstimatesMixin(ModelBase):
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
-        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.n_cells, self.device))
+        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.cell_names, self.device))
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
@@ -385,7 +385,7 @@ class EstimatesMixin(ModelBase):
         check_threshold(threshold, Average())
         n_features = sum(len(part.feature_names_in(self.spec)) for part in parts)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
-        library = library_factor(library_size, cells.n_cells, self.device)
+        library = library_factor(library_size, cells.cell_names, self.device)
         scaled = (threshold, normalize_cells, normalize_regions, include_protein_background)
         quantities = imputed_quantities(self.program, parts, library, *scaled)
         arguments = {

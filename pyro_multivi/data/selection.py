@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     Raises
     ------
     ValueError, IndexError, KeyError
-        If the mask has another length, a position is out of range, a name is unknown, or nothing
+        If the mask has another length or order of cells, a position is out of range, a name is unknown, or nothing
         is selected.
 
     Examples
@@ -55,6 +55,7 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     if wanted.dtype == bool:
         if len(wanted) != n:
             raise ValueError(f"indices is a mask of {len(wanted)} cells and the data has {n}: give one value per cell.")
+        check_order("indices", indices, names)
         wanted = np.flatnonzero(wanted)
         if not len(wanted):
             raise ValueError("indices selects no cell: the mask is False everywhere.")
@@ -76,6 +77,37 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
             f"indices={shown(indices)} has values of type {wanted.dtype}: give positions, names, a mask or None."
         )
     return torch.from_numpy(wanted.astype(np.int64))
+
+
+def check_order(argument: str, values: Any, names: Sequence[str]) -> None:
+    """Refuse a pandas Series whose index holds these names in another order: its values would be of other ones.
+
+    Any other values, and a Series that is indexed by something else, are in the order of the names.
+
+    Raises
+    ------
+    ValueError
+        If the index holds some of the names, and not all of them in this order.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_order("indices", pd.Series([True, False], index=["a", "b"]), ["a", "b"])
+    >>> check_order("indices", pd.Series([True, False], index=["b", "a"]), ["a", "b"])
+    Traceback (most recent call last):
+        ...
+    ValueError: indices is a Series with 'b' at position 0, where the data has 'a': reorder it by .loc[names ...
+    """
+    index = getattr(values, "index", None)
+    if index is None or callable(index):  # of a list it is a method
+        return
+    labels, expected = list(index), list(names)
+    if labels != expected and not set(expected).isdisjoint(labels):
+        at = next((place for place, pair in enumerate(zip(labels, expected, strict=False)) if pair[0] != pair[1]), 0)
+        raise ValueError(
+            f"{argument} is a Series with {labels[at]!r} at position {at}, where the data has {expected[at]!r}: reorder "
+            "it by .loc[names of the data], or take .to_numpy() of it if its values are in the order of the data."
+        )
 
 
 def as_list(argument: str, values: Any) -> NDArray[Any]:

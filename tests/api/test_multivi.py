@@ -217,6 +217,27 @@ def test_cells_that_are_not_there_are_named(shared, indices, error, match):
         shared.get_latent_representation(indices=indices)
 
 
+def test_a_series_in_another_order_than_the_data_is_refused(shared):
+    """Its values would be taken for those of other cells or genes."""
+    cells, genes = shared.adata.obs_names, list(shared.spec.gene_names)
+    of_cells = pd.Series(np.arange(1.0, 61.0), index=cells)
+    of_genes = pd.Series(np.arange(len(genes)) < 2, index=genes)
+    expression, latent = shared.get_normalized_expression, shared.get_latent_representation
+    for ordered, given in (of_cells, of_cells[::-1]), (of_cells, of_cells.rename({cells[0]: "another"})):
+        np.testing.assert_allclose(expression(library_size=ordered).sum(axis=1), ordered, rtol=1e-5)
+        with pytest.raises(ValueError, match=r"library_size is a Series with '.*' at position \d+.*\.loc\["):
+            expression(library_size=given)
+        with pytest.raises(ValueError, match="indices is a Series with"):
+            latent(indices=given > 50)
+        with pytest.raises(ValueError, match="idx1 is a Series with"):
+            shared.differential_expression(idx1=given > 50)
+    with pytest.raises(ValueError, match="gene_list is a Series with"):
+        expression(gene_list=of_genes[::-1])
+    # An index of something else says nothing of an order.
+    assert len(latent(indices=pd.Series(of_cells.to_numpy() > 50))) == 10
+    assert list(expression(gene_list=of_genes).columns) == genes[:2]
+
+
 @pytest.mark.parametrize("method", [name for name in RESULTS if name != "get_region_factors"])
 def test_results_do_not_depend_on_how_cells_are_cut(shared, method):
     results = [getattr(shared, method)(batch_size=size, **RESULTS[method]) for size in (7, 512)]
