@@ -85,8 +85,8 @@ class MULTIVI(
     fully_paired
         Every cell has both modalities, here and in all data the model will be used on; else an error is raised. The
         model then learns from both together only, without a penalty that draws them to each other (give
-        ``contrast_weight`` or ``mixing_weight`` to keep it), which fits paired cells better. A state inferred from one
-        modality alone means little.
+        ``contrast_weight`` or ``mixing_weight`` to keep it), which fits paired cells better. A state inferred from
+        one modality alone means little, and a warning says so; no modality is predicted from the other.
     protein_dispersion
         Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
         (``"protein-label"``).

@@ -105,8 +105,8 @@ def check_order(argument: str, values: Any, names: Sequence[str]) -> None:
     if labels != expected and not set(expected).isdisjoint(labels):
         at = next((place for place, pair in enumerate(zip(labels, expected, strict=False)) if pair[0] != pair[1]), 0)
         raise ValueError(
-            f"{argument} is a Series with {labels[at]!r} at position {at}, where the data has {expected[at]!r}: reorder "
-            "it by .loc[names of the data], or take .to_numpy() of it if its values are in the order of the data."
+            f"{argument} is a Series with {labels[at]!r} at position {at}, where the data has {expected[at]!r}: "
+            "reorder it by .loc[names of the data], or give its .to_numpy() if the values are in the order of the data."
         )
 
 

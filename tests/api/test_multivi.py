@@ -73,6 +73,9 @@ def test_fully_paired_is_checked(ready):
     paired = ready[:30].copy()
     model = trained(paired, fully_paired=True)
     assert model.get_latent_representation().shape == (30, 2)
+    with pytest.warns(UserWarning, match="modality='expression': with fully_paired=True the model learns nothing"):
+        model.get_latent_representation(modality="expression")
+    assert "imputed" not in model.posterior_predictive_check(n_samples=40, held_out=False).tables
     with pytest.raises(ValueError, match="30 of 60 cells lack a modality: give paired cells, or train without"):
         model.get_latent_representation(ready)
     with pytest.raises(ValueError, match="30 of 60 cells lack a modality: .*train the reference without"):

@@ -87,6 +87,11 @@ class SetupReport:
                 notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
             else:
                 notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
+        if spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values()):
+            notes.append(
+                "all cells have both modalities: MULTIVI(..., fully_paired=True) tells types better, and takes no "
+                "cells that lack one."
+            )
         notes += [
             f"{size} features of type {kind!r} are ignored."
             + " pyro_multivi.organize_cite_seq_10x(adata) makes proteins of them." * (kind in PROTEIN_FEATURE_TYPES)
