@@ -298,44 +298,40 @@ def test_a_model_of_format_1_is_read_under_todays_names(model, folder):
     assert_equal(results(pm.MULTIVI.load(folder, model.adata)), results(model))
 
 
-def test_a_model_without_a_posterior_of_weights_says_so(model, folder, caplog):
+def leave_out(folder, part):
+    """Take tensors out of the weights, as a version that did not know them; return their number."""
     state = torch.load(folder / "weights.pt", weights_only=True)
-    older = {name: value for name, value in state.items() if "_weight_" not in name}
-    assert len(older) == len(state) - 4
-    payload = io.BytesIO()
-    torch.save(older, payload)
+    payload, kept = io.BytesIO(), {name: value for name, value in state.items() if part not in name}
+    torch.save(kept, payload)
     forge(folder, payload.getvalue())
-    with caplog.at_level("WARNING", logger="pyro_multivi"):
-        loaded = pm.MULTIVI.load(folder, model.adata)
-    assert "too narrow" in caplog.text
-    assert not loaded.program.rna_weight_sd.any()
+    return len(state) - len(kept)
+
+
+def load_and_log(folder, adata, caplog):
+    """A saved model, and the warnings that loading it logs."""
     caplog.clear()
     with caplog.at_level("WARNING", logger="pyro_multivi"):
-        model.save(folder, overwrite=True)
-        again = pm.MULTIVI.load(folder, model.adata)
-    assert "too narrow" not in caplog.text
-    assert torch.equal(again.program.rna_weight_sd, model.program.rna_weight_sd)
+        return pm.MULTIVI.load(folder, adata), caplog.text
 
 
-@pytest.mark.parametrize(("missing", "words"), [
-    ("_residual_sd", "the variation that the state does not explain"),
-    ("depth_scale", "the correction of the spread of depths"),
-    ("posterior_scale", "the correction of the spread of states"),
+@pytest.mark.parametrize(("missing", "number", "words"), [
+    ("_weight_", 4, "a posterior of the decoders' last layers"),
+    ("_residual_sd", 2, "the variation that the state does not explain"),
+    ("depth_scale", 1, "the correction of the spread of depths"),
+    ("posterior_scale", 1, "the correction of the spread of states"),
 ])  # fmt: skip
-def test_a_model_without_a_part_of_the_calibration_says_so(model, folder, caplog, missing, words):
-    state = torch.load(folder / "weights.pt", weights_only=True)
-    payload = io.BytesIO()
-    torch.save({name: value for name, value in state.items() if not name.endswith(missing)}, payload)
-    forge(folder, payload.getvalue())
-    with caplog.at_level("WARNING", logger="pyro_multivi"):
-        pm.MULTIVI.load(folder, model.adata)
-    assert f"saved by a version without {words}: its intervals leave that out" in caplog.text
-    assert "Training it on (train) brings it" in caplog.text
+def test_a_model_without_a_part_of_the_calibration_says_so(model, folder, caplog, missing, number, words):
+    assert leave_out(folder, missing) == number
+    loaded, log = load_and_log(folder, model.adata, caplog)
+    assert f"saved by a version without {words}: its intervals leave that out, and are as a rule too narrow" in log
+    assert "Training it on (train) brings it" in log
+    assert bool(loaded.program.rna_weight_sd.any()) == (missing != "_weight_")
     edit(folder, lambda text: text.update(is_trained=False))
-    caplog.clear()
-    with caplog.at_level("WARNING", logger="pyro_multivi"):
-        pm.MULTIVI.load(folder, model.adata)
-    assert "a version without" not in caplog.text
+    assert "a version without" not in load_and_log(folder, model.adata, caplog)[1]
+    model.save(folder, overwrite=True)
+    again, log = load_and_log(folder, model.adata, caplog)
+    assert "too narrow" not in log
+    assert torch.equal(again.program.rna_weight_sd, model.program.rna_weight_sd)
 
 
 def test_a_newer_format_says_upgrade(folder):
