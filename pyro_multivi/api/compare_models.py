@@ -33,8 +33,9 @@ def compare_models(
     """Compare models by the log-likelihood of the same held-out cells.
 
     The marginal likelihood of each cell, log p(x, y | s), is estimated by importance sampling, as in
-    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`, with the cell factor of accessibility at the guide's value. Cells
-    differ far more than models do, so the error that counts is that of the differences between models within cells.
+    :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`; proteins, and other extra modalities that the models have, are part
+    of the counts. Cells differ far more than models do, so the error that counts is that of the differences between
+    models within cells.
 
     A model of open or closed regions beside one that counts fragments (``accessibility_likelihood``) explains other
     data. Then all are compared on the counts, for which a probability to be open stands for the Poisson count that is
@@ -78,8 +79,8 @@ def compare_models(
     Raises
     ------
     ValueError
-        If there are fewer than two models, they hold out different cells or none, have different features
-        or counts, or differ in ``library``: with ``"observed"`` the depth is given that others predict.
+        If there are fewer than two models, they hold out different cells or none, have different features, extra
+        modalities or counts, or differ in ``library``: with ``"observed"`` the depth is given that others predict.
 
     Examples
     --------
@@ -200,6 +201,17 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             raise ValueError(
                 f"{pair} have different {modality.features}: likelihoods of different counts cannot be compared."
             )
+    extra = [sorted(each.name for each in model.program.modelled_extra) for model in (a, b)]
+    if extra[0] != extra[1]:
+        raise ValueError(
+            f"{pair} have the extra modalities {extra[0]} and {extra[1]}: a likelihood of more counts is lower, "
+            "whichever model is better. Set up both with the same."
+        )
+    for name in extra[0]:
+        if set(a.spec.extra[name]) != set(b.spec.extra[name]):
+            raise ValueError(
+                f"{pair} have different features of {name!r}: likelihoods of different counts cannot be compared."
+            )
     libraries = a.program.config.library, b.program.config.library
     if libraries[0] != libraries[1]:
         raise ValueError(
@@ -213,6 +225,10 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
     totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]
     if has_factors[0] != has_factors[1] or not all(map(torch.equal, *totals)):
         raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
+    for name in extra[0]:
+        values = [_extra_by_name(name, model, cells) for _, model, cells in (one, other)]
+        if not values[0].equals(values[1]):
+            raise ValueError(f"{pair} were given different values of {name!r}: compare them on the same data.")
     for modality in MODALITIES:
         measured = [_measured_by_name(modality, model, cells) for _, model, cells in (one, other)]
         if not measured[0].equals(measured[1]):
@@ -231,6 +247,13 @@ def _measured_by_name(modality: Modality, model: MULTIVI, cells: Minibatches) ->
     code = panels.code[cells.index][measured]
     sizes = torch.bincount(code, minlength=len(panels.measured))
     return pd.DataFrame({"cells": (sizes @ panels.measured.long()).numpy()}, index=pd.Index(names)).sort_index()
+
+
+def _extra_by_name(name: str, model: MULTIVI, cells: Minibatches) -> pd.DataFrame:
+    """Values of an extra modality, (cells, features) in the order of the features' names, NaN where not measured."""
+    values, measured = cells.table.extra[name].at(cells.index)
+    known = torch.where(measured[:, None], values, torch.nan).numpy()
+    return pd.DataFrame(known, columns=pd.Index(model.spec.extra[name])).sort_index(axis=1)
 
 
 def _totals(modality: Modality, cells: Minibatches) -> torch.Tensor:

@@ -312,3 +312,25 @@ def auroc(is_positive, score):
     rank = pd.Series(score).rank().to_numpy()
     n, m = is_positive.sum(), (~is_positive).sum()
     return (rank[is_positive].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def test_models_are_compared_on_the_same_proteins_only(model, adata):
+    given = {"indices": model.validation_indices[:4], "n_mc_samples": 3}
+    assert pm.compare_models({"one": model, "two": model}, **given)["difference"].tolist() == [0, 0]
+    without = adata.copy()
+    pm.MULTIVI.setup_anndata(without, batch_key="batch", modality_key="modality")
+    fewer = adata.copy()
+    fewer.obsm["protein_expression"] = adata.obsm["protein_expression"].iloc[:, :4]
+    pm.MULTIVI.setup_anndata(fewer, **KEYS)
+    more = adata.copy()
+    more.obsm["protein_expression"] = adata.obsm["protein_expression"] * 2
+    pm.MULTIVI.setup_anndata(more, **KEYS)
+    for other, says in (
+        (without, r"extra modalities \['protein'\] and \[\]"),
+        (fewer, "different features of 'protein'"),
+        (more, "different values of 'protein'"),
+    ):
+        found = pm.MULTIVI(other, n_hidden=8, n_latent=2)
+        found.is_trained = True
+        with pytest.raises(ValueError, match=says):
+            pm.compare_models({"one": model, "two": found}, **given)
