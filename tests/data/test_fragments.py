@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 import pyro_multivi as pm
+from pyro_multivi.data.fragments.reads import make_fragments
 
 SIZES = {"n_cells": (30, 10, 10), "n_genes": 20, "n_regions": 40, "seed": 0}
 
@@ -138,3 +140,14 @@ def test_simulated_counts_have_the_means_asked_for():
     found = adata.X[:, 2:].toarray()
     assert ((found - expected) / np.sqrt(expected)).mean() == pytest.approx(0, abs=0.02)
     assert (np.square(found - expected) / expected).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_reads_stored_in_parts_are_halved_as_a_whole():
+    # 3 and 1 reads in one place, as after an unfinished sum of matrices.
+    parts = sp.csr_matrix((np.array([3.0, 1.0, 2.0]), np.array([0, 0, 1]), np.array([0, 3])), shape=(1, 2))
+    adata = anndata.AnnData(np.zeros((1, 2)))
+    adata.X = parts.copy()
+    pm.reads_to_fragments(adata)
+    assert adata.layers["fragments"].toarray().tolist() == [[2, 1]]
+    make_fragments(parts, np.arange(2), "X")
+    assert parts.toarray().tolist() == [[2, 1]]

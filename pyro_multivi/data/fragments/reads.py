@@ -72,6 +72,8 @@ def reads_to_fragments(
         raise TypeError(f"{where} is {shown(reads)}: read it into memory first, adata.to_memory().")
     is_region = _regions(adata, feature_type_key)
     made: Any = sp.csr_array(reads, copy=True)
+    # A count may be stored in parts, each of which would be rounded up.
+    made.sum_duplicates()
     made.eliminate_zeros()
     of_regions = is_region[made.indices]
     made.data[of_regions] = fragments_of(made.data[of_regions], where)
@@ -104,6 +106,7 @@ def make_fragments(matrix: Any, columns: NDArray[np.intp], where: str) -> None:
     is_region = np.zeros(matrix.shape[1], dtype=bool)
     is_region[columns] = True
     if hasattr(matrix, "indptr"):
+        matrix.sum_duplicates()
         lengths = np.diff(matrix.indptr)
         column = np.repeat(np.arange(len(lengths)), lengths) if matrix.format == "csc" else matrix.indices
         chosen = is_region[column] & (matrix.data != 0)

@@ -21,6 +21,7 @@ from pyro_multivi._optional import require
 from pyro_multivi.data.checks import check_unique, checked, shown, unknown_key
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.counts import smallest
+from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
 from pyro_multivi.data.stores.matrix import Rows
 from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
@@ -72,14 +73,17 @@ def convert_stores(
     Returns
     -------
     Path
-        The folder. It is an AnnData, ``anndata.read_zarr`` reads it too.
+        The folder. It is an AnnData, ``anndata.read_zarr`` reads it too, with ``obs``, ``var``, the counts and the
+        setup, if there was one. Other layers, ``obsm`` (counts of proteins too), ``varm`` and ``raw`` are not taken
+        over.
 
     Raises
     ------
     FileExistsError
         If there is something at ``out``.
     ValueError
-        If counts are no numbers, or names of cells or features occur more than once.
+        If counts are no numbers, names of cells or features occur more than once, or masks say which features each
+        batch measured, as :func:`join_samples` writes for a union: a store has none, and zeros would count.
     ImportError
         If zarr is not installed.
 
@@ -101,10 +105,9 @@ def convert_stores(
         raise FileExistsError(f"out={str(out)!r} exists and is not replaced: choose another path, or delete it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out={str(out)!r}: there is no folder {path.parent}.")
-    adata = _opened(stores, feature_type_key)
+    adata, source = _opened(stores, layer, feature_type_key)
     if feature_type_key != "feature_types" and feature_type_key not in adata.var:
         raise unknown_key("feature_type_key", feature_type_key, "adata.var", adata.var.columns)
-    source = _Source(adata, layer)
     work = UnfinishedFolder(path)
     try:
         with tqdm(total=2 * source.shape[0], desc="converting", unit="cell", disable=not progress_bar) as bar:
@@ -115,22 +118,27 @@ def convert_stores(
     return path
 
 
-def _opened(stores: Any, feature_type_key: str) -> AnnData:
-    """The data set, on disk if it can be read by cells."""
+def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnData, _Source]:
+    """The data set and its counts, on disk if they can be read by cells."""
     if not isinstance(stores, (str, os.PathLike)):
-        return open_stores(stores, feature_type_key=feature_type_key)
+        adata = open_stores(stores, feature_type_key=feature_type_key)
+        return adata, _Source(adata, layer)
     path = Path(stores)
     if not path.exists():
         raise FileNotFoundError(f"stores={shown(str(stores))}: there is no such file or folder.")
     try:
-        return open_stores(path)
+        adata = open_stores(path)
+        return adata, _Source(adata, layer)
     except ValueError as error:
         _log.info("%s is read whole: %s", path, error)
+        refused = error
     data = read(path)
     adata = join_samples([data]) if is_mudata(data) else data
+    if MASKS_KEY in adata.varm:
+        raise refused
     check_unique(adata.obs_names, f"{path}, obs_names", "adata = pyro_multivi.read(...); adata.obs_names_make_unique()")
     check_unique(adata.var_names, f"{path}, var_names", "adata = pyro_multivi.read(...); adata.var_names_make_unique()")
-    return adata
+    return adata, _Source(adata, layer)
 
 
 class _Source:

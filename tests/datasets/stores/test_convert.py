@@ -137,3 +137,20 @@ def test_convert_on_the_command_line(cells, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="by columns") as error:
         pm.open_stores("a.h5ad")
     assert "pyro-multivi convert IN OUT.zarr" in str(error.value)
+
+
+def test_masks_are_refused_not_lost(tmp_path):
+    cells = pm.simulate_multiome((12, 0, 0), n_genes=10, n_regions=12, seed=0)
+    pm.join_samples([cells[:6, :20], cells[6:, 4:]], features="union").write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match="says which features each batch measured"):
+        convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_layer_by_columns_beside_counts_by_rows(cells, tmp_path):
+    written = cells.copy()
+    written.layers["counts"], written.X = cells.X.tocsc(), cells.X * 0.5
+    written.write_h5ad(tmp_path / "a.h5ad")
+    assert_same(convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", layer="counts", **QUIET), cells)
+    with pytest.raises(ValueError, match="layer='count' is not in adata.layers"):
+        convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "b.zarr", layer="count", **QUIET)
