@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import check_unique, checked, first_names, name_list, shown
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
+from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
 from pyro_multivi.datasets.assembly import join_rows, moved, with_unique_names
@@ -91,7 +92,8 @@ def organize_multiome_anndatas(
         If an input is of another class.
     ValueError
         If no input is given, names repeat, feature types are missing or not allowed, features do not
-        overlap, or ``modality_key`` exists with other values.
+        overlap, ``modality_key`` exists with other values, or an input has masks of features that were measured in
+        some cells only.
 
     Examples
     --------
@@ -229,6 +231,12 @@ def _check_matrix(argument: str, adata: AnnData) -> None:
         raise ValueError(f"{argument} has {adata.n_obs} cells and {adata.n_vars} features; leave it out")
     check_unique(adata.var_names, f"{argument}.var_names", f"{argument}.var_names_make_unique()")
     check_unique(adata.obs_names, f"{argument}.obs_names", f"{argument}.obs_names_make_unique()")
+    if MASKS_KEY in adata.varm:
+        raise ValueError(
+            f"{argument}.varm[{MASKS_KEY!r}] says that some features were measured in some of its cells only, as in "
+            "samples that were joined before, and zeros would stand for the others. Give the samples that it was made "
+            "of, and all others, to pyro_multivi.join_samples"
+        )
 
 
 def _join_var(parts: list[_Part], feature_type_key: str) -> pd.DataFrame:

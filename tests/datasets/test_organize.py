@@ -12,6 +12,7 @@ from anndata import AnnData
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.datasets.organize import organize_multiome_anndatas
+from pyro_multivi.datasets.samples import join_samples
 from pyro_multivi.datasets.simulate import simulate_multiome
 
 GENES, PEAKS = "Gene Expression", "Peaks"
@@ -297,3 +298,10 @@ def test_no_matrix_no_cells_or_on_disk(multi, tmp_path):
     with pytest.raises(ValueError, match=r"multi_anndata is backed by a file; load it: .*to_memory\(\)"):
         organize_multiome_anndatas(backed)
     backed.file.close()
+
+
+def test_masks_are_refused_not_lost(rna):
+    samples = [cells([[1, 2]], ["a1"], ["gA", "gB"], [GENES] * 2), cells([[3, 4]], ["b1"], ["gB", "gC"], [GENES] * 2)]
+    union = join_samples(samples, features="union").copy()
+    with pytest.raises(ValueError, match=r"rna_anndata.varm\['pyro_multivi_measured'\] says that some features"):
+        organize_multiome_anndatas(rna_anndata=union)
