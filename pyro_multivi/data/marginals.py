@@ -82,6 +82,8 @@ class Marginals:
         Statistics of counts of fragments, for models of these; else None.
     atac_size_mean
         Mean over ATAC cells of the known cell factors; None without them.
+    rna_log_size_mean
+        Mean over RNA cells of the logarithm of known size factors; 0 without them.
 
     Examples
     --------
@@ -105,6 +107,7 @@ class Marginals:
     atac_log_depth_mean: float
     fragments: FragmentMarginals | None = None
     atac_size_mean: float | None = None
+    rna_log_size_mean: float = 0.0
 
     @classmethod
     def of(
@@ -136,10 +139,13 @@ class Marginals:
         rna, atac = _FeatureMoments(RNA), _FeatureMoments(ATAC)
         counted = _FeatureMoments(replace(ATAC, binary=False)) if counts_fragments else None
         sizes: list[Tensor] = []
+        log_sizes: list[Tensor] = []
         for cells in blocks:
             batch_nk = cells.design[:, :n_batch].detach().cpu().double()
             if cells.atac_size is not None:
                 sizes.append(cells.atac_size[cells.has_atac].cpu().double())
+            if cells.rna_size is not None:
+                log_sizes.append(cells.rna_size[cells.has_rna].cpu().double().log())
             rna.add(cells, batch_nk)
             atac.add(cells, batch_nk)
             if counted is not None:
@@ -165,6 +171,7 @@ class Marginals:
             atac_log_depth_mean=_mean_log1p(atac_depth),
             fragments=None if counted is None else counted.of_fragments(known.get(ATAC)),
             atac_size_mean=float(torch.cat(sizes).mean()) if any(len(some) for some in sizes) else None,
+            rna_log_size_mean=float(torch.cat(log_sizes).mean()) if any(len(some) for some in log_sizes) else 0.0,
         )
 
 

@@ -252,8 +252,8 @@ class ProgramModules(nn.Module):
             decoder = self.expression_decoder
             share = marginals.gene_share
             if self.config.library == "size_factor":
-                # Size factors are near 1, so rho stands for counts: its softplus starts at the mean count.
-                mean_count = share * torch.exp(self.library_log_mean.mean())
+                # rho stands for the counts of a cell of size factor 1: its softplus starts at their mean.
+                mean_count = share * torch.exp(self.library_log_mean.mean() - marginals.rna_log_size_mean)
                 start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
             else:
                 start = share.log()

@@ -10,6 +10,7 @@ import torch
 
 import pyro_multivi as pm
 from pyro_multivi.posterior.engine.posterior_scale import pattern_code
+from pyro_multivi.posterior.mapping.typical import set_typical
 from pyro_multivi.traces import measure
 
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
@@ -345,6 +346,26 @@ def test_library_sizes_are_near_the_observed_depth_before_any_learning(ready):
 def test_an_observed_library_is_the_total_count(ready):
     sizes = trained(ready, library="observed").get_library_size_factors()["expression"]
     np.testing.assert_allclose(sizes[:45], np.ravel(ready.X[:45, :40].sum(1)))
+
+
+def test_the_unit_of_size_factors_does_not_matter(ready):
+    # As counts of a cell, or as shares of a typical one; none where RNA was not measured.
+    depth = np.where(np.arange(ready.n_obs) < 45, np.ravel(ready.X[:, :40].sum(1)), np.nan)
+    found = []
+    for unit in (1.0, np.nanmedian(depth)):
+        adata = ready.copy()
+        adata.obs["size"] = depth / unit
+        pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality", size_factor_key="size")
+        model = small(adata)
+        model.is_trained = True
+        found.append(model.get_normalized_expression(library_size="latent", return_numpy=True))
+        set_typical(model.program)
+        found.append(model.program.rna_typical[1].numpy())
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-3)
+    np.testing.assert_allclose(found[1], found[3], rtol=0.05)
+    totals = found[0].sum(1)
+    assert 0.8 < totals[:45].mean() / np.nanmean(depth) < 1.25
+    assert 0.8 < totals[ATAC_ONLY].mean() / totals[:45].mean() < 1.25
 
 
 def test_region_factors(ready, shared):

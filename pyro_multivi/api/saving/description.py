@@ -151,6 +151,7 @@ def _spec(values: Mapping[str, Any]) -> DataSpec:
         "continuous_mean": len(spec.continuous_mean) == len(spec.continuous),
         "continuous_sd": len(spec.continuous_sd) == len(spec.continuous) and all(sd > 0 for sd in spec.continuous_sd),
         "extra": tuple(spec.extra) == setup.extra,
+        "typical_size": all(0 < size < math.inf for size in spec.typical_size.values()),
         "missing_proteins": set(spec.missing_proteins) <= set(spec.batch_categories),
     }
     wrong = [name for name, fits in agree.items() if not fits]

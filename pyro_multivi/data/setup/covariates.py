@@ -27,6 +27,22 @@ def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...
     return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
 
 
+def name_of(value: Any, known: Sequence[str]) -> Any:
+    """The name among those known that a number or truth value has as a word; the value itself if there is none.
+
+    Examples
+    --------
+    >>> name_of(3, ("2", "3")), name_of(3, ("2.0", "3.0")), name_of(0, ("2", "3"))
+    ('3', '3.0', 0)
+    """
+    if isinstance(value, str) or not isinstance(value, (bool, float, int, np.generic)):
+        return value
+    # A column of whole numbers that ever had gaps holds 3 as 3.0.
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    words = [str(value), str(float(value))] if is_whole else [str(value)]
+    return next((word for word in words if word in known), value)
+
+
 def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tuple[int, ...] | None:
     """Codes of a batch or a list of them, each by ``code``; None stays None. Errors name ``argument``."""
     batches = unwrapped(batches)
@@ -146,6 +162,16 @@ def mean_and_sd(argument: str, key: str, values: NDArray[np.float64]) -> tuple[f
     return mean, sd
 
 
+def scales(opened: Opened, keys: Sequence[str]) -> dict[str, Any]:
+    """Means and standard deviations of continuous covariates, by the names that a specification gives them."""
+    argument = "continuous_covariate_keys"
+    found = [mean_and_sd(argument, key, numbers(opened, argument, key)) for key in keys]
+    return {
+        "continuous_mean": tuple(mean for mean, _ in found),
+        "continuous_sd": tuple(sd for _, sd in found),
+    }
+
+
 def one_hot(code: NDArray[np.int64], width: int) -> NDArray[np.float32]:
     """Codes as rows with a single 1, shape (n, width)."""
     return (code[:, None] == np.arange(width)).astype(np.float32)
@@ -176,22 +202,33 @@ def design(opened: Opened, spec: Any, batch_code: NDArray[np.int64]) -> Tensor:
 
 
 def size_factors(
-    opened: Opened, setup: Setup, measured: Mapping[Modality, NDArray[np.bool_]]
+    opened: Opened,
+    setup: Setup,
+    measured: Mapping[Modality, NDArray[np.bool_]],
+    typical: Mapping[str, float],
 ) -> dict[Modality, NDArray[np.float64]]:
     """Fixed size factors, shape (n,), of the modalities for which a column is given.
 
     They are above 0, and those of a binary modality below 1: a share of what is open rather than a depth.
 
     A cell without the modality may have NaN there, and a data set without it may lack the column; such
-    cells get 1 and 0.5, which nothing reads.
+    cells get the ``typical`` one of the modality's name, at which what they lack is predicted. Specifications of
+    earlier versions have none: then it is 1, or 0.5 of a binary modality.
     """
     keys = zip(MODALITIES, setup.size_factor_keys, strict=True)
-    return {each: _sizes(opened, each, key, measured[each]) for each, key in keys if key is not None}
+    return {each: _sizes(opened, each, key, measured[each], typical) for each, key in keys if key is not None}
 
 
-def _sizes(opened: Opened, modality: Modality, key: str, measured: NDArray[np.bool_]) -> NDArray[np.float64]:
-    # Of cells without the modality no likelihood reads them, but they must be valid numbers.
-    filled = np.full(len(measured), 0.5 if modality.binary else 1.0)
+def typical_sizes(opened: Opened, setup: Setup, measured: Mapping[Modality, NDArray[np.bool_]]) -> dict[str, float]:
+    """Median of the size factors of the cells with a modality, by its name, of those that have a column and cells."""
+    found = size_factors(opened, setup, measured, {})
+    return {each.name: float(np.median(sizes[measured[each]])) for each, sizes in found.items() if measured[each].any()}
+
+
+def _sizes(
+    opened: Opened, modality: Modality, key: str, measured: NDArray[np.bool_], typical: Mapping[str, float]
+) -> NDArray[np.float64]:
+    filled = np.full(len(measured), typical.get(modality.name, 0.5 if modality.binary else 1.0))
     if not measured.any() and not opened.has_column("size_factor_key", key):
         return filled
     values = _numeric(opened, "size_factor_key", key)

@@ -97,8 +97,8 @@ def setup_anndata(
         ``MULTIVI(adata, n_genes=..., n_regions=...)`` is told how many.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
-        and 1) as well; either may be None. By default the model infers them. NaN is allowed for cells
-        without the modality only.
+        and 1) as well; either may be None. By default the model infers them. Cells without the modality may have
+        NaN: whatever they have, what they lack is predicted at the median of the others.
     categorical_covariate_keys, continuous_covariate_keys
         Columns of ``obs`` that the model shall account for. Continuous ones are standardised.
     protein_expression_obsm_key

@@ -23,9 +23,10 @@ from pyro_multivi.data.setup.covariates import (
     categories,
     codes,
     design,
-    mean_and_sd,
-    numbers,
+    name_of,
+    scales,
     size_factors,
+    typical_sizes,
 )
 from pyro_multivi.data.setup.extra.proteins import check_informative, missing_by_batch, without_missing
 from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stained
@@ -41,7 +42,7 @@ logger = logging.getLogger("pyro_multivi")
 #: Name of the only batch of data without ``batch_key``.
 SINGLE_BATCH = "all"
 #: Fields that models of earlier versions were saved without.
-LATER_FIELDS = {"partial", "missing_proteins"}
+LATER_FIELDS = {"partial", "missing_proteins", "typical_size"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class DataSpec:
         Whether an object may lack features, which then count as not measured in its cells.
     missing_proteins
         Names of the proteins that were not measured in a batch with others, by batch.
+    typical_size
+        Median of known size factors, by name of the modality: that of cells without it.
 
     Examples
     --------
@@ -96,6 +99,7 @@ class DataSpec:
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
     partial: bool = False
     missing_proteins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    typical_size: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Any, stated: Mapping[Modality, int | None] | None = None) -> DataSpec:
@@ -180,15 +184,14 @@ class DataSpec:
     def batch_code(self, batch: str | float) -> int:
         """Position of a batch among ``batch_categories``, by its name or as that position itself.
 
-        Names may be numbers or truth values, as in the column: 3 is the batch named ``"3"`` where there is one.
+        Names may be numbers or truth values, as in the column: 3 is the batch ``"3"`` or ``"3.0"`` where there is one.
 
         Raises
         ------
         ValueError
             If there is no such batch.
         """
-        if str(batch) in self.batch_categories and isinstance(batch, (bool, float, int, np.generic)):
-            batch = str(batch)
+        batch = name_of(batch, self.batch_categories)
         if isinstance(batch, str):
             if batch not in self.batch_categories:
                 raise ValueError(f"Batch {batch!r} is not known. {nearest(batch, self.batch_categories)}")
@@ -302,7 +305,7 @@ class DataSpec:
         if self.missing_proteins:
             known = self.extra[PROTEIN], batch_code, self.batch_categories
             extra = {**extra, PROTEIN: without_missing(extra[PROTEIN], *known, self.missing_proteins)}
-        sizes = size_factors(opened, self.setup, measured.masks)
+        sizes = size_factors(opened, self.setup, measured.masks, self.typical_size)
         parts: dict[str, Any] = {**measured_panels(opened, self, counts, measured.masks)}
         for modality in MODALITIES:
             parts[modality.counts] = counts.get(modality)
@@ -371,9 +374,6 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
     extra_names = {name: opened.extra[name].feature_names() for name in setup.extra}
     extra = read_extra(opened.extra, extra_names, len(opened.cells))
     measured = find_measured(opened, setup, has_counts(opened, counts), key_needed=True, stained=stained(setup, extra))
-    size_factors(opened, setup, measured.masks)
-    argument = "continuous_covariate_keys"
-    scales = [mean_and_sd(argument, key, numbers(opened, argument, key)) for key in setup.continuous_covariate_keys]
     features: dict[str, Any] = {f"{modality.feature}_names": names.get(modality, ()) for modality in MODALITIES}
     spec = DataSpec(
         setup=setup,
@@ -382,11 +382,11 @@ def _describe(data: Any, opened: Opened, setup: Setup, content: int | None) -> D
             key: categories(opened, "categorical_covariate_keys", key) for key in setup.categorical_covariate_keys
         },
         continuous=setup.continuous_covariate_keys,
-        continuous_mean=tuple(mean for mean, _ in scales),
-        continuous_sd=tuple(sd for _, sd in scales),
         label_categories=categories(opened, "labels_key", setup.labels_key),
         n_cells=measured.sizes(),
         extra=extra_names,
+        typical_size=typical_sizes(opened, setup, measured.masks),
+        **scales(opened, setup.continuous_covariate_keys),
         **features,
     )
     if setup.protein_key is not None:

@@ -36,14 +36,22 @@ def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
     for start in range(0, _N_CELLS, _AT_ONCE):
         cells = _cells(program, start, n_batch or program.config.n_batch)
         with evaluation_mode(program):
-            torch.manual_seed(_SEED + start)
-            nodes: dict[str, Any] = dict(poutine.trace(program.model).get_trace(cells).nodes)
+            nodes = _generated(program, cells, _SEED + start)
+            if cells.rna_size is not None:
+                # Of known size factors the scale is the user's: cells of typical depth are wanted.
+                size = program.rna_log_depth.exp() / nodes[RNA.counts]["fn"].mean.sum(-1).clamp(min=1e-30)
+                nodes = _generated(program, cells.replace(rna_size=size), _SEED + start)
             for modality in share:
                 counts, inputs = _expected(program, modality, nodes[modality.counts]["fn"])
                 share[modality] += (counts / counts.sum(-1, keepdim=True).clamp(min=1e-12)).sum(0)
                 encoded[modality] += inputs.sum(0)
     for modality, total in share.items():
         typical_buffer(program, modality).copy_(torch.stack([total / total.sum(), encoded[modality] / _N_CELLS]))
+
+
+def _generated(program: MultiVIProgram, cells: Cells, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return dict(poutine.trace(program.model).get_trace(cells).nodes)
 
 
 def _expected(program: MultiVIProgram, modality: Modality, fn: Any) -> tuple[Tensor, Tensor]:

@@ -190,10 +190,18 @@ def test_size_factor_column_may_lack_with_its_modality(adata):
     spec = DataSpec.of(adata)
     peaks = adata[:, 3:].copy()
     del peaks.obs["depth"]
-    assert spec.table(peaks).rna_size.tolist() == [1.0] * 6
+    assert spec.table(peaks).rna_size.tolist() == [2.0] * 6
+    # Earlier versions kept no median.
+    earlier = DataSpec.from_dict({name: kept for name, kept in spec.to_dict().items() if name != "typical_size"})
+    assert earlier.table(peaks).rna_size.tolist() == [1.0] * 6
     del adata.obs["depth"]
     with pytest.raises(ValueError, match="size_factor_key='depth' is not in adata.obs"):
         spec.table(adata)
+
+
+def test_a_whole_number_is_a_batch_before_it_is_a_position():
+    floats = DataSpec(Setup("anndata"), ("g1",), (), batch_categories=("1.0", "2.0"))
+    assert [floats.batch_code(batch) for batch in (1, 2, np.int64(1), 0, "2.0", 2.0)] == [0, 1, 0, 0, 1, 1]
 
 
 def test_batch_code(spec):
