@@ -78,7 +78,8 @@ class ChecksMixin(ModelBase):
         Returns
         -------
         dict
-            By site a list of ``n_samples`` csr matrices, (cells, features). Accessibility is 0 or 1.
+            By site a list of ``n_samples`` csr matrices, (cells, features). Accessibility is 0 or 1, or
+            counts of fragments (``accessibility_likelihood``).
 
         Raises
         ------
@@ -137,8 +138,8 @@ class ChecksMixin(ModelBase):
             ``"accessible_regions"`` of cells); or a mapping ``{"name": f}`` of statistics of your own beside all
             built-in ones; those of proteins, and of other extra modalities, have the names of genes (of cells
             ``"protein_depth"``, ``"detected_proteins"``). ``f`` is given a csr matrix (cells, genes + regions), genes
-            first, accessibility as 0 or 1,
-            rows empty where a modality was not measured, observed and replicated alike, and returns a number or a flat
+            first, accessibility as 0 or 1 (or fragments), rows empty where a modality was not measured, observed and
+            replicated alike, and returns a number or a flat
             array.
         held_out
             Check cells that the model was not trained on: its validation cells (among ``indices``).

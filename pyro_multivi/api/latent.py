@@ -127,13 +127,14 @@ class LatentMixin(ModelBase):
         -------
         dict
             ``"expression"``: posterior mean of l in counts (scvi-tools returns a logarithm);
-            ``"accessibility"``: that of the cell factor d in (0, 1). NaN for cells that lack the modality.
+            ``"accessibility"``: that of the cell factor d in (0, 1), or of the number of fragments. NaN for
+            cells that lack the modality.
         """
         tell_difference("library_size")
         return depth_factors(self.program, self._cells(adata, indices, batch_size, untrained=True, counts=None))
 
     def get_region_factors(self) -> NDArray[np.float32]:
-        """Factor r_j in (0, 1) of each region, (M,); of a model without regions none."""
+        """Factor r_j of each region, (M,), in (0, 1) unless fragments are counted; of a model without regions none."""
         self._check_trained(warn=True)
         if self._lacks("get_region_factors", ATAC):
             return np.zeros(0, dtype=np.float32)
