@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pyro_multivi import plots
 from pyro_multivi._optional import require
@@ -220,7 +221,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
                 )
             )
     latent = np.asarray(model.get_latent_representation())
-    kinds = None if labels is None else model.adata.obs[labels].astype(str).to_numpy()
+    kinds = None if labels is None else _words(model.adata.obs[labels])
     hidden = pd.unique(check.imputed["modality"]) if len(check.imputed) else ()
     found += [
         Picture(
@@ -256,6 +257,11 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
         ),
     ]
     return [picture for picture in found if picture.panels]
+
+
+def _words(labels: pd.Series[Any]) -> NDArray[Any]:
+    """Labels as words; missing ones stay missing."""
+    return labels.astype(str).astype(object).where(labels.notna().to_numpy(), None).to_numpy(dtype=object)
 
 
 def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:

@@ -100,6 +100,15 @@ def test_observed_values_are_on_the_vertical_axis(trained):
             plt.close(ax.figure)
 
 
+def test_a_missing_label_is_no_label_of_that_name(trained):
+    model = pm.MULTIVI.load(trained / "model", pm.read(trained / "cells.h5ad"))
+    model.adata.obs["label"] = pd.Categorical([None, *np.resize(["A", "B"], model.adata.n_obs - 1)])
+    check = model.posterior_predictive_check(n_samples=40, hide_modalities=False, statistics="mean")
+    ax = report.pictures(model, check, labels="label")[-1].panels[-1]()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "B", "missing"]
+    plt.close(ax.figure)
+
+
 def test_check_of_all_cells_with_the_prior_for_hidden_depth(trained, tmp_path, capsys):
     arguments = ["check", str(trained / "model"), str(trained / "cells.h5ad"), "--out", str(tmp_path)]
     assert main([*arguments, "--n-samples", "40", "--all-cells", "--hidden-depth", "prior"]) == 0
