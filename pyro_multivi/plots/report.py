@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pyro_multivi import plots
 from pyro_multivi._optional import require
@@ -259,7 +258,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
     return [picture for picture in found if picture.panels]
 
 
-def _words(labels: pd.Series[Any]) -> NDArray[Any]:
+def _words(labels: pd.Series[Any]) -> Any:
     """Labels as words; missing ones stay missing."""
     return labels.astype(str).astype(object).where(labels.notna().to_numpy(), None).to_numpy(dtype=object)
 
