@@ -46,6 +46,10 @@ _ADVICE = (
     (r"samples has more than one called (.*): name them, .*", r"more than one sample is called \1: give NAME=PATH."),
     (r" To train on, call train\(\) once more.*", ""),
     (r"resume=True", "--resume"),
+    (
+        r"held_out=True, but no cell is known to be held out: .*",
+        "no cell is known to be held out: give the data of training, or --all-cells.",
+    ),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
     (r"load_query_data\(query, model, freeze_expression=False\) and train\(\) align a batch", "--align moves it"),
     (r"load_query_data\(\.\.\., freeze_expression=False\) chooses more to be trained", "--align trains more"),

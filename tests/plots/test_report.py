@@ -123,6 +123,11 @@ def test_check_reports_missing_data_and_bad_arguments(trained, tmp_path, capsys)
     assert "--labels 'kind' is no column of obs" in capsys.readouterr().err
     assert main([*arguments, "--n-samples", "3"]) == 1
     assert "--n-samples 3 is too few" in capsys.readouterr().err
+    others = pm.read(trained / "cells.h5ad")
+    others.obs_names = "other " + others.obs_names
+    others.write_h5ad(tmp_path / "others.h5ad")
+    assert main(["check", str(trained / "model"), str(tmp_path / "others.h5ad"), "--out", str(tmp_path)]) == 1
+    assert "held out: give the data of training, or --all-cells." in capsys.readouterr().err
 
 
 def test_worst_features_come_first():
