@@ -381,7 +381,7 @@ class MultiVIProgram(ProgramModules):
         """Library sizes that are not inferred, (B,), of cells without RNA the median of the prior; None if they are."""
         if self.config.library == "size_factor":
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
-            return cells.rna_size
+            return cells.rna_size * self.library_log_unit.exp()
         if self.config.library == "observed":
             return torch.where(cells.has_rna, depth(self, cells, RNA), self._library_moments(s)[0].exp())
         return None

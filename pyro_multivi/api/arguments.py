@@ -230,8 +230,10 @@ def average_over(
     )
 
 
-def library_factor(library_size: LibrarySize, cell_names: Sequence[str], device: torch.device) -> float | Tensor | str:
-    """Factor of each cell's expression, from the argument ``library_size``.
+def library_factor(
+    library_size: LibrarySize, cell_names: Sequence[str], program: MultiVIProgram
+) -> float | Tensor | str:
+    """Factor of each cell's expression, from the argument ``library_size``, which is in units of known size factors.
 
     Raises
     ------
@@ -249,7 +251,7 @@ def library_factor(library_size: LibrarySize, cell_names: Sequence[str], device:
         size = check_number("library_size", library_size)
         if size <= 0:
             raise ValueError(f"library_size={library_size!r} is not allowed: a library size is positive.")
-        return size
+        return size * library_unit(program)
     try:
         sizes = np.asarray(library_size, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -265,7 +267,12 @@ def library_factor(library_size: LibrarySize, cell_names: Sequence[str], device:
     if wrong.any():
         at = int(np.argmax(wrong))
         raise ValueError(f"library_size holds {sizes[at]} at position {at}: a library size is finite and positive.")
-    return torch.from_numpy(sizes.copy()).to(device)
+    return torch.from_numpy(sizes * np.float32(library_unit(program))).to(program.library_log_mean.device)
+
+
+def library_unit(program: MultiVIProgram) -> float:
+    """Counts of a cell of size factor 1, where these are known; else 1, since library sizes are counts."""
+    return program.library_log_unit.exp().item() if program.config.library == "size_factor" else 1.0
 
 
 def accessibility_of(

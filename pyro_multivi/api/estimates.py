@@ -163,7 +163,7 @@ class EstimatesMixin(ModelBase):
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
-        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.cell_names, self.device))
+        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.cell_names, self.program))
         return deliver(
             self.program, cells, quantity, average, cells.cell_names, names,
             return_numpy=return_numpy, out=out, silent=silent,
@@ -385,7 +385,7 @@ class EstimatesMixin(ModelBase):
         check_threshold(threshold, Average())
         n_features = sum(len(part.feature_names_in(self.spec)) for part in parts)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
-        library = library_factor(library_size, cells.cell_names, self.device)
+        library = library_factor(library_size, cells.cell_names, self.program)
         scaled = (threshold, normalize_cells, normalize_regions, include_protein_background)
         quantities = imputed_quantities(self.program, parts, library, *scaled)
         arguments = {

@@ -66,6 +66,8 @@ class ProgramModules(nn.Module):
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
         Moments of the log library size per batch, (n_batch,): the prior of l.
+    library_log_unit
+        Log of the counts of a cell of size factor 1, scalar: of models with known size factors, whose l are counts.
     cell_factor_loc, cell_factor_sd
         Mean and standard deviation of logit d per batch, (n_batch,): its prior. The mean is a parameter.
     cell_factor_offset
@@ -110,6 +112,7 @@ class ProgramModules(nn.Module):
     atac_log_depth: Tensor
     library_log_mean: Tensor
     library_log_var: Tensor
+    library_log_unit: Tensor
     fragments_log_mean: Tensor
     fragments_log_var: Tensor
     posterior_scale: Tensor
@@ -185,6 +188,8 @@ class ProgramModules(nn.Module):
             self.register_buffer(f"{modality.key}_residual_sd", torch.zeros(n_features))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
+        if config.library == "size_factor":
+            self.register_buffer("library_log_unit", torch.tensor(0.0))
         self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
         self.register_buffer("depth_scale", torch.ones(2 ** len(MODALITIES), len(MODALITIES)))
         for modality in MODALITIES:
@@ -202,6 +207,8 @@ class ProgramModules(nn.Module):
         # Models of earlier versions were saved without it.
         for name in ("posterior_scale", "depth_scale"):
             state_dict.setdefault(prefix + name, torch.ones_like(getattr(self, name)))
+        if self.config.library == "size_factor":
+            state_dict.setdefault(prefix + "library_log_unit", torch.zeros_like(self.library_log_unit))
         for modality in modelled(self.config):
             for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd", "residual_sd"):
                 name = f"{modality.key}_{name}"
@@ -251,12 +258,12 @@ class ProgramModules(nn.Module):
         if self.config.n_genes:
             decoder = self.expression_decoder
             share = marginals.gene_share
+            start = share.log()
             if self.config.library == "size_factor":
-                # rho stands for the counts of a cell of size factor 1: its softplus starts at their mean.
-                mean_count = share * torch.exp(self.library_log_mean.mean() - marginals.rna_log_size_mean)
-                start = torch.where(mean_count > 20, mean_count, mean_count.expm1().log())
-            else:
-                start = share.log()
+                # Of shares softplus is nearly exp, so that logits are logarithms: of counts they would be counts,
+                # which the prior of the loadings and the steps of training take for far too large.
+                self.library_log_unit.copy_(self.library_log_mean.mean() - marginals.rna_log_size_mean)
+                start = share.expm1().log()
             start_constant(decoder.rho, "rho", start)
             if decoder.pi is not None:
                 # Few dropouts to begin with: 5 %.

@@ -363,6 +363,14 @@ def test_the_unit_of_size_factors_does_not_matter(ready):
         found.append(model.program.rna_typical[1].numpy())
     np.testing.assert_allclose(found[0], found[2], rtol=1e-3)
     np.testing.assert_allclose(found[1], found[3], rtol=0.05)
+    # A size factor of 1 is the typical cell of the unit given last; rho stands for shares, so that logits are logs.
+    counts = model.get_normalized_expression(return_numpy=True)
+    sizes = adata.obs["size"].to_numpy()[:45]
+    np.testing.assert_allclose(counts[:45] * sizes[:, None], found[2][:45], rtol=1e-4)
+    own = model.get_normalized_expression(library_size=sizes, indices=range(45), return_numpy=True)
+    np.testing.assert_allclose(own, found[2][:45], rtol=1e-4)
+    share = pm.posterior.draw(model.program, model.minibatch(), "rho")["rho"].sum(-1)
+    np.testing.assert_allclose(share, 1, rtol=0.01)
     totals = found[0].sum(1)
     assert 0.8 < totals[:45].mean() / np.nanmean(depth) < 1.25
     assert 0.8 < totals[ATAC_ONLY].mean() / totals[:45].mean() < 1.25

@@ -146,7 +146,8 @@ def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, 
             nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, minibatch)).get_trace(minibatch).nodes)
             for modality in MODALITIES:
                 if modality.depth in nodes:
-                    found = mean_of(modality.depth, nodes[modality.depth]["fn"])
+                    known = modality.size_factor_in(minibatch)
+                    found = mean_of(modality.depth, nodes[modality.depth]["fn"]) if known is None else known
                     found = found.masked_fill(~modality.measured_in(minibatch), torch.nan)
                     parts[modality.name] = found.cpu().numpy()
         return parts
