@@ -96,7 +96,7 @@ def setup_anndata(
         ``"modality"`` of scvi-tools' reader. Without either, genes are the first columns and regions those behind them:
         ``MULTIVI(adata, n_genes=..., n_regions=...)`` is told how many.
     size_factor_key
-        Column of ``obs`` with RNA size factors (> 0), or ``[rna, atac]`` with those of ATAC (between 0
+        Column of ``obs`` with RNA size factors (> 0, in any unit), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. Cells without the modality may have
         NaN: whatever they have, what they lack is predicted at the median of the others.
     categorical_covariate_keys, continuous_covariate_keys
