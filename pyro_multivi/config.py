@@ -100,8 +100,9 @@ class ProgramConfig:
     protein_dispersion
         ``"protein"``, ``"protein-batch"`` or ``"protein-label"``: sharing of the inverse dispersion of proteins.
     fully_paired
-        Whether every cell has both modalities. Then nothing has to be inferred from one of them alone: z is drawn from
-        both in training, and the penalty ``"contrastive"`` becomes ``"None"`` unless a weight of it is given.
+        Whether every cell of training has both modalities. Then z is drawn from both in training, networks of their own
+        learn its posterior given one modality alone from the posterior given both, and the penalty ``"contrastive"``
+        becomes ``"None"`` unless a weight of it is given.
 
     Raises
     ------
@@ -170,6 +171,11 @@ class ProgramConfig:
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
             raise ValueError(
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
+            )
+        if self.fully_paired and not (self.n_genes and self.n_regions):
+            raise ValueError(
+                f"fully_paired=True with n_genes={self.n_genes} and n_regions={self.n_regions}: it is for cells with "
+                "both modalities. Leave it out."
             )
         if self.n_hidden is None:
             object.__setattr__(self, "n_hidden", N_HIDDEN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named, modelled
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import (
     NegativeBinomialCounts,
@@ -23,10 +22,18 @@ from pyro_multivi.distributions import (
 from pyro_multivi.distributions.fragments import FragmentCounts
 from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks import cell_factor as factors
-from pyro_multivi.networks.alignment import mmd_between_patterns, penalty
+from pyro_multivi.networks.alignment import DISTILLATION_WEIGHT, distillation, mmd_between_patterns, penalty
 from pyro_multivi.networks.decoders import DecodedExpression, dispersions_of_cells
 from pyro_multivi.networks.encoders import HiddenState, HiddenStates
-from pyro_multivi.networks.experts import Expert, average, measurement_patterns, mixing_weights, seen_from_one
+from pyro_multivi.networks.experts import (
+    Expert,
+    alone_of,
+    average,
+    experts_of,
+    measurement_patterns,
+    mixing_weights,
+    seen_from_one,
+)
 from pyro_multivi.networks.modules import ProgramModules
 from pyro_multivi.networks.panels import depth, log_depth, measured_share, missing_input, totals
 from pyro_multivi.networks.param_sites import register_param_sites
@@ -151,6 +158,8 @@ class MultiVIProgram(ProgramModules):
             # Terms of training, not of the model: hidden whenever an ELBO is reported.
             pyro.factor("alignment", self.alignment(experts, s), has_rsample=True)
             pyro.factor("mixing", self.mixing(experts), has_rsample=True)
+            if self.config.fully_paired:
+                pyro.factor("distillation", self.distillation(cells, s, hidden, experts), has_rsample=True)
             self.guide_extra(cells, s)
 
     # ------------------------------------------------------------------ edges of the model
@@ -165,7 +174,7 @@ class MultiVIProgram(ProgramModules):
         known = self.known_library(cells, s)
         if known is not None:
             return dist.Delta(known)
-        loc, scale = self._library_moments(s)
+        loc, scale = self.library_moments(s)
         return dist.LogNormal(loc, scale)
 
     def expression(self, z: Tensor, s: Tensor) -> DecodedExpression:
@@ -272,20 +281,21 @@ class MultiVIProgram(ProgramModules):
 
     def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
         """q_k(z) = Normal(mu_k, sigma_k) of each modality, by its name; extend the dict for an extra modality."""
-        experts: dict[str, Expert] = {}
-        zero = s.new_zeros(len(cells), self.config.latent)
-        for modality in modelled(self.config):
-            state: HiddenState = getattr(hidden, modality.key)
-            loc, scale = getattr(self, f"{modality.key}_expert")(state)
-            loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
-            experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-        return {**experts, **{extra.name: extra.expert(cells, s) for extra in self.modelled_extra}}
+        return {
+            **experts_of(self, cells, hidden),
+            **{extra.name: extra.expert(cells, s) for extra in self.modelled_extra},
+        }
+
+    def experts_alone(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
+        """q(z) given one modality, by its name: those of :meth:`experts`, but with ``fully_paired`` of own networks."""
+        alone = alone_of(self, cells, hidden) if self.config.fully_paired else {}
+        return {**self.experts(cells, s, hidden), **alone}
 
     def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
         """Experts that z is drawn from: in training, half of the paired cells are seen from one modality alone.
 
-        So the posterior from one modality learns to predict the other, unless ``fully_paired``. Return ``experts`` for
-        the paper's guide.
+        So the posterior from one modality learns to predict the other; with ``fully_paired`` it learns that from
+        :meth:`distillation`. Return ``experts`` for the paper's guide.
         """
         return seen_from_one(experts) if self.training and not self.config.fully_paired else experts
 
@@ -325,7 +335,7 @@ class MultiVIProgram(ProgramModules):
             return dist.Delta(known)
         assert hidden.rna is not None
         state = self.depth_hidden_state(hidden.rna)
-        return factors.depth_posterior(self.library_head, state, self.rna_log_depth, *self._library_moments(s))
+        return factors.depth_posterior(self.library_head, state, self.rna_log_depth, *self.library_moments(s))
 
     def cell_factor_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
         """q(d | y): LogitNormal around :meth:`cell_factor`, or of fragments LogNormal; the prior without ATAC."""
@@ -351,9 +361,7 @@ class MultiVIProgram(ProgramModules):
 
     def alignment(self, experts: dict[str, Expert], s: Tensor) -> Tensor:
         """Penalty in nats that draws the experts of a cell together, (B,); zero unless both were measured."""
-        batch = s[:, : self.config.n_batch].argmax(-1)
-        loc = next(iter(experts.values())).loc
-        total = loc.new_zeros(len(loc))
+        total, batch = s.new_zeros(len(s)), s[:, : self.config.n_batch].argmax(-1)
         for a, b in itertools.combinations(experts.values(), 2):
             total = total + penalty(a, b, str(self.config.modality_penalty), self.config.contrast, batch)
         return total
@@ -366,6 +374,11 @@ class MultiVIProgram(ProgramModules):
         # A property of all cells together: it enters each cell's ELBO as a whole.
         mmd = mmd_between_patterns(loc, measurement_patterns(list(experts.values())))
         return self.config.mixing * mmd.expand(len(loc))
+
+    def distillation(self, cells: Cells, s: Tensor, hidden: HiddenStates, experts: dict[str, Expert]) -> Tensor:
+        """Penalty in nats that teaches the posteriors from one modality that from both, (B,)."""
+        joint = Expert(*self.averaged(experts), cells.has_rna & cells.has_atac)
+        return DISTILLATION_WEIGHT * distillation(joint, alone_of(self, cells, hidden).values())
 
     def guide_shared(self) -> None:
         """Hook: sample statements for latents that all cells share, above the plate of cells."""
@@ -383,14 +396,5 @@ class MultiVIProgram(ProgramModules):
             assert cells.rna_size is not None, "library='size_factor' needs Cells.rna_size"
             return cells.rna_size * self.library_log_unit.exp()
         if self.config.library == "observed":
-            return torch.where(cells.has_rna, depth(self, cells, RNA), self._library_moments(s)[0].exp())
+            return torch.where(cells.has_rna, depth(self, cells, RNA), self.library_moments(s)[0].exp())
         return None
-
-    def _library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        s_nb = s[..., : self.config.n_batch]
-        return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
-
-
-def is_of_cells(site: Any) -> bool:
-    """Whether a site of a trace lies in the plate of cells, rather than being shared by all of them."""
-    return any(frame.name == CELLS for frame in site["cond_indep_stack"])

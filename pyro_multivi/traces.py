@@ -18,10 +18,15 @@ from torch.distributions import kl_divergence
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.isolation import isolated, uninterrupted
-from pyro_multivi.program import MultiVIProgram, is_of_cells
+from pyro_multivi.program import CELLS, MultiVIProgram
 
 #: Sites that are terms of training, not of the model.
-TRAINING_SITES = ("alignment", "mixing")
+TRAINING_SITES = ("alignment", "mixing", "distillation")
+
+
+def is_of_cells(site: Any) -> bool:
+    """Whether a site of a trace lies in the plate of cells, rather than being shared by all of them."""
+    return any(frame.name == CELLS for frame in site["cond_indep_stack"])
 
 
 @contextmanager
@@ -60,7 +65,7 @@ class Terms:
     kl
         Sum of KL(q | prior) for each latent site (``"z"``, ``"l"``, ``"d"``).
     training
-        Sum of each training-only term (``"alignment"``, ``"mixing"``).
+        Sum of each training-only term (``"alignment"``, ``"mixing"``, and of a fully paired model ``"distillation"``).
     n_measured
         Number of cells in which an observed site was measured.
     n_cells

@@ -47,6 +47,7 @@ def test_default_widths():
         ({"dropout_rate": -0.1}, "dropout_rate=-0.1"),
         ({"region_dropout_rate": 1.0}, "region_dropout_rate=1.0"),
         ({"dispersion": "gene-label"}, "gene-label.*labels_key"),
+        ({"fully_paired": True, "n_regions": 0}, "fully_paired=True with n_genes=100 and n_regions=0.*Leave it out"),
     ],
 )
 def test_impossible_choices_are_refused(changes, match):

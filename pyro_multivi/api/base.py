@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_multivi.api.arguments import Data, Indices, check_paired
+from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.fragments.checks import check_fragments
@@ -129,8 +129,6 @@ class ModelBase:
         check_weights(table, adata, self.program)
         if self.program.config.counts_fragments:
             check_fragments(table, self.spec.region_names)
-        if self.program.config.fully_paired:
-            check_paired(table, "give paired cells, or train without fully_paired.")
         return table, adata
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:

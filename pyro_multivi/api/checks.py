@@ -151,7 +151,7 @@ class ChecksMixin(ModelBase):
             Features to check; default: all that were measured in all of these cells.
         hide_modalities
             Also hide each modality of the paired cells in turn, and proteins of cells that have another, predict it
-            from the others and score the prediction. Nothing is hidden from a model with ``fully_paired=True``.
+            from the others and score the prediction.
         hidden_depth
             Sequencing depth, l or d, of a hidden modality, which the other predicts only roughly. ``"observed"``:
             it is inferred from the hidden counts, which serve for nothing else. ``"predicted"``: it is predicted
@@ -213,7 +213,7 @@ class ChecksMixin(ModelBase):
             level=level,
             seed=seed,
             held_out=held_out,
-            hide_modalities=hide_modalities and not self.program.config.fully_paired,
+            hide_modalities=hide_modalities,
             hidden_depth=hidden_depth,
         )
         obs = self._obs_of(adata).iloc[cells.index.numpy()]

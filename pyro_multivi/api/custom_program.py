@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from operator import attrgetter
@@ -10,7 +11,11 @@ from typing import Any
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names, shown
+from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.vocabulary import PAIRED
 from pyro_multivi.program import MultiVIProgram
+
+logger = logging.getLogger("pyro_multivi")
 
 
 def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], **choices: Any) -> ProgramConfig:
@@ -37,6 +42,20 @@ def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], *
                 f"ProgramConfig that {program_class.__name__} names as config_class."
             )
     return config_class(**choices, **options)
+
+
+def learns_together(spec: DataSpec, program_class: type[MultiVIProgram]) -> bool:
+    """Whether states are learned from both modalities together where nothing says so: ``fully_paired`` by default."""
+    n_cells = sum(spec.n_cells.values())
+    if not (spec.n_genes and spec.n_regions) or spec.n_cells.get(PAIRED) != n_cells:
+        return False
+    # A guide of one's own, or that of other modalities, need not teach the encoders of one modality alone.
+    of_guide = ("guide", "encode", "experts", "experts_alone", "seen", "averaged", "mix", "distillation")
+    is_own = any(getattr(check_program(program_class), name) is not getattr(MultiVIProgram, name) for name in of_guide)
+    if is_own or spec.setup.protein_key is not None or program_class.extra_modalities:
+        return False
+    logger.info("fully_paired=True, because all %d cells have both modalities", n_cells)
+    return True
 
 
 def check_program(program_class: object) -> type[MultiVIProgram]:

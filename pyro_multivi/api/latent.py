@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import CELLS, takes, tell_difference
-from pyro_multivi.data.checks import caution, check_choice, check_draws, checked
+from pyro_multivi.data.checks import check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
@@ -86,22 +86,12 @@ class LatentMixin(ModelBase):
         ------
         ValueError
             If the modality is unknown, not modelled, or measured in none of the cells.
-
-        Warns
-        -----
-        UserWarning
-            If a model with ``fully_paired=True``, which learns from both together, is asked for one modality.
         """
         names = ["joint", *(entry.name for entry in MODALITIES), *self.spec.extra]
         check_choice("modality", modality, names)
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         chosen = modality_named(modality)
-        if chosen is not None and self.program.config.fully_paired:
-            caution(
-                f"modality={modality!r}: with fully_paired=True the model learns nothing of states inferred from one "
-                "modality alone. Use modality='joint', or train without fully_paired."
-            )
         cells = self._cells(adata, indices, batch_size, counts=None)
         if chosen is not None and not chosen.measured_in(cells.table)[cells.index].any():
             raise ValueError(f"modality={modality!r}: none of the {cells.n_cells} cells has it. Use modality='joint'.")

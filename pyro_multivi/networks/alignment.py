@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from pyro_multivi.networks.experts import Expert
 
@@ -13,6 +14,10 @@ from pyro_multivi.networks.experts import Expert
 # are of different types, so the median is a distance between types: wider kernels see little but the distance between
 # the means of two sets of cells, narrower ones their arrangement within a type.
 _BANDWIDTHS = (0.05, 0.1, 0.25, 0.5, 1.0)
+
+#: Weight of :func:`distillation`. The networks that it teaches learn alike with any; the first layers, which they share
+#: with the posterior from both modalities, attend more to what each modality says alone.
+DISTILLATION_WEIGHT = 10.0
 
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
@@ -137,6 +142,35 @@ DIVERGENCES: dict[str, Callable[[Expert, Expert], Tensor]] = {
     "Jeffreys": jeffreys,
     "MMD": mmd_of_paired,
 }
+
+
+def distillation(joint: Expert, alone: Iterable[Expert]) -> Tensor:
+    r"""Divergence of the posteriors from one modality from that of both, in nats, (B,); zero unless both were measured.
+
+    .. math:: \sum_k \mathrm{KL}\big(q(z_n \mid x_n, y_n) \,\|\, q_k(z_n)\big)
+
+    as in JMVAE-kl (Suzuki, Nakayama, Matsuo 2016, equation 6), but that only :math:`q_k` is drawn: on average over
+    cells the best :math:`q(z \mid x)` is what q(z | x, y) is over the y that go with x.
+
+    Parameters
+    ----------
+    joint
+        Posterior from all modalities, which gets no gradient.
+    alone
+        Posteriors from one modality each, of the same cells.
+
+    Examples
+    --------
+    >>> paired = torch.tensor([True, False])
+    >>> joint = Expert(torch.zeros(2, 1), torch.ones(2, 1), paired)
+    >>> distillation(joint, [Expert(torch.ones(2, 1), torch.ones(2, 1), paired)] * 2)
+    tensor([1., 0.])
+    """
+    # Rows that are not paired may hold anything, also NaN.
+    target = Normal(joint.loc.detach(), joint.scale.detach(), validate_args=False)
+    drawn = [Normal(each.loc, each.scale, validate_args=False) for each in alone]
+    total = torch.stack([kl_divergence(target, each).sum(-1) for each in drawn]).sum(0)
+    return torch.where(joint.measured, total, 0.0)
 
 
 def penalty(a: Expert, b: Expert, divergence: str, contrast_weight: float, batch: Tensor) -> Tensor:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.modality import modelled
+from pyro_multivi.networks.encoders import HiddenState, HiddenStates
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,34 @@ class Expert:
     loc: Tensor
     scale: Tensor
     measured: Tensor
+
+
+def experts_of(program: Any, cells: Cells, hidden: HiddenStates) -> dict[str, Expert]:
+    """Expert of each modality, by its name; of a fully paired program :func:`alone_of` in cells that lack one."""
+    experts = _experts(program, cells, hidden, "expert")
+    if not program.config.fully_paired or all(state is None or state.rows is None for state in hidden):
+        return experts
+    both, alone, chosen = (cells.has_rna & cells.has_atac)[:, None], alone_of(program, cells, hidden), {}
+    for name, expert in experts.items():
+        loc = torch.where(both, expert.loc, alone[name].loc)
+        chosen[name] = replace(expert, loc=loc, scale=torch.where(both, expert.scale, alone[name].scale))
+    return chosen
+
+
+def alone_of(program: Any, cells: Cells, hidden: HiddenStates) -> dict[str, Expert]:
+    """q(z) given one modality alone, by its name, of a fully paired program."""
+    return _experts(program, cells, hidden, "alone_expert")
+
+
+def _experts(program: Any, cells: Cells, hidden: HiddenStates, head: str) -> dict[str, Expert]:
+    experts: dict[str, Expert] = {}
+    zero = cells.design.new_zeros(len(cells), program.config.latent)
+    for modality in modelled(program.config):
+        state: HiddenState = getattr(hidden, modality.key)
+        loc, scale = getattr(program, f"{modality.key}_{head}")(state)
+        loc, scale = state.scatter(loc, zero), state.scatter(scale, torch.ones_like(zero))
+        experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
+    return experts
 
 
 def seen_from_one(experts: dict[str, Expert], share: float = 0.5) -> dict[str, Expert]:

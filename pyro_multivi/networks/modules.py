@@ -130,10 +130,12 @@ class ProgramModules(nn.Module):
         decoder = layer_options(config, "decoder")
         decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
 
+        def expert() -> NormalHead:
+            return NormalHead(hidden, latent, config.n_layers_encoder - 1, inject_everywhere=everywhere, **encoder)
+
         def encoder_of(n_features: int, input_dropout_rate: float = 0.0) -> tuple[SharedFirstLayer, NormalHead]:
             first_layer = SharedFirstLayer(n_features, hidden, input_dropout_rate=input_dropout_rate, **encoder)
-            n_layers = config.n_layers_encoder - 1
-            return first_layer, NormalHead(hidden, latent, n_layers, inject_everywhere=everywhere, **encoder)
+            return first_layer, expert()
 
         if config.n_genes:
             self.rna_first_layer, self.rna_expert = encoder_of(config.n_genes)
@@ -196,6 +198,9 @@ class ProgramModules(nn.Module):
             self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
         kinds = {**self.extra_modalities, **({PROTEIN: Proteins} if config.proteins else {})}
         self.extra = nn.ModuleDict({name.replace(".", "_"): kind(name, config) for name, kind in kinds.items()})
+        if config.fully_paired:
+            for modality in modelled(config):
+                setattr(self, f"{modality.key}_alone_expert", expert())
 
     @property
     def modelled_extra(self) -> list[ExtraModality]:
@@ -210,6 +215,11 @@ class ProgramModules(nn.Module):
         if self.config.library == "size_factor":
             state_dict.setdefault(prefix + "library_log_unit", torch.zeros_like(self.library_log_unit))
         for modality in modelled(self.config):
+            if self.config.fully_paired:
+                # In them the expert of both modalities together answered for one alone.
+                together, alone = (f"{prefix}{modality.key}_{name}." for name in ("expert", "alone_expert"))
+                for name in [name for name in state_dict if name.startswith(together)]:
+                    state_dict.setdefault(alone + name.removeprefix(together), state_dict[name])
             for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd", "residual_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
@@ -227,6 +237,11 @@ class ProgramModules(nn.Module):
             layer = getattr(getattr(self, f"{modality.name}_decoder", None), modality.decoded, None)
             if isinstance(layer, nn.Linear) and directions.shape[1] != layer.in_features + 1:
                 setattr(self, name, directions.new_zeros(len(directions), layer.in_features + 1))
+
+    def library_moments(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the log library size in the batch of each cell, (..., B) each."""
+        s_nb = s[..., : self.config.n_batch]
+        return s_nb @ self.library_log_mean, (s_nb @ self.library_log_var).sqrt()
 
     def use_precision(self, precision: str) -> None:
         """Use ``"fp32"`` or ``"bf16"`` for the matrix products of the decoders' last layers.

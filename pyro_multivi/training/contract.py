@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import caution
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.program import CELLS, MultiVIProgram, is_of_cells
-from pyro_multivi.traces import evaluation_mode, random_sites
+from pyro_multivi.program import CELLS, MultiVIProgram
+from pyro_multivi.traces import evaluation_mode, is_of_cells, random_sites
 
 # Pyro's words when a distribution does not fit into the plate it is sampled in.
 _MISFIT = re.compile(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.program import MultiVIProgram, is_of_cells
-from pyro_multivi.traces import random_sites
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import is_of_cells, random_sites
 
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.

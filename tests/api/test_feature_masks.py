@@ -87,7 +87,7 @@ def test_masked_is_absent_in_value_and_gradient(world):
     guide.compute_log_prob()
     z, l, d = (guide.nodes[name]["value"] for name in ("z", "l", "d"))
     expected = -sum(guide.nodes[name]["log_prob_sum"] for name in ("z", "l", "d"))
-    prior = dist.LogNormal(*program._library_moments(cells.design))
+    prior = dist.LogNormal(*program.library_moments(cells.design))
     expected = expected + dist.Normal(0.0, 1.0).log_prob(z).sum() + prior.log_prob(l).sum()
     batch = cells.design[:, : program.config.n_batch]
     of_logit = dist.Normal(batch @ program.cell_factor_loc, batch @ program.cell_factor_sd)

@@ -68,21 +68,6 @@ def test_numbers_of_features_are_checked(ready, name, known):
         small(ready, **{name: 41})
 
 
-def test_fully_paired_is_checked(ready):
-    with pytest.raises(ValueError, match="fully_paired=True, but 30 of 60 cells lack a modality"):
-        small(ready, fully_paired=True)
-    paired = ready[:30].copy()
-    model = trained(paired, fully_paired=True)
-    assert model.get_latent_representation().shape == (30, 2)
-    with pytest.warns(UserWarning, match="modality='expression': with fully_paired=True the model learns nothing"):
-        model.get_latent_representation(modality="expression")
-    assert "imputed" not in model.posterior_predictive_check(n_samples=40, held_out=False).tables
-    with pytest.raises(ValueError, match="30 of 60 cells lack a modality: give paired cells, or train without"):
-        model.get_latent_representation(ready)
-    with pytest.raises(ValueError, match="30 of 60 cells lack a modality: .*train the reference without"):
-        pm.MULTIVI.load_query_data(ready, model)
-
-
 def test_unknown_choices_are_refused_with_a_suggestion(ready):
     with pytest.raises(ValueError, match="gene_likelihood='znb'.*Did you mean"):
         small(ready, gene_likelihood="znb")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial import KDTree
 from scipy.special import logsumexp
+from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 
 import pyro_multivi as pm
 from pyro_multivi.config import CONTRAST_WEIGHT, MIXING_WEIGHT
-from pyro_multivi.networks.alignment import contrast, jeffreys, mmd, mmd_between_patterns, penalty
+from pyro_multivi.networks.alignment import contrast, distillation, jeffreys, mmd, mmd_between_patterns, penalty
 from pyro_multivi.networks.experts import Expert, measurement_patterns
 from pyro_multivi.traces import measure
 
@@ -297,6 +300,44 @@ def test_counts_outweigh_the_mixing_of_patterns_that_hold_other_cell_types():
         purity[weight] = (of_type[near] == of_type[:, None]).mean()
     assert purity[0.0] > 0.96
     assert 0.9 < purity[None] < purity[0.0]
+
+
+# ---------------------------------------------------------------------- distillation
+
+
+def test_distillation_is_the_divergence_from_the_joint_posterior():
+    """Against the integral by draws of log q(z | both) - log q(z | one)."""
+    joint, *alone = (expert(n=4, seed=seed) for seed in (3, 4, 5))
+    z = Normal(joint.loc, joint.scale).sample((200_000,))
+
+    def log_q(of):
+        return norm.logpdf(z, of.loc, of.scale).sum(-1)
+
+    ratios = sum(log_q(joint) - log_q(each) for each in alone)
+    error = ratios.std(0) / len(z) ** 0.5
+    assert (np.abs(distillation(joint, alone).numpy() - ratios.mean(0)) < 5 * error).all()
+    assert not distillation(joint, [joint, joint]).any()
+
+
+def test_distillation_draws_the_posteriors_of_one_modality_alone():
+    """Their gradient is that of minus their log density at draws of the joint posterior, which itself stays."""
+    parts = [expert(n=3, k=1, seed=seed) for seed in (6, 7)]
+    for each in parts:
+        each.loc.requires_grad_(), each.scale.requires_grad_()
+    joint, alone = parts
+    distillation(joint, [alone]).sum().backward()
+    assert joint.loc.grad is None
+    assert joint.scale.grad is None
+    m, s, mu, sigma = (value.detach() for each in parts for value in (each.loc, each.scale))
+    torch.testing.assert_close(alone.loc.grad, (mu - m) / sigma**2)
+    torch.testing.assert_close(alone.scale.grad, 1 / sigma - (s**2 + (m - mu) ** 2) / sigma**3)
+
+
+def test_distillation_leaves_out_cells_that_lack_a_modality():
+    measured = [True, False, True, False, True, True]
+    joint, alone = expert(seed=1, measured=measured), expert(seed=2)
+    alone = replace(alone, loc=torch.where(joint.measured[:, None], alone.loc, torch.nan))
+    assert ((distillation(joint, [alone]) > 0) == joint.measured).all()
 
 
 # ---------------------------------------------------------------------- the term of training

@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 
 from pyro_multivi._optional import mudata_as_given
-from pyro_multivi.api.arguments import Data, check_paired
+from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
 from pyro_multivi.api.query.labels import batches_apart, carried_over, label_codes, labelled_reference
@@ -135,8 +135,6 @@ class QueryMixin(SavingMixin):
         needs_labels = reference.program.config.dispersion == "gene-label"
         spec, opened = query_spec(reference.spec, adata, needs_labels)
         table = spec.table(adata)
-        if reference.program.config.fully_paired:
-            check_paired(table, "give paired cells, or train the reference without fully_paired.")
         program, new = grown_program(reference.program, reference.spec, spec)
         set_priors(program, table, reference.spec.n_batch)
         report = QueryReport.of(reference.spec, spec, opened, table)

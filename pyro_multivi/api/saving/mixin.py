@@ -190,6 +190,12 @@ class SavingMixin(ModelBase):
                 "Training its reference on (train), and mapping the query again, brings it." if of_query
                 else "Training it on (train) brings it.",
             )  # fmt: skip
+        if model.is_trained and any("_alone_expert." in name for name in lacking):
+            logger.warning(
+                "%s was saved by a version whose fully paired models learned nothing of states given one modality: "
+                "do not use those. Training it anew brings them.",
+                where,
+            )
         if description.query is not None:
             with broken(where, f"{DESCRIPTION} is damaged"):
                 model._restore_query(description.query)

@@ -316,7 +316,8 @@ def scvi_columns(history: Any) -> dict[str, Any]:
     found = dict.fromkeys(("train_loss_epoch", "train_loss_step"), history["train_loss"])
     found["kl_global_train"] = 0.0 * history["train_loss"]
     if "reconstruction_loss_validation" in history:
-        parts = [history[f"{name}_validation"] for name in ("alignment", "mixing") if f"{name}_validation" in history]
+        names = [f"{name}_validation" for name in ("alignment", "mixing", "distillation")]
+        parts = [history[name] for name in names if name in history]
         kl = history["kl_weight"] * history["kl_local_validation"]
         found["validation_loss"] = sum(parts, history["reconstruction_loss_validation"] + kl)
         found["kl_global_validation"] = 0.0 * history["elbo_validation"]

@@ -89,8 +89,7 @@ class SetupReport:
                 notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
         if spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values()):
             notes.append(
-                "all cells have both modalities: MULTIVI(..., fully_paired=True) fits them better as a rule, and takes "
-                "no cells that lack one."
+                "all cells have both modalities: MULTIVI() learns from both together, as fully_paired=True says."
             )
         notes += [
             f"{size} features of type {kind!r} are ignored."

@@ -107,6 +107,11 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
         expert: NormalHead = getattr(program, f"{key}_expert")
         wanted = model.evidence(place, part.found.scores) @ of_expert
         start_expert(expert, _hidden(program, minibatches, key, expert), times * wanted, times * np.diag(of_expert))
+        if is_together:
+            alone: NormalHead = getattr(program, f"{key}_alone_expert")
+            of_alone = model.covariance([place])
+            wanted = model.evidence(place, part.found.scores) @ of_alone
+            start_expert(alone, _hidden(program, minibatches, key, alone), wanted, np.diag(of_alone))
         of_cells = group[part.places], mean[part.places], covariance[part.places]
         effects = effects_on_means(part.counts, part.depth, *of_cells, _overdispersion(program, part))
         decoder = getattr(program, f"{part.modality.name}_decoder")

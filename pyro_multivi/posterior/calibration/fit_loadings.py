@@ -146,14 +146,13 @@ def _decodes(program: MultiVIProgram, train: Minibatches, layer: LastLayer, line
 def _log_likelihood(program: MultiVIProgram, held_out: Minibatches, modality: Modality) -> float | None:
     """Mean log-likelihood of a modality's counts in the cells that have it; None for fewer than ten.
 
-    Where ten of them have all modalities, that of their counts with z inferred from the other modalities is added,
-    unless the program learns nothing of that.
+    Where ten of them have all modalities, that of their counts with z inferred from the other modalities is added.
     """
     index = measured(held_out, modality)
     if len(index) < _FEWEST:
         return None
     found = _mean_log_likelihood(program, held_out, spread(index, _MOST), modality, is_hidden=False)
-    is_predicted = len(modelled(program.config)) > 1 and not program.config.fully_paired
+    is_predicted = len(modelled(program.config)) > 1
     pairs = paired(held_out) if is_predicted else index[:0]
     if len(pairs) >= _FEWEST:
         found += _mean_log_likelihood(program, held_out, spread(pairs, _MOST), modality, is_hidden=True)

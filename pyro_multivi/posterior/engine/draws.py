@@ -29,8 +29,8 @@ from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.posterior_scale import corrected, corrected_depth
 from pyro_multivi.posterior.engine.stored_posterior import guide_of
-from pyro_multivi.program import MultiVIProgram, is_of_cells
-from pyro_multivi.traces import evaluation_mode, is_deterministic
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import evaluation_mode, is_deterministic, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
 #: width at which a softmax is summed), take 2 and 64 MB in float32.

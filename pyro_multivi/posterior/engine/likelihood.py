@@ -20,8 +20,8 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_trace
 from pyro_multivi.posterior.engine.readings import READINGS
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
-from pyro_multivi.program import MultiVIProgram, is_of_cells
-from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, kl, random_sites
+from pyro_multivi.program import MultiVIProgram
+from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, is_of_cells, kl, random_sites
 
 #: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
 LIKELIHOOD_ROWS = 1024

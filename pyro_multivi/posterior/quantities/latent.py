@@ -91,7 +91,7 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
         nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, cells)).get_trace(cells).nodes)
         return nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
     if cells.posterior is None:
-        experts = program.experts(cells, cells.design, program.encode(cells, cells.design))
+        experts = program.experts_alone(cells, cells.design, program.encode(cells, cells.design))
     else:
         experts = stored_experts(program, cells, cells.posterior)
     if modality not in experts:
@@ -111,7 +111,8 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
     for minibatch in cells:
         with evaluation_mode(program):
             nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
-            experts = program.experts(minibatch, minibatch.design, program.encode(minibatch, minibatch.design))
+            hidden = program.encode(minibatch, minibatch.design)
+            experts = program.experts_alone(minibatch, minibatch.design, hidden)
         n, stored = len(minibatch), {}
         stored["measured"] = torch.stack([modality.measured_in(minibatch) for modality in MODALITIES], -1).float()
         stored["total"] = torch.stack([depth(program, minibatch, modality) for modality in MODALITIES], -1)

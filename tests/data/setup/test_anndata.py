@@ -96,7 +96,7 @@ def test_report_says_what_was_found(caplog):
     assert "2: a (4), b (4)" in text
     assert "1 features of type 'Antibody Capture' are ignored." in text
     assert "give modality_key" in text
-    assert "note        all cells have both modalities: MULTIVI(..., fully_paired=True)" in text
+    assert "note        all cells have both modalities: MULTIVI() learns from both together" in text
     assert text in caplog.text
 
 

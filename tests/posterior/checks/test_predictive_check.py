@@ -175,7 +175,7 @@ class FixedLibrary(MultiVIProgram):
     """The library of every cell as large as the typical one."""
 
     def known_library(self, cells, s):
-        return self._library_moments(s)[0].exp()
+        return self.library_moments(s)[0].exp()
 
 
 class FixedDepth(FixedLibrary):

@@ -49,7 +49,7 @@ def log_marginal(program, cells, n_z=61, n_l=81):
             rho, p = decoded.rho.dense().numpy(), program.accessibility(torch.from_numpy(z), s).dense().numpy()
             pi = None if decoded.pi_logits is None else decoded.pi_logits.dense().sigmoid().numpy()
             theta, r = program.log_theta[0].exp().numpy(), program.region_factors().numpy()
-            loc, scale = (part[n].item() for part in program._library_moments(cells.design))
+            loc, scale = (part[n].item() for part in program.library_moments(cells.design))
         log_p = log_prior.copy()
         if cells.has_rna[n]:
             x = cells.x.to_dense()[n].numpy()
