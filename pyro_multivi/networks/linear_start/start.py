@@ -150,6 +150,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
     decoder = getattr(program, f"{modality.name}_decoder", None)
     layer, stack = getattr(decoder, modality.decoded, None), getattr(decoder, "stack", None)
     decode = getattr(type(program), modality.name)
+    experts = [f"{modality.key}_expert"] + [f"{modality.key}_alone_expert"] * program.config.fully_paired
     return (
         decode.__module__.startswith("pyro_multivi.")
         and isinstance(layer, torch.nn.Linear)
@@ -157,7 +158,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
         and not bool(layer.weight.any())
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
-        and type(getattr(program, f"{modality.key}_expert", None)) is NormalHead
+        and all(type(getattr(program, name, None)) is NormalHead for name in experts)
     )
 
 
