@@ -179,7 +179,7 @@ class MULTIVI(
         if fully_paired:
             check_paired(table, "leave it out or keep paired cells only.")
         elif fully_paired is None:
-            is_default = (modality_penalty, contrast_weight, mixing_weight) == ("contrastive", None, None)
+            is_default = str(modality_penalty) == "contrastive" and contrast_weight is None and mixing_weight is None
             choices["fully_paired"] = is_default and learns_together(spec, program_class)
         given_size = RNA.size_factor_in(table) is not None
         if library == "size_factor" and not given_size:
