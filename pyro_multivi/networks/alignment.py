@@ -17,7 +17,7 @@ _BANDWIDTHS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 #: Weight of :func:`distillation`. The networks that it teaches learn alike with any; the first layers, which they share
 #: with the posterior from both modalities, attend more to what each modality says alone.
-DISTILLATION_WEIGHT = 10.0
+DISTILLATION_WEIGHT = 3.0
 
 
 def jeffreys(a: Expert, b: Expert) -> Tensor:
