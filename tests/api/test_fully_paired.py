@@ -146,9 +146,10 @@ def test_hidden_counts_are_those_of_a_modality_alone(model):
 
 def test_a_modality_alone_learns_the_state_of_both(model):
     """Share of the variance of joint states that those given one modality explain."""
+    # 0.82 to 0.94 and 0.66 to 0.87 over four seeds of data and training.
     held_out = simulated(300, 0, 0, seed=0)
     joint = model.get_latent_representation(held_out)
-    for modality, least in (("expression", 0.8), ("accessibility", 0.3)):
+    for modality, least in (("expression", 0.7), ("accessibility", 0.5)):
         alone = model.get_latent_representation(held_out, modality=modality)
         assert 1 - ((joint - alone) ** 2).sum() / ((joint - joint.mean(0)) ** 2).sum() > least
     divergence = np.ravel(model.history["distillation_validation"])
