@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from torch.distributions import Normal, kl_divergence
 
 import pyro_multivi as pm
 from pyro_multivi.data.modality import ATAC, RNA
+from pyro_multivi.networks.alignment import DISTILLATION_WEIGHT
 from pyro_multivi.networks.experts import seen_from_one
 from pyro_multivi.posterior.engine.replicates import hide
-from pyro_multivi.traces import evaluation_mode
+from pyro_multivi.traces import evaluation_mode, measure
 
 N_GENES = 40
 
@@ -154,6 +157,24 @@ def test_a_modality_alone_learns_the_state_of_both(model):
         assert 1 - ((joint - alone) ** 2).sum() / ((joint - joint.mean(0)) ** 2).sum() > least
     divergence = np.ravel(model.history["distillation_validation"])
     assert divergence[-1] < 0.7 * divergence[0]
+
+
+def test_distillation_is_a_term_of_training_that_the_elbo_hides(model):
+    """Other networks of one modality alone change it, and nothing else that is said of paired cells."""
+    program, cells = copy.deepcopy(model.program), next(iter(model._cells(None, np.arange(50), 50)))
+    torch.manual_seed(0)
+    before = measure(program, cells)
+    with evaluation_mode(program):
+        hidden = program.encode(cells, cells.design)
+        joint = Normal(*program.averaged(program.experts(cells, cells.design, hidden)))
+        alone = program.experts_alone(cells, cells.design, hidden).values()
+        expected = sum(kl_divergence(joint, Normal(each.loc, each.scale)).sum() for each in alone)
+        program.atac_alone_expert.loc.bias += 1.0
+    assert float(before.training["distillation"]) == pytest.approx(DISTILLATION_WEIGHT * float(expected), rel=1e-4)
+    torch.manual_seed(0)
+    after = measure(program, cells)
+    assert after.elbo == pytest.approx(before.elbo, rel=1e-12)
+    assert after.training["distillation"] > before.training["distillation"]
 
 
 def test_other_data_may_lack_a_modality(model):
