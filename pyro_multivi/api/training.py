@@ -15,6 +15,7 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 from pyro_multivi._settings import settings
+from pyro_multivi.api.arguments import check_paired
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
 from pyro_multivi.api.scvi_tools.minified import check_counts
@@ -217,8 +218,8 @@ class TrainingMixin(ModelBase):
         Raises
         ------
         ValueError
-            If an argument is out of range, or the checkpoint to go on from is of another run: the message names the
-            options, versions and data that differ.
+            If an argument is out of range, a fully paired model has cells that lack a modality, or the checkpoint to go
+            on from is of another run: the message names the options, versions and data that differ.
         FileExistsError
             If ``checkpoint`` holds checkpoints and ``resume`` is False.
         ImportError
@@ -240,6 +241,8 @@ class TrainingMixin(ModelBase):
         checkpoints = Checkpoints.wanted(checkpoint, checkpoint_every, resume)
         table = self._training_table()
         check_counts(table)
+        if self.program.config.fully_paired and not is_query:
+            check_paired(table, "train on paired cells only, or make another model by MULTIVI(adata).")
         if self._training is not None and not self._training.parts:
             caution(
                 "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "

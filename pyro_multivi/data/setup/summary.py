@@ -87,7 +87,8 @@ class SetupReport:
                 notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
             else:
                 notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
-        if spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values()):
+        is_paired = spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values())
+        if is_paired and spec.setup.protein_key is None:
             notes.append(
                 "all cells have both modalities: MULTIVI() learns from both together, as fully_paired=True says."
             )
