@@ -130,7 +130,7 @@ TRAIN: dict[str, Foreign] = {
     "gradient_clip_val": Foreign(ours="gradient_clip"),
     "gradient_clip_algorithm": _refused("gradients are clipped by their norm", "norm"),
     "save_best": _left_out(
-        "with early_stopping=True the weights of the best epoch are kept, without it those of the last", True
+        "where cells are held out the weights of the epoch best for them are kept, with train_size=1 the latest", True
     ),
     "early_stopping_mode": _refused("all losses in the history are lower where they are better", "min"),
     "early_stopping_warmup_epochs": _left_out("epochs before the end of the KL warm-up never stop training", 0),

@@ -20,6 +20,18 @@ def world():
     return adata, model
 
 
+def test_the_warning_of_save_best_says_which_weights_are_kept(world):
+    model = MULTIVI(world[0], n_hidden=4, n_latent=1)
+    with pytest.warns(UserWarning, match="save_best=False: where cells are held out the weights of the epoch best for"):
+        # The divergence from the prior grows as cells are told apart: its best epoch is not the last.
+        model.train(
+            4, early_stopping=False, early_stopping_monitor="kl_z_validation", save_best=False, progress_bar=False
+        )
+    best = model.history["kl_z_validation"]["kl_z_validation"].idxmin()
+    assert best < 3
+    assert f"weights are those of epoch {best + 1}, the best" in model._history.ending
+
+
 def test_effects_of_accessibility_are_group_1_minus_group_2(world):
     table = world[1].differential_accessibility(groupby="cell_type", group1="type_0", group2="type_1", n_samples=50)
     np.testing.assert_allclose(table["effect_size"], table["est_prob1"] - table["est_prob2"], atol=1e-6)
