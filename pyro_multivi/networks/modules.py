@@ -218,8 +218,9 @@ class ProgramModules(nn.Module):
             if self.config.fully_paired:
                 # In them the expert of both modalities together answered for one alone.
                 together, alone = (f"{prefix}{modality.key}_{name}." for name in ("expert", "alone_expert"))
-                for name in [name for name in state_dict if name.startswith(together)]:
-                    state_dict.setdefault(alone + name.removeprefix(together), state_dict[name])
+                if not any(name.startswith(alone) for name in state_dict):
+                    for name in [name for name in state_dict if name.startswith(together)]:
+                        state_dict[alone + name.removeprefix(together)] = state_dict[name]
             for name in ("typical", "mean", "mean_weight", "weight_directions", "weight_sd", "residual_sd"):
                 name = f"{modality.key}_{name}"
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))

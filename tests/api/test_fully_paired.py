@@ -125,6 +125,27 @@ def test_training_refuses_other_data_with_cells_that_lack_a_modality(tmp_path):
         loaded.train(1, progress_bar=False)
 
 
+def test_a_program_with_an_expert_network_of_its_own_trains():
+    class Head(torch.nn.Module):
+        def __init__(self, n_hidden, n_latent):
+            super().__init__()
+            self.both = torch.nn.Linear(n_hidden, 2 * n_latent)
+
+        def forward(self, state):
+            loc, log_scale = self.both(state.hidden).chunk(2, -1)
+            return loc, log_scale.exp()
+
+    class Own(pm.MultiVIProgram):
+        def __init__(self, config):
+            super().__init__(config)
+            self.rna_expert = Head(config.hidden, config.latent)
+
+    model = small(simulated(), program_class=Own)
+    assert model.program.config.fully_paired
+    model.train(2, progress_bar=False)
+    assert np.isfinite(model.get_latent_representation(modality="expression")).all()
+
+
 # ---------------------------------------------------------------------- states given one modality
 
 

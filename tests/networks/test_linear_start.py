@@ -260,6 +260,18 @@ def test_a_program_that_decodes_in_its_own_way_starts_at_random():
     assert not model.program.expression_decoder.rho.weight.any()
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Linear(8, 2, bias=False), torch.nn.Sequential(torch.nn.Linear(8, 2))])
+def test_a_program_whose_experts_end_in_layers_of_its_own_starts_at_random(layer):
+    class Own(pm.MultiVIProgram):
+        def __init__(self, config):
+            super().__init__(config)
+            self.rna_expert.loc = layer
+
+    model = model_of((100, 0, 0), n_hidden=8, n_latent=2, program_class=Own)
+    assert start_linearly(model.program, cells_of(model)) == 0
+    model.train(1, progress_bar=False)
+
+
 def test_a_program_that_overrides_it_starts_at_random():
     class Random(pm.MultiVIProgram):
         def start_training_from(self, train):

@@ -133,7 +133,7 @@ TRAIN: dict[str, Foreign] = {
         "where cells are held out the weights of the epoch best for them are kept, with train_size=1 the latest", True
     ),
     "early_stopping_mode": _refused("all losses in the history are lower where they are better", "min"),
-    "early_stopping_warmup_epochs": _left_out("epochs before the end of the KL warm-up never stop training", 0),
+    "early_stopping_warmup_epochs": _left_out("early_stopping_patience counts from the first scored epoch", 0),
     "logger": _left_out(_HISTORY, False),
     "log_every_n_steps": _left_out(_HISTORY, 10),
     "log_save_dir": _left_out(_HISTORY),

@@ -158,8 +158,13 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
         and not bool(layer.weight.any())
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
-        and all(type(getattr(program, name, None)) is NormalHead for name in experts)
+        and all(_is_linear_head(getattr(program, name, None)) for name in experts)
     )
+
+
+def _is_linear_head(expert: Any) -> bool:
+    last = (expert.loc, expert.log_variance) if type(expert) is NormalHead else (None,)
+    return all(isinstance(layer, torch.nn.Linear) and layer.bias is not None for layer in last)
 
 
 def _some(train: Minibatches, modalities: Sequence[Modality]) -> Tensor:

@@ -32,6 +32,14 @@ def test_the_warning_of_save_best_says_which_weights_are_kept(world):
     assert f"weights are those of epoch {best + 1}, the best" in model._history.ending
 
 
+def test_epochs_of_the_warm_up_count_for_early_stopping(world):
+    model = MULTIVI(world[0], n_hidden=4, n_latent=1)
+    options = {"early_stopping_patience": 1, "early_stopping_min_delta": 1e6, "n_epochs_kl_warmup": 50}
+    with pytest.warns(UserWarning, match="warmup_epochs=9: early_stopping_patience counts from the first scored epoch"):
+        model.train(4, early_stopping_warmup_epochs=9, progress_bar=False, **options)
+    assert len(model.history["elbo_validation"]) == 2
+
+
 def test_effects_of_accessibility_are_group_1_minus_group_2(world):
     table = world[1].differential_accessibility(groupby="cell_type", group1="type_0", group2="type_1", n_samples=50)
     np.testing.assert_allclose(table["effect_size"], table["est_prob1"] - table["est_prob2"], atol=1e-6)
