@@ -50,7 +50,7 @@ def learns_together(spec: DataSpec, program_class: type[MultiVIProgram]) -> bool
     if not (spec.n_genes and spec.n_regions) or spec.n_cells.get(PAIRED) != n_cells:
         return False
     # A guide of one's own, or that of other modalities, need not teach the encoders of one modality alone.
-    of_guide = ("guide", "encode", "experts", "experts_alone", "seen", "averaged", "mix", "distillation")
+    of_guide = ("guide", "experts", "experts_alone", "seen", "mix")
     is_own = any(getattr(check_program(program_class), name) is not getattr(MultiVIProgram, name) for name in of_guide)
     if is_own or spec.setup.protein_key is not None or program_class.extra_modalities:
         return False

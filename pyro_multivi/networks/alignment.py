@@ -149,13 +149,14 @@ def distillation(joint: Expert, alone: Iterable[Expert]) -> Tensor:
 
     .. math:: \sum_k \mathrm{KL}\big(q(z_n \mid x_n, y_n) \,\|\, q_k(z_n)\big)
 
-    as in JMVAE-kl (Suzuki, Nakayama, Matsuo 2016, equation 6), but that only :math:`q_k` is drawn: on average over
-    cells the best :math:`q(z \mid x)` is what q(z | x, y) is over the y that go with x.
+    as in JMVAE-kl (Suzuki, Nakayama, Matsuo 2016, arXiv 1611.01891), but that it has no gradient for the posterior from
+    both. The :math:`q(z \mid x)` for which it is least has the mean and variance that draws of q(z | x, y) have over the
+    y that go with x.
 
     Parameters
     ----------
     joint
-        Posterior from all modalities, which gets no gradient.
+        Posterior from all modalities.
     alone
         Posteriors from one modality each, of the same cells.
 
