@@ -150,8 +150,8 @@ def distillation(joint: Expert, alone: Iterable[Expert]) -> Tensor:
     .. math:: \sum_k \mathrm{KL}\big(q(z_n \mid x_n, y_n) \,\|\, q_k(z_n)\big)
 
     as in JMVAE-kl (Suzuki, Nakayama, Matsuo 2016, arXiv 1611.01891), but that it has no gradient for the posterior from
-    both. The :math:`q(z \mid x)` for which it is least has the mean and variance that draws of q(z | x, y) have over the
-    y that go with x.
+    both. The :math:`q(z \mid x)` for which it is least has the mean and variance that draws of q(z | x, y) have over
+    the y that go with x.
 
     Parameters
     ----------
