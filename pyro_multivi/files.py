@@ -117,7 +117,7 @@ def _interrupted_at_end(stream: RecordingFile) -> Iterator[None]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, or replace it, in one step; an error of the operating system names it."""
     try:
-        _clear(path)
+        clear(path)
         part, stream = _begin(path)
         try:
             with stream:
@@ -155,7 +155,7 @@ def replacing(target: Path, where: str, lock: str, overwrite: bool = False) -> I
     number = None
     with contextlib.ExitStack() as stack:
         try:
-            _clear(target, lock)
+            clear(target, lock)
             work, stream = _begin(target, lock)
             stack.enter_context(stream)
             # After the exchange this is the old one.
@@ -234,7 +234,7 @@ def _hidden(target: Path, kind: str) -> list[Path]:
     return sorted(path for path in beside if pattern.fullmatch(path.name))
 
 
-def _clear(target: Path, lock: str | None = None) -> None:
+def clear(target: Path, lock: str | None = None) -> None:
     """Remove what dead processes left, and put back what one of them had put aside."""
     for path in _hidden(target, _ASIDE):
         if target.exists():

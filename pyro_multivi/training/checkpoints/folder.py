@@ -21,7 +21,7 @@ import torch
 from pyro_multivi.checksums import CHECKSUMS, checksum, read_checksums, write_checksums
 from pyro_multivi.data.checks import caution, shown, unwrapped
 from pyro_multivi.data.split import Split
-from pyro_multivi.files import present, replacing, writing
+from pyro_multivi.files import clear, present, replacing, writing
 from pyro_multivi.processes.group import current
 from pyro_multivi.training.checkpoints.loop import Loop
 from pyro_multivi.training.checkpoints.run import Run
@@ -136,6 +136,9 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if there:
             self._read(there)
+            # A run that had come to its end writes no more, and would leave what a kill left of its last checkpoint.
+            for name in _FOLDERS:
+                clear(self.folder / name, CHECKSUMS)
 
     def _read(self, there: dict[int, Path]) -> None:
         """Read the latest checkpoint that is whole."""

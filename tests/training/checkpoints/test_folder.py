@@ -276,6 +276,17 @@ def test_intervals(tmp_path, every, epochs, seconds, monkeypatch):
     assert checkpoints.is_due() == (epochs is None)
 
 
+def test_what_a_kill_left_of_the_last_checkpoint_is_removed(build, train, tmp_path):
+    """The run is at its end, so that no other checkpoint is written under that name."""
+    folder = tmp_path / "whole"
+    train(build(), 2, checkpoint=folder, checkpoint_every=1)
+    shutil.copytree(folder / ONE, folder / f".{TWO}.saving-0123abcd")
+    (folder / f".{ONE}.saving-0123abcd").mkdir()
+    with pytest.warns(UserWarning, match="this training is finished after 2 epochs"):
+        train(build(), 2, checkpoint=folder, checkpoint_every=1, resume=True)
+    assert sorted(os.listdir(folder)) == [ONE, TWO]
+
+
 def test_a_folder_put_aside_by_a_kill_is_found(build, train, begun):
     """As where two folders cannot be exchanged in one step."""
     shutil.move(begun / TWO, begun / f".{TWO}.earlier-01234567")
