@@ -299,5 +299,5 @@ def test_training_keeps_what_varies_within_types(seed):
 
     true, z = within(adata.obsm["true_z"].astype(float)), within(model.get_latent_representation())
     share = 1 - ((true - z @ np.linalg.lstsq(z, true, rcond=None)[0]) ** 2).mean(0) / true.var(0)
-    # 0.44, 0.38, 0.41, 0.40 over four seeds (without distillation 0.51, 0.40, 0.43, 0.41).
-    assert share.mean() > 0.33
+    # 0.59, 0.45, 0.49, 0.56 over four seeds; from random weights 0.31 to 0.37.
+    assert share.mean() > 0.4
