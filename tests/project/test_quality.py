@@ -206,7 +206,8 @@ def test_spaces_of_the_modalities_of_paired_cells(module, hidden):
         space(hidden.whole, hidden.n_genes, 0)
         for space in (worker.principal_components, worker.semantic_indexing, worker.concatenation)
     )
-    np.testing.assert_allclose(atac.std(axis=0), 1)
+    # In single precision: how far from 1 it is rounded differs between processors.
+    np.testing.assert_allclose(atac.std(axis=0), 1, rtol=1e-6)
     assert both.shape == (120, rna.shape[1] + atac.shape[1])
     # Neither modality outweighs the other.
     assert both[:, : rna.shape[1]].var(axis=0).sum() == pytest.approx(1)
