@@ -305,6 +305,16 @@ def kept_within_types(seed, program_class=pm.MultiVIProgram, lr=2e-3, **choices)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed",
+    [0, pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="0.38: what costs it makes real types clearer"))],
+)
+def test_training_keeps_what_varies_within_types(seed):
+    # 0.44 and 0.38; 20 principal components of log counts have 0.66 and 0.62.
+    assert kept_within_types(seed) > 0.4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_training_keeps_more_within_types_than_from_random_weights(seed):
     # 0.44, 0.38, 0.41, 0.40 and 0.30, 0.30, 0.31, 0.29 over the seeds: ahead by 0.08 to 0.14.
