@@ -178,11 +178,24 @@ def test_an_untrained_model_knows_the_state(n_regions):
     assert start_linearly(model.program, cells_of(model)) == 0
 
 
+def frozen(name):
+    model = model_of((100, 0, 0), fully_paired=True)
+    getattr(model.program, name).requires_grad_(False)
+    return model
+
+
 @pytest.mark.parametrize(
-    "options", [{"latent_distribution": "ln"}, {"use_batch_norm": "both"}], ids=["softmax of z", "batch norm"]
+    "made",
+    [
+        lambda: model_of((100, 0, 0), fully_paired=True, use_batch_norm="both"),
+        lambda: frozen("rna_expert"),
+        lambda: frozen("atac_first_layer"),
+        lambda: frozen("expression_decoder"),
+    ],
+    ids=["batch norm", "frozen expert", "frozen first layer", "frozen decoder"],
 )
-def test_other_networks_keep_their_random_weights(options):
-    model = model_of((100, 0, 0), fully_paired=True, **options)
+def test_other_and_frozen_networks_keep_their_weights(made):
+    model = made()
     before = [value.clone() for value in model.program.parameters()]
     assert start_linearly(model.program, cells_of(model)) == 0
     assert all(map(torch.equal, before, model.program.parameters()))

@@ -6,6 +6,9 @@ Pastur (1967) tells how large its eigenvalues get, and how much of a component t
 (Benaych-Georges and Nadakuditi 2012). Random flips of the signs (Hong, Sheng and Dobriban 2020) give the same bound
 within 2 % on SNARE-seq, sci-CAR and Multiome cells; without scaling the rows it is up to four times too low for
 accessibility.
+
+Where panels of features were measured, each panel has a regression of its own, components are those of the entries that
+were measured (:mod:`~pyro_multivi.networks.linear_start.partly_measured`), and the bound is that of the largest panel.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, svds
 
-Array = NDArray[np.floating[Any]]
+from pyro_multivi.networks.linear_start.partly_measured import Array, largest_of_panels, scores_of_panels
 
 # Features found in a smaller share of the cells have a few entries of large weight.
 _LEAST_DETECTED = 0.01
@@ -50,7 +53,14 @@ class Components(NamedTuple):
     noise: Array
 
 
-def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> Components:
+def components(
+    x: sp.csr_array,
+    depth: Array,
+    covariates: Array,
+    most: int,
+    measured: NDArray[np.bool_] | None = None,
+    panel: NDArray[np.integer[Any]] | None = None,
+) -> Components:
     """Components of encoder inputs.
 
     Parameters
@@ -63,6 +73,10 @@ def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> C
         Design of the cells, (n, C).
     most
         Number of components at most.
+    measured
+        Whether each feature belongs to each panel, (P, F); ``x`` is zero elsewhere. None: all were measured.
+    panel
+        Panel of each cell, (n,).
 
     Examples
     --------
@@ -74,13 +88,15 @@ def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> C
     ((400, 2), (2, 200))
     """
     n, n_features = x.shape
-    others = _others(depth, covariates)
-    coefficients = np.linalg.lstsq(others.T @ others, others.T @ x, rcond=1e-8)[0]
+    if measured is None or panel is None:
+        measured, panel = np.ones((1, n_features), dtype=bool), np.zeros(n, dtype=np.int64)
+    n_measured = np.bincount(panel, minlength=len(measured)) @ measured
+    others, coefficients = _by_panel(x, depth, covariates, panel)
     squares = np.asarray(x.multiply(x).sum(0)).ravel() - (coefficients * (others.T @ x)).sum(0)
-    detected = np.bincount(x.indices, minlength=n_features) / n
-    known = (squares > 1e-6 * n) & (detected >= _LEAST_DETECTED)
+    detected = np.bincount(x.indices, minlength=n_features) / n_measured.clip(1)
+    known = (squares > 1e-6 * n_measured) & (detected >= _LEAST_DETECTED)
     per_sd = np.zeros(n_features)
-    per_sd[known] = (squares[known] / n) ** -0.5
+    per_sd[known] = (squares[known] / n_measured[known]) ** -0.5
     scaled = (x @ sp.diags_array(per_sd)).tocsr()
     fitted = coefficients * per_sd
     row_squares = (
@@ -88,12 +104,16 @@ def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> C
         - 2 * ((scaled @ fitted.T) * others).sum(1)
         + ((others @ (fitted @ fitted.T)) * others).sum(1)
     )
-    width = int(known.sum())
-    per_rms = (row_squares / max(width, 1)).clip(1e-12) ** -0.5
+    widths = (measured & known).sum(1)
+    width = int(widths.max())
+    per_rms = (row_squares / widths[panel].clip(1)).clip(1e-12) ** -0.5
     scaled, others = sp.diags_array(per_rms) @ scaled, others * per_rms[:, None]
-    values, vectors = _largest(scaled[:, known], others, fitted[:, known], most)
+    if len(measured) == 1:
+        values, vectors = _largest(scaled[:, known], others, fitted[:, known], most)
+    else:
+        values, vectors = largest_of_panels(scaled[:, known], others, fitted[:, known], measured[:, known], panel, most)
     eigenvalues = values**2 / n
-    k, level = _above_noise(eigenvalues, n, width)
+    k, level = _above_noise(eigenvalues, n, width, widths[panel].mean())
     ratio, spike = width / n, eigenvalues[:k] / level
     shifted = spike - 1 - ratio
     strength = (shifted + np.sqrt((shifted**2 - 4 * ratio).clip(1e-12))) / 2
@@ -102,10 +122,36 @@ def components(x: sp.csr_array, depth: Array, covariates: Array, most: int) -> C
     directions = np.zeros((k, n_features))
     directions[:, known] = vectors[:k]
     scores = (scaled @ directions.T - others @ (fitted @ directions.T)) / np.sqrt(level)
+    if len(measured) > 1:
+        scores = scores_of_panels(scores, directions, spike * reliability, measured, panel)
+    variance = spike if len(measured) == 1 else np.square(scores).mean(0)
     return Components(
-        centre=np.asarray(x.mean(0)).ravel(), directions=directions * per_sd, nuisance=(fitted * per_sd)[1:],
-        scores=scores, signal=spike * reliability, noise=spike * (1 - reliability),
+        centre=np.asarray(x.sum(0)).ravel() / n_measured.clip(1), directions=directions * per_sd,
+        nuisance=_nuisance(x, depth, covariates, measured) * per_sd**2,
+        scores=scores, signal=variance * reliability, noise=variance * (1 - reliability),
     )  # fmt: skip
+
+
+def _by_panel(x: sp.csr_array, depth: Array, covariates: Array, panel: NDArray[np.integer[Any]]) -> tuple[Array, Array]:
+    """What is taken out of the features of each panel's cells, (n, q), and its coefficients, (q, F)."""
+    columns, coefficients = [], []
+    for code in np.unique(panel):
+        rows = np.flatnonzero(panel == code)
+        others = _others(depth[rows], covariates[rows])
+        coefficients.append(_coefficients(others, x[rows]))
+        columns.append(np.zeros((len(panel), others.shape[1])))
+        columns[-1][rows] = others
+    return np.concatenate(columns, 1), np.concatenate(coefficients)
+
+
+def _nuisance(x: sp.csr_array, depth: Array, covariates: Array, measured: NDArray[np.bool_]) -> Array:
+    """Coefficients of depth and covariates in all cells, (q, F), of the features that all panels have."""
+    return np.where(measured.all(0), _coefficients(_others(depth, covariates), x)[1:], 0.0)
+
+
+def _coefficients(others: Array, x: sp.csr_array) -> Array:
+    found: Array = np.linalg.lstsq(others.T @ others, others.T @ x, rcond=1e-8)[0]
+    return found
 
 
 def _others(depth: Array, covariates: Array) -> Array:
@@ -133,11 +179,11 @@ def _largest(x: sp.csr_array, others: Array, fitted: Array, most: int) -> tuple[
     return values[order], vectors[order]
 
 
-def _above_noise(eigenvalues: Array, n: int, n_features: int) -> tuple[int, float]:
-    """Number of eigenvalues above the bound of noise, and its variance, when the mean square is 1."""
+def _above_noise(eigenvalues: Array, n: int, n_features: int, total: float) -> tuple[int, float]:
+    """Number of eigenvalues above the bound of noise, and its variance, when a cell's squares add up to ``total``."""
     k, level = 0, 1.0
     for _ in range(len(eigenvalues)):
-        level = max((n_features - eigenvalues[:k].sum()) / max((n_features - k) * (1 - k / n), 1e-3), 1e-3)
+        level = max((total - eigenvalues[:k].sum()) / max((total - k) * (1 - k / n), 1e-3), 1e-3)
         bound = _MARGIN * level * (1 + np.sqrt(n_features / n)) ** 2
         found = int((eigenvalues > bound).sum())
         if found == k:

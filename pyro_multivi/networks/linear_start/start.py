@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from pyro_multivi.networks.linear_start.weights import (
     start_first_layer,
     start_readout,
 )
+from pyro_multivi.networks.panels import measured_share
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -41,9 +42,11 @@ class _Part(NamedTuple):
 
     modality: Modality
     places: NDArray[np.int64]  # of these cells among all that are read, (n,)
-    depth: Array  # (n,)
+    depth: Array  # (n,), of all features
     inputs: sp.csr_array
     counts: sp.csr_array
+    measured: NDArray[np.bool_]  # features of each panel, (P, F)
+    panel: NDArray[np.int64]  # of each cell, (n,)
     found: Components
 
 
@@ -52,10 +55,10 @@ def start_linearly(program: Any, train: Minibatches) -> int:
     """Set weights of encoders and decoders; return the number of dimensions of z that they use.
 
     Nothing is set, and 0 returned, with extra modalities; if loadings are no longer where construction put them, at
-    zero; for networks of other classes than those of this package or with batch normalisation; for programs with an
-    ``expression`` or ``accessibility`` of their own, of which z may have to hold more; for
-    ``latent_distribution="ln"``; where features are masked by batch; with fewer than fifty cells of a modality, or
-    fifty that have both; and if no component lies above the noise, of each modality where cells lack one.
+    zero; for networks of other classes than those of this package, with batch normalisation or with frozen weights; for
+    programs with an ``expression`` or ``accessibility`` of their own, of which z may have to hold more; with fewer than
+    fifty cells of a modality, or fifty that have both; and if no component lies above the noise, of each modality where
+    cells lack one.
 
     Parameters
     ----------
@@ -63,11 +66,10 @@ def start_linearly(program: Any, train: Minibatches) -> int:
         Cells to train on; some thousand of them are read.
     """
     config, modalities = program.config, modelled(program.config)
-    if config.extra or config.latent_distribution != "normal" or config.use_batch_norm != "none":
+    if config.extra or config.use_batch_norm != "none":
         return 0
-    for modality in modalities:
-        if modality.panels_in(train.table) is not None or not _is_as_constructed(program, modality):
-            return 0
+    if not all(_is_as_constructed(program, modality) for modality in modalities):
+        return 0
     index = _some(train, modalities)
     cells = train.cut(index)
     measured = [modality.measured_in(cells).cpu().numpy() for modality in modalities]
@@ -112,12 +114,12 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
             of_alone = model.covariance([place])
             wanted = model.evidence(place, part.found.scores) @ of_alone
             start_expert(alone, _hidden(program, minibatches, key, alone), wanted, np.diag(of_alone))
-        of_cells = group[part.places], mean[part.places], covariance[part.places]
-        effects = effects_on_means(part.counts, part.depth, *of_cells, _overdispersion(program, part))
+        effects = _effects(program, part, group[part.places], mean[part.places], covariance[part.places])
         decoder = getattr(program, f"{part.modality.name}_decoder")
         layer = getattr(decoder, part.modality.decoded)
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())
-        start_readout(decoder.stack, layer, design, effects / slope[:, None], program.config.latent)
+        hidden = _decoder_hidden(program, decoder.stack)
+        start_readout(hidden, layer, design, effects / slope[:, None], program.config.latent)
     logger.info("training starts from %d dimensions of a linear model", model.n_latent)
     return model.n_latent
 
@@ -146,11 +148,29 @@ def _posterior(model: Factors, parts: list[_Part], n: int) -> tuple[Array, Array
     return np.einsum("nk,nkl->nl", evidence, covariance), covariance
 
 
+def _effects(program: Any, part: _Part, group: NDArray[np.int64], mean: Array, covariance: Array) -> Array:
+    """Change of the log mean of each feature with z, (F, K), from the cells in which it was measured."""
+    effects: Array = np.zeros((part.counts.shape[1], mean.shape[1]))
+    # Features that the same panels have are read from the same cells.
+    patterns, pattern = np.unique(part.measured, axis=1, return_inverse=True)
+    theta = _inverse_dispersion(program, part)
+    for code, of_panels in enumerate(patterns.T):
+        cells, features = np.flatnonzero(of_panels[part.panel]), np.flatnonzero(pattern.ravel() == code)
+        if not len(cells):
+            continue
+        counts = part.counts[cells][:, features]
+        overdispersion = 1 + np.asarray(counts.mean(0)).ravel() / theta[features]
+        of_cells = part.depth[cells], group[cells], mean[cells], covariance[cells]
+        effects[features] = effects_on_means(counts, *of_cells, overdispersion)
+    return effects
+
+
 def _is_as_constructed(program: Any, modality: Modality) -> bool:
     decoder = getattr(program, f"{modality.name}_decoder", None)
     layer, stack = getattr(decoder, modality.decoded, None), getattr(decoder, "stack", None)
     decode = getattr(type(program), modality.name)
     experts = [f"{modality.key}_expert"] + [f"{modality.key}_alone_expert"] * program.config.fully_paired
+    networks = [decoder, *(getattr(program, name, None) for name in (f"{modality.key}_first_layer", *experts))]
     return (
         decode.__module__.startswith("pyro_multivi.")
         and isinstance(layer, torch.nn.Linear)
@@ -159,6 +179,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
         and all(_is_linear_head(getattr(program, name, None)) for name in experts)
+        and all(value.requires_grad for network in networks for value in network.parameters())
     )
 
 
@@ -187,10 +208,16 @@ def _part(program: Any, cells: Cells, modality: Modality, measured: NDArray[np.b
     counts = _csr(modality.counts_in(cells))[places]
     if modality.in_model(program.config).binary:
         counts.data[:] = 1.0
-    inputs = _csr(program.rna_input(cells.x) if modality is RNA else program.atac_input(cells.y))[places]
+    panels = modality.panels_in(cells)
     depth: Array = np.asarray(counts.sum(1), dtype=np.float64).ravel()
-    found = components(inputs, depth, design[places], program.config.latent)
-    return _Part(modality, places, depth, inputs, counts, found)
+    of_panels, options = (np.ones((1, counts.shape[1]), dtype=bool), np.zeros(len(places), dtype=np.int64)), {}
+    if panels is not None:
+        share: Any = measured_share(program, cells, modality)
+        of_panels = panels.measured.cpu().numpy(), panels.code.cpu().numpy()[places]
+        depth, options = depth / share.cpu().double().numpy()[places], {"share": share}
+    inputs = _csr(program.rna_input(cells.x, **options) if modality is RNA else program.atac_input(cells.y))[places]
+    found = components(inputs, depth, design[places], program.config.latent, *of_panels)
+    return _Part(modality, places, depth, inputs, counts, *of_panels, found)
 
 
 def _hidden(program: Any, minibatches: list[Cells], key: str, expert: NormalHead) -> Tensor:
@@ -199,13 +226,17 @@ def _hidden(program: Any, minibatches: list[Cells], key: str, expert: NormalHead
     return torch.cat([expert.stack(state.hidden, state.s) for state in states])
 
 
-def _overdispersion(program: Any, part: _Part) -> Array:
-    """Variance of a count over its mean at the mean count, (F,)."""
-    mean = np.asarray(part.counts.mean(0)).ravel()
+def _decoder_hidden(program: Any, stack: CovariateStack) -> Callable[[Tensor, Tensor], Tensor]:
+    """Last hidden layer of a decoder, (n, H), as a function of z and s."""
+    return lambda z, s: stack(program.transform(z), s)
+
+
+def _inverse_dispersion(program: Any, part: _Part) -> Array:
+    """Square of the mean count over that by which the variance exceeds it, (F,)."""
     if part.modality is RNA and hasattr(program, "log_theta"):
-        theta = program.log_theta.detach().exp().mean(0).cpu().double().numpy()
-        return 1 + mean / theta
-    return np.ones_like(mean)
+        theta: Array = program.log_theta.detach().exp().mean(0).cpu().double().numpy()
+        return theta
+    return np.full(part.counts.shape[1], np.inf)
 
 
 def _slope(program: Any, modality: Modality, logit: Array) -> Array:

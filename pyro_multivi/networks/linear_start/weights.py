@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
-from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.networks.linear_start.components import Array, Components
 
 # Ridge penalty of the maps out of hidden layers, relative to the mean square of their units.
@@ -46,13 +46,18 @@ def start_expert(expert: NormalHead, hidden: Tensor, mean: Array, variance: Arra
     _copy(expert.log_variance.bias[:k], np.log(variance.clip(_LEAST_VARIANCE)))
 
 
-def start_readout(stack: CovariateStack, layer: nn.Linear, design: Array, effects: Array, n_latent: int) -> None:
-    """Let the logits of a decoder's last layer move by ``effects``, (F, k), with the first dimensions of z."""
+def start_readout(
+    hidden_of: Callable[[Tensor, Tensor], Tensor], layer: nn.Linear, design: Array, effects: Array, n_latent: int
+) -> None:
+    """Let the logits of a decoder's last layer move by ``effects``, (F, k), with the first dimensions of z.
+
+    ``hidden_of`` is the layer's input, (n, H), as a function of z and s.
+    """
     rng = np.random.default_rng(0)
     like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     z = rng.standard_normal((_DRAWS, n_latent))
     s = design[rng.integers(0, len(design), _DRAWS)]
-    hidden: Array = stack(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
+    hidden: Array = hidden_of(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
     coefficients = _ridge(hidden, z[:, : effects.shape[1]])
     weight: Array = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
     layer.weight.add_(torch.as_tensor(weight, **like))
@@ -89,6 +94,8 @@ def effects_on_means(
         score = score - np.outer(total / max(depth[of_group].sum(), 1e-12), depth[of_group] @ mean[of_group])
         share += total
     share /= max(depth.sum(), 1e-12)
+    if not share.any():
+        return np.zeros_like(score)
     information = (mean * depth[:, None]).T @ mean + np.tensordot(depth, covariance, 1)
     inverse = np.linalg.inv(information + 1e-9 * np.trace(information) * np.eye(len(information)))
     per_share = 1 / share.clip(min=1e-12)
