@@ -55,11 +55,15 @@ def equal_weights(weight: float = 1.0) -> Iterator[None]:
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on gradients that raises an error when they are differentiated."""
+    """Identity on gradients that raises an error when they are differentiated.
+
+    It depends on ``n`` tensors, all that the gradients are functions of: ``torch.autograd.grad`` visits no node that
+    does not lead to what it differentiates by, and would take the second derivatives for 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
+    def forward(ctx: Any, n: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in tensors[n:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -112,10 +116,9 @@ class Pending:
 
 def backward(ctx: Any, upstream: Tensor) -> Gradients:
     """Backward pass of a function that left its :class:`Pending` on the context."""
-    ctx.saved_tensors  # noqa: B018  raises if an input was changed in place since the forward pass
+    inputs: Gradients = ctx.saved_tensors  # raises if an input was changed in place since the forward pass
     with torch.no_grad():
         gradients: Gradients = ctx.pending.gradients(upstream)
     if torch.is_grad_enabled():
-        anchor = torch.zeros((), device=upstream.device, requires_grad=True)
-        gradients = _FirstOrderOnly.apply(anchor, *gradients)
+        gradients = _FirstOrderOnly.apply(len(inputs) + 1, *inputs, upstream, *gradients)
     return gradients

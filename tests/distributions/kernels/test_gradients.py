@@ -63,12 +63,29 @@ def test_bfloat16_products_are_close_to_float32(case: Any) -> None:
         assert (again - gradient).norm() < 0.03 * gradient.norm(), name
 
 
-def test_second_derivatives_are_refused(case: Any) -> None:
-    inputs = case.inputs(B)
-    total = case.build(inputs).log_prob(SparseCounts.from_dense(case.value(B))).sum()
-    (first,) = torch.autograd.grad(total, inputs["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivatives; give the distribution readout.dense\(\)"):
-        (first.sum() + inputs["hidden"].sum()).backward()
+@pytest.mark.parametrize("by", ["backward", "grad", "hessian", "weights"])
+def test_second_derivatives_are_refused(case: Any, by: str) -> None:
+    inputs, x = case.inputs(B), SparseCounts.from_dense(case.value(B))
+    for name in inputs:
+        with pytest.raises(RuntimeError, match=r"no second derivatives; give the distribution readout.dense\(\)"):
+            _second_derivative(case, inputs, x, name, by)
+
+
+def _second_derivative(case: Any, inputs: dict[str, Tensor], x: SparseCounts, name: str, by: str) -> None:
+    value, weights = inputs[name], torch.ones(B, requires_grad=True)
+
+    def weighted(changed: Tensor) -> Tensor:
+        result: Tensor = (weights * case.build({**inputs, name: changed}).log_prob(x)).sum()
+        return result
+
+    if by == "hessian":
+        torch.autograd.functional.hessian(lambda changed: weighted(changed.tanh()), value.detach())
+        return
+    (first,) = torch.autograd.grad(weighted(value), value, create_graph=True)
+    if by == "backward":
+        (first.sum() + value.sum()).backward()
+    else:
+        torch.autograd.grad(first.sum(), weights if by == "weights" else value)
 
 
 def test_repeated_backward_and_frozen_inputs(case: Any) -> None:
