@@ -9,7 +9,6 @@ from typing import Any
 import scipy.sparse
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyro_multivi.data.sparse import SparseCounts
@@ -157,23 +156,40 @@ class _SparseMatmul(torch.autograd.Function):
         return _bag(weight, counts.col, counts.crow, counts.val)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        by_feature = ctx.counts.by_feature()
-        grad = grad.contiguous()
-        if grad.device.type != "cpu":
-            # All at once: the host would wait for a GPU to know where the blocks begin.
-            return _bag(grad, by_feature.row, by_feature.start, by_feature.val), None
-        shape = tuple(ctx.shape)
-        made = POOL.take(shape, grad.dtype, grad.device)
-        edges = by_feature.start[::_FEATURES_AT_A_TIME].tolist()
-        for block, first in enumerate(range(0, shape[0], _FEATURES_AT_A_TIME)):
-            last = min(first + _FEATURES_AT_A_TIME, shape[0])
-            begin = edges[block]
-            end = edges[block + 1] if block + 1 < len(edges) else len(by_feature.row)
-            start = by_feature.start[first : last + 1] - begin
-            made[first:last] = _bag(grad, by_feature.row[begin:end], start, by_feature.val[begin:end])
-        return made, None
+        # Only gradients that are differentiated themselves need a node of the graph.
+        form = _WeightGradient.apply if torch.is_grad_enabled() else _weight_gradient
+        return form(grad, ctx.counts, tuple(ctx.shape)), None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Gradient of a weight, which is linear in that of the product."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, counts: SparseCounts, shape: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        return _weight_gradient(grad, counts, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _SparseMatmul.apply(grad, ctx.counts), None, None
+
+
+def _weight_gradient(grad: Tensor, counts: SparseCounts, shape: tuple[int, ...]) -> Tensor:
+    by_feature = counts.by_feature()
+    grad = grad.contiguous()
+    if grad.device.type != "cpu":
+        # All at once: the host would wait for a GPU to know where the blocks begin.
+        return _bag(grad, by_feature.row, by_feature.start, by_feature.val)
+    made = POOL.take(shape, grad.dtype, grad.device)
+    edges = by_feature.start[::_FEATURES_AT_A_TIME].tolist()
+    for block, first in enumerate(range(0, shape[0], _FEATURES_AT_A_TIME)):
+        last = min(first + _FEATURES_AT_A_TIME, shape[0])
+        begin = edges[block]
+        end = edges[block + 1] if block + 1 < len(edges) else len(by_feature.row)
+        start = by_feature.start[first : last + 1] - begin
+        made[first:last] = _bag(grad, by_feature.row[begin:end], start, by_feature.val[begin:end])
+    return made
 
 
 def _bag(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:

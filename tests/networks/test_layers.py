@@ -80,6 +80,22 @@ def test_two_uses_of_one_layer_in_one_graph_add_up():
 # ---------------------------------------------------------------------- normalisation
 
 
+def test_second_derivatives_of_a_first_layer_are_those_of_a_dense_product():
+    sparse, dense = sparse_and_dense(4, 5)
+    weight = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
+    layer = CountsLinear(5, 2).double()
+
+    def total(counts):
+        def of(weight):
+            return torch.func.functional_call(layer, {"weight": weight}, (counts,)).tanh().sum()
+
+        return of
+
+    found, expected = (torch.autograd.functional.hessian(total(counts), weight) for counts in (sparse, dense.double()))
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected)
+
+
 def test_batch_norm_is_torchs_for_a_minibatch():
     ours, theirs = BatchNorm(4, momentum=0.01, eps=1e-3), nn.BatchNorm1d(4, momentum=0.01, eps=1e-3)
     for _ in range(3):
