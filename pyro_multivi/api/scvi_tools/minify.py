@@ -62,7 +62,8 @@ class MinifyMixin(ModelBase):
         Raises
         ------
         ValueError
-            If the data are a MuData, are minified already, or the model's guide is one of your own.
+            If the data are a MuData, are minified already, or the model's guide is one of your own: with other
+            latents, or another family of the posterior of z, l or d.
 
         Examples
         --------
@@ -95,7 +96,7 @@ class MinifyMixin(ModelBase):
         Raises
         ------
         ValueError
-            If the data are an AnnData, are minified already, or the model's guide is one of your own.
+            If the data are an AnnData, are minified already, or the model's guide is one of your own, as above.
         """
         self._minify(minified_data_type, "minify_mudata")
 
@@ -119,7 +120,10 @@ class MinifyMixin(ModelBase):
                 "alone would not be all of it. Keep the data as they are."
             )
         cells = Minibatches(table, torch.arange(len(table)), batch_size=PREDICTION_BATCH, device=self.device)
-        posterior = posterior_to_store(self.program, cells)
+        try:
+            posterior = posterior_to_store(self.program, cells)
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}") from None
         data = _without_counts(self.adata, kept=self.spec.setup.protein_key)
         data.obsm[OBSM_KEY] = posterior
         data.obs[OBSERVED_LIBRARY] = _rna_totals(self.adata, self.spec.setup)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,11 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
     """All that posterior quantities need of some cells in place of their counts, (n, P).
 
     It is read back by :func:`pyro_multivi.data.minified.layout.stored_part`.
+
+    Raises
+    ------
+    ValueError
+        If the posterior of z, l or d is of a family of which two numbers are not all.
     """
     rows = []
     for minibatch in cells:
@@ -113,6 +118,7 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
             nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
             hidden = program.encode(minibatch, minibatch.design)
             experts = program.experts_alone(minibatch, minibatch.design, hidden)
+        _check_families(program, minibatch, nodes)
         n, stored = len(minibatch), {}
         stored["measured"] = torch.stack([modality.measured_in(minibatch) for modality in MODALITIES], -1).float()
         stored["total"] = torch.stack([depth(program, minibatch, modality) for modality in MODALITIES], -1)
@@ -128,7 +134,7 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
         if isinstance(fn, (LogitNormal, dist.LogNormal)):
             stored["factor"], stored[FACTOR_SD] = fn.loc[:, None], fn.scale[:, None]
         normal = normal_in(nodes["z"]["fn"])
-        assert normal is not None
+        assert normal is not None  # by _check_families
         stored["z"] = torch.cat([normal.loc, normal.scale], -1)
         for modality in MODALITIES:
             expert = experts.get(modality.name)
@@ -136,6 +142,32 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
             stored[modality.name] = torch.cat(parts if expert is None else (expert.loc, expert.scale), -1)
         rows.append(packed(stored))
     return np.concatenate(rows)
+
+
+def _check_families(program: MultiVIProgram, cells: Cells, nodes: Mapping[str, Any]) -> None:
+    """Refuse a guide whose posterior would not be read back as what it is."""
+    of_factor = dist.LogNormal if program.config.counts_fragments else LogitNormal
+    allowed = {
+        "z": "Normal(...).to_event(1)",
+        RNA.depth: "LogNormal" if program.config.library == "latent" else "Delta",
+        ATAC.depth: f"{of_factor.__name__} or Delta",
+    }
+    for name, family in allowed.items():
+        if name not in nodes:
+            continue
+        fn = nodes[name]["fn"]
+        if name == "z":
+            kept = normal_in(fn) is not None
+        elif name == RNA.depth:
+            kept = isinstance(fn, dist.LogNormal if program.config.library == "latent" else dist.Delta)
+        else:
+            kept = isinstance(fn, dist.Delta if cells.atac_size is not None else (of_factor, dist.Delta))
+        if not kept:
+            found = type(fn.base_dist if isinstance(fn, dist.Independent) else fn).__name__
+            raise ValueError(
+                f"The guide of {type(program).__name__} has a {found} for {name!r}, of which minified data keep mean "
+                f"and standard deviation alone: they can hold {family}. Keep the data as they are."
+            )
 
 
 def depth_factors(program: MultiVIProgram, cells: Iterable[Cells]) -> dict[str, NDArray[np.float32]]:

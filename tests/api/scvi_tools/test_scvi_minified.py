@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -177,6 +178,56 @@ def test_a_guide_of_ones_own_is_not_minified():
     _, model = made(program_class=Own)
     with pytest.raises(ValueError, match="minify_adata: Own has a guide_extra of its own"):
         model.minify_adata()
+
+
+class GammaLibrary(MultiVIProgram):
+    """q(l) is a Gamma."""
+
+    def library_posterior(self, cells, s, hidden):
+        q = super().library_posterior(cells, s, hidden)
+        return dist.Gamma(q.scale**-2, q.scale**-2 / q.loc.exp())
+
+
+class BetaFactor(MultiVIProgram):
+    """q(d) is a Beta."""
+
+    def cell_factor_posterior(self, cells, s, hidden):
+        q = super().cell_factor_posterior(cells, s, hidden)
+        d, n = q.loc.sigmoid(), 20 / q.scale
+        return dist.Beta(n * d, n * (1 - d))
+
+
+class LogNormalFactor(MultiVIProgram):
+    """q(d) is a LogNormal, of the family that fragments have."""
+
+    def cell_factor_posterior(self, cells, s, hidden):
+        q = super().cell_factor_posterior(cells, s, hidden)
+        return dist.LogNormal(q.loc.sigmoid().log(), 0.01 * q.scale)
+
+
+class CorrelatedState(MultiVIProgram):
+    """q(z) is of a family that may have a covariance."""
+
+    def mix(self, experts):
+        loc, scale = self.averaged(experts)
+        return dist.MultivariateNormal(loc, scale_tril=scale.diag_embed())
+
+
+@pytest.mark.parametrize(
+    ("program_class", "says"),
+    [
+        (GammaLibrary, r"minify_adata: The guide of GammaLibrary has a Gamma for 'l', .* can hold LogNormal\. Keep"),
+        (BetaFactor, "a Beta for 'd', .* can hold LogitNormal or Delta"),
+        (LogNormalFactor, "a LogNormal for 'd', .* can hold LogitNormal or Delta"),
+        (CorrelatedState, r"a MultivariateNormal for 'z', .* can hold Normal\(\.\.\.\)"),
+    ],
+)
+def test_a_posterior_of_another_family_is_not_minified(program_class, says):
+    data, model = made(program_class=program_class)
+    with pytest.raises(ValueError, match=says):
+        model.minify_adata()
+    assert model.adata is data
+    assert model.minified_data_type is None
 
 
 def test_minified_data_and_saved_models(minified, tmp_path):
