@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -131,13 +132,13 @@ def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
             share = 1.0 if is_of_cells(site) else len(cells) / cells.n_total
             terms.kl[name] = share * _total(kl(guide_trace.nodes[name], site), site)
         else:
-            terms.log_likelihood[name] = _total(site["unscaled_log_prob"], site)
-            terms.n_measured[name] = cells.measured(name).sum().double()
+            terms.log_likelihood[name] = _total(log_density(site), site)
+            terms.n_measured[name] = measured_at(name, site, cells).sum().double()
     for name in TRAINING_SITES:
         if name in guide_trace.nodes:
             # A factor in the guide counts as minus log q: adding it raises the loss.
             site = guide_trace.nodes[name]
-            terms.training[name] = _total(site["unscaled_log_prob"], site)
+            terms.training[name] = _total(log_density(site), site)
     return terms
 
 
@@ -171,10 +172,26 @@ def is_deterministic(site: Any) -> bool:
     return bool((site["infer"] or {}).get("_deterministic", False))
 
 
+def log_density(site: Any) -> Tensor:
+    """Log probability of a site at its value, 0 where :func:`pyro.poutine.mask` hides it, without the plates' scale."""
+    values: Tensor = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+    return values
+
+
+def measured_at(name: str, site: Any, cells: Cells) -> Tensor:
+    """Whether an observed site was measured, and is not hidden by a mask, in each cell, (B,), bool."""
+    measured, mask = cells.measured(name), site["mask"]
+    if mask is None:
+        return measured
+    seen = torch.as_tensor(mask, device=measured.device)
+    return measured & seen.expand(*seen.shape[:-1], len(measured)).reshape(-1, len(measured)).any(0)
+
+
 def kl(guide_site: Any, model_site: Any) -> Tensor:
-    """KL(q | p) of each draw and cell, in closed form where there is one, else at the draw."""
+    """KL(q | p) of each draw and cell, in closed form if there is one, else at the draw; masked as in Pyro's ELBOs."""
     try:
-        return kl_divergence(guide_site["fn"], model_site["fn"])
+        closed = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
-        difference: Tensor = guide_site["unscaled_log_prob"] - model_site["unscaled_log_prob"]
-        return difference
+        return log_density(guide_site) - log_density(model_site)
+    masked: Tensor = scale_and_mask(closed, mask=guide_site["mask"])
+    return masked

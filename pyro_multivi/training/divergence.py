@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import is_of_cells, random_sites
+from pyro_multivi.traces import is_of_cells, log_density, random_sites
 
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.
@@ -180,7 +180,7 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
         model_trace.compute_log_prob()
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in random_sites(trace).items():
-            bad = _bad_cells(site["unscaled_log_prob"])
+            bad = _bad_cells(log_density(site))
             if len(bad) and not is_of_cells(site):
                 return _error(epoch, place, f"site {name!r} of the {role}, which all cells share, is not finite")
             if len(bad):

@@ -273,6 +273,18 @@ def test_renyi_bounds_are_power_means_of_the_weights(recipes, alpha):
     assert loss.item() == pytest.approx(-2 * bound.sum(), rel=1e-5)
 
 
+def test_the_bound_heeds_masks(recipes):
+    model, guide, cells = gaussian(torch.tensor([-1.0, 0.0, 2.0]))
+    shown = torch.tensor([True, False, True])
+    losses = []
+    for elbo in (recipes.CellRenyiELBO(num_particles=1), Trace_ELBO()):
+        torch.manual_seed(2)
+        with poutine.mask(mask=shown):
+            losses.append(elbo.differentiable_loss(model, guide, cells).item())
+    # The cells of the recipe stand for twice as many.
+    assert losses[0] == pytest.approx(2 * losses[1])
+
+
 def test_one_particle_is_the_elbo(recipes, randomised, stained):
     program = randomised(recipes.MixturePrior)
     losses = []

@@ -22,7 +22,7 @@ from pyro_multivi.posterior.calibration.last_layer import Decoded, Evidence, Las
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.replicates import hide
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode
+from pyro_multivi.traces import evaluation_mode, log_density
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -173,7 +173,7 @@ def _mean_log_likelihood(
                 latents = latents.at("z", others["z"]["value"])
             model = model_trace(program.model, cells, latents)
             model.compute_log_prob()
-            total += float(model.nodes[modality.counts]["unscaled_log_prob"].mean(0).double().sum())
+            total += float(log_density(model.nodes[modality.counts]).mean(0).double().sum())
     return total / len(index)
 
 

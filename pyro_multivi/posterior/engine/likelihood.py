@@ -21,7 +21,15 @@ from pyro_multivi.posterior.engine.draws import Latents, draw_latents, model_tra
 from pyro_multivi.posterior.engine.readings import READINGS
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import TRAINING_SITES, evaluation_mode, is_of_cells, kl, random_sites
+from pyro_multivi.traces import (
+    TRAINING_SITES,
+    evaluation_mode,
+    is_of_cells,
+    kl,
+    log_density,
+    measured_at,
+    random_sites,
+)
 
 #: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
 LIKELIHOOD_ROWS = 1024
@@ -73,8 +81,8 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
             model, guide = scored_traces(program, cells, latents)
             for name, site in _sites(model):
                 if site["is_observed"]:
-                    found[f"log_likelihood {name}"] = site["unscaled_log_prob"].double().mean(0)
-                    found[f"measured {name}"] = cells.measured(name)
+                    found[f"log_likelihood {name}"] = log_density(site).double().mean(0)
+                    found[f"measured {name}"] = measured_at(name, site, cells)
                 else:
                     found[f"kl {name}"] = kl(guide.nodes[name], site).double().mean(0)
         return {name: values.cpu().numpy() for name, values in found.items()}
@@ -174,8 +182,8 @@ def log_weights(model: Trace, guide: Trace) -> Tensor:
     """log p(counts, latents) - log q(latents), (S, B), in double precision: S terms of like size are added."""
     total = torch.zeros((), dtype=torch.float64)
     for _, site in _sites(model):
-        total = total + site["unscaled_log_prob"].double()
+        total = total + log_density(site).double()
     for name, site in guide.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and name not in TRAINING_SITES:
-            total = total - site["unscaled_log_prob"].double()
+            total = total - log_density(site).double()
     return total

@@ -19,7 +19,7 @@ from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_DRAWS, cells_for
 from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate, where_measured
 from pyro_multivi.processes.shares import Arrays, by_minibatch
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode, random_sites
+from pyro_multivi.traces import evaluation_mode, log_density, random_sites
 
 
 def inference_data(
@@ -118,7 +118,7 @@ def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) ->
             trace.compute_log_prob()
             for name, node in random_sites(trace).items():
                 if node["is_observed"]:
-                    parts.setdefault(("log_likelihood", name), []).append(node["unscaled_log_prob"])
+                    parts.setdefault(("log_likelihood", name), []).append(log_density(node))
                     continue
                 event_shape = node["value"].shape[node["value"].dim() - node["fn"].event_dim :]
                 value = node["value"].expand(size, len(cells), *event_shape)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import scipy.special
 import scipy.stats
 import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_multivi import MultiVIProgram
+from pyro_multivi.posterior.calibration.fit_scale import gradients
 from pyro_multivi.posterior.engine.likelihood import elbo_parts, marginal_likelihood
-from pyro_multivi.traces import measure
+from pyro_multivi.traces import TRAINING_SITES, measure
 
 SIZES = {"n_genes": 4, "n_regions": 5}
 
@@ -179,6 +184,82 @@ def test_cells_that_share_a_latent_have_no_likelihood_of_their_own(make_program,
         ValueError, match="The model shares 'level' among cells, so that cells have no likelihood of their own"
     ):
         elbo_parts(Shared(make_program().config), [make_cells()])
+
+
+class Masked(MultiVIProgram):
+    """Hides every third cell from model and guide; in some others a number is observed, by Pyro's obs_mask."""
+
+    def shown(self, cells):
+        return poutine.mask(mask=cells.index % 3 > 0)
+
+    def model(self, cells):
+        with self.shown(cells):
+            super().model(cells)
+
+    def guide(self, cells):
+        with self.shown(cells):
+            super().guide(cells)
+
+    def observe_extra(self, cells, z, s):
+        of_number = dist.Normal(z.sum(-1), 1.0)
+        pyro.sample("number", of_number, obs=torch.full((len(cells),), 7.0).to(z), obs_mask=cells.index % 2 > 0)
+
+    def guide_extra(self, cells, s):
+        with poutine.mask(mask=cells.index % 2 == 0):
+            pyro.sample("number_unobserved", dist.Normal(s.new_zeros(len(cells)), 2.0))
+
+
+@pytest.fixture
+def masked(make_program):
+    def make(program_class=Masked):
+        plain = make_program(torch.float64)
+        program = program_class(plain.config).double().eval()
+        program.load_state_dict(plain.state_dict())
+        return program
+
+    return make
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO()], ids=["at the draw", "in closed form"])
+def test_masks_of_pyro_count_as_in_its_elbos(masked, make_cells, elbo, monkeypatch):
+    program, cells = masked(), make_cells(dtype=torch.float64)
+    if isinstance(elbo, Trace_ELBO) and not isinstance(elbo, TraceMeanField_ELBO):
+
+        def no_closed_form(q, p):
+            raise NotImplementedError
+
+        monkeypatch.setattr("pyro_multivi.traces.kl_divergence", no_closed_form)
+    torch.manual_seed(0)
+    terms = measure(program, cells)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = -elbo.loss(program.model, poutine.block(program.guide, hide=list(TRAINING_SITES)), cells)
+    assert terms.elbo * cells.n_total / len(cells) == pytest.approx(expected, rel=1e-9)
+    shown, observed = cells.index % 3 > 0, cells.index % 2 > 0
+    assert terms.n_measured["x"] == (cells.has_rna & shown).sum()
+    assert terms.n_measured["number_observed"] == (observed & shown).sum()
+    parts = elbo_parts(program, [cells], 3)
+    assert not parts.elbo[~shown].any()
+    np.testing.assert_array_equal(parts.measured["number_observed"], observed & shown)
+    assert not marginal_likelihood(program, [cells], 3).log_likelihood[~shown].any()
+
+
+def test_masks_of_pyro_leave_other_cells_as_they_are(masked, make_cells):
+    class Shown(Masked):
+        def shown(self, cells):
+            return nullcontext()
+
+    cells = make_cells(dtype=torch.float64)
+    shown = (cells.index % 3 > 0).numpy()
+    hidden, whole = masked(), masked(Shown)
+    elbos = [elbo_parts(program, [cells], 3).elbo for program in (hidden, whole)]
+    evidence = [marginal_likelihood(program, [cells], 3).log_likelihood for program in (hidden, whole)]
+    for found, expected in (elbos, evidence):
+        np.testing.assert_allclose(found[shown], expected[shown])
+    # What calibration differentiates is the same density.
+    (_, found), (_, expected) = (gradients(program, cells, ["z"])["z"] for program in (hidden, whole))
+    torch.testing.assert_close(found[:, shown], expected[:, shown])
+    assert not found[:, ~shown].any()
 
 
 def test_observed_and_known_depths(make_program, make_cells):
