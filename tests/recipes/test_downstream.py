@@ -98,6 +98,23 @@ def test_predicted_proteins_are_draws_of_the_likelihood(recipes, fitted):
     assert (parts.log_likelihood["protein"][~measured.numpy()] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["Protein", "PoissonFragments"])
+def test_queries_are_mapped_onto_a_recipe(recipes, fitted, name):
+    model = fitted(getattr(recipes, name))
+    cells = model.adata[:20].copy()
+    cells.obs["batch"] = "new"
+    query = pm.MULTIVI.load_query_data(cells, model)
+    query.train(1, progress_bar=False)
+    latent = query.get_latent_representation()
+    assert np.isfinite(latent).all()
+    # A cell's state is that of the reference, but for what the batch does to it.
+    of_reference = model.get_latent_representation(indices=np.arange(20))
+    assert np.corrcoef(latent.ravel(), of_reference.ravel())[0, 1] > 0.9
+    if name == "Protein":
+        drawn = draw(query.program, query.minibatch(), ("protein",), n_samples=2)["protein"]
+        assert drawn.shape == (2, 20, 4)
+
+
 def test_replicates_of_fragments_are_open_at_the_rate_of_the_model(recipes, fitted):
     model = fitted(recipes.PoissonFragments)
     cells = model.minibatch()

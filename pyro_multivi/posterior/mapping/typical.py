@@ -8,7 +8,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality, modelled
 from pyro_multivi.networks.panels import typical_buffer
 from pyro_multivi.program import MultiVIProgram
@@ -79,4 +79,9 @@ def _cells(program: MultiVIProgram, start: int, n_batch: int) -> Cells:
         parts[modality.mask] = everywhere
     label = index % config.n_labels if config.n_labels else None
     size = like.new_ones(len(index)) if config.library == "size_factor" else None
+    # Statements of extra modalities read them, although nothing is observed.
+    nowhere = torch.zeros_like(everywhere)
+    parts["extra"] = {
+        name: Measurement(like.new_zeros(len(index), width), nowhere) for name, width in config.extra.items()
+    }
     return Cells(index=index, n_total=len(index), design=design, label=label, rna_size=size, **parts)
