@@ -126,7 +126,7 @@ class MultiVIProgram(ProgramModules):
                 pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows, cells.rna_panels), obs=cells.x)
             if self.config.n_regions:
                 p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
-                d = pyro.sample("d", self.cell_factor_prior(cells))
+                d = pyro.sample("d", self.cell_factor_prior(cells, s))
                 y = self.accessibility_dist(p, d, r)
                 pyro.sample("y", measured_only(y, cells.has_atac, cells.atac_rows, cells.atac_panels), obs=cells.y)
             self.observe_extra(cells, z, s)
@@ -210,12 +210,12 @@ class MultiVIProgram(ProgramModules):
         p: Tensor = self.accessibility_decoder(self.transform(z), s)
         return p
 
-    def cell_factor_prior(self, cells: Cells) -> dist.TorchDistribution:
+    def cell_factor_prior(self, cells: Cells, s: Tensor) -> dist.TorchDistribution:
         """d ~ LogitNormal of the batch, or of fragments LogNormal; known factors as they are."""
         if cells.atac_size is not None:
             return dist.Delta(cells.atac_size)
         prior = factors.fragments_prior if self.config.counts_fragments else factors.factor_prior
-        return prior(self, cells.design)
+        return prior(self, s)
 
     def region_factors(self) -> Tensor | None:
         """r, (M,), in (0, 1), or a rate of fragments; None stands for 1.
@@ -334,12 +334,12 @@ class MultiVIProgram(ProgramModules):
         if known is not None:
             return dist.Delta(known)
         assert hidden.rna is not None
-        state = self.depth_hidden_state(hidden.rna)
-        return factors.depth_posterior(self.library_head, state, self.rna_log_depth, *self.library_moments(s))
+        prior, state = factors.library_prior(self, cells, s), self.depth_hidden_state(hidden.rna)
+        return factors.depth_posterior(self.library_head, state, self.rna_log_depth, *prior)
 
     def cell_factor_posterior(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dist.TorchDistribution:
         """q(d | y): LogitNormal around :meth:`cell_factor`, or of fragments LogNormal; the prior without ATAC."""
-        prior = self.cell_factor_prior(cells)
+        prior = self.cell_factor_prior(cells, s)
         if isinstance(prior, dist.Delta):
             return prior
         if not self.config.counts_fragments:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.inspect import get_model_relations
+from torch.distributions import kl_divergence
 
 from pyro_multivi import MultiVIProgram
 from pyro_multivi.data.marginals import Marginals
@@ -276,7 +277,7 @@ def test_a_state_from_before_d_had_a_posterior_gets_one(make_program, make_cells
     assert bool((q.scale[measured] < q.scale[~measured].min()).all())
     uniform = torch.rand(100_000, dtype=torch.float64)
     with torch.no_grad():
-        prior = program.cell_factor_prior(cells)
+        prior = program.cell_factor_prior(cells, cells.design)
     assert float(prior.loc[0]) == pytest.approx(float(uniform.logit().mean()), abs=0.03)
     assert float(prior.scale[0]) == pytest.approx(float(uniform.logit().std()), abs=0.03)
 
@@ -304,7 +305,7 @@ def test_an_overridden_prior_of_the_cell_factor_is_used(make_program, make_cells
     """Of any family; the posterior of cells without ATAC is it, where it is of its family."""
 
     class Mine(MultiVIProgram):
-        def cell_factor_prior(self, cells):
+        def cell_factor_prior(self, cells, s):
             return own.expand([len(cells)])
 
     cells, program = make_cells(), Mine(make_program(accessibility_likelihood=likelihood).config)
@@ -314,6 +315,44 @@ def test_an_overridden_prior_of_the_cell_factor_is_used(make_program, make_cells
     if type(q) is type(own):
         assert q.base_dist.loc[~cells.has_atac].unique().tolist() == [1.0]
         assert q.base_dist.scale[~cells.has_atac].unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("own", [dist.LogNormal(1.0, 2.0), dist.Gamma(2.0, 3.0)], ids=["same family", "another"])
+def test_an_overridden_prior_of_the_library_is_used(make_program, make_cells, own):
+    """Cells without RNA have no divergence from it, where the posterior can be of its family."""
+
+    class Mine(MultiVIProgram):
+        def library_prior(self, cells, s):
+            return own
+
+    cells, program = make_cells(), Mine(make_program().config)
+    loss = TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, cells)
+    assert bool(loss.isfinite())
+    guide = poutine.trace(program.guide).get_trace(cells)
+    q = guide.nodes["l"]["fn"].base_dist
+    prior = own.base_dist if isinstance(own, dist.LogNormal) else dist.Normal(*program.library_moments(cells.design))
+    for found, expected in ((q.loc, prior.loc), (q.scale, prior.scale)):
+        assert torch.equal(found[~cells.has_rna], expected.expand(len(cells))[~cells.has_rna])
+        assert not torch.isclose(found[cells.has_rna], expected.expand(len(cells))[cells.has_rna]).any()
+    if isinstance(own, dist.LogNormal):
+        assert not kl_divergence(guide.nodes["l"]["fn"], own.expand([len(cells)]))[~cells.has_rna].any()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "buffer"), [("bernoulli", "cell_factor_loc"), ("poisson", "fragments_log_mean")]
+)
+def test_an_intervention_on_the_design_reaches_both_depths(make_program, make_cells, likelihood, buffer):
+    """Under do(s), p(l | s) and p(d | s) are those of the other batch."""
+    program, cells = make_program(accessibility_likelihood=likelihood), make_cells()
+    with torch.no_grad():
+        for of_batches in (program.library_log_mean, getattr(program, buffer)):
+            of_batches.copy_(torch.tensor([-1.0, 1.0]))
+    s = cells.design.clone()
+    s[:, :2] = cells.design[:, [1, 0]]
+    nodes = poutine.trace(poutine.do(program.model, {"s": s})).get_trace(cells).nodes
+    mean = torch.tensor([-1.0, 1.0])[s[:, :2].argmax(1)]
+    for name in ("l", "d"):
+        assert torch.equal(nodes[name]["fn"].base_dist.loc, mean), name
 
 
 def test_an_overridden_edge_is_used(make_program, make_cells):

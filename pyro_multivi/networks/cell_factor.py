@@ -34,6 +34,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
@@ -132,6 +133,14 @@ def set_factor_mean(program: Any, blocks: Iterable[Cells], first: int) -> None:
     known = n_cells > 0
     known[:first] = False
     program.cell_factor_loc[known] = (total / n_cells)[known].to(program.cell_factor_loc)
+
+
+def library_prior(program: Any, cells: Cells, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of log l under its prior, (B,) each; a prior of another family has the batch's."""
+    with poutine.block():  # what an override draws is drawn by the model
+        prior = program.library_prior(cells, s)
+    moments = (prior.loc, prior.scale) if isinstance(prior, dist.LogNormal) else program.library_moments(s)
+    return moments[0].expand(len(cells)), moments[1].expand(len(cells))
 
 
 def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:

@@ -109,7 +109,7 @@ def test_regions_that_were_not_measured_tell_nothing_of_the_factor(make_program,
     some = cells.replace(y=y, atac_panels=panels)
     hidden = program.encode(some, some.design)
     q = program.cell_factor_posterior(some, some.design, hidden)
-    d, prior = program.cell_factor(some, hidden), program.cell_factor_prior(some)
+    d, prior = program.cell_factor(some, hidden), program.cell_factor_prior(some, some.design)
     precision = prior.scale**-2 + (y > 0).sum(1) * (1 - d).square()
     expected = torch.where(cells.has_atac, program.cell_factor_log_scale.exp() / precision.sqrt(), prior.scale)
     torch.testing.assert_close(q.scale, expected)

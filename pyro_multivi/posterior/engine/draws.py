@@ -363,7 +363,7 @@ class _Fill(Messenger):
             fn = corrected_depth(self.program, cells, name, fn)
         value = self._value(name, fn, of_cells)
         if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
-            prior = self.program.cell_factor_prior(cells).expand(fn.batch_shape)
+            prior = self.program.cell_factor_prior(cells, cells.design).expand(fn.batch_shape)
             value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))
             msg["fn"] = dist.Delta(value)
         msg["value"] = value

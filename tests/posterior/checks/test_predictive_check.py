@@ -181,7 +181,7 @@ class FixedLibrary(MultiVIProgram):
 class FixedDepth(FixedLibrary):
     """Every cell as deep as the typical one, in both modalities."""
 
-    def cell_factor_prior(self, cells):
+    def cell_factor_prior(self, cells, s):
         return dist.Delta(cells.design.new_full((len(cells),), 0.5))
 
 

@@ -67,7 +67,7 @@ def test_draws_follow_the_guide(make_program, make_cells):
     torch.testing.assert_close(drawn["d"].logit().mean(0), logit_d.loc, atol=0.1, rtol=0.0)
     torch.testing.assert_close(drawn["d"].logit().std(0), logit_d.scale, atol=0.06, rtol=0.0)
     # Where ATAC was not measured it follows its prior.
-    prior = program.cell_factor_prior(cells).base_dist
+    prior = program.cell_factor_prior(cells, cells.design).base_dist
     torch.testing.assert_close(logit_d.loc[RNA_ONLY], prior.loc[RNA_ONLY])
     torch.testing.assert_close(logit_d.scale[RNA_ONLY], prior.scale[RNA_ONLY])
     with evaluation_mode(program):

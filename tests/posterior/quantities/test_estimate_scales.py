@@ -63,7 +63,8 @@ def test_factors_scale_accessibility(fitted_weights):
     np.testing.assert_allclose(get(normalize_regions=True, region_list=[7, 3]), (p * r)[:, [7, 3]], rtol=1e-5)
     # Without ATAC and without a regression, d has its prior.
     with torch.no_grad():
-        prior = fitted_weights.program.cell_factor_prior(fitted_weights.minibatch(np.arange(len(d))))
+        cells = fitted_weights.minibatch(np.arange(len(d)))
+        prior = fitted_weights.program.cell_factor_prior(cells, cells.design)
         d = np.where(np.isnan(d), prior.mean.numpy(), d)
         of_prior = prior.sample((20_000,))[:, 120]
     with without_regressions(fitted_weights.program):
