@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,7 @@ def latent_draws(
     def of_minibatch(minibatch: Cells) -> Arrays:
         with evaluation_mode(program):
             q, hole = _posterior(program, minibatch, modality)
-            if modality == "joint":
-                q = corrected(program, minibatch, q)
+            q = corrected(program, _seen(minibatch, modality), q)
             z_sbk = CellNoise(minibatch.index, seed).draw("z", q.expand((n_samples, len(minibatch))))
             return {"z": (program.transform(z_sbk) + hole).cpu().numpy()}
 
@@ -97,9 +96,21 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     if modality not in experts:
         known = ", ".join(map(repr, ("joint", *experts)))
         raise ValueError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
-    expert = experts[modality]
-    hole = torch.where(expert.measured, 0.0, torch.nan)[:, None]
-    return dist.Normal(expert.loc, expert.scale).to_event(1), hole
+    measured = experts[modality].measured
+    nowhere = torch.zeros_like(measured)
+    # The average, or whatever an override mixes experts to, of this one alone.
+    alone = {name: each if name == modality else replace(each, measured=nowhere) for name, each in experts.items()}
+    return program.mix(alone), torch.where(measured, 0.0, torch.nan)[:, None]
+
+
+def _seen(cells: Cells, modality: str) -> Cells:
+    """Cells that have no more than one modality, for what depends on the measurement pattern."""
+    if modality == "joint":
+        return cells
+    nowhere = torch.zeros_like(cells.has_rna)
+    return cells.replace(
+        **{each.mask: each.measured_in(cells) if each.name == modality else nowhere for each in MODALITIES}
+    )
 
 
 def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArray[np.float32]:
