@@ -17,7 +17,12 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.isolation import isolated
-from pyro_multivi.posterior.engine.likelihood import MarginalLikelihood, cells_for_likelihood, marginal_likelihood
+from pyro_multivi.posterior.engine.likelihood import (
+    MarginalLikelihood,
+    cells_for_likelihood,
+    marginal_likelihood,
+    observed_sites,
+)
 
 
 @isolated()
@@ -80,7 +85,8 @@ def compare_models(
     ------
     ValueError
         If there are fewer than two models, they hold out different cells or none, have different features, extra
-        modalities or counts, or differ in ``library``: with ``"observed"`` the depth is given that others predict.
+        modalities or counts, their programs observe different sites, or they differ in ``library``: with ``"observed"``
+        the depth is given that others predict.
 
     Examples
     --------
@@ -207,7 +213,15 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             f"{pair} have the extra modalities {extra[0]} and {extra[1]}: a likelihood of more counts is lower, "
             "whichever model is better. Set up both with the same."
         )
-    for name in extra[0]:
+    # What a program of one's own observes.
+    observed = [sorted(observed_sites(each.program, cells.cut(cells.index[:1]))) for _, each, cells in (one, other)]
+    if observed[0] != observed[1]:
+        raise ValueError(
+            f"{pair} observe the sites {observed[0]} and {observed[1]}: likelihoods of different measurements cannot "
+            "be compared. Compare models that observe the same."
+        )
+    shared = [name for name in a.spec.extra if name in b.spec.extra and name in {*extra[0], *observed[0]}]
+    for name in shared:
         if set(a.spec.extra[name]) != set(b.spec.extra[name]):
             raise ValueError(
                 f"{pair} have different features of {name!r}: likelihoods of different counts cannot be compared."
@@ -225,7 +239,7 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
     totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]
     if has_factors[0] != has_factors[1] or not all(map(torch.equal, *totals)):
         raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
-    for name in extra[0]:
+    for name in shared:
         values = [_extra_by_name(name, model, cells) for _, model, cells in (one, other)]
         if not values[0].equals(values[1]):
             raise ValueError(f"{pair} were given different values of {name!r}: compare them on the same data.")

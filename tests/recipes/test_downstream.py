@@ -115,6 +115,22 @@ def test_queries_are_mapped_onto_a_recipe(recipes, fitted, name):
         assert drawn.shape == (2, 20, 4)
 
 
+def test_models_that_observe_other_measurements_are_not_compared(recipes, fitted):
+    with_proteins, without = fitted(recipes.Protein, 1), fitted(pm.MultiVIProgram, 1)
+    given = {"indices": with_proteins.validation_indices[:2], "n_mc_samples": 2}
+    assert pm.compare_models({"a": with_proteins, "b": with_proteins}, **given)["difference"].tolist() == [0, 0]
+    says = r"observe the sites \['protein', 'x', 'y'\] and \['x', 'y'\]: likelihoods of different measurements"
+    with pytest.raises(ValueError, match=says):
+        pm.compare_models({"a": with_proteins, "b": without}, **given)
+    other = with_proteins.adata.copy()
+    other.obsm["protein"] = 2 * other.obsm["protein"]
+    pm.MULTIVI.setup_anndata(other, batch_key="batch", modality_key="modality", extra_obsm_keys=["protein"])
+    of_other = pm.MULTIVI(other, n_hidden=8, n_latent=2, program_class=recipes.Protein)
+    of_other.is_trained = True
+    with pytest.raises(ValueError, match="were given different values of 'protein'"):
+        pm.compare_models({"a": with_proteins, "b": of_other}, **given)
+
+
 def test_replicates_of_fragments_are_open_at_the_rate_of_the_model(recipes, fitted):
     model = fitted(recipes.PoissonFragments)
     cells = model.minibatch()

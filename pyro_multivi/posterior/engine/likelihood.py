@@ -167,6 +167,13 @@ def scored_traces(program: MultiVIProgram, cells: Cells, latents: Latents) -> tu
     return model, latents.trace
 
 
+def observed_sites(program: MultiVIProgram, cells: Cells) -> list[str]:
+    """Names of the sites whose likelihood is evaluated, in the order of the model."""
+    with evaluation_mode(program):
+        model = model_trace(program.model, cells, draw_latents(program, cells, as_trained=True))
+    return [name for name, site in random_sites(model).items() if site["is_observed"]]
+
+
 def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
     """Observed counts and latents of each cell."""
     for name, site in random_sites(model).items():
