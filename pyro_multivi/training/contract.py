@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
@@ -42,14 +43,17 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     ContractError
         If a latent of the model is missing in the guide or the other way round, if they come in another
         order where that matters, if their plates or shapes differ, if a distribution is not one per cell
-        inside the plate of cells or one in all outside, or if a latent is not reparameterised where the
-        ELBO needs it. The message names the site, what was found, what is expected and the fix.
+        inside the plate of cells or one in all outside, if a plate lies inside that of cells, if a latent is not
+        reparameterised where the ELBO needs it, or if a parameter is none of the program's. The message names the
+        site, what was found, what is expected and the fix.
     """
     mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
     # In evaluation mode: batch statistics must not see these cells twice.
-    with evaluation_mode(program):
+    with evaluation_mode(program), pyro.get_param_store().scope():
         guide = _trace("guide", program.guide, cells)
         model = _trace("model", poutine.replay(program.model, trace=guide), cells)
+    for role, trace in (("guide", guide), ("model", model)):
+        _check_params(role, trace, program)
     latents, guided = _latents(model), _latents(guide)
     _check_names(list(latents), guided)
     for role, trace in (("guide", guide), ("model", model)):
@@ -66,7 +70,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
                 raise ContractError(
                     f"Site {name!r} of the guide is drawn from {_family(site['fn'])}, whose draws are not "
                     "reparameterised: TraceMeanField_ELBO would return gradients without it. Use a distribution "
-                    "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO() or TraceGraph_ELBO()."
+                    "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO()."
                 )
 
 
@@ -98,6 +102,17 @@ def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trac
             f"{misfit['plate']!r} of {len(cells)} cells: expected ({len(cells)},), one distribution per cell. A "
             "vector of each cell is one event: add .to_event(1)."
         ) from error
+
+
+def _check_params(role: str, trace: Trace, program: MultiVIProgram) -> None:
+    own = {id(parameter) for parameter in program.parameters()}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param" and id(getattr(site["value"], "unconstrained", object)()) not in own:
+            raise ContractError(
+                f"Parameter {name!r} of the {role} comes from pyro.param or pyro.module: it lives in Pyro's global "
+                "store, and train() and save() know the parameters of the program alone. Make it an nn.Parameter, or a "
+                f"module, that __init__ sets as an attribute of {type(program).__name__}."
+            )
 
 
 def _latents(trace: Trace) -> dict[str, Any]:
@@ -144,7 +159,14 @@ def _check_batch(role: str, name: str, site: Any, n_cells: int) -> None:
                 f"{where} has batch shape {batch} outside of the plate {CELLS!r}: expected (), as all cells share it. "
                 "Add .to_event(...) for what belongs to one draw, or move the statement into the plate of cells."
             )
-    elif batch != (n_cells,) and len(frames) == 1:
+    elif len(frames) > 1:
+        others = ", ".join(repr(frame.name) for frame in frames if frame.name != CELLS)
+        raise ContractError(
+            f"{where} lies in the plate {others} beside that of cells: expected the plate {CELLS!r} alone, as draws of "
+            "the posterior have the dimension -2. Make what belongs to one cell one event: .to_event(...) in place of "
+            "the plate."
+        )
+    elif batch != (n_cells,):
         raise ContractError(
             f"{where} has batch shape {batch} inside the plate {CELLS!r}: expected ({n_cells},), one distribution per "
             "cell. A vector of each cell is one event: add .to_event(1)."

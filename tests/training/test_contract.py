@@ -48,6 +48,18 @@ class NoSharedGuideSite(WithSpeed):
         pass
 
 
+class InnerPlate(MultiVIProgram):
+    def observe_extra(self, cells, z, s):
+        with pyro.plate("parts", 4, dim=-2):
+            pyro.sample("seen", dist.Normal(z.sum(-1), 1.0), obs=torch.ones(4, len(cells)))
+
+
+class PyroParam(WithSpeed):
+    def guide_extra(self, cells, s):
+        scale = pyro.param("speed_scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        pyro.sample("w", dist.Normal(torch.zeros(len(cells), 4), scale).to_event(1))
+
+
 class NoModelSite(WithSpeed):
     def guide_extra(self, cells, s):
         super().guide_extra(cells, s)
@@ -127,7 +139,9 @@ CASES = [
     (OneComponentNoEvent, r"'w' of the guide has batch shape \(12, 12\).*expected \(12,\).*\.to_event\(1\)"),
     (OtherWidth, r"'w' has event shape \(4,\) in the model and \(5,\) in the guide"),
     (OtherData, r"'seen' of the model is observed with shape \(12, 3\), and its distribution Normal .*\(12, 4\)"),
-    (Discrete, "'w' of the guide is drawn from Poisson, whose draws are not reparameterised.*TraceGraph_ELBO"),
+    (Discrete, r"'w' of the guide is drawn from Poisson, whose draws are not repar.*, or elbo=Trace_ELBO\(\)\.$"),
+    (InnerPlate, "'seen' of the model lies in the plate 'parts' beside that of cells: .*dimension -2.*to_event"),
+    (PyroParam, "Parameter 'speed_scale' of the guide comes from pyro.param .* nn.Parameter, .* of PyroParam"),
 ]  # fmt: skip
 
 
@@ -139,6 +153,7 @@ def program_of(program_class, make_program):
 def test_what_is_broken_is_named(make_program, make_cells, program_class, message):
     with pytest.raises(ContractError, match=message):
         check_contract(program_of(program_class, make_program), make_cells())
+    assert len(pyro.get_param_store()) == 0
 
 
 @pytest.mark.parametrize("program_class", [MultiVIProgram, WithSpeed])
