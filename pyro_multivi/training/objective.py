@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class NegativeELBO(nn.Module):
     Raises
     ------
     TypeError
-        If the ELBO has no differentiable loss.
+        If the ELBO has no differentiable loss, or one of Pyro's that are compiled.
     """
 
     def __init__(self, program: MultiVIProgram, elbo: ELBO | None = None, adversary: Adversary | None = None) -> None:
@@ -101,6 +101,11 @@ class NegativeELBO(nn.Module):
             raise TypeError(
                 f"elbo={type(elbo).__name__} has no differentiable_loss(model, guide, cells): use Trace_ELBO, "
                 "TraceMeanField_ELBO or a class of your own that has one, or train with pyro.infer.SVI."
+            )
+        if isinstance(elbo, (JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)):
+            raise TypeError(
+                f"elbo={type(elbo).__name__} compiles a model of tensors, and this one is of Cells: use "
+                "Trace_ELBO or TraceMeanField_ELBO."
             )
         # A copy: an ELBO object remembers the first model it sees, and ours also keeps its traces.
         self.elbo: Any = copy.copy(elbo if elbo is not None else MeanFieldELBO())

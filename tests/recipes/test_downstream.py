@@ -12,7 +12,7 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_multivi as pm
 from pyro_multivi.posterior.engine.draws import draw
@@ -163,6 +163,12 @@ def test_a_posterior_without_a_mean_says_so(recipes, fitted):
 def test_training_with_a_bound_of_ones_own(recipes, fitted):
     model = fitted(pm.MultiVIProgram, elbo=recipes.CellRenyiELBO(num_particles=3))
     assert np.isfinite(model.history["elbo_train"]).all().all()
+
+
+@pytest.mark.parametrize("elbo", [JitTrace_ELBO(), JitTraceMeanField_ELBO()], ids=lambda elbo: type(elbo).__name__)
+def test_compiled_elbos_of_pyro_are_refused(fitted, elbo):
+    with pytest.raises(TypeError, match=f"elbo={type(elbo).__name__} compiles a model of tensors.*use Trace_ELBO or"):
+        fitted(pm.MultiVIProgram, elbo=elbo)
 
 
 def test_an_elbo_without_differentiable_loss_is_refused(fitted):
