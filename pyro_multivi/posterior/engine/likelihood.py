@@ -180,7 +180,8 @@ def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
         if not is_of_cells(site):
             raise ValueError(
                 f"The model shares {name!r} among cells, so that cells have no likelihood of their own: evaluate a "
-                "Pyro ELBO of program.model and program.guide."
+                "Pyro ELBO of program.model and poutine.block(program.guide, hide=list(TRAINING_SITES)), from "
+                "pyro_multivi.traces: the guide's training terms are no part of an ELBO."
             )
         yield name, site
 
