@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,7 +27,7 @@ def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], *
     TypeError
         If ``program_class`` is no program.
     ValueError
-        If an option is not a field of its ``config_class``, or is an argument of the constructor.
+        If an option is not a field of its ``config_class``, is an argument of the constructor, or cannot be saved.
     """
     check_program(program_class)
     config_class = program_class.config_class
@@ -41,7 +42,25 @@ def configure(program_class: type[MultiVIProgram], options: Mapping[str, Any], *
                 f"{first_names(own) if own else 'nothing'}. A choice of your own is a field of a subclass of "
                 f"ProgramConfig that {program_class.__name__} names as config_class."
             )
-    return config_class(**choices, **options)
+    config = config_class(**choices, **options)
+    for name in own:
+        _check_saved(config, name)
+    return config
+
+
+def _check_saved(config: ProgramConfig, name: str) -> None:
+    """Refuse a choice that a saved model, which is JSON, would not give back as it was."""
+    value = getattr(config, name)
+    try:
+        back = json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        back = None
+    if type(back) is not type(value) or repr(back) != repr(value):
+        raise ValueError(
+            f"{name}={shown(value)} of {type(config).__name__} is not allowed, because a saved model would not have it "
+            "back: give a number, text, True or False, None, or a list or dictionary of these; a list in place of a "
+            "tuple or an array (values.tolist())."
+        )
 
 
 def learns_together(spec: DataSpec, program_class: type[MultiVIProgram]) -> bool:

@@ -241,5 +241,8 @@ def test_options_of_a_program_are_checked(recipes, fitted):
         fitted(recipes.ConfiguredMixture, program_options={"n_component": 3})
     with pytest.raises(ValueError, match="has 'dispersion', a choice of every program"):
         fitted(recipes.ConfiguredMixture, program_options={"dispersion": "gene"})
+    for value in ((3, 4), np.arange(2), {1: 2}, {3}, [(1, 2)]):
+        with pytest.raises(ValueError, match=r"n_components=.* of MixtureConfig is not allowed, because a saved model"):
+            fitted(recipes.ConfiguredMixture, program_options={"n_components": value})
     with pytest.raises(TypeError, match="must be a subclass of MultiVIProgram"):
         fitted(torch.nn.Linear)
