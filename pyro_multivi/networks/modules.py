@@ -106,6 +106,13 @@ class ProgramModules(nn.Module):
     #: Names of parameters of which only a part is trained; see :mod:`pyro_multivi.networks.surgery`.
     partly_trained: frozenset[str] = frozenset()
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether model or guide read ``cells.label``, so that queries need labels; override it where yours do."""
+        config = self.config
+        of_proteins = config.proteins and config.protein_dispersion == "protein-label"
+        return config.dispersion == "gene-label" or of_proteins
+
     _uid = itertools.count()
 
     rna_log_depth: Tensor

@@ -132,8 +132,7 @@ class QueryMixin(SavingMixin):
         >>> mapped.train(max_epochs=2, progress_bar=False)
         """
         reference = cls._reference_model(reference_model)
-        needs_labels = reference.program.config.dispersion == "gene-label"
-        spec, opened = query_spec(reference.spec, adata, needs_labels)
+        spec, opened = query_spec(reference.spec, adata, reference.program.needs_labels)
         table = spec.table(adata)
         program, new = grown_program(reference.program, reference.spec, spec)
         set_priors(program, table, reference.spec.n_batch)

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -260,6 +261,38 @@ def test_new_categories_of_covariates_and_labels_of_others(tmp_path):
     del parts[1].obs["age"]
     with pytest.raises(ValueError, match="continuous_covariate_keys='age' is not in adata.obs"):
         pm.MULTIVI.load_query_data(parts[1], model)
+
+
+class OfTypes(pm.MultiVIProgram):
+    """The state of a cell has a prior mean of its label."""
+
+    needs_labels = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.of_label = torch.nn.Parameter(torch.zeros(config.n_labels, config.latent))
+
+    def observe_extra(self, cells, z, s):
+        super().observe_extra(cells, z, s)
+        pyro.factor("types", -(z - self.of_label[cells.label]).square().sum(-1))
+
+
+@pytest.mark.parametrize("choices", [{"program_class": OfTypes}, {"protein_dispersion": "protein-label"}], ids=str)
+def test_programs_that_read_labels_get_those_of_the_query(choices):
+    adata = pm.simulate_multiome((40, 0, 0), n_genes=12, n_regions=14, n_proteins=4, n_batches=2, seed=0)
+    keys = {"batch_key": "batch", "labels_key": "cell_type", "protein_expression_obsm_key": "protein_expression"}
+    first, second = (adata[adata.obs["batch"] == name].copy() for name in ("batch_0", "batch_1"))
+    pm.MULTIVI.setup_anndata(first, **keys)
+    model = pm.MULTIVI(first, n_hidden=6, n_latent=2, **choices)
+    model.train(1, progress_bar=False)
+    second.obs["cell_type"] = first.obs["cell_type"].iloc[0]
+    mapped = pm.MULTIVI.load_query_data(second, model)
+    assert mapped.program.config.n_labels == model.program.config.n_labels
+    mapped.train(1, progress_bar=False)
+    assert np.isfinite(mapped.get_elbo())
+    del second.obs["cell_type"]
+    with pytest.raises(ValueError, match="labels_key='cell_type' is not in adata.obs"):
+        pm.MULTIVI.load_query_data(second, model)
 
 
 def test_wrong_queries_are_refused(world):
