@@ -50,6 +50,11 @@ _ADVICE = (
         r"held_out=True, but no cell is known to be held out: .*",
         "no cell is known to be held out: give the data of training, or --all-cells.",
     ),
+    (
+        r"If you trust that class, import it and give program_class=.*",
+        "Commands take models of the package's own program alone: open it in Python, by "
+        "pyro_multivi.MULTIVI.load(MODEL, data, ...) with the class.",
+    ),
     (r"call model\.train\(\) first", "train it with pyro-multivi train"),
     (r"load_query_data\(query, model, freeze_expression=False\) and train\(\) align a batch", "--align moves it"),
     (r"load_query_data\(\.\.\., freeze_expression=False\) chooses more to be trained", "--align trains more"),

@@ -299,3 +299,18 @@ def test_malformed_content_of_an_h5ad_is_one_line(tmp_path, capsys, name, how):
     )
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (1, 1)
+
+
+class Own(pm.MultiVIProgram):
+    """A program that no command can open."""
+
+
+def test_a_model_of_a_program_of_ones_own_is_for_python(cells, tmp_path, capsys):
+    pm.MULTIVI.setup_anndata(cells)
+    model = pm.MULTIVI(cells, n_hidden=6, n_latent=2, program_class=Own)
+    model.is_trained = True
+    model.save(tmp_path / "model", save_anndata=True)
+    assert main(["check", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "Commands take models of the package's own program alone: open it in Python" in error
+    assert "program_class" not in error
