@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyro_multivi.data.modality import PROTEIN, RNA, Modality, modelled
-from pyro_multivi.data.setup.adapter import Opened, open_data
+from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.covariates import categories
 from pyro_multivi.data.setup.extra.proteins import missing_by_batch
 from pyro_multivi.data.setup.spec import DataSpec
@@ -39,7 +39,7 @@ def query_spec(reference: DataSpec, data: Any, needs_labels: bool) -> tuple[Data
     ValueError, TypeError
         If a column of a covariate is missing, or the data are none.
     """
-    opened = open_data(data, reference.setup)
+    opened = reference.open(data)
     setup = reference.setup
     if not needs_labels:
         reference = replace(reference, setup=replace(setup, labels_key=None), label_categories=())

@@ -18,13 +18,13 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import NotTrainedError
 from pyro_multivi.api.query.grow import grown_program, query_spec, set_priors
 from pyro_multivi.api.query.labels import batches_apart, carried_over, label_codes, labelled_reference
-from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_reference_order
+from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_reference_order, say_left_out
 from pyro_multivi.api.query.report import QueryReport, cautions
 from pyro_multivi.api.saving.folder import BrokenModelError
 from pyro_multivi.api.saving.mixin import SavingMixin
 from pyro_multivi.api.scvi_tools.arguments import QUERY, load_arguments, takes
 from pyro_multivi.data.checks import caution, check_number, checked, shown
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.setup.adapter import open_data
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.isolation import isolated
@@ -173,8 +173,8 @@ class QueryMixin(SavingMixin):
 
         Not needed for :meth:`load_query_data`, which finds features by name. Features that are missing become columns
         of zeros, which ``var["pyro_multivi_measured"]`` marks as not measured; setup and models here do not take them
-        for counts. Features that the reference does not know are left out, and a log line at level WARNING says how
-        many. A modality of which the object has no features is not added.
+        for counts; so does a modality of which the object has none. Features that the reference does not know are left
+        out, and a log line at level WARNING says how many. Without a column of feature types they are found by name.
 
         Parameters
         ----------
@@ -202,7 +202,9 @@ class QueryMixin(SavingMixin):
         if not isinstance(adata, AnnData):
             verb = ": use prepare_query_mudata(mdata, ...)" if is_mudata(adata) else ""
             raise TypeError(f"adata must be an AnnData, got {shown(adata)}{verb}.")
-        counts = open_data(adata, spec.setup).counts
+        opened = spec.open(adata)
+        say_left_out(opened, spec)
+        counts = {modality: opened.counts.get(modality) for modality in modelled(spec)}
         return _replaced(adata, in_reference_order(adata, counts, spec, spec.setup.feature_type_key), inplace)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,18 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import ExtraFeatures
 from pyro_multivi.data.modality import PROTEIN, Modality
-from pyro_multivi.data.setup.adapter import Counts, layer_names
+from pyro_multivi.data.setup.adapter import Counts, Opened, layer_names
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY, MEASURED_COLUMN
+from pyro_multivi.data.setup.modalities import UNTYPED
 from pyro_multivi.data.setup.options import is_lazy
 from pyro_multivi.data.setup.spec import DataSpec
 
 logger = logging.getLogger("pyro_multivi")
 
 
-def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: DataSpec, type_key: str | None) -> AnnData:
+def in_reference_order(
+    part: AnnData, counts: Mapping[Modality, Counts | None], spec: DataSpec, type_key: str | None
+) -> AnnData:
     """A new AnnData with the features of a reference, in its order.
 
     Parameters
@@ -30,11 +34,11 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
     part
         The query, or one modality of it.
     counts
-        Counts of the modalities in it.
+        Counts of the modalities that it is to have, None for one of which it has no features.
     spec
         Specification of the reference.
     type_key
-        Column of var with feature types, which missing features need; None if there is none.
+        Column of var with feature types, which missing features need; None or empty if there is none.
 
     Raises
     ------
@@ -44,6 +48,12 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
     takes, names, types = [], [], []
     for modality, found in counts.items():
         wanted = pd.Index(modality.feature_names_in(spec), dtype=object)
+        names.append(wanted)
+        if found is None:
+            takes.append(np.full(len(wanted), -1))
+            types += [spec.setup.types_of(modality)[0]] * len(wanted)
+            logger.info("It has no %s: zeros that var[%r] marks as not measured.", modality.features, MEASURED_COLUMN)
+            continue
         place = found.features.get_indexer(wanted)
         if (place < 0).all():
             raise ValueError(
@@ -52,7 +62,6 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
                 "same names."
             )
         takes.append(np.where(place < 0, -1, found.columns[place]))
-        names.append(wanted)
         types += [_type_of(part, found, type_key)] * len(wanted)
         _say(found, place, wanted)
     take, var_names = np.concatenate(takes), pd.Index(np.concatenate(names), dtype=object)
@@ -62,7 +71,7 @@ def in_reference_order(part: AnnData, counts: dict[Modality, Counts], spec: Data
         # A truth value that is missing has no place in a column of numpy's.
         column = var[name].astype("boolean") if pd.api.types.is_bool_dtype(var[name].dtype) else var[name]
         var[name] = column.where(take >= 0)
-    if type_key is not None:
+    if type_key:
         var[type_key] = pd.Categorical(types) if isinstance(part.var[type_key].dtype, pd.CategoricalDtype) else types
     var[MEASURED_COLUMN] = take >= 0
     masks = {key: part.varm[key] for key in (spec.setup.feature_masks, MASKS_KEY) if key in part.varm}
@@ -95,9 +104,18 @@ def proteins_in_reference_order(part: AnnData, owner: str, spec: DataSpec) -> An
     return in_reference_order(part, {kind: counts}, spec, None)
 
 
+def say_left_out(opened: Opened, spec: DataSpec) -> None:
+    """Log how many features are left out that belong to no modality of the reference, or to none that is known."""
+    others = {each.features: len(part.features) for each, part in opened.counts.items() if not each.n_features_in(spec)}
+    if UNTYPED in opened.ignored and not spec.setup.feature_type_key:
+        others[f"{UNTYPED} of no type"] = opened.ignored[UNTYPED]
+    for what, number in others.items():
+        logger.warning("adata: %d %s that the reference does not know are left out.", number, what)
+
+
 def _type_of(part: AnnData, counts: Counts, key: str | None) -> str:
     """Feature type that missing features get: that of the others."""
-    return "" if key is None else str(part.var[key].iloc[counts.columns[0]])
+    return "" if not key else str(part.var[key].iloc[counts.columns[0]])
 
 
 def _say(counts: Counts, place: NDArray[np.intp], wanted: pd.Index[Any]) -> None:

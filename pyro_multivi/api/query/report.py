@@ -12,7 +12,7 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import MODALITIES, RNA, modelled
 from pyro_multivi.data.setup.adapter import Opened
-from pyro_multivi.data.setup.modalities import Measured
+from pyro_multivi.data.setup.modalities import UNTYPED, Measured
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.panels import depth
@@ -35,7 +35,8 @@ class QueryReport:
         Number of cells of each measurement pattern: "paired", "expression" only, "accessibility" only.
     shared, missing, unknown
         Numbers of features, "genes" and "regions": those of the model that the query has, those that it lacks (they
-        count as not measured), and those that the model does not know (they are not used). Of modalities in the query.
+        count as not measured), and those that the model does not know (they are not used). Of modalities in the query;
+        where features have no type, those that the model does not know count as "features".
     known_batches, new_batches
         Number of cells of each batch.
     """
@@ -64,6 +65,8 @@ class QueryReport:
             found = int(counts.features.isin(names).sum())
             shared[modality.features] = found
             missing[modality.features], unknown[modality.features] = len(names) - found, len(counts.features) - found
+        if UNTYPED in opened.ignored and not reference.setup.feature_type_key:
+            unknown[UNTYPED] = opened.ignored[UNTYPED]
         sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         batches = dict(zip(spec.batch_categories, sizes, strict=True))
         known = {name: size for name, size in batches.items() if name in reference.batch_categories and size}
@@ -88,6 +91,8 @@ class QueryReport:
                 f"  {name:<12}{number} shared with the model; {self.missing[name]} missing, which count as not "
                 f"measured; {self.unknown[name]} unknown to it, which are not used"
             )
+        if UNTYPED in self.unknown:
+            lines.append(f"  {UNTYPED:<12}{self.unknown[UNTYPED]} unknown to it, which are not used")
         for what, batches in (("known", self.known_batches), ("new", self.new_batches)):
             if batches:
                 lines.append(f"  {what:<12}{', '.join(f'{name} ({size})' for name, size in batches.items())}")

@@ -84,7 +84,7 @@ class Opened:
     table_of
         Name of the table for each argument whose columns lie in one modality of a MuData.
     ignored
-        Number of features of each other type, or other modality of a MuData.
+        Number of features of each other type, or other modality of a MuData, that are not used.
     extra
         Extra modalities by name, those that are there.
     posterior

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import caution, first_names, nearest
 from pyro_multivi.data.minified.layout import stored_part
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
-from pyro_multivi.data.setup.adapter import Counts, Opened
+from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.stores.joined import JoinedMatrix
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
 
 # Words for cells with proteins alone, and their meaning: neither RNA nor ATAC.
 _PROTEINS_ALONE, _NEITHER = ("protein", "proteins", "protein only", "proteins only", "adt"), "neither"
+#: Among numbers of features by type: those that a model does not know, where features have no type.
+UNTYPED = "features"
 #: For each modality a value per cell, bool, shape (n,).
 Masks = Mapping[Modality, NDArray[np.bool_]]
 
@@ -209,7 +211,8 @@ def _how_to_drop(opened: Opened, setup: Setup) -> str:
             for counts in opened.counts.values()
         )
         return f"mdata = mdata[({sums}).to_numpy() > 0].copy()"
-    columns = f"[:, ~adata.var[{setup.feature_type_key!r}].isin({[*opened.ignored]!r})]" if opened.ignored else ""
+    others = opened.ignored if setup.feature_type_key else ()
+    columns = f"[:, ~adata.var[{setup.feature_type_key!r}].isin({[*others]!r})]" if others else ""
     where = next(counts.where for counts in opened.counts.values())
     return f"adata = adata[np.ravel({where}{columns}.sum(1)) > 0].copy()"
 
@@ -235,7 +238,7 @@ def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None
             f"modelled. Leave {argument} out for all of them."
         )
         if number:
-            opened.counts[modality] = _first(counts, slice(0, number))
+            opened.counts[modality] = _some(counts, slice(0, number))
         else:
             del opened.counts[modality]
 
@@ -259,18 +262,42 @@ def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> N
     opened.counts.clear()
     for modality, number in zip(stated, numbers, strict=True):
         if number:
-            opened.counts[modality] = replace(_first(everything, slice(start, start + number)), modality=modality)
+            opened.counts[modality] = replace(_some(everything, slice(start, start + number)), modality=modality)
         start += number
 
 
-def _first(counts: Counts, some: slice) -> Counts:
+def _some(counts: Counts, some: slice | NDArray[np.intp]) -> Counts:
     masks = None if counts.masks is None else counts.masks.at(some)
     return replace(counts, features=counts.features[some], columns=counts.columns[some], masks=masks)
 
 
-def by_name(opened: Opened, names: Mapping[Modality, Sequence[str]]) -> None:
-    """Find the modalities of an AnnData without feature types by the names of a model's features, in place."""
+def open_named(data: Any, setup: Setup, names: Mapping[Modality, Sequence[str]]) -> Opened:
+    """Find counts and columns of an object; where features have no type, by the names that a model's features have."""
+    opened = open_data(data, setup)
+    if not setup.feature_type_key and opened.name == "adata":
+        _by_name(opened, names)
+    return opened
+
+
+def _by_name(opened: Opened, names: Mapping[Modality, Sequence[str]]) -> None:
+    """Find the modalities of an AnnData without feature types by the names of a model's features, in place.
+
+    Raises
+    ------
+    ValueError
+        If none of them is there.
+    """
     everything = opened.counts.pop(RNA)
-    for modality, known in names.items():
-        if everything.features.isin(known).any():
-            opened.counts[modality] = replace(everything, modality=modality)
+    place_of = {modality: everything.features.isin(known) for modality, known in names.items()}
+    for modality, there in place_of.items():
+        if there.any():
+            opened.counts[modality] = replace(_some(everything, np.flatnonzero(there)), modality=modality)
+    if not opened.counts:
+        wanted = [name for known in names.values() for name in known]
+        raise ValueError(
+            f"{everything.owner} shares no features with the model, which has {len(wanted)}: {first_names(wanted)}. It "
+            f"has {len(everything.features)}: {first_names(everything.features)}. Give them the same names."
+        )
+    unknown = int((~np.any([*place_of.values()], axis=0)).sum())
+    if unknown:
+        opened.ignored[UNTYPED] = unknown

@@ -31,7 +31,7 @@ from pyro_multivi.data.setup.covariates import (
 from pyro_multivi.data.setup.extra.proteins import check_informative, missing_by_batch, without_missing
 from pyro_multivi.data.setup.extra.sources import check_there, read_extra, stained
 from pyro_multivi.data.setup.masks.panels import check_every_feature, measured_panels
-from pyro_multivi.data.setup.modalities import Measured, as_stated, by_name, find_measured, has_counts
+from pyro_multivi.data.setup.modalities import Measured, as_stated, find_measured, has_counts, open_named
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
@@ -207,10 +207,7 @@ class DataSpec:
         return code
 
     def batch_codes(self, argument: str, batches: Any) -> tuple[int, ...] | None:
-        """Codes of a batch or a list of them, each as in :meth:`batch_code`; None stays None.
-
-        Errors name ``argument``.
-        """
+        """Codes of a batch or a list of them, each as in :meth:`batch_code`; None is None. Errors name ``argument``."""
         return batches_meant(argument, batches, self.batch_code)
 
     def table(self, data: Any) -> CellTable:
@@ -239,7 +236,7 @@ class DataSpec:
             If some but not all features of a modality are missing (with ``partial`` or masks: all), values are no
             counts, a column is missing or holds a category that the model has not seen, or a cell has nothing measured.
         """
-        opened = self._open(data)
+        opened = self._modelled(data)
         content = latest.checksum(opened, self.setup)
         found = latest.find(data, content)
         if found is not None and found.spec == self:
@@ -256,14 +253,14 @@ class DataSpec:
         latest.keep(data, content, self, table, own=False)
         return table
 
-    def _open(self, data: Any) -> Opened:
+    def open(self, data: Any) -> Opened:
+        """Find counts and columns of an object; where features have no type, by the names of those of the model."""
+        return open_named(data, self.setup, {modality: modality.feature_names_in(self) for modality in MODALITIES})
+
+    def _modelled(self, data: Any) -> Opened:
         """An object without the counts of which the model has no features."""
-        opened = open_data(data, self.setup)
-        if not self.setup.feature_type_key and opened.name == "adata":
-            by_name(opened, {modality: modality.feature_names_in(self) for modality in MODALITIES})
-        for modality in opened.counts.keys() - modelled(self):
-            del opened.counts[modality]
-        return opened
+        opened = self.open(data)
+        return replace(opened, counts={each: part for each, part in opened.counts.items() if each in modelled(self)})
 
     def change(self, data: Any, table: CellTable, content: int | None) -> tuple[str | None, int | None]:
         """Find out whether an object still holds the cells and counts of which a table was made.
@@ -283,7 +280,7 @@ class DataSpec:
         A sentence on the first difference, None without any; and the checksum for the next time.
         """
         try:
-            opened = self._open(data)
+            opened = self._modelled(data)
             now = latest.checksum(opened, self.setup)
             if now is not None and now == content:
                 return None, now

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.data import synthetic_iid
 
 
 def shuffled(world):
@@ -78,7 +80,7 @@ def test_dense_counts_and_one_modality(world):
     query = world.query[world.query.obs["modality"] != "accessibility", genes][:, 3:].copy()
     query.X = query.X.toarray()
     made = pm.MULTIVI.prepare_query_anndata(query, world.model, inplace=False)
-    assert list(made.var_names) == list(world.model.spec.gene_names)
+    assert list(made.var_names) == [*world.model.spec.gene_names, *world.model.spec.region_names]
     assert isinstance(made.X, np.ndarray)
     strangers = query.copy()
     strangers.var_names = [f"other_{name}" for name in query.var_names]
@@ -151,3 +153,65 @@ def test_a_view_of_a_mudata_is_not_changed_in_place(world):
     with pytest.raises(ValueError, match="mdata is a view .* give inplace=False"):
         pm.MULTIVI.prepare_query_mudata(mdata[:20], world.model)
     assert pm.MULTIVI.prepare_query_mudata(mdata[:20], world.model, inplace=False).n_obs == 20
+
+
+@pytest.fixture
+def positional():
+    """A reference whose var has no feature types."""
+    adata = synthetic_iid(batch_size=40, n_genes=40)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch")
+    model = pm.MULTIVI(adata, n_genes=20, n_regions=20, n_hidden=6, n_latent=2)
+    model.train(1, progress_bar=False)
+    return SimpleNamespace(adata=adata, model=model, names=list(adata.var_names))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_features_without_types_are_found_by_name(positional, tmp_path, caplog, inplace):
+    positional.model.save(tmp_path / "model")
+    query = synthetic_iid(batch_size=40, n_genes=44)
+    query.var_names = [*(f"other_{at}" for at in range(4)), *query.var_names[4:]]
+    query = query[:, ::-1].copy()
+    query.layers["counts"] = query.X.copy()
+    plain = pm.MULTIVI.load_query_data(query, positional.model)
+    made = pm.MULTIVI.prepare_query_anndata(query, tmp_path / "model", inplace=inplace)
+    made = query if inplace else made
+    assert list(made.var_names) == positional.names
+    assert made[:, positional.names[:4]].layers["counts"].sum() == 0
+    assert made.var["pyro_multivi_measured"].tolist() == [False] * 4 + [True] * 36
+    assert "8 features of no type that the reference does not know are left out" in caplog.text
+    prepared = pm.MULTIVI.load_query_data(made, positional.model)
+    np.testing.assert_array_equal(prepared.get_latent_representation(), plain.get_latent_representation())
+    assert prepared.query_report.missing == {"genes": 4, "regions": 0}
+    made.var_names = [f"x{at}" for at in range(40)]
+    with pytest.raises(ValueError, match="shares no features with the model, which has 40"):
+        pm.MULTIVI.prepare_query_anndata(made, positional.model)
+
+
+def test_a_report_on_features_without_types(positional):
+    same = pm.MULTIVI.load_query_data(positional.adata.copy(), positional.model).query_report
+    assert same.shared == {"genes": 20, "regions": 20}
+    assert same.unknown == {"genes": 0, "regions": 0}
+    more = pm.MULTIVI.load_query_data(synthetic_iid(batch_size=40, n_genes=44), positional.model).query_report
+    assert more.unknown == {"genes": 0, "regions": 0, "features": 4}
+    assert "features    4 unknown to it, which are not used" in str(more)
+    assert type(more).from_dict(more.to_dict()) == more
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_whole_modality_becomes_zeros_that_count_as_not_measured(world, positional, typed):
+    if typed:
+        adata, model = world.reference, world.model
+        is_region = (adata.var["feature_types"] == "Peaks").to_numpy()
+    else:
+        adata, model, is_region = positional.adata, positional.model, np.arange(40) >= 20
+    reference = [*model.spec.gene_names, *model.spec.region_names]
+    query = adata[np.ravel(adata[:, is_region].X.sum(1)) > 0, is_region].copy()
+    made = pm.MULTIVI.prepare_query_anndata(query, model, inplace=False)
+    assert list(made.var_names) == reference
+    assert made[:, list(model.spec.gene_names)].X.sum() == 0
+    assert made[:, list(model.spec.region_names)].X.sum() == query.X.sum()
+    assert made.var["pyro_multivi_measured"].tolist() == [False] * model.n_genes + [True] * model.n_regions
+    prepared, plain = (pm.MULTIVI.load_query_data(each, model) for each in (made, query))
+    assert prepared.query_report.n_cells == {"paired": 0, "expression": 0, "accessibility": query.n_obs}
+    np.testing.assert_array_equal(prepared.get_latent_representation(), plain.get_latent_representation())
+    np.testing.assert_array_equal(model.get_normalized_expression(made), model.get_normalized_expression(query))
