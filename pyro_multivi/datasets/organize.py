@@ -29,7 +29,7 @@ _TYPES = {pattern: tuple(modality.feature_type for modality in included) for pat
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the data sets: its matrices, not copied."""
+    """One of the data sets: its matrices, not copied; ``spellings`` are its own words for each feature type."""
 
     argument: str
     pattern: str
@@ -38,6 +38,7 @@ class _Part:
     obs: pd.DataFrame
     var: pd.DataFrame
     type_v: NDArray[np.object_]
+    spellings: dict[str, set[str]]
 
 
 @checked
@@ -64,14 +65,16 @@ def organize_multiome_anndatas(
         Cells with both modalities: an AnnData of genes and peaks, or a MuData in which every cell
         has both.
     rna_anndata
-        Cells with RNA only: an AnnData of genes.
+        Cells with RNA only: an AnnData of genes. Peaks beside them are left out if they hold no counts.
     atac_anndata
-        Cells with ATAC only: an AnnData of peaks.
+        Cells with ATAC only: an AnnData of peaks. Genes beside them are left out if they hold no counts.
     modality_key
-        Column of ``obs`` to write.
+        Column of ``obs`` to write. Where inputs have it, the result has other values in it, and a log line says so
+        unless they mean the same.
     feature_type_key
         Column of ``var`` with Gene Expression or Peaks, ``"modality"`` where scvi-tools' reader wrote it.
-        ``rna_anndata`` and ``atac_anndata`` may lack it, for their features are of one type.
+        ``rna_anndata`` and ``atac_anndata`` may lack it, for their features are of one type. Where ``multi_anndata``
+        has neither column, features keep its order and get no types, and a log line says so.
     mudata_modalities
         Names of RNA and ATAC in a MuData.
 
@@ -83,7 +86,8 @@ def organize_multiome_anndatas(
         missing values where an input lacks one, and ``obs[modality_key]``, which is paired, expression or
         accessibility. ``obs_names`` stay as they are, but a name that occurs in more than one input becomes
         ``name_paired``, ``name_expression`` or ``name_accessibility`` in each. ``var`` has the columns
-        of the inputs that the features come from. ``obsm``, ``varm``, ``obsp``, ``varp``, ``uns`` and ``raw``
+        of the inputs that the features come from; types are spelled as in the inputs if these spell them alike, else
+        Gene Expression and Peaks. ``obsm``, ``varm``, ``obsp``, ``varp``, ``uns`` and ``raw``
         are not taken over.
 
     Raises
@@ -91,9 +95,8 @@ def organize_multiome_anndatas(
     TypeError
         If an input is of another class.
     ValueError
-        If no input is given, names repeat, feature types are missing or not allowed, features do not
-        overlap, ``modality_key`` exists with other values, or an input has masks of features that were measured in
-        some cells only.
+        If no input is given, names repeat, the named column of feature types is missing or holds types that are not
+        allowed, features do not overlap, or an input has masks of features that were measured in some cells only.
 
     Examples
     --------
@@ -110,8 +113,10 @@ def organize_multiome_anndatas(
     >>> joined.obs["modality"].value_counts().to_dict()
     {'paired': 4, 'expression': 3, 'accessibility': 2}
     """
+    if not feature_type_key:
+        raise ValueError("feature_type_key='' is not allowed: name a column of var, or leave it out")
     if isinstance(multi_anndata, AnnData):
-        feature_type_key = feature_type_column(feature_type_key, multi_anndata.var)
+        feature_type_key = feature_type_column(feature_type_key, multi_anndata.var, needed=False)
     names = name_list("mudata_modalities", mudata_modalities)
     if len(names) != len(MODALITIES):
         raise ValueError(
@@ -129,7 +134,9 @@ def organize_multiome_anndatas(
         raise ValueError("give at least one of multi_anndata, rna_anndata and atac_anndata")
 
     var = _join_var(parts, feature_type_key)
-    type_v = var[feature_type_key].to_numpy(dtype=object)
+    type_v = _usual_types(var[feature_type_key]) if feature_type_key else np.full(len(var), "", dtype=object)
+    if not feature_type_key:
+        _tell_of_no_types(parts)
     columns = [_place_columns(part, var, type_v) for part in parts]
     layers = {}
     for name in sorted({name for part in parts for name in layer_names(part.layers)}):
@@ -154,6 +161,9 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
         raise TypeError(f"{argument} must be an AnnData, not {type(adata).__name__}{advice}")
     _check_matrix(argument, adata)
     allowed = _TYPES[pattern]
+    if not feature_type_key:
+        type_v = np.full(adata.n_vars, "", dtype=object)
+        return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, {})
     if feature_type_key in adata.var:
         type_v = _usual_types(adata.var[feature_type_key])
     elif len(allowed) == 1:
@@ -164,17 +174,47 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
             f"{ATAC.feature_type!r} for each feature; it has {first_names(adata.var.columns) or 'none'}. "
             "Name another with feature_type_key"
         )
-    other = sorted(set(type_v) - set(allowed))
-    if other:
+    is_other = ~np.isin(type_v, allowed)
+    if is_other.any() and not is_other.all() and {*type_v[is_other]} <= {*_TYPES[PAIRED]} and _empty(adata, is_other):
+        _log.info("%d other features of %s hold no counts and are left out", int(is_other.sum()), argument)
+        adata, type_v = adata[:, ~is_other], type_v[~is_other]
+    elif is_other.any():
         kinds = f"{argument}.var[{feature_type_key!r}]"
+        other = sorted(set(adata.var[feature_type_key].astype(str)[is_other]))
         rename = f"{kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
         advice = f"Write one of these where they mean it: {kinds} = {rename}"
         if set(type_v) & set(allowed):
-            advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})]"
+            held = " They hold counts." if {*type_v[is_other]} <= {*_TYPES[PAIRED]} else ""
+            advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})].{held}"
         raise ValueError(
             f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. {advice}"
         )
-    return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v)
+    spellings: dict[str, set[str]] = {}
+    if feature_type_key in adata.var:
+        for kind, word in zip(type_v, adata.var[feature_type_key].astype(str), strict=True):
+            spellings.setdefault(kind, set()).add(word)
+    return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, spellings)
+
+
+def _empty(adata: AnnData, features: NDArray[np.bool_]) -> bool:
+    """Whether some features hold nothing but zeros."""
+    matrices = [adata.X, *(adata.layers[name] for name in layer_names(adata.layers))]
+    return not any(sp.csr_matrix(matrix[:, features]).count_nonzero() for matrix in matrices)
+
+
+def _tell_of_no_types(parts: list[_Part]) -> None:
+    """Say what cannot be told without types, and which features the cells of other parts count as zero."""
+    names, others = parts[0].var.index, [part.argument for part in parts[1:]]
+    _log.warning(
+        "multi_anndata.var has no column 'feature_types' (or 'modality'): genes are not told from peaks, and stay in "
+        "their order; if another column tells, name it by feature_type_key"
+    )
+    lacking = int((~names.isin([name for part in parts[1:] for name in part.var.index])).sum()) if others else 0
+    if lacking:
+        _log.warning(
+            "%d of the %d features of multi_anndata are not in %s: cells of these count as zero there",
+            lacking, len(names), " or ".join(others),
+        )  # fmt: skip
 
 
 def _usual_types(types: pd.Series[Any]) -> NDArray[np.object_]:
@@ -219,6 +259,7 @@ def _from_mudata(mdata: Any, names: tuple[str, ...], feature_type_key: str) -> _
         mdata.obs,
         join_rows([part.var for part in parts]),
         np.concatenate([part.type_v for part in parts]),
+        {kind: words for part in parts for kind, words in part.spellings.items()},
     )
 
 
@@ -240,14 +281,18 @@ def _check_matrix(argument: str, adata: AnnData) -> None:
 
 
 def _join_var(parts: list[_Part], feature_type_key: str) -> pd.DataFrame:
-    """The features of the result: genes, then peaks."""
+    """The features of the result: genes, then peaks; without types those of the first part as they are."""
+    if not feature_type_key:
+        return parts[0].var.copy()
     sources = parts[:1] if parts[0].pattern == PAIRED else parts
     frames, types = [], []
     for modality in MODALITIES:
+        words = {word for part in parts for word in part.spellings.get(modality.feature_type, ())}
+        word = words.pop() if len(words) == 1 else modality.feature_type
         for part in sources:
             frame = part.var[part.type_v == modality.feature_type].drop(columns=feature_type_key, errors="ignore")
             frames.append(frame)
-            types += [modality.feature_type] * len(frame)
+            types += [word] * len(frame)
     var = join_rows(frames)
     check_unique(var.index, "the genes and peaks together", "rename the genes or the peaks")
     var[feature_type_key] = pd.Categorical(types)
@@ -260,12 +305,13 @@ def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) 
     # A gene and a region of one name are not the same feature.
     columns[type_v[columns] != part.type_v] = -1
     kept, own = int((columns >= 0).sum()), len(columns)
-    wanted = int(np.isin(type_v, _TYPES[part.pattern]).sum())
+    is_wanted = np.isin(type_v, _TYPES[part.pattern]) | (type_v == "")
+    wanted = int(is_wanted.sum())
     if kept == 0:
         raise ValueError(
             f"none of the {own} features of {part.argument} is in multi_anndata: {part.argument} has "
             f"{first_names(part.var.index)}, multi_anndata has "
-            f"{first_names(var.index[np.isin(type_v, _TYPES[part.pattern])]) or 'none of this type'}. "
+            f"{first_names(var.index[is_wanted]) or 'none of this type'}. "
             "Use the same names, for peaks the same regions"
         )
     if kept < own:
@@ -273,7 +319,7 @@ def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) 
             "%d of the %d features of %s are not in multi_anndata and are left out",
             own - kept, own, part.argument,
         )  # fmt: skip
-    if kept < wanted:
+    if kept < wanted and type_v.any():
         _log.warning(
             "%d of the %d features of multi_anndata are not in %s: its cells count as zero there",
             wanted - kept, wanted, part.argument,
@@ -292,12 +338,12 @@ def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
     frames = []
     for part in parts:
         if modality_key in part.obs:
-            found = set(part.obs[modality_key].astype(str)) - {part.pattern}
+            found = {word for word in set(part.obs[modality_key].astype(str)) if spelled(word) != part.pattern}
             if found:
-                raise ValueError(
-                    f"{part.argument}.obs has a column {modality_key!r} with {first_names(sorted(found))} "
-                    f"where {part.pattern!r} is to be written; give another modality_key"
-                )
+                _log.warning(
+                    "obs[%r] of %s holds %s: the result has %r there; give another modality_key to keep it",
+                    modality_key, part.argument, first_names(sorted(found)), part.pattern,
+                )  # fmt: skip
         frame = part.obs.drop(columns=modality_key, errors="ignore")
         frames.append(frame)
     obs = join_rows(with_unique_names(frames, [part.pattern for part in parts]))

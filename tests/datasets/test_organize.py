@@ -240,8 +240,8 @@ def test_repeated_names(multi, atac, axis):
 
 def test_feature_types_missing_or_not_allowed(multi, rna):
     multi.var = multi.var.rename(columns={"feature_types": "kind"})
-    with pytest.raises(ValueError, match="no column 'feature_types', .* it has 'kind'. Name another with"):
-        organize_multiome_anndatas(multi)
+    with pytest.raises(ValueError, match="no column 'type', .* it has 'kind'. Name another with"):
+        organize_multiome_anndatas(multi, feature_type_key="type")
     rna.var["kind"] = [GENES, "Antibody Capture", GENES]
     with pytest.raises(ValueError, match="rna_anndata holds features of type 'Antibody Capture'; allowed"):
         organize_multiome_anndatas(multi, rna, feature_type_key="kind")
@@ -259,6 +259,50 @@ def test_usual_spellings_of_feature_types(multi, rna, atac):
     assert (joined.X != expected.X).nnz == 0
 
 
+def test_spellings_that_inputs_agree_on_are_kept(multi, rna, atac):
+    for adata in (multi, rna, atac):
+        adata.var["feature_types"] = adata.var["feature_types"].replace({GENES: "GEX", PEAKS: "ATAC"})
+    assert organize_multiome_anndatas(multi, rna, atac).var["feature_types"].tolist() == ["GEX"] * 2 + ["ATAC"] * 2
+    del rna.var["feature_types"]
+    assert organize_multiome_anndatas(rna_anndata=multi[:, ["gA"]]).var["feature_types"].tolist() == ["GEX"]
+    atac.var["feature_types"] = PEAKS
+    joined = organize_multiome_anndatas(multi, rna, atac)
+    assert joined.var["feature_types"].tolist() == ["GEX"] * 2 + [PEAKS] * 2
+    np.testing.assert_array_equal(joined.X.toarray()[2:], [[30, 10, 0, 0], [0, 0, 0, 1], [0, 0, 9, 0]])
+
+
+def test_features_without_types_stay_in_their_order(multi, rna, atac, caplog):
+    kinds = multi.var.pop("feature_types")
+    multi.var["kind"] = kinds
+    joined = organize_multiome_anndatas(multi, rna, atac[:, ["p1"]])
+    assert joined.var_names.tolist() == ["p1", "gA", "p2", "gB"]
+    pd.testing.assert_frame_equal(joined.var, multi.var)
+    np.testing.assert_array_equal(joined.X.toarray()[2:], [[0, 30, 0, 10], [0, 0, 0, 0], [9, 0, 0, 0]])
+    said = [record.getMessage() for record in caplog.records]
+    assert "has no column 'feature_types' (or 'modality')" in said[0]
+    assert said[1:] == [
+        "1 of the 4 features of multi_anndata are not in rna_anndata or atac_anndata: cells of these count as zero "
+        "there",
+        "1 of the 3 features of rna_anndata are not in multi_anndata and are left out",
+    ]
+    with pytest.raises(ValueError, match="none of the 1 features of atac_anndata is in multi_anndata"):
+        organize_multiome_anndatas(multi, atac_anndata=cells([[1]], ["a1"], ["x"]))
+
+
+def test_features_of_the_other_type_are_left_out_if_they_hold_nothing(multi, rna, caplog):
+    wide = multi.copy()
+    wide.obs_names = ["r1", "r2"]
+    wide.X = sp.csr_matrix(wide.X.toarray() * [0, 1, 0, 1])
+    with caplog.at_level(logging.INFO):
+        joined = organize_multiome_anndatas(multi, wide)
+    np.testing.assert_array_equal(joined.X.toarray()[2:], [[2, 4, 0, 0], [6, 8, 0, 0]])
+    assert caplog.messages == ["2 other features of rna_anndata hold no counts and are left out"]
+    wide.layers["counts"] = multi.X.copy()
+    wide.var["feature_types"] = wide.var["feature_types"].replace({PEAKS: "ATAC"})
+    with pytest.raises(ValueError, match=r"type 'ATAC'; .*isin\(\['ATAC'\]\)\]. They hold counts"):
+        organize_multiome_anndatas(multi, wide)
+
+
 def test_advice_on_feature_types_leaves_features(multi, rna):
     rna.var["feature_types"] = "transcripts"
     with pytest.raises(ValueError, match="Write one of these where they mean it: (.*)") as caught:
@@ -268,7 +312,7 @@ def test_advice_on_feature_types_leaves_features(multi, rna):
     rna.var["feature_types"] = [GENES, "protein", GENES]
     with pytest.raises(ValueError, match="Take the others out: ") as caught:
         organize_multiome_anndatas(multi, rna)
-    kept = eval(str(caught.value).rpartition("others out: ")[2], {"rna_anndata": rna})  # noqa: S307
+    kept = eval(str(caught.value).rpartition("others out: ")[2].rstrip("."), {"rna_anndata": rna})  # noqa: S307
     assert kept.n_vars == 2
 
 
@@ -277,12 +321,19 @@ def test_several_samples_are_for_join_samples(multi):
         organize_multiome_anndatas([multi, multi])
 
 
-def test_modality_key_that_exists(multi, rna):
+def test_modality_key_that_exists(multi, rna, caplog):
     multi.obs["modality"] = "paired"
     assert organize_multiome_anndatas(multi, rna).obs["modality"].tolist() == ["paired"] * 2 + ["expression"]
     rna.obs["modality"] = "rna"
-    with pytest.raises(ValueError, match="obs has a column 'modality' with 'rna' where 'expression'"):
-        organize_multiome_anndatas(multi, rna)
+    rna = rna[:, ["gA", "gB"]].copy()
+    caplog.clear()
+    assert organize_multiome_anndatas(multi, rna).obs["modality"].tolist() == ["paired"] * 2 + ["expression"]
+    assert caplog.records == []
+    multi.obs["modality"] = ["paired", "site 1"]
+    assert organize_multiome_anndatas(multi, rna).obs["modality"].tolist() == ["paired"] * 2 + ["expression"]
+    assert "obs['modality'] of multi_anndata holds 'site 1': the result has 'paired' there" in caplog.text
+    assert multi.obs["modality"].tolist() == ["paired", "site 1"]
+    multi.obs["modality"] = "paired"
     joined = organize_multiome_anndatas(multi, rna, modality_key="kind")
     assert joined.obs["kind"].tolist() == ["paired", "paired", "expression"]
     assert joined.obs["modality"].tolist() == ["paired", "paired", "rna"]
