@@ -122,7 +122,7 @@ class TrainingMixin(ModelBase):
             stopping. Going on keeps the cells of the first call unless a share is given; a cell once trained on is
             never held out again. Where cells are held out, the weights of the epoch that is best for them are kept.
         shuffle_set_split
-            Choose validation cells at random rather than the last ones.
+            Choose validation cells at random. False: the first cells, and those behind them are trained on.
         batch_size
             Cells per step. Default: ``pyro_multivi.settings.batch_size``, or 128, fewer for small data, so that an
             epoch has some 16 steps.

@@ -63,7 +63,7 @@ class Split:
         validation_size
             Share of validation cells; default: the rest.
         shuffle
-            At random, or the first cells for training.
+            At random, or the first cells for validation, those behind them for training, as scvi-tools does.
         seed
             Of the random choice.
         previous
@@ -109,7 +109,8 @@ class Split:
         n_validation = min(int(np.floor(validation_size * n + 1e-9)), n - n_train)
         if n_train < 1:
             raise ValueError(f"There are {n} cells: at least one is needed for training.")
-        order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
+        first, behind, others = np.split(np.arange(n), [n_validation, n_validation + n_train])
+        order = np.random.default_rng(seed).permutation(n) if shuffle else np.concatenate([behind, first, others])
         known = np.zeros(n, dtype=bool)
         if previous is not None:
             known[previous.ever_trained.numpy()] = True

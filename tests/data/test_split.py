@@ -24,7 +24,14 @@ def test_shares_of_ten_cells(train_size, validation_size, n_train, n_validation)
     assert torch.equal(again.validation, split.validation)
 
 
-def test_unshuffled_splits_hold_out_the_last_cells():
+def test_unshuffled_splits_hold_out_the_first_cells():
     split = Split.of(10, 0.6, None, shuffle=False, seed=0)
-    assert split.train.tolist() == [0, 1, 2, 3, 4, 5]
-    assert split.validation.tolist() == [6, 7, 8, 9]
+    assert split.validation.tolist() == [0, 1, 2, 3]
+    assert split.train.tolist() == [4, 5, 6, 7, 8, 9]
+    # Cells that are neither are the last ones: 48 to 59.
+    split = Split.of(60, 0.5, 0.3, shuffle=False, seed=0)
+    assert split.validation.tolist() == [*range(18)]
+    assert split.train.tolist() == [*range(18, 48)]
+    again = Split.of(10, 0.6, 0.2, shuffle=False, seed=0, previous=Split.of(10, 0.1, 0.0, shuffle=False, seed=0))
+    assert (again.train.tolist(), again.validation.tolist()) == ([2, 3, 4, 5, 6, 7], [1, 8])
+    assert again.trained_before.tolist() == [0]
