@@ -113,7 +113,7 @@ class TrainingMixin(ModelBase):
         max_epochs
             Passes over the training cells at most. Default: 500, or 100 for the model of a query.
         lr, weight_decay, eps
-            Learning rate of Adam, its weight decay (of the weight matrices other than loadings), the constant in its
+            Learning rate of Adam (0: weights stay as they start), its weight decay (of the weight matrices other than loadings), the constant in its
             denominator.
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.

@@ -76,9 +76,8 @@ class FitOptions:
         check_fields(self, FitOptions)
         # None is the default of Lightning: every epoch.
         object.__setattr__(self, "check_val_every_n_epoch", self.check_val_every_n_epoch or 1)
-        for name in ("lr", "eps"):
-            check_number(name, getattr(self, name), above=0)
-        for name in ("weight_decay", "early_stopping_min_delta"):
+        check_number("eps", self.eps, above=0)
+        for name in ("lr", "weight_decay", "early_stopping_min_delta"):
             check_number(name, getattr(self, name), least=0)
         if self.effect_sd is not None and not self.effect_sd > 0:
             raise ValueError(

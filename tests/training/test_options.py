@@ -88,7 +88,7 @@ def test_wrong_options_are_refused_whoever_makes_them(options, match):
         ({"n_epochs_kl_warmup": -1}, "n_epochs_kl_warmup=-1 is not allowed"),
         ({"n_steps_kl_warmup": -1}, "n_steps_kl_warmup=-1 is not allowed"),
         ({"gradient_clip": 0.0}, "gradient_clip=0.0 is not allowed"),
-        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number above 0"),
+        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number of at least 0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 is not allowed: give a number of at least 0"),
         ({"early_stopping_min_delta": np.nan}, "early_stopping_min_delta=nan is not allowed: give a finite number"),
         ({"devices": 7, "accelerator": "cpu"}, "devices=7 is not allowed: give 'auto' or 1"),
@@ -142,3 +142,13 @@ def test_devices_of_a_machine_with_three_gpus(monkeypatch, accelerator, devices,
 def test_a_gpu_that_is_not_there_is_an_error(build, train):
     with pytest.raises(ValueError, match="finds no GPU: use accelerator='cpu'"):
         train(build(), accelerator="gpu")
+
+
+def test_a_learning_rate_of_0_learns_nothing_and_stops_early(build):
+    model = build(dropout_rate=0.0)
+    before = {name: value.clone() for name, value in model.program.named_parameters()}
+    model.train(50, plan_kwargs={"lr": 0}, early_stopping=True, early_stopping_patience=2, progress_bar=False)
+    assert len(model.history["elbo_train"]) < 50
+    calibrated = {"expression_decoder.rho.weight", "accessibility_decoder.p.weight"}
+    moved = {name for name, value in model.program.named_parameters() if not torch.equal(value, before[name])}
+    assert moved <= calibrated, moved - calibrated
