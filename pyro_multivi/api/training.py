@@ -113,8 +113,8 @@ class TrainingMixin(ModelBase):
         max_epochs
             Passes over the training cells at most. Default: 500, or 100 for the model of a query.
         lr, weight_decay, eps
-            Learning rate of Adam (0: weights stay as they start), its weight decay (of the weight matrices other than loadings), the constant in its
-            denominator.
+            Learning rate of Adam (0: weights stay as they start), its weight decay (of the weight matrices other than
+            loadings), the constant in its denominator.
         accelerator, devices
             ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"gpu"`` or ``"cuda"``; number of the GPU.
         train_size, validation_size
@@ -175,7 +175,7 @@ class TrainingMixin(ModelBase):
             scvi-tools is always its batch.)
         adversarial_weight, adversarial_schedule
             Weight of the penalty, which is in nats per cell; ``"warmup"``: it grows with that of the KL
-            terms, or ``"constant"``.
+            terms, or ``"constant"``. With a weight of 0 there is no adversary.
         checkpoint
             Folder for the state of training, so that a process that ends does not lose it: weights, optimizer, average,
             best weights, early stopping, random states, place in the epoch and history. The latest two checkpoints are

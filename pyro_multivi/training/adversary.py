@@ -113,7 +113,7 @@ class Adversary:
     @classmethod
     def wanted(cls, program: MultiVIProgram, train: Minibatches, options: FitOptions) -> Adversary | None:
         """The adversary that a training asks for; None without, or with a warning where there is nothing to mix."""
-        if not options.adversarial_mixing:
+        if not options.adversarial_mixing or not options.adversarial_weight:
             return None
         try:
             return cls(program, train, options)

@@ -94,11 +94,7 @@ class FitOptions:
             if not isinstance(value, str) or value not in allowed:
                 choices = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name}={shown(value)} is not allowed: choose {choices}.")
-        if not 0 < self.adversarial_weight < float("inf"):
-            raise ValueError(
-                f"adversarial_weight={self.adversarial_weight} is not allowed: give a finite number above 0, "
-                "or adversarial_mixing=False for no adversary."
-            )
+        check_number("adversarial_weight", self.adversarial_weight, least=0)
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> FitOptions:

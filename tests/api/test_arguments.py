@@ -34,8 +34,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 #: Words that an argument does not know, and numbers outside its range, beside those of its type.
 BEYOND: dict[str, tuple[Any, ...]] = {
-    **"lr": (-1.0, -1e-9),
-    **dict.fromkeys(("eps", "gradient_clip", "effect_sd", "adversarial_weight"), (0, 0.0, -1.0)),
+    "lr": (-1.0, -1e-9),
+    **dict.fromkeys(("eps", "gradient_clip", "effect_sd"), (0, 0.0, -1.0)),
+    "adversarial_weight": (-1.0, -1e-9),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "pseudocounts", "threshold_counts"), (-1.0, -1e-9)),
     **dict.fromkeys(("contrast_weight", "mixing_weight", "effect_size", "batch_effect", "library_sd"), (-1.0,)),
     **dict.fromkeys(("mean_library", "inverse_dispersion"), (0.0, -1.0)),

@@ -243,7 +243,7 @@ def test_any_elbo(model):
     [
         ({"adversarial_target": "donor"}, "adversarial_target='donor' is not allowed: choose 'modality' or 'batch'"),
         ({"adversarial_schedule": "cosine"}, "adversarial_schedule='cosine' .* 'warmup' or 'constant'"),
-        ({"adversarial_weight": 0.0}, "adversarial_weight=0.0 is not allowed.*adversarial_mixing=False"),
+        ({"adversarial_weight": -1.0}, "adversarial_weight=-1.0 is not allowed: give a number of at least 0"),
         ({"adversarial_weight": math.nan}, "adversarial_weight=nan"),
     ],
 )
@@ -251,6 +251,16 @@ def test_bad_choices_are_refused(model, choice, message):
     with pytest.raises(ValueError, match=message):
         model.train(**BRIEF, adversarial_mixing=True, **choice)
     assert not model.is_trained
+
+
+def test_a_weight_of_0_is_no_adversary(build):
+    plain, weightless = build(), build()
+    plain.train(**BRIEF)
+    weightless.train(
+        **BRIEF, adversarial_mixing=True, plan_kwargs={"scale_adversarial_loss": 0.0, "weight_decay": 1e-3}
+    )
+    assert "adversary_train" not in weightless.history
+    assert weightless.history["elbo_train"].equals(plain.history["elbo_train"])
 
 
 def test_one_batch_is_warned_of_for_batch_alone(mosaic):

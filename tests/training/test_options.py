@@ -61,7 +61,8 @@ WRONG = [
     ({"precision": "fp16"}, "precision='fp16' is not allowed: choose one of 'fp32', 'bf16'"),
     ({"adversarial_target": "donor"}, "adversarial_target='donor' is not allowed: choose 'modality' or 'batch'"),
     ({"adversarial_schedule": "cosine"}, "adversarial_schedule='cosine' is not allowed: choose 'warmup' or 'constant'"),
-    ({"adversarial_weight": 0.0}, "adversarial_weight=0.0 is not allowed: give a finite number above 0"),
+    ({"adversarial_weight": -1.0}, "adversarial_weight=-1.0 is not allowed: give a number of at least 0"),
+    ({"adversarial_weight": np.inf}, "adversarial_weight=inf is not allowed: give a finite number"),
 ]
 
 
