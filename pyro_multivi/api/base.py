@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import FunctionType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, Indices
+from pyro_multivi.api.saving.description import difference_of_cells
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.fragments.checks import check_fragments
@@ -27,6 +29,8 @@ from pyro_multivi.networks.surgery import Training
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
 
+logger = logging.getLogger("pyro_multivi")
+
 #: Cells at a time in prediction: more than in training, for nothing is kept for a backward pass.
 PREDICTION_BATCH = 512
 
@@ -40,7 +44,6 @@ class ModelBase:
 
     spec: DataSpec
     program: MultiVIProgram
-    adata: Any
     is_trained: bool
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -55,7 +58,7 @@ class ModelBase:
             check_fragments(table, spec.region_names)
         self.spec = spec
         self.program = program
-        self.adata = adata
+        self._adata = adata
         self._table = table
         # Of the data that the table was made of, by which changes of them are noticed.
         self._checksum = None if table is None else latest.checksum_of(adata, table)
@@ -67,6 +70,35 @@ class ModelBase:
         # Parts that are trained, of a model of a query; None: all.
         self._training: Training | None = None
         self.is_trained = False
+
+    @property
+    def adata(self) -> Any:
+        """The model's own data, which methods take by default; None for a model that was loaded without.
+
+        Other data may be put in their place, as by ``load(path, adata)``: they are read by the setup of the model, need
+        no setup of their own and are not changed. What they lack is an error at once.
+        """
+        return self._adata
+
+    @adata.setter
+    @isolated()
+    def adata(self, adata: Data) -> None:
+        table = self.spec.table(adata)
+        check_weights(table, adata, self.program)
+        if self.program.config.counts_fragments:
+            check_fragments(table, self.spec.region_names)
+        self._adata, self._table, self._checksum = adata, table, latest.checksum_of(adata, table)
+        self._find_split(self._split if self._saved_split is None else self._saved_split)
+
+    def _find_split(self, split: Split | None) -> None:
+        """Find the cells of a split by name among those of the model's data, and log how they differ."""
+        if split is None:
+            return
+        names = None if self._table is None else self._table.cell_names
+        self._split, self._saved_split = split.among(names, sum(self.spec.n_cells.values())), split
+        differences = "" if names is None else difference_of_cells(split, names)
+        if differences:
+            logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
 
     @property
     def device(self) -> torch.device:

@@ -152,3 +152,36 @@ def test_a_region_called_like_a_gene_has_a_name_of_its_own_in_imputed_data(adata
     imputed = model.impute()
     assert imputed.var_names.is_unique
     assert imputed.var_names[-1] == "same (region)"
+
+
+def test_other_data_may_be_put_in_place_of_the_models_own(model, adata, tmp_path, caplog):
+    model.train(2, progress_bar=False)
+    own, held_out = model.get_latent_representation(), model.validation_indices
+    other = pm.simulate_multiome((20, 10, 10), n_genes=40, n_regions=60, n_batches=2, seed=1)
+    other.obs_names = [f"other_{name}" for name in other.obs_names]
+    keys = list(other.uns)
+    expected = model.get_latent_representation(other)
+    model.adata = other
+    assert model.adata is model.adata_manager.adata is other
+    assert list(other.uns) == keys
+    np.testing.assert_array_equal(model.get_latent_representation(), expected)
+    assert model.get_elbo() == model.get_elbo(other)
+    assert "adata lacks 60 of the 60 cells of training" in caplog.text
+    assert len(model.validation_indices) == 0
+    model.save(tmp_path / "model")
+    del other.obs["batch"]
+    with pytest.raises(ValueError, match="batch_key='batch' is not in adata.obs"):
+        model.adata = other
+    model.adata = adata
+    np.testing.assert_array_equal(model.get_latent_representation(), own)
+    np.testing.assert_array_equal(model.validation_indices, held_out)
+    np.testing.assert_array_equal(pm.MULTIVI.load(tmp_path / "model", adata).validation_indices, held_out)
+    model.adata = adata[:30].copy()
+    np.testing.assert_array_equal(model.get_latent_representation(), own[:30])
+    model.train(1, progress_bar=False)
+    assert not {*np.array(model.validation_indices)} & {*np.setdiff1d(np.arange(30), held_out)}
+
+
+def test_scvi_tools_name_of_is_trained_can_be_set(model):
+    model.is_trained_ = True
+    assert model.is_trained

@@ -13,7 +13,7 @@ import torch
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
-from pyro_multivi.api.saving.description import Description, difference_of_cells, todays_names
+from pyro_multivi.api.saving.description import Description, todays_names
 from pyro_multivi.api.saving.folder import DESCRIPTION, broken, read_model, write_model
 from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, load_arguments, takes
 from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
@@ -172,13 +172,7 @@ class SavingMixin(ModelBase):
         model = cls.__new__(cls)
         model._assemble(spec, program, adata, table)
         model._history = History(description.history)
-        split = description.split
-        if split is not None:
-            model._split = split.among(None if table is None else table.cell_names, sum(spec.n_cells.values()))
-            model._saved_split = split
-        differences = "" if table is None or split is None else difference_of_cells(split, table.cell_names)
-        if differences:
-            logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
+        model._find_split(description.split)
         model.is_trained = description.is_trained
         lacking = [name for name in program.state_dict() if name not in state]
         without = [words for end, words in _FOR_INTERVALS.items() if any(name.endswith(end) for name in lacking)]

@@ -320,7 +320,9 @@ class ScviAttributes(ModelBase):
 #: Attributes that scvi-tools also has with an underscore behind their names.
 _UNDERSCORED = ("registry", "history", "is_trained", "train_indices", "validation_indices", "test_indices")
 for _name in _UNDERSCORED:
-    setattr(ScviAttributes, f"{_name}_", property(attrgetter(_name), doc=f":attr:`{_name}`, as scvi-tools names it."))
+    _set = (lambda model, value: setattr(model, "is_trained", value)) if _name == "is_trained" else None
+    _doc = f":attr:`{_name}`, as scvi-tools names it."
+    setattr(ScviAttributes, f"{_name}_", property(attrgetter(_name), _set, doc=_doc))
 
 for _name, _says in ABSENT.items():
     _absent = Absent(_says)

@@ -130,7 +130,7 @@ class MinifyMixin(ModelBase):
         kept = data.uns.get(UNS_KEY)
         entries = kept if isinstance(kept, Mapping) else {}
         data.uns[UNS_KEY] = {**entries, KIND: kind, WEIGHTS: digest_of_weights(self.program)}
-        self.adata, self._table = data, self.spec.table(data)
+        self._adata, self._table = data, self.spec.table(data)
         self._checksum = latest.checksum_of(data, self._table)
 
 
