@@ -22,7 +22,8 @@ from pyro_multivi.api.query.prepare import in_reference_order, proteins_in_refer
 from pyro_multivi.api.query.report import QueryReport, cautions
 from pyro_multivi.api.saving.folder import BrokenModelError
 from pyro_multivi.api.saving.mixin import SavingMixin
-from pyro_multivi.api.scvi_tools.arguments import QUERY, load_arguments, takes
+from pyro_multivi.api.scvi_tools.arguments import QUERY, takes
+from pyro_multivi.api.scvi_tools.devices import load_arguments
 from pyro_multivi.data.checks import caution, check_number, checked, shown
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.setup.adapter import open_data

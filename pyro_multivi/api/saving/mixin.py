@@ -15,7 +15,8 @@ from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, todays_names
 from pyro_multivi.api.saving.folder import DESCRIPTION, broken, read_model, write_model
-from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, load_arguments, takes
+from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, takes
+from pyro_multivi.api.scvi_tools.devices import load_arguments
 from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES

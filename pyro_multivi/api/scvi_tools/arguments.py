@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from pyro_multivi.api.scvi_tools.devices import of_use_gpu
 from pyro_multivi.data.checks import caution, check_mapping, nearest, shown, unwrapped
 
 logger = logging.getLogger("pyro_multivi")
@@ -117,6 +118,7 @@ SPLITTER: dict[str, Foreign] = {
     "num_workers": _left_out(_LOADING, 0),
     "persistent_workers": _left_out(_LOADING, False),
     "prefetch_factor": _left_out(_LOADING),
+    "drop_dataset_tail": _left_out("every training cell is used in each epoch", False),
     "drop_last": _left_out("the last minibatch of an epoch is used, however small", False),
     "external_indexing": _refused(
         "cells cannot be named; order them and give train_size, validation_size and shuffle_set_split=False"
@@ -306,8 +308,14 @@ def train_arguments(given: dict[str, Any]) -> list[str]:
         for name, value in entries.items():
             given.setdefault(name, value)
     if "use_gpu" in given:
-        wanted = given.pop("use_gpu")
-        given.setdefault("accelerator", {None: "auto", True: "gpu", False: "cpu"}.get(wanted, wanted))
+        accelerator, number = of_use_gpu(given.pop("use_gpu"))
+        given.setdefault("accelerator", accelerator)
+        if number is not None:
+            given.setdefault("devices", [number])
+    stop = unwrapped(given.get("early_stopping"))
+    if isinstance(stop, int) and not isinstance(stop, bool) and stop > 1:
+        given["early_stopping"] = True
+        said.append(f"early_stopping={stop}: it is on; for a patience of {stop} give early_stopping_patience={stop}")
     return said
 
 
@@ -322,26 +330,6 @@ def scvi_columns(history: Any) -> dict[str, Any]:
         found["validation_loss"] = sum(parts, history["reconstruction_loss_validation"] + kl)
         found["kl_global_validation"] = 0.0 * history["elbo_validation"]
     return found
-
-
-def load_arguments(given: dict[str, Any]) -> list[str]:
-    """``accelerator`` and ``use_gpu`` of ``load`` as a device, and a device by its number."""
-    wanted = given.pop("accelerator", None)
-    if "use_gpu" in given:
-        wanted = {None: wanted, True: "gpu", False: "cpu"}.get(given.pop("use_gpu"), wanted)
-    number = unwrapped(given.get("device", "auto"))
-    numbered = isinstance(number, int) and not isinstance(number, bool)
-    if wanted in ("gpu", "cuda"):
-        given["device"] = f"cuda:{number}" if numbered else "cuda" if number in ("auto", 1) else number
-    elif wanted == "cpu":
-        given["device"] = "cpu"
-    elif wanted not in (None, "auto"):
-        raise ValueError(
-            f"accelerator={shown(wanted)} is not allowed: give 'auto', 'cpu' or 'gpu', or device='cuda:0'."
-        )
-    elif numbered:
-        given["device"] = f"cuda:{number}"
-    return []
 
 
 class Absent:

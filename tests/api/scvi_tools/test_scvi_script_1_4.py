@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import pyro_multivi as scvi
-from pyro_multivi.api.scvi_tools.arguments import load_arguments
+from pyro_multivi.api.scvi_tools.arguments import train_arguments
+from pyro_multivi.api.scvi_tools.devices import load_arguments
 from pyro_multivi.model import MULTIVI
 from pyro_multivi.training import FitOptions, resolve_device
 
@@ -175,18 +176,45 @@ def test_devices_by_the_words_of_scvi_tools(monkeypatch):
         ({"accelerator": "cpu", "device": "auto"}, "cpu"),
         ({"use_gpu": False}, "cpu"),
         ({"use_gpu": True}, "cuda"),
+        ({"use_gpu": 0}, "cuda:0"),
+        ({"use_gpu": np.int64(1)}, "cuda:1"),
+        ({"use_gpu": "cuda:1"}, "cuda:1"),
+        ({"use_gpu": "cuda"}, "cuda"),
+        ({"use_gpu": None, "accelerator": "cpu"}, "cpu"),
         ({"accelerator": "auto", "device": "auto"}, "auto"),
     ):
         load_arguments(given)
         assert given == {"device": device}
     with pytest.raises(ValueError, match="accelerator='tpu' is not allowed"):
         load_arguments({"accelerator": "tpu"})
+    for given, meant in (
+        ({"use_gpu": 0}, {"accelerator": "gpu", "devices": [0]}),
+        ({"use_gpu": "cuda:1"}, {"accelerator": "gpu", "devices": [1]}),
+        ({"use_gpu": True}, {"accelerator": "gpu"}),
+        ({"use_gpu": False}, {"accelerator": "cpu"}),
+        ({"use_gpu": None}, {"accelerator": "auto"}),
+    ):
+        assert train_arguments(given) == []
+        assert given == meant
+    for wrong in (-1, "cuda:x", "tpu", 0.5):
+        for take in (train_arguments, load_arguments):
+            with pytest.raises(ValueError, match=f"use_gpu={wrong!r} is not allowed: give True, False, the number"):
+                take({"use_gpu": wrong})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("gpu", [1]) == torch.device("cuda:1")
     assert resolve_device("gpu", 1) == torch.device("cuda")
     with pytest.raises(ValueError, match=r"devices=\[0, 1\] is not allowed"):
         resolve_device("gpu", [0, 1])
+
+
+def test_a_patience_in_the_place_of_early_stopping_and_keys_that_change_nothing(mdata):
+    scvi.model.MULTIVI.setup_mudata(mdata)
+    model = scvi.model.MULTIVI(mdata, n_hidden=4, n_latent=2)
+    with pytest.warns(UserWarning, match="early_stopping=15: it is on; .* give early_stopping_patience=15"):
+        model.train(1, early_stopping=15, datasplitter_kwargs={"drop_dataset_tail": False, "drop_last": False})
+    with pytest.warns(UserWarning, match="drop_dataset_tail=True: every training cell is used in each epoch"):
+        model.train(1, datasplitter_kwargs={"drop_dataset_tail": True})
 
 
 def test_settings_refuse_what_they_do_not_know():
