@@ -88,6 +88,13 @@ def test_fewer_features_than_a_mudata_has():
 
 def test_names_that_scripts_import():
     assert (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.ATAC_X_KEY, REGISTRY_KEYS.BATCH_KEY) == ("X", "atac", "batch")
+    assert (REGISTRY_KEYS.PROTEIN_EXP_KEY, REGISTRY_KEYS.INDICES_KEY, REGISTRY_KEYS.SAMPLE_KEY) == (
+        "proteins", "ind_x", "sample",
+    )  # fmt: skip
+    minified = ("MINIFY_TYPE_KEY", "LATENT_QZM_KEY", "LATENT_QZV_KEY", "OBSERVED_LIB_SIZE")
+    assert [getattr(REGISTRY_KEYS, name) for name in minified] == [
+        "minify_type", "latent_qzm", "latent_qzv", "observed_lib_size",
+    ]  # fmt: skip
     assert attrdict({"a": 1}) == {"a": 1}
     with pytest.raises(AttributeError, match="'b' is not there"):
         attrdict({"a": 1}).b  # noqa: B018
