@@ -250,7 +250,9 @@ class LatentMixin(ModelBase):
         }
         if not return_mean:
             return per_cell
-        return {name: float(np.nanmean(values)) for name, values in per_cell.items()}
+        # numpy's float, as in get_elbo.
+        means: dict[str, float] = {name: np.float64(np.nanmean(values)) for name, values in per_cell.items()}
+        return means
 
     @overload
     def get_marginal_ll(
@@ -322,9 +324,9 @@ class LatentMixin(ModelBase):
         found = marginal_likelihood(self.program, cells, n_draws, seed)
         if not return_mean:
             return (found.log_likelihood, found.standard_error) if return_se else found.log_likelihood
-        mean = float(found.log_likelihood.mean())
+        mean = np.float64(found.log_likelihood.mean())
         # Draws of different cells are independent.
-        error = float(np.sqrt(np.square(found.standard_error).sum()) / len(found.standard_error))
+        error = np.float64(np.sqrt(np.square(found.standard_error).sum()) / len(found.standard_error))
         return (mean, error) if return_se else mean
 
     # ------------------------------------------------------------------ shared by the methods

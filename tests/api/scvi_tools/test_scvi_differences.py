@@ -53,6 +53,10 @@ def test_draws_depend_on_their_seed_alone(world):
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     assert model.get_elbo() == model.get_elbo().item()
+    assert model.get_reconstruction_error()["reconstruction_loss_expression"].item() > 0
+    marginal, error = model.get_marginal_ll(n_mc_samples=3, return_se=True)
+    assert (marginal.ndim, error.ndim) == (0, 0)
+    assert marginal.item() == model.get_marginal_ll(n_mc_samples=3)
 
 
 def test_depths_are_counts_and_nan_where_not_measured(world):
