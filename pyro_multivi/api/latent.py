@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import CELLS, takes, tell_difference
-from pyro_multivi.data.checks import check_choice, check_draws, checked
+from pyro_multivi.data.checks import NotInModelError, check_choice, check_draws, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
@@ -88,7 +88,7 @@ class LatentMixin(ModelBase):
             If the modality is unknown, not modelled, or measured in none of the cells.
         """
         names = ["joint", *(entry.name for entry in MODALITIES), *self.spec.extra]
-        check_choice("modality", modality, names)
+        check_choice("modality", modality, names, NotInModelError)
         n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         chosen = modality_named(modality)
@@ -130,7 +130,7 @@ class LatentMixin(ModelBase):
             return np.zeros(0, dtype=np.float32)
         factors = region_factors(self.program)
         if factors is None:
-            raise ValueError("region_factors=False was chosen for this model: it has no region factors.")
+            raise NotInModelError("region_factors=False was chosen for this model: it has no region factors.")
         return cast("NDArray[np.float32]", factors.cpu().numpy())
 
     # ------------------------------------------------------------------ likelihood

@@ -44,6 +44,25 @@ _CHOICES = frozenset({
 _MOST_SEED, _MOST = 2**63 - 1, 2**31 - 1
 
 
+class UnknownKeyError(ValueError, KeyError):
+    """A key that is not where an argument places it; scvi-tools raises a KeyError."""
+
+    # KeyError's own shows a message in quotes.
+    __str__ = Exception.__str__
+
+
+class NotInModelError(ValueError, RuntimeError):
+    """A result that a model has not by the choices it was made with; scvi-tools raises a RuntimeError."""
+
+
+class FolderExistsError(FileExistsError, ValueError):
+    """A folder that may not be replaced; scvi-tools raises a ValueError."""
+
+
+class NoModelError(FileNotFoundError, ValueError):
+    """A folder that is no saved model; scvi-tools raises a ValueError."""
+
+
 def first_names(names: Iterable[object], limit: int = _SHOWN) -> str:
     """The first few names, quoted, and how many there are in all."""
     every = list(names)
@@ -63,9 +82,9 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return f"{suggestion}Known: {first_names(options, _SHOWN_CHOICES)}."
 
 
-def unknown_key(argument: str, key: object, where: str, known: Iterable[object]) -> ValueError:
+def unknown_key(argument: str, key: object, where: str, known: Iterable[object]) -> UnknownKeyError:
     """The error for a key that is not where an argument places it."""
-    return ValueError(f"{argument}={key!r} is not in {where}. {nearest(key, known)}")
+    return UnknownKeyError(f"{argument}={key!r} is not in {where}. {nearest(key, known)}")
 
 
 def check_unique(names: Any, where: str, fix: str) -> None:
@@ -193,12 +212,12 @@ def check_number(
     return float(found)
 
 
-def check_choice(name: str, found: object, allowed: Sequence[str]) -> None:
+def check_choice(name: str, found: object, allowed: Sequence[str], kind: type[ValueError] = ValueError) -> None:
     """Refuse what is not one of some words, and name them and the nearest."""
     if not isinstance(found, str) or found not in allowed:
         near = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={shown(found)} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
+        raise kind(f"{name}={shown(found)} is not allowed: choose one of {', '.join(map(repr, allowed))}.{hint}")
 
 
 def check_type(argument: str, value: Any, kind: type, remedy: str = "") -> None:

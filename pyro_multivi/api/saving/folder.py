@@ -25,7 +25,7 @@ from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.saving.data_file import DATA_FILES, difference, write_data
 from pyro_multivi.checksums import CHECKSUMS, checksum, digest, read_checksums, write_checksums
-from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.checks import FolderExistsError, NoModelError, first_names
 from pyro_multivi.datasets.readers import read
 from pyro_multivi.files import present, replacing, writing
 
@@ -78,12 +78,12 @@ def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
         raise FileNotFoundError(f"{where}: the folder {str(target.parent)!r} does not exist.")
     if target.exists():
         if not overwrite:
-            raise FileExistsError(f"{where} exists: choose another path or give overwrite=True.")
+            raise FolderExistsError(f"{where} exists: choose another path or give overwrite=True.")
         found = foreign(target)
         if found:
-            raise FileExistsError(f"{where} {found} and is not replaced: choose another path.")
+            raise FolderExistsError(f"{where} {found} and is not replaced: choose another path.")
         if target == Path.cwd():
-            raise FileExistsError(f"{where} is the folder in which this process works: save it from elsewhere.")
+            raise FolderExistsError(f"{where} is the folder in which this process works: save it from elsewhere.")
     return target
 
 
@@ -149,7 +149,7 @@ def write_model(
     target_files = [name for name in DATA_FILES if (target / name).is_file()]
     lost = data_of_others(target, *names)
     if lost and data is None:
-        raise FileExistsError(f"{where} {lost}. Choose another path, or give save_anndata=True to replace them.")
+        raise FolderExistsError(f"{where} {lost}. Choose another path, or give save_anndata=True to replace them.")
     if lost:
         logger.warning("%s %s. They are replaced by the data of this model.", where, lost)
     with replacing(target, where, CHECKSUMS, overwrite) as work:
@@ -228,7 +228,7 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         remedy = (
             f"Its folder {within[0]!r} is one: give that." if within else "Give the folder that MULTIVI.save wrote."
         )
-        raise FileNotFoundError(f"{where} is not a saved model: {DESCRIPTION} is missing. {remedy}")
+        raise NoModelError(f"{where} is not a saved model: {DESCRIPTION} is missing. {remedy}")
     sums = _read_checksums(source, where) if (source / CHECKSUMS).is_file() else {}
     if sums and not {WEIGHTS, DESCRIPTION} <= sums.keys():
         raise BrokenModelError(f"{where}: {CHECKSUMS} is damaged (it lacks a file). Save the model again.")

@@ -12,7 +12,15 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import check_once, check_strings, check_unique, first_names, shown, unknown_key
+from pyro_multivi.data.checks import (
+    UnknownKeyError,
+    check_once,
+    check_strings,
+    check_unique,
+    first_names,
+    shown,
+    unknown_key,
+)
 from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
@@ -118,7 +126,7 @@ class Opened:
         if key not in table:
             others = [place for place, other in self.tables.items() if key in other]
             found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
-            raise ValueError(f"{unknown_key(argument, key, where, table.columns)}{found}")
+            raise UnknownKeyError(f"{unknown_key(argument, key, where, table.columns)}{found}")
         check_once(table, key, where)
         rows = table.index.get_indexer(self.cells)
         absent = rows < 0

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_multivi.data.checks import NotInModelError
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.minified.layout import FACTOR_SD, packed
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
@@ -95,7 +96,7 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
         experts = stored_experts(program, cells, cells.posterior)
     if modality not in experts:
         known = ", ".join(map(repr, ("joint", *experts)))
-        raise ValueError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
+        raise NotInModelError(f"modality={modality!r}: this model has no expert of that name; choose one of {known}.")
     measured = experts[modality].measured
     nowhere = torch.zeros_like(measured)
     # The average, or whatever an override mixes experts to, of this one alone.

@@ -107,3 +107,33 @@ def test_an_adversary_with_nothing_to_mix(world):
     assert len(said) == 1
     assert model.is_trained
     assert "adversary_train" not in model.history
+
+
+def test_errors_are_of_the_classes_of_scvi_tools_too(world, tmp_path):
+    adata, model = world
+    for argument in ("layer", "batch_key", "size_factor_key", "categorical_covariate_keys"):
+        value = ["nowhere"] if argument == "categorical_covariate_keys" else "nowhere"
+        with pytest.raises(KeyError) as caught:
+            MULTIVI.setup_anndata(adata.copy(), **{argument: value})
+        assert isinstance(caught.value, ValueError)
+        assert str(caught.value).startswith(f"{argument}='nowhere' is not in adata.")
+    query = adata.copy()
+    del query.obs["flag"]
+    with pytest.raises(KeyError, match="^batch_key='flag' is not in adata.obs"):
+        model.get_elbo(query)
+    model.save(tmp_path / "model")
+    for kind in (ValueError, FileExistsError):
+        with pytest.raises(kind, match="exists: choose another path or give overwrite=True"):
+            model.save(tmp_path / "model")
+    for kind in (ValueError, FileNotFoundError):
+        with pytest.raises(kind, match="^dir_path='.*nowhere' is not a saved model"):
+            MULTIVI.load(tmp_path / "nowhere")
+        with pytest.raises(kind, match="^reference_model: dir_path='.*nowhere' is not a saved model"):
+            MULTIVI.load_query_data(adata, tmp_path / "nowhere")
+    without = MULTIVI(adata, n_hidden=4, n_latent=2, region_factors=False)
+    without.is_trained = True
+    for kind in (ValueError, RuntimeError):
+        with pytest.raises(kind, match="modality='foo' is not allowed: choose one of 'joint'"):
+            model.get_latent_representation(modality="foo")
+        with pytest.raises(kind, match="region_factors=False was chosen"):
+            without.get_region_factors()
