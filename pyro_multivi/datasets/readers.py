@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import anndata
@@ -20,6 +22,7 @@ from anndata import AnnData
 
 from pyro_multivi._optional import mudata_as_given, require
 from pyro_multivi.data.checks import checked, first_names
+from pyro_multivi.data.stores.reference import element
 from pyro_multivi.datasets.assembly import (
     ALLOWED,
     FEATURE_COLUMNS,
@@ -94,9 +97,30 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         with errors_naming(path):
             return _sound(anndata.read_h5ad(path))
     with errors_naming(path), mudata_as_given() as mudata:
-        mdata = mudata.read_h5mu(path)
+        mdata = _read_h5mu(mudata, path)
         for adata in mdata.mod.values():
             _sound(adata)
+        return mdata
+
+
+def _read_h5mu(mudata: ModuleType, path: Path) -> Any:
+    """A MuData with the tables that it has in the file."""
+    try:
+        return mudata.read_h5mu(path)
+    except ValueError as error:
+        # mudata 0.3 writes NaN to the new rows of obsm and varm, also where there are none, and fails at whole numbers.
+        if "NaN to integer" not in str(error) or not hasattr(mudata, "set_options"):
+            raise
+        # As it reads by default it does not, but puts columns of the modalities into the tables.
+        with mudata.set_options(pull_on_update=None), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            mdata = mudata.read_h5mu(path)
+        with h5py.File(path, "r") as file:
+            tables = {name: element(file, name) for name in ("obs", "var")}
+        for name, table in tables.items():
+            if not table.index.equals(getattr(mdata, name).index):
+                raise
+            setattr(mdata, name, table)
         return mdata
 
 

@@ -5,6 +5,7 @@ import warnings
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
@@ -153,6 +154,25 @@ def test_unordered_entries_are_put_in_order(tmp_path):
             values[:3] = values[:3][::-1]
             file["matrix"][key][:] = values
     check(read_10x_h5(path))
+
+
+def test_h5mu_with_whole_numbers_beside_cells_and_features(tmp_path):
+    pytest.importorskip("mudata")
+    mdata = simulate_multiome((5, 3, 2), 10, 12, return_mudata=True)
+    mdata.varm["place"] = np.arange(44).reshape(22, 2)
+    mdata.obsm["place"] = np.arange(10)[:, None]
+    mdata.mod["rna"].obs["own"] = 1
+    with mudata_as_given():
+        mdata.write_h5mu(tmp_path / "m.h5mu")
+    again = read(tmp_path / "m.h5mu")
+    for matrices, read_back in ((mdata.varm, again.varm), (mdata.obsm, again.obsm)):
+        np.testing.assert_array_equal(read_back["place"], matrices["place"])
+        assert read_back["place"].dtype == matrices["place"].dtype
+    pd.testing.assert_frame_equal(again.obs, mdata.obs)
+    pd.testing.assert_frame_equal(again.var, mdata.var, check_column_type=False)
+    for name, part in mdata.mod.items():
+        pd.testing.assert_frame_equal(again.mod[name].obs, part.obs)
+        np.testing.assert_array_equal(again.mod[name].X.toarray(), part.X.toarray())
 
 
 def test_h5mu_as_stored(tmp_path):
