@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_multivi.networks.linear_start.components import Array, Components
+from pyro_multivi.networks.linear_start.components import Components
+from pyro_multivi.networks.linear_start.partly_measured import Array
 
 # No two modalities say the same.
 _MOST_CORRELATED = 0.98

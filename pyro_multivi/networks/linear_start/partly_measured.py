@@ -49,7 +49,7 @@ def largest_of_panels(
     of_panel = sp.csr_array((np.ones(n), (panel, np.arange(n))), shape=(len(measured), n))
     scores, directions, values = np.zeros((n, 0)), np.zeros((0, n_features)), np.zeros(0)
     total = float(measured.sum(1)[panel].mean())
-    bound = (1 + np.sqrt(measured.sum(1).max() / n)) ** 2
+    bound = (1 + np.sqrt(float(measured.sum(1).max()) / n)) ** 2
     rng = np.random.default_rng(0)
 
     def project(v: Array) -> Array:
@@ -68,12 +68,12 @@ def largest_of_panels(
         for _ in range(_MOST_STEPS):
             before = v
             v = regress(project(v) / (measured @ v**2).clip(_LEAST_HELD)[panel])
-            v = v / max(np.linalg.norm(v), 1e-12)
+            v = v / max(float(np.linalg.norm(v)), 1e-12)
             if np.linalg.norm(v - before) < _CHANGE:
                 break
         projected = project(v)
         value = np.linalg.norm(projected)
-        noise = (total - (value**2 + (values**2).sum()) / n) / total
+        noise = (total - (value**2 + np.square(values).sum()) / n) / total
         if value**2 / n < bound * noise:
             break
         scores = np.column_stack([scores, projected / (measured @ v**2).clip(_LEAST_HELD)[panel]])

@@ -18,8 +18,9 @@ from pyro_multivi.data.modality import RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
-from pyro_multivi.networks.linear_start.components import Array, Components, components
+from pyro_multivi.networks.linear_start.components import Components, components
 from pyro_multivi.networks.linear_start.factors import Factors, factors
+from pyro_multivi.networks.linear_start.partly_measured import Array
 from pyro_multivi.networks.linear_start.weights import (
     effects_on_means,
     start_expert,
@@ -160,8 +161,9 @@ def _effects(program: Any, part: _Part, group: NDArray[np.int64], mean: Array, c
             continue
         counts = part.counts[cells][:, features]
         overdispersion = 1 + np.asarray(counts.mean(0)).ravel() / theta[features]
-        of_cells = part.depth[cells], group[cells], mean[cells], covariance[cells]
-        effects[features] = effects_on_means(counts, *of_cells, overdispersion)
+        effects[features] = effects_on_means(
+            counts, part.depth[cells], group[cells], mean[cells], covariance[cells], overdispersion
+        )
     return effects
 
 
@@ -170,7 +172,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
     layer, stack = getattr(decoder, modality.decoded, None), getattr(decoder, "stack", None)
     decode = getattr(type(program), modality.name)
     experts = [f"{modality.key}_expert"] + [f"{modality.key}_alone_expert"] * program.config.fully_paired
-    networks = [decoder, *(getattr(program, name, None) for name in (f"{modality.key}_first_layer", *experts))]
+    names = (f"{modality.name}_decoder", f"{modality.key}_first_layer", *experts)
     return (
         decode.__module__.startswith("pyro_multivi.")
         and isinstance(layer, torch.nn.Linear)
@@ -179,7 +181,7 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
         and type(stack) is CovariateStack
         and type(getattr(program, f"{modality.key}_first_layer", None)) is SharedFirstLayer
         and all(_is_linear_head(getattr(program, name, None)) for name in experts)
-        and all(value.requires_grad for network in networks for value in network.parameters())
+        and all(value.requires_grad for name in names for value in getattr(program, name).parameters())
     )
 
 

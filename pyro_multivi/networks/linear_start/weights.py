@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
-from pyro_multivi.networks.linear_start.components import Array, Components
+from pyro_multivi.networks.linear_start.components import Components
+from pyro_multivi.networks.linear_start.partly_measured import Array
 
 # Ridge penalty of the maps out of hidden layers, relative to the mean square of their units.
 _RIDGE = 1e-2
@@ -65,7 +67,12 @@ def start_readout(
 
 
 def effects_on_means(
-    counts: sp.csr_array, depth: Array, group: Array, mean: Array, covariance: Array, overdispersion: Array
+    counts: sp.csr_array,
+    depth: Array,
+    group: NDArray[np.integer[Any]],
+    mean: Array,
+    covariance: Array,
+    overdispersion: Array,
 ) -> Array:
     """Change of the log mean of each feature with z, (F, K): one step of a Poisson regression from no effect.
 
