@@ -78,6 +78,13 @@ def save_model(model: MULTIVI, folder: Path, overwrite: bool, refer_to_data: boo
         except FileExistsError:
             folder, number = taken.with_name(f"{taken.name}-{number}"), number + 1
             continue
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            # The data, not the model: a disk that is full is an OSError, and fails again.
+            if not refer_to_data:
+                raise
+            print(f"the data cannot be saved with the model, and are given again to use it: {error}")
+            refer_to_data = False
+            continue
         if folder != taken:
             print(f"{taken} was taken during training; the model is in {folder}")
         return folder

@@ -166,6 +166,28 @@ def test_words_and_layers_of_each_file(run, cells):
     assert loaded("two=B.h5ad", "C.h5ad", "--feature-type", "rna").get_latent_representation().shape == (30, 2)
 
 
+@pytest.mark.parametrize("value", ["x", [1]])
+def test_a_column_of_one_file_alone_loses_no_model(run, monkeypatch, value):
+    from pyro_multivi.datasets.stores import open as opening
+
+    adata = pm.read("A.h5ad")
+    adata.obs["note"] = "x"
+    adata.write_h5ad("A.h5ad")
+    if value != "x":
+        read = opening.open_stores
+
+        def with_lists(*args, **settings):
+            found = read(*args, **settings)
+            found.obs["note"] = [value for _ in range(found.n_obs)]
+            return found
+
+        monkeypatch.setattr("pyro_multivi.cli.inputs.open_stores", with_lists)
+    out = run("train", "A.h5ad", "B.h5ad", "--from-disk", "--batch-from-file", "--out", "out", *QUICK)
+    assert "written to out" in out
+    assert ("the data cannot be saved with the model" in out) == (value != "x")
+    assert pm.MULTIVI.load("out/model").is_trained
+
+
 @pytest.mark.parametrize("files", [["A.h5ad", "B.h5ad", "three=C.h5ad", "--batch-from-file"], ["A.h5ad"]])
 def test_counts_stay_on_disk(run, monkeypatch, files):
     for file in "ABC":

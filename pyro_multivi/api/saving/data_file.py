@@ -11,6 +11,7 @@ import h5py
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.setup.options import is_mudata
+from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.files import writing
 
 #: Names of the file of an AnnData and of a MuData.
@@ -33,7 +34,7 @@ def write_data(folder: Path, data: Data) -> str:
             if name == MUDATA:
                 _write_mudata(file, data)
             else:
-                _write(file, "/", data)
+                write_element(file, "/", data)
         if name == MUDATA:
             stream.seek(0)
             stream.write(_HEADER.ljust(_HEADER_SIZE, b"\0"))
@@ -58,22 +59,14 @@ def difference(path: Path, cells: Sequence[str], features: Sequence[str]) -> str
 
 def _write_mudata(file: h5py.File, mdata: Any) -> None:
     """The elements of an .h5mu file, as its format has them."""
-    _write(file, "obs", mdata.obs)
-    _write(file, "var", mdata.var)
+    write_element(file, "obs", mdata.obs)
+    write_element(file, "var", mdata.var)
     for name in ("obsm", "varm", "obsp", "varp", "uns", "obsmap", "varmap"):
-        _write(file, name, dict(getattr(mdata, name)))
+        write_element(file, name, dict(getattr(mdata, name)))
     for name, part in mdata.mod.items():
-        _write(file.require_group("mod"), name, part)
+        write_element(file.require_group("mod"), name, part)
     file["mod"].attrs["mod-order"] = list(mdata.mod)
     file.attrs.update({"axis": mdata.axis, "encoding-type": "MuData", "encoding-version": "0.1.0"})
-
-
-def _write(place: Any, name: str, element: Any) -> None:
-    try:
-        from anndata.io import write_elem
-    except ImportError:  # before anndata 0.11
-        from anndata.experimental import write_elem
-    write_elem(place, name, element)
 
 
 def _index(frame: Any) -> Any:

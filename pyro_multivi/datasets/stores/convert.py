@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from pyro_multivi.data.stores.rows import canonical
 from pyro_multivi.data.stores.unfinished import UnfinishedFolder
 from pyro_multivi.datasets.readers import read
 from pyro_multivi.datasets.samples import join_samples
+from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.datasets.stores.open import open_stores
 
 _log = logging.getLogger("pyro_multivi")
@@ -238,17 +238,11 @@ def _begin(
     zarr: Any, path: Path, adata: AnnData, indptr: NDArray[np.int64], kind: np.dtype[Any], shape: tuple[int, ...]
 ) -> None:
     """Write all but the counts."""
-    try:
-        from anndata.io import write_elem
-    except ImportError:  # before anndata 0.11
-        from anndata.experimental import write_elem
     kept = adata.uns.get(UNS_KEY, {})
     uns = {UNS_KEY: {key: value for key, value in kept.items() if key != STORES}} if kept else {}
     sharded = not zarr.__version__.startswith("2.")
     group = zarr.open_group(str(path), mode="w", **({"zarr_format": 3} if sharded else {}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr says that its form of texts may change
-        write_elem(group, "/", AnnData(obs=adata.obs, var=adata.var, uns=uns))
+    write_element(group, "/", AnnData(obs=adata.obs, var=adata.var, uns=uns))
     if "X" in group:
         del group["X"]
     x = group.create_group("X")

@@ -14,6 +14,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import require
+from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.files import RecordingFile
 
 #: Cells x features of a chunk, 1 MB in float32: neither rows nor columns are slow to read.
@@ -44,7 +45,8 @@ class Container:
         self._root = self._open(frame is None)
         try:
             if frame is not None:
-                _write_frame(self._root, frame)
+                # Matrices are added as they come.
+                write_element(self._root, "/", frame)
             for element in dense:
                 # They stay open: what fails while HDF5 drops a handle is not reported.
                 self._arrays[element] = self._root[element] if frame is None else self._matrix(element, frame.shape)
@@ -167,12 +169,3 @@ class Zarr(Container):
 def container(path: Path, frame: AnnData | None = None, dense: Sequence[str] = ()) -> Container:
     """The container that the suffix of a path says; see :class:`Container`."""
     return (Zarr if path.suffix == ".zarr" else Hdf5)(path, frame, dense)
-
-
-def _write_frame(root: Any, frame: AnnData) -> None:
-    """Write the AnnData without its matrices, which are added as they come."""
-    try:
-        from anndata.io import write_elem
-    except ImportError:  # before anndata 0.11
-        from anndata.experimental import write_elem
-    write_elem(root, "/", frame)

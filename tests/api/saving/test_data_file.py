@@ -47,6 +47,39 @@ def test_columns_of_text_stay_columns_of_text(model, tmp_path):
     assert pm.MULTIVI.load(tmp_path / "model").adata.obs["note"].tolist() == obs["note"].tolist()
 
 
+@pytest.mark.parametrize("gap", [None, np.nan, pd.NA])
+def test_text_with_gaps_is_saved_as_categories(mosaic, tmp_path, gap):
+    mosaic.raw = mosaic.copy()
+    for table in (mosaic.obs, mosaic.var, mosaic.raw.var):
+        table["note"] = pd.Series(["a", "b", gap] * len(table), dtype=object)[: len(table)].to_numpy()
+        table["seen"] = pd.Series([True, gap] * len(table), dtype=object)[: len(table)].to_numpy()
+    before = mosaic.obs.copy()
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    model = pm.MULTIVI(mosaic, **SIZES)
+    model.train(1, progress_bar=False)
+    model.save(tmp_path / "model", save_anndata=True)
+    pd.testing.assert_frame_equal(mosaic.obs, before)
+    loaded = pm.MULTIVI.load(tmp_path / "model").adata
+    for table in (loaded.obs, loaded.var, loaded.raw.var):
+        assert table["note"].isna().tolist() == [place % 3 == 2 for place in range(len(table))]
+        assert list(table["note"].cat.categories) == ["a", "b"]
+        assert table["seen"].isna().tolist() == [place % 2 == 1 for place in range(len(table))]
+
+
+def test_numbers_beside_text_become_text_and_other_objects_are_named(model, tmp_path):
+    obs = model.adata.obs
+    obs["note"] = pd.Series([1, "b", None] * 20, index=obs.index, dtype=object)
+    with pytest.warns(UserWarning, match=r"obs\['note'\]: text beside numbers"):
+        model.save(tmp_path / "model", save_anndata=True)
+    found = pm.MULTIVI.load(tmp_path / "model").adata.obs["note"]
+    assert found[:2].tolist() == ["1", "b"]
+    assert found.isna().sum() == 20
+    obs["note"] = pd.Series([[1]] * 60, index=obs.index, dtype=object)
+    with pytest.raises(TypeError, match=r"obs\['note'\] holds \[1\], .*: make the column text by .astype\(str\)"):
+        model.save(tmp_path / "other", save_anndata=True)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_a_backed_anndata_stays_at_its_file(mosaic, tmp_path, mode):
     mosaic.raw = mosaic.copy()
@@ -71,7 +104,7 @@ def test_a_mudata_stays_as_it_is(tmp_path, backed):
     mudata = pytest.importorskip("mudata")
     mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, return_mudata=True, seed=0)
     for part in mdata.mod.values():
-        part.obs["note"] = pd.Series(["a"] * part.n_obs, index=part.obs_names, dtype=object)
+        part.obs["note"] = pd.Series(["a", None] * part.n_obs, dtype=object)[: part.n_obs].to_numpy()
     if backed:
         data_file.write_data(tmp_path, mdata)
         with mudata_as_given():

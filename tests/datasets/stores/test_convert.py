@@ -123,6 +123,19 @@ def test_several_files_become_one(cells, tmp_path, small_files):
     assert read.obs["sample"].tolist() == joined.obs["sample"].tolist()
 
 
+def test_gaps_in_text_of_one_file_stay_gaps(cells, tmp_path):
+    cells.obs["note"], cells.obs["seen"] = "x", True
+    cells[:30].copy().write_h5ad(tmp_path / "a.h5ad")
+    cells[30:, ::-1].copy().write_h5ad(tmp_path / "b.h5ad")
+    b = ad.read_h5ad(tmp_path / "b.h5ad")
+    del b.obs["note"], b.obs["seen"]
+    b.write_h5ad(tmp_path / "b.h5ad")
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    found = ad.read_zarr(convert.convert_stores(paths, tmp_path / "both.zarr", **QUIET)).obs
+    for name in ("note", "seen"):
+        assert found[name].isna().tolist() == [False] * 30 + [True] * (cells.n_obs - 30)
+
+
 def test_convert_on_the_command_line(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells.write_h5ad("a.h5ad")

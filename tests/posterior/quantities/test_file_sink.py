@@ -75,6 +75,15 @@ def test_a_file_holds_what_memory_would(fitted, out):
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_gaps_in_text_stay_gaps(fitted, out):
+    adata = fitted.adata.copy()
+    adata.obs["note"] = pd.Series(["a", None, np.nan, pd.NA] * adata.n_obs, dtype=object)[: adata.n_obs].to_numpy()
+    fitted.impute(adata, out=out, silent=True)
+    found = read(out).obs["note"]
+    assert found[:4].tolist()[0] == "a"
+    assert found.isna().tolist() == adata.obs["note"].isna().tolist()
+
+
 def test_a_threshold_writes_it_sparse(fitted, out):
     expected = fitted.get_accessibility_estimates(threshold=0.4, return_numpy=True)
     fitted.get_accessibility_estimates(threshold=0.4, out=out, silent=True, batch_size=64)
@@ -309,7 +318,7 @@ def test_an_object_that_cannot_be_written_leaves_nothing(out, monkeypatch):
     def refuse(*_):
         raise TypeError("a column of sets")
 
-    monkeypatch.setattr(containers, "_write_frame", refuse)
+    monkeypatch.setattr(containers, "write_element", refuse)
     with pytest.raises(TypeError, match="a column of sets"):
         Store(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
     assert list(out.parent.iterdir()) == []

@@ -1,0 +1,113 @@
+"""Elements of an AnnData written to HDF5 or zarr: tables with any text, and no change of the user's object."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import infer_dtype
+
+from pyro_multivi.data.checks import caution, shown
+
+# What is written as text where a column holds text and these.
+_WORDS = (str, bool, int, float, np.generic)
+# Types of columns of objects by what they hold.
+_PLAIN: dict[str, Any] = {"boolean": "boolean", "integer": "Int64", "floating": float, "mixed-integer-float": float}
+
+
+def write_element(place: Any, name: str, element: Any) -> None:
+    """Write an AnnData or a part of one, each of its tables as :func:`writable` makes it.
+
+    Parameters
+    ----------
+    place
+        Group of h5py or zarr.
+    name
+        Name of the element within it; ``/`` for the group itself.
+    element
+        What anndata can write.
+
+    Raises
+    ------
+    TypeError
+        If a column holds what no such file can.
+    """
+    from anndata.experimental import write_dispatched
+
+    changed: list[str] = []
+
+    def write(function: Any, group: Any, key: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+        if isinstance(value, pd.DataFrame):
+            value = writable(value, key.strip("/") or name, changed)
+        function(group, key, value, dataset_kwargs=dataset_kwargs)
+
+    with warnings.catch_warnings():
+        # What they will do otherwise some day: anndata in its chunks, zarr in its form of texts.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+        warnings.filterwarnings("ignore", module="zarr")
+        write_dispatched(place, name, element, write)
+    if changed:
+        caution(
+            f"{', '.join(changed)}: text beside numbers, which no file of anndata holds in one column. "
+            "The numbers were written as text."
+        )
+
+
+def writable(frame: pd.DataFrame, where: str, changed: list[str]) -> pd.DataFrame:
+    """A table that HDF5 and zarr hold: text with gaps as categories, truth values and numbers with gaps as such.
+
+    Parameters
+    ----------
+    frame
+        The table, which stays as it is.
+    where
+        Its name in messages.
+    changed
+        Takes up the names of columns whose numbers become text.
+
+    Returns
+    -------
+    DataFrame
+        A copy; the table itself where nothing is to be done.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"note": ["a", None], "seen": [True, None]}, index=["c1", "c2"], dtype=object)
+    >>> writable(frame, "obs", []).dtypes.astype(str).to_dict()
+    {'note': 'category', 'seen': 'boolean'}
+    """
+    columns = [_writable(column, f"{where}[{name!r}]", changed) for name, column in frame.items()]
+    texts = isinstance(frame.index.dtype, pd.StringDtype)
+    if not texts and all(column is found for column, (_, found) in zip(columns, frame.items(), strict=True)):
+        return frame
+    index = frame.index.astype(object) if texts else frame.index
+    made = pd.DataFrame({place: column.array for place, column in enumerate(columns)}, index=index)
+    made.columns = frame.columns
+    return made
+
+
+def _writable(column: pd.Series[Any], where: str, changed: list[str]) -> pd.Series[Any]:
+    gaps = column.isna()
+    if isinstance(column.dtype, pd.StringDtype):
+        return column.astype("category" if gaps.any() else object)
+    if column.dtype != object:
+        return column
+    kind = infer_dtype(column, skipna=True)
+    if kind == "string":
+        return column.astype("category") if gaps.any() else column
+    if kind == "empty":
+        return column.astype(float)
+    if kind in _PLAIN:
+        return column.astype(_PLAIN[kind])
+    other = next((value for value in column[~gaps] if not isinstance(value, _WORDS)), None)
+    if other is not None:
+        raise TypeError(
+            f"{where} holds {shown(other)}, which no file of anndata can: make the column text by .astype(str), or "
+            "leave it out."
+        )
+    changed.append(where)
+    texts = column.astype(object).where(gaps, column.astype(str))
+    return texts.astype("category") if gaps.any() else texts
