@@ -135,8 +135,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 3]}... ({type(value).__name__})"
 
 
-def name_list(argument: str, value: Iterable[str] | str | None) -> tuple[str, ...]:
-    """A list of names, all of them strings; None is no name, one string is one name, a set is put in order."""
+def name_list(argument: str, value: Iterable[str] | str | None, distinct: bool = False) -> tuple[str, ...]:
+    """A list of names, all of them strings; None is no name, one string is one name, a set is put in order.
+
+    With ``distinct``, a name that is there more than once is refused.
+    """
     found = unwrapped(value)
     if found is None:
         return ()
@@ -144,6 +147,9 @@ def name_list(argument: str, value: Iterable[str] | str | None) -> tuple[str, ..
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must be a list of strings; {shown(name)} is not a string.")
+    if distinct and len(set(names)) < len(names):
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        raise ValueError(f"{argument}={shown(value)} holds {first_names(twice)} more than once: name each once.")
     return tuple(sorted(names)) if isinstance(found, (set, frozenset)) else names
 
 

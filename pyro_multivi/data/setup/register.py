@@ -163,11 +163,11 @@ def setup_anndata(
         modality_key=modality_key,
         labels_key=labels_key,
         size_factor_keys=size_factor_keys(size_factor_key),
-        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
-        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
+        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys, distinct=True),
+        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys, distinct=True),
         modality_values=modality_meanings(modality_values),
         feature_type_key=feature_type_column(feature_type_key, adata.var, feature_type_values is not None),
-        extra=name_list("extra_obsm_keys", extra_obsm_keys),
+        extra=name_list("extra_obsm_keys", extra_obsm_keys, distinct=True),
     )
     if protein_names_uns_key is not None:
         if protein_expression_obsm_key is None:
@@ -260,10 +260,10 @@ def setup_mudata(
         modality_key=modality_key,
         labels_key=labels_key,
         size_factor_keys=size_factor_keys(size_factor_key),
-        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys),
-        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys),
+        categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys, distinct=True),
+        continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys, distinct=True),
         modality_values=modality_meanings(modality_values),
-        extra=name_list("extra_modalities", extra_modalities),
+        extra=name_list("extra_modalities", extra_modalities, distinct=True),
         protein_layer=protein_layer,
     )
     return _set_up(mdata, with_masks(with_modalities(setup, mdata, modalities), mdata, feature_masks, panel_key))

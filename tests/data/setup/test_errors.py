@@ -37,6 +37,12 @@ def adata() -> ad.AnnData:
         ),
         ({"labels_key": "xyz"}, r"labels_key='xyz' is not in adata.obs. Known: 'batch', 'age', 'modality'"),
         ({"categorical_covariate_keys": ["bach"]}, r"categorical_covariate_keys='bach' .* 'batch'\?"),
+        (
+            {"categorical_covariate_keys": ["batch", "batch"]},
+            r"categorical_covariate_keys=.* holds 'batch' more than once",
+        ),
+        ({"continuous_covariate_keys": ["age", "age"]}, r"continuous_covariate_keys=.* holds 'age' more than once"),
+        ({"extra_obsm_keys": ["adt", "adt"]}, r"extra_obsm_keys=.* holds 'adt' more than once: name each once"),
         ({"continuous_covariate_keys": ["Age"]}, r"continuous_covariate_keys='Age' .* 'age'\?"),
         ({"size_factor_key": "ages"}, r"size_factor_key='ages' is not in adata.obs. Did you mean 'age'\?"),
         ({"layer": "count"}, r"layer='count' is not in adata.layers. Did you mean 'counts'\?"),

@@ -140,6 +140,11 @@ def test_a_modality_of_a_mudata(mosaic, proteins):
     np.testing.assert_array_equal(found.values, np.nan_to_num(proteins)[place])
     with pytest.raises(ValueError, match="extra_modalities='adtt' is not in mdata.mod"):
         MULTIVI.setup_mudata(mdata, extra_modalities=["adtt"])
+    with pytest.raises(ValueError, match="extra_modalities=.* holds 'adt' more than once"):
+        MULTIVI.setup_mudata(mdata, extra_modalities=["adt", "adt"])
+    mdata.mod["adt"].var_names = ["CD3", "CD4", "CD3"]
+    with pytest.raises(ValueError, match="has several columns of the name 'CD3'"):
+        MULTIVI.setup_mudata(mdata, extra_modalities=["adt"])
 
 
 def test_parts_of_another_length_are_refused(stained):

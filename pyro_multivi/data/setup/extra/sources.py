@@ -96,7 +96,7 @@ class ExtraSource:
                 f"{self.where} has {width} columns and {len(names)} names were given for them: give a name for each "
                 "column, in their order."
             )
-        if self.counts and len(set(names)) < width:
+        if len(set(names)) < width:
             twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
             raise ValueError(f"{self.where} has several columns of the name {first_names(twice)}: name each otherwise.")
         return names
