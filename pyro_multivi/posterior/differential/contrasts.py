@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pandas.errors import UndefinedVariableError
 from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest
@@ -181,8 +182,14 @@ def _by_cells(obs: pd.DataFrame, names: Sequence[str], idx1: CellChoice, idx2: C
 def _select(argument: str, wanted: CellChoice, obs: pd.DataFrame, names: Sequence[str]) -> Tensor:
     if isinstance(wanted, str):
         try:
-            chosen = obs.index.get_indexer(obs.query(wanted).index)
+            # Without these, @name is looked up among the variables of this function.
+            chosen = obs.index.get_indexer(obs.query(wanted, local_dict={}, global_dict={}).index)
         except Exception as error:  # pandas raises all sorts of errors for an invalid query
+            if isinstance(error, UndefinedVariableError) and "local variable" in str(error):
+                raise ValueError(
+                    f"{argument}={wanted!r} names a variable by @, and those of your code are not known here: write "
+                    "its value into the query by an f-string, such as f'n_counts > {limit}'."
+                ) from error
             raise ValueError(f"{argument}={wanted!r} is no query of obs: {error}") from error
         if not len(chosen):
             raise ValueError(f"{argument}={wanted!r} selects no cell: nothing to compare.")

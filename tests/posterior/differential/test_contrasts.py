@@ -116,3 +116,13 @@ def test_a_name_of_several_columns_is_refused():
     obs = pd.concat([obs, obs[["donor"]]], axis=1)
     with pytest.raises(ValueError, match="groupby='donor' is the name of several columns of obs"):
         resolve_contrasts(obs, list(obs.index), "donor")
+
+
+@pytest.mark.parametrize("name", ["wanted", "limit", "torch", "names"])
+def test_a_query_knows_no_variables_of_code(name):
+    obs = combinations()
+    limit = 2  # noqa: F841
+    with pytest.raises(ValueError, match=f"idx1='donor > @{name}' names a variable by @, .* by an f-string"):
+        resolve_contrasts(obs, list(obs.index), idx1=f"donor > @{name}")
+    obs["sample"] = ["a@b", "c"] * 3
+    assert resolve_contrasts(obs, list(obs.index), idx1="sample == 'a@b'")[0].index1.tolist() == [0, 2, 4]
