@@ -15,7 +15,7 @@ from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, PROTEIN, RNA
-from pyro_multivi.data.selection import as_list, check_order
+from pyro_multivi.data.selection import as_list, check_order, refuse_numbers_for_mask
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.engine.decode import Average
@@ -123,6 +123,8 @@ def choose_features(
             raise ValueError(f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s.")
         check_order(argument, wanted, names)
         chosen = np.flatnonzero(chosen)
+    elif chosen.dtype.kind in "iu":
+        refuse_numbers_for_mask(argument, wanted, chosen, names)
     if chosen.size == 0:
         raise ValueError(f"{argument} selects no {what}: give at least one, or None for all.")
     if chosen.dtype.kind in "iu":

@@ -60,6 +60,7 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
         if not len(wanted):
             raise ValueError("indices selects no cell: the mask is False everywhere.")
     elif wanted.dtype.kind in "iu":
+        refuse_numbers_for_mask("indices", indices, wanted, names)
         outside = wanted[(wanted < -n) | (wanted >= n)]
         if len(outside):
             raise IndexError(f"indices holds {outside[0]}, and the data has {n} cells: give positions below {n}.")
@@ -107,6 +108,37 @@ def check_order(argument: str, values: Any, names: Sequence[str]) -> None:
         raise ValueError(
             f"{argument} is a Series with {labels[at]!r} at position {at}, where the data has {expected[at]!r}: "
             "reorder it by .loc[names of the data], or give its .to_numpy() if the values are in the order of the data."
+        )
+
+
+def refuse_numbers_for_mask(argument: str, values: Any, numbers: NDArray[Any], names: Sequence[str]) -> None:
+    """Refuse whole numbers that are a mask, or a column of the data, and would be taken for positions.
+
+    These are a number for each name, all of them 0 or 1, and a pandas Series whose index holds names, unless each of
+    its numbers is the position of its own name.
+
+    Examples
+    --------
+    >>> refuse_numbers_for_mask("indices", [0, 2], np.array([0, 2]), ["a", "b", "c"])
+    >>> refuse_numbers_for_mask("indices", [0, 1, 1], np.array([0, 1, 1]), ["a", "b", "c"])
+    Traceback (most recent call last):
+        ...
+    ValueError: indices holds a 0 or 1 for each of 3 names, as a mask does: give it as True and False, by ...
+    """
+    if len(numbers) == len(names) > 2 and set(numbers.tolist()) <= {0, 1}:
+        raise ValueError(
+            f"{argument} holds a 0 or 1 for each of {len(names)} names, as a mask does: give it as True and False, by "
+            ".astype(bool) of an array or a Series; of positions give each once."
+        )
+    labels = getattr(values, "index", None)
+    if labels is None or callable(labels) or not len(labels):
+        return
+    place = {name: position for position, name in enumerate(names)}
+    own = [place.get(label) if isinstance(label, str) else None for label in labels]
+    if None not in own and own != numbers.tolist():
+        raise ValueError(
+            f"{argument} is a Series of whole numbers by name, {labels[0]!r}: {numbers[0]}, ...: for a mask give "
+            ".astype(bool), for positions .to_numpy()."
         )
 
 

@@ -206,6 +206,30 @@ def test_cells_that_are_not_there_are_named(shared, indices, error, match):
         shared.get_latent_representation(indices=indices)
 
 
+@pytest.mark.parametrize("form", [list, np.array, pd.Series])
+def test_a_mask_of_numbers_is_refused(shared, form):
+    """0 and 1 would be taken for the positions of the first two cells or genes."""
+    mask = form([0, 1] * 30)
+    for method in (shared.get_latent_representation, shared.get_normalized_expression):
+        with pytest.raises(ValueError, match=r"indices holds a 0 or 1 for each of 60 names, .* \.astype\(bool\)"):
+            method(indices=mask)
+    with pytest.raises(ValueError, match="idx1 holds a 0 or 1 for each of 60 names"):
+        shared.differential_expression(idx1=mask)
+    with pytest.raises(ValueError, match="gene_list holds a 0 or 1 for each of 40 names"):
+        shared.get_normalized_expression(gene_list=mask[:40])
+
+
+def test_numbers_by_name_are_positions_only_where_they_are_those_of_the_names(shared):
+    names = shared.adata.obs_names
+    latent = shared.get_latent_representation
+    places = pd.Series([7, 3], index=names[[7, 3]])
+    np.testing.assert_array_equal(latent(indices=places), latent(indices=[7, 3]))
+    with pytest.raises(
+        ValueError, match=r"indices is a Series of whole numbers by name, 'cell_03': 1, .*\.to_numpy\(\)"
+    ):
+        latent(indices=pd.Series([1, 0], index=names[[3, 7]]))
+
+
 def test_a_series_in_another_order_than_the_data_is_refused(shared):
     """Its values would be taken for those of other cells or genes."""
     cells, genes = shared.adata.obs_names, list(shared.spec.gene_names)
