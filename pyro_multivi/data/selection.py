@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -149,6 +150,8 @@ def as_list(argument: str, values: Any) -> NDArray[Any]:
     ------
     TypeError
         If the values have no order of their own, as a set, or are no list.
+    ValueError
+        If some values of a mask, or all of a masked array, are missing.
     """
     if isinstance(values, (slice, bytes, Mapping)) or (isinstance(values, Set) and not hasattr(values, "mapping")):
         raise TypeError(
@@ -157,12 +160,29 @@ def as_list(argument: str, values: Any) -> NDArray[Any]:
         )
     if isinstance(values, Iterable) and not isinstance(values, str) and not hasattr(values, "__array__"):
         values = list(values)
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(
+            f"{argument} is a masked array with {np.ma.count_masked(values)} hidden values: say what they are, of a "
+            "mask by .filled(False), or leave them out by .compressed()."
+        )
     try:
         found = np.atleast_1d(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _no_list(argument, values, error) from error
+    gaps = pd.isna(found) if found.dtype == object else np.zeros(0, dtype=bool)
+    if gaps.any() and all(isinstance(value, (bool, np.bool_)) for value in found[~gaps].tolist()):
+        raise ValueError(
+            f"{argument} is a mask with {int(gaps.sum())} missing values: say what they are, by .fillna(False)."
+        )
+    try:
         kinds = set(map(type, found.ravel().tolist())) if found.dtype == object else set()
         # Objects of one plain type, such as pandas' nullable values, are an array of it.
         return found.astype(kinds.pop()) if len(kinds) == 1 and kinds <= {bool, int} else found
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(
-            f"{argument}={shown(values)} is not allowed: give a flat list of positions or names, or a mask ({error})."
-        ) from error
+        raise _no_list(argument, values, error) from error
+
+
+def _no_list(argument: str, values: Any, error: Exception) -> TypeError:
+    return TypeError(
+        f"{argument}={shown(values)} is not allowed: give a flat list of positions or names, or a mask ({error})."
+    )

@@ -219,6 +219,20 @@ def test_a_mask_of_numbers_is_refused(shared, form):
         shared.get_normalized_expression(gene_list=mask[:40])
 
 
+@pytest.mark.parametrize("gap", [None, np.nan, pd.NA])
+def test_a_mask_with_gaps_is_refused(shared, gap):
+    mask = [True, gap, False] * 20
+    for given in (pd.Series(mask, dtype=object), pd.array(mask, dtype="boolean"), np.array(mask, dtype=object)):
+        with pytest.raises(ValueError, match=r"indices is a mask with 20 missing values: .*\.fillna\(False\)"):
+            shared.get_latent_representation(indices=given)
+    hidden = np.ma.masked_array([True] * 60, [True] + [False] * 59)
+    with pytest.raises(ValueError, match=r"indices is a masked array with 1 hidden values: .*\.filled\(False\)"):
+        shared.get_latent_representation(indices=hidden)
+    with pytest.raises(ValueError, match="idx1 is a mask with 20 missing values"):
+        shared.differential_expression(idx1=pd.array(mask, dtype="boolean"))
+    assert len(shared.get_latent_representation(indices=np.ma.masked_array([3, 4]))) == 2
+
+
 def test_numbers_by_name_are_positions_only_where_they_are_those_of_the_names(shared):
     names = shared.adata.obs_names
     latent = shared.get_latent_representation
