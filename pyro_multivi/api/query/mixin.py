@@ -116,7 +116,8 @@ class QueryMixin(SavingMixin):
         Warns
         -----
         UserWarning
-            If few features are shared, or cells of a known batch are of another depth than its cells were.
+            If few features are shared, cells of a known batch are of another depth than its cells were, or cells that
+            are said to have a modality have no count of it.
 
         Examples
         --------
@@ -139,7 +140,7 @@ class QueryMixin(SavingMixin):
         set_priors(program, table, reference.spec.n_batch)
         report = QueryReport.of(reference.spec, spec, opened, table)
         logger.info("%s", report)
-        for sentence in cautions(report, spec, table, program):
+        for sentence in cautions(report, spec, opened, table, program):
             caution(sentence)
         training = Training.chosen(
             program,

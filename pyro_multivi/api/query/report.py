@@ -12,6 +12,7 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import MODALITIES, RNA, modelled
 from pyro_multivi.data.setup.adapter import Opened
+from pyro_multivi.data.setup.cautions import cells_without_counts
 from pyro_multivi.data.setup.modalities import UNTYPED, Measured
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -99,8 +100,11 @@ class QueryReport:
         return "\n".join(lines)
 
 
-def cautions(report: QueryReport, spec: DataSpec, table: CellTable, program: MultiVIProgram) -> Iterator[str]:
+def cautions(
+    report: QueryReport, spec: DataSpec, opened: Opened, table: CellTable, program: MultiVIProgram
+) -> Iterator[str]:
     """Sentences on what is likely a mistake, each with what to do."""
+    yield from cells_without_counts(opened, table)
     for name, number in report.shared.items():
         total = number + report.missing[name]
         if number < _FEW_SHARED * total:

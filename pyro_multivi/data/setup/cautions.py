@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
+from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.masks.panels import number_of_values
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.data.vocabulary import PAIRED, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
@@ -88,17 +90,31 @@ def _without_counts(found: Description) -> Iterator[str]:
                 f"No cell was measured for {modality.assay}: nothing can be learned about the {len(part.features)} "
                 f"{modality.features} in {part.where}. Leave them out, or add cells that have counts of them."
             )
-        elif not found.measured.inferred:
-            detected: NDArray[Any] = modality.counts_in(found.table).crow.diff().numpy()[mask]
-            empty = mask.copy()
-            empty[mask] = detected == 0
-            # Of few features a cell may have none by chance; then other cells have one.
-            if len(mask) >= _LEAST_CELLS and empty.sum() > max(1, _BEYOND_CHANCE * (detected == 1).sum()):
-                yield (
-                    f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
-                    f"{part.where}: {first_names(found.opened.cells[empty], 3)}. If it was not measured in them, mark "
-                    "them so (modality_key); if the counts are elsewhere, put them there; else drop these cells."
-                )
+    yield from cells_without_counts(found.opened, found.table)
+
+
+def cells_without_counts(opened: Opened, table: CellTable) -> Iterator[str]:
+    """Cells said to have a modality, of which they have no count; there are none where that is told by the counts.
+
+    Parameters
+    ----------
+    opened
+        The data, by which cells and places are named.
+    table
+        What was read of them.
+    """
+    for modality, part in opened.counts.items() if table.posterior is None else ():
+        mask = modality.measured_in(table).numpy()
+        detected: NDArray[Any] = modality.counts_in(table).crow.diff().numpy()[mask]
+        empty = mask.copy()
+        empty[mask] = detected == 0
+        # Of few features a cell may have none by chance; then other cells have one.
+        if len(mask) >= _LEAST_CELLS and empty.sum() > max(1, _BEYOND_CHANCE * (detected == 1).sum()):
+            yield (
+                f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
+                f"{part.where}: {first_names(opened.cells[empty], 3)}. If it was not measured in them, mark "
+                "them so (modality_key); if the counts are elsewhere, put them there; else drop these cells."
+            )
 
 
 def _unlikely_counts(found: Description) -> Iterator[str]:

@@ -49,6 +49,24 @@ def test_only_new_columns_are_trained_and_the_reference_stays(world):
     assert all(int(where.sum()) == n_hidden for where in changed.values())
 
 
+def test_cells_marked_as_measured_without_a_count_are_told(world):
+    query = world.query.copy()
+    query.obs["modality"] = "paired"
+    alone = [(world.query.obs["modality"] == pattern).sum() for pattern in ("accessibility", "expression")]
+    for call in (
+        lambda: pm.MULTIVI.load_query_data(query, world.model),
+        lambda: pm.MULTIVI.load_query_data(world.query, world.model).get_latent_representation(query),
+    ):
+        with pytest.warns(UserWarning, match="said to have") as caught:
+            call()
+        told = sorted(str(each.message) for each in caught if "said to have" in str(each.message))
+        assert len(told) == 2
+        for sentence, assay, size in zip(told, ("ATAC", "RNA"), reversed(alone), strict=True):
+            assert sentence.startswith(
+                f"{size} of the {query.n_obs} cells said to have {assay} have no count in adata.X"
+            )
+
+
 def test_a_new_batch_starts_as_the_average_of_the_known_ones(world):
     mapped = pm.MULTIVI.load_query_data(world.query, world.model)
     weight = mapped.program.expression_decoder.stack.linear[0].weight
