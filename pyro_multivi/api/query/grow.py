@@ -64,7 +64,7 @@ def _missing_in_new(spec: DataSpec, reference: DataSpec, opened: Opened) -> dict
 
 
 def _new(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in categories(opened, argument, key) if name not in known)
+    return tuple(name for name in categories(opened, argument, key, known) if name not in known)
 
 
 def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> tuple[MultiVIProgram, Parts]:

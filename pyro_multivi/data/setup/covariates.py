@@ -22,9 +22,12 @@ _LEAST = np.finfo(np.float32).tiny
 _LEAST_SIZE = np.float32(1e-30)
 
 
-def categories(opened: Opened, argument: str, key: str | None) -> tuple[str, ...]:
-    """The distinct values of a column as strings, in the order of sorted strings; none without a column."""
-    return () if key is None else tuple(sorted(set(_words(opened, argument, key))))
+def categories(opened: Opened, argument: str, key: str | None, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The distinct values of a column as strings, in the order of sorted strings; none without a column.
+
+    Numbers that are among those ``known`` in another spelling, as 3 is "3.0", have that.
+    """
+    return () if key is None else tuple(sorted(set(_words(opened, argument, key, known))))
 
 
 def name_of(value: Any, known: Sequence[str]) -> Any:
@@ -32,14 +35,15 @@ def name_of(value: Any, known: Sequence[str]) -> Any:
 
     Examples
     --------
-    >>> name_of(3, ("2", "3")), name_of(3, ("2.0", "3.0")), name_of(0, ("2", "3"))
-    ('3', '3.0', 0)
+    >>> name_of(3, ("2", "3")), name_of(3, ("2.0", "3.0")), name_of(3.0, ("2", "3")), name_of(0, ("2", "3"))
+    ('3', '3.0', '3', 0)
     """
     if isinstance(value, str) or not isinstance(value, (bool, float, int, np.generic)):
         return value
-    # A column of whole numbers that ever had gaps holds 3 as 3.0.
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    words = [str(value), str(float(value))] if is_whole else [str(value)]
+    words = [str(value)]
+    if not isinstance(value, (bool, np.bool_)) and np.isreal(value) and float(value).is_integer():
+        # A column of whole numbers that ever had gaps holds 3 as 3.0.
+        words += [str(int(value)), str(float(value))]
     return next((word for word in words if word in known), value)
 
 
@@ -108,7 +112,7 @@ def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "g
 
 def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> NDArray[np.int64]:
     """Position of each cell's category among those known, shape (n,); every cell has to have one."""
-    words = _words(opened, argument, key)
+    words = _words(opened, argument, key, known)
     code = pd.Index(known, dtype=object).get_indexer(pd.Index(words))
     unseen = code < 0
     if unseen.any():
@@ -250,7 +254,7 @@ def _sizes(
     return filled
 
 
-def _words(opened: Opened, argument: str, key: str) -> NDArray[np.object_]:
+def _words(opened: Opened, argument: str, key: str, known: Sequence[str] = ()) -> NDArray[np.object_]:
     column = opened.column(argument, key)
     missing = column.isna().to_numpy()
     if missing.any():
@@ -258,7 +262,11 @@ def _words(opened: Opened, argument: str, key: str) -> NDArray[np.object_]:
             f"{argument}={key!r} has no value for {int(missing.sum())} cells: "
             f"{first_names(opened.cells[missing])}. Give each a category, or drop the cells."
         )
-    return column.astype(str).to_numpy(dtype=object)
+    words = column.astype(str)
+    if known:
+        others = {str(value): name_of(value, known) for value in column.unique() if not isinstance(value, str)}
+        words = words.replace({word: name for word, name in others.items() if isinstance(name, str) and word != name})
+    return words.to_numpy(dtype=object)
 
 
 def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:

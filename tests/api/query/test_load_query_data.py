@@ -67,6 +67,26 @@ def test_cells_marked_as_measured_without_a_count_are_told(world):
             )
 
 
+@pytest.mark.parametrize("kinds", [(int, float), (float, int), (int, "Float64"), (int, "category"), (int, object)])
+def test_numbers_are_known_batches_whatever_their_type(kinds):
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=12, n_regions=20, n_batches=2, seed=0)
+    adata.obs["batch"] = adata.obs["batch"].cat.codes.astype(kinds[0])
+    adata.obs["donor"] = (np.arange(60) % 3).astype(kinds[0])
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", categorical_covariate_keys=["donor"])
+    model = pm.MULTIVI(adata, n_hidden=4, n_latent=2)
+    model.train(1, progress_bar=False)
+    query = adata.copy()
+    for name in ("batch", "donor"):
+        numbers = query.obs[name].astype(float)
+        query.obs[name] = numbers.astype(kinds[1])
+    mapped = pm.MULTIVI.load_query_data(query, model)
+    assert mapped.spec.batch_categories == model.spec.batch_categories
+    assert mapped.spec.categorical == model.spec.categorical
+    np.testing.assert_allclose(mapped.get_latent_representation(), model.get_latent_representation(query), atol=1e-6)
+    query.obs["batch"] = 7.0
+    assert pm.MULTIVI.load_query_data(query, model).spec.batch_categories[2:] == ("7.0",)
+
+
 def test_a_new_batch_starts_as_the_average_of_the_known_ones(world):
     mapped = pm.MULTIVI.load_query_data(world.query, world.model)
     weight = mapped.program.expression_decoder.stack.linear[0].weight
