@@ -258,18 +258,19 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         stream.seek(0)
         state = _tensors(stream, where)
     data = None
-    for name in DATA_FILES:
+    # Data that are not asked for may be damaged: others are given in their place.
+    for name in DATA_FILES if with_data else ():
         path = source / name
         if not path.is_file():
             continue
         if name in sums:
             _compare(where, name, checksum(path), sums[name])
-        elif sums and with_data:
+        elif sums:
             raise BrokenModelError(
                 f"{where}: {name} was not saved with this model ({CHECKSUMS} has no line for it). "
                 "Move it elsewhere and load the model with adata=read(...)."
             )
-        if with_data and data is None:
+        if data is None:
             with broken(where, f"{name} cannot be read"):
                 data = read(path)
     return Saved(state, description, version, data)

@@ -56,13 +56,27 @@ def test_one_byte_changed_anywhere_is_noticed(folder, mosaic):
         whole = path.read_bytes()
         for place in np.linspace(0, len(whole) - 1, 7).astype(int):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            for data in (None, mosaic):
+            line = whole[whole.rfind(b"\n", 0, place) + 1 :].partition(b"\n")[0]
+            # Of data beside others that are given nothing is read.
+            of_data = path.name == "adata.h5ad" or (path.name == "SHA256SUMS" and b"adata.h5ad" in line)
+            for data in (None,) if of_data else (None, mosaic):
                 with pytest.raises(pm.BrokenModelError):
                     pm.MULTIVI.load(folder, data)
                 seen[path.name] += 1
         path.write_bytes(whole)
-    assert seen == dict.fromkeys(("SHA256SUMS", "adata.h5ad", "model.json", "weights.pt"), 14)
+    assert seen.pop("SHA256SUMS") > 10
+    assert seen == {"adata.h5ad": 7, "model.json": 14, "weights.pt": 14}
     pm.MULTIVI.load(folder)
+
+
+def test_damage_of_data_that_are_not_read_is_no_obstacle(folder, mosaic):
+    expected = pm.MULTIVI.load(folder).get_elbo()
+    whole = (folder / "adata.h5ad").read_bytes()
+    for content in (whole[:-9], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        (folder / "adata.h5ad").write_bytes(content)
+        assert pm.MULTIVI.load(folder, mosaic).get_elbo() == pytest.approx(expected)
+        with pytest.raises(pm.BrokenModelError, match="adata.h5ad is damaged"):
+            pm.MULTIVI.load(folder)
 
 
 def test_a_file_that_is_missing_or_added_is_named(folder, mosaic):
