@@ -148,6 +148,12 @@ class ModelBase:
             )
         return self._table
 
+    def _current_split(self) -> Split | None:
+        """Cells by what training made of them; an error if the data were changed, for then others have their places."""
+        if self._split is not None and self._table is not None:
+            self._training_table()
+        return self._split
+
     def _change_of_data(self, table: CellTable) -> str | None:
         """Difference of the model's object from the table that was made of it; None without any."""
         changed, self._checksum = self.spec.change(self.adata, table, self._checksum)

@@ -33,11 +33,8 @@ class ChecksMixin(ModelBase):
     @property
     def validation_indices(self) -> NDArray[np.int64]:
         """Positions of the cells held out of training, ascending; empty if there are none or they are unknown."""
-        if self._split is None:
-            return np.zeros(0, dtype=np.int64)
-        if self._table is not None:
-            self._training_table()  # positions of an object that was changed are those of other cells
-        return self._split.validation.numpy()
+        split = self._current_split()
+        return np.zeros(0, dtype=np.int64) if split is None else split.validation.numpy().copy()
 
     @checked
     def posterior_predictive_sample(

@@ -105,6 +105,16 @@ def test_a_changed_object_that_is_given_is_read_as_it_is(model, adata):
     assert len(left) == model.posterior_predictive_check(adata, n_samples=40).n_cells
 
 
+@pytest.mark.parametrize("name", ["train_indices", "validation_indices", "test_indices"])
+def test_positions_of_the_split_are_copies_of_the_cells_of_now(model, adata, name):
+    before = getattr(model, name).copy()
+    getattr(model, name)[:] = 0
+    np.testing.assert_array_equal(getattr(model, name), before)
+    adata._inplace_subset_obs(np.arange(60)[::-2])
+    with pytest.raises(ValueError, match="changed in place"):
+        getattr(model, name)
+
+
 def test_cells_once_trained_on_are_never_held_out(model, tmp_path, adata):
     first = set(model._split.train.tolist())
     with pytest.warns(UserWarning, match=r"leaves out 30 cells, of which 24 were trained on before: only the other 6"):

@@ -167,14 +167,16 @@ class ScviAttributes(ModelBase):
     @property
     def train_indices(self) -> NDArray[np.int64]:
         """Positions of the cells trained on, ascending; empty if there are none or they are unknown."""
-        return np.zeros(0, dtype=np.int64) if self._split is None else self._split.train.numpy()
+        split = self._current_split()
+        return np.zeros(0, dtype=np.int64) if split is None else split.train.numpy().copy()
 
     @property
     def test_indices(self) -> NDArray[np.int64]:
         """Positions of the cells that were neither trained on nor held out, ascending."""
-        if self._split is None or self._table is None:
+        split = self._current_split()
+        if split is None or self._table is None:
             return np.zeros(0, dtype=np.int64)
-        used = np.concatenate([self._split.ever_trained.numpy(), self._split.validation.numpy()])
+        used = np.concatenate([split.ever_trained.numpy(), split.validation.numpy()])
         return np.setdiff1d(np.arange(len(self._table)), used)
 
     @property
