@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pyro.poutine import runtime
 
 # Pyro's stack of handlers and its validation are global: one thread at a time.
 _LOCK = threading.RLock()
+# What the thread that holds the lock found when it took it.
+_found: list[PyroState] = []
 
 
 @contextmanager
@@ -33,6 +36,7 @@ def isolated() -> Iterator[None]:
     """
     with _LOCK:
         before, modes = PyroState(), ExitStack()
+        _found.append(before)
         try:
             with uninterrupted():
                 _enter_neutral_modes(modes)
@@ -42,8 +46,25 @@ def isolated() -> Iterator[None]:
             before.restore()
             raise
         finally:
+            _found.pop()
             with uninterrupted():
                 modes.close()
+
+
+def _after_fork() -> None:
+    """In a child process, let go of a lock that another thread held, which the child does not have."""
+    global _LOCK
+    if _LOCK.acquire(blocking=False):
+        _LOCK.release()
+        return
+    _LOCK = threading.RLock()
+    if _found:
+        _found[0].restore()
+    _found.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _enter_neutral_modes(modes: ExitStack) -> None:

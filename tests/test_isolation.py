@@ -349,3 +349,34 @@ def test_an_error_inside_leaves_pyro_in_order():
     with pytest.raises(ValueError, match="mine"):
         fail()
     assert state() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_fork_while_another_thread_is_inside_leaves_no_lock():
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with isolated(), pyro.poutine.trace():
+            inside.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            status = 1
+            try:
+                with isolated():
+                    status = 0 if not runtime._PYRO_STACK else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        thread.join()
+    with isolated():
+        assert not runtime._PYRO_STACK
