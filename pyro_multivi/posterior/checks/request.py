@@ -103,9 +103,9 @@ class UserStatistic:
 
     def __call__(self, counts: Any) -> NDArray[np.float64]:
         """The statistic, (k,)."""
-        found = self._function(counts)
+        found = self._function(counts.copy())  # which the function may change
         try:
-            value = np.asarray(found, dtype=np.float64)
+            value = np.array(found, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"statistics[{self.name!r}] returned {type(found).__name__}: return a number or a flat array of "

@@ -65,7 +65,7 @@ class Change:
             )
 
         def function(first: Tensor, second: Tensor, pseudocounts: float) -> Tensor:
-            scales = (first.cpu().numpy(), second.cpu().numpy())
+            scales = (_copy(first), _copy(second))
             found = np.asarray(change_fn(*scales, pseudocounts) if n_arguments == 3 else change_fn(*scales))
             if found.shape != scales[0].shape:
                 raise ValueError(
@@ -75,6 +75,11 @@ class Change:
             return torch.as_tensor(found, dtype=first.dtype, device=first.device)
 
         return cls(getattr(change_fn, "__name__", "change_fn"), function)
+
+
+def _copy(values: Tensor) -> NDArray[Any]:
+    """An array for a function of the user's, which may change it."""
+    return values.cpu().numpy().copy()
 
 
 def _log_fold(first: Tensor, second: Tensor, pseudocounts: float) -> Tensor:
@@ -151,7 +156,7 @@ class TestSpecification:
             downwards = (change <= -self.delta).sum(0).double() / n if self.two_sided else torch.zeros_like(upwards)
             return self.probability(upwards.cpu().numpy(), downwards.cpu().numpy())
         draws = change.cpu().numpy()
-        found = self.m1_domain_fn(draws)
+        found = self.m1_domain_fn(_copy(change))
         parts = [np.asarray(part) for part in (found if isinstance(found, tuple) else (found,))]
         if len(parts) > 2 or any(part.shape != draws.shape or part.dtype != bool for part in parts):
             returned = ", ".join(f"{part.shape} of {part.dtype}" for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pyro_multivi import MULTIVI
@@ -70,3 +71,17 @@ def test_fewer_features_are_checked_if_asked(fitted):
     found = fitted.posterior_predictive_check(gene_list=[2, 5], region_list=["region_07"], n_samples=40)
     assert found.genes["gene"].unique().tolist() == ["gene_02", "gene_05"]
     assert found.regions["region"].tolist() == ["region_07"]
+
+
+def test_a_statistic_that_changes_the_counts_changes_no_other(fitted):
+    def total(counts):
+        return counts.sum()
+
+    def binary(counts):
+        counts.data[:] = 1
+        return counts.sum()
+
+    given = {"n_samples": 40, "hide_modalities": False}
+    alone = fitted.posterior_predictive_check(statistics={"total": total}, **given).user
+    both = fitted.posterior_predictive_check(statistics={"binary": binary, "total": total}, **given).user
+    pd.testing.assert_frame_equal(both[both["statistic"] == "total"].reset_index(drop=True), alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm, t
@@ -392,3 +393,20 @@ def test_estimated_delta(groups, unit):
     r = change(a, b, 1e-6).mean(0) if unit == "cell" else change(a.mean(0), b.mean(0), 1e-6)
     table = groups.compared(RNA, unit=unit, delta=None, calibrated=False)
     close(table["delta"], estimated_delta(r, 0.1), atol=1e-3)
+
+
+@pytest.mark.parametrize("unit", ["cell", "group"])
+def test_functions_may_change_what_they_are_given(groups, unit):
+    def in_place(first, second):
+        first *= 2
+        second += 1
+        return first - second
+
+    def bounds(change):
+        change *= -1
+        return change < -0.1
+
+    given = {"unit": unit, "cred_interval_lvls": [0.9]}
+    expected = groups.compared(ATAC, change_fn=lambda a, b: 2 * a - (b + 1), m1_domain_fn=lambda r: r > 0.1, **given)
+    found = groups.compared(ATAC, change_fn=in_place, m1_domain_fn=bounds, **given)
+    pd.testing.assert_frame_equal(found, expected)
