@@ -39,18 +39,18 @@ class Contrast:
     index1, index2
         Positions of their cells, int64, ascending.
     group1, group2
-        Names; empty for groups chosen by their cells.
+        Names; None for groups chosen by their cells.
     """
 
     index1: Tensor
     index2: Tensor
-    group1: str = ""
-    group2: str = ""
+    group1: str | None = None
+    group2: str | None = None
 
     @property
     def names(self) -> tuple[str, str]:
         """Both names, or what stands for them."""
-        return self.group1 or "group 1", self.group2 or "group 2"
+        return "group 1" if self.group1 is None else self.group1, "group 2" if self.group2 is None else self.group2
 
     @property
     def comparison(self) -> str:

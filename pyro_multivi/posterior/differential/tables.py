@@ -71,7 +71,7 @@ def arrange(
         columns = layout.columns(one, request)
         if any((group.n_cells != group.n_measured).any() for both in compared for group in both.pseudobulk):
             columns |= _of_both("n_measured", "n_cells", one, request)
-        if contrast.group1:
+        if contrast.group1 is not None:
             columns |= {"comparison": contrast.comparison, "group1": contrast.group1, "group2": contrast.group2}
         frame = pd.DataFrame(columns, index=index)
         if layout.sorted:

@@ -312,3 +312,11 @@ def test_regions_open_in_every_cell_do_not_differ(probability):
     assert (rows["emp_prob2"] == 1).all()
     assert not rows["is_da_fdr"].any(), rows
     assert (rows["change_mean"].abs() < 0.05).all(), rows
+
+
+def test_a_group_of_an_empty_name_has_its_labels(fitted):
+    adata = fitted.adata.copy()
+    adata.obs["place"] = adata.obs["cell_type"].astype(str).replace("type_0", "")
+    table = fitted.differential_expression(adata, groupby="place", group1=["", "type_1"])
+    assert table["group1"].value_counts().to_dict() == {"": 40, "type_1": 40}
+    assert set(table["comparison"]) == {" vs Rest", "type_1 vs Rest"}

@@ -126,3 +126,10 @@ def test_a_query_knows_no_variables_of_code(name):
         resolve_contrasts(obs, list(obs.index), idx1=f"donor > @{name}")
     obs["sample"] = ["a@b", "c"] * 3
     assert resolve_contrasts(obs, list(obs.index), idx1="sample == 'a@b'")[0].index1.tolist() == [0, 2, 4]
+
+
+def test_an_empty_name_is_a_name():
+    obs = combinations(place=["", "", "x", "x", "", "x"])
+    found = resolve_contrasts(obs, list(obs.index), "place")
+    assert [(one.group1, one.comparison) for one in found] == [("", " vs Rest"), ("x", "x vs Rest")]
+    assert resolve_contrasts(obs, list(obs.index), idx1=[0])[0].names == ("group 1", "group 2")
