@@ -82,9 +82,17 @@ def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
         found = foreign(target)
         if found:
             raise FolderExistsError(f"{where} {found} and is not replaced: choose another path.")
-        if target == Path.cwd():
+        if _is_here(target):
             raise FolderExistsError(f"{where} is the folder in which this process works: save it from elsewhere.")
     return target
+
+
+def _is_here(target: Path) -> bool:
+    """Whether a folder is the one in which the process works, which may have been deleted."""
+    try:
+        return target == Path.cwd()
+    except FileNotFoundError:
+        return False
 
 
 def foreign(target: Path) -> str:

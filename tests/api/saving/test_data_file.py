@@ -165,6 +165,16 @@ def test_data_stay_where_there_are_no_links(model, folder, monkeypatch):
     assert pm.MULTIVI.load(folder).get_elbo() == model.get_elbo()
 
 
+def test_a_model_is_replaced_from_a_folder_that_was_deleted(model, folder, monkeypatch):
+    gone = folder.parent / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    model.train(1, progress_bar=False)
+    model.save(folder, overwrite=True)
+    assert len(pm.MULTIVI.load(folder).history["train_loss"]) == 2
+
+
 @pytest.mark.parametrize("change", ["cells", "features"])
 def test_data_of_another_model_are_not_deleted(folder, change):
     other = pm.simulate_multiome((30, 15, 15), n_genes=40, n_regions=60, seed=1)
