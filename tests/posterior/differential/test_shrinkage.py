@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyro_multivi.posterior.differential.effect import estimated_delta
 from pyro_multivi.posterior.differential.shrinkage import ShrinkagePrior, unshrunk
 from pyro_multivi.posterior.differential.tables import expected_fdr_calls
 
@@ -67,3 +68,14 @@ def test_little_to_learn_from():
     prior = ShrinkagePrior.fit(empty, empty, np.random.default_rng(0), common_error=0.1)
     assert prior.centre == 0
     assert np.isfinite(prior.share).all()
+
+
+def test_densities_that_are_0_are_no_error():
+    rng = np.random.default_rng(0)
+    change = np.concatenate([rng.normal(0, 0.01, 300), [5.0, -5.0]])
+    error = np.full(302, 0.01)
+    with np.errstate(all="raise"):
+        changes = ShrinkagePrior.fit(change, error, rng).posterior(change, error)
+        assert changes.above(0.1)[300] == changes.below(-0.1)[301] == 1
+        assert np.isfinite([changes.mean(), changes.std()]).all()
+        assert estimated_delta(change, 0.05) >= 0.05
