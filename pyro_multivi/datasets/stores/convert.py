@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pyro_multivi.data.checks import check_unique, checked, shown, unknown_key
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.counts import smallest
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
-from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.stores.matrix import Rows
 from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
 from pyro_multivi.data.stores.rows import canonical
@@ -74,8 +75,8 @@ def convert_stores(
     -------
     Path
         The folder. It is an AnnData, ``anndata.read_zarr`` reads it too, with ``obs``, ``var``, the counts and the
-        setup, if there was one. Other layers, ``obsm`` (counts of proteins too), ``varm`` and ``raw`` are not taken
-        over.
+        setup, if there was one of these counts. Other layers, ``obsm`` (counts of proteins too), ``varm`` and ``raw``
+        are not taken over.
 
     Raises
     ------
@@ -146,6 +147,7 @@ class _Source:
 
     def __init__(self, adata: AnnData, layer: str | None) -> None:
         stores = stores_of(adata)
+        self.layer = layer
         if stores is not None:
             self._matrix: Any = stores.matrix(layer, adata.var_names, "layer")
             self._at_once = self._matrix.at_once
@@ -207,7 +209,7 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
         work.clear()
         indptr, kind = _count(source, bar)
         np.save(pointers, indptr)
-        _begin(zarr, work.data, adata, indptr, kind, source.shape)
+        _begin(zarr, work.data, adata, indptr, kind, source)
         progress = {**described, "done": 0}
         work.write_progress(progress)
     indptr = np.load(pointers)
@@ -235,23 +237,40 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
 
 
 def _begin(
-    zarr: Any, path: Path, adata: AnnData, indptr: NDArray[np.int64], kind: np.dtype[Any], shape: tuple[int, ...]
+    zarr: Any, path: Path, adata: AnnData, indptr: NDArray[np.int64], kind: np.dtype[Any], source: _Source
 ) -> None:
     """Write all but the counts."""
-    kept = adata.uns.get(UNS_KEY, {})
-    uns = {UNS_KEY: {key: value for key, value in kept.items() if key != STORES}} if kept else {}
+    kept = {key: value for key, value in adata.uns.get(UNS_KEY, {}).items() if key not in (STORES, "setup")}
+    setup = _setup_of_x(adata, source.layer)
+    kept |= {} if setup is None else {"setup": setup}
+    uns = {UNS_KEY: kept} if kept else {}
     sharded = not zarr.__version__.startswith("2.")
     group = zarr.open_group(str(path), mode="w", **({"zarr_format": 3} if sharded else {}))
     write_element(group, "/", AnnData(obs=adata.obs, var=adata.var, uns=uns))
     if "X" in group:
         del group["X"]
     x = group.create_group("X")
-    x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)})
+    x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(source.shape)})
     for name, n, dtype in (("data", int(indptr[-1]), kind), ("indices", int(indptr[-1]), np.dtype(np.int32))):
         _create(zarr, x, name, n, dtype, sharded)
     # Of the type of the indices where it holds them: old versions of SciPy do not mix types.
     _create(zarr, x, "indptr", len(indptr), np.dtype(np.int32 if indptr[-1] < 2**31 else np.int64), sharded)
     x["indptr"][:] = indptr
+
+
+def _setup_of_x(adata: AnnData, layer: str | None) -> str | None:
+    """The setup of a data set, if there is one, whose counts are in ``X``; none of other counts than those written."""
+    if "setup" not in adata.uns.get(UNS_KEY, {}):
+        return None
+    try:
+        setup = Setup.of(adata)
+    except ValueError as error:
+        _log.warning("The setup is not taken over: %s", error)
+        return None
+    if {setup.rna_layer, setup.atac_layer} != {layer}:
+        _log.warning("The setup is not taken over: its counts are in layer %r, not %r.", setup.rna_layer, layer)
+        return None
+    return replace(setup, rna_layer=None, atac_layer=None).to_json()
 
 
 def _create(zarr: Any, group: Any, name: str, n: int, dtype: np.dtype[Any], sharded: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ import zarr
 
 import pyro_multivi as pm
 from pyro_multivi.cli import main
+from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.datasets.stores import convert
 
 QUIET = {"progress_bar": False}
@@ -134,6 +137,24 @@ def test_gaps_in_text_of_one_file_stay_gaps(cells, tmp_path):
     found = ad.read_zarr(convert.convert_stores(paths, tmp_path / "both.zarr", **QUIET)).obs
     for name in ("note", "seen"):
         assert found[name].isna().tolist() == [False] * 30 + [True] * (cells.n_obs - 30)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_a_setup_of_a_layer_is_one_of_x(cells, tmp_path, caplog, form):
+    cells.layers["counts"] = cells.X if form == "csr" else cells.X.tocsc()
+    cells.X = cells.X * np.float32(0.5)
+    pm.MULTIVI.setup_anndata(cells, layer="counts", batch_key="batch", modality_key="modality")
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    path = convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", layer="counts", **QUIET)
+    stored = pm.open_stores(path)
+    assert Setup.of(stored) == replace(Setup.of(cells), rna_layer=None, atac_layer=None)
+    assert pm.MULTIVI(stored, n_hidden=4, n_latent=2).spec.setup.batch_key == "batch"
+    # Of other counts than those that were set up, the setup says nothing.
+    with caplog.at_level("WARNING", "pyro_multivi"):
+        path = convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "x.zarr", **QUIET)
+    assert "The setup is not taken over: its counts are in layer 'counts', not None." in caplog.text
+    with pytest.raises(ValueError, match="was not set up"):
+        Setup.of(pm.open_stores(path))
 
 
 def test_convert_on_the_command_line(cells, tmp_path, monkeypatch, capsys):
