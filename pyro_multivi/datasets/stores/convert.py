@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pyro_multivi.data.stores.matrix import Rows
 from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
 from pyro_multivi.data.stores.rows import canonical
 from pyro_multivi.data.stores.unfinished import UnfinishedFolder
-from pyro_multivi.datasets.readers import read
+from pyro_multivi.datasets.readers import read, sample_name
 from pyro_multivi.datasets.samples import join_samples
 from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.datasets.stores.open import open_stores
@@ -122,8 +122,19 @@ def convert_stores(
 def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnData, _Source]:
     """The data set and its counts, on disk if they can be read by cells."""
     if not isinstance(stores, (str, os.PathLike)):
-        adata = open_stores(stores, feature_type_key=feature_type_key)
-        return adata, _Source(adata, layer)
+        try:
+            adata = open_stores(stores, feature_type_key=feature_type_key)
+            return adata, _Source(adata, layer)
+        except ValueError as error:
+            if len(stores) != 1:
+                raise
+            refused = error
+        (name, alone), *_ = (
+            stores.items() if isinstance(stores, Mapping) else [(sample_name(path), path) for path in stores]
+        )
+        data = _read_whole(Path(alone), refused)
+        adata = join_samples({name: data}, layer=layer, feature_type_key=feature_type_key)
+        return adata, _Source(adata, None)
     path = Path(stores)
     if not path.exists():
         raise FileNotFoundError(f"stores={shown(str(stores))}: there is no such file or folder.")
@@ -131,15 +142,21 @@ def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnD
         adata = open_stores(path)
         return adata, _Source(adata, layer)
     except ValueError as error:
-        _log.info("%s is read whole: %s", path, error)
         refused = error
-    data = read(path)
+    data = _read_whole(path, refused)
     adata = join_samples([data]) if is_mudata(data) else data
-    if MASKS_KEY in adata.varm:
-        raise refused
     check_unique(adata.obs_names, f"{path}, obs_names", "adata = pyro_multivi.read(...); adata.obs_names_make_unique()")
     check_unique(adata.var_names, f"{path}, var_names", "adata = pyro_multivi.read(...); adata.var_names_make_unique()")
     return adata, _Source(adata, layer)
+
+
+def _read_whole(path: Path, refused: ValueError) -> Any:
+    """A file that cannot be read by cells, for which reason it was ``refused``; masks are refused for good."""
+    _log.info("%s is read whole: %s", path, refused)
+    data = read(path)
+    if not is_mudata(data) and MASKS_KEY in data.varm:
+        raise refused
+    return data
 
 
 class _Source:

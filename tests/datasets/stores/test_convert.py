@@ -157,6 +157,16 @@ def test_a_setup_of_a_layer_is_one_of_x(cells, tmp_path, caplog, form):
         Setup.of(pm.open_stores(path))
 
 
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_one_file_by_columns_as_a_list_or_dictionary(cells, tmp_path, as_dict):
+    cells.X = cells.X.tocsc()
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    stores = {"a": tmp_path / "a.h5ad"} if as_dict else [tmp_path / "a.h5ad"]
+    path = convert.convert_stores(stores, tmp_path / "a.zarr", **QUIET)
+    assert_same(path, cells)
+    assert set(ad.read_zarr(path).obs["sample"]) == {"a"}
+
+
 def test_convert_on_the_command_line(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells.write_h5ad("a.h5ad")
