@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -24,8 +24,11 @@ REST = "Rest"
 # probability by chance, beyond which they lie unevenly.
 _UNEVEN, _BY_CHANCE = 0.1, 0.01
 
+# Numbers that are as many as half of the cells, and more than so many, are no names of groups.
+_FEW_VALUES = 10
+
 #: One group or several: values of a column of ``obs``, matched by their text.
-GroupChoice: TypeAlias = "str | float | Sequence[str | float] | NDArray[Any] | pd.Index[Any] | None"
+GroupChoice: TypeAlias = "str | float | Iterable[str | float] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | None"
 #: Cells: positions, a mask, names, or a query of ``obs``.
 CellChoice: TypeAlias = "ArrayLike | None"
 
@@ -138,11 +141,14 @@ def _by_column(
         return chosen
 
     if group1 is None:
+        _refuse_continuous(column, groupby, len(known))
         # Categories that no cell has are no groups to go through.
         wanted = [group for group in known if (label_n == group).any() and group != str(group2)]
     else:
-        several = isinstance(group1, Sequence | np.ndarray | pd.Index) and not isinstance(group1, str)
-        wanted = [str(group) for group in (cast("Sequence[Any]", group1) if several else [group1])]
+        several = isinstance(group1, Iterable) and not isinstance(group1, str)
+        wanted = [str(group) for group in (cast("Iterable[Any]", group1) if several else [group1])]
+        if isinstance(group1, Set):
+            wanted = sorted(wanted)
         if not wanted:
             raise ValueError("group1 is an empty list: name a group, or None for every group.")
         twice = sorted({group for group in wanted if wanted.count(group) > 1})
@@ -161,6 +167,15 @@ def _by_column(
     if not found:
         raise ValueError(f"groupby={groupby!r} holds no group to compare: all its values are missing or group2.")
     return found
+
+
+def _refuse_continuous(column: pd.Series[Any], groupby: object, n_groups: int) -> None:
+    """Refuse to compare each value of a continuous column with the rest."""
+    if pd.api.types.is_float_dtype(column.dtype) and n_groups > max(_FEW_VALUES, column.notna().sum() / 2):
+        raise ValueError(
+            f"groupby={groupby!r} is a column of numbers with {n_groups} values, of which each would be a group. Cut "
+            f"it into few groups, obs['groups'] = pandas.qcut(obs[{groupby!r}], 4), or name some by group1."
+        )
 
 
 def _by_cells(obs: pd.DataFrame, names: Sequence[str], idx1: CellChoice, idx2: CellChoice) -> Contrast:

@@ -133,3 +133,21 @@ def test_an_empty_name_is_a_name():
     found = resolve_contrasts(obs, list(obs.index), "place")
     assert [(one.group1, one.comparison) for one in found] == [("", " vs Rest"), ("x", "x vs Rest")]
     assert resolve_contrasts(obs, list(obs.index), idx1=[0])[0].names == ("group 1", "group 2")
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, pd.Index, pd.Series, pd.Categorical, set, frozenset, dict.fromkeys, iter]
+)
+def test_several_groups_in_any_form(kind):
+    obs = combinations()
+    found = resolve_contrasts(obs, list(obs.index), "type", kind(["B", "T"]))
+    assert [one.comparison for one in found] == ["B vs Rest", "T vs Rest"]
+
+
+def test_a_continuous_column_is_no_grouping():
+    score = np.linspace(0, 1, 30)
+    obs = pd.DataFrame({"score": score, "number": np.arange(30) % 3 / 1.0}, index=[f"c{n}" for n in range(30)])
+    with pytest.raises(ValueError, match=r"groupby='score' is a column of numbers with 30 values.*qcut"):
+        resolve_contrasts(obs, list(obs.index), "score")
+    assert len(resolve_contrasts(obs, list(obs.index), "score", group1=[score[0]])) == 1
+    assert len(resolve_contrasts(obs, list(obs.index), "number")) == 3
