@@ -263,8 +263,8 @@ def _words(opened: Opened, argument: str, key: str, known: Sequence[str] = ()) -
             f"{first_names(opened.cells[missing])}. Give each a category, or drop the cells."
         )
     words = column.astype(str)
-    if known:
-        others = {str(value): name_of(value, known) for value in column.unique() if not isinstance(value, str)}
+    if known and not set(words) <= set(known):
+        others = {word: name_of(value, known) for word, value in zip(words, column, strict=True)}
         words = words.replace({word: name for word, name in others.items() if isinstance(name, str) and word != name})
     return words.to_numpy(dtype=object)
 
@@ -274,7 +274,7 @@ def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
     if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_complex_dtype(column.dtype):
         raise ValueError(
             f"{argument}={key!r} must be numeric and is of type {column.dtype}, with values like "
-            f"{first_names(column.unique())}. Categories belong into categorical_covariate_keys."
+            f"{first_names(dict.fromkeys(map(str, column)))}. Categories belong into categorical_covariate_keys."
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 

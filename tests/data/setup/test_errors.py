@@ -361,3 +361,9 @@ def test_an_object_read_lazily(adata, tmp_path):
     report = setup_anndata(lazy, batch_key="batch", modality_key="modality")
     assert report.n_cells["paired"] == 6
     assert report.batches == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_column_of_lists_is_refused(adata):
+    adata.obs["lists"] = [[number] for number in range(adata.n_obs)]
+    with pytest.raises(ValueError, match=r"continuous_covariate_keys='lists' must be numeric .* '\[0\]', '\[1\]'"):
+        setup_anndata(adata, continuous_covariate_keys=["lists"])
