@@ -347,6 +347,11 @@ def _path(argument: str, value: Any, or_none: str) -> str | os.PathLike[str]:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise TypeError(f"{argument}={shown(value)} is not allowed: give a path, a string or pathlib.Path{or_none}.")
+    if text == "~" or text.startswith(("~/", "~\\")):
+        raise ValueError(
+            f"{argument}={text!r} begins with '~', which Python does not replace by your home folder: give "
+            f"os.path.expanduser({text!r})."
+        )
     return value
 
 

@@ -29,6 +29,12 @@ def write_data(folder: Path, data: Data) -> str:
     backed to the new file. Here the elements are written one by one.
     """
     name = MUDATA if is_mudata(data) else ANNDATA
+    odd = [key for key in data.mod if "/" in key] if name == MUDATA else []
+    if odd:
+        raise ValueError(
+            f"save_anndata=True: no file can hold a modality whose name has a '/', as {first_names(odd)} of mdata.mod. "
+            "Make a MuData with other names, or save the model without its data."
+        )
     with writing(folder / name) as stream:
         with h5py.File(stream, "w", userblock_size=_HEADER_SIZE if name == MUDATA else None) as file:
             if name == MUDATA:

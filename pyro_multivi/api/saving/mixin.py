@@ -43,6 +43,17 @@ def _folder(dir_path: str | os.PathLike[str], prefix: str | None) -> Path:
     return Path(dir_path) / prefix if prefix else Path(dir_path)
 
 
+def _make_parent(folder: Path) -> None:
+    """Make the folders above one."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((each for each in folder.parents if each.exists() and not each.is_dir()), folder.parent)
+        raise NotADirectoryError(
+            f"dir_path={str(folder)!r}: {str(file)!r} is a file, and no folder can be in it: choose another path."
+        ) from error
+
+
 class SavingMixin(ModelBase):
     """Methods about saved models."""
 
@@ -94,7 +105,7 @@ class SavingMixin(ModelBase):
         folder, processes = _folder(dir_path, prefix), current()
 
         def write() -> None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            _make_parent(folder)
             write_model(
                 folder,
                 self.program.state_dict(),

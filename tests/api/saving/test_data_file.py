@@ -165,6 +165,28 @@ def test_data_stay_where_there_are_no_links(model, folder, monkeypatch):
     assert pm.MULTIVI.load(folder).get_elbo() == model.get_elbo()
 
 
+def test_paths_that_cannot_be_meant_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for call in (model.save, pm.MULTIVI.load, lambda path: model.impute(out=path)):
+        with pytest.raises(ValueError, match=r"='~/x.h5ad' begins with '~'.*os.path.expanduser\('~/x.h5ad'\)"):
+            call("~/x.h5ad")
+    for path in ("file/x", "file/x/y"):
+        with pytest.raises(NotADirectoryError, match="dir_path='file/.*: 'file' is a file, and no folder can be in it"):
+            model.save(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_name_that_no_file_holds_is_refused(tmp_path):
+    mudata = pytest.importorskip("mudata")
+    mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, return_mudata=True, seed=0)
+    with mudata_as_given():
+        mdata = mudata.MuData({"a/b": mdata.mod["rna"], "atac": mdata.mod["atac"]})
+    with pytest.raises(ValueError, match="save_anndata=True: .* as 'a/b' of mdata.mod"):
+        data_file.write_data(tmp_path, mdata)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_is_replaced_from_a_folder_that_was_deleted(model, folder, monkeypatch):
     gone = folder.parent / "gone"
     gone.mkdir()
