@@ -170,7 +170,7 @@ def as_list(argument: str, values: Any) -> NDArray[Any]:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise _no_list(argument, values, error) from error
     gaps = pd.isna(found) if found.dtype == object else np.zeros(0, dtype=bool)
-    if gaps.any() and all(isinstance(value, (bool, np.bool_)) for value in found[~gaps].tolist()):
+    if gaps.any() and not gaps.all() and all(isinstance(value, (bool, np.bool_)) for value in found[~gaps].tolist()):
         raise ValueError(
             f"{argument} is a mask with {int(gaps.sum())} missing values: say what they are, by .fillna(False)."
         )
