@@ -58,10 +58,11 @@ def largest_of_panels(
         return found
 
     def regress(t: Array) -> Array:
-        explained = (measured * ((of_panel @ (scores * t[:, None])) @ directions)).sum(0)
+        weights: Array = of_panel @ (scores * t[:, None])
+        explained = (measured * (weights @ directions)).sum(0)
         # A loading's prior has the variance that loadings of length 1 have.
         found: Array = x.T @ t - fitted.T @ (others.T @ t) - explained
-        return found / ((of_panel @ t**2) @ measured + n_features)
+        return found / ((of_panel @ np.square(t)) @ measured + n_features)
 
     for _ in range(most):
         v = rng.standard_normal(n_features) / np.sqrt(n_features)
