@@ -58,7 +58,7 @@ def largest_of_panels(
         return found
 
     def regress(t: Array) -> Array:
-        weights: Array = of_panel @ (scores * t[:, None])
+        weights = np.asarray(of_panel @ (scores * t[:, None]))
         explained = (measured * (weights @ directions)).sum(0)
         # A loading's prior has the variance that loadings of length 1 have.
         found: Array = x.T @ t - fitted.T @ (others.T @ t) - explained
