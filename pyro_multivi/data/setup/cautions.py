@@ -103,9 +103,11 @@ def cells_without_counts(opened: Opened, table: CellTable) -> Iterator[str]:
     table
         What was read of them.
     """
-    for modality, part in opened.counts.items() if table.posterior is None else ():
-        mask = modality.measured_in(table).numpy()
-        detected: NDArray[Any] = modality.counts_in(table).crow.diff().numpy()[mask]
+    for modality, part in opened.counts.items():
+        counts, mask = modality.counts_in(table), modality.measured_in(table).numpy()
+        if counts is None:
+            continue
+        detected: NDArray[Any] = counts.crow.diff().numpy()[mask]
         empty = mask.copy()
         empty[mask] = detected == 0
         # Of few features a cell may have none by chance; then other cells have one.
