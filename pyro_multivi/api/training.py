@@ -38,7 +38,7 @@ from pyro_multivi.training import FitOptions, fit, resolve_device
 from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.run import Run
 from pyro_multivi.training.cost.estimate import TrainingCost, timed_cost
-from pyro_multivi.training.distributed.shared_steps import share_weights
+from pyro_multivi.training.distributed.shared_steps import check_runs, share_weights
 from pyro_multivi.training.options import Callback
 
 #: Epochs of the model of a query: by twice as many, cells mix with those of the reference hardly better.
@@ -219,7 +219,8 @@ class TrainingMixin(ModelBase):
         ------
         ValueError
             If an argument is out of range, a fully paired model has cells that lack a modality, or the checkpoint to go
-            on from is of another run: the message names the options, versions and data that differ.
+            on from is of another run, or processes that share the training were given different data or arguments: the
+            message names the options, versions and data that differ.
         FileExistsError
             If ``checkpoint`` holds checkpoints and ``resume`` is False.
         ImportError
@@ -256,7 +257,7 @@ class TrainingMixin(ModelBase):
             batch_size = settings.batch_size or default_batch_size(len(table))
         split, names = self._split, table.cell_names
         shuffling = {"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer}
-        if checkpoints is not None:
+        if checkpoints is not None or processes.are_several:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
             several = {"processes": processes.size} if processes.are_several else {}
             run = Run.of(
@@ -264,6 +265,9 @@ class TrainingMixin(ModelBase):
                 shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type, **several,
                 **(shuffling if table.on_disk else {}),
             )  # fmt: skip
+            checkpointed = {"checkpoint": "none" if checkpoints is None else "given"}
+            check_runs(processes, run.after(self._history.n_epochs, self._optimizer_state, **checkpointed))
+        if checkpoints is not None:
             checkpoints.open(run)
         if checkpoints is not None and checkpoints.split is not None:
             split = replace(checkpoints.split, cell_names=names)

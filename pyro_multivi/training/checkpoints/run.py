@@ -14,6 +14,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_multivi import _version
 from pyro_multivi.data.checks import shown
@@ -91,15 +92,31 @@ class Run(NamedTuple):
         }
         return cls(values, contents)
 
-    def difference(self, then: Run) -> list[str]:
-        """Words on each difference from an earlier run."""
+    def difference(self, other: Run, where: str = "then", here: str = "now") -> list[str]:
+        """Words on each difference from another run, which ``where`` tells from this one."""
         found = [
-            f"{name}: {shown(then.values.get(name))} then, {shown(self.values.get(name))} now"
-            for name in dict.fromkeys([*self.values, *then.values])
-            if self.values.get(name) != then.values.get(name)
+            f"{name}: {shown(other.values.get(name))} {where}, {shown(self.values.get(name))} {here}"
+            for name in dict.fromkeys([*self.values, *other.values])
+            if self.values.get(name) != other.values.get(name)
         ]
-        names = dict.fromkeys([*self.contents, *then.contents])
-        return found + [f"other {name}" for name in names if self.contents.get(name) != then.contents.get(name)]
+        names = dict.fromkeys([*self.contents, *other.contents])
+        return found + [f"other {name}" for name in names if self.contents.get(name) != other.contents.get(name)]
+
+    def after(self, n_epochs: int, optimizer_state: dict[str, Any] | None, **values: Any) -> Run:
+        """Add what a training before left, and further values, for processes to be compared.
+
+        Parameters
+        ----------
+        n_epochs, optimizer_state
+            Epochs of the training before, and what it left.
+        values
+            Further values by name.
+        """
+        tensors = [part for part in tree_leaves(optimizer_state) if isinstance(part, Tensor)]
+        return Run(
+            {**self.values, "epochs trained before": n_epochs, **values},
+            {**self.contents, "state of the optimizer": _checksum_of(tensors)},
+        )
 
 
 def _code_of_package() -> int:

@@ -8,6 +8,7 @@ which are as large as the weights.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 
@@ -18,10 +19,38 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.processes.group import Processes
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms
+from pyro_multivi.training.checkpoints.run import Run
 from pyro_multivi.training.options import FitOptions
 
 # Gradients of fewer elements travel together.
 _SMALL = 65_536
+
+
+def check_runs(processes: Processes, run: Run) -> None:
+    """Refuse processes whose data, models or arguments differ, before any of them waits for another.
+
+    Parameters
+    ----------
+    run
+        What this process trains on what.
+
+    Raises
+    ------
+    ValueError
+        In all processes, with what differs from the first.
+    """
+    if not processes.are_several:
+        return
+    first = Run(**json.loads(processes.broadcast(json.dumps(run._asdict()).encode())))
+    own = run.difference(first, "in process 0", f"in process {processes.rank}")
+    found = [json.loads(part) for part in processes.gather_bytes(json.dumps(own).encode())]
+    others = [f"process {rank} ({'; '.join(words)})" for rank, words in enumerate(found) if words]
+    if others:
+        raise ValueError(
+            f"The {processes.size} processes were not given the same. From process 0 differ {', '.join(others)}. Each "
+            "has to make the same model of the same data, with cells and features in the same order, and to give the "
+            "same arguments."
+        )
 
 
 def check_processes(

@@ -214,6 +214,53 @@ def other_cells(_: Path) -> dict[str, Any]:
     return trained(model_of((30, 15, 15 + int(os.environ.get("RANK", "0")))))
 
 
+def other_given(_: Path) -> dict[str, Any]:
+    """Messages where process 1 was given something else, by what that is."""
+    is_other, found = os.environ.get("RANK") == "1", {}
+
+    def message(choices: dict[str, Any], options: dict[str, Any], change: Callable[[Any], object]) -> str:
+        adata = pm.simulate_multiome((30, 15, 15), n_genes=40, n_regions=60, n_batches=2, seed=0)
+        adata.obs["age"] = np.arange(60.0)
+        if is_other:
+            change(adata)
+        keys = {"batch_key": "batch", "modality_key": "modality", "continuous_covariate_keys": ["age"]}
+        pm.MULTIVI.setup_anndata(adata, **keys)
+        model = pm.MULTIVI(adata, n_hidden=6, n_latent=2, **(choices if is_other else {}))
+        try:
+            model.train(**{"max_epochs": 1, "batch_size": 16, "progress_bar": False, **(options if is_other else {})})
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def more_counts(adata: Any) -> None:
+        adata.X.data[:50] += 3
+
+    def other_names(adata: Any) -> None:
+        adata.var_names = [f"x{name}" for name in adata.var_names]
+
+    def other_batches(adata: Any) -> None:
+        adata.obs["batch"] = np.where(np.arange(60) % 2, "batch_0", "batch_1")
+
+    def other_age(adata: Any) -> None:
+        adata.obs["age"] = adata.obs["age"].to_numpy()[::-1]
+
+    def fewer_measured(adata: Any) -> None:
+        adata.obs["modality"] = adata.obs["modality"].astype(str)
+        adata.X[0, :40] = 0
+        adata.X.eliminate_zeros()
+        adata.obs.iloc[0, adata.obs.columns.get_loc("modality")] = "accessibility"
+
+    with pm.distributed():
+        for change in (more_counts, other_names, other_batches, other_age, fewer_measured):
+            found[change.__name__] = message({}, {}, change)
+        for name, value in {"mixing_weight": 0.0, "contrast_weight": 0.0, "dropout_rate": 0.3}.items():
+            found[name] = message({name: value}, {}, lambda _: None)
+        for name, value in {"checkpoint": "unused", "lr": 1e-3, "seed": 5}.items():
+            found[name] = message({}, {name: value}, lambda _: None)
+        found["nothing"] = message({"seed": 3}, {}, lambda _: None)
+    return found
+
+
 def run(scenario: Callable[[Path], dict[str, Any]], folder: Path, size: int) -> None:
     """Call a scenario in so many processes; write the outcome of each, or its error in place of it."""
     with socket.socket() as free:

@@ -21,6 +21,7 @@ SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "s
 QUICK = (
     *("one_step:1", "one_step:2", "no_cells:2", "uninterrupted:2", "killed:2", "resumed_after_kill:2"),
     "from_disk:2",
+    "other_given:2",
     *("posterior:1", "posterior:2"),
 )
 SLOW = (
@@ -107,7 +108,38 @@ def test_too_few_cells_are_refused_in_every_process(ended):
 @slow
 def test_processes_with_other_cells_are_refused(ended):
     for each in ended("other_cells", 2):
-        assert "The 2 processes were not given the same: they differ in the cells." in each["error"]
+        assert each["error"].startswith(
+            "ValueError: The 2 processes were not given the same. From process 0 differ process 1 (cells: 60 in "
+            "process 0, 61 in process 1; other names or order of the cells; "
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("more_counts", "(other RNA counts; other ATAC counts)"),
+        ("other_names", "(other names or order of the features)"),
+        ("other_batches", "other batches of the cells"),
+        ("other_age", "(other batches or covariates of the cells)"),
+        ("fewer_measured", "other cells measured in RNA"),
+        ("mixing_weight", "(mixing_weight: 4.0 in process 0, 0.0 in process 1)"),
+        ("contrast_weight", "(contrast_weight: 2.5 in process 0, 0.0"),
+        ("dropout_rate", "(dropout_rate: 0.1 in process 0, 0.3"),
+        ("lr", "(lr: 0.002 in process 0, 0.001 in process 1)"),
+        ("seed", "(seed: 0 in process 0, 5 in process 1)"),
+        ("checkpoint", "(checkpoint: 'none' in process 0, 'given' in process 1)"),
+    ],
+)
+def test_processes_that_were_given_other_things_are_refused(ended, name, words):
+    one, other = ended("other_given", 2)
+    assert "error" not in one, one["error"]
+    assert one[name] == other[name]
+    assert one[name].startswith("The 2 processes were not given the same. From process 0 differ process 1 (")
+    assert words in one[name]
+
+
+def test_seeds_of_initial_weights_may_differ_as_the_first_process_gives_its_own(ended):
+    assert [each["nothing"] for each in ended("other_given", 2)] == ["", ""]
 
 
 def test_a_killed_process_ends_the_others_with_a_message(ended):
