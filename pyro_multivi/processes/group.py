@@ -95,6 +95,10 @@ class Processes:
         self.sum_([raised])
         return [count > 0 for count in raised.tolist()]
 
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.any(True)
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Tensors of all processes, which have the same shape, on the host."""
         if not self.are_several:

@@ -168,6 +168,8 @@ def fit(
                 checkpoints.write(loop)
                 watch.lap("checkpoints")
             if waits:
+                # torchrun ends the first process, which writes, as soon as another has ended.
+                processes.wait()
                 termination.act()
                 interruption.act()
 

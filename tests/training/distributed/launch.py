@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -122,7 +123,14 @@ def killed(folder: Path) -> dict[str, Any]:
 
 
 def terminated(folder: Path) -> dict[str, Any]:
-    """One process gets SIGTERM: all end by it, between the same two steps."""
+    """One process gets SIGTERM: all end by it, between the same two steps, once the first has written."""
+    save = torch.save
+
+    def save_slowly(*given: Any) -> None:
+        time.sleep(1)
+        save(*given)
+
+    torch.save = save_slowly
     act = in_epoch_two_of_process_one(lambda: os.kill(os.getpid(), signal.SIGTERM))
     return trained(model_of(), adversarial_mixing=True, checkpoint=folder / "terminated", callbacks=[act])
 
@@ -282,8 +290,12 @@ def run(scenario: Callable[[Path], dict[str, Any]], folder: Path, size: int) -> 
             found = {"error": f"{type(error).__name__}: {error}"}
         torch.save(found, folder / f"{scenario.__name__}-{size}-{rank}.pt")
         os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM:
+            for other in children:  # as torchrun does
+                os.kill(other, signal.SIGTERM)
 
 
 if __name__ == "__main__":

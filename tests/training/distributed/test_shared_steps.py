@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -164,6 +165,14 @@ def test_training_goes_on_from_a_checkpoint_of_several_processes(ended, name):
         assert [key for key, value in expected["weights"].items() if not torch.equal(value, each["weights"][key])] == []
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in of["history"]] for of in (expected, one)]
     assert rows[0] == rows[1]
+
+
+@slow
+def test_a_checkpoint_is_whole_before_a_signal_to_another_process_ends_any(ended):
+    ended("resumed_after_termination", 2)
+    found = {path.parent.name: json.loads(path.read_text()) for path in ended.folder.glob("terminated/*/run.json")}
+    # Of the first step, of the signal after two epochs, and of the end, in place of the first.
+    assert {name: each["epoch"] for name, each in found.items()} == {"checkpoint-1": 4, "checkpoint-2": 2}
 
 
 @slow
