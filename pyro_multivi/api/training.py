@@ -225,6 +225,8 @@ class TrainingMixin(ModelBase):
             If ``checkpoint`` holds checkpoints and ``resume`` is False.
         ImportError
             If ``compile=True`` and Numba is missing.
+        RuntimeError
+            If another process writes checkpoints to the folder.
         ContractError
             If model and guide of a custom program do not fit together.
         TrainingDiverged
@@ -267,29 +269,29 @@ class TrainingMixin(ModelBase):
             )  # fmt: skip
             checkpointed = {"checkpoint": "none" if checkpoints is None else "given"}
             check_runs(processes, run.after(self._history.n_epochs, self._optimizer_state, **checkpointed))
-        if checkpoints is not None:
-            checkpoints.open(run)
-        if checkpoints is not None and checkpoints.split is not None:
-            split = replace(checkpoints.split, cell_names=names)
-        elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
-            # Going on keeps the cells held out so far, unless other sizes are given.
-            if is_query and not early_stopping and (train_size, validation_size) == (None, None):
-                train_size = 1.0
-            split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
-        if checkpoints is not None:
-            checkpoints.split = split
-        source = resident_if_it_fits(table, device)
-        batches = partial(
-            Minibatches,
-            batch_size=batch_size,
-            device=device,
-            shuffle_block=shuffle_block,
-            shuffle_buffer=shuffle_buffer,
-        )
-        train = batches(source, split.train, shuffle=True, seed=seed + self._history.n_epochs)
-        validation = batches(source, split.validation) if len(split.validation) else None
-        self._split, self._saved_split = split, None
         try:
+            if checkpoints is not None:
+                checkpoints.open(run)
+            if checkpoints is not None and checkpoints.split is not None:
+                split = replace(checkpoints.split, cell_names=names)
+            elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
+                # Going on keeps the cells held out so far, unless other sizes are given.
+                if is_query and not early_stopping and (train_size, validation_size) == (None, None):
+                    train_size = 1.0
+                split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
+            if checkpoints is not None:
+                checkpoints.split = split
+            source = resident_if_it_fits(table, device)
+            batches = partial(
+                Minibatches,
+                batch_size=batch_size,
+                device=device,
+                shuffle_block=shuffle_block,
+                shuffle_buffer=shuffle_buffer,
+            )
+            train = batches(source, split.train, shuffle=True, seed=seed + self._history.n_epochs)
+            validation = batches(source, split.validation) if len(split.validation) else None
+            self._split, self._saved_split = split, None
             with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
                 self._history, self._optimizer_state = fit(
                     self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
@@ -315,6 +317,8 @@ class TrainingMixin(ModelBase):
                 calibrate()
             share_weights(processes, self.program)
         finally:
+            if checkpoints is not None:
+                checkpoints.close()
             self.is_trained = self.is_trained or self._history.n_epochs > 0
 
     def _training_cost(

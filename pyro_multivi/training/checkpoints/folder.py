@@ -23,6 +23,7 @@ from pyro_multivi.data.checks import caution, shown, unwrapped
 from pyro_multivi.data.split import Split
 from pyro_multivi.files import clear, present, replacing, writing
 from pyro_multivi.processes.group import current
+from pyro_multivi.training.checkpoints.lock import FolderLock
 from pyro_multivi.training.checkpoints.loop import Loop
 from pyro_multivi.training.checkpoints.run import Run
 
@@ -66,6 +67,7 @@ class Checkpoints:
         self._number = 0
         self._next = 0
         self._written = time.monotonic()
+        self._lock: FolderLock | None = None
 
     @classmethod
     def wanted(
@@ -108,6 +110,8 @@ class Checkpoints:
             If the checkpoints are of another run, or all damaged.
         FileNotFoundError
             If there are none in the folder that was given to go on from.
+        RuntimeError
+            If another process trains there.
         """
         processes = current()
         processes.on_first(lambda: self._open(run))
@@ -122,6 +126,9 @@ class Checkpoints:
         self._run = run
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self._where} is a file: give a folder.")
+        if self.folder.exists():
+            # First: what another process is about to write there is not looked at.
+            self._lock = FolderLock(self.folder, self._where)
         places = [present(self.folder / name) for name in _FOLDERS]
         there = {number: path for number, path in enumerate(places) if path.exists()}
         if there and not self.resume:
@@ -134,11 +141,18 @@ class Checkpoints:
         if not there and self.resume:
             caution(f"{self._where} holds no checkpoint yet: training starts from the beginning.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or FolderLock(self.folder, self._where)
         if there:
             self._read(there)
             # A run that had come to its end writes no more, and would leave what a kill left of its last checkpoint.
             for name in _FOLDERS:
                 clear(self.folder / name, CHECKSUMS)
+
+    def close(self) -> None:
+        """Let other processes train in the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _read(self, there: dict[int, Path]) -> None:
         """Read the latest checkpoint that is whole."""

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,34 @@ def test_the_latest_two_are_kept_and_nothing_else(begun):
     assert epochs(begun) == {TWO: 3, ONE: 2}
     assert sorted(os.listdir(begun)) == [ONE, TWO]
     assert sorted(os.listdir(begun / ONE)) == ["SHA256SUMS", "run.json", "state.pt"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pyro_multivi.training.checkpoints.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "checkpoint")
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of fcntl")
+def test_a_folder_of_a_run_that_goes_on_is_refused_until_that_is_killed(build, train, begun):
+    alone = {**os.environ, "PYTHONPATH": str(Path(pm.__file__).parents[1])}
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, begun], stdout=subprocess.PIPE, text=True, env=alone)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        for options in ({"resume": True}, {}):
+            with pytest.raises(RuntimeError, match=rf"checkpoint=.* is in use: process {other.pid} on .* trains there"):
+                train(build(), 4, checkpoint=begun, **options)
+    finally:
+        other.kill()
+        other.communicate()
+    assert (begun / ".lock").exists()
+    train(build(), 4, checkpoint=begun, resume=True)
+    assert max(epochs(begun).values()) == 4
+    assert sorted(os.listdir(begun)) == [ONE, TWO]
 
 
 def truncate(path):

@@ -1,0 +1,75 @@
+"""Lock of a folder of checkpoints: one run at a time writes there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK = ".lock"
+
+
+class FolderLock:
+    """Lock of a folder that this process has; the system takes it from a process that ends, however that ends.
+
+    Parameters
+    ----------
+    folder
+        An existing folder.
+    where
+        Argument that names it, with which the message begins.
+
+    Raises
+    ------
+    RuntimeError
+        If another process has it. Where the file system has no locks or may not be written to, nothing is locked.
+    """
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self._path = folder / _LOCK
+        self._stream: IO[str] | None = None
+        while fcntl is not None and self._stream is None:
+            try:
+                stream = self._path.open("a+", encoding="utf-8")
+            except OSError:  # read only: then no checkpoint can be written either
+                return
+            try:
+                # Not flock, which processes forked from this one would keep after its end.
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                stream.close()
+                raise RuntimeError(
+                    f"{where} is in use: {holder} trains there, and two runs overwrite each other's checkpoints. Give "
+                    "another folder, or wait until that one has ended, and give resume=True to go on from it."
+                ) from error
+            except OSError:  # no locks on this file system
+                stream.close()
+                return
+            if self._is_there(stream):
+                stream.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", file=stream, flush=True)
+                self._stream = stream
+            else:
+                stream.close()
+
+    def _is_there(self, stream: IO[str]) -> bool:
+        """Whether the file that was locked has not been removed meanwhile by the process that had it."""
+        try:
+            return os.path.samestat(os.fstat(stream.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let other processes train there."""
+        if self._stream is not None:
+            self._path.unlink(missing_ok=True)
+            self._stream.close()
+            self._stream = None
