@@ -222,6 +222,9 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
         _log.warning("%s was begun for other data, and is begun anew.", work.path)
         progress = None
     pointers = work.folder / "indptr.npy"
+    if progress is not None and not pointers.exists():
+        _log.warning("%s was begun by an earlier version, and is begun anew.", work.path)
+        progress = None
     if progress is None:
         work.clear()
         indptr, kind = _count(source, bar)
@@ -250,7 +253,6 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
             work.write_progress({**described, "done": done})
     if done != total:
         raise ValueError(f"stores: {total} counts were found first and {done} then: they were changed meanwhile.")
-    pointers.unlink()
 
 
 def _begin(

@@ -90,6 +90,23 @@ def test_the_same_call_goes_on_where_it_was_interrupted(cells, tmp_path, monkeyp
     assert noted[-1] == 200 * (file - 1)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_same_call_goes_on_where_the_last_step_failed(cells, tmp_path, monkeypatch, small_files, earlier):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+
+    def fails(self):
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.UnfinishedFolder, "publish", fails)
+        with pytest.raises(PermissionError):
+            convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    if earlier:  # which deleted the row pointers before the last step
+        (tmp_path / ".a.zarr.unfinished" / "indptr.npy").unlink()
+    convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert_same(tmp_path / "a.zarr", cells)
+
+
 def test_what_was_begun_for_other_data_is_begun_anew(cells, tmp_path, monkeypatch, small_files, caplog):
     cells.write_h5ad(tmp_path / "a.h5ad")
     with monkeypatch.context() as patch:
