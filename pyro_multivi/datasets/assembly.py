@@ -16,6 +16,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.stores.chunks import StoreChangedError
 
 ALLOWED = (
     "an AnnData file (.h5ad), a MuData file (.h5mu), a 10x feature-barcode matrix (.h5), "
@@ -38,7 +39,7 @@ def errors_naming(path: Path, problem: str = "is broken, or holds what cannot be
     """Any error of a library about the content of a file, as one that names the file, in one line."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, StoreChangedError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())

@@ -22,6 +22,8 @@ from anndata import AnnData
 
 from pyro_multivi._optional import mudata_as_given, require
 from pyro_multivi.data.checks import checked, first_names
+from pyro_multivi.data.stores.chunks import refuse_incomplete
+from pyro_multivi.data.stores.matrix import opened_group
 from pyro_multivi.data.stores.reference import element
 from pyro_multivi.datasets.assembly import (
     ALLOWED,
@@ -81,6 +83,7 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
     if any((path / name).is_file() for name in (".zgroup", "zarr.json")):
         require("zarr", "zarr")
         with errors_naming(path):
+            _refuse_absent(path)
             return _sound(anndata.read_zarr(path))
     if path.is_dir() or plain_name(path).endswith(MATRIX):
         return read_10x_mtx(path)
@@ -101,6 +104,15 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         for adata in mdata.mod.values():
             _sound(adata)
         return mdata
+
+
+def _refuse_absent(path: Path) -> None:
+    """Refuse a zarr folder of which chunks of counts are not there, which anndata would read as zeros."""
+    with opened_group(path) as group:
+        layers = group["layers"].keys() if "layers" in group else ()
+        for name in ("X", *(f"layers/{layer}" for layer in layers)):
+            if name in group:
+                refuse_incomplete(path, name, group[name])
 
 
 def _read_h5mu(mudata: ModuleType, path: Path) -> Any:

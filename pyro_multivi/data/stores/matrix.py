@@ -14,6 +14,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.stores.chunks import StoreChangedError as StoreChangedError
+from pyro_multivi.data.stores.chunks import refuse_incomplete
 from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.slices import slices_reader
 
@@ -26,10 +28,6 @@ _GAP = 32
 # Rows, and values of a dense matrix, read at a time at most: what is read along, and types as wide as on disk, stay
 # small.
 _AT_ONCE, _VALUES_AT_ONCE = 1024, 2**24
-
-
-class StoreChangedError(RuntimeError):
-    """A file or folder of counts was changed, moved or damaged after it was opened."""
 
 
 class RowMatrix(Protocol):
@@ -61,6 +59,8 @@ class StoredMatrix:
     ------
     ValueError
         If there is no such matrix, or it is compressed by columns.
+    StoreChangedError
+        If chunks of it are not there, which would be read as zeros.
     """
 
     def __init__(self, path: str | os.PathLike[str], name: str = "X") -> None:
@@ -71,6 +71,8 @@ class StoredMatrix:
                 known = first_names(group[folder] if folder else group) or "nothing"
                 raise ValueError(f"{self.path} has no {name!r}; it has {known}.")
             self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
+            if self.path.is_dir():
+                refuse_incomplete(self.path, name, group[name])
             self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
         if self.dtype.kind not in "buif":
             raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")

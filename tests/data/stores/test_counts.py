@@ -199,3 +199,51 @@ def test_reading_opens_the_file_for_that_time_only(mosaic, tmp_path):
     assert (rows != mosaic.X[3:7]).nnz == 0
     with h5py.File(tmp_path / "a.h5ad", "r+"):  # which HDF5 refuses while the file is open for reading
         pass
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
+@pytest.mark.parametrize("form", ["zarr2", "zarr2/", "zarr3", "shards"])
+def test_chunks_that_are_not_there_are_no_zeros(mosaic, tmp_path, form, part):
+    path, x = tmp_path / "a.zarr", sp.csr_matrix(mosaic.X)
+    if zarr.__version__.startswith("2.") and form != "zarr2":
+        pytest.skip("zarr 2 writes format 2 only")
+    group = zarr.open_group(str(path), mode="w", **(FORMAT_2 if form.startswith("zarr2") else {}))
+    write_elem(group, "/", mosaic)
+    for name in ("data", "indices", "indptr"):
+        values = getattr(x, name)
+        del group[f"X/{name}"]
+        kind = {"shards": (40,)} if form == "shards" else {}
+        if form == "zarr2/":
+            kind = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+        create = group["X"].create_dataset if zarr.__version__.startswith("2.") else group["X"].create_array
+        create(name, shape=values.shape, dtype=values.dtype, chunks=(20,), **kind)[:] = values
+    before = pm.open_stores(path)
+    assert before.shape == mosaic.shape
+    folder = path / "X" / part
+    (folder / "c" / "2" if (folder / "c").is_dir() else folder / "2").unlink()
+    said = rf"a\.zarr is incomplete.* 'X/{part}' 1 chunk is not there \('(c/)?2'\)"
+    for use in (
+        lambda: pm.open_stores(path),
+        lambda: pm.read(path),
+        lambda: pm.MULTIVI.setup_anndata(before, **KEYS),
+        lambda: pm.convert_stores(path, tmp_path / "b.zarr", progress_bar=False),
+    ):
+        with pytest.raises(StoreChangedError, match=said):
+            use()
+
+
+def test_chunks_of_zeros_may_be_left_out(tmp_path):
+    # The first cells have no count, and the others one each, of the first feature.
+    x = sp.csr_matrix((np.ones(20), np.zeros(20, dtype=np.int32), np.r_[np.zeros(20), np.arange(21)]), shape=(40, 3))
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w", **FORMAT_2)
+    write_elem(group, "/", ad.AnnData(x))
+    for name in ("indices", "indptr"):
+        values = getattr(x, name)
+        del group[f"X/{name}"]
+        create = group["X"].create_dataset if zarr.__version__.startswith("2.") else group["X"].create_array
+        create(name, shape=values.shape, dtype=values.dtype, chunks=(10,), fill_value=0)[:] = values
+        (path / "X" / name / "0").unlink(missing_ok=True)
+    assert np.array_equal(pm.read(path).X.toarray(), x.toarray())
+    assert StoredMatrix(path).shape == (40, 3)
