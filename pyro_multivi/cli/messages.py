@@ -79,4 +79,4 @@ def in_options(message: object, arguments: Iterable[str]) -> str:
         text = re.sub(rf"(?<![\w.-]){name}=", f"{option} ", text)
         if "_" in name:
             text = re.sub(rf"(?<![\w.-]){name}\b(?!\()", option, text)
-    return re.sub(r"\b[am]data\.(?=obs|var|X|layers|raw|mod)", "", text)
+    return re.sub(r"\b[am]data\.(?=obs|var|X|layers|raw|mod)(?!\w+_make_unique)", "", text)

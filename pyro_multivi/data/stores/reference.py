@@ -201,8 +201,16 @@ def names_in(path: Path) -> tuple[pd.Index[Any], pd.Index[Any]]:
         indices = [element(group, name).index for name in ("obs", "var")]
     for name, index in zip(("obs_names", "var_names"), indices, strict=True):
         check_strings(index, f"{path}, {name}")
-        check_unique(index, f"{path}, {name}", "pyro_multivi.convert_stores(IN, 'OUT.zarr') writes it with unique ones")
+        check_unique(index, f"{path}, {name}", uniquely(path, name))
     return indices[0], indices[1]
+
+
+def uniquely(path: Path, name: str) -> str:
+    """How a file is written with unique names."""
+    return (
+        f"write a file with unique ones, in Python: adata = pyro_multivi.read({str(path)!r}); "
+        f"adata.{name}_make_unique(); adata.write_h5ad('OUT.h5ad')"
+    )
 
 
 def element(group: Any, name: str) -> Any:

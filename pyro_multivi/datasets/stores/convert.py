@@ -24,7 +24,7 @@ from pyro_multivi.data.setup.counts import smallest
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.stores.matrix import Rows
-from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of
+from pyro_multivi.data.stores.reference import STORES, checksum_of, stores_of, uniquely
 from pyro_multivi.data.stores.rows import canonical
 from pyro_multivi.data.stores.unfinished import UnfinishedFolder
 from pyro_multivi.datasets.readers import read, sample_name
@@ -145,8 +145,8 @@ def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnD
         refused = error
     data = _read_whole(path, refused)
     adata = join_samples([data]) if is_mudata(data) else data
-    check_unique(adata.obs_names, f"{path}, obs_names", "adata = pyro_multivi.read(...); adata.obs_names_make_unique()")
-    check_unique(adata.var_names, f"{path}, var_names", "adata = pyro_multivi.read(...); adata.var_names_make_unique()")
+    for name, index in (("obs_names", adata.obs_names), ("var_names", adata.var_names)):
+        check_unique(index, f"{path}, {name}", uniquely(path, name))
     return adata, _Source(adata, layer)
 
 

@@ -16,6 +16,7 @@ import torch
 import zarr
 
 import pyro_multivi as pm
+from pyro_multivi.cli import main
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.stores import reference
 
@@ -196,6 +197,22 @@ def test_stores_that_disagree_or_are_broken(paths, samples, what, said):
     spoiled(paths, samples, what)
     with pytest.raises(ValueError, match=said):
         pm.MULTIVI.setup_anndata(pm.open_stores(paths))
+
+
+@pytest.mark.parametrize("names", ["obs_names", "var_names"])
+@pytest.mark.filterwarnings("ignore:.* names are not unique")
+def test_advice_for_repeated_names_is_true(cells, tmp_path, monkeypatch, capsys, names):
+    monkeypatch.chdir(tmp_path)
+    twice = cells.copy()
+    setattr(twice, names, ["x", "x", *getattr(cells, names)[2:]])
+    twice.write_h5ad("a.h5ad")
+    assert main(["train", "a.h5ad", "--from-disk", "--out", "out"]) == 1
+    first = capsys.readouterr().err
+    assert main(["convert", "a.h5ad", "a.zarr"]) == 1
+    for said in (first, capsys.readouterr().err):
+        exec(said.partition("in Python: ")[2].strip().removesuffix("."), {"pyro_multivi": pm})
+        assert pm.open_stores("OUT.h5ad").shape == cells.shape
+        (tmp_path / "OUT.h5ad").unlink()
 
 
 def test_what_is_no_store(tmp_path, paths):
