@@ -16,7 +16,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi.data.modality import ATAC
-from pyro_multivi.data.stores.chunks import StoreChangedError
+from pyro_multivi.data.stores.chunks import StoreChangedError, of_the_machine
 
 ALLOWED = (
     "an AnnData file (.h5ad), a MuData file (.h5mu), a 10x feature-barcode matrix (.h5), "
@@ -42,6 +42,9 @@ def errors_naming(path: Path, problem: str = "is broken, or holds what cannot be
     except (ImportError, MemoryError, StoreChangedError):
         raise
     except Exception as error:
+        known = of_the_machine(error, path)
+        if known is not None:
+            raise known from error
         said = " ".join(str(error).split())
         if isinstance(error, ValueError) and said.startswith(str(path)):
             raise

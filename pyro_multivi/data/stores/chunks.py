@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,28 @@ from pyro_multivi.data.checks import first_names
 
 class StoreChangedError(RuntimeError):
     """A file or folder of counts is incomplete, or was changed, moved or damaged after it was opened."""
+
+
+#: What the machine may say of a file that is as it should be, and what to do about it.
+_OF_THE_MACHINE = {
+    errno.EMFILE: "Too many files are open at once: allow more (ulimit -n 4096), or write the stores as one, "
+    "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr",
+    errno.EACCES: "You may not read it: have its owner give you the right (chmod, in folders of every file)",
+    errno.EIO: "The disk, or the network it is reached by, has failed: check that, and try again",
+}
+_OF_THE_MACHINE |= {
+    errno.ENFILE: _OF_THE_MACHINE[errno.EMFILE],
+    errno.EPERM: _OF_THE_MACHINE[errno.EACCES],
+    errno.ESTALE: _OF_THE_MACHINE[errno.EIO],
+}
+
+
+def of_the_machine(error: BaseException, path: Path) -> OSError | None:
+    """The error, with a remedy, if it is one of the machine and does not say that a file is damaged; else None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in _OF_THE_MACHINE:
+        return None
+    return OSError(number, f"{path} cannot be read ({os.strerror(number)}). {_OF_THE_MACHINE[number]}")
 
 
 def refuse_incomplete(folder: Path, name: str, matrix: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.stores.matrix import ReadRows, Rows, StoredMatrix
 from pyro_multivi.data.stores.rows import Columns
+
+# Parts that stay open once their rows were read, for the next: systems allow some hundred open files.
+_OPEN = 64
 
 
 class JoinedMatrix:
@@ -46,17 +49,32 @@ class JoinedMatrix:
         """A context that gives the function to read with, and in which a change of a part that is read is an error."""
         with ExitStack() as stack:
             readers: dict[int, ReadRows] = {}
+            open_parts: dict[int, ExitStack] = {}
+
+            def reader_of(number: int, left: Mapping[int, int]) -> ReadRows:
+                if number not in readers:
+                    unneeded = [other for other in readers if not left.get(other)]
+                    for other in unneeded[: max(0, len(readers) + 1 - _OPEN)]:
+                        del readers[other]
+                        open_parts.pop(other).close()
+                    open_parts[number] = stack.enter_context(ExitStack())
+                    readers[number] = open_parts[number].enter_context(self.parts[number][0].reading())
+                return readers[number]
 
             def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
                 pieces = [self._pieces(*span) for span in spans]
                 wanted: dict[int, list[tuple[int, int]]] = {}
                 for number, *rows in (piece for span in pieces for piece in span):
                     wanted.setdefault(number, []).append((rows[0], rows[1]))
-                for number in wanted.keys() - readers.keys():
-                    readers[number] = stack.enter_context(self.parts[number][0].reading())
-                streams = {number: readers[number](rows) for number, rows in wanted.items()}
+                left = {number: len(rows) for number, rows in wanted.items()}
+                streams: dict[int, Iterator[Rows]] = {}
                 for span in pieces:
-                    found = [self._joint(number, next(streams[number])) for number, *_ in span]
+                    found = []
+                    for number, *_ in span:
+                        if number not in streams:
+                            streams[number] = reader_of(number, left)(wanted[number])
+                        found.append(self._joint(number, next(streams[number])))
+                        left[number] -= 1
                     yield found[0] if len(found) == 1 else sp.vstack(found, format="csr")
 
             yield read

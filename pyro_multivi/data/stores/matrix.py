@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.stores.chunks import StoreChangedError as StoreChangedError
-from pyro_multivi.data.stores.chunks import refuse_incomplete
+from pyro_multivi.data.stores.chunks import of_the_machine, refuse_incomplete
 from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.slices import slices_reader
 
@@ -99,6 +99,9 @@ class StoredMatrix:
                         found.append(reader(group[self.name], self._indptr, self.shape[1]))
                     yield from found[0](spans)
                 except Exception as error:  # whatever HDF5 and zarr stumble on
+                    known = of_the_machine(error, self.path)
+                    if known is not None:
+                        raise known from error
                     self._compare()
                     raise StoreChangedError(
                         f"Rows {spans[0][0]} to {spans[-1][1] - 1} of {self.path} cannot be read "
@@ -112,6 +115,9 @@ class StoredMatrix:
         try:
             now = self.status()
         except OSError as error:
+            known = of_the_machine(error, self.path)
+            if known is not None:
+                raise known from error
             raise StoreChangedError(
                 f"{self.path} is not there any more ({error}). It was moved or deleted while it was in use: put it "
                 "back, or open it at its new place."

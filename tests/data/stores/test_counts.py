@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import Any
@@ -247,3 +248,25 @@ def test_chunks_of_zeros_may_be_left_out(tmp_path):
         (path / "X" / name / "0").unlink(missing_ok=True)
     assert np.array_equal(pm.read(path).X.toarray(), x.toarray())
     assert StoredMatrix(path).shape == (40, 3)
+
+
+def test_errors_of_the_machine_are_not_of_the_store(mosaic, tmp_path):
+    resource = pytest.importorskip("resource")
+    paths = [tmp_path / f"{number:03}.h5ad" for number in range(120)]
+    for number, path in enumerate(paths):
+        mosaic[[number]].copy().write_h5ad(path)
+    stored = pm.open_stores(paths)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 80, limits[1]))
+    try:
+        # One store after the other, of which not all stay open.
+        pm.MULTIVI.setup_anndata(stored, **KEYS)
+        table = DataSpec.of(stored).table(stored)
+        assert table.batch(torch.arange(120)).x.shape[0] == 120
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+        with pytest.raises(OSError, match=r"\.h5ad cannot be read \(Too many open files\).*ulimit -n") as caught:
+            table.batch(torch.arange(120))
+        assert caught.value.errno == errno.EMFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert table.batch(torch.arange(120)).x.shape[0] == 120
