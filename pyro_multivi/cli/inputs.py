@@ -29,7 +29,7 @@ from pyro_multivi.datasets.assembly import existing
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import read, sample_name
 from pyro_multivi.datasets.samples import cells_of, joined, naming, refuse_repeated, setup_of
-from pyro_multivi.datasets.stores.open import open_stores
+from pyro_multivi.datasets.stores.open import open_stores, open_with_keys
 
 #: Columns for the names of samples: the first that no file has with other values.
 SAMPLE_KEYS = ("sample", "file")
@@ -122,15 +122,11 @@ def open_cells(options: argparse.Namespace) -> AnnData:
     samples = named_paths(options.data)
     if samples is None:
         if not options.batch_from_file:
-            return open_stores(options.data[0])
+            return open_stores(options.data[0], layer=options.layer)
         samples = {sample_name(options.data[0]): options.data[0]}
     words = {each.features: getattr(options, each.key) for each in MODALITIES}
-    data = open_stores(
-        samples,
-        sample_key=SAMPLE_KEYS[0],
-        feature_type_key=options.feature_type_key,
-        feature_type_values={features: word for features, word in words.items() if word is not None} or None,
-    )
+    given = {features: word for features, word in words.items() if word is not None}
+    data = open_with_keys(samples, options.layer, SAMPLE_KEYS, options.feature_type_key, given or None)
     print(f"kept of each sample:\n{data.uns[UNS_KEY]['samples'].to_string()}")
     return data
 

@@ -174,14 +174,14 @@ def test_a_column_of_one_file_alone_loses_no_model(run, monkeypatch, value):
     adata.obs["note"] = "x"
     adata.write_h5ad("A.h5ad")
     if value != "x":
-        read = opening.open_stores
+        read = opening.open_with_keys
 
         def with_lists(*args, **settings):
             found = read(*args, **settings)
             found.obs["note"] = [value for _ in range(found.n_obs)]
             return found
 
-        monkeypatch.setattr("pyro_multivi.cli.inputs.open_stores", with_lists)
+        monkeypatch.setattr("pyro_multivi.cli.inputs.open_with_keys", with_lists)
     out = run("train", "A.h5ad", "B.h5ad", "--from-disk", "--batch-from-file", "--out", "out", *QUICK)
     assert "written to out" in out
     assert ("the data cannot be saved with the model" in out) == (value != "x")
@@ -217,6 +217,18 @@ def test_counts_stay_on_disk(run, monkeypatch, files):
     assert [*latents[0].index] == [*latents[1].index]
     # What was trained in memory finds the same counts on disk; the order of cells in training differs.
     np.testing.assert_allclose(models[0].get_latent_representation(models[1].adata), latents[0], atol=1e-5)
+
+
+def test_a_column_of_samples_stays_where_counts_are_on_disk(run):
+    for file in "AB":
+        adata = pm.read(f"{file}.h5ad")
+        adata.obs["sample"] = f"donor of {file}"
+        adata.write_h5ad(f"{file}.h5ad")
+    arguments = ["A.h5ad", "B.h5ad", "--from-disk", "--batch-from-file", "--out", "out", *QUICK]
+    assert "written to out" in run("train", *arguments)
+    model = pm.MULTIVI.load("out/model")
+    assert model.spec.setup.batch_key == "file"
+    assert {*model.adata.obs["sample"]} == {"donor of A", "donor of B"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.checks import check_unique, checked, shown, unknown_key
+from pyro_multivi.data.checks import check_unique, checked, first_names, shown, unknown_key
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.counts import smallest
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
@@ -123,7 +123,7 @@ def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnD
     """The data set and its counts, on disk if they can be read by cells."""
     if not isinstance(stores, (str, os.PathLike)):
         try:
-            adata = open_stores(stores, feature_type_key=feature_type_key)
+            adata = open_stores(stores, layer=layer, feature_type_key=feature_type_key)
             return adata, _Source(adata, layer)
         except ValueError as error:
             if len(stores) != 1:
@@ -139,7 +139,7 @@ def _opened(stores: Any, layer: str | None, feature_type_key: str) -> tuple[AnnD
     if not path.exists():
         raise FileNotFoundError(f"stores={shown(str(stores))}: there is no such file or folder.")
     try:
-        adata = open_stores(path)
+        adata = open_stores(path, layer=layer)
         return adata, _Source(adata, layer)
     except ValueError as error:
         refused = error
@@ -173,6 +173,9 @@ class _Source:
             if layer is not None and layer not in adata.layers:
                 raise unknown_key("layer", layer, "adata.layers", layer_names(adata.layers))
             found = adata.X if layer is None else adata.layers[layer]
+            if found is None:
+                known = first_names(layer_names(adata.layers)) or "there is none"
+                raise ValueError(f"The data set has no counts in X: give layer=NAME, one of its layers ({known}).")
             # By rows, which those compressed by columns are not.
             self._matrix = found if isinstance(found, np.ndarray) else sp.csr_array(found)
             self._at_once, self.status = _ROWS, zlib.crc32(repr((layer, float(found.sum()))).encode())

@@ -34,6 +34,7 @@ _SAME_CELLS = 0.5
 def open_stores(
     stores: Any,
     *,
+    layer: str | None = None,
     sample_key: str = "sample",
     feature_type_key: str = "feature_types",
     feature_type_values: Mapping[str, str | Sequence[str]] | None = None,
@@ -49,6 +50,9 @@ def open_stores(
         Path of an ``.h5ad`` file or a ``.zarr`` folder (extra ``scale``) with counts by rows (CSR, or dense); several
         of them by name, or as a list. Each may have RNA, ATAC or both. Of a modality those features are kept that all
         stores with it have, by name; what is left out is logged.
+    layer
+        Layer with the counts, to be given to setup too; ``X`` by default. Nothing else need be of a form that is read
+        by rows.
     sample_key
         Column of ``obs`` to write, with the name of its store for each cell, where there are several.
     feature_type_key, feature_type_values
@@ -80,14 +84,25 @@ def open_stores(
     >>> adata.shape, adata.X is None
     ((10, 13), True)
     """
+    return open_with_keys(stores, layer, [sample_key], feature_type_key, feature_type_values)
+
+
+def open_with_keys(
+    stores: Any,
+    layer: str | None,
+    sample_keys: Sequence[str],
+    feature_type_key: str,
+    feature_type_values: Mapping[str, str | Sequence[str]] | None,
+) -> AnnData:
+    """What :func:`open_stores` returns; the sample is in the first of some columns that no store has of other words."""
     if isinstance(stores, (str, os.PathLike)):
-        part = _Part.of(sample_name(stores), stores)
-        opened = Stores([part.store], [part.obs.index], [part.var.index])
-        kept: dict[str, Any] = {STORES: keep(opened)}
+        part = _Part.of(sample_name(stores), stores, layer)
+        joint = Stores([part.store], [part.obs.index], [part.var.index])
+        kept: dict[str, Any] = {STORES: keep(joint)}
         if part.setup is not None:
             kept["setup"] = part.setup
         return AnnData(obs=part.obs, var=part.var, uns={UNS_KEY: kept})
-    parts = [_Part.of(name, path) for name, path in _named(stores).items()]
+    parts = [_Part.of(name, path, layer) for name, path in _named(stores).items()]
     _refuse_same_cells(parts)
     setup = with_feature_types(Setup("anndata", feature_type_key=feature_type_key), feature_type_values)
     found = {modality: _var_of(modality, parts, setup) for modality in MODALITIES}
@@ -100,7 +115,8 @@ def open_stores(
     check_unique(var.index, "the genes and regions together", "rename the genes or the regions")
     types = [modality.feature_type for modality, names in features.items() for _ in names]
     var[feature_type_key] = pd.Categorical(types)
-    opened = Stores([part.store for part in parts], [part.obs.index for part in parts], [p.var.index for p in parts])
+    joint = Stores([part.store for part in parts], [part.obs.index for part in parts], [p.var.index for p in parts])
+    sample_key = _free_key(parts, sample_keys)
     report = {
         part.store.name: {
             "cells": len(part.obs),
@@ -118,7 +134,7 @@ def open_stores(
     table = pd.DataFrame.from_dict(report, orient="index").rename_axis(sample_key)
     _log.info("kept of each store:\n%s", table.to_string())
     return AnnData(
-        obs=_join_obs(parts, opened.cells, sample_key), var=var, uns={UNS_KEY: {STORES: keep(opened), "samples": table}}
+        obs=_join_obs(parts, joint.cells, sample_key), var=var, uns={UNS_KEY: {STORES: keep(joint), "samples": table}}
     )
 
 
@@ -132,7 +148,7 @@ class _Part:
     setup: str | None
 
     @classmethod
-    def of(cls, name: str, path: Any) -> _Part:
+    def of(cls, name: str, path: Any, layer: str | None) -> _Part:
         path = Path(os.path.abspath(path))
         if not path.exists():
             raise FileNotFoundError(f"stores: there is no file or folder {path}.")
@@ -143,7 +159,10 @@ class _Part:
                 "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or pyro-multivi convert IN OUT.zarr."
             )
         with errors_naming(path):
-            StoredMatrix(path)
+            try:
+                StoredMatrix(path, "X" if layer is None else f"layers/{layer}")
+            except ValueError as error:
+                raise error if layer is None else ValueError(f"{path}: layer={layer!r}: {error}") from error
             cells, features = names_in(path)
             with opened_group(path) as group:
                 if f"varm/{MASKS_KEY}" in group:
@@ -213,16 +232,27 @@ def _var_of(modality: Modality, parts: Sequence[_Part], setup: Setup) -> dict[st
     return found
 
 
+def _free_key(parts: Sequence[_Part], sample_keys: Sequence[str]) -> str:
+    """The first column that holds nothing but the names of the stores, if any store has it."""
+    refused = None
+    for key in sample_keys:
+        for part in parts:
+            others = {*part.obs.get(key, pd.Series(dtype=str)).dropna().astype(str)} - {part.store.name}
+            if others:
+                refused = refused or ValueError(
+                    f"{part.store.path} has a column {key!r} in obs with {first_names(sorted(others))} where its "
+                    f"name {part.store.name!r} is to be written: give another sample_key, or name the store so."
+                )
+                break
+        else:
+            return key
+    assert refused is not None
+    raise refused
+
+
 def _join_obs(parts: Sequence[_Part], cells: pd.Index[Any], sample_key: str) -> pd.DataFrame:
     names = [part.store.name for part in parts]
     frames = [part.obs.drop(columns=sample_key, errors="ignore") for part in parts]
-    for part in parts:
-        others = {*part.obs.get(sample_key, pd.Series(dtype=str)).dropna().astype(str)} - {part.store.name}
-        if others:
-            raise ValueError(
-                f"{part.store.path} has a column {sample_key!r} in obs with {first_names(sorted(others))} where its "
-                f"name {part.store.name!r} is to be written: give another sample_key, or name the store so."
-            )
     for column in unlike_columns(frames):
         _log.warning("column %r of obs holds numbers in one store and words in another: words in all", column)
         for number, frame in enumerate(frames):

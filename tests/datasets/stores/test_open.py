@@ -144,6 +144,28 @@ def test_another_layer(cells, tmp_path):
     assert DataSpec.of(cells).table(cells).difference(DataSpec.of(stored).table(stored)) is None
 
 
+def test_only_the_layer_need_be_usable(cells, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = cells.copy()
+    other.layers["counts"] = sp.csr_matrix(cells.X)
+    other.X = None
+    other.write_h5ad("a.h5ad")
+    with pytest.raises(ValueError, match=r"a\.h5ad has no 'X'"):
+        pm.open_stores("a.h5ad")
+    stored = pm.open_stores("a.h5ad", layer="counts")
+    pm.MULTIVI.setup_anndata(stored, layer="counts")
+    pm.MULTIVI.setup_anndata(cells)
+    assert DataSpec.of(cells).table(cells).difference(DataSpec.of(stored).table(stored)) is None
+    arguments = ["a.h5ad", "--from-disk", "--layer", "counts", "--dry-run", "--out", "out"]
+    assert main(["train", *arguments]) == 0
+    assert main(["convert", "a.h5ad", "a.zarr"]) == 1
+    assert "The data set has no counts in X: give --layer NAME, one of its layers ('counts')" in capsys.readouterr().err
+    assert main(["convert", "a.h5ad", "a.zarr", "--layer", "counts", "--quiet"]) == 0
+    assert np.array_equal(pm.read("a.zarr").X.toarray(), cells.X.toarray())
+    with pytest.raises(ValueError, match=r"a\.h5ad: layer='raw': .* has no 'layers/raw'; it has 'counts'"):
+        pm.open_stores("a.h5ad", layer="raw")
+
+
 def spoiled(paths, samples, what):
     sample = samples["B"]
     if what == "same cells":
