@@ -71,8 +71,10 @@ def command_parser() -> argparse.ArgumentParser:
         help="leave out features detected in a smaller share of the cells measured (default: 0.01)",
     )
     _add_data(train)
-    train.add_argument("--n-latent", type=int)
-    train.add_argument("--n-hidden", type=int)
+    train.add_argument(
+        "--n-latent", type=int, help="dimension of the latent state (default: 20, or --n-hidden where that is less)"
+    )
+    train.add_argument("--n-hidden", type=int, help="width of hidden layers (default: 128)")
     train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
     train.add_argument(
         "--accessibility-likelihood",
@@ -91,7 +93,7 @@ def command_parser() -> argparse.ArgumentParser:
     check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
     check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
     check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
-    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
 
     differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
     differential.add_argument("model", type=Path, help="folder of a saved model")
@@ -119,7 +121,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="decode both groups in the same batches (default: where they lie unevenly over the batches)",
     )
     differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
-    differential.add_argument("--seed", type=int, default=0)
+    differential.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     differential.add_argument("--quiet", action="store_true", help="no progress bar")
 
     mapping = commands.add_parser(
@@ -151,7 +153,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_data(mapping)
     mapping.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
     _add_overwrite(mapping)
-    mapping.add_argument("--seed", type=int, default=0)
+    mapping.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     mapping.add_argument("--quiet", action="store_true", help="no progress bar")
 
     describe = commands.add_parser("describe", help="what a saved model is, without loading it")
@@ -194,10 +196,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to; made if it is not there")
     _add_overwrite(parser)
-    parser.add_argument("--max-epochs", type=int, default=200)
+    parser.add_argument(
+        "--max-epochs",
+        type=int,
+        default=200,
+        help="passes over the training cells at most; training ends before where nothing is gained (default: 200; in "
+        "Python 500)",
+    )
     parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
