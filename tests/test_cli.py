@@ -1,6 +1,8 @@
 """The command line, as a person types it."""
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -124,5 +126,61 @@ def test_fragments_are_counted_when_asked_for(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "even numbers, as of reads" in told
     assert "--reads-to-fragments makes fragments of them" in told
+    # Also where a model of fragments is compared with reads.
+    capsys.readouterr()
+    model = str(tmp_path / "of_reads" / "model")
+    checked = ("--n-samples", "40", "--all-cells", "--out", str(tmp_path / "checked"))
+    assert main(["check", model, str(path), "--reads-to-fragments", *checked]) == 0
+    assert "even numbers" not in capsys.readouterr().err
+    assert main(["check", model, str(path), "--overwrite", *checked]) == 0
+    assert "even numbers, as of reads" in capsys.readouterr().err
     assert train(path, "--out", tmp_path / "other", "--accessibility-likelihood", "x", "--min-counts", 1) != 0
     assert "--accessibility-likelihood" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_interrupted_training_is_saved_and_ends_as_interrupted(mosaic_file, tmp_path, capsys, monkeypatch, epoch):
+    module, scored = importlib.import_module("pyro_multivi.training.fit"), []
+    score = module._scores
+
+    def interrupts(*arguments):
+        scored.append(1)
+        if len(scored) == epoch:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(module, "_scores", interrupts)
+    assert train(mosaic_file, "--modality-key", "modality", "--n-hidden", "8", "--out", tmp_path / "out") == 130
+    printed = capsys.readouterr()
+    assert "written to" in printed.out
+    assert printed.err.endswith("pyro-multivi: interrupted\n")
+    assert pm.MULTIVI.load(tmp_path / "out" / "model").is_trained
+
+
+def test_cells_without_a_label_are_of_no_type(tmp_path, capsys):
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=20, n_regions=30, seed=0)
+    adata.obs["one"] = pd.Categorical(["a"] * 40 + [None] * 20)
+    adata.obs["few"] = pd.Categorical(["a"] * 30 + [None] * 30)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    for name in ("one", "few"):
+        assert train(tmp_path / "a.h5ad", "--labels", name, "--n-hidden", "8", "--out", tmp_path / name) == 0
+    figures = [json.loads((tmp_path / name / "figures.json").read_text()) for name in ("one", "few")]
+    assert figures[0]["neighbour_purity_30"] == figures[0]["neighbour_purity_chance"] == 1
+    assert "neighbour_purity_30" not in figures[1]
+
+
+def test_a_reader_of_the_output_may_end(mosaic_file, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pyro_multivi", "convert", str(mosaic_file), str(tmp_path / "a.zarr"), "--quiet"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_every_option_of_training_says_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for said in ("(default: 200; in Python 500)", "learning rate", "width of hidden layers", "dimension of the latent"):
+        assert said in told

@@ -46,9 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module, name = _COMMANDS[options.command]
             run: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
             run(options)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except BrokenPipeError:
+        # Who read the output, such as head, has ended: no fault, and Python is not to tell of it at its end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except _EXPECTED as error:
         # The person who typed the command needs the library's message, not a trace.
         say(error.args[0] if isinstance(error, KeyError) and error.args else error or type(error).__name__)

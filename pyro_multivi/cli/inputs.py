@@ -16,7 +16,8 @@ from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
-from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.checks import caution, first_names, nearest
+from pyro_multivi.data.fragments.checks import fragment_cautions
 from pyro_multivi.data.fragments.reads import make_fragments
 from pyro_multivi.data.modality import ATAC, MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
@@ -146,7 +147,16 @@ def load_model(options: argparse.Namespace) -> MULTIVI:
             else "DATA, the file of the cells, after it"
         )
         raise ValueError(f"{str(options.model)!r} holds no data: give {how}.")
+    if data is not None:
+        caution_of_reads(model, options)
     return model
+
+
+def caution_of_reads(model: MULTIVI, options: argparse.Namespace) -> None:
+    """Warn of data of a model of fragments that are hardly such, as ``train`` does."""
+    if model.program.config.counts_fragments and model._table is not None and not options.reads_to_fragments:
+        for sentence in fragment_cautions(model._table):
+            caution(sentence)
 
 
 def spec_of(model: Path) -> DataSpec:

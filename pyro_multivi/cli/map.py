@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.cli.inputs import data_for, load_model, spec_of
-from pyro_multivi.cli.outputs import check_table, write_table
+from pyro_multivi.cli.inputs import caution_of_reads, data_for, load_model, spec_of
+from pyro_multivi.cli.outputs import check_table, end_if_interrupted, write_table
 
 
 def map_query(options: argparse.Namespace) -> None:
@@ -28,6 +28,7 @@ def map_query(options: argparse.Namespace) -> None:
         own = {"data": options.reference, "feature_type": None, "min_counts": 0, "round": False}
         reference = load_model(argparse.Namespace(**{**vars(options), **own}))
     mapped = MULTIVI.load_query_data(query, reference, freeze_expression=not options.align)
+    caution_of_reads(mapped, options)
     print(mapped.query_report)
     if options.max_epochs or options.align:
         mapped.train(options.max_epochs or None, seed=options.seed, progress_bar=not options.quiet)
@@ -43,6 +44,7 @@ def map_query(options: argparse.Namespace) -> None:
                 print(f"  {label}: {size} cells")
     write_table(table.reset_index(), out)
     print(f"written to {out}")
+    end_if_interrupted(mapped)
 
 
 def _state_batch(query: Any, key: str | None, batch: str | None) -> None:

@@ -88,3 +88,9 @@ def save_model(model: MULTIVI, folder: Path, overwrite: bool, refer_to_data: boo
         if folder != taken:
             print(f"{taken} was taken during training; the model is in {folder}")
         return folder
+
+
+def end_if_interrupted(model: MULTIVI) -> None:
+    """End a command whose training was interrupted as interrupted, once all that it learned is written."""
+    if ": interrupted;" in model._history.ending:
+        raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from pyro_multivi.cli.inputs import (
     state_features,
 )
 from pyro_multivi.cli.messages import in_options
-from pyro_multivi.cli.outputs import check_model_folder, make_folder, refuse_existing, save_model
+from pyro_multivi.cli.outputs import check_model_folder, end_if_interrupted, make_folder, refuse_existing, save_model
 from pyro_multivi.cli.picture import first_picture
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
@@ -174,6 +174,9 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         return
     # Before anything that may fail.
     written = [f"{save_model(model, out / 'model', options.overwrite, options.from_disk).name}/"]
+    if not model.history:  # interrupted in its first epoch
+        print(f"written to {out}: {', '.join(written)}")
+        end_if_interrupted(model)
     latent = np.asarray(model.get_latent_representation())
     figures: dict[str, float] = {
         "cells": len(latent),
@@ -182,9 +185,10 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
         "elbo_per_cell": model.get_elbo(),
         **model.get_reconstruction_error(),
     }
-    names = None if labels is None or is_continuous(labels) else labels.astype(str).to_numpy()
-    if names is not None and len(latent) > 30:
-        figures["neighbour_purity_30"] = neighbour_purity(latent, names, 30)
+    labelled = np.zeros(len(latent), bool) if labels is None or is_continuous(labels) else labels.notna().to_numpy()
+    if labels is not None and labelled.sum() > 30:
+        names = labels[labelled].astype(str).to_numpy()
+        figures["neighbour_purity_30"] = neighbour_purity(latent[labelled], names, 30)
         shares = pd.Series(names).value_counts(normalize=True)
         figures["neighbour_purity_chance"] = float((shares**2).sum())
     columns = [f"z{number + 1}" for number in range(latent.shape[1])]
@@ -206,3 +210,4 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     for name, value in figures.items():
         print(f"  {name:40s} {value:.4g}" if isinstance(value, float) else f"  {name:40s} {value}")
     print(f"written to {out}: {', '.join(written)}")
+    end_if_interrupted(model)
