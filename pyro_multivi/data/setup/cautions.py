@@ -103,7 +103,7 @@ def cells_without_counts(opened: Opened, table: CellTable) -> Iterator[str]:
     table
         What was read of them.
     """
-    for modality, part in opened.counts.items():
+    for modality, part in opened.counts.items() if table.posterior is None else ():
         counts, mask = modality.counts_in(table), modality.measured_in(table).numpy()
         if counts is None:
             continue

@@ -17,9 +17,9 @@ from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
+from pyro_multivi.data.stores.joined import on_disk
 from pyro_multivi.data.stores.matrix import RowMatrix
 from pyro_multivi.data.stores.matrix import blocks as stored_blocks
-from pyro_multivi.data.stores.opening import on_disk
 from pyro_multivi.data.stores.rows import Columns
 
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.

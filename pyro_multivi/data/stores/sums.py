@@ -8,8 +8,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from pyro_multivi.data.stores.joined import on_disk
 from pyro_multivi.data.stores.matrix import RowMatrix, blocks
-from pyro_multivi.data.stores.opening import on_disk
 
 Values = NDArray[np.floating[Any]]
 
