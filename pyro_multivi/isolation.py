@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine import runtime
@@ -79,6 +80,8 @@ def _enter_neutral_modes(modes: ExitStack) -> None:
     modes.enter_context(torch.enable_grad())
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         modes.enter_context(torch.autocast(device, enabled=False))
+    # A density far out is 0, also where the caller makes an error of numbers that are too small.
+    modes.enter_context(np.errstate(under="ignore"))
 
 
 class PyroState:

@@ -212,7 +212,6 @@ class StatisticsByBlock:
         return found
 
 
-@np.errstate(under="ignore")  # densities far out are 0, also where the caller makes an error of that
 def estimated_delta(change: Array, least: float) -> float:
     """Bound between features that change and those that do not, from the mean change of each, (F,).
 

@@ -25,8 +25,6 @@ _ROUNDS, _ITERATIONS = 10, 20
 # from being understated, and the centre at 0 where there is little to learn from.
 _NULL_FEATURES = 10.0
 _LEAST_ERROR = 1e-12
-# What lies far out has a density of 0, also where the caller makes an error of that.
-_far_is_nothing = np.errstate(under="ignore")
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,10 @@ class ChangePosterior:
     loc: Array
     scale: Array
 
-    @_far_is_nothing
     def above(self, bound: float) -> Array:
         """P(change >= bound), (F,)."""
         return self._total(ndtr((self.loc - bound) / self.scale))
 
-    @_far_is_nothing
     def below(self, bound: float) -> Array:
         """P(change <= bound), (F,)."""
         return self._total(ndtr((bound - self.loc) / self.scale))
@@ -57,13 +53,11 @@ class ChangePosterior:
         total: Array = (self.weight * by_component).sum(1)
         return np.clip(total, 0.0, 1.0)
 
-    @_far_is_nothing
     def mean(self) -> Array:
         """Posterior mean, (F,)."""
         mean: Array = (self.weight * self.loc).sum(1)
         return mean
 
-    @_far_is_nothing
     def std(self) -> Array:
         """Posterior standard deviation, (F,)."""
         square = (self.weight * (self.scale**2 + self.loc**2)).sum(1)
@@ -111,7 +105,6 @@ class ShrinkagePrior:
     centre: float
 
     @classmethod
-    @_far_is_nothing
     def fit(
         cls, change: Array, error: Array, rng: np.random.Generator, common_error: float | None = None
     ) -> ShrinkagePrior:
@@ -164,7 +157,6 @@ class ShrinkagePrior:
             width = np.sqrt(width**2 + common_error**2 + 1 / total)
         return cls(width, share, centre)
 
-    @_far_is_nothing
     def posterior(self, change: Array, error: Array) -> ChangePosterior:
         """Posterior of features with these estimates and standard errors, (F,)."""
         error = np.maximum(error, _LEAST_ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.differential.effect import estimated_delta
 from pyro_multivi.posterior.differential.shrinkage import ShrinkagePrior, unshrunk
 from pyro_multivi.posterior.differential.tables import expected_fdr_calls
@@ -74,7 +75,8 @@ def test_densities_that_are_0_are_no_error():
     rng = np.random.default_rng(0)
     change = np.concatenate([rng.normal(0, 0.01, 300), [5.0, -5.0]])
     error = np.full(302, 0.01)
-    with np.errstate(all="raise"):
+    # As within every method of a model.
+    with np.errstate(all="raise"), isolated():
         changes = ShrinkagePrior.fit(change, error, rng).posterior(change, error)
         assert changes.above(0.1)[300] == changes.below(-0.1)[301] == 1
         assert np.isfinite([changes.mean(), changes.std()]).all()
