@@ -92,5 +92,5 @@ def save_model(model: MULTIVI, folder: Path, overwrite: bool, refer_to_data: boo
 
 def end_if_interrupted(model: MULTIVI) -> None:
     """End a command whose training was interrupted as interrupted, once all that it learned is written."""
-    if ": interrupted;" in model._history.ending:
+    if model._history.interrupted:
         raise KeyboardInterrupt

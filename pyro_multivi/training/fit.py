@@ -274,6 +274,7 @@ def fit(
     watch.lap("restoring")
     n_epochs = history.n_epochs - first
     history.ending = f"trained {n_epochs} epochs in {watch}: {at.reason}; its weights are {at.kept}"
+    history.interrupted = interrupted
     logger.info(history.ending)
     return history, moments
 

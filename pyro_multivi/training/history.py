@@ -22,6 +22,8 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)
     #: A line on the latest call of training: why it ended, the weights it left, where the time went.
     ending: str = ""
+    #: Whether Ctrl-C ended that call.
+    interrupted: bool = False
 
     def add(self, row: dict[str, float]) -> None:
         """Append the values of an epoch."""
