@@ -158,27 +158,25 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
 
 def _check_families(program: MultiVIProgram, cells: Cells, nodes: Mapping[str, Any]) -> None:
     """Refuse a guide whose posterior would not be read back as what it is."""
-    of_factor = dist.LogNormal if program.config.counts_fragments else LogitNormal
-    allowed = {
-        "z": "Normal(...).to_event(1)",
-        RNA.depth: "LogNormal" if program.config.library == "latent" else "Delta",
-        ATAC.depth: f"{of_factor.__name__} or Delta",
+    config = program.config
+    of_factor = (dist.LogNormal if config.counts_fragments else LogitNormal, dist.Delta)
+    families: dict[str, tuple[type, ...]] = {
+        RNA.depth: (dist.LogNormal if config.library == "latent" else dist.Delta,),
+        ATAC.depth: of_factor if cells.atac_size is None else (dist.Delta,),
     }
-    for name, family in allowed.items():
+    for name in ("z", *families):
         if name not in nodes:
             continue
         fn = nodes[name]["fn"]
         if name == "z":
-            kept = normal_in(fn) is not None
-        elif name == RNA.depth:
-            kept = isinstance(fn, dist.LogNormal if program.config.library == "latent" else dist.Delta)
+            is_kept, allowed = normal_in(fn) is not None, "Normal(...).to_event(1)"
         else:
-            kept = isinstance(fn, dist.Delta if cells.atac_size is not None else (of_factor, dist.Delta))
-        if not kept:
+            is_kept, allowed = isinstance(fn, families[name]), " or ".join(each.__name__ for each in families[name])
+        if not is_kept:
             found = type(fn.base_dist if isinstance(fn, dist.Independent) else fn).__name__
             raise ValueError(
                 f"The guide of {type(program).__name__} has a {found} for {name!r}, of which minified data keep mean "
-                f"and standard deviation alone: they can hold {family}. Keep the data as they are."
+                f"and standard deviation alone: they can hold {allowed}. Keep the data as they are."
             )
 
 
