@@ -118,12 +118,13 @@ class CovariateStack(nn.Module):
             self.after.append(NormActivate(n_hidden, activation=activation(), **norms))
 
     def forward(self, hidden: Tensor, s: Tensor) -> Tensor:
-        """Map ``hidden`` (..., n_in) and ``s`` (B, n_covariates) to (..., n_hidden)."""
+        """Map ``hidden`` (..., n_in) and ``s`` (..., n_covariates) to (..., n_hidden)."""
         for linear, after in zip(self.linear, self.after, strict=True):
             assert isinstance(linear, nn.Linear)
             if linear.in_features > hidden.shape[-1]:
-                # Draws of z add leading dimensions that s does not have.
-                hidden = torch.cat([hidden, s.expand(*hidden.shape[:-1], s.shape[-1])], -1)
+                # Draws of z add leading dimensions that s does not have; a forced z may lack those that s has.
+                shape = torch.broadcast_shapes(hidden.shape[:-1], s.shape[:-1])
+                hidden = torch.cat([hidden.expand(*shape, -1), s.expand(*shape, -1)], -1)
             hidden = after(linear(hidden))
         return hidden
 

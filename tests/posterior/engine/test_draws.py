@@ -122,6 +122,26 @@ def test_counts_are_predicted_for_measured_and_missing_alike(make_program, make_
     assert torch.equal(again["x"], drawn["x"])
 
 
+@pytest.mark.parametrize("sites", [("rho", "p"), ("x", "y")])
+@pytest.mark.parametrize("shape", [(12, 3), (1, 12, 3), (3,)], ids=str)
+def test_a_state_forced_in_every_draw_alike_broadcasts(make_program, make_cells, sites, shape):
+    program, cells, z = make_program(), make_cells(), torch.linspace(-1.0, 1.0, 3).expand(shape)
+    once = draw(program, cells, sites, n_samples=5, intervene={"z": z})
+    repeated = draw(program, cells, sites, n_samples=5, intervene={"z": z.expand(5, 12, 3)})
+    for site in sites:
+        assert once[site].shape == repeated[site].shape
+        torch.testing.assert_close(once[site] + 0, repeated[site] + 0)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_predictive_of_a_known_state(make_program, make_cells, parallel):
+    program, cells = make_program(), make_cells()
+    known = pyro.do(pyro.poutine.uncondition(program.model), {"z": torch.zeros(12, 3)})
+    guide = pyro.poutine.block(program.guide, hide=["z"])
+    predicted = pyro.infer.Predictive(known, guide=guide, num_samples=4, parallel=parallel)(cells)
+    assert predicted["x"].shape == (4, 12, 7)
+
+
 def test_no_likelihood_is_evaluated_and_nothing_wide_is_made(make_program, make_cells, monkeypatch):
     program, cells = make_program(), make_cells()
 
