@@ -61,7 +61,7 @@ class ProgramModules(nn.Module):
     config
         Sizes and modelling choices.
     uid
-        Prefix of the param sites, different for each program in a process.
+        Prefix of the param sites, different for each program in a process, also for copies.
     rna_log_depth, atac_log_depth
         Typical log depth of a cell, scalars.
     library_log_mean, library_log_var
@@ -130,7 +130,7 @@ class ProgramModules(nn.Module):
         check_type("config", config, ProgramConfig)
         self.config = config
         # Param sites of two programs in one process must differ; see param_sites.py.
-        self.uid = f"multivi{next(ProgramModules._uid)}"
+        self.uid = self._next_uid()
         hidden, latent, everywhere = config.hidden, config.latent, config.deeply_inject_covariates
 
         encoder = layer_options(config, "encoder")
@@ -208,6 +208,15 @@ class ProgramModules(nn.Module):
         if config.fully_paired:
             for modality in modelled(config):
                 setattr(self, f"{modality.key}_alone_expert", expert())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, also one by pickle, has parameters of its own.
+        self.uid = self._next_uid()
+
+    @staticmethod
+    def _next_uid() -> str:
+        return f"multivi{next(ProgramModules._uid)}"
 
     @property
     def modelled_extra(self) -> list[ExtraModality]:

@@ -119,6 +119,21 @@ def test_a_copy_is_a_program_of_its_own(make_program, make_cells, how):
     assert not moved(program, weights(twin))
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # by pickle, with torch 2.4 and 2.5
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_program_and_its_copy_train_in_one_svi(make_program, make_cells, how):
+    program, cells, elbo = make_program(), make_cells(), TraceMeanField_ELBO()
+    twin = copy.deepcopy(program) if how == "deepcopy" else pickle.loads(pickle.dumps(program))  # noqa: S301
+    both = [program, twin]
+    before = [weights(each) for each in both]
+
+    def loss(_model, _guide, cells):
+        return sum(elbo.differentiable_loss(each.model, each.guide, cells) for each in both)
+
+    SVI(program.model, program.guide, ClippedAdam({"lr": 0.02}), loss).step(cells)
+    assert [moved(each, start) for each, start in zip(both, before, strict=True)] == [set(before[0])] * 2
+
+
 def test_weights_assigned_from_a_state_dict_train(make_program, make_cells):
     program, cells, source = make_program(seed=1), make_cells(), make_program(seed=2)
     trained(program, cells, 1)
