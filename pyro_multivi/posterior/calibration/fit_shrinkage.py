@@ -163,10 +163,9 @@ def _has_means(program: MultiVIProgram, cells: Cells) -> bool:
     """Whether every latent variable has a posterior mean, from which estimates are made by default."""
     with evaluation_mode(program):
         try:
-            mean_latents(program, cells)
+            return not mean_latents(program, cells).without_mean
         except ValueError:
             return False
-    return True
 
 
 def _feature_factor(program: MultiVIProgram, modality: Modality) -> Tensor | None:

@@ -27,7 +27,7 @@ from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.kernels.readout import Link
 from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 from pyro_multivi.posterior.engine.depth_regression import imputation_depth
-from pyro_multivi.posterior.engine.posterior_scale import corrected, corrected_depth
+from pyro_multivi.posterior.engine.posterior_scale import NoMeanError, corrected, corrected_depth, mean_of
 from pyro_multivi.posterior.engine.stored_posterior import guide_of
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, is_deterministic, is_of_cells
@@ -132,12 +132,19 @@ def draw(
 class Latents:
     """Trace of the guide for some cells, whose latent sites hold S draws, (S, B, ...).
 
-    ``noise`` is the noise of these draws; None where the sites hold the means of their posteriors.
+    ``noise`` is the noise of these draws; None where the sites hold the means of their posteriors, or NaN where these
+    have none.
     """
 
     trace: Trace
     n_samples: int
     noise: CellNoise | None
+
+    @property
+    def without_mean(self) -> list[str]:
+        """Names of the sites that hold NaN."""
+        nodes: dict[str, Any] = dict(self.trace.nodes)
+        return [name for name, node in nodes.items() if node.get("without_mean")]
 
     def at(self, site: str, value: Tensor) -> Latents:
         """Latents with another value of one site."""
@@ -206,12 +213,14 @@ def _values(
     def trace(model: Any) -> dict[str, Any]:
         return dict(model_trace(poutine.do(model, forced) if forced else model, cells, latents).nodes)
 
-    nodes = trace(program.model)
+    nodes, unknown = trace(program.model), latents.without_mean
     known = [name for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
     for argument, names in (("sites", sites), ("intervene", forced)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{argument}: {name!r} is no site of this model: choose from {', '.join(known)}.")
+    if unknown and any(_needs(nodes[name]) for name in sites):
+        raise NoMeanError.of(unknown[0])
     if any(nodes[name]["is_observed"] and not is_deterministic(nodes[name]) for name in sites):
         # Counts are drawn. Nothing wide was evaluated so far: the second trace is what costs.
         torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
@@ -257,22 +266,12 @@ def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
     return poutine.trace(poutine.replay(_repeated(model, latents.n_samples), trace=latents.trace)).get_trace(cells)
 
 
-def mean_of(name: str, fn: Any) -> Tensor:
-    """Mean of a site of the guide.
-
-    Raises
-    ------
-    ValueError
-        If the distribution does not know its mean, as a normalising flow.
-    """
-    try:
-        mean: Tensor = fn.mean
-    except NotImplementedError as error:
-        raise ValueError(
-            f"The guide's distribution of {name!r} has no mean: ask for draws (n_samples above 1, use_z_mean=False or "
-            "give_mean=False)."
-        ) from error
-    return mean
+def _needs(node: Any) -> bool:
+    """Whether a site of the model was computed from a NaN; of counts, which would be drawn, it is assumed."""
+    value: Any = node["value"]
+    parts = [value.hidden, value.weight, value.bias] if isinstance(value, Readout) else [value]
+    is_counts = node["is_observed"] and not is_deterministic(node)
+    return is_counts or any(bool(part.isnan().any()) for part in parts)
 
 
 def region_factors(program: MultiVIProgram) -> Tensor | None:
@@ -280,6 +279,9 @@ def region_factors(program: MultiVIProgram) -> Tensor | None:
     with evaluation_mode(program), _Fill(program, None, None):
         guide = poutine.trace(program.guide_shared).get_trace()
         factors: Tensor | None = poutine.replay(program.region_factors, trace=guide)()
+    unknown = Latents(guide, 1, None).without_mean
+    if unknown and factors is not None and bool(factors.isnan().any()):
+        raise NoMeanError.of(unknown[0], "tests of regions and get_region_factors need one")
     return factors
 
 
@@ -361,7 +363,13 @@ class _Fill(Messenger):
             fn = msg["fn"] = corrected(self.program, cells, fn)
         elif of_cells and cells is not None and self.noise is not None and not self.as_trained:
             fn = corrected_depth(self.program, cells, name, fn)
-        value = self._value(name, fn, of_cells)
+        try:
+            value = self._value(name, fn, of_cells)
+        except NoMeanError:
+            # Of the state nearly everything is decoded. What another site matters to says so when it is asked for.
+            if name == "z" or fn.support.is_discrete:
+                raise
+            value, msg["without_mean"] = torch.full_like(fn.sample(), torch.nan), True
         if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
             prior = self.program.cell_factor_prior(cells, cells.design).expand(fn.batch_shape)
             value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))

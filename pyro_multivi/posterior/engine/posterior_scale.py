@@ -28,6 +28,33 @@ from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 
 
+class NoMeanError(ValueError):
+    """A distribution of the guide does not know its mean, and a result needs it."""
+
+    @classmethod
+    def of(cls, site: str, remedy: str = "") -> NoMeanError:
+        """Name the site and what to do; the constructor is left to Pyro, which adds shapes to messages."""
+        draws = "ask for draws (n_samples above 1, use_z_mean=False or give_mean=False)"
+        return cls(f"The guide's distribution of {site!r} has no mean: {remedy or draws}.")
+
+
+def mean_of(name: str, fn: Any) -> Tensor:
+    """Mean of a site of the guide.
+
+    Raises
+    ------
+    NoMeanError
+        If the distribution does not know its mean, as a normalising flow, or has none.
+    """
+    try:
+        mean: Tensor = fn.mean
+    except NotImplementedError as error:
+        raise NoMeanError.of(name) from error
+    if mean.numel() and not bool(mean.isfinite().any()):
+        raise NoMeanError.of(name)
+    return mean
+
+
 def pattern_code(cells: Cells | CellTable) -> Tensor:
     """Measurement pattern of each cell, (B,): 0 nothing, 1 RNA only, 2 ATAC only, 3 both; a row of the buffer."""
     code = sum(2**place * modality.measured_in(cells).long() for place, modality in enumerate(MODALITIES))

@@ -20,8 +20,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
-from pyro_multivi.posterior.engine.draws import mean_of
-from pyro_multivi.posterior.engine.posterior_scale import corrected, normal_in
+from pyro_multivi.posterior.engine.posterior_scale import corrected, mean_of, normal_in
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram

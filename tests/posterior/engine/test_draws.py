@@ -11,7 +11,14 @@ from pyro_multivi import MultiVIProgram
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.base import CellDistribution
-from pyro_multivi.posterior.engine.draws import draw, draw_latents, feature_blocks, mean_latents, replay
+from pyro_multivi.posterior.engine.draws import (
+    draw,
+    draw_latents,
+    feature_blocks,
+    mean_latents,
+    region_factors,
+    replay,
+)
 from pyro_multivi.traces import evaluation_mode
 
 RNA_ONLY = slice(5, 8)  # of make_cells' 5 paired, 3 RNA-only, 4 ATAC-only cells
@@ -208,6 +215,57 @@ def test_a_guide_without_a_mean_asks_for_draws(make_program, make_cells):
     with evaluation_mode(program), pytest.raises(ValueError, match="'z' has no mean: ask for draws"):
         mean_latents(program, make_cells())
     assert draw(program, make_cells(), ("z",), n_samples=3)["z"].shape == (3, 12, 3)
+
+
+class SharedWithoutMean(MultiVIProgram):
+    """Region factors, and an effect of each cell, whose posteriors know no mean."""
+
+    def region_factors(self):
+        normal = dist.Normal(torch.zeros(self.config.n_regions), 1.0).to_event(1)
+        return pyro.sample("r_logit", normal).sigmoid()
+
+    def guide_shared(self):
+        normal = dist.Normal(self.region_logit, 0.1).to_event(1)
+        shift = dist.transforms.AffineTransform(0.0, 2.0, event_dim=1)
+        pyro.sample("r_logit", dist.TransformedDistribution(normal, [shift]))
+
+    def observe_extra(self, cells, z, s):
+        w = pyro.sample("w", dist.StudentT(3.0, torch.zeros(len(cells)), 1.0))
+        pyro.deterministic("v", w + z.sum(-1))
+
+    def guide_extra(self, cells, s):
+        pyro.sample("w", dist.Cauchy(torch.zeros(len(cells)), 1.0))
+
+
+def test_latents_without_a_mean_matter_to_what_depends_on_them_alone(make_program, make_cells):
+    program, cells = SharedWithoutMean(make_program().config), make_cells()
+    plain = MultiVIProgram(program.config)
+    plain.load_state_dict(program.state_dict())
+    with evaluation_mode(program), evaluation_mode(plain):
+        mean, expected = mean_latents(program, cells), mean_latents(plain, cells)
+        assert mean.without_mean == ["r_logit", "w"]
+        for site in ("rho", "p"):
+            found = replay(program, cells, mean, (site,))[site]
+            torch.testing.assert_close(found.dense(), replay(plain, cells, expected, (site,))[site].dense())
+        for site in ("v", "w", "r_logit", "y"):
+            with pytest.raises(ValueError, match="'(r_logit|w)' has no mean: ask for draws"):
+                replay(program, cells, mean, ("rho", site))
+    with pytest.raises(ValueError, match="'r_logit' has no mean: tests of regions and get_region_factors need one"):
+        region_factors(program)
+
+
+class Assigned(MultiVIProgram):
+    def observe_extra(self, cells, z, s):
+        pyro.sample("c", dist.Categorical(torch.ones(len(cells), 3)))
+
+    def guide_extra(self, cells, s):
+        pyro.sample("c", dist.Categorical(torch.ones(len(cells), 3)))
+
+
+def test_a_category_has_no_mean(make_program, make_cells):
+    program = Assigned(make_program().config)
+    with evaluation_mode(program), pytest.raises(ValueError, match="^The guide's distribution of 'c' has no mean: ask"):
+        mean_latents(program, make_cells())
 
 
 @pytest.mark.parametrize("n_samples", [0, -1])
