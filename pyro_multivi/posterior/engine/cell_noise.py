@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro.distributions as dist
 import torch
@@ -88,8 +88,8 @@ class CellNoise:
         """A draw from ``fn``, whose batch shape is (S, B).
 
         Normals, uniforms, everything with an inverse cumulative distribution function, and
-        transformations of these are drawn from this noise. Anything else is drawn by torch from
-        a seed that the first cell determines: such draws depend on how the cells are cut.
+        transformations of these are drawn from this noise. Anything else is drawn by torch from a seed that the
+        first cell, or the first draw, determines: such draws depend on how the cells, or the draws, are cut.
 
         Parameters
         ----------
@@ -100,8 +100,9 @@ class CellNoise:
         of_cells
             False for what all cells share, of batch shape (S, 1): no cell may enter its seed.
         """
-        if of_cells:
-            value = _from_noise(fn, lambda shape: self.uniform(site, shape[0], tuple(shape[2:])))
+        if of_cells or fn.batch_shape[1:] == (1,):
+            source = self if of_cells else replace(self, index=self.index.new_full((1,), -1))
+            value = _from_noise(fn, lambda shape: source.uniform(site, shape[0], tuple(shape[2:])))
             if value is not None:
                 return value
         device = self.index.device

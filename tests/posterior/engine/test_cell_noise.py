@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from pyro_multivi.posterior.engine.cell_noise import CellNoise
+from pyro_multivi.posterior.engine.cell_noise import CellNoise, MirroredNoise
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -94,3 +94,15 @@ def test_draws_by_torch_are_reproducible_and_shared_ones_depend_on_no_cell():
     assert torch.equal(one.draw("a", shared, of_cells=False), other.draw("a", shared, of_cells=False))
     later = CellNoise(torch.arange(4), seed=0, first=3)
     assert not torch.equal(one.draw("a", shared, of_cells=False), later.draw("a", shared, of_cells=False))
+
+
+@pytest.mark.parametrize("noise_class", [CellNoise, MirroredNoise])
+def test_what_cells_share_depends_on_the_number_of_the_draw_alone(noise_class):
+    def drawn(first, n):
+        fn = dist.Normal(torch.zeros(n, 1, 2), 1.0).to_event(1)
+        return noise_class(torch.arange(first, first + 3), seed=2, first=first).draw("r", fn, of_cells=False)
+
+    together = drawn(0, 6)
+    assert torch.equal(together, torch.cat([drawn(0, 2), drawn(2, 4)]))
+    assert together.shape == (6, 1, 2)
+    assert len(together.unique()) == together.numel()
