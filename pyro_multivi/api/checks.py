@@ -245,9 +245,10 @@ class ChecksMixin(ModelBase):
         Returns
         -------
         arviz.InferenceData
-            ``posterior``: latents by site (z, l, d). ``posterior_predictive``, ``observed_data``: x and y
-            (0 or 1, or fragments), observed ones NaN where not measured. ``log_likelihood``: x and y of each cell given
-            each draw, 0 where not measured. ``constant_data``: ``has_rna``, ``has_atac``.
+            ``posterior``: latents by site (z, l, d), those that all cells share once. ``posterior_predictive``,
+            ``observed_data``: x and y (0 or 1, or fragments), observed ones NaN where not measured.
+            ``log_likelihood``: x and y of each cell given each draw, 0 where not measured. ``constant_data``:
+            ``has_rna``, ``has_atac``.
 
         Raises
         ------

@@ -19,7 +19,10 @@ from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_DRAWS, cells_for
 from pyro_multivi.posterior.engine.replicates import check_memory, counts_of, replicate, where_measured
 from pyro_multivi.processes.shares import Arrays, by_minibatch
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode, log_density, random_sites
+from pyro_multivi.traces import evaluation_mode, is_of_cells, log_density, random_sites
+
+#: Group of the latents that all cells share, alike in every minibatch; they join the posterior.
+SHARED = "shared"
 
 
 def inference_data(
@@ -96,7 +99,13 @@ def inference_data(
     for name in list(parts[0]):
         group, _, site = name.partition("/")
         of_draws = group not in ("observed_data", "constant_data")
-        values = np.concatenate([part.pop(name) for part in parts], int(of_draws))
+        found = [part.pop(name) for part in parts]
+        if group == SHARED:
+            group, values = "posterior", found[0]
+        else:
+            values = np.concatenate(found, int(of_draws))
+            if group == "posterior":
+                dims.setdefault(site, ["cell"])
         groups.setdefault(group, {})[site] = values[None] if of_draws else values
     # In two steps, because x has genes everywhere but in the log-likelihood.
     scored = groups.pop("log_likelihood")
@@ -108,7 +117,7 @@ def inference_data(
 
 
 def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) -> dict[tuple[str, str], Tensor]:
-    """Latents and log-likelihoods of a minibatch by group and site, (S, B, ...)."""
+    """Latents and log-likelihoods of a minibatch by group and site, (S, B, ...), of what cells share (S, ...)."""
     parts: dict[tuple[str, str], list[Tensor]] = {}
     for first in range(0, n_samples, LIKELIHOOD_DRAWS):
         size = min(LIKELIHOOD_DRAWS, n_samples - first)
@@ -121,6 +130,8 @@ def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) ->
                     parts.setdefault(("log_likelihood", name), []).append(log_density(node))
                     continue
                 event_shape = node["value"].shape[node["value"].dim() - node["fn"].event_dim :]
-                value = node["value"].expand(size, len(cells), *event_shape)
-                parts.setdefault(("posterior", name), []).append(value)
+                of_cells = is_of_cells(node)
+                value = node["value"].expand(size, len(cells) if of_cells else 1, *event_shape)
+                group, value = ("posterior", value) if of_cells else (SHARED, value[:, 0])
+                parts.setdefault((group, name), []).append(value)
     return {key: torch.cat(values) for key, values in parts.items()}
