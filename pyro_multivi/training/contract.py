@@ -55,6 +55,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     for role, trace in (("guide", guide), ("model", model)):
         _check_params(role, trace, program)
     latents, guided = _latents(model), _latents(guide)
+    _check_enumerated(latents, guided)
     _check_names(list(latents), guided)
     for role, trace in (("guide", guide), ("model", model)):
         for name, site in random_sites(trace).items():
@@ -121,6 +122,17 @@ def _latents(trace: Trace) -> dict[str, Any]:
         for name, site in random_sites(trace).items()
         if not site["is_observed"] and not site["infer"].get("is_auxiliary")
     }
+
+
+def _check_enumerated(latents: dict[str, Any], guided: dict[str, Any]) -> None:
+    for name, site in latents.items():
+        if name not in guided and site["infer"].get("enumerate"):
+            raise ContractError(
+                f"Site {name!r} of the model is enumerated, and the guide, of {_names(guided)}, does not draw it: "
+                "the loss sums it out, but estimates, replicates and tests would draw it from its prior, whatever the "
+                "counts say. Sum it out in the model (dist.MixtureSameFamily), or draw it in the guide as well, with "
+                "infer={'enumerate': 'parallel'} there if elbo=TraceEnum_ELBO(max_plate_nesting=1)."
+            )
 
 
 def _check_names(latents: list[str], guided: dict[str, Any]) -> None:

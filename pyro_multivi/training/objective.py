@@ -152,10 +152,14 @@ class NegativeELBO(nn.Module):
     def last_terms(self, cells: Cells) -> Terms:
         """Terms of the latest minibatch, without evaluating anything again; frees its traces.
 
-        A custom ELBO that does not make its traces by ``_get_trace`` leaves none: then the terms are
-        those of another draw.
+        A custom ELBO that does not make its traces by ``_get_trace`` leaves none, and those of an ELBO that enumerates
+        hold every value of a site, also unlikely ones: then the terms are those of another draw.
         """
-        if self._traces is None:
-            return measure(self.program, cells)
         traces, self._traces = self._traces, None
+        if traces is None or any(_is_enumerated(site) for site in traces[1].nodes.values()):
+            return measure(self.program, cells)
         return terms_of(cells, *traces)
+
+
+def _is_enumerated(site: Any) -> bool:
+    return site["type"] == "sample" and site["infer"].get("_enumerate_dim") is not None
