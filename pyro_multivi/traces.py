@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.isolation import isolated, uninterrupted
 from pyro_multivi.program import CELLS, MultiVIProgram
 
+#: Key of a site of a trace with the scale that it has without KL warm-up.
+UNANNEALED = "unannealed_scale"
 #: Sites that are terms of training, not of the model.
 TRAINING_SITES = ("alignment", "mixing", "distillation")
 
@@ -173,9 +176,18 @@ def is_deterministic(site: Any) -> bool:
 
 
 def log_density(site: Any) -> Tensor:
-    """Log probability of a site at its value, 0 where :func:`pyro.poutine.mask` hides it, without the plates' scale."""
-    values: Tensor = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+    """Log probability of a site at its value, as handlers scale and mask it, without the scale of plates."""
+    values: Tensor = scale_and_mask(site["unscaled_log_prob"], scale=scale_of(site), mask=site["mask"])
     return values
+
+
+def scale_of(site: Any) -> float | Tensor:
+    """Factor of :func:`pyro.poutine.scale` at a site, without the scale of plates and of KL warm-up."""
+    scale = site.get(UNANNEALED, site["scale"])
+    for frame in site["cond_indep_stack"]:
+        scale = scale * frame.size / (frame.full_size or frame.size)
+    # To rounding errors of the plates' own.
+    return scale if isinstance(scale, Tensor) or not math.isclose(scale, 1.0) else 1.0
 
 
 def measured_at(name: str, site: Any, cells: Cells) -> Tensor:
@@ -188,10 +200,20 @@ def measured_at(name: str, site: Any, cells: Cells) -> Tensor:
 
 
 def kl(guide_site: Any, model_site: Any) -> Tensor:
-    """KL(q | p) of each draw and cell, in closed form if there is one, else at the draw; masked as in Pyro's ELBOs."""
+    """KL(q | p) of each draw and cell, in closed form if there is one, else at the draw; scaled, masked as in Pyro."""
+    scale = scale_of(guide_site)
     try:
+        if not equal_scales(scale, scale_of(model_site)):
+            raise NotImplementedError
         closed = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
         return log_density(guide_site) - log_density(model_site)
-    masked: Tensor = scale_and_mask(closed, mask=guide_site["mask"])
-    return masked
+    scaled: Tensor = scale_and_mask(closed, scale=scale, mask=guide_site["mask"])
+    return scaled
+
+
+def equal_scales(one: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two factors of sites are the same."""
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return one == other
+    return bool((torch.as_tensor(one) == torch.as_tensor(other)).all())

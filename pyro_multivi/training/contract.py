@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_multivi.data.checks import caution
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import CELLS, MultiVIProgram
-from pyro_multivi.traces import evaluation_mode, is_of_cells, random_sites
+from pyro_multivi.traces import equal_scales, evaluation_mode, is_of_cells, random_sites, scale_of
 
 # Pyro's words when a distribution does not fit into the plate it is sampled in.
 _MISFIT = re.compile(
@@ -42,7 +42,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     ------
     ContractError
         If a latent of the model is missing in the guide or the other way round, if they come in another
-        order where that matters, if their plates or shapes differ, if a distribution is not one per cell
+        order where that matters, if their plates, shapes or scales differ, if a distribution is not one per cell
         inside the plate of cells or one in all outside, if a plate lies inside that of cells, if a latent is not
         reparameterised where the ELBO needs it, or if a parameter is none of the program's. The message names the
         site, what was found, what is expected and the fix.
@@ -62,6 +62,12 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
             _check_batch(role, name, site, len(cells))
     for name, site in latents.items():
         _check_agreement(name, site, guided[name])
+        if mean_field and not equal_scales(scale_of(site), scale_of(guided[name])):
+            raise ContractError(
+                f"Site {name!r} is scaled otherwise in the model than in the guide: TraceMeanField_ELBO would scale "
+                "the KL term as the guide says and forget the model. Wrap poutine.scale around both, or use "
+                "elbo=Trace_ELBO()."
+            )
     for name, site in random_sites(model).items():
         _check_observed(name, site)
     _check_order(list(guided), list(latents), mean_field)

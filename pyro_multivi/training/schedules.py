@@ -9,6 +9,8 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
+from pyro_multivi.traces import UNANNEALED
+
 
 class AnnealLatents(Messenger):
     """Scale log p and log q of every latent site; likelihoods and factors are left alone.
@@ -23,6 +25,7 @@ class AnnealLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
+            msg[UNANNEALED] = msg["scale"]
             msg["scale"] = self.weight * msg["scale"]
 
 

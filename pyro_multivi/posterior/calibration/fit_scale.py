@@ -27,7 +27,7 @@ from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in, pattern_code
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode, log_density, random_sites
+from pyro_multivi.traces import evaluation_mode, log_density, random_sites, scale_of
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -151,7 +151,9 @@ def gradients(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> di
                 return {}
             model = model_trace(program.model, cells, latents)
             model.compute_log_prob()
-            terms += [log_density(each).sum() for each in random_sites(model).values()]
+            # What training scales as a whole has the same posterior.
+            whole = scale_of(nodes["z"])
+            terms += [(log_density(each) / whole).sum() for each in random_sites(model).values()]
             found = torch.autograd.grad(torch.stack(terms).sum(), list(noise.values()))
     by_site = {site: (noise[site].detach(), gradient) for site, gradient in zip(noise, found, strict=True)}
     return {site: each if site == "z" else (each[0][..., None], each[1][..., None]) for site, each in by_site.items()}

@@ -23,12 +23,14 @@ from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import (
     TRAINING_SITES,
+    equal_scales,
     evaluation_mode,
     is_of_cells,
     kl,
     log_density,
     measured_at,
     random_sites,
+    scale_of,
 )
 
 #: Draws x cells whose likelihood is evaluated together: each brings a copy of its cell's counts.
@@ -187,11 +189,23 @@ def _sites(model: Trace) -> Iterable[tuple[str, Any]]:
 
 
 def log_weights(model: Trace, guide: Trace) -> Tensor:
-    """log p(counts, latents) - log q(latents), (S, B), in double precision: S terms of like size are added."""
+    """log p(counts, latents) - log q(latents), (S, B), in double precision: S terms of like size are added.
+
+    Raises
+    ------
+    ValueError
+        If the guide scales the density of a latent.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for _, site in _sites(model):
         total = total + log_density(site).double()
     for name, site in guide.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site) and name not in TRAINING_SITES:
+            if not equal_scales(scale_of(site), 1.0):
+                raise ValueError(
+                    f"The guide scales {name!r} by poutine.scale, and importance weights need the density that it is "
+                    "drawn from: there is no marginal likelihood, nor weights='importance', of this program. Use "
+                    "get_elbo, or scale sites of the model alone, which takes elbo=Trace_ELBO() in train."
+                )
             total = total - log_density(site).double()
     return total
