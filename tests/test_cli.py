@@ -157,6 +157,20 @@ def test_an_interrupted_training_is_saved_and_ends_as_interrupted(mosaic_file, t
     assert pm.MULTIVI.load(tmp_path / "out" / "model").is_trained
 
 
+@pytest.mark.parametrize("at", ["fit_loadings._fit", "fit_scale._factors", "fit_residual._compare", "fit_depth.spread"])
+def test_an_interrupted_calibration_is_saved_and_ends_as_interrupted(mosaic_file, tmp_path, capsys, monkeypatch, at):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    module, name = at.split(".")
+    monkeypatch.setattr(importlib.import_module(f"pyro_multivi.posterior.calibration.{module}"), name, interrupted)
+    assert train(mosaic_file, "--modality-key", "modality", "--n-hidden", "8", "--out", tmp_path / "out") == 130
+    printed = capsys.readouterr()
+    assert "latent.png" in printed.out
+    assert printed.err.endswith("pyro-multivi: interrupted\n")
+    assert pm.MULTIVI.load(tmp_path / "out" / "model").is_trained
+
+
 def test_cells_without_a_label_are_of_no_type(tmp_path, capsys):
     adata = pm.simulate_multiome((60, 0, 0), n_genes=20, n_regions=30, seed=0)
     adata.obs["one"] = pd.Categorical(["a"] * 40 + [None] * 20)

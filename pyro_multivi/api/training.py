@@ -314,7 +314,11 @@ class TrainingMixin(ModelBase):
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
             for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
-                calibrate()
+                try:
+                    calibrate()
+                except KeyboardInterrupt:
+                    # Its part is left out, as a log line has said; the others are no less right for it.
+                    self._history.interrupted = True
             share_weights(processes, self.program)
         finally:
             if checkpoints is not None:

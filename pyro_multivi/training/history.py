@@ -22,7 +22,7 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)
     #: A line on the latest call of training: why it ended, the weights it left, where the time went.
     ending: str = ""
-    #: Whether Ctrl-C ended that call.
+    #: Whether Ctrl-C ended that call, or left out a part of the calibration after it.
     interrupted: bool = False
 
     def add(self, row: dict[str, float]) -> None:

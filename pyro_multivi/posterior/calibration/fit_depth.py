@@ -73,7 +73,7 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
             scored = _regression_data(program, held_out, held_out_pairs, modality)
         except KeyboardInterrupt:
             logger.warning("interrupted after training: depths of what was not measured keep their priors")
-            return
+            raise
         if fitted is None or scored is None:
             continue
         regression, explained = regress(*fitted, *scored, n_latent=program.config.latent)

@@ -64,7 +64,6 @@ def fit_loadings(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
             _set(linear, trained)
             if isinstance(error, KeyboardInterrupt):
                 logger.warning("interrupted after training: the decoders' last layers stay as they were trained")
-                return
             raise
         logger.info("last layer of %s: %.0f %% of the way to its posterior mean", modality.name, 100 * share)
 

@@ -86,7 +86,7 @@ def fit_proteins(program: MultiVIProgram, train: Minibatches) -> None:
         except KeyboardInterrupt:
             clear_proteins(program)
             logger.warning("interrupted after training: intervals of proteins are too narrow")
-            return
+            raise
 
 
 def proteins_of(program: MultiVIProgram) -> list[Proteins]:

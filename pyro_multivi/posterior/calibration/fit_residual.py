@@ -118,7 +118,7 @@ def fit_residuals(program: MultiVIProgram, train: Minibatches) -> None:
         compared = [_compare(program, train, modality) for modality in modelled(program.config)]
     except KeyboardInterrupt:
         logger.warning("interrupted after training: intervals leave out what the latent state does not explain")
-        return
+        raise
     found = [each for each in compared if each is not None]
     shared = pooled([each.likeness for each in found])
     for modality, variance_f, likeness, n_unknown in found:

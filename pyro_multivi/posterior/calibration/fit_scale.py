@@ -71,7 +71,7 @@ def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
             factors = _factors(program, train, index, ["z", *(modality.depth for modality in known)])
         except KeyboardInterrupt:
             logger.warning("interrupted after training: some posterior standard deviations are not corrected")
-            return
+            raise
         if "z" not in factors:
             return
         program.posterior_scale[pattern] = factors["z"]

@@ -85,7 +85,7 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
             scores = [log_scores(program, held_out.cut(part), modality, fitted) for part in pairs.split(_AT_ONCE)]
         except KeyboardInterrupt:
             logger.warning("interrupted after training: what is imputed is not drawn towards the mean of the measured")
-            return
+            raise
         mean.copy_(kept)
         weight.fill_(weight_of(torch.cat(scores)))
         logger.info("imputed %s: the mean of the measured has weight %.2f", modality.name, float(weight))

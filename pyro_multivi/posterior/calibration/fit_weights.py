@@ -63,7 +63,7 @@ def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, held_out:
         except KeyboardInterrupt:
             clear_weight_posteriors(program)
             logger.warning("interrupted after training: intervals are those of the fitted decoder, and too narrow")
-            return
+            raise
 
 
 def _fit(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None, modality: Modality) -> None:

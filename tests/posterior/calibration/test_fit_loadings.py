@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_the_layers_as_they_were_trained(fitted, monkeypatch, capl
         return newton_step(evidence)
 
     monkeypatch.setattr(module, "newton_step", interrupted)
-    with caplog.at_level(logging.WARNING, logger="pyro_multivi"):
+    with caplog.at_level(logging.WARNING, logger="pyro_multivi"), pytest.raises(KeyboardInterrupt):
         fit_loadings(program, train, held_out)
     assert "interrupted after training" in caplog.text
     for name, value in program.state_dict().items():

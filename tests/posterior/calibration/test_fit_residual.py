@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_it_out(fitted, monkeypatch, caplog):
 
     program, train = again(fitted)
     monkeypatch.setattr(fit_residual.LastLayer, "of", interrupted)
-    with caplog.at_level(logging.WARNING, logger="pyro_multivi"):
+    with caplog.at_level(logging.WARNING, logger="pyro_multivi"), pytest.raises(KeyboardInterrupt):
         fit_residuals(program, train)
     assert "leave out" in caplog.text
     assert not program.rna_residual_sd.any()

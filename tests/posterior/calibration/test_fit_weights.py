@@ -198,7 +198,7 @@ def test_ctrl_c_leaves_the_fitted_decoder(fitted, monkeypatch, caplog):
     again = MultiVIProgram(fitted.program.config)
     again.load_state_dict(fitted.program.state_dict())
     monkeypatch.setattr(fit_weights.LastLayer, "of", interrupted)
-    with caplog.at_level(logging.WARNING, logger="pyro_multivi"):
+    with caplog.at_level(logging.WARNING, logger="pyro_multivi"), pytest.raises(KeyboardInterrupt):
         fit_weight_posteriors(again, Minibatches(fitted._training_table(), fitted._split.train))
     assert "too narrow" in caplog.text
     assert WeightPosterior.of(again, RNA) is None
