@@ -107,7 +107,7 @@ def test_a_picture_of_an_earlier_run_does_not_stay(mosaic_file, tmp_path, monkey
     def missing(*_):
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("pyro_multivi.cli.picture.require", missing)
+    monkeypatch.setattr("pyro_multivi.cli.outputs.picture.require", missing)
     assert train(mosaic_file, tmp_path / "out", "--overwrite") == 0
     assert not (tmp_path / "out" / "latent.png").exists()
 

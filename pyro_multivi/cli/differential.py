@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pyro_multivi.cli.inputs import load_model
-from pyro_multivi.cli.outputs import check_table, write_table
+from pyro_multivi.cli.outputs.folder import check_table, write_table
 from pyro_multivi.data.modality import modelled
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.cli.inputs import caution_of_reads, data_for, load_model, spec_of
-from pyro_multivi.cli.outputs import check_table, end_if_interrupted, write_table
+from pyro_multivi.cli.outputs.folder import check_table, end_if_interrupted, write_table
 
 
 def map_query(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,15 @@ from pyro_multivi.cli.inputs import (
     state_features,
 )
 from pyro_multivi.cli.messages import in_options
-from pyro_multivi.cli.outputs import check_model_folder, end_if_interrupted, make_folder, refuse_existing, save_model
-from pyro_multivi.cli.picture import first_picture
+from pyro_multivi.cli.outputs.folder import (
+    check_model_folder,
+    end_if_interrupted,
+    folder_to_write,
+    refuse_existing,
+    save_model,
+)
+from pyro_multivi.cli.outputs.picture import first_picture
+from pyro_multivi.cli.outputs.record import RECORD, Record, is_done
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
@@ -38,16 +47,20 @@ from pyro_multivi.datasets.samples import MODALITY_KEY
 from pyro_multivi.files import write_whole
 from pyro_multivi.plots.latent import is_continuous
 from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
-from pyro_multivi.processes.group import is_first_process
+from pyro_multivi.processes.group import distributed, is_first_process
 from pyro_multivi.training import FitOptions
+from pyro_multivi.training.checkpoints.folder import Checkpoints
 
 #: Everything that is written to the folder.
-OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png")
+OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png", RECORD)
 
 
 def demo(options: argparse.Namespace) -> None:
     """Analyse the built-in cells."""
-    adata = cell_lines()
+    begun = _begin(options, {})
+    if begun is None:
+        return
+    options, adata = begun, cell_lines()
     print("SNARE-seq of four human cell lines (Chen et al. 2019, GSE126074), shipped with the package.")
     print(MULTIVI.setup_anndata(adata))
     _analyse(MULTIVI(adata, seed=options.seed), adata, options)
@@ -55,11 +68,14 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train on one file or several samples and write what was learned."""
-    refuse_existing(options.out, OUTPUTS, options.overwrite)
+    samples = named_paths(options.data)
+    begun = _begin(options, samples or {sample_name(options.data[0]): options.data[0]})
+    if begun is None:
+        return
+    options = begun
     if options.batch_from_file and options.batch_key is not None:
         raise ValueError("--batch-from-file and --batch-key both say what the batches are: give one of them.")
     key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
-    samples = named_paths(options.data)
     if options.from_disk:
         data = open_cells(options)
     elif samples is None and not options.batch_from_file:
@@ -120,6 +136,33 @@ def train(options: argparse.Namespace) -> None:
     _analyse(model, data, options)
 
 
+def _begin(options: argparse.Namespace, samples: Mapping[str, str]) -> argparse.Namespace | None:
+    """Check, before any work, what is there; None if an earlier run of the same command has done it all.
+
+    The options returned hold the record of this run, and say to replace what an earlier one had only begun to write.
+    """
+    Checkpoints.wanted(options.checkpoint, options.checkpoint_every, options.resume)
+    record, done = None, None
+
+    def look() -> None:
+        nonlocal record, done
+        record = Record.of(options, samples)
+        if options.resume and not options.overwrite:
+            done = is_done(record, options.out, OUTPUTS)
+        refuse_existing(options.out, OUTPUTS, options.overwrite or done is not None)
+
+    # The folder may be on the machine of the first process alone.
+    with distributed() as processes:
+        processes.on_first(look)
+        ends = processes.any(done is True)[0]
+    if ends:
+        print(f"{options.out} holds all that this command writes: nothing is left to do. --overwrite does it again.")
+        return None
+    if done is False:
+        print(f"{options.out} holds what this command had begun to write, which is replaced.")
+    return argparse.Namespace(**{**vars(options), "overwrite": options.overwrite or done is not None, "record": record})
+
+
 def _say_cost(model: MULTIVI, options: argparse.Namespace) -> None:
     """Print what training would take, from a few steps of it."""
     cost = model._training_cost(
@@ -155,28 +198,44 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     if options.dry_run:
         _say_cost(model, options)
         return
-    make_folder(out, OUTPUTS, options.overwrite)
-    check_model_folder(model, out / "model")
-    _warn_of_shortage(model, options)
-    started = time.perf_counter()
-    model.train(
-        max_epochs=options.max_epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        seed=options.seed,
-        accelerator=options.accelerator,
-        progress_bar=not options.quiet,
-        checkpoint=options.checkpoint,
-        checkpoint_every=options.checkpoint_every,
-        resume=options.resume,
-    )
-    if not is_first_process():
-        return
+    with ExitStack() as stack:
+
+        def take_folder() -> None:
+            stack.enter_context(folder_to_write(out, OUTPUTS, options.overwrite))
+            check_model_folder(model, out / "model")
+
+        with distributed() as processes:
+            processes.on_first(take_folder)
+            _warn_of_shortage(model, options)
+            started = time.perf_counter()
+            model.train(
+                max_epochs=options.max_epochs,
+                batch_size=options.batch_size,
+                lr=options.lr,
+                seed=options.seed,
+                accelerator=options.accelerator,
+                progress_bar=not options.quiet,
+                checkpoint=options.checkpoint,
+                checkpoint_every=options.checkpoint_every,
+                resume=options.resume,
+            )
+        if is_first_process():
+            _write(model, data, labels, options, started)
+    end_if_interrupted(model)
+
+
+def _write(model: MULTIVI, data: Any, labels: Any, options: argparse.Namespace, started: float) -> None:
+    """Write what was learned since a time of :func:`time.perf_counter`; labels are a column of obs or None."""
+    out: Path = options.out
+    record: Record = options.record
+    # One of an earlier run would be taken for that of this model.
+    (out / RECORD).unlink(missing_ok=True)
     # Before anything that may fail.
     written = [f"{save_model(model, out / 'model', options.overwrite, options.from_disk).name}/"]
+    record.write(out)
     if not model.history:  # interrupted in its first epoch
         print(f"written to {out}: {', '.join(written)}")
-        end_if_interrupted(model)
+        return
     latent = np.asarray(model.get_latent_representation())
     figures: dict[str, float] = {
         "cells": len(latent),
@@ -207,7 +266,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     else:
         write_whole(out / "latent.png", drawn)
         written.append("latent.png")
+    # One that was interrupted is gone on with.
+    record.write(out, () if model._history.interrupted else written)
     for name, value in figures.items():
         print(f"  {name:40s} {value:.4g}" if isinstance(value, float) else f"  {name:40s} {value}")
-    print(f"written to {out}: {', '.join(written)}")
-    end_if_interrupted(model)
+    print(f"written to {out}: {', '.join([*written, RECORD])}")

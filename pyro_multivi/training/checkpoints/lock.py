@@ -1,4 +1,4 @@
-"""Lock of a folder of checkpoints: one run at a time writes there."""
+"""Lock of a folder: one run at a time writes there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LOCK = ".lock"
+_CHECKPOINTS = (
+    "trains there, and two runs overwrite each other's checkpoints. Give another folder, or wait until that one has "
+    "ended, and give resume=True to go on from it."
+)
 
 
 class FolderLock:
@@ -24,6 +27,10 @@ class FolderLock:
         An existing folder.
     where
         Argument that names it, with which the message begins.
+    what
+        Rest of the message, after the name of the process that has it: what that does, and what to do.
+    name
+        Name of the file that is locked. A process that locks a file twice loses both locks when it releases one.
 
     Raises
     ------
@@ -31,8 +38,8 @@ class FolderLock:
         If another process has it. Where the file system has no locks or may not be written to, nothing is locked.
     """
 
-    def __init__(self, folder: Path, where: str) -> None:
-        self._path = folder / _LOCK
+    def __init__(self, folder: Path, where: str, what: str = _CHECKPOINTS, name: str = ".lock") -> None:
+        self._path = folder / name
         self._stream: IO[str] | None = None
         while fcntl is not None and self._stream is None:
             try:
@@ -46,10 +53,7 @@ class FolderLock:
                 stream.seek(0)
                 holder = stream.read().strip() or "another process"
                 stream.close()
-                raise RuntimeError(
-                    f"{where} is in use: {holder} trains there, and two runs overwrite each other's checkpoints. Give "
-                    "another folder, or wait until that one has ended, and give resume=True to go on from it."
-                ) from error
+                raise RuntimeError(f"{where} is in use: {holder} {what}") from error
             except OSError:  # no locks on this file system
                 stream.close()
                 return
@@ -68,7 +72,7 @@ class FolderLock:
             return False
 
     def release(self) -> None:
-        """Let other processes train there."""
+        """Let other processes write there."""
         if self._stream is not None:
             self._path.unlink(missing_ok=True)
             self._stream.close()

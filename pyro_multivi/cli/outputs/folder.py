@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,11 @@ from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.api.saving.folder import data_of_others, foreign
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.files import write_whole
+from pyro_multivi.training.checkpoints.lock import FolderLock
+
+_IN_USE = (
+    "writes there, and the files of two commands would be mixed. Wait until that one has ended, or give another --out."
+)
 
 
 def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool) -> None:
@@ -48,12 +54,25 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     write_whole(out, table.to_csv(index=False).encode() if out.suffix == ".csv" else table.to_parquet(index=False))
 
 
-def make_folder(folder: Path, names: Iterable[str], overwrite: bool) -> None:
-    """Make the folder of a command's output, unless it holds what would be replaced."""
+@contextmanager
+def folder_to_write(folder: Path, names: Iterable[str], overwrite: bool) -> Iterator[None]:
+    """The folder of a command's output, made if it is not there, and in which no other command writes meanwhile."""
     refuse_existing(folder, names, overwrite)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--out {folder} may not be written to: give another folder.")
+    lock = FolderLock(folder, f"--out {folder}", _IN_USE, ".out.lock")
+    try:
+        # What another command has written since.
+        refuse_existing(folder, names, overwrite)
+        yield
+    finally:
+        lock.release()
+        if is_new:
+            # If it is still empty.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_model_folder(model: MULTIVI, folder: Path) -> None:
