@@ -289,7 +289,8 @@ def _begin(target: Path, lock: str | None = None) -> tuple[Path, RecordingFile]:
         try:
             stream = RecordingFile(path, "x+")
         except FileNotFoundError:
-            if not target.parent.is_dir():
+            # A new folder is gone again if another process took it for abandoned; a file may not be made there at all.
+            if lock is None or not target.parent.is_dir():
                 raise
             continue
         # Before it is locked another process may take it for abandoned.

@@ -234,6 +234,12 @@ def test_an_interrupt_that_a_library_loses_is_not_lost(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which no file can be made")
+def test_a_folder_in_which_no_file_can_be_made_is_an_error():
+    with pytest.raises(FileNotFoundError, match="/proc/table.csv"):
+        write_whole(Path("/proc/table.csv"), b"content")
+
+
 def test_an_error_of_writing_that_a_library_loses_is_raised_at_the_end(tmp_path):
     def write():
         with writing(tmp_path / "data") as stream:

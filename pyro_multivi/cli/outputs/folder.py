@@ -43,6 +43,8 @@ def check_table(out: Path, overwrite: bool) -> None:
         raise ValueError(f"--out {out} is neither .csv nor .parquet: choose one of these endings.")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}.")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: the folder {out.parent} may not be written to. Give a file in another one.")
     refuse_existing(out.parent, [out.name], overwrite)
     if out.suffix == ".parquet":
         # A missing package is reported before the work.
