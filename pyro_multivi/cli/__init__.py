@@ -23,10 +23,19 @@ _COMMANDS = {
     "describe": ("describe", "describe"),
     "convert": ("convert", "convert"),
 }
-
-
+# Commands that one process does alone; the others share their work among those of torchrun.
+_ALONE = ("describe", "convert")
 #: Errors of what was typed or of what a file holds, and of the machine. Any other is a fault of ours, with its trace.
 _EXPECTED = (ValueError, TypeError, KeyError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError)
+
+
+def _is_first_process() -> bool:
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return True
+    # Not before: it imports torch.
+    from pyro_multivi.processes.group import is_first_process
+
+    return is_first_process()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with warnings.catch_warnings(), ExitStack() as silence:
-            if os.environ.get("RANK", "0") != "0":
+            if not _is_first_process():
+                if options.command in _ALONE:
+                    return 0
                 # Of the processes of torchrun the first alone says what all find; each says why it fails.
                 silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
                 warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from pathlib import Path
 from pyro_multivi.cli.inputs import load_model
 from pyro_multivi.cli.outputs.folder import check_table, write_table
 from pyro_multivi.data.modality import modelled
+from pyro_multivi.processes.group import distributed
 
 
 def differential(options: argparse.Namespace) -> None:
@@ -16,19 +17,22 @@ def differential(options: argparse.Namespace) -> None:
     check_table(out, options.overwrite)
     model = load_model(options)
     modality = options.modality or modelled(model.spec)[0].name
-    table = getattr(model, f"differential_{modality}")(
-        groupby=options.groupby,
-        group1=options.group1,
-        group2=options.group2,
-        mode=options.mode,
-        delta="default" if options.delta is None else options.delta,
-        batch_correction=options.batch_correction,
-        fdr_target=options.fdr_target,
-        silent=options.quiet,
-        unit=options.unit,
-        n_samples=options.n_samples,
-        seed=options.seed,
-    )
+    with distributed() as processes:
+        table = getattr(model, f"differential_{modality}")(
+            groupby=options.groupby,
+            group1=options.group1,
+            group2=options.group2,
+            mode=options.mode,
+            delta="default" if options.delta is None else options.delta,
+            batch_correction=options.batch_correction,
+            fdr_target=options.fdr_target,
+            silent=options.quiet,
+            unit=options.unit,
+            n_samples=options.n_samples,
+            seed=options.seed,
+        )
+    if not processes.is_first:
+        return
     # A feature has a row in each comparison: a column, unlike an index, need not be unique.
     table = table.rename_axis("feature").reset_index()
     write_table(table, out)

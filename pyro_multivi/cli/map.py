@@ -12,6 +12,7 @@ import pandas as pd
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.cli.inputs import caution_of_reads, data_for, load_model, spec_of
 from pyro_multivi.cli.outputs.folder import check_table, end_if_interrupted, write_table
+from pyro_multivi.processes.group import distributed
 
 
 def map_query(options: argparse.Namespace) -> None:
@@ -27,22 +28,24 @@ def map_query(options: argparse.Namespace) -> None:
         # The reference's own cells, of which only the labels and states are needed.
         own = {"data": options.reference, "feature_type": None, "min_counts": 0, "round": False}
         reference = load_model(argparse.Namespace(**{**vars(options), **own}))
-    mapped = MULTIVI.load_query_data(query, reference, freeze_expression=not options.align)
-    caution_of_reads(mapped, options)
-    print(mapped.query_report)
-    if options.max_epochs or options.align:
-        mapped.train(options.max_epochs or None, seed=options.seed, progress_bar=not options.quiet)
-    latent = np.asarray(mapped.get_latent_representation())
-    columns = [f"z{number + 1}" for number in range(latent.shape[1])]
-    table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
-    if options.labels is not None:
-        chosen = {name: getattr(options, name) for name in ("n_neighbors", "threshold", "alpha")}
-        labels = reference.transfer_labels(mapped, options.labels, **chosen)
-        table = table.join(labels)
-        for label, size in labels["label"].value_counts().items():
-            if size:
-                print(f"  {label}: {size} cells")
-    write_table(table.reset_index(), out)
+    with distributed() as processes:
+        mapped = MULTIVI.load_query_data(query, reference, freeze_expression=not options.align)
+        caution_of_reads(mapped, options)
+        print(mapped.query_report)
+        if options.max_epochs or options.align:
+            mapped.train(options.max_epochs or None, seed=options.seed, progress_bar=not options.quiet)
+        latent = np.asarray(mapped.get_latent_representation())
+        columns = [f"z{number + 1}" for number in range(latent.shape[1])]
+        table = pd.DataFrame(latent, index=pd.Index(query.obs_names, name="cell"), columns=columns)
+        if options.labels is not None:
+            chosen = {name: getattr(options, name) for name in ("n_neighbors", "threshold", "alpha")}
+            labels = reference.transfer_labels(mapped, options.labels, **chosen)
+            table = table.join(labels)
+            for label, size in labels["label"].value_counts().items():
+                if size:
+                    print(f"  {label}: {size} cells")
+    if processes.is_first:
+        write_table(table.reset_index(), out)
     print(f"written to {out}")
     end_if_interrupted(mapped)
 

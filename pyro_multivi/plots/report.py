@@ -27,6 +27,7 @@ from pyro_multivi.posterior.checks.result import (
     verdict,
     verdict_in_words,
 )
+from pyro_multivi.processes.group import alone, is_first_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ class Picture(NamedTuple):
 def check_and_report(
     model: MULTIVI, out: Path, *, labels: str | None = None, **arguments: Any
 ) -> tuple[PredictiveCheck, list[str]]:
-    """Check a model and write tables and a page.
+    """Check a model and write tables and a page; of several processes the first writes.
 
     Parameters
     ----------
@@ -89,9 +90,13 @@ def check_and_report(
     """
     require("matplotlib.figure", "plot")
     check = model.posterior_predictive_check(groupby=labels, **arguments)
+    if not is_first_process():
+        return check, []
     out.mkdir(parents=True, exist_ok=True)
     written = [path.name for path in check.to_csv(out)]
-    write_whole(out / PAGE, page(model, check, labels).encode())
+    # The others, if there are any, have gone on.
+    with alone():
+        write_whole(out / PAGE, page(model, check, labels).encode())
     return check, [*written, PAGE]
 
 
