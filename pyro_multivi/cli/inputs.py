@@ -61,12 +61,15 @@ def named_paths(paths: Sequence[str]) -> dict[str, str] | None:
     """Paths of samples by name, as NAME=PATH or the path says; None for one path without a name: nothing to join."""
     pairs = []
     for path in paths:
-        name, sign, rest = path.partition("=")
-        # A path may hold the sign too.
+        name, sign, rest = path.partition("=")  # A path may hold the sign too.
         stated = bool(name and sign) and not Path(path).exists()
         pairs.append((name, rest) if stated else (sample_name(path), path))
     if [path for _, path in pairs] == [*paths] and len(paths) == 1:
         return None
+    given = [Path(path).resolve() for _, path in pairs]
+    twice = next((path for path in given if given.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given more than once: its cells would count as those of several samples.")
     refuse_repeated([name for name, _ in pairs])
     return dict(pairs)
 

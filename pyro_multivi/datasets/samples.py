@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pyro_multivi.data.checks import (
-    caution,
     check_choice,
     check_mapping,
     check_unique,
@@ -35,7 +33,7 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
-from pyro_multivi.datasets.assembly import join_rows, moved, unlike_columns, with_unique_names
+from pyro_multivi.datasets.assembly import join_rows, moved, refuse_same_cells, unlike_columns, with_unique_names
 from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.features.union import described, masks, refuse_masks, united_features
 from pyro_multivi.datasets.readers import read, sample_name
@@ -44,8 +42,6 @@ _log = logging.getLogger("pyro_multivi")
 
 #: Column of ``obs`` with what was measured in a cell, where no other is named.
 MODALITY_KEY = "modality"
-# Barcodes of two samples that are alike by chance are a few per cent: Cell Ranger knows 737 000.
-_SAME_CELLS = 0.5
 
 
 @checked
@@ -184,7 +180,7 @@ def joined(
     parts = [_Part.of(name, sample, setup, places) for name, sample in samples]
     if names_needed:
         _check_found(parts, setup, places)
-    _caution_of_same_cells(parts)
+    refuse_same_cells(parts)
     var_of = {each: {part.name: part.var[each] for part in parts if each in part.var} for each in MODALITIES}
     find = united_features if features == "union" else shared_features
     kept = {modality: find(modality, found) for modality, found in var_of.items()}
@@ -340,19 +336,6 @@ def _check_found(parts: Sequence[_Part], setup: Setup, places: Mapping[str, str]
                 f"feature_type_values[{modality.features!r}] is {first_names(words)}, which no sample has. "
                 f"{nearest(words[0], known)}"
             )
-
-
-def _caution_of_same_cells(parts: Sequence[_Part]) -> None:
-    """Warn of the modalities of the same cells given as two samples."""
-    for one, other in combinations(parts, 2):
-        if not set(one.x) & set(other.x):
-            size, same = min(len(one.obs), len(other.obs)), int(one.obs.index.isin(other.obs.index).sum())
-            if same > _SAME_CELLS * size:
-                caution(
-                    f"{same} of the {size} cells of one modality have the same name in {one.name!r} and "
-                    f"{other.name!r}, yet each sample counts as cells of its own. If they are the same, give one "
-                    "sample in their place: mudata.MuData({'rna': ..., 'atac': ...})."
-                )
 
 
 def _free_key(parts: Sequence[_Part], keys: Sequence[str]) -> str:

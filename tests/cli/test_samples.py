@@ -127,9 +127,11 @@ def test_batches_and_columns_of_samples(run, cells):
     assert "batches     2: s1 (20), s2 (20)" in out
 
 
-def test_errors_name_the_file(run):
+def test_errors_name_the_file(run, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "C.h5ad").rename(tmp_path / "x" / "A.h5ad")
     assert "there is no file or folder D.h5ad" in run("train", "A.h5ad", "D.h5ad", "--out", "out")
-    assert "more than one sample is called 'A': give NAME=PATH." in run("train", "A.h5ad", "A.h5ad", "--out", "out")
+    assert "more than one sample is called 'A': give NAME=PATH." in run("train", "A.h5ad", "x/A.h5ad", "--out", "out")
     adata = pm.read("B.h5ad")
     x = adata.X.toarray()
     x[0] = 0
@@ -241,3 +243,12 @@ def test_a_column_of_samples_stays_where_counts_are_on_disk(run):
 )
 def test_what_needs_counts_in_memory_is_refused(run, option, says):
     assert says in run("train", "A.h5ad", "B.h5ad", "--from-disk", *option, "--out", "out", *QUICK)
+
+
+def test_a_file_that_is_given_twice_is_refused(run, tmp_path):
+    (tmp_path / "link.h5ad").symlink_to(tmp_path / "A.h5ad")
+    for files in (("A.h5ad", "A.h5ad"), ("A.h5ad", "other=A.h5ad"), ("A.h5ad", "link.h5ad")):
+        assert "A.h5ad is given more than once" in run("train", *files, "--out", "out", *QUICK)
+    (tmp_path / "copy.h5ad").write_bytes((tmp_path / "A.h5ad").read_bytes())
+    error = run("train", "A.h5ad", "copy.h5ad", "--out", "out", *QUICK)
+    assert "20 of 20 cells have the same names and the same numbers of counts in both" in error
