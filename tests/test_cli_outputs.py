@@ -69,6 +69,22 @@ def test_data_of_other_cells_in_the_folder_are_named_before_training(mosaic_file
     assert pm.MULTIVI.load(tmp_path / "out" / "model").adata.n_obs == 20
 
 
+@pytest.mark.filterwarnings("default:.*has no held-out")
+def test_a_model_from_disk_holds_no_data_and_is_replaced(mosaic, mosaic_file, tmp_path):
+    out = tmp_path / "out"
+    assert train(mosaic_file, out, "--from-disk", "--min-fraction", "0.3") == 0
+    # Fewer features, then other cells, then counts in memory.
+    other = tmp_path / "other.h5ad"
+    mosaic.obs_names = "other_" + mosaic.obs_names
+    mosaic.write_h5ad(other)
+    for file, more in ((mosaic_file, ["--from-disk"]), (other, ["--from-disk"]), (mosaic_file, [])):
+        assert train(file, out, "--overwrite", *more) == 0
+        model = pm.MULTIVI.load(out / "model")
+        assert model.spec.n_genes == 40
+        assert (model.adata is None) == (not more)
+        assert not (out / "model-2").exists()
+
+
 def test_a_file_at_the_place_of_the_folder_is_named(mosaic_file, tmp_path, capsys, no_training):
     (tmp_path / "out").write_text("mine")
     assert train(mosaic_file, tmp_path / "out", "--overwrite") == 1

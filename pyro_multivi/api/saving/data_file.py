@@ -10,7 +10,8 @@ import h5py
 
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.setup.options import is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
+from pyro_multivi.data.stores.reference import STORES
 from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.files import writing
 
@@ -61,6 +62,15 @@ def difference(path: Path, cells: Sequence[str], features: Sequence[str]) -> str
         if lacking:
             return f"lacks {len(lacking)} {what} of this model: {first_names(lacking)}"
     return ""
+
+
+def refers_to_stores(path: Path) -> bool:
+    """Whether a file of data holds no counts, but says in which files or folders they are."""
+    try:
+        with h5py.File(path) as file:
+            return f"uns/{UNS_KEY}/{STORES}" in file and "X" not in file
+    except OSError:
+        return False
 
 
 def _write_mudata(file: h5py.File, mdata: Any) -> None:

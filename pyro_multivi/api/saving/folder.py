@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
-from pyro_multivi.api.saving.data_file import DATA_FILES, difference, write_data
+from pyro_multivi.api.saving.data_file import DATA_FILES, difference, refers_to_stores, write_data
 from pyro_multivi.checksums import CHECKSUMS, checksum, digest, read_checksums, write_checksums
 from pyro_multivi.data.checks import FolderExistsError, NoModelError, first_names
 from pyro_multivi.datasets.readers import read
@@ -110,8 +110,10 @@ def foreign(target: Path) -> str:
 
 
 def data_of_others(target: Path, cells: Sequence[str], features: Sequence[str]) -> str:
-    """Description of data in a folder that are not a model's: they may be the only copy."""
+    """Description of data in a folder that are not a model's: they may be the only copy, unless they lie elsewhere."""
     for name in DATA_FILES:
+        if refers_to_stores(target / name):
+            continue
         problem = difference(target / name, cells, features) if (target / name).is_file() else ""
         if problem:
             return f"holds {name}, perhaps the only copy of these data, which are not this model's: it {problem}"
@@ -155,6 +157,12 @@ def write_model(
     """
     target, where = check_target(folder, overwrite), f"dir_path={str(folder)!r}"
     target_files = [name for name in DATA_FILES if (target / name).is_file()]
+    for name in target_files if data is None else ():
+        # What is kept has to be of this model.
+        found = difference(target / name, *names) if refers_to_stores(target / name) else ""
+        if found:
+            logger.warning("%s: %s, which says where other counts are, is not kept: it %s.", where, name, found)
+            target_files = [other for other in target_files if other != name]
     lost = data_of_others(target, *names)
     if lost and data is None:
         raise FolderExistsError(f"{where} {lost}. Choose another path, or give save_anndata=True to replace them.")

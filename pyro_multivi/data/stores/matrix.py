@@ -180,8 +180,9 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
     kind = str(matrix.attrs.get("encoding-type", "array"))
     if kind == "csc_matrix":
         raise ValueError(
-            f"{where} is compressed by columns (CSC), so that no row can be read without all others. Convert it: "
-            "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr."
+            f"{where} is compressed by columns (CSC), so that no row can be read without all others. Convert "
+            "it alone, and give what that writes in its place: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the "
+            "command line pyro-multivi convert IN OUT.zarr."
         )
     if kind == "csr_matrix":
         n_rows, n_columns = (int(size) for size in matrix.attrs["shape"])

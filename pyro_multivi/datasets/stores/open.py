@@ -155,8 +155,8 @@ class _Part:
         zarr = path.is_dir() and any((path / kind).is_file() for kind in (".zgroup", "zarr.json"))
         if not zarr and path.suffix.lower() != ".h5ad":
             raise ValueError(
-                f"{path} cannot be read by cells: give an .h5ad file or a .zarr folder of an AnnData. To write one: "
-                "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or pyro-multivi convert IN OUT.zarr."
+                f"{path} cannot be read by cells: give an .h5ad file or a .zarr folder of an AnnData. To write one "
+                "of it alone: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or pyro-multivi convert IN OUT.zarr."
             )
         with errors_naming(path):
             try:
