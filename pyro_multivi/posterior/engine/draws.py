@@ -362,7 +362,7 @@ class _Fill(Messenger):
         if name == "z" and cells is not None and not self.as_trained:
             fn = msg["fn"] = corrected(self.program, cells, fn)
         elif of_cells and cells is not None and self.noise is not None and not self.as_trained:
-            fn = corrected_depth(self.program, cells, name, fn)
+            fn = msg["fn"] = corrected_depth(self.program, cells, name, fn)
         try:
             value = self._value(name, fn, of_cells)
         except NoMeanError:

@@ -45,6 +45,9 @@ def test_draws_of_depths_are_scaled_on_the_scale_of_their_normal(make_program, m
         away, found = (normal(nodes[site]["value"]) - loc for nodes in (plain, scaled))
         torch.testing.assert_close(found, program.depth_scale[code, place] * away, rtol=1e-3, atol=1e-4)
         assert torch.equal(as_trained[site]["value"], plain[site]["value"])
+        # Importance weights are of the draws' own density.
+        scale = normal_behind(plain[site]["fn"]).scale
+        torch.testing.assert_close(normal_behind(scaled[site]["fn"]).scale, program.depth_scale[code, place] * scale)
 
 
 def test_elbo_and_marginal_likelihood_are_those_of_the_guide(make_program, make_cells):
