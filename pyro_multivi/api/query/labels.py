@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.data.checks import caution, unknown_key
 from pyro_multivi.data.loader import Minibatches, spread
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.posterior.mapping.label_transfer import Transferred, states, transfer
@@ -145,7 +145,7 @@ def _batches(table: CellTable, index: Tensor, device: torch.device) -> Minibatch
 def _measured_alike(table: CellTable) -> list[Tensor]:
     """Positions of the cells that were measured in the same modalities with the same panels."""
     columns = []
-    for modality in MODALITIES:
+    for modality in _modalities_of(table):
         panels = modality.panels_in(table)
         columns += [modality.measured_in(table).long()]
         columns += [] if panels is None else [panels.code * modality.measured_in(table)]
@@ -160,7 +160,7 @@ def _measured_as_much(reference: CellTable, labelled: Tensor, like: Cells) -> Te
     """
     enough = torch.ones(len(reference), dtype=torch.bool)
     features = enough.clone()
-    for modality in MODALITIES:
+    for modality in _modalities_of(reference):
         if not bool(modality.measured_in(like)[0]):
             continue
         enough &= modality.measured_in(reference)
@@ -170,3 +170,8 @@ def _measured_as_much(reference: CellTable, labelled: Tensor, like: Cells) -> Te
             features &= ~lacks.any(1)[panels.code]
     found = labelled[(enough & features)[labelled]]
     return found if len(found) else labelled[enough[labelled]]
+
+
+def _modalities_of(table: CellTable) -> list[AnyModality]:
+    """RNA, ATAC and the extra modalities of a table."""
+    return [*MODALITIES, *map(ExtraFeatures, table.extra)]

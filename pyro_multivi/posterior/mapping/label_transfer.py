@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 from scipy.special import ndtr
 
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells, Panels
+from pyro_multivi.data.minibatch import Cells, ExtraFeatures, Panels
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.draws import mean_latents
@@ -91,6 +91,13 @@ def measured_as(cells: Cells, like: Cells) -> Cells:
             cells = hide(cells, modality)
         elif panels is not None:
             cells = _without_features(cells, modality, panels.measured[panels.code[0]])
+    for name, own in cells.extra.items():
+        theirs = like.extra.get(name)
+        if theirs is None or not bool(theirs.measured[0]):
+            cells = hide(cells, ExtraFeatures(name))
+        else:
+            left = own._replace(values=own.values.masked_fill(theirs.values[0].isnan(), torch.nan))
+            cells = cells.replace(extra={**cells.extra, name: left})
     return cells
 
 

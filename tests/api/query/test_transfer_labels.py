@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import pyro_multivi as pm
-from pyro_multivi.api.query.labels import batches_apart
-from pyro_multivi.posterior.mapping.label_transfer import p_values, transfer, vote
+from pyro_multivi.api.query.labels import _measured_alike, _measured_as_much, batches_apart
+from pyro_multivi.posterior.mapping.label_transfer import measured_as, p_values, transfer, vote
 
 
 def test_a_frame_of_the_queries_cells(world):
@@ -152,3 +153,30 @@ def test_a_cell_does_not_vote_for_itself():
     found = vote(reference, code, reference, n_neighbors=1, own=np.arange(3))
     assert found.code.tolist() == [1, 1, 1]
     assert found.distance == pytest.approx([1.0, 0.1, 0.1])
+
+
+def test_proteins_that_the_query_lacks_are_taken_away():
+    """Else confidence is that of cells whose proteins say more of their type than the query's genes do."""
+    adata = pm.simulate_multiome((20, 0, 0), 5, 6, n_proteins=3, seed=0)
+    adata.obsm["protein_expression"].iloc[:5] = np.nan
+    adata.obsm["protein_expression"].iloc[5:10, 2] = np.nan
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality", protein_expression_obsm_key="protein_expression")
+    model = pm.MULTIVI(adata, n_hidden=8, n_latent=2)
+    table, every = model._training_table(), torch.arange(20)
+    unstained, two, stained = torch.arange(5), torch.arange(5, 10), torch.arange(10, 20)
+    assert {tuple(part.tolist()) for part in _measured_alike(table)} == {
+        tuple(part.tolist()) for part in (unstained, two, stained)
+    }
+    for like, able, measured in (
+        (unstained, every, [False] * 20),
+        (two, every[5:], [False] * 5 + [True] * 15),
+        (stained, stained, [False] * 5 + [True] * 15),
+    ):
+        cell = table.batch(like[:1])
+        assert torch.equal(_measured_as_much(table, every, cell), able)
+        seen = measured_as(table.batch(every), cell).extra["protein"]
+        assert seen.measured.tolist() == measured
+        lacks = torch.zeros(20, 3, dtype=torch.bool)
+        lacks[5:, 2] = like is two
+        lacks[5:10, 2] |= like is stained
+        assert torch.equal(seen.values.isnan() & seen.measured[:, None], lacks)
