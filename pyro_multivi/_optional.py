@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -43,5 +44,28 @@ def mudata_as_given() -> Iterator[ModuleType]:
     """
     mudata = require("mudata", "mudata")
     set_options = getattr(mudata, "set_options", None)
-    with nullcontext() if set_options is None else set_options(pull_on_update=False):
+    if set_options is None:
         yield mudata
+        return
+    options = set_options(pull_on_update=False)
+    with _handler_of_messages():
+        options.__enter__()
+    try:
+        yield mudata
+    finally:
+        with _handler_of_messages():
+            options.__exit__(None, None, None)
+
+
+@contextmanager
+def _handler_of_messages() -> Iterator[None]:
+    """Give the root logger a handler: without any, mudata's messages to it install one that stays.
+
+    After that, the ``logging.basicConfig`` of a user would do nothing.
+    """
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import contextmanager
 from types import ModuleType
@@ -39,6 +40,14 @@ def test_mudata_with_options_has_them_back(mudata):
         assert found is mudata
         assert options == {"pull_on_update": False}
     assert options == {"pull_on_update": None}
+
+
+def test_messages_of_mudata_install_no_handler_of_logging(monkeypatch):
+    pytest.importorskip("mudata")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with mudata_as_given():
+        assert logging.root.handlers == []
+    assert logging.root.handlers == []
 
 
 def test_a_missing_module_names_the_extra():
