@@ -37,7 +37,7 @@ def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
         cells = _cells(program, start, n_batch or program.config.n_batch)
         with evaluation_mode(program):
             nodes = _generated(program, cells, _SEED + start)
-            if cells.rna_size is not None:
+            if cells.rna_size is not None and RNA in share:
                 # Of known size factors the scale is the user's: cells of typical depth are wanted.
                 size = program.rna_log_depth.exp() / nodes[RNA.counts]["fn"].mean.sum(-1).clamp(min=1e-30)
                 nodes = _generated(program, cells.replace(rna_size=size), _SEED + start)

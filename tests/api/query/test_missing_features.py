@@ -114,3 +114,14 @@ def test_whole_cells_pass_the_model_of_a_partial_query_as_the_reference(world):
     np.testing.assert_array_equal(
         partial.get_latent_representation(world.reference), world.model.get_latent_representation()
     )
+
+
+def test_a_model_of_regions_alone_may_have_size_factors_of_genes():
+    adata = pm.simulate_multiome((0, 0, 40), n_genes=12, n_regions=14, seed=0)
+    cells = adata[:, adata.var["feature_types"] == "Peaks"].copy()
+    cells.obs["size"] = 1.0
+    pm.MULTIVI.setup_anndata(cells, size_factor_key="size")
+    model = pm.MULTIVI(cells, n_hidden=6, n_latent=2)
+    model.train(1, progress_bar=False)
+    mapped = pm.MULTIVI.load_query_data(cells, model)
+    np.testing.assert_array_equal(mapped.get_latent_representation(), model.get_latent_representation())
