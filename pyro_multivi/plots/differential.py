@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_multivi.data.checks import checked
-from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled
+from pyro_multivi.plots.style import PALETTE, as_written, axes_or_new, check_table, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,11 +65,10 @@ def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None 
     for side in (x, -x):
         candidates = np.flatnonzero(hit & (side > 0))
         for place in candidates[np.argsort(-side[candidates], kind="stable")][: (n_labels + 1) // 2]:
-            ax.annotate(
-                str(table.index[place]), (x[place], y[place]), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
+            name = as_written(table.index[place])
+            ax.annotate(name, (x[place], y[place]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     ax.legend(frameon=False, fontsize=8)
-    return labelled(ax, _CHANGE_LABELS[change], "log Bayes factor", title=comparison or "")
+    return labelled(ax, _CHANGE_LABELS[change], "log Bayes factor", title=as_written(comparison or ""))
 
 
 @checked
@@ -97,22 +96,25 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
     names = higher["comparison"] if "comparison" in higher else pd.Series("", index=higher.index)
     ax = axes_or_new(ax)
     labels: list[str] = []
+    bars = []
     for number, name in enumerate(names.unique()):
         rows = higher[names.to_numpy() == name].nlargest(n, change)
         place = np.arange(len(labels), len(labels) + len(rows))
-        ax.barh(
+        drawn = ax.barh(
             place,
             rows[change],
             xerr=rows[change.replace("_mean", "_std")],
             color=PALETTE[number % len(PALETTE)],
             error_kw={"elinewidth": 1, "ecolor": "#555555"},
-            label=name or None,
         )
-        labels.extend(map(str, rows.index))
+        bars.append(drawn)
+        labels.extend(map(as_written, rows.index))
     ax.set_yticks(np.arange(len(labels)), labels, fontsize=7)
     ax.invert_yaxis()
     if names.iloc[0]:
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        # Given explicitly: of labels of bars, matplotlib leaves out those that begin with an underscore.
+        texts = [as_written(name) for name in names.unique()]
+        ax.legend(bars, texts, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return labelled(ax, f"{_CHANGE_LABELS[change]}, with its standard deviation", "")
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pyro_multivi._optional import require
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.checks import shown as shown_value
-from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, distinct_colours, labelled
+from pyro_multivi.plots.style import PALETTE, as_latent, as_written, axes_or_new, distinct_colours, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,7 @@ def _draw_categories(
         require("matplotlib.lines", "plot").Line2D([], [], linestyle="", marker="o", markersize=5, color=colour)
         for _, colour in entries
     ]
-    texts = [text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for text, _ in entries]
+    texts = [as_written(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…") for text, _ in entries]
     if numbered:
         # Below, in as many columns as there is room for: beside it they would leave none for the cells.
         columns = legend_columns(texts, ax.get_window_extent().width / ax.figure.dpi)

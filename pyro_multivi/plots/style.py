@@ -55,9 +55,14 @@ def as_latent(latent: ArrayLike, argument: str = "latent") -> NDArray[np.floatin
     return found
 
 
+def as_written(name: object) -> str:
+    """A name as matplotlib draws it unchanged: what stands between two dollar signs is no formula."""
+    return str(name).replace("$", r"\$")
+
+
 def labelled(ax: Axes, x: str, y: str, **options: Any) -> Axes:
     """The axes with labels, further properties, and without the frame's top and right sides."""
-    ax.set(xlabel=x, ylabel=y, **options)
+    ax.set(xlabel=as_written(x), ylabel=as_written(y), **options)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -42,6 +42,21 @@ def test_volcano_draws_each_feature_once_by_its_call(fitted, ax):
     assert "group 1 over group 2" in ax.get_xlabel()
 
 
+def test_names_are_drawn_as_they_are_written(fitted, ax):
+    table = fitted.differential_expression(groupby="cell_type", n_samples=100)
+    names = {"type_0 vs Rest": "$x_1^$ vs Rest", "type_1 vs Rest": "_1 vs Rest", "type_2 vs Rest": "a$ vs b$"}
+    table["comparison"] = table["comparison"].map(names)
+    table.index = [f"$^{gene}$" for gene in table.index]
+    plots.top_features(table, ax=ax)
+    assert len(ax.get_legend().get_texts()) == 3
+    # A formula that is none is an error as soon as it is drawn.
+    ax.figure.draw_without_rendering()
+    others = figure.Figure().subplots(2)
+    plots.volcano(table, "$x_1^$ vs Rest", others[0])
+    plots.latent_scatter(np.zeros((3, 2)), ["$x_1^$", "_1", "a"], others[1])
+    others[0].figure.draw_without_rendering()
+
+
 def test_volcano_of_cells_given_by_hand(fitted, ax):
     table = fitted.differential_accessibility(idx1=np.arange(40), n_samples=100)
     plots.volcano(table, ax=ax)
