@@ -1,4 +1,4 @@
-"""A tiny trained model, and what public functions take beside it."""
+"""Trained models of simulated data, and what public functions take beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import matplotlib as mpl
 import pytest
 import torch
+from anndata import AnnData
 
 import pyro_multivi as pm
 from pyro_multivi.datasets.simulate import simulate_multiome
@@ -34,3 +35,21 @@ def world(tmp_path_factory) -> SimpleNamespace:
         mdata=simulate_multiome((12, 0, 0), n_genes=4, n_regions=5, return_mudata=True),
         options={"seed": 0, "batch_size": 8},
     )  # fmt: skip
+
+
+@pytest.fixture
+def ready(mosaic: AnnData) -> AnnData:
+    """The mosaic, set up."""
+    pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
+    return mosaic
+
+
+@pytest.fixture(scope="module")
+def shared() -> pm.MULTIVI:
+    """One trained model of the mosaic, for tests that only read."""
+    adata = pm.simulate_multiome((30, 15, 15), n_genes=40, n_regions=60, n_batches=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
+    with torch.random.fork_rng():
+        model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+        model.train(3, progress_bar=False, batch_size=32)
+    return model
