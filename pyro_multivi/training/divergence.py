@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
@@ -15,6 +17,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import is_of_cells, log_density, random_sites
+from pyro_multivi.training.objective import NegativeELBO
 
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.
@@ -165,6 +168,41 @@ class DivergenceMonitor:
 
     def _diagnosis(self, step: _Step) -> TrainingDiverged:
         return diagnose(self.program, self.train.cut(step.index.cpu()), self._epoch, step.place)
+
+
+def loss_of(
+    objective: NegativeELBO, cells: Cells, kl_weight: float, epoch: int, place: int, *, validate: bool
+) -> Tensor:
+    """Loss of a minibatch, at position ``place`` of the epoch; ``validate`` has Pyro check shapes and supports.
+
+    Raises
+    ------
+    TrainingDiverged
+        If Pyro's checks refuse a number that is not finite. Without them such a loss is returned.
+    """
+    try:
+        with pyro.validation_enabled(validate), _no_nan_warning():
+            loss: Tensor = objective(cells, kl_weight)
+            return loss
+    except ValueError as error:
+        # Pyro's words for it name no cell.
+        if validate and not _is_finite(objective, cells, kl_weight):
+            raise diagnose(objective.program, cells, epoch, place) from error
+        raise
+
+
+@torch.no_grad()
+def _is_finite(objective: NegativeELBO, cells: Cells, kl_weight: float) -> bool:
+    with pyro.validation_enabled(False), _no_nan_warning():
+        return math.isfinite(objective(cells, kl_weight).item())
+
+
+@contextmanager
+def _no_nan_warning() -> Iterator[None]:
+    """Without Pyro's warning of a NaN loss: the error that training ends with says more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|.*inf)", category=UserWarning)
+        yield
 
 
 @torch.no_grad()

@@ -6,12 +6,10 @@ import logging
 import math
 import signal
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
-import pyro
 import torch
 from tqdm.auto import tqdm
 
@@ -35,12 +33,12 @@ from pyro_multivi.training.distributed.shared_steps import (
     sum_gradients,
     sum_terms,
 )
-from pyro_multivi.training.divergence import DivergenceMonitor, diagnose
+from pyro_multivi.training.divergence import DivergenceMonitor, loss_of
 from pyro_multivi.training.history import History, Stopwatch
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
 from pyro_multivi.training.options import FitOptions
-from pyro_multivi.training.schedules import EarlyStopping, default_patience, kl_weight
+from pyro_multivi.training.schedules import EarlyStopping, kl_weight
 
 logger = logging.getLogger("pyro_multivi")
 
@@ -109,174 +107,231 @@ def fit(
     options, processes = options or FitOptions(), current()
     check_processes(processes, program, train, validation, options)
     train = train.shared(processes.rank, processes.size)
-    history = history if history is not None else History()
     state = None if checkpoints is None else checkpoints.take_state()
-    first = history.n_epochs if state is None else int(state["position"]["first"])
-    last = first + options.max_epochs
-    program.to(train.device)
-    if not first and state is None and processes.is_first:
-        program.start_training_from(train)
-    share_weights(processes, program)
-    trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
-    adversary = Adversary.wanted(program, train, options)
-    objective = NegativeELBO(program, options.elbo, adversary)
-    patience = options.early_stopping_patience
-    if validation is None or not options.early_stopping:
-        patience = options.max_epochs + 1
-    elif patience is None:
-        patience = default_patience(validation.n_cells)
-    stopping = EarlyStopping(options.early_stopping_monitor, patience, options.early_stopping_min_delta)
-    # Without held-out cells no epoch is better than another, and a copy of all weights would be for nothing.
-    best = None if validation is None else _Snapshot(program)
-    average = RunningAverage(program, options.average_steps)
-    if first and validation is not None and state is None:
-        # Going on must not end worse than it began: the current weights are the first to beat.
-        stopping.best = _scores(processes, program, validation).get(stopping.monitor, math.inf)
-    # Without weights to go back to there is no way back from a step that is not a number.
-    monitor = DivergenceMonitor(program, optimizer, train, check_gradients=best is None)
-    interrupted = False
-    pyro_state, watch = PyroState(), Stopwatch()
-    at = Position(first, first, first * len(train), kept="those of before, which no epoch improved on")
-    loop = Loop(
-        at, program, objective.elbo, optimizer, average, None if best is None else best.state, stopping, monitor,
-        adversary, history, train, watch,
-    )  # fmt: skip
-    losses = [] if state is None else loop.restore(state)
+    fitting = _Fitting(program, train, validation, options, history or History(), optimizer_state, checkpoints, state)
+    at, pyro_state = fitting.at, PyroState()
     bar = tqdm(
-        range(at.epoch, at.epoch if at.reason else last), desc="training", unit="epoch", initial=at.epoch - first,
-        total=options.max_epochs, disable=not (options.progress_bar and processes.is_first),
+        range(at.epoch, at.epoch if at.reason else fitting.last), desc="training", unit="epoch",
+        initial=at.epoch - fitting.first, total=options.max_epochs,
+        disable=not (options.progress_bar and processes.is_first),
     )  # fmt: skip
     loops = compiled_loops() if options.compile else nullcontext()
     # Torch's global generators stay as they were.
     forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
-    ended = nullcontext(Interruption(signal.SIGTERM, None)) if checkpoints is None else uninterrupted(signal.SIGTERM)
-    with forked, loops, bar, uninterrupted() as interruption, ended as termination:
-        torch.manual_seed(processes.seed(options.seed + first))
+    ended = nullcontext(fitting.termination) if checkpoints is None else uninterrupted(signal.SIGTERM)
+    interrupted = False
+    with forked, loops, bar, uninterrupted() as fitting.interruption, ended as fitting.termination:
+        torch.manual_seed(processes.seed(options.seed + fitting.first))
         if state is not None:
-            loop.restore_noise(state)
+            fitting.loop.restore_noise(state)
         state = None  # as large as the model and all that is kept beside it
         program.use_precision(options.precision)
-
-        def between_steps(is_due: bool) -> None:
-            """Write a checkpoint if it is due or if a signal waits, in any process, and let that act then."""
-            is_due, interruption.waits, termination.waits = processes.any(
-                is_due and processes.is_first, interruption.waits, termination.waits
-            )
-            waits = interruption.waits or termination.waits
-            if checkpoints is not None and (is_due or waits):
-                checkpoints.write(loop)
-                watch.lap("checkpoints")
-            if waits:
-                # torchrun ends the first process, which writes, as soon as another has ended.
-                processes.wait()
-                termination.act()
-                interruption.act()
-
         try:
             for epoch in bar:
-                if not at.place:
-                    at.started, losses = time.perf_counter(), []
-                program.train()
-                monitor.begin_epoch(epoch, losses)
-                sizes = train.sizes()
-                at.order = train.order_state
-                for place, cells in enumerate(train.after(at.place), at.place):
-                    watch.lap("minibatches")
-                    at.weight = kl_weight(epoch, at.step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
-                    # Shapes and supports are checked once: on the first minibatch of this call.
-                    validate = epoch == first and place == 0
-                    # Before the loss: the likelihoods write their gradients into the memory this frees.
-                    optimizer.zero_grad(set_to_none=True)
-                    if validate:
-                        check_contract(program, cells, options.elbo)
-                        _check_monitor(program, cells, options, adversary)
-                    try:
-                        with pyro.validation_enabled(validate), _no_nan_warning():
-                            loss = objective(cells, at.weight)
-                    except ValueError as error:
-                        # Pyro's validation refuses a NaN as well, in words that name no cell.
-                        if validate and not _is_finite(objective, cells, at.weight):
-                            raise diagnose(program, cells, epoch, place) from error
-                        raise
-                    loss.backward()
-                    loss = sum_gradients(processes, trained, loss, len(cells) / sizes[place])
-                    monitor.check_loss(loss, cells, place)
-                    if validate:
-                        warn_of_unlearned(program)
-                    monitor.check_gradients()
-                    if options.gradient_clip is not None:
-                        torch.nn.utils.clip_grad_norm_(program.parameters(), options.gradient_clip)
-                    optimizer.step()
-                    if adversary is not None:
-                        adversary.learn(len(cells) / sizes[place])
-                    share_running_statistics(processes, program)
-                    at.terms += sum_terms(processes, objective.last_terms(cells), sizes[place])
-                    at.sizes.append(sizes[place])
-                    at.place, at.step = place + 1, at.step + 1
-                    average.update(at.step)
-                    watch.lap("steps")
-                    between_steps(checkpoints is not None and checkpoints.is_due())
-                weighted = zip(monitor.end_epoch(), at.sizes, strict=True)
-                row = {"train_loss": sum(v * n for v, n in weighted) / sum(at.sizes), "kl_weight": at.weight}
-                row.update(_named(at.terms, "train"))
-                if adversary is not None:
-                    row.update(adversary.pop_record())
-                watch.lap("steps")
-                scores = (epoch + 1) % options.check_val_every_n_epoch == 0 or epoch + 1 == last
-                with average.in_place():
-                    if validation is not None and scores:
-                        row.update(_scores(processes, program, validation))
-                    row["seconds"] = processes.first(time.perf_counter() - at.started)
-                    history.add(row)
-                    bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
-                    scored = validation is not None and stopping.monitor in row
-                    is_better = scored and stopping.update(row[stopping.monitor])
-                    # Until there is a score, the current weights are the best known.
-                    if best is not None and (is_better or stopping.best == math.inf):
-                        best.take(program)
-                        score = f", the best {stopping.monitor}" if is_better else ""
-                        at.kept = f"those of epoch {epoch + 1}{score}{_averaged(average)}"
-                    watch.lap("validation")
-                    # Every callback is called, also after one that stops.
-                    with alone():
-                        answers = [callback(epoch, row, program) for callback in options.callbacks]
-                    watch.lap("callbacks")
-                at.end_epoch()
-                if processes.any(any(answers))[0]:
-                    at.reason = "a callback stopped it"
-                elif stopping.exhausted:
-                    at.reason = f"{stopping.monitor} has not improved for {stopping.patience} epochs"
-                elif at.epoch == last:
-                    at.reason = "max_epochs is reached"
-                is_due = checkpoints is not None and checkpoints.is_due(at.epoch - first)
-                between_steps(is_due or bool(at.reason))
+                fitting.take_steps(epoch)
+                row = fitting.end_epoch(epoch)
+                bar.set_postfix({"loss": f"{row['train_loss']:.1f}"}, refresh=False)
+                is_due = checkpoints is not None and checkpoints.is_due(at.epoch - fitting.first)
+                fitting.between_steps(is_due or bool(at.reason))
                 if at.reason:
                     break
         except KeyboardInterrupt:
             # A second Ctrl-C may have left a plate of the model open.
             pyro_state.restore()
             interrupted, at.reason = True, "interrupted"
-            logger.warning("interrupted in epoch %d; the model is usable", history.n_epochs + 1)
+            logger.warning("interrupted in epoch %d; the model is usable", fitting.history.n_epochs + 1)
         finally:
-            # Also after an error: the program must never stay at weights that diverged. Only what was
-            # learned in an interrupted first epoch is kept, for want of anything better.
-            moments = optimizer.state_dict()
-            optimizer.zero_grad(set_to_none=True)
-            if best is not None and (history.n_epochs > first or not interrupted):
-                best.restore(program)
-            else:
-                at.kept = f"the latest{_averaged(average)}"
-                average.settle()
-            program.use_precision("fp32")
-            program.eval()
+            # Also after an error: the program must never stay at weights that diverged.
+            moments = fitting.settle(interrupted)
     share_weights(processes, program)
-    watch.lap("restoring")
-    n_epochs = history.n_epochs - first
-    history.ending = f"trained {n_epochs} epochs in {watch}: {at.reason}; its weights are {at.kept}"
-    history.interrupted = interrupted
-    logger.info(history.ending)
-    return history, moments
+    fitting.watch.lap("restoring")
+    n_epochs = fitting.history.n_epochs - fitting.first
+    fitting.history.ending = f"trained {n_epochs} epochs in {fitting.watch}: {at.reason}; its weights are {at.kept}"
+    fitting.history.interrupted = interrupted
+    logger.info(fitting.history.ending)
+    return fitting.history, moments
+
+
+class _Fitting:
+    """One call of :func:`fit`.
+
+    Attributes
+    ----------
+    first, last
+        Numbers of epochs before it, and after it at most.
+    loop, at
+        Everything that it changes, and where it stands between two steps.
+    best
+        Copy of the best weights so far. None without held-out cells: no epoch is better than another, and a copy of all
+        weights would be for nothing.
+    interruption, termination
+        Signals that wait for the end of a step.
+    """
+
+    def __init__(
+        self,
+        program: MultiVIProgram,
+        train: Minibatches,
+        validation: Minibatches | None,
+        options: FitOptions,
+        history: History,
+        optimizer_state: dict[str, Any] | None,
+        checkpoints: Checkpoints | None,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.program, self.train, self.validation, self.options = program, train, validation, options
+        self.history, self.checkpoints, self.processes = history, checkpoints, current()
+        self.interruption = Interruption(signal.SIGINT, None)
+        self.termination = Interruption(signal.SIGTERM, None)
+        self.first = history.n_epochs if state is None else int(state["position"]["first"])
+        self.last = self.first + options.max_epochs
+        program.to(train.device)
+        if not self.first and state is None and self.processes.is_first:
+            program.start_training_from(train)
+        share_weights(self.processes, program)
+        self.trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
+        self.adversary = Adversary.wanted(program, train, options)
+        self.objective = NegativeELBO(program, options.elbo, self.adversary)
+        self.stopping = EarlyStopping.wanted(options, None if validation is None else validation.n_cells)
+        self.best = None if validation is None else _Snapshot(program)
+        self.average = RunningAverage(program, options.average_steps)
+        if self.first and validation is not None and state is None:
+            # Going on must not end worse than it began: the current weights are the first to beat.
+            self.stopping.best = _scores(self.processes, program, validation).get(self.stopping.monitor, math.inf)
+        # Without weights to go back to there is no way back from a step that is not a number.
+        self.monitor = DivergenceMonitor(program, self.optimizer, train, check_gradients=self.best is None)
+        self.watch = Stopwatch()
+        kept = "those of before, which no epoch improved on"
+        self.at = Position(self.first, self.first, self.first * len(train), kept=kept)
+        self.loop = Loop(
+            self.at, program, self.objective.elbo, self.optimizer, self.average,
+            None if self.best is None else self.best.state, self.stopping, self.monitor, self.adversary, history, train,
+            self.watch,
+        )  # fmt: skip
+        # Of the minibatches that were done of its epoch when a checkpoint was written.
+        self._losses = [] if state is None else self.loop.restore(state)
+
+    def take_steps(self, epoch: int) -> None:
+        """Take the steps of an epoch, or those that are left of it after a checkpoint within it."""
+        at = self.at
+        if not at.place:
+            at.started, self._losses = time.perf_counter(), []
+        self.program.train()
+        self.monitor.begin_epoch(epoch, self._losses)
+        sizes = self.train.sizes()
+        at.order = self.train.order_state
+        for place, cells in enumerate(self.train.after(at.place), at.place):
+            self.watch.lap("minibatches")
+            self._step(epoch, place, cells, sizes[place])
+            self.watch.lap("steps")
+            self.between_steps(self.checkpoints is not None and self.checkpoints.is_due())
+
+    def _step(self, epoch: int, place: int, cells: Cells, n_cells: int) -> None:
+        """Take a step by the minibatch at ``place``, which has ``n_cells`` in all processes together."""
+        at, options = self.at, self.options
+        at.weight = kl_weight(epoch, at.step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
+        # Shapes and supports are checked once: on the first minibatch of this call.
+        validate = epoch == self.first and place == 0
+        # Before the loss: the likelihoods write their gradients into the memory this frees.
+        self.optimizer.zero_grad(set_to_none=True)
+        if validate:
+            check_contract(self.program, cells, options.elbo)
+            _check_monitor(self.program, cells, options, self.adversary)
+        loss = loss_of(self.objective, cells, at.weight, epoch, place, validate=validate)
+        loss.backward()
+        share = len(cells) / n_cells
+        loss = sum_gradients(self.processes, self.trained, loss, share)
+        self.monitor.check_loss(loss, cells, place)
+        if validate:
+            warn_of_unlearned(self.program)
+        self.monitor.check_gradients()
+        if options.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.program.parameters(), options.gradient_clip)
+        self.optimizer.step()
+        if self.adversary is not None:
+            self.adversary.learn(share)
+        share_running_statistics(self.processes, self.program)
+        at.terms += sum_terms(self.processes, self.objective.last_terms(cells), n_cells)
+        at.sizes.append(n_cells)
+        at.place, at.step = place + 1, at.step + 1
+        self.average.update(at.step)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Score an epoch, add its row to the history and return it, and find out whether training ends."""
+        at, options = self.at, self.options
+        weighted = zip(self.monitor.end_epoch(), at.sizes, strict=True)
+        row = {"train_loss": sum(v * n for v, n in weighted) / sum(at.sizes), "kl_weight": at.weight}
+        row.update(_named(at.terms, "train"))
+        if self.adversary is not None:
+            row.update(self.adversary.pop_record())
+        self.watch.lap("steps")
+        with self.average.in_place():
+            if self.validation is not None and self._is_scored(epoch):
+                row.update(_scores(self.processes, self.program, self.validation))
+            row["seconds"] = self.processes.first(time.perf_counter() - at.started)
+            self.history.add(row)
+            self._keep_best(epoch, row)
+            self.watch.lap("validation")
+            # Every callback is called, also after one that stops.
+            with alone():
+                answers = [callback(epoch, row, self.program) for callback in options.callbacks]
+            self.watch.lap("callbacks")
+        at.end_epoch()
+        if self.processes.any(any(answers))[0]:
+            at.reason = "a callback stopped it"
+        elif self.stopping.exhausted:
+            at.reason = f"{self.stopping.monitor} has not improved for {self.stopping.patience} epochs"
+        elif at.epoch == self.last:
+            at.reason = "max_epochs is reached"
+        return row
+
+    def _is_scored(self, epoch: int) -> bool:
+        every = self.options.check_val_every_n_epoch
+        assert every is not None, "FitOptions puts 1 in its place"
+        return (epoch + 1) % every == 0 or epoch + 1 == self.last
+
+    def _keep_best(self, epoch: int, row: dict[str, float]) -> None:
+        """Copy the weights if they are better than all before; until there is a score, the latest are."""
+        if self.best is None:
+            return
+        monitor = self.stopping.monitor
+        is_better = monitor in row and self.stopping.update(row[monitor])
+        if is_better or self.stopping.best == math.inf:
+            self.best.take(self.program)
+            score = f", the best {monitor}" if is_better else ""
+            self.at.kept = f"those of epoch {epoch + 1}{score}{_averaged(self.average)}"
+
+    def between_steps(self, is_due: bool) -> None:
+        """Write a checkpoint if it is due or if a signal waits, in any process, and let that act then."""
+        is_due, self.interruption.waits, self.termination.waits = self.processes.any(
+            is_due and self.processes.is_first, self.interruption.waits, self.termination.waits
+        )
+        waits = self.interruption.waits or self.termination.waits
+        if self.checkpoints is not None and (is_due or waits):
+            self.checkpoints.write(self.loop)
+            self.watch.lap("checkpoints")
+        if waits:
+            # torchrun ends the first process, which writes, as soon as another has ended.
+            self.processes.wait()
+            self.termination.act()
+            self.interruption.act()
+
+    def settle(self, interrupted: bool) -> dict[str, Any]:
+        """Leave the program with the best weights, ready to be used; return the optimizer's state.
+
+        Only what was learned in an interrupted first epoch is kept, for want of anything better.
+        """
+        moments = self.optimizer.state_dict()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.best is not None and (self.history.n_epochs > self.first or not interrupted):
+            self.best.restore(self.program)
+        else:
+            self.at.kept = f"the latest{_averaged(self.average)}"
+            self.average.settle()
+        self.program.use_precision("fp32")
+        self.program.eval()
+        return moments
 
 
 def _scores(processes: Processes, program: MultiVIProgram, validation: Minibatches) -> dict[str, float]:
@@ -337,17 +392,3 @@ def _averaged(average: RunningAverage) -> str:
 
 def _named(terms: Terms, split: str) -> dict[str, float]:
     return {f"{name}_{split}": value for name, value in terms.per_cell().items()}
-
-
-@torch.no_grad()
-def _is_finite(objective: NegativeELBO, cells: Cells, weight: float) -> bool:
-    with pyro.validation_enabled(False), _no_nan_warning():
-        return math.isfinite(objective(cells, weight).item())
-
-
-@contextmanager
-def _no_nan_warning() -> Iterator[None]:
-    """Without Pyro's warning of a NaN loss: the loop raises an error that says more."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered (NaN|.*inf)", category=UserWarning)
-        yield

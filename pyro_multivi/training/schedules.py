@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_multivi.traces import UNANNEALED
+from pyro_multivi.training.options import FitOptions
 
 
 class AnnealLatents(Messenger):
@@ -72,6 +73,16 @@ class EarlyStopping:
     min_delta: float
     best: float = math.inf
     waited: int = 0
+
+    @classmethod
+    def wanted(cls, options: FitOptions, n_held_out: int | None) -> EarlyStopping:
+        """As the options ask for; of endless patience without held-out cells (None), which there are no scores of."""
+        patience = options.early_stopping_patience
+        if n_held_out is None or not options.early_stopping:
+            patience = options.max_epochs + 1
+        elif patience is None:
+            patience = default_patience(n_held_out)
+        return cls(options.early_stopping_monitor, patience, options.early_stopping_min_delta)
 
     def update(self, value: float) -> bool:
         """Take in the loss of an epoch; return whether it is the best so far."""
