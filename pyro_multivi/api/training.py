@@ -24,6 +24,7 @@ from pyro_multivi.data.loader import SHUFFLE_BLOCK, SHUFFLE_BUFFER, Minibatches,
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
 from pyro_multivi.data.split import Split
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
 from pyro_multivi.posterior.calibration.fit_depth import fit_depth_regressions
 from pyro_multivi.posterior.calibration.fit_loadings import fit_loadings
@@ -252,20 +253,16 @@ class TrainingMixin(ModelBase):
                 "model is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
             )
             return
-        # The reference's calibration is that of its encoders.
-        recalibrates = self._training is None or self._training.changes_encoders
         device = resolve_device(accelerator, devices)
         if batch_size is None:
             batch_size = settings.batch_size or default_batch_size(len(table))
-        split, names = self._split, table.cell_names
-        shuffling = {"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer}
         if checkpoints is not None or processes.are_several:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
-            several = {"processes": processes.size} if processes.are_several else {}
             run = Run.of(
                 self.program, table, features, options, train_size=train_size, validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type, **several,
-                **(shuffling if table.on_disk else {}),
+                shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
+                **({"processes": processes.size} if processes.are_several else {}),
+                **({"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer} if table.on_disk else {}),
             )  # fmt: skip
             checkpointed = {"checkpoint": "none" if checkpoints is None else "given"}
             check_runs(processes, run.after(self._history.n_epochs, self._optimizer_state, **checkpointed))
@@ -273,46 +270,29 @@ class TrainingMixin(ModelBase):
             if checkpoints is not None:
                 checkpoints.open(run)
             if checkpoints is not None and checkpoints.split is not None:
-                split = replace(checkpoints.split, cell_names=names)
-            elif split is None or not len(split.train) or (train_size, validation_size) != (None, None):
-                # Going on keeps the cells held out so far, unless other sizes are given.
-                if is_query and not early_stopping and (train_size, validation_size) == (None, None):
-                    train_size = 1.0
-                split = Split.of(len(table), train_size, validation_size, shuffle_set_split, seed, split, names)
+                split = replace(checkpoints.split, cell_names=table.cell_names)
+            else:
+                default_size = 1.0 if is_query and not early_stopping else None
+                split = self._choose_split(table, train_size, validation_size, default_size, shuffle_set_split, seed)
             if checkpoints is not None:
                 checkpoints.split = split
             source = resident_if_it_fits(table, device)
             batches = partial(
-                Minibatches,
-                batch_size=batch_size,
-                device=device,
-                shuffle_block=shuffle_block,
+                Minibatches, source, batch_size=batch_size, device=device, shuffle_block=shuffle_block,
                 shuffle_buffer=shuffle_buffer,
-            )
-            train = batches(source, split.train, shuffle=True, seed=seed + self._history.n_epochs)
-            validation = batches(source, split.validation) if len(split.validation) else None
+            )  # fmt: skip
+            train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
+            validation = batches(split.validation) if len(split.validation) else None
             self._split, self._saved_split = split, None
-            with refit(self.program, lambda: self._history.n_epochs) if recalibrates else nullcontext():
+            with refit(self.program, lambda: self._history.n_epochs) if self._recalibrates else nullcontext():
                 self._history, self._optimizer_state = fit(
                     self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
                 )
             self.is_trained = True
-            seen = batches(source, split.train)
-            calibrations: list[Callable[[], None]] = []
-            if recalibrates:
-                # The loadings first: the others are of the decoders that they give.
-                calibrations.append(partial(fit_loadings, self.program, seen, validation))
-                calibrations.append(partial(fit_posterior_scale, self.program, seen))
-                calibrations.append(partial(fit_weight_posteriors, self.program, seen, validation))
-                calibrations.append(partial(fit_residuals, self.program, seen))
-            if recalibrates and proteins_of(self.program):
-                calibrations.append(partial(fit_proteins, self.program, seen))
-            if recalibrates and len(modelled(self.spec)) > 1:
-                calibrations.append(partial(fit_depth_regressions, self.program, seen, validation))
-                calibrations.append(partial(fit_shrinkage, self.program, seen, validation))
             progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
+            calibrations = self._calibrations(batches(split.train), validation)
             for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
                 try:
                     calibrate()
@@ -324,6 +304,46 @@ class TrainingMixin(ModelBase):
             if checkpoints is not None:
                 checkpoints.close()
             self.is_trained = self.is_trained or self._history.n_epochs > 0
+
+    @property
+    def _recalibrates(self) -> bool:
+        """Whether training changes the encoders, whose calibration the model of a query has from its reference."""
+        return self._training is None or self._training.changes_encoders
+
+    def _choose_split(
+        self,
+        table: CellTable,
+        train_size: float | None,
+        validation_size: float | None,
+        default_size: float | None,
+        shuffle: bool,
+        seed: int,
+    ) -> Split:
+        """Choose the cells to train on and to hold out: those of the training before, unless sizes are given."""
+        are_given = (train_size, validation_size) != (None, None)
+        if self._split is not None and len(self._split.train) and not are_given:
+            return self._split
+        size = train_size if are_given else default_size
+        return Split.of(len(table), size, validation_size, shuffle, seed, self._split, table.cell_names)
+
+    def _calibrations(self, train: Minibatches, held_out: Minibatches | None) -> list[Callable[[], None]]:
+        """Calls that calibrate the trained program, in their order."""
+        if not self._recalibrates:
+            return []
+        program = self.program
+        calls: list[Callable[[], None]] = [
+            # The loadings first: the others are of the decoders that they give.
+            partial(fit_loadings, program, train, held_out),
+            partial(fit_posterior_scale, program, train),
+            partial(fit_weight_posteriors, program, train, held_out),
+            partial(fit_residuals, program, train),
+        ]
+        if proteins_of(program):
+            calls.append(partial(fit_proteins, program, train))
+        if len(modelled(self.spec)) > 1:
+            calls.append(partial(fit_depth_regressions, program, train, held_out))
+            calls.append(partial(fit_shrinkage, program, train, held_out))
+        return calls
 
     def _training_cost(
         self, accelerator: str, batch_size: int | None, options: FitOptions, seed: int, *, checkpoint: bool, timed: bool
