@@ -175,8 +175,8 @@ def _kind(values: pd.Series[Any]) -> Any:
     return values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
 
 
-def refuse_same_cells(parts: Sequence[Any]) -> None:
-    """Refuse the same counts given as two samples, and warn of two modalities of the same cells given so.
+def caution_of_same_cells(parts: Sequence[Any]) -> None:
+    """Warn of the same counts, and of two modalities of the same cells, given as two samples.
 
     The samples have a ``name``, a table ``obs`` and counts ``x`` by modality.
     """
@@ -195,9 +195,9 @@ def refuse_same_cells(parts: Sequence[Any]) -> None:
         elif same >= _FEWEST_CELLS and np.array_equal(
             *(_totals(part, shared)[rows] for part, rows in ((one, found[found >= 0]), (other, found >= 0)))
         ):
-            raise ValueError(
-                f"samples {one.name!r} and {other.name!r}: {same} of {size} cells have the same names and the same "
-                "numbers of counts in both, as if they were the same cells. Give one of the two."
+            caution(
+                f"{same} of the {size} cells have the same name and the same number of counts in {one.name!r} and "
+                f"{other.name!r}, yet each sample counts as cells of its own. If they are the same, give one of both."
             )
 
 

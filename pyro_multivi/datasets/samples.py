@@ -33,7 +33,13 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
-from pyro_multivi.datasets.assembly import join_rows, moved, refuse_same_cells, unlike_columns, with_unique_names
+from pyro_multivi.datasets.assembly import (
+    caution_of_same_cells,
+    join_rows,
+    moved,
+    unlike_columns,
+    with_unique_names,
+)
 from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.features.union import described, masks, refuse_masks, united_features
 from pyro_multivi.datasets.readers import read, sample_name
@@ -180,7 +186,7 @@ def joined(
     parts = [_Part.of(name, sample, setup, places) for name, sample in samples]
     if names_needed:
         _check_found(parts, setup, places)
-    refuse_same_cells(parts)
+    caution_of_same_cells(parts)
     var_of = {each: {part.name: part.var[each] for part in parts if each in part.var} for each in MODALITIES}
     find = united_features if features == "union" else shared_features
     kept = {modality: find(modality, found) for modality, found in var_of.items()}

@@ -274,10 +274,11 @@ def test_the_two_modalities_of_the_same_cells_as_two_samples(rna, atac):
     assert joined.obs_names.tolist() == ["r1_rna", "r1_atac", "a2"]
 
 
-def test_the_same_cells_as_two_samples_are_refused():
+def test_the_same_cells_as_two_samples():
     cells = pm.simulate_multiome((20, 0, 0), n_genes=10, n_regions=20, seed=0)
-    with pytest.raises(ValueError, match="20 of 20 cells have the same names and the same numbers of counts in both"):
-        join_samples({"one": cells, "other": cells[::-1].copy()})
+    says = "20 of the 20 cells have the same name and the same number of counts in 'one' and 'other'"
+    with pytest.warns(UserWarning, match=says):
+        assert join_samples({"one": cells, "other": cells[::-1].copy()}).n_obs == 40
     # Names that are numbers say nothing.
     other = pm.simulate_multiome((20, 0, 0), n_genes=10, n_regions=20, seed=1)
     assert join_samples({"one": cells, "other": other}).n_obs == 40
