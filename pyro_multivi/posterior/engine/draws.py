@@ -192,6 +192,13 @@ def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
     return Latents(_guide_trace(program, cells, 1, None), 1, None)
 
 
+def state_posterior(program: MultiVIProgram, cells: Cells) -> Any:
+    """q(z) of each cell as it was trained, where it depends on other latents at their means. As ``mean_latents``."""
+    with _BeforeState(program, cells, None, as_trained=True) as before:
+        guide_of(program, cells)(cells)
+    return before.state
+
+
 def replay(
     program: MultiVIProgram,
     cells: Cells,
@@ -370,7 +377,8 @@ class _Fill(Messenger):
             if name == "z" or fn.support.is_discrete:
                 raise
             value, msg["without_mean"] = torch.full_like(fn.sample(), torch.nan), True
-        if name == ATAC.depth and isinstance(fn, dist.Delta) and cells is not None and _lacks_factor(cells):
+        is_point = name == ATAC.depth and isinstance(fn, dist.Delta)
+        if is_point and cells is not None and cells.atac_size is None and not bool(cells.has_atac.all()):
             prior = self.program.cell_factor_prior(cells, cells.design).expand(fn.batch_shape)
             value = torch.where(cells.has_atac, value, self._value(name, prior, of_cells))
             msg["fn"] = dist.Delta(value)
@@ -380,6 +388,13 @@ class _Fill(Messenger):
         return mean_of(name, fn) if self.noise is None else self.noise.draw(name, fn, of_cells)
 
 
-def _lacks_factor(cells: Cells) -> bool:
-    """Whether the cell factor of some cells is neither known nor inferred from their counts."""
-    return cells.atac_size is None and not bool(cells.has_atac.all())
+class _BeforeState(_Fill):
+    """The same of the sites that come before z, and z's distribution; what comes later need not have a mean."""
+
+    state: Any = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "z":
+            self.state = msg["fn"]
+        elif self.state is None:
+            super()._pyro_sample(msg)

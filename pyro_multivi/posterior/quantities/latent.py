@@ -20,6 +20,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
+from pyro_multivi.posterior.engine.draws import draw_latents, state_posterior
 from pyro_multivi.posterior.engine.posterior_scale import corrected, mean_of, normal_in
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
@@ -75,6 +76,11 @@ def latent_draws(
 
     def of_minibatch(minibatch: Cells) -> Arrays:
         with evaluation_mode(program):
+            if modality == "joint":
+                # Together with what the state depends on.
+                nodes: dict[str, Any] = dict(draw_latents(program, minibatch, n_samples, seed).trace.nodes)
+                z_sbk = nodes["z"]["value"].expand(n_samples, len(minibatch), -1)
+                return {"z": program.transform(z_sbk).cpu().numpy()}
             q, hole = _posterior(program, minibatch, modality)
             q = corrected(program, _seen(minibatch, modality), q)
             z_sbk = CellNoise(minibatch.index, seed).draw("z", q.expand((n_samples, len(minibatch))))
@@ -86,9 +92,8 @@ def latent_draws(
 def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[Any, Tensor]:
     """q(z) of each cell, and 0, or NaN where the modality was not measured, (B, 1)."""
     if modality == "joint":
-        # From the guide's trace, not from its parts, so that an overridden guide is used.
-        nodes: dict[str, Any] = dict(poutine.trace(guide_of(program, cells)).get_trace(cells).nodes)
-        return nodes["z"]["fn"], cells.design.new_zeros(len(cells), 1)
+        # From the guide, not from its parts, so that an overridden guide is used.
+        return state_posterior(program, cells), cells.design.new_zeros(len(cells), 1)
     if cells.posterior is None:
         experts = program.experts_alone(cells, cells.design, program.encode(cells, cells.design))
     else:

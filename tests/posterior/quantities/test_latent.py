@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_multivi import MultiVIProgram
+from pyro_multivi.posterior.engine.draws import draw
 
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
 
@@ -42,3 +45,45 @@ def test_a_modality_alone_is_mixed_and_corrected_as_all_are(build, program_class
     expected = expert.loc.numpy() * precision / (prior + precision)
     np.testing.assert_allclose(mean[PAIRED], expected[PAIRED], rtol=1e-5)
     np.testing.assert_allclose(variance[PAIRED], 1 / (prior + precision)[PAIRED], rtol=1e-5)
+
+
+class Shifted(MultiVIProgram):
+    """The state of each cell lies around a number of its own and one that all cells share."""
+
+    def guide_shared(self):
+        self.shared = pyro.sample("shared", dist.Normal(3.0, 2.0))
+
+    def region_factors(self):
+        pyro.sample("shared", dist.Normal(0.0, 1.0))
+        return super().region_factors()
+
+    def z_prior(self, s):
+        pyro.sample("own", dist.Normal(torch.zeros(len(s)), 1.0))
+        return super().z_prior(s)
+
+    def mix(self, experts):
+        q = super().mix(experts).base_dist
+        own = pyro.sample("own", dist.Normal(torch.full((len(q.loc),), 0.5), 2.0))
+        return dist.Normal(q.loc + (self.shared + own)[..., None], q.scale).to_event(1)
+
+    def guide_extra(self, cells, s):
+        pyro.sample("type", dist.Categorical(torch.ones(len(cells), 3)))  # has no mean
+
+    def observe_extra(self, cells, z, s):
+        pyro.sample("type", dist.Categorical(torch.ones(len(cells), 3)))
+
+
+def test_a_state_that_depends_on_other_latents(build):
+    model, plain = build(program_class=Shifted), build()
+    plain.program.load_state_dict(model.program.state_dict())
+    model.is_trained = plain.is_trained = True
+    expected, variance = plain.get_latent_representation(return_dist=True)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found = model.get_latent_representation(return_dist=True)
+        np.testing.assert_allclose(found[0], expected + 3.5, rtol=1e-4)
+        np.testing.assert_array_equal(found[1], variance)
+    drawn = model.get_latent_representation(give_mean=False, n_samples=2000)
+    np.testing.assert_allclose(drawn.var(0), variance + 8, rtol=0.2)
+    again = draw(model.program, model.minibatch(), ("z",), n_samples=2000)["z"]
+    np.testing.assert_array_equal(drawn, again.numpy())
