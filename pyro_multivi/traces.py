@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+import torch.distributions as torchdist
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -137,6 +140,8 @@ def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
         else:
             terms.log_likelihood[name] = _total(log_density(site), site)
             terms.n_measured[name] = measured_at(name, site, cells).sum().double()
+    for name, site in auxiliary_sites(model_trace, guide_trace).items():
+        terms.kl[name] = (1.0 if is_of_cells(site) else len(cells) / cells.n_total) * _total(log_density(site), site)
     for name in TRAINING_SITES:
         if name in guide_trace.nodes:
             # A factor in the guide counts as minus log q: adding it raises the loss.
@@ -168,6 +173,31 @@ def random_sites(trace: Trace) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
     }
+
+
+def auxiliary_sites(model_trace: Trace, guide_trace: Trace) -> dict[str, Any]:
+    """Auxiliary sites of a guide (``infer={"is_auxiliary": True}``) whose density is part of log q.
+
+    So it is where latents are functions of them: a Delta, with the change of volume for its log density. Where latents
+    have a density given an auxiliary draw, each draw gives a bound, and a weight, of its own.
+    """
+    drawn, latents = random_sites(guide_trace), random_sites(model_trace)
+    pairs = [(site, latents[name]) for name, site in drawn.items() if name in latents]
+    if not any(is_point(site["fn"]) and not is_point(other["fn"]) for site, other in pairs):
+        return {}
+    # A factor has no value: it is a term of training.
+    return {
+        name: site
+        for name, site in drawn.items()
+        if site["infer"].get("is_auxiliary") and not isinstance(site["fn"], dist.Unit)
+    }
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a Delta, of one number or of an event."""
+    while isinstance(fn, (torchdist.Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def is_deterministic(site: Any) -> bool:
@@ -206,6 +236,8 @@ def kl(guide_site: Any, model_site: Any) -> Tensor:
         if not equal_scales(scale, scale_of(model_site)):
             raise NotImplementedError
         closed = kl_divergence(guide_site["fn"], model_site["fn"])
+        if is_point(guide_site["fn"]):
+            closed = closed + guide_site["unscaled_log_prob"]  # of a change of volume, which Pyro leaves out
     except NotImplementedError:
         return log_density(guide_site) - log_density(model_site)
     scaled: Tensor = scale_and_mask(closed, scale=scale, mask=guide_site["mask"])

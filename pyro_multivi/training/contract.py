@@ -153,8 +153,8 @@ def _check_names(latents: list[str], guided: dict[str, Any]) -> None:
         if name not in latents:
             raise ContractError(
                 f"Site {name!r} of the guide is no latent of the model, whose latents are {_names(latents)}. Expected: "
-                "one statement of that name in each. Rename or delete it, or, if it only helps the guide, give it "
-                'infer={"is_auxiliary": True}.'
+                "one statement of that name in each. Rename or delete it, or, if it is noise that helps the guide, "
+                'give it infer={"is_auxiliary": True}, and no parameters to learn: Pyro\'s ELBOs count its density.'
             )
 
 

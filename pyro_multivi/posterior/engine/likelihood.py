@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import Cells
@@ -22,7 +21,7 @@ from pyro_multivi.posterior.engine.readings import READINGS
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import (
-    TRAINING_SITES,
+    auxiliary_sites,
     equal_scales,
     evaluation_mode,
     is_of_cells,
@@ -87,6 +86,8 @@ def elbo_parts(program: MultiVIProgram, minibatches: Iterable[Cells], n_particle
                     found[f"measured {name}"] = measured_at(name, site, cells)
                 else:
                     found[f"kl {name}"] = kl(guide.nodes[name], site).double().mean(0)
+            for name, site in auxiliary_sites(model, guide).items():
+                found[f"kl {name}"] = log_density(site).double().mean(0)
         return {name: values.cpu().numpy() for name, values in found.items()}
 
     parts: dict[str, Arrays] = {"log_likelihood": {}, "measured": {}, "kl": {}}
@@ -199,8 +200,9 @@ def log_weights(model: Trace, guide: Trace) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for _, site in _sites(model):
         total = total + log_density(site).double()
-    for name, site in guide.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site) and name not in TRAINING_SITES:
+    counted = auxiliary_sites(model, guide)
+    for name, site in random_sites(guide).items():
+        if name in counted or not site["infer"].get("is_auxiliary"):
             if not equal_scales(scale_of(site), 1.0):
                 raise ValueError(
                     f"The guide scales {name!r} by poutine.scale, and importance weights need the density that it is "
