@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 
 from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.parser import command_parser
@@ -38,6 +39,27 @@ def _is_first_process() -> bool:
     return is_first_process()
 
 
+class _Said(logging.Handler):
+    """Log lines of the library from level WARNING on, as lines of the command."""
+
+    def __init__(self, say: Callable[[object], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def _log_to(say: Callable[[object], None]) -> Iterator[None]:
+    logger, handler = logging.getLogger("pyro_multivi"), _Said(say)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = command_parser().parse_args(arguments)
@@ -47,13 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with warnings.catch_warnings(), ExitStack() as silence:
-            if not _is_first_process():
+            is_first = _is_first_process()
+            if not is_first:
                 if options.command in _ALONE:
                     return 0
                 # Of the processes of torchrun the first alone says what all find; each says why it fails.
                 silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
                 warnings.simplefilter("ignore")
+            # Of other packages to those who program with them.
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            silence.enter_context(_log_to(say if is_first else lambda _: None))
             module, name = _COMMANDS[options.command]
             run: Callable[[argparse.Namespace], None] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
             run(options)

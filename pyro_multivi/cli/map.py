@@ -19,6 +19,8 @@ def map_query(options: argparse.Namespace) -> None:
     """Map a query onto a saved model and write a table of its cells."""
     out: Path = options.out
     check_table(out, options.overwrite)
+    if options.reference and options.labels is None:
+        raise ValueError("--reference gives the cells whose --labels are carried over: give --labels KEY too.")
     spec = spec_of(options.model)
     query = data_for(spec, options.query, options)
     _state_batch(query, spec.setup.batch_key, options.batch)

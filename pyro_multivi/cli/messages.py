@@ -17,6 +17,8 @@ _OPTIONS = {
     "stores": "DATA",
 }
 #: Advice in Python that has its option.
+#: Arguments of the setup, which a saved model has from the options of its training.
+_OF_SETUP = ("batch_key", "modality_key", "feature_type_key", "feature_masks", "panel_key")
 _ADVICE = (
     (
         r"Drop them: .*",
@@ -55,7 +57,14 @@ _ADVICE = (
         "Commands take models of the package's own program alone: open it in Python, by "
         "pyro_multivi.MULTIVI.load(MODEL, data, ...) with the class.",
     ),
-    (r"call model\.train\(\) first", "train it with pyro-multivi train"),
+    (r"reference_model is not trained", "the model is not trained"),
+    (r"[Cc]all (reference_)?model\.train\(\) first", "train it with pyro-multivi train"),
+    (r"Give the folder that MULTIVI\.save wrote", "Give the folder 'model' in the --out of pyro-multivi train"),
+    (r"not saved with it: load\(path, adata\)", "not saved with it: give their file after the model"),
+    (r",? or None( to estimate it)?(?=[.,]|$)", ""),
+    (r"perhaps by layer\.", "perhaps in a layer: give --layer NAME."),
+    (r"Give layer, one of", "Give --layer, one of"),
+    (r"^stores: ", "DATA: "),
     (r"load_query_data\(query, model, freeze_expression=False\) and train\(\) align a batch", "--align moves it"),
     (r"load_query_data\(\.\.\., freeze_expression=False\) chooses more to be trained", "--align trains more"),
     (r"MULTIVI\.load_query_data\(adata, model\)", "pyro-multivi map MODEL QUERY"),
@@ -79,4 +88,8 @@ def in_options(message: object, arguments: Iterable[str]) -> str:
         text = re.sub(rf"(?<![\w.-]){name}=", f"{option} ", text)
         if "_" in name:
             text = re.sub(rf"(?<![\w.-]){name}\b(?!\()", option, text)
-    return re.sub(r"\b[am]data\.(?=obs|var|X|layers|raw|mod)(?!\w+_make_unique)", "", text)
+    for name in set(_OF_SETUP) - set(options):
+        option = f"the model's --{name.replace('_', '-')}"
+        text = re.sub(rf"(?<![\w.-]){name}\b(?!=)", option, re.sub(rf"(?<![\w.-]){name}=", f"{option} ", text))
+    text = re.sub(r"\b[am]data\.(?=obs|var|X|layers|raw|mod)(?!\w+_make_unique)", "", text)
+    return re.sub(r"\b[am]data\b(?![\w.\[(/]| =)", "the file", text)

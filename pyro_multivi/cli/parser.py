@@ -84,10 +84,10 @@ def command_parser() -> argparse.ArgumentParser:
     _add_training(train)
 
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")
-    check.add_argument("model", type=Path, help="folder of a saved model")
+    check.add_argument("model", type=_path, help="folder of a saved model")
     check.add_argument("data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells")
     _add_data(check)
-    check.add_argument("--out", required=True, type=Path, help="folder for tables and check.html; made if not there")
+    check.add_argument("--out", required=True, type=_path, help="folder for tables and check.html; made if not there")
     _add_overwrite(check)
     check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
     check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
@@ -109,7 +109,7 @@ def command_parser() -> argparse.ArgumentParser:
         choices=[modality.name for modality in MODALITIES],
         help="genes or regions (default: genes, if the model has any)",
     )
-    differential.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    differential.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
     _add_overwrite(differential)
     differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
     differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
@@ -131,7 +131,7 @@ def command_parser() -> argparse.ArgumentParser:
         "by name; those that the query lacks count as not measured. The table has the cells' latent states, and with "
         "--labels the label of their neighbours and its confidence.",
     )
-    mapping.add_argument("model", type=Path, help="folder of a saved model")
+    mapping.add_argument("model", type=_path, help="folder of a saved model")
     mapping.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
     mapping.add_argument("--batch", metavar="NAME", help="batch of the query, where it has no column of batches")
     mapping.add_argument("--labels", metavar="KEY", help="obs column of the model's own cells to carry over")
@@ -151,13 +151,13 @@ def command_parser() -> argparse.ArgumentParser:
         "that lies apart, such as another donor",
     )
     _add_data(mapping)
-    mapping.add_argument("--out", required=True, type=Path, help="table to write: .csv or .parquet")
+    mapping.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
     _add_overwrite(mapping)
     mapping.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     mapping.add_argument("--quiet", action="store_true", help="no progress bar")
 
     describe = commands.add_parser("describe", help="what a saved model is, without loading it")
-    describe.add_argument("model", type=Path, help="folder of a saved model")
+    describe.add_argument("model", type=_path, help="folder of a saved model")
 
     convert = commands.add_parser(
         "convert",
@@ -185,7 +185,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="type of all features, for a file that does not say it",
     )
     parser.add_argument(
-        "--min-counts", type=int, default=0, help="leave out cells with fewer counts, such as empty barcodes"
+        "--min-counts", type=_at_least_0, default=0, help="leave out cells with fewer counts, such as empty barcodes"
     )
     parser.add_argument("--round", action="store_true", help="round counts that are not whole numbers")
     parser.add_argument(
@@ -194,7 +194,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, help="folder to write to; made if it is not there")
+    parser.add_argument("--out", required=True, type=_path, help="folder to write to; made if it is not there")
     _add_overwrite(parser)
     parser.add_argument(
         "--max-epochs",
@@ -203,13 +203,29 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="passes over the training cells at most; training ends before where nothing is gained (default: 200; in "
         "Python 500)",
     )
+def _path(text: str) -> Path:
+    """A path of an option, refused at once where a script or the shell has left it unfinished."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the script not set?")
+    if text.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} begins with '~', which the shell has not replaced: write $HOME.")
+    return Path(text)
+
+
+def _at_least_0(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed: give a whole number of at least 0.")
+    return number
+
+
     parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="folder for the state of training, which --resume goes on from"
+        "--checkpoint", type=_path, metavar="DIR", help="folder for the state of training, which --resume goes on from"
     )
     parser.add_argument(
         "--checkpoint-every",

@@ -16,14 +16,12 @@ import pandas as pd
 from anndata import AnnData
 
 from pyro_multivi.api.multivi import MULTIVI
+from pyro_multivi.cli.filters import at_least, count_fragments, prepare
 from pyro_multivi.cli.inputs import (
-    at_least,
-    count_fragments,
     feature_types,
     modality_names,
     named_paths,
     open_cells,
-    prepare,
     read_cells,
     read_samples,
     state_features,
@@ -38,6 +36,7 @@ from pyro_multivi.cli.outputs.folder import (
 )
 from pyro_multivi.cli.outputs.picture import first_picture
 from pyro_multivi.cli.outputs.record import RECORD, Record, is_done
+from pyro_multivi.data.checks import nearest
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
@@ -192,7 +191,10 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
     labels = None
     if options.labels is not None:
         if options.labels not in data.obs:
-            raise KeyError(f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}.")
+            raise KeyError(
+                f"--labels {options.labels!r} is not a column of obs; there are {', '.join(data.obs)}. "
+                f"{nearest(options.labels, data.obs).partition('Known')[0]}"
+            )
         labels = data.obs[options.labels]
     print(model)
     if options.dry_run:

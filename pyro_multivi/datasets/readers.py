@@ -85,6 +85,8 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         with errors_naming(path):
             _refuse_absent(path)
             return _sound(anndata.read_zarr(path))
+    if path.is_dir() and path.suffix.lower() == ".zarr":
+        raise ValueError(f"{path} is no zarr store: it has neither zarr.json nor .zgroup. Is it complete?")
     if path.is_dir() or plain_name(path).endswith(MATRIX):
         return read_10x_mtx(path)
     kind = path.suffix.lower()
@@ -94,8 +96,11 @@ def read(path: str | os.PathLike[str]) -> AnnData | Any:  # Any: a MuData, whose
         raise ValueError(f"{path} is packed: unpack it first, and give what it holds: {ALLOWED}")
     if kind not in (".h5ad", ".h5mu"):
         raise ValueError(f"{path} is of no known format; give {ALLOWED}")
-    with _opened(path):
-        pass  # Tells a broken file from one with unexpected content, which the reader below reports.
+    # Tells a broken file from one with unexpected content, which the reader below reports.
+    with _opened(path) as file:
+        found = ".h5mu" if "mod" in file else ".h5ad" if "var" in file and "X" in file else kind
+    if found != kind:
+        raise ValueError(f"{path} looks like a {found} file: give it that suffix.")
     if kind == ".h5ad":
         with errors_naming(path):
             return _sound(anndata.read_h5ad(path))

@@ -37,7 +37,8 @@ def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
     centred = latent - latent.mean(0)
     if centred.shape[1] == 1:
         centred = np.column_stack([centred, np.zeros(len(centred))])
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    # Whole, so that there are two of a single cell too.
+    _, _, axes = np.linalg.svd(centred, full_matrices=len(centred) < 2)
     plane: NDArray[np.floating[Any]] = centred @ axes[:2].T
     return plane
 

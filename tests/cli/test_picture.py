@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import pyro_multivi as pm
-from pyro_multivi.cli import picture
+from pyro_multivi.cli.outputs import picture
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

@@ -61,7 +61,10 @@ def folder_to_write(folder: Path, names: Iterable[str], overwrite: bool) -> Iter
     """The folder of a command's output, made if it is not there, and in which no other command writes meanwhile."""
     refuse_existing(folder, names, overwrite)
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--out {folder} may not be written to: give another folder.")
     lock = FolderLock(folder, f"--out {folder}", _IN_USE, ".out.lock")

@@ -174,8 +174,9 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
             raise ValueError("adata has no features: adata.n_vars is 0.")
         wanted = " nor ".join(f"{each.features} ({first_names(setup.types_of(each))})" for each in MODALITIES)
         values = ", ".join(f"{each.features!r}: ..." for each in MODALITIES)
+        found = first_names(types.unique()) or "nothing"
         raise ValueError(
-            f"adata.var[{setup.feature_type_key!r}] holds {first_names(types.unique())}: neither {wanted}. Say which "
+            f"adata.var[{setup.feature_type_key!r}] holds {found}: neither {wanted}. Say which "
             f"is which: feature_type_values={{{values}}}."
         )
     other = types[measured & ~np.any([*chosen.values()], axis=0)]
