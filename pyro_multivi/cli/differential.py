@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyro_multivi.cli.inputs import load_model
 from pyro_multivi.cli.outputs.folder import check_table, write_table
-from pyro_multivi.data.modality import modelled
+from pyro_multivi.data.modality import PROTEIN, modelled
 from pyro_multivi.processes.group import distributed
 
 
@@ -17,8 +17,9 @@ def differential(options: argparse.Namespace) -> None:
     check_table(out, options.overwrite)
     model = load_model(options)
     modality = options.modality or modelled(model.spec)[0].name
+    compare = getattr(model, f"differential_{'protein_expression' if modality == PROTEIN else modality}")
     with distributed() as processes:
-        table = getattr(model, f"differential_{modality}")(
+        table = compare(
             groupby=options.groupby,
             group1=options.group1,
             group2=options.group2,

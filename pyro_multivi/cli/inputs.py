@@ -225,7 +225,7 @@ def modality_names(mdata: Any, options: argparse.Namespace) -> dict[Modality, st
     ways = " and ".join(f"--{modality.key} NAME" for modality in MODALITIES)
     if not found:
         raise ValueError(f"the file has the modalities {first_names(mdata.mod)}: say which is which with {ways}.")
-    unused = [name for name in mdata.mod if name not in found.values()]
+    unused = [name for name in mdata.mod if name not in found.values() and name != options.protein]
     if unused:
         print(f"modalities not used: {first_names(unused)} ({ways} would name others).")
     return found

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 _OPTIONS = {
     "categorical_covariate_keys": "--categorical-covariate",
     "continuous_covariate_keys": "--continuous-covariate",
+    "protein_expression_obsm_key": "--protein",
     "rna_layer": "--layer",
     "atac_layer": "--layer",
     "dir_path": "MODEL",
@@ -16,9 +17,9 @@ _OPTIONS = {
     "out": "OUT",
     "stores": "DATA",
 }
-#: Advice in Python that has its option.
 #: Arguments of the setup, which a saved model has from the options of its training.
 _OF_SETUP = ("batch_key", "modality_key", "feature_type_key", "feature_masks", "panel_key")
+#: Advice in Python that has its option.
 _ADVICE = (
     (
         r"Drop them: .*",
@@ -40,6 +41,7 @@ _ADVICE = (
     ),
     (r"layer=None", "no --layer"),
     (r"samples\[(.+?)\](\.obs|: )", r"sample \1\2"),
+    (r"modalities\['protein_layer'\](=| is)", r"--protein "),
     (r"feature_type_values\['genes'\] is|modalities\['rna_layer'\] is", "--rna"),
     (r"feature_type_values\['regions'\] is|modalities\['atac_layer'\] is", "--atac"),
     (r"give another sample_key, or name the sample so", "say what the sample is called, NAME=PATH"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pyro_multivi._version import __version__
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -62,6 +62,11 @@ def command_parser() -> argparse.ArgumentParser:
             help=f"what {modality.assay} is called: modality of an .h5mu, else word of the column of feature types "
             "(default: any usual name)",
         )
+    train.add_argument(
+        f"--{PROTEIN}",
+        metavar="NAME",
+        help="counts of proteins: key of obsm, or modality of an .h5mu; of one file, not --from-disk (default: none)",
+    )
     train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
     train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
     train.add_argument(
@@ -81,6 +86,24 @@ def command_parser() -> argparse.ArgumentParser:
         default="bernoulli",
         help="bernoulli (open or not), or poisson or nb of counts of fragments (default: bernoulli)",
     )
+    train.add_argument(
+        "--fully-paired",
+        action=argparse.BooleanOptionalAction,
+        help="learn the states from both modalities together, without the two penalties below (default: where every "
+        "cell has both, and there are no proteins)",
+    )
+    train.add_argument(
+        "--mixing-weight",
+        type=float,
+        help="weight, in nats, of a penalty for paired, RNA-only and ATAC-only cells whose states lie apart; 0 where "
+        "they come from different tissues (default: 4, unless --fully-paired)",
+    )
+    train.add_argument(
+        "--contrast-weight",
+        type=float,
+        help="weight of the term by which the two halves of a cell find each other among other cells (default: 2.5, "
+        "unless --fully-paired)",
+    )
     _add_training(train)
 
     check = commands.add_parser("check", help="compare a trained model's replicates with the data")
@@ -95,8 +118,10 @@ def command_parser() -> argparse.ArgumentParser:
     check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
     check.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
 
-    differential = commands.add_parser("differential", help="genes or regions in which groups of cells differ")
-    differential.add_argument("model", type=Path, help="folder of a saved model")
+    differential = commands.add_parser(
+        "differential", help="genes, regions or proteins in which groups of cells differ"
+    )
+    differential.add_argument("model", type=_path, help="folder of a saved model")
     differential.add_argument(
         "data", nargs="*", metavar="DATA", help="its data, as for train; not needed if the folder holds them"
     )
@@ -106,8 +131,8 @@ def command_parser() -> argparse.ArgumentParser:
     differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
     differential.add_argument(
         "--modality",
-        choices=[modality.name for modality in MODALITIES],
-        help="genes or regions (default: genes, if the model has any)",
+        choices=[*(modality.name for modality in MODALITIES), PROTEIN],
+        help="genes, regions or proteins (default: genes, if the model has any)",
     )
     differential.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
     _add_overwrite(differential)
@@ -178,6 +203,22 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path of an option, refused at once where a script or the shell has left it unfinished."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the script not set?")
+    if text.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} begins with '~', which the shell has not replaced: write $HOME.")
+    return Path(text)
+
+
+def _at_least_0(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed: give a whole number of at least 0.")
+    return number
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature-type",
@@ -203,26 +244,16 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="passes over the training cells at most; training ends before where nothing is gained (default: 200; in "
         "Python 500)",
     )
-def _path(text: str) -> Path:
-    """A path of an option, refused at once where a script or the shell has left it unfinished."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: is a variable of the script not set?")
-    if text.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text!r} begins with '~', which the shell has not replaced: write $HOME.")
-    return Path(text)
-
-
-def _at_least_0(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed: give a whole number of at least 0.")
-    return number
-
-
     parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu (default: auto, a GPU if there is one)")
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32, or bf16: large matrix products in bfloat16 (default: fp32)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="on a CPU, run likelihoods as loops that Numba compiles, which is faster"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--checkpoint", type=_path, metavar="DIR", help="folder for the state of training, which --resume goes on from"

@@ -39,7 +39,7 @@ from pyro_multivi.cli.outputs.record import RECORD, Record, is_done
 from pyro_multivi.data.checks import nearest
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
-from pyro_multivi.data.setup.register import with_feature_types
+from pyro_multivi.data.setup.register import PROTEIN_LAYER, with_feature_types
 from pyro_multivi.datasets.examples import cell_lines
 from pyro_multivi.datasets.readers import sample_name
 from pyro_multivi.datasets.samples import MODALITY_KEY
@@ -49,6 +49,7 @@ from pyro_multivi.posterior.quantities.neighbour_purity import neighbour_purity
 from pyro_multivi.processes.group import distributed, is_first_process
 from pyro_multivi.training import FitOptions
 from pyro_multivi.training.checkpoints.folder import Checkpoints
+from pyro_multivi.training.cost.estimate import TrainingCost
 
 #: Everything that is written to the folder.
 OUTPUTS = ("model", "latent.csv", "history.csv", "figures.json", "latent.png", RECORD)
@@ -74,6 +75,11 @@ def train(options: argparse.Namespace) -> None:
     options = begun
     if options.batch_from_file and options.batch_key is not None:
         raise ValueError("--batch-from-file and --batch-key both say what the batches are: give one of them.")
+    if options.protein is not None and (options.from_disk or samples is not None or options.batch_from_file):
+        raise ValueError(
+            f"--protein {options.protein}: proteins are read of one file in memory, not of several samples nor "
+            "--from-disk. Write one .h5ad or .h5mu of them first."
+        )
     key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
     if options.from_disk:
         data = open_cells(options)
@@ -104,6 +110,7 @@ def train(options: argparse.Namespace) -> None:
         joined_stores = options.from_disk and "samples" in data.uns[UNS_KEY]
         words = {} if joined_stores else feature_types(data, key, options)
         keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
+        keys["protein_expression_obsm_key"] = options.protein
         places: dict[str, Any] = {
             f"{modality.feature}_types": (words[modality.features],)
             for modality in MODALITIES
@@ -113,6 +120,8 @@ def train(options: argparse.Namespace) -> None:
         names = modality_names(data, options)
         keys["modalities"] = {f"{modality.key}_layer": name for modality, name in names.items()}
         keys |= dict.fromkeys(keys["modalities"], options.layer)
+        if options.protein is not None:
+            keys["modalities"][PROTEIN_LAYER] = options.protein
         places = {f"{modality.key}_modality": name for modality, name in names.items()}
     kind = "anndata" if isinstance(data, AnnData) else "mudata"
     setup = Setup(kind, options.layer, options.layer, modality_key=modality_key, feature_type_key=key, **places)
@@ -130,6 +139,9 @@ def train(options: argparse.Namespace) -> None:
         n_hidden=options.n_hidden,
         gene_likelihood=options.gene_likelihood,
         accessibility_likelihood=options.accessibility_likelihood,
+        fully_paired=options.fully_paired,
+        mixing_weight=options.mixing_weight,
+        contrast_weight=options.contrast_weight,
         seed=options.seed,
     )
     _analyse(model, data, options)
@@ -162,12 +174,22 @@ def _begin(options: argparse.Namespace, samples: Mapping[str, str]) -> argparse.
     return argparse.Namespace(**{**vars(options), "overwrite": options.overwrite or done is not None, "record": record})
 
 
+def _cost(model: MULTIVI, options: argparse.Namespace, timed: bool) -> TrainingCost:
+    names = ("max_epochs", "lr", "precision", "compile")
+    chosen = FitOptions(**{name: getattr(options, name) for name in names})
+    return model._training_cost(
+        options.accelerator,
+        options.batch_size,
+        chosen,
+        options.seed,
+        checkpoint=options.checkpoint is not None,
+        timed=timed,
+    )
+
+
 def _say_cost(model: MULTIVI, options: argparse.Namespace) -> None:
     """Print what training would take, from a few steps of it."""
-    cost = model._training_cost(
-        options.accelerator, options.batch_size, FitOptions(max_epochs=options.max_epochs, lr=options.lr), options.seed,
-        checkpoint=options.checkpoint is not None, timed=True,
-    )  # fmt: skip
+    cost = _cost(model, options, timed=True)
     print(cost)
     for each in cost.shortages(options.out):
         print(f"will not fit: {each}")
@@ -176,10 +198,7 @@ def _say_cost(model: MULTIVI, options: argparse.Namespace) -> None:
 
 def _warn_of_shortage(model: MULTIVI, options: argparse.Namespace) -> None:
     """Say before a run that will not fit what it takes."""
-    cost = model._training_cost(
-        options.accelerator, options.batch_size, FitOptions(max_epochs=options.max_epochs), options.seed,
-        checkpoint=options.checkpoint is not None, timed=False,
-    )  # fmt: skip
+    cost = _cost(model, options, timed=False)
     short = cost.shortages(options.out)
     if short:
         print(f"this run will not fit: {'; '.join(short)}\n{cost}\n--dry-run says this, with the time, and ends")
@@ -216,6 +235,8 @@ def _analyse(model: MULTIVI, data: Any, options: argparse.Namespace) -> None:
                 lr=options.lr,
                 seed=options.seed,
                 accelerator=options.accelerator,
+                precision=options.precision,
+                compile=options.compile,
                 progress_bar=not options.quiet,
                 checkpoint=options.checkpoint,
                 checkpoint_every=options.checkpoint_every,
