@@ -12,7 +12,9 @@ from pyro_multivi.data.modality import MODALITIES, PROTEIN
 def command_parser() -> argparse.ArgumentParser:
     """Parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="pyro-multivi", description="MultiVI: one latent state per cell from RNA, ATAC or both."
+        prog="pyro-multivi",
+        description="MultiVI: one latent state per cell from RNA, ATAC or both.",
+        epilog="Files, columns and keys that are written, and exit statuses: tutorials/command_line.md.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
