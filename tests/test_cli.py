@@ -12,6 +12,7 @@ import pytest
 import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.cli import main
+from pyro_multivi.cli.parser import command_parser
 
 
 @pytest.fixture
@@ -198,3 +199,14 @@ def test_every_option_of_training_says_what_it_does(capsys):
     told = " ".join(capsys.readouterr().out.split())
     for said in ("(default: 200; in Python 500)", "learning rate", "width of hidden layers", "dimension of the latent"):
         assert said in told
+
+
+def test_every_option_with_a_value_says_its_default():
+    commands = next(action.choices for action in command_parser()._actions if action.dest == "command")
+    options = [(name, action) for name, parser in commands.items() for action in parser._actions]
+    without = [
+        (name, action.dest)
+        for name, action in options
+        if action.option_strings and action.nargs != 0 and not action.required and "(default" not in (action.help or "")
+    ]
+    assert without == []

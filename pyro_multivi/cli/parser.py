@@ -8,6 +8,8 @@ from pathlib import Path
 from pyro_multivi._version import __version__
 from pyro_multivi.data.modality import MODALITIES, PROTEIN
 
+_FEATURE_TYPES = "var column of feature types (default: feature_types)"
+
 
 def command_parser() -> argparse.ArgumentParser:
     """Parser of all commands."""
@@ -37,9 +39,9 @@ def command_parser() -> argparse.ArgumentParser:
         help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx. Of several each is a sample, named "
         "after its file, or as NAME=PATH says",
     )
-    train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture")
-    train.add_argument("--layer", help="layer with the raw counts")
-    train.add_argument("--batch-key", help="obs column of batches")
+    train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture (default: none)")
+    train.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    train.add_argument("--batch-key", metavar="KEY", help="obs column of batches (default: all cells are of one)")
     train.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
     train.add_argument(
         "--features",
@@ -53,10 +55,18 @@ def command_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read the counts of .h5ad and .zarr files as they are needed, so that memory does not grow with them",
     )
-    train.add_argument("--feature-masks", metavar="KEY", help="varm table of the features measured in each batch")
-    train.add_argument("--panel-key", help="obs column that names the columns of that table (default: --batch-key)")
-    train.add_argument("--modality-key", help="obs column saying paired, expression or accessibility")
-    train.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
+    train.add_argument(
+        "--feature-masks", metavar="KEY", help="varm table of the features measured in each batch (default: all are)"
+    )
+    train.add_argument(
+        "--panel-key", metavar="KEY", help="obs column that names the columns of that table (default: --batch-key)"
+    )
+    train.add_argument(
+        "--modality-key",
+        metavar="KEY",
+        help="obs column saying paired, expression or accessibility (default: what a cell has counts of)",
+    )
+    train.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
     for modality in MODALITIES:
         train.add_argument(
             f"--{modality.key}",
@@ -69,8 +79,20 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="counts of proteins: key of obsm, or modality of an .h5mu; of one file, not --from-disk (default: none)",
     )
-    train.add_argument("--categorical-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
-    train.add_argument("--continuous-covariate", action="append", default=[], metavar="KEY", help="may be repeated")
+    train.add_argument(
+        "--categorical-covariate",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="obs column of categories to account for; may be repeated (default: none)",
+    )
+    train.add_argument(
+        "--continuous-covariate",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="obs column of numbers to account for; may be repeated (default: none)",
+    )
     train.add_argument(
         "--min-fraction",
         type=float,
@@ -116,7 +138,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_overwrite(check)
     check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
     check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
-    check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups")
+    check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups (default: none)")
     check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
     check.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
 
@@ -160,10 +182,12 @@ def command_parser() -> argparse.ArgumentParser:
     )
     mapping.add_argument("model", type=_path, help="folder of a saved model")
     mapping.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
-    mapping.add_argument("--batch", metavar="NAME", help="batch of the query, where it has no column of batches")
-    mapping.add_argument("--labels", metavar="KEY", help="obs column of the model's own cells to carry over")
+    mapping.add_argument("--batch", metavar="NAME", help="batch of the query (default: as its column of batches says)")
     mapping.add_argument(
-        "--reference", nargs="+", default=[], metavar="DATA", help="those cells, if the model's folder holds no data"
+        "--labels", metavar="KEY", help="obs column of the model's own cells to carry over (default: none)"
+    )
+    mapping.add_argument(
+        "--reference", nargs="+", default=[], metavar="DATA", help="those cells (default: those in the model's folder)"
     )
     mapping.add_argument("--threshold", type=float, default=0.5, help="least confidence of a label (default: 0.5)")
     mapping.add_argument(
@@ -199,8 +223,8 @@ def command_parser() -> argparse.ArgumentParser:
         help="as for train; several have to be .h5ad or .zarr",
     )
     convert.add_argument("target", metavar="OUT", help="folder to write, .zarr")
-    convert.add_argument("--layer", help="layer with the raw counts")
-    convert.add_argument("--feature-type-key", default="feature_types", help="var column of feature types")
+    convert.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    convert.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -225,10 +249,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature-type",
         choices=[modality.key for modality in MODALITIES],
-        help="type of all features, for a file that does not say it",
+        help="type of all features, for a file that does not say it (default: none)",
     )
     parser.add_argument(
-        "--min-counts", type=_at_least_0, default=0, help="leave out cells with fewer counts, such as empty barcodes"
+        "--min-counts",
+        type=_at_least_0,
+        default=0,
+        metavar="N",
+        help="leave out cells with fewer counts, such as empty barcodes (default: 0, none)",
     )
     parser.add_argument("--round", action="store_true", help="round counts that are not whole numbers")
     parser.add_argument(
@@ -246,7 +274,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="passes over the training cells at most; training ends before where nothing is gained (default: 200; in "
         "Python 500)",
     )
-    parser.add_argument("--batch-size", type=int, help="default: 128, fewer for small data")
+    parser.add_argument("--batch-size", type=int, help="cells in a step (default: 128, fewer for small data)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu (default: auto, a GPU if there is one)")
@@ -258,7 +286,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--checkpoint", type=_path, metavar="DIR", help="folder for the state of training, which --resume goes on from"
+        "--checkpoint",
+        type=_path,
+        metavar="DIR",
+        help="folder for the state of training, which --resume goes on from (default: none is kept)",
     )
     parser.add_argument(
         "--checkpoint-every",
@@ -269,7 +300,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the latest checkpoint in DIR, if there is one; give all other options again",
+        help="go on from the latest checkpoint in DIR, if there is one; give all other options again. A finished "
+        "training is not done again",
     )
     parser.add_argument(
         "--dry-run",
