@@ -6,7 +6,9 @@ count y of a negative binomial is, but for a constant,
 .. math:: h(u) = y \eta - (y + \phi) \log(\phi + e^\eta) - u^2 / 2
 
 which is concave: a few Newton steps give its mode, its curvature there a Normal, and both together the probability of
-the count under the component, by Laplace's approximation or a quadrature around the mode (Gauss-Hermite).
+the count under the component, by Laplace's approximation or a quadrature around the mode (Gauss-Hermite). They start
+at the mode for a count that is LogNormal with variance :math:`1 / y + 1 / \phi`: away from it h bends so much less
+than at it that steps from u = 0 would lead ever further, for a count of a hundred times the mean.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch.nn.functional import logsigmoid
 
 # Each step squares the error: where s is far below 1 the second is good to a per cent.
 _STEPS = 4
+# Longest step of the log mean, over which the curvature changes several times.
+_LONGEST = 2.0
 
 
 class GivenCount(NamedTuple):
@@ -68,11 +72,13 @@ def given_count(
     known = measured.to(log_mean.dtype)
     with torch.no_grad():
         sd, total, offset = log_sd.exp(), y + log_theta.exp(), log_mean - log_theta
-        mode, precision = torch.zeros_like(offset), torch.ones_like(offset)
+        log_ratio, log_variance = (y + 0.5).log() - log_mean, 1 / (y + 0.5) + (-log_theta).exp()
+        mode, precision = known * sd * log_ratio / (sd.square() + log_variance), torch.ones_like(offset)
         for _ in range(_STEPS + 1):
             share = (offset + sd * mode).sigmoid()
             precision = 1 + known * sd.square() * total * share * (1 - share)
-            mode = mode + (known * sd * (y - total * share) - mode) / precision
+            step = (known * sd * (y - total * share) - mode) / precision
+            mode = mode + torch.minimum(torch.maximum(step, -_LONGEST / sd), _LONGEST / sd)
     width = precision.rsqrt()
     points, weights = np.polynomial.hermite_e.hermegauss(n_nodes)
     parts = []

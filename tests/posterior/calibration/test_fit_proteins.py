@@ -43,6 +43,18 @@ def test_posterior_given_a_count_is_that_of_quadrature(y, sd):
     assert exact.log_evidence.item() + of_counts == pytest.approx(evidence, abs=2e-4)
 
 
+@pytest.mark.parametrize(("mean", "y"), [(1.0, 100.0), (1.0, 1000.0), (1000.0, 1.0), (5000.0, 0.0), (10.0, 10_000.0)])
+@pytest.mark.parametrize(("sd", "theta"), [(0.5, 10.0), (1.0, 50.0), (2.0, 10.0)])
+def test_counts_far_from_the_mean_have_a_mode_too(mean, y, sd, theta):
+    u = np.linspace(-40, 40, 160_001)
+    odds = np.log(mean / theta) + sd * u
+    joint = y * odds - (y + theta) * np.logaddexp(0, odds) - u**2 / 2
+    found = given_count(*map(torch.tensor, (y, True)), *torch.tensor([mean, sd, theta]).double().log())
+    assert sd * found.mode.item() == pytest.approx(sd * u[joint.argmax()], abs=0.05)
+    expected = joint.max() + np.log(np.exp(joint - joint.max()).sum() * (u[1] - u[0]) / np.sqrt(2 * np.pi))
+    assert found.log_evidence.item() == pytest.approx(expected, abs=0.1)
+
+
 def test_without_a_count_it_is_the_prior():
     found = given_count(torch.tensor(50.0), torch.tensor(False), *torch.tensor([25.0, 0.3, 6.0]).log())
     assert [part.item() for part in found] == [0.0, 1.0, 0.0]
