@@ -204,6 +204,8 @@ class DrawSource:
         cells_drawn = np.unique(chosen)
         gathered, gates = _GatheredDraws(n), _GatheredDraws(n)
         factor_n, measured_n = np.full(n, np.nan), np.zeros(n, dtype=bool)
+        # Before the cells are cut into minibatches, on which draws do not depend.
+        unit_n = rng.random(n)
         for start in range(0, len(cells_drawn), at_once):
             part = cells_drawn[start : start + at_once]
             rows = np.flatnonzero((chosen >= part[0]) & (chosen <= part[-1]))
@@ -214,7 +216,7 @@ class DrawSource:
                 draw = number[rows]
                 if by_weight:
                     scored = log_weights(*scored_traces(self.program, cells, decoded.latents))
-                    draw = _choose_by_weight(rng, scored.cpu().numpy(), place)
+                    draw = _choose_by_weight(unit_n[rows], scored.cpu().numpy(), place)
                 measured_n[rows] = modality.measured_in(cells).cpu().numpy()[place]
                 if modality == ATAC:
                     factor_n[rows] = _cell_factors(self.program, modality, decoded)[draw, place]
@@ -297,10 +299,9 @@ def choose_evenly(rng: np.random.Generator, n_cells: int, n: int) -> tuple[NDArr
     return np.concatenate(rounds)[:n], np.arange(n) // n_cells
 
 
-def _choose_by_weight(rng: np.random.Generator, log_w: Array, place: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of a candidate for each draw, chosen by the log importance weights of its cell, (S, B)."""
+def _choose_by_weight(unit: Array, log_w: Array, place: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of a candidate for each draw, by a number in (0, 1) and the log importance weights of its cell, (S, B)."""
     share = np.exp(log_w - log_w.max(0))
     upto = (share / share.sum(0)).cumsum(0)
-    unit = rng.random(len(place))
     number = (upto[:, place] < unit).sum(0)
     return np.minimum(number, len(log_w) - 1).astype(np.int64)

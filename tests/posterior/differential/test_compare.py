@@ -216,6 +216,13 @@ def test_seeds_and_the_users_data(fitted, unit, global_rng_untouched):
     assert (list(fitted.adata.uns), list(fitted.adata.layers)) == (uns, layers)
 
 
+@pytest.mark.parametrize("weights", ["uniform", "importance"])
+def test_the_batch_size_changes_nothing(groups, weights):
+    once, often = (groups.compared(RNA, unit="cell", weights=weights, batch_size=size) for size in (512, 5))
+    columns = ["proba_de", "scale1", "scale2", "lfc_mean"]
+    pd.testing.assert_frame_equal(once[columns], often[columns], rtol=1e-3)
+
+
 @pytest.mark.parametrize("unit", ["group", "cell"])
 @pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
 def test_no_tensor_holds_all_features_of_all_draws(groups, modality, unit, monkeypatch):
