@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActivate
+from pyro_multivi.networks.layers import CountsLinear, CovariateStack, NormActivate, layer_options
 from pyro_multivi.networks.panels import MissingInput
 
 # exp of a larger number is far outside any plausible variance, and would soon overflow float32.
@@ -147,6 +147,14 @@ class NormalHead(nn.Module):
         hidden = self.stack(encoded.hidden, encoded.s)
         scale = (0.5 * self.log_variance(hidden).clamp(max=_MAX_LOG_VARIANCE)).exp()
         return self.loc(hidden), scale
+
+
+def expert_head(config: Any) -> NormalHead:
+    """Expert of one modality of a program, the layers behind its first, by the program's configuration."""
+    return NormalHead(
+        config.hidden, config.latent, config.n_layers_encoder - 1,
+        inject_everywhere=config.deeply_inject_covariates, **layer_options(config, "encoder"),
+    )  # fmt: skip
 
 
 class LibraryHead(nn.Module):

@@ -17,7 +17,7 @@ from pyro_multivi.data.modality import MODALITIES, PROTEIN, modelled
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
-from pyro_multivi.networks.encoders import LibraryHead, NormalHead, SharedFirstLayer
+from pyro_multivi.networks.encoders import LibraryHead, SharedFirstLayer, expert_head
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.layers import layer_options, start_constant
 from pyro_multivi.networks.linear_start import start_linearly
@@ -131,83 +131,85 @@ class ProgramModules(nn.Module):
         self.config = config
         # Param sites of two programs in one process must differ; see param_sites.py.
         self.uid = self._next_uid()
-        hidden, latent, everywhere = config.hidden, config.latent, config.deeply_inject_covariates
-
-        encoder = layer_options(config, "encoder")
-        decoder = layer_options(config, "decoder")
-        decoder |= {"n_hidden": hidden, "n_layers": config.n_layers_decoder, "inject_everywhere": everywhere}
-
-        def expert() -> NormalHead:
-            return NormalHead(hidden, latent, config.n_layers_encoder - 1, inject_everywhere=everywhere, **encoder)
-
-        def encoder_of(n_features: int, input_dropout_rate: float = 0.0) -> tuple[SharedFirstLayer, NormalHead]:
-            first_layer = SharedFirstLayer(n_features, hidden, input_dropout_rate=input_dropout_rate, **encoder)
-            return first_layer, expert()
-
         if config.n_genes:
-            self.rna_first_layer, self.rna_expert = encoder_of(config.n_genes)
-            # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
-            self.library_head = LibraryHead(hidden, 2, start=-2.0)
-            self.expression_decoder = ExpressionDecoder(
-                latent,
-                config.n_genes,
-                simplex=config.library != "size_factor",
-                zero_inflation=config.gene_likelihood == "zinb",
-                cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
-                **decoder,
-            )
-            sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
-            if config.gene_likelihood != "poisson" and sets is not None:
-                self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
+            self._add_rna(config)
         if config.n_regions:
-            self.atac_first_layer, self.atac_expert = encoder_of(config.n_regions, config.region_dropout_rate)
-            # As that of the library where d is a number of fragments.
-            self.cell_factor_head = LibraryHead(hidden, 2 if config.counts_fragments else 1, start=-2.0)
-            self.accessibility_decoder = AccessibilityDecoder(latent, config.n_regions, **decoder)
-            if config.counts_fragments:
-                self.region_log_rate = nn.Parameter(torch.zeros(config.n_regions))
-                self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
-                self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
-            else:
-                start = unlearned_cell_factor(config.n_batch)
-                self.cell_factor_loc = nn.Parameter(start["cell_factor_loc"])
-                self.cell_factor_log_scale = nn.Parameter(start["cell_factor_log_scale"])
-                self.register_buffer("cell_factor_offset", start["cell_factor_offset"])
-                self.register_buffer("cell_factor_sd", start["cell_factor_sd"])
-                if config.region_factors:
-                    self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
-            if config.accessibility_likelihood == "nb":
-                self.region_log_theta = nn.Parameter(torch.zeros(config.n_regions))
+            self._add_atac(config)
         if config.modality_weights == "universal":
             self.weight_logits = nn.Parameter(torch.zeros(len(MODALITIES)))
         elif config.modality_weights == "cell":
-            self.weight_net = nn.ModuleList([nn.Linear(2 * latent, 1) for _ in MODALITIES])
+            self.weight_net = nn.ModuleList([nn.Linear(2 * config.latent, 1) for _ in MODALITIES])
             # Experts start with equal weights.
             for parameter in self.weight_net.parameters():
                 nn.init.zeros_(parameter)
+        self._add_buffers(config)
+        kinds = {**self.extra_modalities, **({PROTEIN: Proteins} if config.proteins else {})}
+        self.extra = nn.ModuleDict({name.replace(".", "_"): kind(name, config) for name, kind in kinds.items()})
+        if config.fully_paired:
+            for modality in modelled(config):
+                setattr(self, f"{modality.key}_alone_expert", expert_head(config))
+
+    def _add_rna(self, config: ProgramConfig) -> None:
+        self.rna_first_layer = SharedFirstLayer(config.n_genes, config.hidden, **layer_options(config, "encoder"))
+        self.rna_expert = expert_head(config)
+        # A log standard deviation of -2 starts q(l|x) at 14 %, about what the counts determine.
+        self.library_head = LibraryHead(config.hidden, 2, start=-2.0)
+        self.expression_decoder = ExpressionDecoder(
+            config.latent,
+            config.n_genes,
+            simplex=config.library != "size_factor",
+            zero_inflation=config.gene_likelihood == "zinb",
+            cell_dispersion=config.dispersion == "gene-cell" and config.gene_likelihood != "poisson",
+            **_decoder_options(config),
+        )
+        sets = {"gene": 1, "gene-batch": config.n_batch, "gene-label": config.n_labels}.get(config.dispersion)
+        if config.gene_likelihood != "poisson" and sets is not None:
+            self.log_theta = nn.Parameter(torch.zeros(sets, config.n_genes))
+
+    def _add_atac(self, config: ProgramConfig) -> None:
+        self.atac_first_layer = SharedFirstLayer(
+            config.n_regions, config.hidden, input_dropout_rate=config.region_dropout_rate,
+            **layer_options(config, "encoder"),
+        )  # fmt: skip
+        self.atac_expert = expert_head(config)
+        # As that of the library where d is a number of fragments.
+        self.cell_factor_head = LibraryHead(config.hidden, 2 if config.counts_fragments else 1, start=-2.0)
+        self.accessibility_decoder = AccessibilityDecoder(config.latent, config.n_regions, **_decoder_options(config))
+        if config.counts_fragments:
+            self.region_log_rate = nn.Parameter(torch.zeros(config.n_regions))
+            self.register_buffer("fragments_log_mean", torch.zeros(config.n_batch))
+            self.register_buffer("fragments_log_var", torch.ones(config.n_batch))
+        else:
+            start = unlearned_cell_factor(config.n_batch)
+            self.cell_factor_loc = nn.Parameter(start["cell_factor_loc"])
+            self.cell_factor_log_scale = nn.Parameter(start["cell_factor_log_scale"])
+            self.register_buffer("cell_factor_offset", start["cell_factor_offset"])
+            self.register_buffer("cell_factor_sd", start["cell_factor_sd"])
+            if config.region_factors:
+                self.region_logit = nn.Parameter(torch.zeros(config.n_regions))
+        if config.accessibility_likelihood == "nb":
+            self.region_log_theta = nn.Parameter(torch.zeros(config.n_regions))
+
+    def _add_buffers(self, config: ProgramConfig) -> None:
+        """Add what is not trained: statistics of the data, and the calibration after training."""
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
         for modality in modelled(config):
-            n_features, n_directions = modality.n_features_in(config), min(_WEIGHT_DIRECTIONS, hidden)
+            n_features, n_directions = modality.n_features_in(config), min(_WEIGHT_DIRECTIONS, config.hidden)
             self.register_buffer(f"{modality.key}_typical", torch.zeros(2, n_features))
             self.register_buffer(f"{modality.key}_mean", torch.zeros(n_features))
             self.register_buffer(f"{modality.key}_mean_weight", torch.tensor(0.0))
-            self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, hidden + 1))
+            self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, config.hidden + 1))
             self.register_buffer(f"{modality.key}_weight_sd", torch.zeros(n_features, n_directions))
             self.register_buffer(f"{modality.key}_residual_sd", torch.zeros(n_features))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
         self.register_buffer("library_log_var", torch.ones(config.n_batch))
         if config.library == "size_factor":
             self.register_buffer("library_log_unit", torch.tensor(0.0))
-        self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), latent))
+        self.register_buffer("posterior_scale", torch.ones(2 ** len(MODALITIES), config.latent))
         self.register_buffer("depth_scale", torch.ones(2 ** len(MODALITIES), len(MODALITIES)))
         for modality in MODALITIES:
-            self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + latent + config.n_batch))
-        kinds = {**self.extra_modalities, **({PROTEIN: Proteins} if config.proteins else {})}
-        self.extra = nn.ModuleDict({name.replace(".", "_"): kind(name, config) for name, kind in kinds.items()})
-        if config.fully_paired:
-            for modality in modelled(config):
-                setattr(self, f"{modality.key}_alone_expert", expert())
+            self.register_buffer(f"{modality.key}_depth_regression", torch.zeros(2 + config.latent + config.n_batch))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -331,3 +333,13 @@ class ProgramModules(nn.Module):
         from random weights.
         """
         start_linearly(self, train)
+
+
+def _decoder_options(config: ProgramConfig) -> dict[str, Any]:
+    """Arguments that both decoders have."""
+    return {
+        **layer_options(config, "decoder"),
+        "n_hidden": config.hidden,
+        "n_layers": config.n_layers_decoder,
+        "inject_everywhere": config.deeply_inject_covariates,
+    }

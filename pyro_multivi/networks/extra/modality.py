@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_multivi.data.checks import shown
 from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
+from pyro_multivi.networks.encoders import SharedFirstLayer, expert_head
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.networks.layers import CovariateStack, layer_options
 
@@ -47,12 +47,8 @@ class ExtraModality(nn.Module):
                 f"at setup: extra_obsm_keys=[{name!r}] (of a MuData extra_modalities)."
             )
         self.name, self.n_features, self.config = name, int(config.extra[name]), config
-        options = layer_options(config, "encoder")
-        self.first_layer = SharedFirstLayer(self.n_features, config.hidden, **options)
-        self.head = NormalHead(
-            config.hidden, config.latent, config.n_layers_encoder - 1,
-            inject_everywhere=config.deeply_inject_covariates, **options,
-        )  # fmt: skip
+        self.first_layer = SharedFirstLayer(self.n_features, config.hidden, **layer_options(config, "encoder"))
+        self.head = expert_head(config)
         self.decoder = CovariateStack(
             config.latent, config.hidden, config.n_layers_decoder,
             inject_everywhere=config.deeply_inject_covariates, **layer_options(config, "decoder"),
