@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +239,21 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Saved:
+    sums = _checksums_of_model(source, where, with_data)
+    description = _description(source, where, sums)
+    version: int = description["format"]
+    if not with_tensors:
+        return Saved({}, description, version, None)
+    with (source / WEIGHTS).open("rb") as stream:
+        _compare(where, WEIGHTS, digest(stream), sums.get(WEIGHTS, description["weights_sha256"]))
+        stream.seek(0)
+        state = _tensors(stream, where)
+    # Data that are not asked for may be damaged: others are given in their place.
+    return Saved(state, description, version, _data(source, where, sums) if with_data else None)
+
+
+def _checksums_of_model(source: Path, where: str, with_data: bool) -> dict[str, str]:
+    """Checksums of the files of a model, all of which are there; none of a format that had none."""
     if not any((source / name).is_file() for name in (DESCRIPTION, CHECKSUMS)):
         within = [path.parent.name for path in sorted(source.glob(f"*/{DESCRIPTION}"))]
         remedy = (
@@ -252,11 +267,16 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         # Data that were deleted are missed by those who need them only.
         if not (source / name).is_file() and (with_data or name not in DATA_FILES):
             raise BrokenModelError(f"{where}: {name} is missing. Copy it again or save the model again.")
+    return sums
+
+
+def _description(source: Path, where: str, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Content of model.json, of a format that this version reads."""
     text = (source / DESCRIPTION).read_bytes()
     if sums:
         _compare(where, DESCRIPTION, hashlib.sha256(text).hexdigest(), sums[DESCRIPTION])
     with broken(where, f"{DESCRIPTION} is damaged"):
-        description = json.loads(text.decode("utf-8"))
+        description: dict[str, Any] = json.loads(text.decode("utf-8"))
         version, expected = description["format"], description["weights_sha256"]
         if not isinstance(version, int) or isinstance(version, bool) or version < 1 or not isinstance(expected, str):
             raise ValueError(f"format is {version!r}")
@@ -267,15 +287,13 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         )
     if version >= FIRST_FORMAT_WITH_CHECKSUMS and not sums:
         raise BrokenModelError(f"{where}: {CHECKSUMS} is missing. Copy it again or save the model again.")
-    if not with_tensors:
-        return Saved({}, description, version, None)
-    with (source / WEIGHTS).open("rb") as stream:
-        _compare(where, WEIGHTS, digest(stream), sums.get(WEIGHTS, expected))
-        stream.seek(0)
-        state = _tensors(stream, where)
+    return description
+
+
+def _data(source: Path, where: str, sums: Mapping[str, str]) -> Any:
+    """Data that were saved with a model; None without."""
     data = None
-    # Data that are not asked for may be damaged: others are given in their place.
-    for name in DATA_FILES if with_data else ():
+    for name in DATA_FILES:
         path = source / name
         if not path.is_file():
             continue
@@ -289,7 +307,7 @@ def _read(source: Path, where: str, with_data: bool, with_tensors: bool) -> Save
         if data is None:
             with broken(where, f"{name} cannot be read"):
                 data = read(path)
-    return Saved(state, description, version, data)
+    return data
 
 
 def _tensors(stream: BinaryIO, where: str) -> dict[str, Tensor]:

@@ -186,22 +186,9 @@ class SavingMixin(ModelBase):
         model._history = History(description.history)
         model._find_split(description.split)
         model.is_trained = description.is_trained
-        lacking = [name for name in program.state_dict() if name not in state]
-        without = [words for end, words in _FOR_INTERVALS.items() if any(name.endswith(end) for name in lacking)]
-        if model.is_trained and without:
-            of_query = description.query is not None
-            logger.warning(
-                "%s was saved by a version without %s: its intervals leave that out, and are as a rule too narrow. %s",
-                where, " and ".join(without),
-                "Training its reference on (train), and mapping the query again, brings it." if of_query
-                else "Training it on (train) brings it.",
-            )  # fmt: skip
-        if model.is_trained and any("_alone_expert." in name for name in lacking):
-            logger.warning(
-                "%s was saved by a version whose fully paired models learned nothing of states given one modality: "
-                "do not use those. Training it anew brings them.",
-                where,
-            )
+        if model.is_trained:
+            lacking = [name for name in program.state_dict() if name not in state]
+            _warn_of_older_version(where, lacking, of_query=description.query is not None)
         if description.query is not None:
             with broken(where, f"{DESCRIPTION} is damaged"):
                 model._restore_query(description.query)
@@ -219,3 +206,21 @@ class SavingMixin(ModelBase):
         split = self._split if self._saved_split is None else self._saved_split
         cells = split.cell_names if split is not None else () if self._table is None else self._table.cell_names
         return cells, [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
+
+
+def _warn_of_older_version(where: str, lacking: Sequence[str], of_query: bool) -> None:
+    """Say what a trained model lacks that was saved before its program had certain tensors."""
+    without = [words for end, words in _FOR_INTERVALS.items() if any(name.endswith(end) for name in lacking)]
+    if without:
+        logger.warning(
+            "%s was saved by a version without %s: its intervals leave that out, and are as a rule too narrow. %s",
+            where, " and ".join(without),
+            "Training its reference on (train), and mapping the query again, brings it." if of_query
+            else "Training it on (train) brings it.",
+        )  # fmt: skip
+    if any("_alone_expert." in name for name in lacking):
+        logger.warning(
+            "%s was saved by a version whose fully paired models learned nothing of states given one modality: "
+            "do not use those. Training it anew brings them.",
+            where,
+        )
