@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,8 @@ def compare_models(
     (first, reference), *others = models.items()
     cells = reference._cells(adata, indices, batch_size)
     for other, model in others:
-        _check_comparable((first, reference, cells), (other, model, model._cells(adata, indices, batch_size)))
+        of_other = _Candidate(other, model, model._cells(adata, indices, batch_size))
+        _check_comparable(_Candidate(first, reference, cells), of_other)
     _warn_of_training_cells(models, cells)
     n_draws = check_draws("n_mc_samples", n_mc_samples, 2)
     size = cells_for_likelihood(batch_size, n_draws)
@@ -130,35 +132,43 @@ def compare_models(
     scores, best = scored(("counts" if has_counts else "open") if is_mixed else None)
     opened, best_opened = scored("open") if is_mixed else ({}, best)
     rows = []
-    for name, (by_cell, error) in scores.items():
-        n, program = len(by_cell), models[name].program
-        difference, config = by_cell - best, program.config
-        of_open = {}
-        if is_mixed:
-            difference_open = opened[name].log_likelihood - best_opened
-            of_open = {
-                "open_log_likelihood": opened[name].log_likelihood.mean(),
-                "open_difference": difference_open.mean(),
-                "open_difference_error": _error_of_mean(difference_open),
-            }
+    for name, score in scores.items():
+        of_open = _open_columns(opened[name].log_likelihood, best_opened) if is_mixed else {}
         rows.append(
-            {
-                "model": name,
-                "log_likelihood": by_cell.mean(),
-                "standard_error": _error_of_mean(by_cell),
-                "monte_carlo_error": float(np.sqrt(np.square(error).sum()) / n),
-                "difference": difference.mean(),
-                "difference_error": _error_of_mean(difference),
-                **of_open,
-                "n_cells": n,
-                "gene_likelihood": config.gene_likelihood if RNA in modelled(config) else "",
-                "accessibility_likelihood": config.accessibility_likelihood if config.n_regions else "",
-                "n_hidden": config.hidden,
-                "n_latent": config.latent,
-                "n_parameters": sum(part.numel() for part in program.parameters()),
-            }
+            {"model": name, **_score_columns(score, best), **of_open, **_model_columns(models[name], len(best))}
         )
     return pd.DataFrame(rows).set_index("model").sort_values("log_likelihood", ascending=False)
+
+
+def _score_columns(score: MarginalLikelihood, best: NDArray[np.float64]) -> dict[str, float]:
+    by_cell, error = score
+    return {
+        "log_likelihood": by_cell.mean(),
+        "standard_error": _error_of_mean(by_cell),
+        "monte_carlo_error": float(np.sqrt(np.square(error).sum()) / len(by_cell)),
+        "difference": (by_cell - best).mean(),
+        "difference_error": _error_of_mean(by_cell - best),
+    }
+
+
+def _open_columns(by_cell: NDArray[np.float64], best: NDArray[np.float64]) -> dict[str, float]:
+    return {
+        "open_log_likelihood": by_cell.mean(),
+        "open_difference": (by_cell - best).mean(),
+        "open_difference_error": _error_of_mean(by_cell - best),
+    }
+
+
+def _model_columns(model: MULTIVI, n_cells: int) -> dict[str, Any]:
+    config = model.program.config
+    return {
+        "n_cells": n_cells,
+        "gene_likelihood": config.gene_likelihood if RNA in modelled(config) else "",
+        "accessibility_likelihood": config.accessibility_likelihood if config.n_regions else "",
+        "n_hidden": config.hidden,
+        "n_latent": config.latent,
+        "n_parameters": sum(part.numel() for part in model.program.parameters()),
+    }
 
 
 def _same_held_out(models: Mapping[str, MULTIVI]) -> list[str]:
@@ -199,9 +209,30 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
             return
 
 
-def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, MULTIVI, Minibatches]) -> None:
-    (first, a, cells_a), (second, b, cells_b) = one, other
-    pair = f"models[{first!r}] and models[{second!r}]"
+class _Candidate(NamedTuple):
+    """A model of a comparison, and the cells that it is given."""
+
+    name: str
+    model: MULTIVI
+    cells: Minibatches
+
+
+def _check_comparable(one: _Candidate, other: _Candidate) -> None:
+    """Refuse two models whose likelihoods are of different counts, or given different ones."""
+    pair = f"models[{one.name!r}] and models[{other.name!r}]"
+    shared = _check_same_measurements(pair, one, other)
+    libraries = one.model.program.config.library, other.model.program.config.library
+    if libraries[0] != libraries[1]:
+        raise ValueError(
+            f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is given the depth that the other "
+            "must predict. Compare models with the same library."
+        )
+    _check_same_data(pair, one, other, shared)
+
+
+def _check_same_measurements(pair: str, one: _Candidate, other: _Candidate) -> list[str]:
+    """Refuse models of different features; return the extra modalities that both observe."""
+    a, b = one.model, other.model
     for modality in MODALITIES:
         if set(modality.feature_names_in(a.spec)) != set(modality.feature_names_in(b.spec)):
             raise ValueError(
@@ -214,7 +245,9 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             "whichever model is better. Set up both with the same."
         )
     # What a program of one's own observes.
-    observed = [sorted(observed_sites(each.program, cells.cut(cells.index[:1]))) for _, each, cells in (one, other)]
+    observed = [
+        sorted(observed_sites(each.model.program, each.cells.cut(each.cells.index[:1]))) for each in (one, other)
+    ]
     if observed[0] != observed[1]:
         raise ValueError(
             f"{pair} observe the sites {observed[0]} and {observed[1]}: likelihoods of different measurements cannot "
@@ -226,25 +259,24 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             raise ValueError(
                 f"{pair} have different features of {name!r}: likelihoods of different counts cannot be compared."
             )
-    libraries = a.program.config.library, b.program.config.library
-    if libraries[0] != libraries[1]:
-        raise ValueError(
-            f"{pair} have library={libraries[0]!r} and library={libraries[1]!r}: one is given the depth that the other "
-            "must predict. Compare models with the same library."
-        )
-    if list(cells_a.cell_names) != list(cells_b.cell_names):
+    return shared
+
+
+def _check_same_data(pair: str, one: _Candidate, other: _Candidate, extra: Sequence[str]) -> None:
+    """Refuse different cells, counts or measured features; of extra modalities the values."""
+    if list(one.cells.cell_names) != list(other.cells.cell_names):
         raise ValueError(f"{pair} were given different cells: compare them on the same, by name (indices=[...]).")
     # Size factors of RNA are part of the library.
-    has_factors = [ATAC.size_factor_in(cells.table) is not None for cells in (cells_a, cells_b)]
-    totals = [[_totals(modality, cells) for modality in MODALITIES] for cells in (cells_a, cells_b)]
+    has_factors = [ATAC.size_factor_in(each.cells.table) is not None for each in (one, other)]
+    totals = [[_totals(modality, each.cells) for modality in MODALITIES] for each in (one, other)]
     if has_factors[0] != has_factors[1] or not all(map(torch.equal, *totals)):
         raise ValueError(f"{pair} were given different counts or size factors: compare them on the same data.")
-    for name in shared:
-        values = [_extra_by_name(name, model, cells) for _, model, cells in (one, other)]
+    for name in extra:
+        values = [_extra_by_name(name, each) for each in (one, other)]
         if not values[0].equals(values[1]):
             raise ValueError(f"{pair} were given different values of {name!r}: compare them on the same data.")
     for modality in MODALITIES:
-        measured = [_measured_by_name(modality, model, cells) for _, model, cells in (one, other)]
+        measured = [_measured_by_name(modality, each) for each in (one, other)]
         if not measured[0].equals(measured[1]):
             raise ValueError(
                 f"{pair} take different {modality.features} as measured: likelihoods of different counts cannot be "
@@ -252,22 +284,22 @@ def _check_comparable(one: tuple[str, MULTIVI, Minibatches], other: tuple[str, M
             )
 
 
-def _measured_by_name(modality: Modality, model: MULTIVI, cells: Minibatches) -> pd.DataFrame:
+def _measured_by_name(modality: Modality, each: _Candidate) -> pd.DataFrame:
     """Number of the cells in which each feature was measured, in the order of their names."""
-    table, names = cells.table, modality.feature_names_in(model.spec)
-    measured, panels = modality.measured_in(table)[cells.index], modality.panels_in(table)
+    table, names = each.cells.table, modality.feature_names_in(each.model.spec)
+    measured, panels = modality.measured_in(table)[each.cells.index], modality.panels_in(table)
     if panels is None:
         panels = Panels(torch.ones(1, len(names), dtype=torch.bool), torch.zeros(len(table), dtype=torch.int64))
-    code = panels.code[cells.index][measured]
+    code = panels.code[each.cells.index][measured]
     sizes = torch.bincount(code, minlength=len(panels.measured))
     return pd.DataFrame({"cells": (sizes @ panels.measured.long()).numpy()}, index=pd.Index(names)).sort_index()
 
 
-def _extra_by_name(name: str, model: MULTIVI, cells: Minibatches) -> pd.DataFrame:
+def _extra_by_name(name: str, each: _Candidate) -> pd.DataFrame:
     """Values of an extra modality, (cells, features) in the order of the features' names, NaN where not measured."""
-    values, measured = cells.table.extra[name].at(cells.index)
+    values, measured = each.cells.table.extra[name].at(each.cells.index)
     known = torch.where(measured[:, None], values, torch.nan).numpy()
-    return pd.DataFrame(known, columns=pd.Index(model.spec.extra[name])).sort_index(axis=1)
+    return pd.DataFrame(known, columns=pd.Index(each.model.spec.extra[name])).sort_index(axis=1)
 
 
 def _totals(modality: Modality, cells: Minibatches) -> torch.Tensor:
