@@ -146,28 +146,52 @@ class ProgramConfig:
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_fields(self, ProgramConfig)
-        weights = self.contrast_weight, self.mixing_weight
-        if self.fully_paired and self.modality_penalty == "contrastive" and weights == (None, None):
-            object.__setattr__(self, "modality_penalty", "None")
-        if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
-            raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
-        for name, number in self.extra.items():
-            check_draws(f"extra[{name!r}]", number)
-        for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)
+        self._resolve()
+        self._check_sizes()
+        for name in ("contrast_weight", "mixing_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not allowed: give a finite number, 0 or more; 0 for none."
                 )
-        for name in ("gene_likelihood", "accessibility_likelihood"):
-            if getattr(self, name) == "negative_binomial":
-                object.__setattr__(self, name, "nb")
+        for name in ("dropout_rate", "region_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1).")
         if self.counts_fragments and not self.region_factors:
             raise ValueError(
                 f"region_factors=False and accessibility_likelihood={self.accessibility_likelihood!r}: counts need a "
                 "rate for each region. Leave region_factors out, or choose 'bernoulli'."
             )
+        for name, needs in (("dispersion", "gene-label"), ("protein_dispersion", "protein-label")):
+            if getattr(self, name) == needs and self.n_labels < 1:
+                raise ValueError(
+                    f"{name}={needs!r} needs labels: give labels_key to setup_anndata or setup_mudata, "
+                    "or choose another dispersion."
+                )
+
+    def _resolve(self) -> None:
+        """Put defaults that depend on other choices in the place of None, and scvi-tools' words under ours."""
+        weights = self.contrast_weight, self.mixing_weight
+        if self.fully_paired and self.modality_penalty == "contrastive" and weights == (None, None):
+            object.__setattr__(self, "modality_penalty", "None")
+        for name, default in (("contrast_weight", CONTRAST_WEIGHT), ("mixing_weight", MIXING_WEIGHT)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default if self.modality_penalty == "contrastive" else 0.0)
+        for name in ("gene_likelihood", "accessibility_likelihood"):
+            if getattr(self, name) == "negative_binomial":
+                object.__setattr__(self, name, "nb")
+        if self.n_hidden is None:
+            object.__setattr__(self, "n_hidden", N_HIDDEN)
+        if self.n_latent is None:
+            object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
+
+    def _check_sizes(self) -> None:
+        """Refuse features that no model can have."""
+        if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
+            raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
+        for name, number in self.extra.items():
+            check_draws(f"extra[{name!r}]", number)
+        if self.proteins and PROTEIN not in self.extra:
+            raise ValueError(f"proteins=True needs extra[{PROTEIN!r}], the number of proteins.")
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:
             raise ValueError(
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
@@ -177,21 +201,6 @@ class ProgramConfig:
                 f"fully_paired=True with n_genes={self.n_genes} and n_regions={self.n_regions}: it is for cells with "
                 "both modalities. Leave it out."
             )
-        if self.n_hidden is None:
-            object.__setattr__(self, "n_hidden", N_HIDDEN)
-        if self.n_latent is None:
-            object.__setattr__(self, "n_latent", min(N_LATENT, self.hidden))
-        for name in ("dropout_rate", "region_dropout_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1).")
-        if self.proteins and PROTEIN not in self.extra:
-            raise ValueError(f"proteins=True needs extra[{PROTEIN!r}], the number of proteins.")
-        for name, needs in (("dispersion", "gene-label"), ("protein_dispersion", "protein-label")):
-            if getattr(self, name) == needs and self.n_labels < 1:
-                raise ValueError(
-                    f"{name}={needs!r} needs labels: give labels_key to setup_anndata or setup_mudata, "
-                    "or choose another dispersion."
-                )
 
     @property
     def counts_fragments(self) -> bool:
