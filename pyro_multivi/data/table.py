@@ -95,6 +95,11 @@ class CellTable:
     def __post_init__(self) -> None:
         if self.n_batch == 0:
             object.__setattr__(self, "n_batch", int(self.batch_code.max()) + 1 if len(self) else 1)
+        self._check_lengths()
+        for modality in MODALITIES:
+            self._check_counts(modality)
+
+    def _check_lengths(self) -> None:
         parts = [name for each in MODALITIES for name in (each.counts, each.mask, each.size_factor)]
         for name in (*parts, "design", "label", "posterior"):
             part = getattr(self, name)
@@ -107,26 +112,27 @@ class CellTable:
                 f"cell_names holds {len(self.cell_names)} names and batch_code {len(self)} cells: they must be the "
                 "same, or cell_names is left out."
             )
-        for modality in MODALITIES:
-            name, part, width = modality.counts, modality.counts_in(self), modality.n_features_in(self)
-            measured = modality.measured_in(self)
-            if part is not None and part.shape[1] != width:
-                raise ValueError(
-                    f"{name} has {part.shape[1]} columns and n_{modality.features} is {width}: they must be the same."
-                )
-            if part is None and bool(measured.any()):
-                raise ValueError(f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it.")
-            if part is not None and bool((surplus := (part.crow.diff() > 0) & ~measured).any()):
-                raise ValueError(
-                    f"{name} holds counts of {int(surplus.sum())} cells that are marked as not measured for it, the "
-                    f"first at position {int(surplus.int().argmax())}: empty these rows, or correct the mark."
-                )
         for name, measurement in self.extra.items():
             if any(len(part) != len(self) for part in measurement):
                 raise ValueError(
                     f"extra[{name!r}] holds {len(measurement.values)} and {len(measurement.measured)} cells and "
                     f"batch_code {len(self)}: they must be the same."
                 )
+
+    def _check_counts(self, modality: Modality) -> None:
+        name, part, width = modality.counts, modality.counts_in(self), modality.n_features_in(self)
+        measured = modality.measured_in(self)
+        if part is not None and part.shape[1] != width:
+            raise ValueError(
+                f"{name} has {part.shape[1]} columns and n_{modality.features} is {width}: they must be the same."
+            )
+        if part is None and bool(measured.any()):
+            raise ValueError(f"{name} is None, yet {int(measured.sum())} cells are marked as measured for it.")
+        if part is not None and bool((surplus := (part.crow.diff() > 0) & ~measured).any()):
+            raise ValueError(
+                f"{name} holds counts of {int(surplus.sum())} cells that are marked as not measured for it, the "
+                f"first at position {int(surplus.int().argmax())}: empty these rows, or correct the mark."
+            )
 
     def __len__(self) -> int:
         return len(self.batch_code)

@@ -139,35 +139,38 @@ def _feature_table(path: Path) -> dict[str, list[str]]:
     """Descriptions of the features, keyed as in the HDF5 file."""
     rows = _rows(path)
     kind = next(name for name in _FEATURES if plain_name(path).endswith(name))
-    # Without the column of types a table has one or two columns throughout: names, or identifiers and names.
-    fewest = 3 if kind == "peaks.bed" else min(len(rows[0]), 3) if rows else 3
-    for number, row in enumerate(rows, 1):
-        if len(row) < fewest:
-            needed = "chromosome, start and end" if kind == "peaks.bed" else "identifier, name and feature type"
-            raise ValueError(
-                f"{path} has {len(row)} columns in row {number}; it needs at least {fewest} in every row: {needed}"
-            )
     if kind == "peaks.bed":
+        _check_columns(path, rows, 3, "chromosome, start and end")
         intervals = [f"{row[0]}:{row[1]}-{row[2]}" for row in rows]
-        return {
-            "id": intervals,
-            "name": intervals,
-            "feature_type": [ATAC.feature_type] * len(rows),
-            "interval": intervals,
-        }
+        types = [ATAC.feature_type] * len(rows)
+        return {"id": intervals, "name": intervals, "feature_type": types, "interval": intervals}
+    # Without the column of types a table has one or two columns throughout: names, or identifiers and names.
+    fewest = min(len(rows[0]), 3) if rows else 3
+    _check_columns(path, rows, fewest, "identifier, name and feature type")
     names = [row[min(1, fewest - 1)] for row in rows]
-    table = {"id": [row[0] for row in rows], "name": names}
-    if kind == "features.tsv" and fewest == 3:
-        table["feature_type"] = [row[2] for row in rows]
-    else:
-        # genes.tsv never has types; that all its rows are genes goes without saying unless a name is of a region.
-        found = [ATAC if _REGION.fullmatch(name) else RNA for name in names]
-        table["feature_type"] = [modality.feature_type for modality in found]
-        if kind == "features.tsv" or ATAC in found:
-            sizes = " and ".join(f"{found.count(modality)} {modality.features}" for modality in MODALITIES)
-            _log.warning("%s has no column of feature types: by their names %s", path, sizes)
+    has_types = kind == "features.tsv" and fewest == 3
+    types = [row[2] for row in rows] if has_types else _types_by_name(path, names, kind)
+    table = {"id": [row[0] for row in rows], "name": names, "feature_type": types}
     # Cell Ranger ARC adds chromosome, start and end; a gene without a place has them empty or not at all.
     placed = [f"{row[3]}:{row[4]}-{row[5]}" if len(row) >= 6 and row[3] else "" for row in rows]
     if any(placed):
         table["interval"] = placed
     return table
+
+
+def _check_columns(path: Path, rows: list[list[str]], fewest: int, needed: str) -> None:
+    for number, row in enumerate(rows, 1):
+        if len(row) < fewest:
+            raise ValueError(
+                f"{path} has {len(row)} columns in row {number}; it needs at least {fewest} in every row: {needed}"
+            )
+
+
+def _types_by_name(path: Path, names: list[str], kind: str) -> list[str]:
+    """Feature types of a table without them, with a warning."""
+    found = [ATAC if _REGION.fullmatch(name) else RNA for name in names]
+    # genes.tsv never has types; that all its rows are genes goes without saying unless a name is of a region.
+    if kind == "features.tsv" or ATAC in found:
+        sizes = " and ".join(f"{found.count(modality)} {modality.features}" for modality in MODALITIES)
+        _log.warning("%s has no column of feature types: by their names %s", path, sizes)
+    return [modality.feature_type for modality in found]

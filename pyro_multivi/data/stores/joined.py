@@ -50,31 +50,20 @@ class JoinedMatrix:
     def reading(self) -> Iterator[ReadRows]:
         """A context that gives the function to read with, and in which a change of a part that is read is an error."""
         with ExitStack() as stack:
-            readers: dict[int, ReadRows] = {}
-            open_parts: dict[int, ExitStack] = {}
-
-            def reader_of(number: int, left: Mapping[int, int]) -> ReadRows:
-                if number not in readers:
-                    unneeded = [other for other in readers if not left.get(other)]
-                    for other in unneeded[: max(0, len(readers) + 1 - _OPEN)]:
-                        del readers[other]
-                        open_parts.pop(other).close()
-                    open_parts[number] = stack.enter_context(ExitStack())
-                    readers[number] = open_parts[number].enter_context(self.parts[number][0].reading())
-                return readers[number]
+            readers = _Readers([matrix for matrix, _ in self.parts], stack)
 
             def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
                 pieces = [self._pieces(*span) for span in spans]
                 wanted: dict[int, list[tuple[int, int]]] = {}
-                for number, *rows in (piece for span in pieces for piece in span):
-                    wanted.setdefault(number, []).append((rows[0], rows[1]))
+                for number, start, stop in (piece for span in pieces for piece in span):
+                    wanted.setdefault(number, []).append((start, stop))
                 left = {number: len(rows) for number, rows in wanted.items()}
                 streams: dict[int, Iterator[Rows]] = {}
                 for span in pieces:
                     found = []
                     for number, *_ in span:
                         if number not in streams:
-                            streams[number] = reader_of(number, left)(wanted[number])
+                            streams[number] = readers.of(number, left)(wanted[number])
                         found.append(self._joint(number, next(streams[number])))
                         left[number] -= 1
                     yield found[0] if len(found) == 1 else sp.vstack(found, format="csr")
@@ -94,6 +83,30 @@ class JoinedMatrix:
     def _joint(self, number: int, block: Rows) -> Rows:
         columns = self._columns[number]
         return block if columns is None else columns.take(block)
+
+
+class _Readers:
+    """Functions that read the parts; those of the latest parts stay open.
+
+    Parameters
+    ----------
+    stack
+        Closes them all at its end.
+    """
+
+    def __init__(self, parts: Sequence[StoredMatrix], stack: ExitStack) -> None:
+        self._parts, self._stack = parts, stack
+        self._open: dict[int, tuple[ReadRows, ExitStack]] = {}
+
+    def of(self, number: int, left: Mapping[int, int]) -> ReadRows:
+        """The function for a part; where too many are open, those without rows ``left`` to be read are closed."""
+        if number not in self._open:
+            unneeded = [other for other in self._open if not left.get(other)]
+            for other in unneeded[: max(0, len(self._open) + 1 - _OPEN)]:
+                self._open.pop(other)[1].close()
+            own = self._stack.enter_context(ExitStack())
+            self._open[number] = own.enter_context(self._parts[number].reading()), own
+        return self._open[number][0]
 
 
 def on_disk(matrix: Any, where: str) -> RowMatrix | None:

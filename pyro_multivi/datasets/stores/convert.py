@@ -217,27 +217,18 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
         "features": checksum_of(adata.var_names),
         "source": source.status,
     }
-    try:
-        progress = work.read_progress()
-    except ValueError:
-        progress = {}
-    if progress is not None and {key: progress.get(key) for key in described} != described:
-        _log.warning("%s was begun for other data, and is begun anew.", work.path)
-        progress = None
     pointers = work.folder / "indptr.npy"
-    if progress is not None and not pointers.exists():
-        _log.warning("%s was begun by an earlier version, and is begun anew.", work.path)
-        progress = None
-    if progress is None:
+    done = _n_written(work, described, pointers)
+    if done is None:
         work.clear()
         indptr, kind = _count(source, bar)
         np.save(pointers, indptr)
         _begin(zarr, work.data, adata, indptr, kind, source)
-        progress = {**described, "done": 0}
-        work.write_progress(progress)
+        done = 0
+        work.write_progress({**described, "done": done})
     indptr = np.load(pointers)
     group = zarr.open_group(str(work.data), mode="r+")
-    done, total = int(progress["done"]), int(indptr[-1])
+    total = int(indptr[-1])
     row = int(np.searchsorted(indptr, done, side="right")) - 1 if done < total else source.shape[0]
     bar.update(source.shape[0] + row - bar.n)
     held: list[tuple[NDArray[Any], NDArray[Any]]] = []
@@ -256,6 +247,24 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
             work.write_progress({**described, "done": done})
     if done != total:
         raise ValueError(f"stores: {total} counts were found first and {done} then: they were changed meanwhile.")
+
+
+def _n_written(work: UnfinishedFolder, described: Mapping[str, Any], pointers: Path) -> int | None:
+    """Number of entries that an earlier call wrote; None where there is nothing to go on from."""
+    try:
+        progress = work.read_progress()
+    except ValueError:
+        # What cannot be read is taken for that of other data.
+        progress = {}
+    if progress is None:
+        return None
+    if {key: progress.get(key) for key in described} != described:
+        _log.warning("%s was begun for other data, and is begun anew.", work.path)
+        return None
+    if not pointers.exists():
+        _log.warning("%s was begun by an earlier version, and is begun anew.", work.path)
+        return None
+    return int(progress["done"])
 
 
 def _begin(

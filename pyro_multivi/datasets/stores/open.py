@@ -96,12 +96,7 @@ def open_with_keys(
 ) -> AnnData:
     """What :func:`open_stores` returns; the sample is in the first of some columns that no store has of other words."""
     if isinstance(stores, (str, os.PathLike)):
-        part = _Part.of(sample_name(stores), stores, layer)
-        joint = Stores([part.store], [part.obs.index], [part.var.index])
-        kept: dict[str, Any] = {STORES: keep(joint)}
-        if part.setup is not None:
-            kept["setup"] = part.setup
-        return AnnData(obs=part.obs, var=part.var, uns={UNS_KEY: kept})
+        return _one_store(_Part.of(sample_name(stores), stores, layer))
     parts = [_Part.of(name, path, layer) for name, path in _named(stores).items()]
     _refuse_same_cells(parts)
     setup = with_feature_types(Setup("anndata", feature_type_key=feature_type_key), feature_type_values)
@@ -117,25 +112,32 @@ def open_with_keys(
     var[feature_type_key] = pd.Categorical(types)
     joint = Stores([part.store for part in parts], [part.obs.index for part in parts], [p.var.index for p in parts])
     sample_key = _free_key(parts, sample_keys)
-    report = {
-        part.store.name: {
-            "cells": len(part.obs),
-            **{
-                key: value
-                for modality, names in features.items()
-                for key, value in (
-                    (modality.features, len(found[modality].get(part.store.name, ()))),
-                    (f"{modality.features}_kept", len(names) if part.store.name in found[modality] else 0),
-                )
-            },
-        }
-        for part in parts
-    }
-    table = pd.DataFrame.from_dict(report, orient="index").rename_axis(sample_key)
+    kept = [_kept_of(part, found, features) for part in parts]
+    table = pd.DataFrame(kept, index=[part.store.name for part in parts]).rename_axis(sample_key)
     _log.info("kept of each store:\n%s", table.to_string())
     return AnnData(
         obs=_join_obs(parts, joint.cells, sample_key), var=var, uns={UNS_KEY: {STORES: keep(joint), "samples": table}}
     )
+
+
+def _one_store(part: _Part) -> AnnData:
+    joint = Stores([part.store], [part.obs.index], [part.var.index])
+    kept: dict[str, Any] = {STORES: keep(joint)}
+    if part.setup is not None:
+        kept["setup"] = part.setup
+    return AnnData(obs=part.obs, var=part.var, uns={UNS_KEY: kept})
+
+
+def _kept_of(
+    part: _Part, found: Mapping[Modality, Mapping[str, pd.DataFrame]], features: Mapping[Modality, pd.Index[str]]
+) -> dict[str, int]:
+    """Numbers of a store's cells and features, and of the features that are kept."""
+    numbers = {"cells": len(part.obs)}
+    for modality, names in features.items():
+        of_store = found[modality].get(part.store.name)
+        numbers[modality.features] = 0 if of_store is None else len(of_store)
+        numbers[f"{modality.features}_kept"] = 0 if of_store is None else len(names)
+    return numbers
 
 
 @dataclass(frozen=True)
