@@ -93,30 +93,10 @@ class _Check:
             for size in (1, n_samples)
         )
         scorers = {modality: Scorer(modality, width[modality]) for modality in width}
-        untested: set[str] = set()
-        for start, cells in minibatches_in_turn(self.minibatches):
-            measured = {}
-            for modality, features in request.features.items():
-                counts, measured[modality] = self._measured(cells, modality, features)
-                scorers[modality].begin(counts)
-                observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
-                total = stats.cell_statistics(modality)[0]
-                if total not in untested and depth_is_inferred(self.program, cells, modality):
-                    untested.add(total)
-            for draws, found in replicate(self.program, cells, n_samples, request.seed):
-                for modality, features in request.features.items():
-                    drawn, rows = found[modality.counts], measured[modality]
-                    values = _chosen(drawn.values, features, rows)
-                    scorers[modality].add(values, _chosen(drawn.mean(), features, rows))
-                    replicated[modality].add(start + rows, draws, values)
-            for scorer in scorers.values():
-                scorer.end()
+        self._add_up(observed, replicated, scorers)
         for modality in width:
             for sums in (observed[modality], replicated[modality], scorers[modality]):
                 current().sum_arrays_(sums.arrays())
-        totals = [stats.cell_statistics(modality)[0] for modality in width]
-        found_in_any = current().any(*(total in untested for total in totals))
-        self.untested.update(total for total, found in zip(totals, found_in_any, strict=True) if found)
         # Of several modalities whose counts are scored, names say which.
         counted = [each for each in scorers if not each.binary and not isinstance(each, ExtraFeatures)]
         for modality, scorer in scorers.items():
@@ -129,40 +109,74 @@ class _Check:
             suffix = f", {modality.features}" if isinstance(modality, ExtraFeatures) else ""
             self._add(scorer.tables(request.setting + (_COUNTED if modality in counted[1:] else suffix)))
 
+    def _add_up(
+        self,
+        observed: Mapping[AnyModality, stats.CountSums],
+        replicated: Mapping[AnyModality, stats.CountSums],
+        scorers: Mapping[AnyModality, Scorer],
+    ) -> None:
+        """Go through the minibatches of this process; find statistics that are no test, in any process."""
+        request = self.request
+        untested: set[str] = set()
+        for start, cells in minibatches_in_turn(self.minibatches):
+            measured = {}
+            for modality, features in request.features.items():
+                counts, measured[modality] = self._measured(cells, modality, features)
+                scorers[modality].begin(counts)
+                observed[modality].add(start + measured[modality], slice(0, 1), counts[None])
+                total = stats.cell_statistics(modality)[0]
+                if total not in untested and depth_is_inferred(self.program, cells, modality):
+                    untested.add(total)
+            for draws, found in replicate(self.program, cells, request.n_samples, request.seed):
+                for modality, features in request.features.items():
+                    drawn, rows = found[modality.counts], measured[modality]
+                    values = _chosen(drawn.values, features, rows)
+                    scorers[modality].add(values, _chosen(drawn.mean(), features, rows))
+                    replicated[modality].add(start + rows, draws, values)
+            for scorer in scorers.values():
+                scorer.end()
+        totals = [stats.cell_statistics(modality)[0] for modality in scorers]
+        found_in_any = current().any(*(total in untested for total in totals))
+        self.untested.update(total for total, is_found in zip(totals, found_in_any, strict=True) if is_found)
+
     def predict_hidden(self) -> None:
         """Hide each modality of the cells that have another in turn, predict it from the others, and add scores."""
-        request, every = self.request, self.minibatches
-        with_both = paired(every)
-        measured = {modality: modality.measured_in(every.table)[every.index] for modality in request.features}
-        n_hidden = 0
-        for modality, features in request.features.items():
-            index = with_both
-            if isinstance(modality, ExtraFeatures) or len(set(MODALITIES) & set(measured)) < 2:
-                others = [has for other, has in measured.items() if other != modality]
-                has_others = sum(others, torch.zeros_like(measured[modality]))
-                index = every.index[measured[modality] & has_others]
-            if len(request.features) < 2 or not len(index):
-                continue
-            n_hidden += 1
-            paired_cells = Minibatches(every.table, index, batch_size=every.batch_size, device=every.device)
-            names, site = list(request.feature_names[modality]), modality.counts
-            scorer = Scorer(modality, len(names))
-            for _, cells in minibatches_in_turn(paired_cells):
-                counts, rows = self._measured(cells, modality, features)
-                scorer.begin(counts)
-                for _, found in replicate(
-                    self.program, cells, request.n_samples, request.seed, site, request.hidden_depth
-                ):
-                    scorer.add(*(_chosen(part, features, rows) for part in (found[site].values, found[site].mean())))
-                scorer.end()
-            current().sum_arrays_(scorer.arrays())
-            imputed = scorer.imputation.table()
-            imputed.insert(0, "feature", names)
-            imputed.insert(0, "modality", modality.name)
-            setting = f"hidden {modality.name}{_DEPTH[request.hidden_depth]}"
-            self._add({**scorer.tables(setting), "imputed": imputed})
-        if not n_hidden:
+        indices = {modality: self._with_others(modality) for modality in self.request.features}
+        hidden = {modality: index for modality, index in indices.items() if len(index)}
+        if len(self.request.features) < 2 or not hidden:
             self.notes.append("no modality was hidden and predicted: none of these cells has both")
+            return
+        for modality, index in hidden.items():
+            self._predict(modality, index)
+
+    def _with_others(self, modality: AnyModality) -> Tensor:
+        """Positions of the cells that have a modality and another: of RNA and ATAC, where both are checked, both."""
+        every, checked = self.minibatches, self.request.features
+        if not isinstance(modality, ExtraFeatures) and len(set(MODALITIES) & set(checked)) == 2:
+            return paired(every)
+        measured = {each: each.measured_in(every.table)[every.index] for each in checked}
+        others = [has for other, has in measured.items() if other != modality]
+        has_others = sum(others, torch.zeros_like(measured[modality]))
+        return every.index[measured[modality] & has_others]
+
+    def _predict(self, modality: AnyModality, index: Tensor) -> None:
+        """Add scores of a modality that is hidden from some cells and predicted."""
+        request, every, features = self.request, self.minibatches, self.request.features[modality]
+        minibatches = Minibatches(every.table, index, batch_size=every.batch_size, device=every.device)
+        names, site = list(request.feature_names[modality]), modality.counts
+        scorer = Scorer(modality, len(names))
+        for _, cells in minibatches_in_turn(minibatches):
+            counts, rows = self._measured(cells, modality, features)
+            scorer.begin(counts)
+            for _, found in replicate(self.program, cells, request.n_samples, request.seed, site, request.hidden_depth):
+                scorer.add(*(_chosen(part, features, rows) for part in (found[site].values, found[site].mean())))
+            scorer.end()
+        current().sum_arrays_(scorer.arrays())
+        imputed = scorer.imputation.table()
+        imputed.insert(0, "feature", names)
+        imputed.insert(0, "modality", modality.name)
+        setting = f"hidden {modality.name}{_DEPTH[request.hidden_depth]}"
+        self._add({**scorer.tables(setting), "imputed": imputed})
 
     def compare_user(self) -> None:
         """Add the user's statistics."""

@@ -23,7 +23,7 @@ from pyro_multivi.data.modality import modelled
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.posterior.engine.decode import Average, decode
+from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, decode
 from pyro_multivi.posterior.engine.replicates import extra_features
 from pyro_multivi.posterior.quantities.array_sink import Arrays, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, blocks, compress
@@ -130,26 +130,41 @@ def _fill(
         with evaluation_mode(program):
             decoded = decode(program, cells, average, sites)
             for modality, quantity in quantities.items():
-                counts, measured = modality.counts_in(cells), modality.measured_in(cells)
-                rows["counts"].append(_as_csr(counts))
-                panels: Panels | None = modality.panels_in(cells)
-                lacks = ~measured if panels is None else ~measured | ~panels.measured.all(1)[panels.code]
-                wanted = (torch.ones_like(measured) if measured_too else lacks).nonzero().squeeze(-1)
-                known = None
-                if panels is not None and not measured_too:
-                    known = (measured[wanted, None] & panels.measured[panels.code[wanted]]).cpu().numpy()
-                pieces: dict[str, list[sp.csr_matrix]] = {name: [] for name in average.names}
-                for block, found in blocks(decoded, quantity, average, start, wanted):
-                    kept = found["mean"] >= (quantity.threshold or 0.0)
-                    kept = kept if known is None else kept & ~known[:, block]
-                    for name, values in found.items():
-                        pieces[name].append(compress(np.where(kept, values, np.float32(0))))
-                for name, parts in pieces.items():
-                    rows[name].append(_scatter_rows(parts, wanted, len(cells), counts.shape[1]))
+                rows["counts"].append(_as_csr(modality.counts_in(cells)))
+                found = _estimated_rows(decoded, cells, modality, quantity, average, start, measured_too)
+                for name, matrix in found.items():
+                    rows[name].append(matrix)
         for name, parts in rows.items():
             sink.append(name, sp.hstack(parts, format="csr"))
         start += len(cells)
         sink.commit(start)
+
+
+def _estimated_rows(
+    decoded: DecodedDraws,
+    cells: Cells,
+    modality: AnyModality,
+    quantity: Quantity,
+    average: Average,
+    start: int,
+    measured_too: bool,
+) -> dict[str, sp.csr_matrix]:
+    """Estimates of what a minibatch lacks of a modality, or with ``measured_too`` of all of it, by name."""
+    measured = modality.measured_in(cells)
+    panels: Panels | None = modality.panels_in(cells)
+    lacks = ~measured if panels is None else ~measured | ~panels.measured.all(1)[panels.code]
+    wanted = (torch.ones_like(measured) if measured_too else lacks).nonzero().squeeze(-1)
+    known = None
+    if panels is not None and not measured_too:
+        known = (measured[wanted, None] & panels.measured[panels.code[wanted]]).cpu().numpy()
+    pieces: dict[str, list[sp.csr_matrix]] = {name: [] for name in average.names}
+    for block, found in blocks(decoded, quantity, average, start, wanted):
+        kept = found["mean"] >= (quantity.threshold or 0.0)
+        kept = kept if known is None else kept & ~known[:, block]
+        for name, values in found.items():
+            pieces[name].append(compress(np.where(kept, values, np.float32(0))))
+    n_features = modality.counts_in(cells).shape[1]
+    return {name: _scatter_rows(parts, wanted, len(cells), n_features) for name, parts in pieces.items()}
 
 
 def imputed_modalities(program: MultiVIProgram, spec: DataSpec) -> list[AnyModality]:

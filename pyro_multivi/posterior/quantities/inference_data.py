@@ -65,26 +65,9 @@ def inference_data(
         ["fewer n_samples", "some indices", "a gene_list and a region_list"],
     )
     size = cells_for_likelihood(minibatches.batch_size, n_samples)
-
-    def of_minibatch(cells: Cells) -> Arrays:
-        """Values by group and site."""
-        scored = _scored(program, cells, n_samples, seed)
-        found = {f"{group}/{site}": values for (group, site), values in scored.items()}
-        drawn: dict[str, list[Tensor]] = {site: [] for site in features}
-        for _, part in replicate(program, cells, n_samples, seed):
-            for site, chosen in features.items():
-                values = part[site].values
-                drawn[site].append(values if chosen is None else values[..., chosen])
-        for site, chosen in features.items():
-            found[f"posterior_predictive/{site}"] = torch.cat(drawn[site])
-            counts = counts_of(program, cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
-            found[f"observed_data/{site}"] = counts if chosen is None else counts[:, chosen]
-        for modality in MODALITIES:
-            found[f"constant_data/{modality.mask}"] = modality.measured_in(cells)
-        return {name: values.cpu().numpy() for name, values in found.items()}
-
     parts = by_minibatch(
-        of_minibatch, Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device)
+        lambda cells: _of_minibatch(program, cells, features, n_samples, seed),
+        Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device),
     )
     coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
     dims = {"z": ["cell", "latent"]}
@@ -94,7 +77,41 @@ def inference_data(
         feature = modality_at(site).feature
         coords[feature] = list(feature_names[site])
         dims[site] = ["cell", feature]
-    # One chain in front of the draws; cells are joined along their own axis.
+    groups = _joined(parts, dims)
+    # In two steps, because x has genes everywhere but in the log-likelihood.
+    scored = groups.pop("log_likelihood")
+    used = {site for values in groups.values() for site in values}
+    made = arviz.from_dict(**groups, coords=coords, dims={site: dims[site] for site in dims if site in used})
+    of_cells = {site: ["cell"] for site in scored}
+    made.extend(arviz.from_dict(log_likelihood=scored, coords={"cell": coords["cell"]}, dims=of_cells))
+    return made
+
+
+def _of_minibatch(
+    program: MultiVIProgram, cells: Cells, features: Mapping[str, Tensor | None], n_samples: int, seed: int
+) -> Arrays:
+    """Values by ``"group/site"``."""
+    scored = _scored(program, cells, n_samples, seed)
+    found = {f"{group}/{site}": values for (group, site), values in scored.items()}
+    drawn: dict[str, list[Tensor]] = {site: [] for site in features}
+    for _, part in replicate(program, cells, n_samples, seed):
+        for site, chosen in features.items():
+            values = part[site].values
+            drawn[site].append(values if chosen is None else values[..., chosen])
+    for site, chosen in features.items():
+        found[f"posterior_predictive/{site}"] = torch.cat(drawn[site])
+        counts = counts_of(program, cells, site)[0].masked_fill(~where_measured(cells, site), torch.nan)
+        found[f"observed_data/{site}"] = counts if chosen is None else counts[:, chosen]
+    for modality in MODALITIES:
+        found[f"constant_data/{modality.mask}"] = modality.measured_in(cells)
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def _joined(parts: list[Arrays], dims: dict[str, list[str]]) -> dict[str, Any]:
+    """Arrays of all cells by group and site, draws behind one chain; the parts are emptied.
+
+    ``dims`` takes in latents of cells that it does not name.
+    """
     groups: dict[str, Any] = {"posterior": {}, "log_likelihood": {}}
     for name in list(parts[0]):
         group, _, site = name.partition("/")
@@ -103,17 +120,12 @@ def inference_data(
         if group == SHARED:
             group, values = "posterior", found[0]
         else:
+            # Draws come first: cells are joined along their own axis.
             values = np.concatenate(found, int(of_draws))
             if group == "posterior":
                 dims.setdefault(site, ["cell"])
         groups.setdefault(group, {})[site] = values[None] if of_draws else values
-    # In two steps, because x has genes everywhere but in the log-likelihood.
-    scored = groups.pop("log_likelihood")
-    used = {site for values in groups.values() for site in values}
-    made = arviz.from_dict(**groups, coords=coords, dims={site: dims[site] for site in dims if site in used})
-    of_cells = {site: ["cell"] for site in scored}
-    made.extend(arviz.from_dict(log_likelihood=scored, coords={"cell": coords["cell"]}, dims=of_cells))
-    return made
+    return groups
 
 
 def _scored(program: MultiVIProgram, cells: Cells, n_samples: int, seed: int) -> dict[tuple[str, str], Tensor]:
