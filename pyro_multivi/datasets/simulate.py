@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pyro_multivi.data.checks import check_number, checked, whole_numbers
+from pyro_multivi.data.checks import checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS
-from pyro_multivi.datasets.simulate_parts import add_proteins, pattern_includes, simulated_mudata
+from pyro_multivi.datasets.simulate_parts import add_proteins, check_simulation, pattern_includes, simulated_mudata
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -202,67 +202,26 @@ def simulate_multiome(
     """
     arguments: dict[str, Any] = {key: value for key, value in locals().items() if key != "return_mudata"}
     arguments["n_cells"] = whole_numbers("n_cells", n_cells)
-    _check(arguments)
+    check_simulation(arguments)
     n = sum(arguments["n_cells"])
     rng = np.random.default_rng(seed)
     decoders = _draw_decoders(rng, arguments)
-
-    pattern_n = np.repeat(np.arange(len(MEASUREMENT_PATTERNS)), arguments["n_cells"])
-    type_n = rng.integers(n_types, size=n)
-    batch_n = rng.integers(n_batches, size=n)
-    between = type_separation if n_types > 1 else 0.0
-    z_nk = np.float32(np.sqrt(1 - between)) * rng.standard_normal((n, n_latent), dtype=np.float32)
-    z_nk += decoders.centre_tk[type_n]
-    # Batches differ in depth by half of the spread within a batch, so that they overlap.
-    log_depth_s = np.log(mean_library) + _centred(rng, 0.5 * library_sd, n_batches)
-    library_n = np.exp(log_depth_s[batch_n] + library_sd * rng.standard_normal(n)).astype(np.float32)
-    # Around sigmoid(1) = 0.73: a cell shows most of what is open and never all of it.
-    cell_factor_n = _sigmoid(1 + library_sd * rng.standard_normal(n, dtype=np.float32))
-
+    cells = _draw_cells(rng, n, arguments, decoders.centre_tk)
     blocks: dict[str, list[Any]] = {}
-
-    def keep(key: str, block: Array | sp.csr_matrix) -> None:
-        blocks.setdefault(key, []).append(block)
-
     size = max(1, _BLOCK_ENTRIES // (n_genes + n_regions))
     for start in range(0, n, size):
-        rows = slice(start, start + size)
-        z_bk, batch_b, pattern_b = z_nk[rows], batch_n[rows], pattern_n[rows]
-        rho_bg = decoders.rho(z_bk, decoders.rna_batch_sg[batch_b])
-        x_bg = _negative_binomial(rng, library_n[rows, None] * rho_bg, decoders.inverse_dispersion_g)
-        p_bm = decoders.p(z_bk, decoders.atac_batch_sm[batch_b])
-        y_bm = _detections(rng, p_bm * cell_factor_n[rows, None] * decoders.region_factor_m, fragments, reads)
-        if dropout > 0:
-            pi_bg = decoders.pi(z_bk, dropout)
-            x_bg[rng.random(x_bg.shape, dtype=np.float32) < pi_bg] = 0
-            if truth:
-                keep("true_pi", pi_bg)
-        for modality, counts, decoded in ((RNA, x_bg, rho_bg), (ATAC, y_bm, p_bm)):
-            measured_b = pattern_includes(modality)[pattern_b]
-            keep(modality.counts, sp.csr_matrix(counts * measured_b[:, None]))
-            if truth:
-                keep(f"hidden_{modality.counts}", sp.csr_matrix(counts * ~measured_b[:, None]))
-                keep(f"true_{modality.decoded}", decoded)
+        drawn = _draw_counts(rng, cells.at(slice(start, start + size)), decoders, arguments)
+        for key, block in drawn.items():
+            blocks.setdefault(key, []).append(block)
 
-    width = len(str(n - 1))
-    obs = pd.DataFrame(
-        {
-            "modality": pd.Categorical.from_codes(pattern_n, pd.Index(MEASUREMENT_PATTERNS)),
-            "batch": pd.Categorical.from_codes(batch_n, pd.Index([f"batch_{s}" for s in range(n_batches)])),
-            "cell_type": pd.Categorical.from_codes(type_n, pd.Index([f"type_{t}" for t in range(n_types)])),
-            "true_library": library_n,
-            "true_cell_factor": cell_factor_n,
-        },
-        index=[f"cell_{i:0{width}d}" for i in range(n)],
-    )
     x = sp.hstack([sp.vstack(blocks.pop(key), format="csr") for key in (RNA.counts, ATAC.counts)], format="csr")
-    obsm: dict[str, Any] = {"true_z": z_nk}
+    obsm: dict[str, Any] = {"true_z": cells.z_nk}
     for key, parts in blocks.items():
         obsm[key] = sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
     centre_tk = decoders.centre_tk
     adata = AnnData(
         x,
-        obs=obs,
+        obs=_obs(cells, n_batches, n_types),
         var=_variables(decoders),
         obsm=obsm,
         varm={"true_at_centre": np.hstack([decode(centre_tk) for decode in (decoders.rho, decoders.p)]).T},
@@ -273,36 +232,75 @@ def simulate_multiome(
     return simulated_mudata(adata) if return_mudata else adata
 
 
-def _check(arguments: dict[str, Any]) -> None:
-    """Reject arguments for which the process is not defined."""
-    n_cells = arguments["n_cells"]
-    if len(n_cells) != len(MEASUREMENT_PATTERNS) or min(n_cells) < 0 or sum(n_cells) == 0:
-        raise ValueError(
-            f"n_cells is {tuple(n_cells)}; give three numbers of cells, none negative and not all zero: "
-            "paired, RNA-only and ATAC-only"
-        )
-    for name in ("n_genes", "n_regions", "n_types", "n_latent", "n_batches"):
-        if arguments[name] < 1:
-            raise ValueError(f"{name} is {arguments[name]}; it must be at least 1")
-    for name in ("effect_size", "batch_effect", "library_sd"):
-        if not 0 <= arguments[name] < np.inf:
-            raise ValueError(f"{name} is {arguments[name]}; it must be finite and not negative")
-    for name in ("mean_library", "inverse_dispersion"):
-        if not 0 < arguments[name] < np.inf:
-            raise ValueError(f"{name} is {arguments[name]}; it must be finite and positive")
-    for name in ("type_separation", "differential_fraction"):
-        if not 0 <= arguments[name] <= 1:
-            raise ValueError(f"{name} is {arguments[name]}; it must lie in [0, 1]")
-    if arguments["n_proteins"] < 0:
-        raise ValueError(f"n_proteins is {arguments['n_proteins']}; it must not be negative")
-    if not 0 < arguments["stained"] <= 1:
-        raise ValueError(f"stained is {arguments['stained']}; it must lie in (0, 1]")
-    if not 0 <= arguments["dropout"] < 1:
-        raise ValueError(f"dropout is {arguments['dropout']}; it must lie in [0, 1)")
-    if not isinstance(arguments["fragments"], bool):
-        check_number("fragments", arguments["fragments"], above=0, allowed=", or True or False")
-    if not 0 < arguments["mean_accessibility"] < 1:
-        raise ValueError(f"mean_accessibility is {arguments['mean_accessibility']}; it must lie in (0, 1)")
+class _Cells(NamedTuple):
+    """State, depths and origin of n cells."""
+
+    pattern_n: NDArray[np.int64]
+    type_n: NDArray[np.int64]
+    batch_n: NDArray[np.int64]
+    z_nk: Array
+    library_n: Array
+    cell_factor_n: Array
+
+    def at(self, rows: slice) -> _Cells:
+        """Some of the cells."""
+        return _Cells._make(part[rows] for part in self)
+
+
+def _draw_cells(rng: np.random.Generator, n: int, arguments: dict[str, Any], centre_tk: Array) -> _Cells:
+    n_types, n_batches, library_sd = arguments["n_types"], arguments["n_batches"], arguments["library_sd"]
+    pattern_n = np.repeat(np.arange(len(MEASUREMENT_PATTERNS)), arguments["n_cells"])
+    type_n = rng.integers(n_types, size=n)
+    batch_n = rng.integers(n_batches, size=n)
+    between = arguments["type_separation"] if n_types > 1 else 0.0
+    z_nk = np.float32(np.sqrt(1 - between)) * rng.standard_normal((n, arguments["n_latent"]), dtype=np.float32)
+    z_nk += centre_tk[type_n]
+    # Batches differ in depth by half of the spread within a batch, so that they overlap.
+    log_depth_s = np.log(arguments["mean_library"]) + _centred(rng, 0.5 * library_sd, n_batches)
+    library_n = np.exp(log_depth_s[batch_n] + library_sd * rng.standard_normal(n)).astype(np.float32)
+    # Around sigmoid(1) = 0.73: a cell shows most of what is open and never all of it.
+    cell_factor_n = _sigmoid(1 + library_sd * rng.standard_normal(n, dtype=np.float32))
+    return _Cells(pattern_n, type_n, batch_n, z_nk, library_n, cell_factor_n)
+
+
+def _draw_counts(
+    rng: np.random.Generator, cells: _Cells, decoders: _Decoders, arguments: dict[str, Any]
+) -> dict[str, Array | sp.csr_matrix]:
+    """Counts of some cells, and what they were drawn from, by the names that the result has."""
+    found: dict[str, Array | sp.csr_matrix] = {}
+    dropout, truth = arguments["dropout"], arguments["truth"]
+    rho_bg = decoders.rho(cells.z_nk, decoders.rna_batch_sg[cells.batch_n])
+    x_bg = _negative_binomial(rng, cells.library_n[:, None] * rho_bg, decoders.inverse_dispersion_g)
+    p_bm = decoders.p(cells.z_nk, decoders.atac_batch_sm[cells.batch_n])
+    detected_bm = p_bm * cells.cell_factor_n[:, None] * decoders.region_factor_m
+    y_bm = _detections(rng, detected_bm, arguments["fragments"], arguments["reads"])
+    if dropout > 0:
+        pi_bg = decoders.pi(cells.z_nk, dropout)
+        x_bg[rng.random(x_bg.shape, dtype=np.float32) < pi_bg] = 0
+        if truth:
+            found["true_pi"] = pi_bg
+    for modality, counts, decoded in ((RNA, x_bg, rho_bg), (ATAC, y_bm, p_bm)):
+        measured_b = pattern_includes(modality)[cells.pattern_n]
+        found[modality.counts] = sp.csr_matrix(counts * measured_b[:, None])
+        if truth:
+            found[f"hidden_{modality.counts}"] = sp.csr_matrix(counts * ~measured_b[:, None])
+            found[f"true_{modality.decoded}"] = decoded
+    return found
+
+
+def _obs(cells: _Cells, n_batches: int, n_types: int) -> pd.DataFrame:
+    n = len(cells.type_n)
+    width = len(str(n - 1))
+    return pd.DataFrame(
+        {
+            "modality": pd.Categorical.from_codes(cells.pattern_n, pd.Index(MEASUREMENT_PATTERNS)),
+            "batch": pd.Categorical.from_codes(cells.batch_n, pd.Index([f"batch_{s}" for s in range(n_batches)])),
+            "cell_type": pd.Categorical.from_codes(cells.type_n, pd.Index([f"type_{t}" for t in range(n_types)])),
+            "true_library": cells.library_n,
+            "true_cell_factor": cells.cell_factor_n,
+        },
+        index=[f"cell_{i:0{width}d}" for i in range(n)],
+    )
 
 
 def _draw_decoders(rng: np.random.Generator, arguments: dict[str, Any]) -> _Decoders:

@@ -1,4 +1,4 @@
-"""Simulated cells: counts of proteins, with the truth kept beside them, and the form of a MuData."""
+"""Simulated cells: checks of arguments, counts of proteins with the truth kept beside them, the form of a MuData."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import mudata_as_given
+from pyro_multivi.data.checks import check_number
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF
 
@@ -82,7 +83,7 @@ def pattern_includes(modality: Modality) -> NDArray[np.bool_]:
 
 
 def simulated_mudata(adata: AnnData) -> Any:
-    """The same cells as a MuData whose modalities hold only the cells measured in them."""
+    """MuData of simulated cells, whose modalities hold only the cells measured in them."""
     parts = {}
     for modality in MODALITIES:
         cells = pattern_includes(modality)[adata.obs["modality"].cat.codes]
@@ -104,3 +105,35 @@ def simulated_mudata(adata: AnnData) -> Any:
         mdata.obsm[key] = value
     mdata.uns.update(adata.uns)
     return mdata
+
+
+def check_simulation(arguments: dict[str, Any]) -> None:
+    """Reject arguments for which the process is not defined."""
+    n_cells = arguments["n_cells"]
+    if len(n_cells) != len(MEASUREMENT_PATTERNS) or min(n_cells) < 0 or sum(n_cells) == 0:
+        raise ValueError(
+            f"n_cells is {tuple(n_cells)}; give three numbers of cells, none negative and not all zero: "
+            "paired, RNA-only and ATAC-only"
+        )
+    for name in ("n_genes", "n_regions", "n_types", "n_latent", "n_batches"):
+        if arguments[name] < 1:
+            raise ValueError(f"{name} is {arguments[name]}; it must be at least 1")
+    for name in ("effect_size", "batch_effect", "library_sd"):
+        if not 0 <= arguments[name] < np.inf:
+            raise ValueError(f"{name} is {arguments[name]}; it must be finite and not negative")
+    for name in ("mean_library", "inverse_dispersion"):
+        if not 0 < arguments[name] < np.inf:
+            raise ValueError(f"{name} is {arguments[name]}; it must be finite and positive")
+    for name in ("type_separation", "differential_fraction"):
+        if not 0 <= arguments[name] <= 1:
+            raise ValueError(f"{name} is {arguments[name]}; it must lie in [0, 1]")
+    if arguments["n_proteins"] < 0:
+        raise ValueError(f"n_proteins is {arguments['n_proteins']}; it must not be negative")
+    if not 0 < arguments["stained"] <= 1:
+        raise ValueError(f"stained is {arguments['stained']}; it must lie in (0, 1]")
+    if not 0 <= arguments["dropout"] < 1:
+        raise ValueError(f"dropout is {arguments['dropout']}; it must lie in [0, 1)")
+    if not isinstance(arguments["fragments"], bool):
+        check_number("fragments", arguments["fragments"], above=0, allowed=", or True or False")
+    if not 0 < arguments["mean_accessibility"] < 1:
+        raise ValueError(f"mean_accessibility is {arguments['mean_accessibility']}; it must lie in (0, 1)")
