@@ -169,7 +169,7 @@ def _among_measured(
     every: tuple[str, ...],
     of_all: bool,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Those of the chosen features that were measured in all cells: all of them, unless everything was chosen."""
+    """Chosen features that were measured in all cells: all of them, unless everything was chosen."""
     places = torch.arange(len(every)) if chosen[0] is None else chosen[0].cpu()
     there = measured[places]
     lacking = [name for name, is_there in zip(chosen[1], there.tolist(), strict=True) if not is_there]
@@ -310,7 +310,7 @@ def imputed_quantities(
     normalize_regions: bool,
     include_protein_background: bool,
 ) -> list[Quantity]:
-    """What is imputed of each modality, by arguments of the method."""
+    """Quantity of each modality that is imputed, by arguments of the method."""
     found = []
     for modality in modalities:
         if modality == ATAC:

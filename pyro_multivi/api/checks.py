@@ -296,7 +296,7 @@ class ChecksMixin(ModelBase):
         return positions, names
 
     def _held_out(self, adata: Data | None, indices: Indices, batch_size: int) -> Minibatches:
-        """Those of the cells that the model was not trained on."""
+        """Cells that the model was not trained on."""
         if adata is not None and adata is not self.adata:
             if not hasattr(adata, "obs_names"):
                 raise TypeError(f"adata must be an AnnData or a MuData, got {shown(adata)}.")

@@ -78,7 +78,7 @@ def learns_together(spec: DataSpec, program_class: type[MultiVIProgram]) -> bool
 
 
 def check_program(program_class: object) -> type[MultiVIProgram]:
-    """The same class; anything but a class of programs is refused."""
+    """Refuse anything but a class of programs; return it."""
     if not (isinstance(program_class, type) and issubclass(program_class, MultiVIProgram)):
         raise TypeError(f"program_class must be a subclass of MultiVIProgram, got {shown(program_class)}.")
     return program_class

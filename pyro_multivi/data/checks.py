@@ -245,7 +245,7 @@ def unwrapped(value: Any) -> Any:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which refuses wrong values of its plain arguments before anything else happens.
+    """Let a function refuse wrong values of its plain arguments before anything else happens.
 
     Plain are those annotated as a number, a truth value, a string, a path or a device, or one of these or None. The
     function gets them as Python's own types: ``np.int64(3)`` as 3.

@@ -118,7 +118,7 @@ class Minibatches:
         self._rank, self._n_shares = 0, 1
 
     def shared(self, rank: int, size: int) -> Minibatches:
-        """The same minibatches in the same order, of each the share of one of several processes.
+        """Share of one of several processes in these minibatches, in the same order.
 
         A minibatch still stands for all cells. Shares differ by one cell at most and have two or more, for batch
         statistics: the rest of a pass joins the minibatch before it sooner.
@@ -235,7 +235,7 @@ class Minibatches:
 
     @staticmethod
     def _prepared(cells: Cells) -> Cells:
-        """The same cells, whose order by feature is found ahead of encoders, likelihoods and the backward pass."""
+        """Find the order of the entries by feature, ahead of encoders, likelihoods and the backward pass."""
         for modality in MODALITIES:
             counts = modality.counts_in(cells)
             if isinstance(counts, SparseCounts):

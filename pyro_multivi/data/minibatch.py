@@ -118,11 +118,11 @@ class Cells:
         return self.design.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cells:
-        """The same cells on another device."""
+        """Move the cells to another device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Cells:
-        """The same cells in page-locked memory, from which a GPU copies in the background."""
+        """Copy the cells to page-locked memory, from which a GPU copies in the background."""
         return self._map(lambda part: part.pin_memory())
 
     def parts(self) -> list[Tensor]:

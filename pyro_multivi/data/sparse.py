@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 
 class ByFeature(NamedTuple):
-    """The same entries ordered by feature: those of features a..b are one slice.
+    """Entries ordered by feature: those of features a..b are one slice.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class SparseCounts(torch.Tensor):
         return dense
 
     def with_values(self, val: Tensor) -> SparseCounts:
-        """The same places with other entries, shape (nnz,)."""
+        """Counts with other entries at the same places, shape (nnz,)."""
         made = SparseCounts(self.crow, self.col, val, (self.shape[0], self.shape[1]))
         made._order = self._order
         return made

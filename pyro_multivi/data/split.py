@@ -138,7 +138,7 @@ class Split:
         return cls(train, validation, before, tuple(values.get("cell_names", ())))
 
     def among(self, cell_names: Sequence[str] | None, n_cells: int = 0) -> Split | None:
-        """The same cells in other data, by name; None if no cell of this split is known to be there.
+        """Split of other data, its cells found by name; None if no cell of this split is known to be there.
 
         Parameters
         ----------

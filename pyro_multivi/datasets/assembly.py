@@ -97,7 +97,7 @@ def assemble(x: sp.csr_matrix, barcodes: list[str], var: pd.DataFrame) -> AnnDat
 
 
 def moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_matrix:
-    """The same rows with each column at its new place; those placed at -1 are left out."""
+    """Rows with each column at its new place; those placed at -1 are left out."""
     indices = columns.astype(x.indices.dtype)[x.indices]
     keep = indices >= 0
     # How many entries are kept before each; indexing copies, so the input is never sorted in place.
@@ -108,7 +108,7 @@ def moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_ma
 
 
 def with_unique_names(frames: list[pd.DataFrame], suffixes: list[str]) -> list[pd.DataFrame]:
-    """The same tables, where the name of a row that is in more than one of them gets its table's suffix."""
+    """Tables in which the name of a row that is in more than one of them gets its table's suffix."""
     names = pd.Index([name for frame in frames for name in frame.index])
     repeated = set(names[names.duplicated()])
     return [

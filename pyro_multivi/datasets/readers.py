@@ -252,7 +252,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _sound(adata: AnnData) -> AnnData:
-    """The same, if its sparse matrices are: nothing checks them when they are read, and some uses of them crash."""
+    """Refuse sparse matrices that contradict themselves: no reader checks them, and some uses of them crash."""
     for matrix in (adata.X, *adata.layers.values()):
         if isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):
             matrix.check_format(full_check=True)

@@ -66,7 +66,7 @@ _UNIFORM_SD = math.pi / math.sqrt(3)
 
 
 def unlearned_cell_factor(n_batch: int) -> dict[str, Tensor]:
-    """What priors and posteriors of d need, by name, before anything is known: the prior is nearly uniform."""
+    """Parameters and buffers of d by name, before anything is known: the prior is nearly uniform."""
     return {
         "cell_factor_loc": torch.zeros(n_batch),
         "cell_factor_log_scale": torch.tensor(0.0),

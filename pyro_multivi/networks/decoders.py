@@ -37,7 +37,7 @@ class DecodedExpression(NamedTuple):
 
 
 def read_out(layer: nn.Module, hidden: Tensor, link: Link, gemm_dtype: torch.dtype | None) -> Tensor:
-    """What a last layer decodes from a hidden layer (..., H), (..., F): dense where it is not an ``nn.Linear``.
+    """Decode a hidden layer (..., H) by a last layer, (..., F): dense where that is not an ``nn.Linear``.
 
     Examples
     --------

@@ -43,7 +43,7 @@ class Axis(NamedTuple):
     new: list[int]
 
     def after(self, n: int) -> Axis:
-        """The same axis behind ``n`` others, which were there."""
+        """Axis with ``n`` known columns in front of these."""
         sources = [[place] for place in range(n)] + [[n + place for place in each] for each in self.sources]
         return Axis(sources, [n + place for place in self.new])
 
@@ -193,7 +193,7 @@ class Training:
             parameter.requires_grad_(part != ())
             if part:
                 axis, places = part
-                parameter.register_hook(_Keep(parameter, axis, places))
+                parameter.register_hook(_KeepColumns(parameter, axis, places))
         program.partly_trained = frozenset(name for name, part in self.parts.items() if part is not None)
         modules = dict(program.named_modules())
         for network, prefix in _normalisations(program):
@@ -234,7 +234,7 @@ class Training:
         return cls(parts, dropout, batch_norm)
 
 
-class _Keep:
+class _KeepColumns:
     """Hook that keeps the gradient of some columns; that of the others is zero."""
 
     def __init__(self, parameter: Tensor, axis: int, places: list[int]) -> None:

@@ -57,7 +57,7 @@ class Processes:
 
     @property
     def turn(self) -> slice:
-        """Which of the items that processes do in turn are this one's: every n-th."""
+        """Slice of the items that processes do in turn that are this one's: every n-th."""
         return slice(self.rank, None, self.size)
 
     def seed(self, seed: int) -> int:
@@ -131,7 +131,7 @@ class Processes:
         return [bytearray(part[:length].cpu().numpy().tobytes()) for part, length in parts]
 
     def broadcast(self, content: bytes) -> bytes:
-        """What the first process gives."""
+        """Give all processes the bytes that the first gives."""
         if not self.are_several:
             return content
         length = self._ours([len(content)])

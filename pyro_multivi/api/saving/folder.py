@@ -325,7 +325,7 @@ def _tensors(stream: BinaryIO, where: str) -> dict[str, Tensor]:
 
 
 def _link(source: Path, copy: Path) -> None:
-    """The same file under another name, or a copy where the file system has no such links."""
+    """Give a file another name, or copy it where the file system has no such links."""
     try:
         os.link(source, copy)
     except OSError:

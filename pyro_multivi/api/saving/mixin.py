@@ -195,7 +195,7 @@ class SavingMixin(ModelBase):
         return model
 
     def _query_description(self) -> dict[str, Any] | None:
-        """What a model of a query has beyond others, for JSON."""
+        """Attributes that only the model of a query has, for JSON; None for others."""
         return None
 
     def _restore_query(self, values: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from pyro_multivi.utils import attrdict
 
 
 class AnnDataManager:
-    """Where a model's data lie, for reading, by the names of scvi-tools.
+    """Places of a model's data, for reading, by the names of scvi-tools.
 
     Attributes
     ----------
@@ -186,7 +186,7 @@ class ScviAttributes(ModelBase):
 
     @property
     def adata_manager(self) -> AnnDataManager:
-        """Where the data lie, for reading."""
+        """Places of the data, for reading."""
         known: AnnDataManager | None = getattr(self, "_manager", None)
         if known is None or known.adata is not self.adata:
             self._manager = known = AnnDataManager(self.spec, self.adata)
@@ -246,7 +246,7 @@ class ScviAttributes(ModelBase):
 
     @checked
     def get_anndata_manager(self, adata: Data, required: bool = False) -> AnnDataManager:
-        """Where the data of an object lie.
+        """Places of the data of an object.
 
         Parameters
         ----------

@@ -67,7 +67,7 @@ def read(
 def read_whole(
     sources: Mapping[Modality, Counts], names: Mapping[Modality, tuple[str, ...]]
 ) -> dict[Modality, SparseCounts]:
-    """The same, and counts on disk are read too."""
+    """Read the counts of each modality into memory, those on disk too."""
     made = {modality: _Compact(counts, names[modality], partial=False) for modality, counts in sources.items()}
     for own, stored in _by_matrix(sources):
         _fill([made[each.modality] for each in own], own[0], stored)

@@ -108,7 +108,7 @@ class Setup:
         return getattr(self, f"{modality.feature}_types")
 
     def types_found(self, modality: Modality, kinds: Iterable[str]) -> tuple[str, ...]:
-        """Those of the feature types in the data that belong to a modality; without the default ones its spellings."""
+        """Feature types in the data that belong to a modality; without the default ones its spellings."""
         found = set(kinds)
         stated = self.types_of(modality)
         if found & set(stated) or stated != modality.feature_types:

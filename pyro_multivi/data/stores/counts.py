@@ -178,7 +178,7 @@ class StoredCounts:
         return self.select_rows(torch.arange(self.shape[0])).to_dense()
 
     def parts(self) -> tuple[Tensor, ...]:
-        """What tells these counts from others."""
+        """Tensors by which these counts are compared with others."""
         return self.crow, self.hashes
 
 

@@ -206,7 +206,7 @@ def names_in(path: Path) -> tuple[pd.Index[Any], pd.Index[Any]]:
 
 
 def uniquely(path: Path, name: str) -> str:
-    """How a file is written with unique names."""
+    """Advice for writing a file with unique names."""
     return (
         f"write a file with unique ones, in Python: adata = pyro_multivi.read({str(path)!r}); "
         f"adata.{name}_make_unique(); adata.write_h5ad('OUT.h5ad')"

@@ -60,7 +60,7 @@ class Columns:
         return canonical(made)
 
     def bounds(self, block: Rows) -> tuple[Places, Places]:
-        """Where these columns begin and end in each of some rows in canonical form, if they are a run."""
+        """Places at which these columns begin and end in each of some rows in canonical form, if they are a run."""
         start, stop = block.indptr[:-1].astype(np.int64), block.indptr[1:].astype(np.int64)
         whole = self._stop == block.shape[1]
         return (
@@ -70,7 +70,7 @@ class Columns:
 
 
 def canonical(rows: Rows) -> Rows:
-    """The same rows, changed in place: sorted, no duplicates, no stored zeros."""
+    """Put rows in canonical form, in place: sorted, no duplicates, no stored zeros."""
     rows.sum_duplicates()
     if len(rows.data) and not rows.data.all():
         rows.eliminate_zeros()

@@ -94,7 +94,7 @@ def open_with_keys(
     feature_type_key: str,
     feature_type_values: Mapping[str, str | Sequence[str]] | None,
 ) -> AnnData:
-    """What :func:`open_stores` returns; the sample is in the first of some columns that no store has of other words."""
+    """Open stores as :func:`open_stores`; the sample goes to the first of some columns that no store uses otherwise."""
     if isinstance(stores, (str, os.PathLike)):
         return _one_store(_Part.of(sample_name(stores), stores, layer))
     parts = [_Part.of(name, path, layer) for name, path in _named(stores).items()]

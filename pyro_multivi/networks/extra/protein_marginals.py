@@ -128,7 +128,7 @@ def _upper_component(x: Tensor, known: Tensor) -> Tensor:
 
 
 def _of_counts(y: Tensor, known: Tensor, upper: Tensor) -> Tensor:
-    """The same under two negative binomials, by EM from there; their dispersions are those of their moments."""
+    """Probability of the upper of two negative binomials, (n, F), by EM from ``upper``; dispersions by moments."""
     weight = known.float()
     n = weight.sum(0).clamp(min=1)
     for _ in range(_COUNT_ITERATIONS):

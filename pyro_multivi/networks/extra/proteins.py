@@ -253,7 +253,7 @@ class Proteins(ExtraModality):
 
 
 class Decoded(NamedTuple):
-    """What is decoded of the state: both of the mixture (S, B, F), and the hidden layer they come from, (S, B, H)."""
+    """Arguments of the mixture, decoded from the state, (S, B, F), and the hidden layer behind them, (S, B, H)."""
 
     log_ratio: Tensor
     logits: Tensor

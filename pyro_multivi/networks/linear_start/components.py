@@ -133,7 +133,7 @@ def components(
 
 
 def _by_panel(x: sp.csr_array, depth: Array, covariates: Array, panel: NDArray[np.integer[Any]]) -> tuple[Array, Array]:
-    """What is taken out of the features of each panel's cells, (n, q), and its coefficients, (q, F)."""
+    """Columns of :func:`_others` for the cells of each panel, (n, q), zero elsewhere, and coefficients, (q, F)."""
     columns, coefficients = [], []
     for code in np.unique(panel):
         rows = np.flatnonzero(panel == code)
@@ -155,7 +155,7 @@ def _coefficients(others: Array, x: sp.csr_array) -> Array:
 
 
 def _others(depth: Array, covariates: Array) -> Array:
-    """What is taken out of the features: intercept, depth and its logarithm, covariates, (n, q)."""
+    """Columns that features are freed of by regression: intercept, depth, its logarithm, covariates, (n, q)."""
     log_depth = np.log(depth.clip(min=1.0))
     columns = np.column_stack([depth / max(depth.mean(), 1e-12), log_depth, covariates])
     columns = columns - columns.mean(0)

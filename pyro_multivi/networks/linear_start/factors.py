@@ -38,7 +38,7 @@ class Factors(NamedTuple):
         return np.linalg.inv(precision)
 
     def evidence(self, place: int, scores: Array) -> Array:
-        """What the scores of one modality, (n, k), add to precision times mean, (n, K)."""
+        """Term that the scores of one modality, (n, k), add to precision times mean, (n, K)."""
         return (scores / self.noise[place]) @ self.loadings[place]
 
 

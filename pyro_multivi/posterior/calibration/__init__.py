@@ -1,1 +1,1 @@
-"""Calibration after training, on cells of both modalities: how to impute what was not measured."""
+"""Calibration after training: last layers, spreads of the posterior, and imputation by pairs of cells."""

@@ -118,7 +118,7 @@ def _fit(program: MultiVIProgram, proteins: Proteins, train: Minibatches) -> Non
 
 
 class _Shifts(NamedTuple):
-    """What is added to the log of s, (), of phi, (F,), and of the background's mean in each batch, (batches, F)."""
+    """Shifts of the log of s, (), of phi, (F,), and of the background's mean in each batch, (batches, F)."""
 
     sd: Tensor
     theta: Tensor

@@ -52,7 +52,7 @@ _LARGEST = 2.0
 
 
 class Likeness(NamedTuple):
-    """How alike the scores of pairs of cells are.
+    """Likeness of the scores of pairs of cells.
 
     Attributes
     ----------

@@ -93,12 +93,12 @@ class LastLayer(NamedTuple):
         return self.vectors.shape[1] == directions.shape[1] - 1
 
     def evidence(self, program: MultiVIProgram, train: Minibatches, *, joint: bool = False) -> Evidence:
-        """What the counts of the cells say of each feature's weights in these directions.
+        """Information that the counts of the cells have of each feature's weights in these directions.
 
         Parameters
         ----------
         joint
-            Whether also how much they say of each pair of weights.
+            Whether also that of each pair of weights.
         """
         information: list[Tensor] = []
         score: list[Tensor] = []
@@ -127,7 +127,7 @@ class LastLayer(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What counts say of the weights of F features in K directions and of their intercepts.
+    """Information that counts have of the weights of F features in K directions and of their intercepts.
 
     Attributes
     ----------

@@ -119,7 +119,7 @@ class CellNoise:
 
 
 class MirroredNoise(CellNoise):
-    """The same points for every cell, each beside its mirror image (antithetic): the noise of an average, not of draws.
+    """Noise of an average: the same points for every cell, each beside its mirror image (antithetic).
 
     Averages over an even number of draws have the mean of a Normal exactly, and differences between cells are not those
     of their noise.

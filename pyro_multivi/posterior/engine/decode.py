@@ -103,7 +103,7 @@ class MeasuredMean:
     ceiling: float
 
     def some(self, features: Tensor | None, rows: Tensor | None) -> MeasuredMean:
-        """The same of some features and cells, at positions (k,), int64; None for all."""
+        """Mean of some features for some cells, at positions (k,), int64; None for all."""
         mean = self.mean if features is None else self.mean[features]
         return MeasuredMean(mean, self.weight if rows is None else self.weight[rows], self.ceiling)
 

@@ -24,7 +24,7 @@ from pyro_multivi.training.schedules import EarlyStopping
 
 @dataclass
 class Position:
-    """Where training stands between two steps, and what it has gathered of the epoch.
+    """Place of training between two steps, and sums over the epoch so far.
 
     Attributes
     ----------

@@ -31,7 +31,7 @@ _APART = ("api", "cli", "datasets", "plots")
 
 
 class Run(NamedTuple):
-    """What is trained on what, for two runs to be compared.
+    """Description of a run, for two of them to be compared.
 
     Attributes
     ----------
