@@ -43,7 +43,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     ContractError
         If a latent of the model is missing in the guide or the other way round, if they come in another
         order where that matters, if their plates, shapes or scales differ, if a distribution is not one per cell
-        inside the plate of cells or one in all outside, if a plate lies inside that of cells, if a latent is not
+        inside the plate of cells or one in all outside, if there is a plate beside that of cells, if a latent is not
         reparameterised where the ELBO needs it, or if a parameter is none of the program's. The message names the
         site, what was found, what is expected and the fix.
     """
@@ -170,20 +170,22 @@ def _check_order(guided: list[str], latents: list[str], mean_field: bool) -> Non
 
 def _check_batch(role: str, name: str, site: Any, n_cells: int) -> None:
     where, batch = f"Site {name!r} of the {role}", tuple(site["fn"].batch_shape)
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    others = [frame.name for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != CELLS]
+    if others:
+        beside = (
+            f" beside that of cells: expected the plate {CELLS!r} alone" if is_of_cells(site) else ": expected none"
+        )
+        raise ContractError(
+            f"{where} lies in the plate {', '.join(map(repr, others))}{beside}, as draws of "
+            "the posterior have the dimension -2. Make what belongs to one cell, or to all, one event: .to_event(...) "
+            "in place of the plate."
+        )
     if not is_of_cells(site):
-        if len(batch) > len(frames):
+        if batch:
             raise ContractError(
                 f"{where} has batch shape {batch} outside of the plate {CELLS!r}: expected (), as all cells share it. "
                 "Add .to_event(...) for what belongs to one draw, or move the statement into the plate of cells."
             )
-    elif len(frames) > 1:
-        others = ", ".join(repr(frame.name) for frame in frames if frame.name != CELLS)
-        raise ContractError(
-            f"{where} lies in the plate {others} beside that of cells: expected the plate {CELLS!r} alone, as draws of "
-            "the posterior have the dimension -2. Make what belongs to one cell one event: .to_event(...) in place of "
-            "the plate."
-        )
     elif batch != (n_cells,):
         raise ContractError(
             f"{where} has batch shape {batch} inside the plate {CELLS!r}: expected ({n_cells},), one distribution per "

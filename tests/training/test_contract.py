@@ -54,6 +54,18 @@ class InnerPlate(MultiVIProgram):
             pyro.sample("seen", dist.Normal(z.sum(-1), 1.0), obs=torch.ones(4, len(cells)))
 
 
+class OuterPlate(MultiVIProgram):
+    """Numbers that all cells share in a plate of their own, where draws of the posterior would stand for cells."""
+
+    def region_factors(self):
+        with pyro.plate("regions", self.config.n_regions):
+            return pyro.sample("r_logit", dist.Normal(0.0, 1.0)).sigmoid()
+
+    def guide_shared(self):
+        with pyro.plate("regions", self.config.n_regions):
+            pyro.sample("r_logit", dist.Normal(self.region_logit, 1.0))
+
+
 class PyroParam(WithSpeed):
     def guide_extra(self, cells, s):
         scale = pyro.param("speed_scale", torch.tensor(0.5), constraint=dist.constraints.positive)
@@ -137,6 +149,7 @@ CASES = [
     (NoEvent, r"'w' of the guide has a batch shape that ends in 4 .* 12 cells: expected \(12,\).*\.to_event\(1\)"),
     (NoEventInModel, r"'z' of the model has a batch shape that ends in 3 .*\.to_event\(1\)"),
     (OneComponentNoEvent, r"'w' of the guide has batch shape \(12, 12\).*expected \(12,\).*\.to_event\(1\)"),
+    (OuterPlate, r"'r_logit' of the guide lies in the plate 'regions': expected none, .* -2.*\.to_event\(...\)"),
     (OtherWidth, r"'w' has event shape \(4,\) in the model and \(5,\) in the guide"),
     (OtherData, r"'seen' of the model is observed with shape \(12, 3\), and its distribution Normal .*\(12, 4\)"),
     (Discrete, r"'w' of the guide is drawn from Poisson, whose draws are not repar.*, or elbo=Trace_ELBO\(\)\.$"),
