@@ -16,6 +16,7 @@ import torch.distributions as torchdist
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -203,6 +204,17 @@ def is_point(fn: Any) -> bool:
 def is_deterministic(site: Any) -> bool:
     """Whether a site holds a value that follows from others (``pyro.deterministic``)."""
     return bool((site["infer"] or {}).get("_deterministic", False))
+
+
+class Uncondition(UnconditionMessenger):
+    """Draw what is observed, as :func:`pyro.poutine.uncondition`, and leave what follows from other sites as it is.
+
+    Drawn anew, a deterministic site takes on the shape of its plates: the design would be (S, B, ...).
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
 
 
 def log_density(site: Any) -> Tensor:

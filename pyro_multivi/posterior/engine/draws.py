@@ -30,7 +30,7 @@ from pyro_multivi.posterior.engine.depth_regression import imputation_depth
 from pyro_multivi.posterior.engine.posterior_scale import NoMeanError, corrected, corrected_depth, mean_of
 from pyro_multivi.posterior.engine.stored_posterior import guide_of
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode, is_deterministic, is_of_cells
+from pyro_multivi.traces import Uncondition, evaluation_mode, is_deterministic, is_of_cells
 
 #: Draws x cells decoded together. Their hidden layers, and a block of 4 096 of their features (the
 #: width at which a softmax is summed), take 2 and 64 MB in float32.
@@ -231,7 +231,7 @@ def _values(
     if any(nodes[name]["is_observed"] and not is_deterministic(nodes[name]) for name in sites):
         # Counts are drawn. Nothing wide was evaluated so far: the second trace is what costs.
         torch.manual_seed(CellNoise(cells.index, seed).torch_seed("counts"))
-        nodes = trace(poutine.uncondition(program.model))
+        nodes = trace(Uncondition()(program.model))
     values = {}
     for name in sites:
         fn = nodes[name]["fn"]

@@ -1,6 +1,6 @@
 """Replicated data: counts as the model would have measured them in the same cells.
 
-Observed sites are drawn instead (:func:`pyro.poutine.uncondition`), at latents drawn
+Observed sites are drawn instead (:class:`~pyro_multivi.traces.Uncondition`), at latents drawn
 from the guide. A modality can be hidden from the guide first, so that it is predicted, not reconstructed.
 """
 
@@ -12,7 +12,6 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import pyro.poutine as poutine
 import scipy.sparse as sp
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from pyro_multivi.posterior.engine.draws import Latents, draw_latents, imputatio
 from pyro_multivi.posterior.engine.weight_posterior import WeightNoise
 from pyro_multivi.processes.shares import Arrays, by_minibatch
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode
+from pyro_multivi.traces import Uncondition, evaluation_mode
 
 #: Sources of the depth of a hidden modality: the hidden counts, the other modality, or the prior.
 DEPTHS = ("observed", "predicted", "prior")
@@ -160,7 +159,7 @@ def replicate(
             drawn = {}
             for together, part in imputation_latents(program, seen, latents, sites, known_depth):
                 torch.manual_seed(CellNoise(cells.index, seed, draws.start).torch_seed("replicates"))
-                model = WeightNoise(program, part.noise)(poutine.uncondition(program.model))
+                model = WeightNoise(program, part.noise)(Uncondition()(program.model))
                 nodes: dict[str, Any] = dict(model_trace(model, seen, part).nodes)
                 for site in together:
                     if site not in nodes:

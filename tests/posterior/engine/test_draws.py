@@ -19,6 +19,7 @@ from pyro_multivi.posterior.engine.draws import (
     region_factors,
     replay,
 )
+from pyro_multivi.posterior.engine.replicates import replicate
 from pyro_multivi.traces import evaluation_mode
 
 RNA_ONLY = slice(5, 8)  # of make_cells' 5 paired, 3 RNA-only, 4 ATAC-only cells
@@ -215,6 +216,22 @@ def test_a_guide_without_a_mean_asks_for_draws(make_program, make_cells):
     with evaluation_mode(program), pytest.raises(ValueError, match="'z' has no mean: ask for draws"):
         mean_latents(program, make_cells())
     assert draw(program, make_cells(), ("z",), n_samples=3)["z"].shape == (3, 12, 3)
+
+
+class ByLength(MultiVIProgram):
+    """A program that takes the design for (B, S), as it is in training."""
+
+    def z_prior(self, s):
+        assert s.dim() == 2
+        return dist.Laplace(torch.zeros(len(s), self.config.latent), 1.0).to_event(1)
+
+
+def test_the_design_has_no_dimension_of_draws_where_counts_are_drawn(make_program, make_cells):
+    program, cells = ByLength(make_program().config), make_cells()
+    drawn = draw(program, cells, ("x", "y", "s"), n_samples=5)
+    assert [tuple(drawn[site].shape) for site in ("x", "y", "s")] == [(5, 12, 7), (5, 12, 9), (5, 12, 3)]
+    for draws, replicates in replicate(program, cells, 5):
+        assert replicates["x"].values.shape == (draws.stop - draws.start, 12, 7)
 
 
 class SharedWithoutMean(MultiVIProgram):
