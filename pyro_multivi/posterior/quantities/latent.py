@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from numpy.typing import NDArray
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_multivi.data.checks import NotInModelError
@@ -24,8 +26,8 @@ from pyro_multivi.posterior.engine.draws import draw_latents, state_posterior
 from pyro_multivi.posterior.engine.posterior_scale import corrected, mean_of, normal_in
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
-from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import evaluation_mode
+from pyro_multivi.program import CELLS, MultiVIProgram
+from pyro_multivi.traces import evaluation_mode, random_sites
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,14 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
     Raises
     ------
     ValueError
-        If the posterior of z, l or d is of a family of which two numbers are not all.
+        If the posterior of z, l or d is of a family of which two numbers are not all, or the guide has other latents.
     """
     rows = []
     for minibatch in cells:
         with evaluation_mode(program):
-            nodes: dict[str, Any] = dict(poutine.trace(program.guide).get_trace(minibatch).nodes)
+            guide = poutine.trace(program.guide).get_trace(minibatch)
+            nodes: dict[str, Any] = dict(guide.nodes)
+            _check_latents(program, minibatch, guide)
             hidden = program.encode(minibatch, minibatch.design)
             experts = program.experts_alone(minibatch, minibatch.design, hidden)
         _check_families(program, minibatch, nodes)
@@ -158,6 +162,20 @@ def posterior_to_store(program: MultiVIProgram, cells: Iterable[Cells]) -> NDArr
             stored[modality.name] = torch.cat(parts if expert is None else (expert.loc, expert.scale), -1)
         rows.append(packed(stored))
     return np.concatenate(rows)
+
+
+def _check_latents(program: MultiVIProgram, cells: Cells, guide: Trace) -> None:
+    """Refuse a guide with latents that neither the stored posterior nor an extra modality draws."""
+    with pyro.plate(CELLS, cells.n_total, subsample=cells.index), poutine.trace() as of_extra:
+        for modality in program.modelled_extra:
+            modality.guide(cells, cells.design)
+    kept = {"z", RNA.depth, ATAC.depth, *of_extra.trace.nodes}
+    lost = [name for name, site in random_sites(guide).items() if not site["is_observed"] and name not in kept]
+    if lost:
+        raise ValueError(
+            f"The guide of {type(program).__name__} draws {', '.join(map(repr, lost))} beside z, l and d, and minified "
+            "data keep the posterior of these alone. Keep the data as they are."
+        )
 
 
 def _check_families(program: MultiVIProgram, cells: Cells, nodes: Mapping[str, Any]) -> None:

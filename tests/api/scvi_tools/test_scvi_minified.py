@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pyro_multivi.posterior.quantities.file_sink import digest
 from pyro_multivi.program import MultiVIProgram
 
 
-def made(mudata=False, size_factors=False, **choices):
+def made(mudata=False, size_factors=False, train=True, **choices):
     data = scvi.simulate_multiome((60, 25, 25), 20, 30, n_batches=2, n_types=2, seed=0, return_mudata=mudata)
     given = {"batch_key": "batch"}
     if size_factors:
@@ -31,7 +32,9 @@ def made(mudata=False, size_factors=False, **choices):
         data.layers["copy"] = data.X.copy()
         MULTIVI.setup_anndata(data, modality_key="modality", **given)
     model = MULTIVI(data, n_hidden=6, n_latent=2, **choices)
-    model.train(2, enable_progress_bar=False)
+    if train:
+        model.train(2, enable_progress_bar=False)
+    model.is_trained = True
     return data, model
 
 
@@ -177,6 +180,25 @@ class Own(MultiVIProgram):
 def test_a_guide_of_ones_own_is_not_minified():
     _, model = made(program_class=Own)
     with pytest.raises(ValueError, match="minify_adata: Own has a guide_extra of its own"):
+        model.minify_adata()
+
+
+class Offset(MultiVIProgram):
+    """A latent of each cell beside its library size, in the methods of that."""
+
+    def library_prior(self, cells, s):
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(len(cells)), 0.1))
+        loc, scale = self.library_moments(s)
+        return dist.LogNormal(loc + offset, scale)
+
+    def library_posterior(self, cells, s, hidden):
+        pyro.sample("offset", dist.Normal(torch.zeros(len(cells)), 0.1))
+        return super().library_posterior(cells, s, hidden)
+
+
+def test_a_guide_with_another_latent_is_not_minified():
+    _, model = made(program_class=Offset, train=False)
+    with pytest.raises(ValueError, match="The guide of Offset draws 'offset' beside z, l and d"):
         model.minify_adata()
 
 
