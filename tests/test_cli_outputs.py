@@ -150,3 +150,26 @@ def test_tables_and_checks_are_not_replaced_unasked(mosaic, tmp_path, capsys):
         assert len(pd.read_csv(path)) > 10
         assert not [left for left in path.parent.iterdir() if left.name.startswith(".")]
     assert not (checked / "user.csv").exists()
+
+
+def test_a_check_is_written_as_a_whole(mosaic, tmp_path, capsys, monkeypatch):
+    pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
+    model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2)
+    model.is_trained = True
+    model.save(tmp_path / "model", save_anndata=True)
+    words = ["check", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--n-samples", "40", "--all-cells"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "check.html")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_multivi.plots.report.write_whole", full)
+        assert main(words) == 1
+    assert "No space left on device: 'check.html'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    before = files(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_multivi.plots.report.write_whole", full)
+        assert main([*words, "--overwrite", "--seed", "1"]) == 1
+    assert files(tmp_path / "out") == before

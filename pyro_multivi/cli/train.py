@@ -254,7 +254,10 @@ def _write(model: MULTIVI, data: Any, labels: Any, options: argparse.Namespace, 
     # One of an earlier run would be taken for that of this model.
     (out / RECORD).unlink(missing_ok=True)
     # Before anything that may fail.
-    written = [f"{save_model(model, out / 'model', options.overwrite, options.from_disk).name}/"]
+    saved = save_model(model, out / "model", options.overwrite, options.from_disk)
+    # At once: what follows may fail, for instance where the disk is full.
+    print(f"the model is saved: {saved}")
+    written = [f"{saved.name}/"]
     record.write(out)
     if not model.history:  # interrupted in its first epoch
         print(f"written to {out}: {', '.join(written)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,10 +95,14 @@ def check_and_report(
     if not is_first_process():
         return check, []
     out.mkdir(parents=True, exist_ok=True)
-    written = [path.name for path in check.to_csv(out)]
-    # The others, if there are any, have gone on.
-    with alone():
-        write_whole(out / PAGE, page(model, check, labels).encode())
+    # Aside first: where the disk is full, what was there stays as it was.
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=out) as aside:
+        written = [path.name for path in check.to_csv(aside)]
+        # The other processes, if there are any, have gone on.
+        with alone():
+            write_whole(Path(aside) / PAGE, page(model, check, labels).encode())
+        for name in (*written, PAGE):
+            os.replace(Path(aside) / name, out / name)
     return check, [*written, PAGE]
 
 
@@ -257,7 +263,9 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
             "Training and latent space",
             "Curves that still fall mean that training was too short, a validation curve that rises that it was too "
             "long; the right picture shows all cells in the two widest directions of the latent space.",
-            [partial(plots.training_history, model.history, "elbo"), partial(plots.latent_scatter, latent, kinds)],
+            # A training that was interrupted in its first epoch has no history.
+            [partial(plots.training_history, model.history, "elbo")] * bool(model.history)
+            + [partial(plots.latent_scatter, latent, kinds)],
         ),
     ]
     return [picture for picture in found if picture.panels]
