@@ -112,8 +112,9 @@ def counts_of_group(
 ) -> GroupCounts:
     """Counts of a group: the model's mean times the ratio of the counts to those that the model expects.
 
-    So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured. Of
-    a feature only the parts count that measured it. Of open or closed regions the ratio is of rates of opening.
+    So the decoder cancels, up to the ratio of the batches and depths that are compared to those that were measured. In
+    the ratio a part counts by the cells that measured a feature: few of many would bring their error as if it were that
+    of many. Of open or closed regions the ratio is of rates of opening.
 
     Parameters
     ----------
@@ -127,6 +128,7 @@ def counts_of_group(
     """
     of_part, weights, exposure = [], [], np.zeros(len(means[0]))
     for part, mean, wanted, size in zip(parts, means, expected, sizes, strict=True):
+        weights.append(size * part.measured if part.n_measured else np.full(len(mean), float(size)))
         if part.n_measured and not modality.binary:
             there = wanted * part.measured
             # The depth is of all features; the counts of a panel are those of its own.
@@ -137,7 +139,6 @@ def counts_of_group(
             mean = np.where(part.measured, part.counts / np.where(part.measured, own, 1.0), mean)
             exposure = exposure + own
         of_part.append(mean)
-        weights.append(size * part.measured if part.n_measured else np.full(len(mean), float(size)))
     measured = [part for part in parts if part.n_measured]
 
     def summed(values: Sequence[float]) -> Array:
@@ -149,13 +150,19 @@ def counts_of_group(
     counts: Array = np.sum([part.counts for part in parts], axis=0)
     weight = np.stack(weights)
     weight[:, ~weight.any(0)] = 1.0
-    group_mean = np.average(of_part, axis=0, weights=weight)
+    counted = np.stack([part.n_measured * part.measured for part in parts])
+    known = weight * (counted > 0)
+    model = _average(means, known)
     if modality.binary:
-        known = weight * np.stack([part.measured & (part.n_measured > 0) for part in parts])
-        shares = [part.counts / max(part.n_measured, 1) for part in parts]
-        opened, depth_of_cell = _opened(np.stack(shares), np.stack(expected), np.stack(of_part), known)
-        group_mean = np.maximum(group_mean + known.sum(0) / weight.sum(0) * opened, 0.0)
-        exposure = n * depth_of_cell
+        # Averages first: rates of opening of few cells are biased.
+        share = _average([part.counts / max(part.n_measured, 1) for part in parts], counted)
+        there = rate_of_opening(np.maximum(_average(expected, counted), 1e-9))
+        depth_of_cell = there / rate_of_opening(np.maximum(model, 1e-9))
+        found, exposure = probability_open(rate_of_opening(share) / depth_of_cell), n * depth_of_cell
+    else:
+        ratio = model / np.maximum(_average(means, counted), 1e-300)
+        found, exposure = ratio * _average(of_part, counted), exposure / np.maximum(ratio, 1e-300)
+    group_mean = np.maximum(_average(means, weight) + known.sum(0) / weight.sum(0) * (found - model), 0.0)
     return GroupCounts(
         n_cells=n,
         freedom=freedom,
@@ -167,15 +174,9 @@ def counts_of_group(
     )
 
 
-def _opened(shares: Array, expected: Array, means: Array, weight: Array) -> Pair:
-    """What shares of open cells change in the mean of a group, and the depth of its cells, (F,) each.
-
-    Averages over the parts, (P, F), are taken first: rates of opening of few cells are biased.
-    """
-    total = np.maximum(weight.sum(0), 1e-300)
-    share, there, mean = ((weight * values).sum(0) / total for values in (shares, expected, means))
-    depth = rate_of_opening(np.maximum(there, 1e-9)) / rate_of_opening(np.maximum(mean, 1e-9))
-    return probability_open(rate_of_opening(share) / depth) - mean, depth
+def _average(values: Sequence[Array], weight: Array) -> Array:
+    """Average over parts, (P, F), with these weights; 0 without any."""
+    return np.asarray((weight * np.stack(values)).sum(0) / np.maximum(weight.sum(0), 1e-300))
 
 
 def rate_of_opening(probability: Array) -> Array:

@@ -167,6 +167,33 @@ def test_means_of_open_cells_do_not_depend_on_how_a_group_is_divided():
         np.testing.assert_allclose(group(size).exposure, 1.5 * n, rtol=1e-9)
 
 
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_a_part_of_which_few_cells_were_measured_counts_by_these(modality):
+    """Scores of groups that do not differ are standard Normal, also where a large part of one was hardly measured."""
+    rng, scores = np.random.default_rng(0), []
+    mean = np.full(N_FEATURES, 1 / N_FEATURES if modality is RNA else 0.3)
+    everything = np.ones(N_FEATURES, dtype=bool)
+
+    def part(n_measured):
+        if modality is ATAC:
+            counts = rng.binomial(n_measured, mean)[None].astype(float)
+            return PseudobulkSums(n_measured, everything, counts, n_measured, n_measured)
+        counts = rng.poisson(500 * mean, (n_measured, N_FEATURES)).astype(float)
+        total = counts.sum(1, keepdims=True)
+        sums = [(counts > 0).sum(0), counts.sum(0), 1e4 * (counts / total).sum(0), (counts**2 / total).sum(0)]
+        return PseudobulkSums(n_measured, everything, np.stack(sums), total.sum(), (total**2).sum())
+
+    def group(n_measured, sizes):
+        many = len(sizes)
+        return counts_of_group(list(map(part, n_measured)), [mean] * many, [mean] * many, sizes, modality)
+
+    for _ in range(20):
+        rest, own = group([4, 60], [400, 60]), group([60], [60])
+        np.testing.assert_allclose(rest.exposure, 64 * (500 if modality is RNA else 1), rtol=0.05)
+        scores.append(compare_counts((own, rest), modality).score)
+    assert np.std(scores) == pytest.approx(1.0, abs=0.1)
+
+
 def test_parts_that_were_not_measured_keep_the_means_of_the_model():
     half = np.arange(6) < 3
     sums = [
