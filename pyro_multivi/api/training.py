@@ -283,6 +283,9 @@ class TrainingMixin(ModelBase):
             )  # fmt: skip
             train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
             validation = batches(split.validation) if len(split.validation) else None
+            known = self._split if self._saved_split is None else self._saved_split
+            if known is not None:
+                split = replace(split, trained_elsewhere=known.trained_besides(table.cell_names))
             self._split, self._saved_split = split, None
             with refit(self.program, lambda: self._history.n_epochs) if self._recalibrates else nullcontext():
                 self._history, self._optimizer_state = fit(

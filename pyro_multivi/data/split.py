@@ -15,6 +15,8 @@ from pyro_multivi.data.checks import caution
 
 #: Fields that hold positions.
 _POSITIONS = ("train", "validation", "trained_before")
+#: Fields that hold names.
+NAMES = ("cell_names", "trained_elsewhere")
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,26 @@ class Split:
         Positions of other cells that an earlier split trained on: they are not held out.
     cell_names
         Names of all cells, by which they are found again in other data; may be left empty.
+    trained_elsewhere
+        Names of cells of other data that were trained on, by which these are known when they come back.
     """
 
     train: Tensor
     validation: Tensor
     trained_before: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     cell_names: Sequence[str] = ()
+    trained_elsewhere: Sequence[str] = ()
 
     @property
     def ever_trained(self) -> Tensor:
         """Positions of all cells that were trained on."""
         return torch.cat([self.train, self.trained_before])
+
+    def trained_besides(self, cell_names: Sequence[str]) -> tuple[str, ...]:
+        """Names of the cells that were trained on and are none of these."""
+        own = [self.cell_names[place] for place in self.ever_trained.tolist()] if self.cell_names else []
+        here = set(cell_names)
+        return tuple(name for name in (*self.trained_elsewhere, *own) if name not in here)
 
     @classmethod
     def of(
@@ -128,14 +139,16 @@ class Split:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        positions = {name: getattr(self, name).tolist() for name in _POSITIONS}
-        return {**positions, "cell_names": list(self.cell_names)}
+        values = {name: getattr(self, name).tolist() for name in _POSITIONS}
+        values |= {name: list(getattr(self, name)) for name in NAMES}
+        # Versions before this entry read models that do not need it.
+        return values if self.trained_elsewhere else {name: values[name] for name in values if name != NAMES[1]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Split:
         """From :meth:`to_dict`; models of version 0.1 kept the first two entries only."""
         train, validation, before = (torch.tensor(values.get(name, []), dtype=torch.long) for name in _POSITIONS)
-        return cls(train, validation, before, tuple(values.get("cell_names", ())))
+        return cls(train, validation, before, *(tuple(values.get(name, ())) for name in NAMES))
 
     def among(self, cell_names: Sequence[str] | None, n_cells: int = 0) -> Split | None:
         """Split of other data, its cells found by name; None if no cell of this split is known to be there.
@@ -159,10 +172,12 @@ class Split:
             return self if len(cell_names) == n_cells else None
         place = {name: position for position, name in enumerate(cell_names)}
         found = np.array([place.get(name, -1) for name in self.cell_names], dtype=np.int64)
+        back = np.array([place[name] for name in self.trained_elsewhere if name in place], dtype=np.int64)
         n_found = int((found >= 0).sum())
-        if n_found == 0:
+        if n_found == 0 and not len(back):
             return None
         train, validation, before = (found[getattr(self, name).numpy()] for name in _POSITIONS)
+        before = np.concatenate([before, back])
         if n_found < len(cell_names):
             train, validation, before = train[:0], train[:0], np.concatenate([train, before])
         return Split(_ascending(train), _ascending(validation), _ascending(before), tuple(cell_names))

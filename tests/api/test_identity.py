@@ -130,6 +130,24 @@ def test_cells_once_trained_on_are_never_held_out(model, tmp_path, adata):
     assert not first & set(loaded.validation_indices.tolist())
 
 
+@pytest.mark.parametrize("other", ["others", "some"])
+def test_cells_trained_on_are_not_held_out_after_training_on_other_data(model, tmp_path, adata, other):
+    first = set(adata.obs_names[model.train_indices])
+    cells = adata[:20].copy()
+    if other == "others":
+        cells.obs_names = [f"{name}-other" for name in cells.obs_names]
+    model.adata = cells
+    model.train(max_epochs=1, progress_bar=False)
+    model.save(tmp_path / "model")
+    for back in (model, pm.MULTIVI.load(tmp_path / "model")):
+        back.adata = adata
+        with pytest.warns(UserWarning, match=r"leaves out 30 cells, of which 24 were trained on before"):
+            back.train(max_epochs=1, train_size=0.5, seed=1, progress_bar=False)
+        held_out = adata.obs_names[back.validation_indices]
+        assert len(held_out) == 6
+        assert first.isdisjoint(held_out)
+
+
 def test_a_split_is_found_again_by_names(model, tmp_path, adata):
     model.save(tmp_path / "model")
     held_out = set(adata.obs_names[model.validation_indices])

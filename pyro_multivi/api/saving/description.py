@@ -14,7 +14,7 @@ from pyro_multivi.api.saving.folder import DESCRIPTION, Saved, broken
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.setup.spec import LATER_FIELDS, DataSpec
-from pyro_multivi.data.split import Split
+from pyro_multivi.data.split import NAMES, Split
 from pyro_multivi.networks.modules import build_program
 from pyro_multivi.program import MultiVIProgram
 
@@ -191,10 +191,11 @@ def _check_widths(config: ProgramConfig, state: Mapping[str, torch.Tensor]) -> N
 def _split(values: Any, n_cells: int) -> Split:
     _check("split", values, dict[str, list[Any]])
     names = values.get("cell_names", [])
-    positions = [place for name, part in values.items() if name != "cell_names" for place in part]
+    positions = [place for name, part in values.items() if name not in NAMES for place in part]
+    every_name = [name for entry in NAMES for name in values.get(entry, [])]
     _check("split", positions, tuple[int, ...])
-    _check("split", names, tuple[str, ...])
-    for part in (positions, names):
+    _check("split", every_name, tuple[str, ...])
+    for part in (positions, every_name):
         _check_distinct("split", part)
     split = Split.from_dict(values)
     n_cells = len(names) or n_cells

@@ -20,7 +20,7 @@ import torch
 
 from pyro_multivi.checksums import CHECKSUMS, checksum, read_checksums, write_checksums
 from pyro_multivi.data.checks import caution, shown, unwrapped
-from pyro_multivi.data.split import Split
+from pyro_multivi.data.split import NAMES, Split
 from pyro_multivi.files import clear, present, replacing, writing
 from pyro_multivi.processes.group import current
 from pyro_multivi.training.checkpoints.lock import FolderLock
@@ -223,7 +223,7 @@ class Checkpoints:
             If it is the first of a run.
         """
         at = loop.position
-        split = None if self.split is None else {**vars(self.split), "cell_names": ()}
+        split = None if self.split is None else {**vars(self.split), **dict.fromkeys(NAMES, ())}
         state = {"loop": loop.state(), "split": split}
         if not current().is_first:
             return
