@@ -43,9 +43,8 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     tensor([2])
     """
     names = list(names)
-    n = len(names)
     if indices is None:
-        return torch.arange(n)
+        return torch.arange(len(names))
     wanted = as_list("indices", indices)
     if wanted.size == 0:
         raise ValueError("indices selects no cell: give at least one, or None for all cells.")
@@ -54,31 +53,47 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
             f"indices={shown(indices)} has {wanted.ndim} dimensions: give a flat list of positions, names or a mask."
         )
     if wanted.dtype == bool:
-        if len(wanted) != n:
-            raise ValueError(f"indices is a mask of {len(wanted)} cells and the data has {n}: give one value per cell.")
-        check_order("indices", indices, names)
-        wanted = np.flatnonzero(wanted)
-        if not len(wanted):
-            raise ValueError("indices selects no cell: the mask is False everywhere.")
+        chosen = _marked(indices, wanted, names)
     elif wanted.dtype.kind in "iu":
-        refuse_numbers_for_mask("indices", indices, wanted, names)
-        outside = wanted[(wanted < -n) | (wanted >= n)]
-        if len(outside):
-            raise IndexError(f"indices holds {outside[0]}, and the data has {n} cells: give positions below {n}.")
-        wanted = np.where(wanted < 0, wanted + n, wanted)
+        chosen = _at_positions(indices, wanted, names)
     elif wanted.dtype.kind in "OUS":
-        place = {name: position for position, name in enumerate(names)}
-        unknown = [name for name in wanted.tolist() if not isinstance(name, str) or name not in place]
-        if unknown:
-            raise KeyError(
-                f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}"
-            )
-        wanted = np.asarray([place[name] for name in wanted.tolist()])
+        chosen = _called(wanted, names)
     else:
         raise ValueError(
             f"indices={shown(indices)} has values of type {wanted.dtype}: give positions, names, a mask or None."
         )
-    return torch.from_numpy(wanted.astype(np.int64))
+    return torch.from_numpy(chosen.astype(np.int64))
+
+
+def _marked(indices: Any, mask: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+    """Positions of the cells that a mask marks."""
+    if len(mask) != len(names):
+        raise ValueError(
+            f"indices is a mask of {len(mask)} cells and the data has {len(names)}: give one value per cell."
+        )
+    check_order("indices", indices, names)
+    if not mask.any():
+        raise ValueError("indices selects no cell: the mask is False everywhere.")
+    return np.flatnonzero(mask)
+
+
+def _at_positions(indices: Any, positions: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+    """Positions from the beginning, of which negative ones count from the end."""
+    refuse_numbers_for_mask("indices", indices, positions, names)
+    n = len(names)
+    outside = positions[(positions < -n) | (positions >= n)]
+    if len(outside):
+        raise IndexError(f"indices holds {outside[0]}, and the data has {n} cells: give positions below {n}.")
+    return np.where(positions < 0, positions + n, positions)
+
+
+def _called(wanted: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+    """Positions of the cells of these names."""
+    place = {name: position for position, name in enumerate(names)}
+    unknown = [name for name in wanted.tolist() if not isinstance(name, str) or name not in place]
+    if unknown:
+        raise KeyError(f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}")
+    return np.asarray([place[name] for name in wanted.tolist()])
 
 
 def check_order(argument: str, values: Any, names: Sequence[str]) -> None:
