@@ -69,34 +69,11 @@ class SetupReport:
     def of(cls, described: Description, likely_mistakes: Sequence[str] = ()) -> SetupReport:
         """Sum up a description, with remarks on what is likely a mistake first."""
         spec, table, measured = described.spec, described.table, described.measured
-        density, counts, notes = {}, {}, [*likely_mistakes, *measured.notes]
+        density, counts = {}, {}
         for modality, place in described.opened.counts.items():
             found, values = modality.counts_in(table), number_of_values(table, modality)
             density[modality.assay] = int(found.crow[-1]) / values if values else 0.0
             counts[modality.assay] = f"{place.where}: {_describe_values(found)}"
-            if modality.binary and not found.whole:
-                notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
-        if spec.kind == "anndata" and not spec.setup.feature_type_key:
-            notes.append(
-                "adata.var has no column 'feature_types': all features count as genes until "
-                "MULTIVI(adata, n_genes=..., n_regions=...) says how many, and how many regions come behind them."
-            )
-        for name, known in spec.extra.items():
-            size = int(table.extra[name].measured.sum())
-            if spec.setup.holds_proteins(name):
-                notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
-            else:
-                notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
-        is_paired = spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values())
-        if is_paired and spec.setup.protein_key is None:
-            notes.append(
-                "all cells have both modalities: MULTIVI() learns from both together, as fully_paired=True says."
-            )
-        notes += [
-            f"{size} features of type {kind!r} are ignored."
-            + " pyro_multivi.organize_cite_seq_10x(adata) makes proteins of them." * (kind in PROTEIN_FEATURE_TYPES)
-            for kind, size in described.opened.ignored.items()
-        ]
         batch_sizes = torch.bincount(table.batch_code, minlength=spec.n_batch).tolist()
         return cls(
             kind=spec.kind,
@@ -114,7 +91,7 @@ class SetupReport:
             density=density,
             counts=counts,
             panels=panel_sizes(described.opened, table),
-            notes=tuple(notes),
+            notes=(*likely_mistakes, *_notes(described)),
         )
 
     def __repr__(self) -> str:
@@ -159,6 +136,34 @@ def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Seq
             f"{first_names(names)}."
         )
     return notes
+
+
+def _notes(described: Description) -> list[str]:
+    """Remarks on what the setup takes data for, and on what it leaves out."""
+    spec, table = described.spec, described.table
+    notes = [*described.measured.notes]
+    for modality, place in described.opened.counts.items():
+        if modality.binary and not modality.counts_in(table).whole:
+            notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
+    if spec.kind == "anndata" and not spec.setup.feature_type_key:
+        notes.append(
+            "adata.var has no column 'feature_types': all features count as genes until "
+            "MULTIVI(adata, n_genes=..., n_regions=...) says how many, and how many regions come behind them."
+        )
+    for name, known in spec.extra.items():
+        size = int(table.extra[name].measured.sum())
+        if spec.setup.holds_proteins(name):
+            notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
+        else:
+            notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
+    is_paired = spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values())
+    if is_paired and spec.setup.protein_key is None:
+        notes.append("all cells have both modalities: MULTIVI() learns from both together, as fully_paired=True says.")
+    return notes + [
+        f"{size} features of type {kind!r} are ignored."
+        + " pyro_multivi.organize_cite_seq_10x(adata) makes proteins of them." * (kind in PROTEIN_FEATURE_TYPES)
+        for kind, size in described.opened.ignored.items()
+    ]
 
 
 def _describe_values(counts: SparseCounts | StoredCounts) -> str:
