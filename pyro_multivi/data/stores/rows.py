@@ -39,11 +39,6 @@ class Columns:
         self.are_run = len(own) == self._stop - self._first and bool((shifts == shifts[:1]).all())
         self.shift = int(shifts[0]) if self.are_run and len(own) else 0
 
-    @classmethod
-    def all_of(cls, width: int) -> Columns:
-        """All columns of a matrix."""
-        return cls(np.arange(width, dtype=np.int32), width)
-
     def take(self, block: Rows) -> Rows:
         """These columns of sparse rows, in canonical form."""
         made = _csr((block.shape[0], self.width), block.data, block.indices, block.indptr)

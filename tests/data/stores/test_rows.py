@@ -89,7 +89,7 @@ def test_modalities_of_a_matrix_share_one_reading(one, other, rows):
 def test_cells_without_a_row_are_empty():
     dense = random_rows()
     stored = StoredRows(InMemory(dense))
-    stored.add("x", Columns.all_of(30), np.dtype(np.int16))
+    stored.add("x", Columns(np.arange(30, dtype=np.int32), 30), np.dtype(np.int16))
     slices = stored.read("x", np.array([5, 6])).at(np.array([1, -1, 0, -1]))
     found = slices.select_rows(torch.arange(4)).to_dense().numpy()
     assert np.array_equal(found, np.stack([dense[6], 0 * dense[0], dense[5], 0 * dense[0]]))
@@ -100,7 +100,7 @@ def test_cells_without_a_row_are_empty():
 
 def test_ones_take_no_memory():
     stored = StoredRows(InMemory((random_rows() > 0).astype(np.float32)))
-    stored.add("y", Columns.all_of(30), None)
+    stored.add("y", Columns(np.arange(30, dtype=np.int32), 30), None)
     found = stored.read("y", np.arange(40)).select_rows(torch.arange(40))
     assert found.val.stride(0) == 0
     assert np.array_equal(found.to_dense().numpy(), random_rows() > 0)
