@@ -15,8 +15,8 @@ from pyro_multivi.datasets.assembly import FEATURE_COLUMNS
 
 _log = logging.getLogger("pyro_multivi")
 
-#: Name of a region, as chr1:100-200, chr1-100-200 or 1_100_200.
-_INTERVAL = r"^(?:chr)?(\S+?)[:_-](\d+)[_-](\d+)$"
+#: Name of a region, as chr1:100-200, chr1-100-200 or 1_100_200, and the first of these forms.
+_INTERVAL, _USUAL = r"^(?:chr)?(\S+?)[:_-](\d+)[_-](\d+)$", r"chr\1:\2-\3"
 # Share of the others' names that a column has to hold for it to be what the names should be.
 _FOUND = 0.5
 
@@ -36,13 +36,7 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> p
     ValueError
         If there are none, or if more regions overlap under other names.
     """
-    names = {sample: var.index for sample, var in var_of.items()}
-    shared = next(iter(names.values()), pd.Index([], dtype=object))
-    for other in names.values():
-        shared = shared[shared.isin(other)]
-    caution_of_identifiers(modality, var_of, shared)
-    left = {sample: own[~own.isin(shared)] for sample, own in names.items()}
-    left = {sample: own for sample, own in left.items() if len(own)}
+    shared, left = in_all_samples(modality, var_of)
     if not left:
         return shared
     number, sentence, _ = unlike_regions(modality, left)
@@ -55,9 +49,28 @@ def shared_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> p
     for sample, own in left.items():
         _log.warning(
             "%d of the %d %s of sample %r are left out: not all samples with %s have them",
-            len(own), len(names[sample]), modality.features, sample, modality.assay,
+            len(own), len(var_of[sample]), modality.features, sample, modality.assay,
         )  # fmt: skip
     return shared
+
+
+def in_all_samples(
+    modality: Modality, var_of: Mapping[str, pd.DataFrame]
+) -> tuple[pd.Index[str], dict[str, pd.Index[str]]]:
+    """Features that all samples have, in the order of the first, and all others of each sample that has any.
+
+    Warns
+    -----
+    UserWarning
+        If samples know features of one name by different identifiers.
+    """
+    names = {sample: var.index for sample, var in var_of.items()}
+    shared = next(iter(names.values()), pd.Index([], dtype=object))
+    for other in names.values():
+        shared = shared[shared.isin(other)]
+    caution_of_identifiers(modality, var_of, shared)
+    others = {sample: own[~own.isin(shared)] for sample, own in names.items()}
+    return shared, {sample: own for sample, own in others.items() if len(own)}
 
 
 def caution_of_identifiers(modality: Modality, var_of: Mapping[str, pd.DataFrame], shared: pd.Index[str]) -> None:
@@ -115,10 +128,9 @@ def unlike_regions(modality: Modality, left: Mapping[str, pd.Index[str]]) -> tup
             same = own.merge(others, how="inner").drop_duplicates()
             are_same = 2 * len(same) > most
             if are_same:
-                pattern, usual = r"^(?:chr)?(\S+?)[:_-](\d+)[_-](\d+)$", r"chr\1:\2-\3"
                 mend = (
                     "They are the same intervals: write them alike in every sample, adata.var_names = "
-                    f"adata.var_names.str.replace(r'{pattern}', r'{usual}', regex=True)."
+                    f"adata.var_names.str.replace(r'{_INTERVAL}', r'{_USUAL}', regex=True)."
                 )
             else:
                 mend = (

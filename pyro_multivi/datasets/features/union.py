@@ -12,7 +12,7 @@ from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.datasets.assembly import join_rows
-from pyro_multivi.datasets.features.shared import caution_of_identifiers, nothing_shared, unlike_regions
+from pyro_multivi.datasets.features.shared import in_all_samples, nothing_shared, unlike_regions
 
 
 def united_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> pd.Index[str]:
@@ -38,12 +38,7 @@ def united_features(modality: Modality, var_of: Mapping[str, pd.DataFrame]) -> p
     ['g1', 'g2', 'g3']
     """
     found = pd.Index(dict.fromkeys(name for var in var_of.values() for name in var.index), dtype=object)
-    shared = found
-    for var in var_of.values():
-        shared = shared[shared.isin(var.index)]
-    caution_of_identifiers(modality, var_of, shared)
-    left = {sample: var.index[~var.index.isin(shared)] for sample, var in var_of.items()}
-    left = {sample: own for sample, own in left.items() if len(own)}
+    _, left = in_all_samples(modality, var_of)
     if not left:
         return found
     number, sentence, are_same = unlike_regions(modality, left)
