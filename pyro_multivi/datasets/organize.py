@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,26 +174,35 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
             f"{ATAC.feature_type!r} for each feature; it has {first_names(adata.var.columns) or 'none'}. "
             "Name another with feature_type_key"
         )
-    is_other = ~np.isin(type_v, allowed)
-    if is_other.any() and not is_other.all() and {*type_v[is_other]} <= {*_TYPES[PAIRED]} and _empty(adata, is_other):
-        _log.info("%d other features of %s hold no counts and are left out", int(is_other.sum()), argument)
-        adata, type_v = adata[:, ~is_other], type_v[~is_other]
-    elif is_other.any():
-        kinds = f"{argument}.var[{feature_type_key!r}]"
-        other = sorted(set(adata.var[feature_type_key].astype(str)[is_other]))
-        rename = f"{kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
-        advice = f"Write one of these where they mean it: {kinds} = {rename}"
-        if set(type_v) & set(allowed):
-            held = " They hold counts." if {*type_v[is_other]} <= {*_TYPES[PAIRED]} else ""
-            advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})].{held}"
-        raise ValueError(
-            f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. {advice}"
-        )
+    adata, type_v = _without_other_types(argument, adata, type_v, allowed, feature_type_key)
     spellings: dict[str, set[str]] = {}
     if feature_type_key in adata.var:
         for kind, word in zip(type_v, adata.var[feature_type_key].astype(str), strict=True):
             spellings.setdefault(kind, set()).add(word)
     return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, spellings)
+
+
+def _without_other_types(
+    argument: str, adata: AnnData, type_v: NDArray[np.object_], allowed: Sequence[str], feature_type_key: str
+) -> tuple[AnnData, NDArray[np.object_]]:
+    """Leave out features of types that are not allowed, if they hold no counts and others are there."""
+    is_other = ~np.isin(type_v, allowed)
+    if not is_other.any():
+        return adata, type_v
+    are_known = {*type_v[is_other]} <= {*_TYPES[PAIRED]}
+    if not is_other.all() and are_known and _empty(adata, is_other):
+        _log.info("%d other features of %s hold no counts and are left out", int(is_other.sum()), argument)
+        return adata[:, ~is_other], type_v[~is_other]
+    kinds = f"{argument}.var[{feature_type_key!r}]"
+    other = sorted(set(adata.var[feature_type_key].astype(str)[is_other]))
+    rename = f"{kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
+    advice = f"Write one of these where they mean it: {kinds} = {rename}"
+    if set(type_v) & set(allowed):
+        held = " They hold counts." if are_known else ""
+        advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})].{held}"
+    raise ValueError(
+        f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. {advice}"
+    )
 
 
 def _empty(adata: AnnData, features: NDArray[np.bool_]) -> bool:
