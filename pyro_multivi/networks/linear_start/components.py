@@ -91,11 +91,70 @@ def components(
     if measured is None or panel is None:
         measured, panel = np.ones((1, n_features), dtype=bool), np.zeros(n, dtype=np.int64)
     n_measured = np.bincount(panel, minlength=len(measured)) @ measured
+    scaled = _scaled(x, depth, covariates, measured, panel, n_measured)
+    known, widths = scaled.known, scaled.widths
+    entries = scaled.x[:, known], scaled.others, scaled.fitted[:, known]
+    if len(measured) == 1:
+        values, vectors = _largest(*entries, most)
+    else:
+        values, vectors = largest_of_panels(*entries, measured[:, known], panel, most)
+    eigenvalues = values**2 / n
+    width = int(widths.max())
+    k, level = _above_noise(eigenvalues, n, width, widths[panel].mean())
+    ratio, spike = width / n, eigenvalues[:k] / level
+    shifted = spike - 1 - ratio
+    strength = (shifted + np.sqrt((shifted**2 - 4 * ratio).clip(1e-12))) / 2
+    # Squared cosine between a component's scores and what they estimate.
+    reliability = ((1 - ratio / strength**2) / (1 + 1 / strength)).clip(1e-3, 0.999)
+    directions = np.zeros((k, n_features))
+    directions[:, known] = vectors[:k]
+    scores = (scaled.x @ directions.T - scaled.others @ (scaled.fitted @ directions.T)) / np.sqrt(level)
+    if len(measured) > 1:
+        scores = scores_of_panels(scores, directions, spike * reliability, measured, panel)
+    variance = spike if len(measured) == 1 else np.square(scores).mean(0)
+    return Components(
+        centre=np.asarray(x.sum(0)).ravel() / n_measured.clip(1), directions=directions * scaled.per_sd,
+        nuisance=_nuisance(x, depth, covariates, measured) * scaled.per_sd**2,
+        scores=scores, signal=variance * reliability, noise=variance * (1 - reliability),
+    )  # fmt: skip
+
+
+class _Scaled(NamedTuple):
+    """Features of unit variance, in cells of unit mean square.
+
+    Attributes
+    ----------
+    x, others, fitted
+        Features, (n, F), and what depth and covariates explain of them, others @ fitted, (n, q) and (q, F).
+    known
+        Features that are found in enough cells, (F,).
+    per_sd
+        Factor of each feature, (F,); 0 of others.
+    widths
+        Number of such features in each panel, (P,).
+    """
+
+    x: sp.csr_array
+    others: Array
+    fitted: Array
+    known: NDArray[np.bool_]
+    per_sd: Array
+    widths: NDArray[np.integer[Any]]
+
+
+def _scaled(
+    x: sp.csr_array,
+    depth: Array,
+    covariates: Array,
+    measured: NDArray[np.bool_],
+    panel: NDArray[np.integer[Any]],
+    n_measured: NDArray[Any],
+) -> _Scaled:
     others, coefficients = _by_panel(x, depth, covariates, panel)
     squares = np.asarray(x.multiply(x).sum(0)).ravel() - (coefficients * (others.T @ x)).sum(0)
-    detected = np.bincount(x.indices, minlength=n_features) / n_measured.clip(1)
+    detected = np.bincount(x.indices, minlength=x.shape[1]) / n_measured.clip(1)
     known = (squares > 1e-6 * n_measured) & (detected >= _LEAST_DETECTED)
-    per_sd = np.zeros(n_features)
+    per_sd = np.zeros(x.shape[1])
     per_sd[known] = (squares[known] / n_measured[known]) ** -0.5
     scaled = (x @ sp.diags_array(per_sd)).tocsr()
     fitted = coefficients * per_sd
@@ -105,31 +164,8 @@ def components(
         + ((others @ (fitted @ fitted.T)) * others).sum(1)
     )
     widths = (measured & known).sum(1)
-    width = int(widths.max())
     per_rms = (row_squares / widths[panel].clip(1)).clip(1e-12) ** -0.5
-    scaled, others = sp.diags_array(per_rms) @ scaled, others * per_rms[:, None]
-    if len(measured) == 1:
-        values, vectors = _largest(scaled[:, known], others, fitted[:, known], most)
-    else:
-        values, vectors = largest_of_panels(scaled[:, known], others, fitted[:, known], measured[:, known], panel, most)
-    eigenvalues = values**2 / n
-    k, level = _above_noise(eigenvalues, n, width, widths[panel].mean())
-    ratio, spike = width / n, eigenvalues[:k] / level
-    shifted = spike - 1 - ratio
-    strength = (shifted + np.sqrt((shifted**2 - 4 * ratio).clip(1e-12))) / 2
-    # Squared cosine between a component's scores and what they estimate.
-    reliability = ((1 - ratio / strength**2) / (1 + 1 / strength)).clip(1e-3, 0.999)
-    directions = np.zeros((k, n_features))
-    directions[:, known] = vectors[:k]
-    scores = (scaled @ directions.T - others @ (fitted @ directions.T)) / np.sqrt(level)
-    if len(measured) > 1:
-        scores = scores_of_panels(scores, directions, spike * reliability, measured, panel)
-    variance = spike if len(measured) == 1 else np.square(scores).mean(0)
-    return Components(
-        centre=np.asarray(x.sum(0)).ravel() / n_measured.clip(1), directions=directions * per_sd,
-        nuisance=_nuisance(x, depth, covariates, measured) * per_sd**2,
-        scores=scores, signal=variance * reliability, noise=variance * (1 - reliability),
-    )  # fmt: skip
+    return _Scaled(sp.diags_array(per_rms) @ scaled, others * per_rms[:, None], fitted, known, per_sd, widths)
 
 
 def _by_panel(x: sp.csr_array, depth: Array, covariates: Array, panel: NDArray[np.integer[Any]]) -> tuple[Array, Array]:
