@@ -206,32 +206,9 @@ def _terms(check: PredictiveCheck) -> dict[str, str]:
 
 def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) -> list[Picture]:
     """Pictures of the tables that a check has, and of training."""
-    found: list[Picture] = []
-    for things, table in {**check.feature_tables, "cells": check.cells}.items():
-        title = things.capitalize()
-        if not len(table):
-            continue
-        names = list(pd.unique(table["statistic"]))
-        found.append(
-            Picture(
-                f"{title}: observed against replicated",
-                f"Each point is one of the {things}, its bar the central {check.level:.0%} of replicates: "
-                "points above the line have more in the data than the model expects, points below less. The numbers of "
-                "points inside and outside are those of the table.",
-                [partial(plots.observed_against_replicated, table, name, level=check.level) for name in names],
-            )
-        )
-        if things != "cells":
-            found.append(
-                Picture(
-                    f"{title}: p-values",
-                    "Level bars are right; a peak at 0 means that the data exceed the replicates, at 1 that they fall "
-                    "short, in the middle that the model is more scattered than the data.",
-                    [partial(plots.p_value_histogram, table, name) for name in names],
-                )
-            )
+    found = _pictures_of_statistics(check)
     latent = np.asarray(model.get_latent_representation())
-    kinds = None if labels is None else _words(model.adata.obs[labels])
+    groups = None if labels is None else _words(model.adata.obs[labels])
     hidden = pd.unique(check.imputed["modality"]) if len(check.imputed) else ()
     found += [
         Picture(
@@ -265,10 +242,38 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
             "long; the right picture shows all cells in the two widest directions of the latent space.",
             # A training that was interrupted in its first epoch has no history.
             [partial(plots.training_history, model.history, "elbo")] * bool(model.history)
-            + [partial(plots.latent_scatter, latent, kinds)],
+            + [partial(plots.latent_scatter, latent, groups)],
         ),
     ]
     return [picture for picture in found if picture.panels]
+
+
+def _pictures_of_statistics(check: PredictiveCheck) -> list[Picture]:
+    """Statistics against those of replicates, and p-values of those of features."""
+    found: list[Picture] = []
+    for things, table in {**check.feature_tables, "cells": check.cells}.items():
+        if not len(table):
+            continue
+        title, names = things.capitalize(), list(pd.unique(table["statistic"]))
+        found.append(
+            Picture(
+                f"{title}: observed against replicated",
+                f"Each point is one of the {things}, its bar the central {check.level:.0%} of replicates: "
+                "points above the line have more in the data than the model expects, points below less. The numbers of "
+                "points inside and outside are those of the table.",
+                [partial(plots.observed_against_replicated, table, name, level=check.level) for name in names],
+            )
+        )
+        if things != "cells":
+            found.append(
+                Picture(
+                    f"{title}: p-values",
+                    "Level bars are right; a peak at 0 means that the data exceed the replicates, at 1 that they fall "
+                    "short, in the middle that the model is more scattered than the data.",
+                    [partial(plots.p_value_histogram, table, name) for name in names],
+                )
+            )
+    return found
 
 
 def _words(labels: pd.Series[Any]) -> Any:
