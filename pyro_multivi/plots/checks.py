@@ -59,40 +59,39 @@ def observed_against_replicated(
         (~is_outside, _BLUE, "o", f"inside ({n - n_outside})"),
         (is_outside, _ORANGE, "^", f"outside ({n_outside})"),
     ):
-        points = part[chosen]
-        columns = ("replicated", "observed", "lower", "upper")
-        replicated, observed, lower, upper = (points[name].to_numpy() for name in columns)
-        # Lists: matplotlib takes the float of an array or Series that holds a single point, which both deprecate.
-        width = [error.clip(min=0).tolist() for error in (replicated - lower, upper - replicated)]
-        ax.errorbar(
-            replicated,
-            observed,
-            xerr=width,
-            fmt=marker,
-            color=colour,
-            markersize=4,
-            markeredgewidth=0,
-            elinewidth=0.6,
-            alpha=0.65,
-            label=label,
-        )
-    both = part[["observed", "replicated"]].to_numpy()
-    both = both[np.isfinite(both)]
-    if both.size:
-        positive = both[both > 0]
-        if log is None:
-            log = bool(positive.size and both.min() >= 0 and positive.max() > 30 * positive.min())
-        if log and positive.size:
-            # Zeros are drawn a decade below all but the very smallest values.
-            least = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.02)))
-            ax.set_xscale("symlog", linthresh=least)
-            ax.set_yscale("symlog", linthresh=least)
-        ends = [both.min(), both.max()]
-        ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
+        _draw_points(ax, part[chosen], color=colour, fmt=marker, label=label)
+    _draw_diagonal(ax, part, log)
     small = {"fontsize": "small", "title_fontsize": "small"}
     ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
     name = statistic.replace("_", " ")
     return labelled(ax, f"{name}, replicated", f"{name}, observed")
+
+
+def _draw_points(ax: Axes, points: pd.DataFrame, **style: Any) -> None:
+    """Draw observed against replicated values, with the intervals of the latter as bars."""
+    columns = ("replicated", "observed", "lower", "upper")
+    replicated, observed, lower, upper = (points[name].to_numpy() for name in columns)
+    # Lists: matplotlib takes the float of an array or Series that holds a single point, which both deprecate.
+    width = [error.clip(min=0).tolist() for error in (replicated - lower, upper - replicated)]
+    ax.errorbar(replicated, observed, xerr=width, markersize=4, markeredgewidth=0, elinewidth=0.6, alpha=0.65, **style)
+
+
+def _draw_diagonal(ax: Axes, points: pd.DataFrame, log: bool | None) -> None:
+    """Draw the line of equal values over their range, and make the axes logarithmic where that shows more."""
+    both = points[["observed", "replicated"]].to_numpy()
+    both = both[np.isfinite(both)]
+    if not both.size:
+        return
+    positive = both[both > 0]
+    if log is None:
+        log = bool(positive.size and both.min() >= 0 and positive.max() > 30 * positive.min())
+    if log and positive.size:
+        # Zeros are drawn a decade below all but the very smallest values.
+        least = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.02)))
+        ax.set_xscale("symlog", linthresh=least)
+        ax.set_yscale("symlog", linthresh=least)
+    ends = [both.min(), both.max()]
+    ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
 
 
 @checked
