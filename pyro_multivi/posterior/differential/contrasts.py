@@ -145,15 +145,7 @@ def _by_column(
         # Categories that no cell has are no groups to go through.
         wanted = [group for group in known if (label_n == group).any() and group != str(group2)]
     else:
-        several = isinstance(group1, Iterable) and not isinstance(group1, str)
-        wanted = [str(group) for group in (cast("Iterable[Any]", group1) if several else [group1])]
-        if isinstance(group1, Set):
-            wanted = sorted(wanted)
-        if not wanted:
-            raise ValueError("group1 is an empty list: name a group, or None for every group.")
-        twice = sorted({group for group in wanted if wanted.count(group) > 1})
-        if twice:
-            raise ValueError(f"group1 holds {first_names(twice)} more than once: name each group once.")
+        wanted = _named_groups(group1)
     other = None if group2 is None else cells_of("group2", str(group2))
     found = []
     for group in wanted:
@@ -167,6 +159,20 @@ def _by_column(
     if not found:
         raise ValueError(f"groupby={groupby!r} holds no group to compare: all its values are missing or group2.")
     return found
+
+
+def _named_groups(group1: GroupChoice) -> list[str]:
+    """Groups named by ``group1``, one or several."""
+    several = isinstance(group1, Iterable) and not isinstance(group1, str)
+    wanted = [str(group) for group in (cast("Iterable[Any]", group1) if several else [group1])]
+    if isinstance(group1, Set):
+        wanted = sorted(wanted)
+    if not wanted:
+        raise ValueError("group1 is an empty list: name a group, or None for every group.")
+    twice = sorted({group for group in wanted if wanted.count(group) > 1})
+    if twice:
+        raise ValueError(f"group1 holds {first_names(twice)} more than once: name each group once.")
+    return wanted
 
 
 def _refuse_continuous(column: pd.Series[Any], groupby: object, n_groups: int) -> None:
