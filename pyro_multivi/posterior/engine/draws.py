@@ -8,7 +8,7 @@ wanted cost nothing, and nothing of size cells x features x draws is made here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -139,10 +139,12 @@ class Latents:
     trace: Trace
     n_samples: int
     noise: CellNoise | None
+    #: The same with other categories, which have no mean either: what differs depends on them.
+    other: Latents | None = None
 
     @property
     def without_mean(self) -> list[str]:
-        """Names of the sites that hold NaN."""
+        """Names of the sites that hold NaN, or a category."""
         nodes: dict[str, Any] = dict(self.trace.nodes)
         return [name for name, node in nodes.items() if node.get("without_mean")]
 
@@ -178,25 +180,23 @@ def draw_latents(
     :mod:`~pyro_multivi.posterior.engine.posterior_scale`.
     """
     noise = CellNoise(cells.index, seed, first)
-    return Latents(_guide_trace(program, cells, n_samples, noise, as_trained), n_samples, noise)
+    return Latents(_guide_trace(program, cells, n_samples, Fill(program, cells, noise, as_trained)), n_samples, noise)
 
 
 def mirrored_latents(program: MultiVIProgram, cells: Cells, n_samples: int) -> Latents:
     """Latents at the same points of every cell's posterior, for an average. For use within ``evaluation_mode``."""
     noise = MirroredNoise(cells.index, seed=0)
-    return Latents(_guide_trace(program, cells, n_samples, noise), n_samples, noise)
+    return Latents(_guide_trace(program, cells, n_samples, Fill(program, cells, noise)), n_samples, noise)
 
 
 def mean_latents(program: MultiVIProgram, cells: Cells) -> Latents:
     """Posterior mean of every latent, as one draw. For use within ``evaluation_mode``."""
-    return Latents(_guide_trace(program, cells, 1, None), 1, None)
-
-
-def state_posterior(program: MultiVIProgram, cells: Cells) -> Any:
-    """q(z) of each cell as it was trained, where it depends on other latents at their means. As ``mean_latents``."""
-    with _BeforeState(program, cells, None, as_trained=True) as before:
-        guide_of(program, cells)(cells)
-    return before.state
+    first, last = Fill(program, cells, None), Fill(program, cells, None)
+    last.place = -1
+    latents = Latents(_guide_trace(program, cells, 1, first), 1, None)
+    return (
+        replace(latents, other=Latents(_guide_trace(program, cells, 1, last), 1, None)) if first.categories else latents
+    )
 
 
 def replay(
@@ -211,6 +211,10 @@ def replay(
     values: dict[str, Tensor] = {}
     for names, changed in imputation_latents(program, cells, latents, sites):
         values |= _values(program, cells, changed, names, dict(intervene or {}), seed)
+    others = {} if latents.other is None else replay(program, cells, latents.other, sites, intervene, seed)
+    for name, other in others.items():
+        if not all(map(torch.equal, _parts(values[name]), _parts(other))):
+            raise NoMeanError.of(latents.without_mean[0])
     return {name: values[name] for name in sites}
 
 
@@ -275,15 +279,17 @@ def model_trace(model: Any, cells: Cells, latents: Latents) -> Trace:
 
 def _needs(node: Any) -> bool:
     """Whether a site of the model was computed from a NaN; of counts, which would be drawn, it is assumed."""
-    value: Any = node["value"]
-    parts = [value.hidden, value.weight, value.bias] if isinstance(value, Readout) else [value]
     is_counts = node["is_observed"] and not is_deterministic(node)
-    return is_counts or any(bool(part.isnan().any()) for part in parts)
+    return is_counts or any(bool(part.isnan().any()) for part in _parts(node["value"]))
+
+
+def _parts(value: Any) -> list[Tensor]:
+    return [value.hidden, value.weight, value.bias] if isinstance(value, Readout) else [value]
 
 
 def region_factors(program: MultiVIProgram) -> Tensor | None:
     """Factor r of each region, (M,), at its posterior mean; None where the model has none."""
-    with evaluation_mode(program), _Fill(program, None, None):
+    with evaluation_mode(program), Fill(program, None, None):
         guide = poutine.trace(program.guide_shared).get_trace()
         factors: Tensor | None = poutine.replay(program.region_factors, trace=guide)()
     unknown = Latents(guide, 1, None).without_mean
@@ -331,10 +337,8 @@ def feature_blocks(
             yield block, block_values if norm is None else (block_values - norm).exp()
 
 
-def _guide_trace(
-    program: MultiVIProgram, cells: Cells, n_samples: int, noise: CellNoise | None, as_trained: bool = False
-) -> Trace:
-    with _Fill(program, cells, noise, as_trained):
+def _guide_trace(program: MultiVIProgram, cells: Cells, n_samples: int, fill: Fill) -> Trace:
+    with fill:
         return poutine.trace(_repeated(guide_of(program, cells), n_samples)).get_trace(cells)
 
 
@@ -348,7 +352,7 @@ def _repeated(statements: Any, n_samples: int) -> Callable[[Cells], None]:
     return run
 
 
-class _Fill(Messenger):
+class Fill(Messenger):
     """Handler that sets each latent site of a guide: to a draw from a cell's noise, or to the mean without any.
 
     Where a guide of one's own fixes d at a point, d of a cell without ATAC still follows its prior, as every
@@ -360,6 +364,8 @@ class _Fill(Messenger):
     ) -> None:
         super().__init__()
         self.program, self.cells, self.noise, self.as_trained = program, cells, noise, as_trained
+        # Which of its values a site that is a category, without a mean, is set to; and names of such sites.
+        self.place, self.categories = 0, list[str]()
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
@@ -374,9 +380,14 @@ class _Fill(Messenger):
             value = self._value(name, fn, of_cells)
         except NoMeanError:
             # Of the state nearly everything is decoded. What another site matters to says so when it is asked for.
-            if name == "z" or fn.support.is_discrete:
+            if name == "z":
                 raise
-            value, msg["without_mean"] = torch.full_like(fn.sample(), torch.nan), True
+            msg["without_mean"] = True
+            if fn.has_enumerate_support:
+                self.categories.append(name)
+                value = fn.enumerate_support()[self.place]
+            else:
+                value = torch.full_like(fn.sample(), torch.nan)
         is_point = name == ATAC.depth and isinstance(fn, dist.Delta)
         if is_point and cells is not None and cells.atac_size is None and not bool(cells.has_atac.all()):
             prior = self.program.cell_factor_prior(cells, cells.design).expand(fn.batch_shape)
@@ -386,15 +397,3 @@ class _Fill(Messenger):
 
     def _value(self, name: str, fn: Any, of_cells: bool) -> Tensor:
         return mean_of(name, fn) if self.noise is None else self.noise.draw(name, fn, of_cells)
-
-
-class _BeforeState(_Fill):
-    """The same of the sites that come before z, and z's distribution; what comes later need not have a mean."""
-
-    state: Any = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == "z":
-            self.state = msg["fn"]
-        elif self.state is None:
-            super()._pyro_sample(msg)

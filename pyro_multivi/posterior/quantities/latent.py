@@ -22,8 +22,8 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
-from pyro_multivi.posterior.engine.draws import draw_latents, state_posterior
-from pyro_multivi.posterior.engine.posterior_scale import corrected, mean_of, normal_in
+from pyro_multivi.posterior.engine.draws import Fill, draw_latents
+from pyro_multivi.posterior.engine.posterior_scale import NoMeanError, corrected, mean_of, normal_in
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import CELLS, MultiVIProgram
@@ -95,7 +95,7 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     """q(z) of each cell, and 0, or NaN where the modality was not measured, (B, 1)."""
     if modality == "joint":
         # From the guide, not from its parts, so that an overridden guide is used.
-        return state_posterior(program, cells), cells.design.new_zeros(len(cells), 1)
+        return _joint(program, cells), cells.design.new_zeros(len(cells), 1)
     if cells.posterior is None:
         experts = program.experts_alone(cells, cells.design, program.encode(cells, cells.design))
     else:
@@ -108,6 +108,34 @@ def _posterior(program: MultiVIProgram, cells: Cells, modality: str) -> tuple[An
     # The average, or whatever an override mixes experts to, of this one alone.
     alone = {name: each if name == modality else replace(each, measured=nowhere) for name, each in experts.items()}
     return program.mix(alone), torch.where(measured, 0.0, torch.nan)[:, None]
+
+
+def _joint(program: MultiVIProgram, cells: Cells) -> Any:
+    """q(z) of each cell as it was trained; where it depends on other latents, at their means."""
+    found: list[Any] = []
+    for place in (0, -1):
+        with _BeforeState(program, cells, None, as_trained=True) as before:
+            before.place = place
+            guide_of(program, cells)(cells)
+        found.append(before.state)
+        if not before.categories:
+            return before.state
+    # A category has no mean, and needs none where the state is the same whatever it is.
+    if not all(torch.equal(getattr(found[0], moment), getattr(found[1], moment)) for moment in ("mean", "variance")):
+        raise NoMeanError.of(before.categories[0])
+    return found[0]
+
+
+class _BeforeState(Fill):
+    """Handler that sets the sites of a guide that come before z, and keeps q(z)."""
+
+    state: Any = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "z":
+            self.state = msg["fn"]
+        elif self.state is None:
+            super()._pyro_sample(msg)
 
 
 def _seen(cells: Cells, modality: str) -> Cells:

@@ -273,16 +273,22 @@ def test_latents_without_a_mean_matter_to_what_depends_on_them_alone(make_progra
 
 class Assigned(MultiVIProgram):
     def observe_extra(self, cells, z, s):
-        pyro.sample("c", dist.Categorical(torch.ones(len(cells), 3)))
+        c = pyro.sample("c", dist.Categorical(torch.ones(len(cells), 3)))
+        pyro.deterministic("v", torch.tensor([1.0, 2.0, 3.0])[c])
 
     def guide_extra(self, cells, s):
         pyro.sample("c", dist.Categorical(torch.ones(len(cells), 3)))
 
 
-def test_a_category_has_no_mean(make_program, make_cells):
-    program = Assigned(make_program().config)
-    with evaluation_mode(program), pytest.raises(ValueError, match="^The guide's distribution of 'c' has no mean: ask"):
-        mean_latents(program, make_cells())
+def test_a_category_has_no_mean_and_matters_to_what_depends_on_it(make_program, make_cells):
+    program, cells = Assigned(make_program().config), make_cells()
+    with evaluation_mode(program):
+        latents = mean_latents(program, cells)
+        assert latents.without_mean == ["c"]
+        assert replay(program, cells, latents, ("rho", "p"))["rho"].shape == (1, 12, 7)
+        for site in ("c", "v"):
+            with pytest.raises(ValueError, match="^The guide's distribution of 'c' has no mean: ask for draws"):
+                replay(program, cells, latents, ("rho", site))
 
 
 @pytest.mark.parametrize("n_samples", [0, -1])

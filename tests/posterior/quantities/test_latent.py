@@ -87,3 +87,37 @@ def test_a_state_that_depends_on_other_latents(build):
     np.testing.assert_allclose(drawn.var(0), variance + 8, rtol=0.2)
     again = draw(model.program, model.minibatch(), ("z",), n_samples=2000)["z"]
     np.testing.assert_array_equal(drawn, again.numpy())
+
+
+class Typed(MultiVIProgram):
+    """The state of each cell comes from one of three types, which the guide infers beside it."""
+
+    offset = 0.0
+
+    def z_prior(self, s):
+        c = pyro.sample("c", dist.Categorical(s.new_ones(s.shape[-2], 3)))
+        centres = torch.tensor([-1.0, 0.0, 1.0])[c][..., None].expand(*c.shape, self.config.latent)
+        return dist.Normal(centres, 1.0).to_event(1)
+
+    def mix(self, experts):
+        q = super().mix(experts).base_dist
+        c = pyro.sample("c", dist.Categorical(torch.ones(len(q.loc), 3)))
+        return dist.Normal(q.loc + self.offset * c[..., None], q.scale).to_event(1)
+
+
+class TypedState(Typed):
+    """The same where the state is inferred given the type."""
+
+    offset = 1.0
+
+
+def test_a_category_beside_the_state_needs_no_mean(build):
+    model, plain, given = build(program_class=Typed), build(), build(program_class=TypedState)
+    for each in (model, plain, given):
+        each.program.load_state_dict(model.program.state_dict())
+        each.is_trained = True
+    np.testing.assert_array_equal(model.get_latent_representation(), plain.get_latent_representation())
+    with pytest.raises(ValueError, match="'c' has no mean: ask for draws"):
+        given.get_latent_representation()
+    drawn = given.get_latent_representation(give_mean=False, n_samples=2000).mean(0)
+    np.testing.assert_allclose(drawn, plain.get_latent_representation() + 1, atol=0.15)
