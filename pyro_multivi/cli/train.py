@@ -69,10 +69,6 @@ def demo(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train on one file or several samples and write what was learned."""
     samples = named_paths(options.data)
-    begun = _begin(options, samples or {sample_name(options.data[0]): options.data[0]})
-    if begun is None:
-        return
-    options = begun
     if options.batch_from_file and options.batch_key is not None:
         raise ValueError("--batch-from-file and --batch-key both say what the batches are: give one of them.")
     if options.protein is not None and (options.from_disk or samples is not None or options.batch_from_file):
@@ -80,6 +76,10 @@ def train(options: argparse.Namespace) -> None:
             f"--protein {options.protein}: proteins are read of one file in memory, not of several samples nor "
             "--from-disk. Write one .h5ad or .h5mu of them first."
         )
+    begun = _begin(options, samples or {sample_name(options.data[0]): options.data[0]})
+    if begun is None:
+        return
+    options = begun
     key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
     if options.from_disk:
         data = open_cells(options)
@@ -157,10 +157,12 @@ def _begin(options: argparse.Namespace, samples: Mapping[str, str]) -> argparse.
 
     def look() -> None:
         nonlocal record, done
+        goes_on = options.resume and not options.overwrite
+        # Before the files are read for their checksums.
+        refuse_existing(options.out, OUTPUTS, options.overwrite or goes_on)
         record = Record.of(options, samples)
-        if options.resume and not options.overwrite:
+        if goes_on:
             done = is_done(record, options.out, OUTPUTS)
-        refuse_existing(options.out, OUTPUTS, options.overwrite or done is not None)
 
     # The folder may be on the machine of the first process alone.
     with distributed() as processes:
