@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.isolation import uninterrupted
 from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.posterior.quantities.array_sink import Arrays, Recorder, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
@@ -111,7 +113,10 @@ def write_shared(
     if not current().is_first:
         stream(fill, cells, None, silent)
         return
-    with store() as opened:
+    with ExitStack() as stack:
+        # A Ctrl-C that comes meanwhile acts once the store is entered, which then lets others write.
+        with uninterrupted():
+            opened = stack.enter_context(store())
         stream(fill, cells, opened, silent)
 
 

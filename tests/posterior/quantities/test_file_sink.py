@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 
 import anndata
 import h5py
@@ -176,6 +177,22 @@ def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted
     with pytest.raises(OSError, match="no space left"):
         fitted.get_accessibility_estimates(out=out, silent=True)
     assert list(out.parent.iterdir()) == []
+
+
+def test_ctrl_c_while_a_file_is_begun_leaves_it_free(fitted, out, monkeypatch):
+    begin = Store._begin
+
+    def interrupting(store):
+        begin(store)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_begin", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            fitted.get_normalized_expression(out=out, silent=True)
+    assert list(out.parent.iterdir()) == []
+    fitted.get_normalized_expression(out=out, silent=True)
+    assert read(out).shape == (200, 40)
 
 
 def test_a_broken_unfinished_file_of_an_earlier_version_is_written_anew(fitted, tmp_path, caplog):
