@@ -230,7 +230,7 @@ class _Fitting:
     def _step(self, epoch: int, place: int, cells: Cells, n_cells: int) -> None:
         """Take a step by the minibatch at ``place``, which has ``n_cells`` in all processes together."""
         at, options = self.at, self.options
-        at.weight = kl_weight(epoch, at.step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
+        at.kl_weight = kl_weight(epoch, at.step, options.n_epochs_kl_warmup, options.n_steps_kl_warmup)
         # Shapes and supports are checked once: on the first minibatch of this call.
         validate = epoch == self.first and place == 0
         # Before the loss: the likelihoods write their gradients into the memory this frees.
@@ -238,7 +238,7 @@ class _Fitting:
         if validate:
             check_contract(self.program, cells, options.elbo)
             _check_monitor(self.program, cells, options, self.adversary)
-        loss = loss_of(self.objective, cells, at.weight, epoch, place, validate=validate)
+        loss = loss_of(self.objective, cells, at.kl_weight, epoch, place, validate=validate)
         loss.backward()
         share = len(cells) / n_cells
         loss = sum_gradients(self.processes, self.trained, loss, share)
@@ -261,7 +261,7 @@ class _Fitting:
         """Score an epoch, add its row to the history and return it, and find out whether training ends."""
         at, options = self.at, self.options
         weighted = zip(self.monitor.end_epoch(), at.sizes, strict=True)
-        row = {"train_loss": sum(v * n for v, n in weighted) / sum(at.sizes), "kl_weight": at.weight}
+        row = {"train_loss": sum(v * n for v, n in weighted) / sum(at.sizes), "kl_weight": at.kl_weight}
         row.update(_named(at.terms, "train"))
         if self.adversary is not None:
             row.update(self.adversary.pop_record())

@@ -32,8 +32,8 @@ class Position:
         Numbers of epochs before this call of training, and before the one that is going on.
     place, step
         Numbers of minibatches of this epoch, and of all, that are done.
-    weight
-        That of the KL terms in the latest step.
+    kl_weight
+        Weight of the KL terms in the latest step.
     kept, reason
         For the last line of training: the weights it leaves as of now, and why it ended, if it has.
     terms, sizes
@@ -50,7 +50,7 @@ class Position:
     kept: str
     reason: str = ""
     place: int = 0
-    weight: float = 0.0
+    kl_weight: float = 0.0
     terms: Terms = field(default_factory=Terms)
     sizes: list[int] = field(default_factory=list)
     order: Tensor = field(default_factory=lambda: torch.zeros(0))
