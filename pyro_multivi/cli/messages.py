@@ -62,7 +62,6 @@ _ADVICE = (
     (r"reference_model is not trained", "the model is not trained"),
     (r"[Cc]all (reference_)?model\.train\(\) first", "train it with pyro-multivi train"),
     (r"Give the folder that MULTIVI\.save wrote", "Give the folder 'model' in the --out of pyro-multivi train"),
-    (r"not saved with it: load\(path, adata\)", "not saved with it: give their file after the model"),
     (r",? or None( to estimate it)?(?=[.,]|$)", ""),
     (r"perhaps by layer\.", "perhaps in a layer: give --layer NAME."),
     (r"Give layer, one of", "Give --layer, one of"),
