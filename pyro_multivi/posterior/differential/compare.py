@@ -161,7 +161,11 @@ class _SharedDraws:
         return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
-        return self.source.draw(self.partition.cells[key.part], key.batches)
+        return self.source.draw(self.source.cells_of(key, self.partition.cells[key.part]), key.batches)
+
+    def key_of_counts(self, key: DrawKey) -> DrawKey:
+        """Draws by which the counts of a part are judged."""
+        return self.source.key_of_counts(key, self.partition.cells[key.part])
 
     def sizes(self, group: Group) -> list[int]:
         """Numbers of cells of the parts of a group."""
@@ -294,8 +298,7 @@ def _compare_means(shared: _SharedDraws, silent: bool) -> list[Comparison]:
     largest = shared.request.pseudocounts is None
     keys = shared.keys
     if shared.request.corrects_by_counts:
-        # Expected counts are those of each cell in its own batch.
-        keys = list(dict.fromkeys([*keys, *(DrawKey(key.part, None) for key in keys)]))
+        keys = list(dict.fromkeys([*keys, *map(shared.key_of_counts, keys)]))
     found = shared_map(lambda key: shared.draw(key).statistics(largest), keys, "decoding", silent)
     factors = {key: float(arrays.pop("factor")) for key, arrays in zip(keys, found, strict=True)}
     moments = {key: Moments(**arrays) for key, arrays in zip(keys, found, strict=True)}
@@ -313,11 +316,8 @@ def _compare_two_means(
     # Depth acts on what is detected: p is that over d r.
     seen = shared.detection(number, factors, always=request.modality == ATAC)
     over = np.ones(len(drawn[0].mean)) if seen is None or detection is not None else seen.double().cpu().numpy()
-    counted = (
-        [_counts_of(shared, group, moments, factor * over) for group in groups] if request.corrects_by_counts else []
-    )
-    tested = None
-    known = np.ones(len(drawn[0].mean), dtype=bool)
+    counted = [_counts_of(shared, group, moments, factor * over) for group in groups if request.corrects_by_counts]
+    tested, known = None, np.ones(len(drawn[0].mean), dtype=bool)
     if counted and all(np.any(group.n_cells) for group in counted):
         # Nothing is known of a feature that no cell of a group measured.
         both = np.logical_and(*(np.asarray(group.n_cells) > 0 for group in counted))
@@ -374,7 +374,7 @@ def _counts_of(
     """Counts of a group beside those that the model expects."""
     modality, r = shared.request.modality, shared.region_factors
     factors = 1.0 if modality.compositional or r is None else r.double().cpu().numpy()
-    expected = [moments[DrawKey(key.part, None)].expected * factors for key in group]
+    expected = [moments[shared.key_of_counts(key)].expected * factors for key in group]
     means = [moments[key].mean * factor for key in group]
     sums = [shared.sums[key.part] for key in group]
     return counts_of_group(sums, means, expected, shared.sizes(group), modality)

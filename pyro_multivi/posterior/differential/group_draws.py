@@ -32,10 +32,14 @@ _CANDIDATES = 64
 
 
 class DrawKey(NamedTuple):
-    """Name of a set of draws: a part of the cells, and the batches they are decoded in (None: each in its own)."""
+    """Name of a set of draws: a part of the cells, and the batches they are decoded in (None: each in its own).
+
+    With ``measured_only`` they are of the cells of the part in which the modality was measured.
+    """
 
     part: int
     batches: tuple[int, ...] | None
+    measured_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,20 @@ class DrawSource:
         like = next(iter(mine.values())) if mine else self.draw(cells[keys[0]][:1], keys[0].batches)
         draws = {key: mine[key] if key in mine else like.with_arrays(arrays) for key, arrays in found.items()}
         return draws, {key: arrays["largest"] for key, arrays in found.items() if largest}
+
+    def key_of_counts(self, key: DrawKey, index: Tensor) -> DrawKey:
+        """Draws by which the counts of a part with these cells are judged, of each measured cell in its own batch.
+
+        Draws of all cells hold those, unless there are more cells than draws: then few of them would be of measured
+        cells, or none.
+        """
+        measured = self.request.modality.measured_in(self.table)[index]
+        some_of_many = len(index) > self.request.n_draws and bool(measured.any()) and not bool(measured.all())
+        return DrawKey(key.part, None, some_of_many)
+
+    def cells_of(self, key: DrawKey, index: Tensor) -> Tensor:
+        """Positions of the cells that are drawn, of a part with these, int64."""
+        return index[self.request.modality.measured_in(self.table)[index]] if key.measured_only else index
 
     def draw(self, index: Tensor, batches: tuple[int, ...] | None) -> GroupDraws:
         """Draw cells, one posterior draw of each, and decode them.

@@ -60,3 +60,17 @@ def test_random_pairs_share_a_batch(groups):
         for part in ([r >= 0.25 for r in every], [r <= -0.25 for r in every])
     )
     close(table["proba_de"], np.maximum(above, below), atol=0.015)
+
+
+@pytest.mark.parametrize("modality", [RNA, ATAC], ids=["RNA", "ATAC"])
+def test_counts_are_judged_by_draws_of_measured_cells(groups, modality):
+    """Of many cells of which few were measured, few draws are of these, or none."""
+    cells = groups.model.minibatch()
+    has, other = (cells.has_rna, cells.has_atac) if modality is RNA else (cells.has_atac, cells.has_rna)
+    lacks, paired = (~has).nonzero()[:, 0].numpy(), (has & other).nonzero()[:, 0].numpy()
+    sure = []
+    for seed in range(5):
+        options = {"idx1": np.concatenate([lacks, paired[::20]]), "idx2": np.delete(paired, np.s_[::20])}
+        table = groups.compared(modality, mode="vanilla", n_samples=8, seed=seed, **options)
+        sure.append((np.abs(table["proba_m1"] - 0.5) > 0.499).mean())
+    assert max(sure) < 0.1

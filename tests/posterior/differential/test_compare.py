@@ -248,6 +248,7 @@ def test_no_tensor_holds_all_features_of_all_draws(groups, modality, unit, monke
 
 @pytest.mark.parametrize("unit", ["group", "cell"])
 def test_each_group_is_decoded_once_for_all_comparisons(fitted, unit, monkeypatch):
+    # More draws than a group has cells: else its measured cells are drawn by themselves, beside all of them.
     drawn = []
     draw = group_draws.DrawSource.draw
 
@@ -256,7 +257,7 @@ def test_each_group_is_decoded_once_for_all_comparisons(fitted, unit, monkeypatc
         return draw(self, index, batches)
 
     monkeypatch.setattr(group_draws.DrawSource, "draw", spy)
-    fitted.differential_accessibility(groupby="cell_type", unit=unit, n_samples=20, pseudocounts=None, delta=None)
+    fitted.differential_accessibility(groupby="cell_type", unit=unit, n_samples=60, pseudocounts=None, delta=None)
     assert sorted(drawn) == sorted(fitted.adata.obs["cell_type"].value_counts())
 
 
