@@ -49,8 +49,11 @@ class ProteinEstimatesMixin(ModelBase):
 
         Parameters
         ----------
-        adata, indices, n_samples_overall, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent
+        adata, indices, n_samples_overall, use_z_mean, n_samples, batch_size, return_numpy, silent
             As in :meth:`get_normalized_expression`.
+        return_mean
+            Average over the draws of the latent state; otherwise return all of them: the expectation given each, not
+            the cell's own expression that ``return_interval`` is about.
         return_interval
             As in :meth:`get_normalized_expression`, but of the cell's own expression: each draw is background or
             foreground, and has a background of its own, as the counts of the cell tell where the protein was
