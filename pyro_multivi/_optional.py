@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 
@@ -40,14 +41,13 @@ def mudata_as_given() -> Iterator[ModuleType]:
     """Import mudata; within the context a MuData keeps the tables it was given.
 
     Before 0.4, mudata copies columns between the tables of the modalities and that of the MuData, and warns that it
-    will not for long. From 0.4 on there is nothing to switch off.
+    will not for long. From 0.4 on there is nothing to switch off. It draws names of columns from Python's generator of
+    random numbers, which is as it was afterwards.
     """
     mudata = require("mudata", "mudata")
     set_options = getattr(mudata, "set_options", None)
-    if set_options is None:
-        yield mudata
-        return
-    options = set_options(pull_on_update=False)
+    options = nullcontext() if set_options is None else set_options(pull_on_update=False)
+    random_state = random.getstate()
     with _handler_of_messages():
         options.__enter__()
     try:
@@ -55,6 +55,7 @@ def mudata_as_given() -> Iterator[ModuleType]:
     finally:
         with _handler_of_messages():
             options.__exit__(None, None, None)
+        random.setstate(random_state)
 
 
 @contextmanager

@@ -84,6 +84,13 @@ def _enter_neutral_modes(modes: ExitStack) -> None:
     modes.enter_context(np.errstate(under="ignore"))
 
 
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators of random numbers, of the CPU and of a GPU that is used, as they were found."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 class PyroState:
     """Handlers and plates in Pyro's stack, and its validation, to be restored after an error at any place."""
 

@@ -23,7 +23,7 @@ from torch.distributions import kl_divergence
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.isolation import isolated, uninterrupted
+from pyro_multivi.isolation import generators_kept, isolated, uninterrupted
 from pyro_multivi.program import CELLS, MultiVIProgram
 
 #: Key of a site of a trace with the scale that it has without KL warm-up.
@@ -50,7 +50,7 @@ def evaluation_mode(program: MultiVIProgram) -> Iterator[None]:
         isolated(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        generators_kept(device),
     ):
         modes = [(module, module.training) for module in program.modules()]
         program.eval()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 import sys
 from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
 
+import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given, require
 
 
@@ -48,6 +50,20 @@ def test_messages_of_mudata_install_no_handler_of_logging(monkeypatch):
     with mudata_as_given():
         assert logging.root.handlers == []
     assert logging.root.handlers == []
+
+
+def test_names_that_mudata_draws_leave_the_random_numbers_of_python(tmp_path):
+    pytest.importorskip("mudata")
+    made = pm.simulate_multiome((20, 10, 10), n_genes=10, n_regions=20, return_mudata=True, seed=0)
+    random.seed(0)
+    before = random.getstate()
+    pm.MULTIVI.setup_mudata(made, modalities={"rna_layer": "rna", "atac_layer": "atac"})
+    model = pm.MULTIVI(made, n_hidden=4, n_latent=2)
+    model.train(1, progress_bar=False)
+    model.impute()
+    model.save(tmp_path / "model", save_anndata=True)
+    pm.MULTIVI.load(tmp_path / "model").minify_mudata()
+    assert random.getstate() == before
 
 
 def test_a_missing_module_names_the_extra():

@@ -17,7 +17,7 @@ from pyro_multivi.data.checks import check_type, checked, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions.kernels.numba.switch import compiled_loops
-from pyro_multivi.isolation import Interruption, PyroState, isolated, uninterrupted
+from pyro_multivi.isolation import Interruption, PyroState, generators_kept, isolated, uninterrupted
 from pyro_multivi.processes.group import Processes, alone, current, distributed
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import Terms, evaluation_mode, measure
@@ -116,11 +116,10 @@ def fit(
         disable=not (options.progress_bar and processes.is_first),
     )  # fmt: skip
     loops = compiled_loops() if options.compile else nullcontext()
-    # Torch's global generators stay as they were.
-    forked = torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else [])
     ended = nullcontext(fitting.termination) if checkpoints is None else uninterrupted(signal.SIGTERM)
     interrupted = False
-    with forked, loops, bar, uninterrupted() as fitting.interruption, ended as fitting.termination:
+    kept = generators_kept(train.device)
+    with kept, loops, bar, uninterrupted() as fitting.interruption, ended as fitting.termination:
         torch.manual_seed(processes.seed(options.seed + fitting.first))
         if state is not None:
             fitting.loop.restore_noise(state)
@@ -273,8 +272,8 @@ class _Fitting:
             self.history.add(row)
             self._keep_best(epoch, row)
             self.watch.lap("validation")
-            # Every callback is called, also after one that stops.
-            with alone():
+            # Every callback is called, also after one that stops. What one draws is no part of training.
+            with alone(), generators_kept(self.train.device):
                 answers = [callback(epoch, row, self.program) for callback in options.callbacks]
             self.watch.lap("callbacks")
         at.end_epoch()

@@ -56,6 +56,11 @@ def test_the_seed_of_the_weights_is_not_the_seed_of_training(build, learned):
     assert not same(learned(one.program), learned(two.program))
 
 
+def test_what_a_callback_draws_is_no_part_of_training(build, learned):
+    plain, drawn = train(build()), train(build(), callbacks=[lambda *_: bool(torch.rand(3).sum() < 0)])
+    assert same(learned(plain.program), learned(drawn.program))
+
+
 def validation_flags():
     return (
         pyro.infer.util.is_validation_enabled(),

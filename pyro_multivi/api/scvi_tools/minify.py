@@ -11,6 +11,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.minified import digest_of_weights
 from pyro_multivi.data.checks import check_choice, checked
@@ -147,7 +148,7 @@ def _rna_totals(data: Any, setup: Setup) -> NDArray[Any]:
 def _without_counts(data: Any, kept: str | None) -> Any:
     """A copy of an object whose matrices of cells × features are empty, except for one modality of a MuData."""
     if is_mudata(data):
-        with warnings.catch_warnings():
+        with mudata_as_given(), warnings.catch_warnings():
             # mudata makes the copy through calls of its own that it has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             copy = data.copy()

@@ -16,6 +16,8 @@ import torch
 import torch.distributions as torchdist
 from torch import Tensor
 
+from pyro_multivi.isolation import generators_kept
+
 # SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers that scatters neighbours.
 # Its constants as signed integers, because torch has no unsigned arithmetic; products wrap.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
@@ -106,7 +108,7 @@ class CellNoise:
             if value is not None:
                 return value
         device = self.index.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with generators_kept(device):
             torch.manual_seed(self.torch_seed(site, of_cells))
             drawn: Tensor = fn.sample()
         return drawn

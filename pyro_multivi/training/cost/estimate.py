@@ -15,7 +15,7 @@ import torch
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.resident import n_bytes
-from pyro_multivi.isolation import isolated
+from pyro_multivi.isolation import generators_kept, isolated
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.objective import NegativeELBO
 from pyro_multivi.training.optimizer import make_optimizer
@@ -113,7 +113,7 @@ def timed_cost(
     program.use_precision(options.precision)
     optimizer, objective = make_optimizer(program, train.n_cells, options), NegativeELBO(program, options.elbo)
     before, seconds = _peak_memory(train.device), []
-    with torch.random.fork_rng(devices=[train.device] if train.device.type == "cuda" else []):
+    with generators_kept(train.device):
         torch.manual_seed(options.seed)
         started = time.perf_counter()
         for cells in itertools.islice(train, _N_WARM_UP + _N_TIMED):
