@@ -132,3 +132,25 @@ def test_a_training_that_fails_leaves_no_folder(command, capsys):
     assert main([*command, "--lr", "-1"]) == 1
     assert "--lr -1.0 is not allowed" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_cells_are_compared_by_samples_of_large_files(tmp_path, monkeypatch):
+    record = importlib.import_module("pyro_multivi.cli.outputs.record")
+    monkeypatch.setattr(record, "_BLOCK", 4)
+
+    def checksum(**contents):
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        return record._checksum(tmp_path)
+
+    whole = checksum(a=b"0123456789", b=b"")
+    assert checksum(a=b"012345678x") != whole
+    assert checksum(a=b"0123456789", b=b"x") != whole
+    assert checksum(b=b"") == whole
+    assert record._checksum(tmp_path / "a") != record._checksum(tmp_path / "b")
+    # Of three blocks the first and the third.
+    monkeypatch.setattr(record, "_MOST_BLOCKS", 2)
+    samples = checksum()
+    assert checksum(a=b"01234567xx") != samples
+    assert checksum(a=b"0123xxxx89") == samples
+    assert checksum(a=b"0123xxxx890") != samples
