@@ -244,16 +244,21 @@ def measured_at(name: str, site: Any, cells: Cells) -> Tensor:
 def kl(guide_site: Any, model_site: Any) -> Tensor:
     """KL(q | p) of each draw and cell, in closed form if there is one, else at the draw; scaled, masked as in Pyro."""
     scale = scale_of(guide_site)
-    try:
-        if not equal_scales(scale, scale_of(model_site)):
-            raise NotImplementedError
-        closed = kl_divergence(guide_site["fn"], model_site["fn"])
-        if is_point(guide_site["fn"]):
-            closed = closed + guide_site["unscaled_log_prob"]  # of a change of volume, which Pyro leaves out
-    except NotImplementedError:
+    closed = _closed_kl(guide_site, model_site) if equal_scales(scale, scale_of(model_site)) else None
+    if closed is None:
         return log_density(guide_site) - log_density(model_site)
     scaled: Tensor = scale_and_mask(closed, scale=scale, mask=guide_site["mask"])
     return scaled
+
+
+def _closed_kl(guide_site: Any, model_site: Any) -> Tensor | None:
+    """KL(q | p) in closed form; None if there is none."""
+    try:
+        closed: Tensor = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        return None
+    # The log density of a point is that of a change of volume, which Pyro leaves out.
+    return closed + guide_site["unscaled_log_prob"] if is_point(guide_site["fn"]) else closed
 
 
 def equal_scales(one: float | Tensor, other: float | Tensor) -> bool:
