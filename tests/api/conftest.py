@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -42,6 +44,28 @@ def ready(mosaic: AnnData) -> AnnData:
     """The mosaic, set up."""
     pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")
     return mosaic
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., pm.MULTIVI]:
+    """Build a small model."""
+
+    def build(adata: AnnData, **choices: Any) -> pm.MULTIVI:
+        return pm.MULTIVI(adata, **{"n_hidden": 6, "n_latent": 2, **choices})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(small: Callable[..., pm.MULTIVI]) -> Callable[..., pm.MULTIVI]:
+    """Build a small model and train it a little."""
+
+    def build(adata: AnnData, epochs: int = 2, **choices: Any) -> pm.MULTIVI:
+        model = small(adata, **choices)
+        model.train(epochs, progress_bar=False, batch_size=32)
+        return model
+
+    return build
 
 
 @pytest.fixture(scope="module")

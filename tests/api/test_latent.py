@@ -13,16 +13,6 @@ from pyro_multivi.traces import measure
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
 
 
-def small(adata, **choices):
-    return pm.MULTIVI(adata, **{"n_hidden": 6, "n_latent": 2, **choices})
-
-
-def trained(adata, epochs=2, **choices):
-    model = small(adata, **choices)
-    model.train(epochs, progress_bar=False, batch_size=32)
-    return model
-
-
 # ---------------------------------------------------------------------- the latent state
 
 
@@ -77,7 +67,7 @@ def test_a_modality_that_no_chosen_cell_has_is_an_error(shared):
         shared.get_latent_representation(give_mean=False, n_samples=0)
 
 
-def test_ln_is_what_the_decoders_read_and_does_not_vary(ready):
+def test_ln_is_what_the_decoders_read_and_does_not_vary(ready, trained):
     model = trained(ready, latent_distribution="ln")
     mean = model.get_latent_representation()
     np.testing.assert_array_equal(mean, model.get_latent_representation(seed=7))
@@ -92,7 +82,7 @@ def test_ln_is_what_the_decoders_read_and_does_not_vary(ready):
 # ---------------------------------------------------------------------- depth
 
 
-def test_library_sizes_are_near_the_observed_depth_before_any_learning(ready):
+def test_library_sizes_are_near_the_observed_depth_before_any_learning(ready, small):
     model = small(ready)
     model.is_trained = True
     sizes = model.get_library_size_factors()
@@ -107,12 +97,12 @@ def test_library_sizes_are_near_the_observed_depth_before_any_learning(ready):
     assert np.corrcoef(np.log(np.ravel(n_open)), np.log(d / (1 - d)))[0, 1] > 0.99
 
 
-def test_an_observed_library_is_the_total_count(ready):
+def test_an_observed_library_is_the_total_count(ready, trained):
     sizes = trained(ready, library="observed").get_library_size_factors()["expression"]
     np.testing.assert_allclose(sizes[:45], np.ravel(ready.X[:45, :40].sum(1)))
 
 
-def test_the_unit_of_size_factors_does_not_matter(ready):
+def test_the_unit_of_size_factors_does_not_matter(ready, small):
     # As counts of a cell, or as shares of a typical one; none where RNA was not measured.
     depth = np.where(np.arange(ready.n_obs) < 45, np.ravel(ready.X[:, :40].sum(1)), np.nan)
     found = []
@@ -140,7 +130,7 @@ def test_the_unit_of_size_factors_does_not_matter(ready):
     assert 0.8 < totals[ATAC_ONLY].mean() / totals[:45].mean() < 1.25
 
 
-def test_region_factors(ready, shared):
+def test_region_factors(ready, shared, trained):
     r = shared.get_region_factors()
     assert r.shape == (60,)
     assert ((r > 0) & (r < 1)).all()

@@ -12,16 +12,6 @@ import pyro_multivi as pm
 PAIRED, RNA_ONLY, ATAC_ONLY = slice(0, 30), slice(30, 45), slice(45, 60)
 
 
-def small(adata, **choices):
-    return pm.MULTIVI(adata, **{"n_hidden": 6, "n_latent": 2, **choices})
-
-
-def trained(adata, epochs=2, **choices):
-    model = small(adata, **choices)
-    model.train(epochs, progress_bar=False, batch_size=32)
-    return model
-
-
 RESULTS = {
     "get_latent_representation": {},
     "get_library_size_factors": {},
@@ -43,25 +33,25 @@ def test_data_that_were_not_set_up_are_refused(mosaic):
 
 
 @pytest.mark.parametrize(("name", "known"), [("n_genes", 40), ("n_regions", 60)])
-def test_numbers_of_features_are_checked(ready, name, known):
+def test_numbers_of_features_are_checked(ready, name, known, small):
     small(ready, **{name: known})
     with pytest.raises(ValueError, match=f"{name}=41, but the data set up has {known}: leave {name} out"):
         small(ready, **{name: 41})
 
 
-def test_unknown_choices_are_refused_with_a_suggestion(ready):
+def test_unknown_choices_are_refused_with_a_suggestion(ready, small):
     with pytest.raises(ValueError, match="gene_likelihood='znb'.*Did you mean"):
         small(ready, gene_likelihood="znb")
     with pytest.raises(ValueError, match="gene-label.*labels_key"):
         small(ready, dispersion="gene-label")
 
 
-def test_a_size_factor_model_needs_size_factors(ready):
+def test_a_size_factor_model_needs_size_factors(ready, small):
     with pytest.raises(ValueError, match="library='size_factor'.*size_factor_key"):
         small(ready, library="size_factor")
 
 
-def test_size_factors_in_the_data_are_used(mosaic):
+def test_size_factors_in_the_data_are_used(mosaic, trained):
     mosaic.obs["size"] = np.linspace(0.5, 2, 60)
     mosaic.obs["open"] = np.linspace(0.1, 0.9, 60)
     mosaic.obs.loc[mosaic.obs_names[ATAC_ONLY], "size"] = np.nan
@@ -75,7 +65,7 @@ def test_size_factors_in_the_data_are_used(mosaic):
 
 
 @pytest.mark.parametrize("library", ["latent", "observed"])
-def test_the_model_starts_at_the_marginals_of_the_data(ready, library):
+def test_the_model_starts_at_the_marginals_of_the_data(ready, library, small):
     program = small(ready, library=library).program
     x, y = ready.X[:45, :40].toarray(), ready.X[list(range(30)) + list(range(45, 60)), 40:].toarray() > 0
     share = (x.sum(0) + 0.5) / (x.sum(0) + 0.5).sum()
@@ -90,7 +80,7 @@ def test_the_model_starts_at_the_marginals_of_the_data(ready, library):
         assert program.library_log_var[code].item() == pytest.approx(max(log_total.var(), 0.01), rel=1e-4)
 
 
-def test_repr_tells_the_sizes(ready):
+def test_repr_tells_the_sizes(ready, small):
     model = small(ready)
     assert repr(model).startswith(
         "MULTIVI: 40 genes (zinb, dispersion gene), 60 regions (bernoulli), 2 batches; latent 2"
@@ -102,7 +92,7 @@ def test_repr_tells_the_sizes(ready):
 
 
 @pytest.mark.parametrize("method", RESULTS)
-def test_an_untrained_model_warns_of_its_results_or_has_none(ready, method):
+def test_an_untrained_model_warns_of_its_results_or_has_none(ready, method, small):
     model = small(ready)
     if method in ("get_latent_representation", "get_marginal_ll"):  # scvi-tools gives none either
         with pytest.raises(pm.NotTrainedError, match="not trained: call model.train"):
@@ -133,7 +123,7 @@ def assert_same(before, after):
             assert np.array_equal(value, other), name
 
 
-def test_no_method_changes_the_data_or_anything_global(ready, global_rng_untouched, tmp_path):
+def test_no_method_changes_the_data_or_anything_global(ready, global_rng_untouched, tmp_path, trained):
     ready.layers["more"] = ready.X.copy()
     before = contents(ready)
     model = trained(ready)
