@@ -23,7 +23,9 @@ _BATCHES_LAST = {f"{modality.key}_depth_regression" for modality in MODALITIES}
 _INTERCEPT_LAST = "weight_directions"
 #: Networks by the words of the arguments ``freeze_batchnorm_encoder`` and ``freeze_batchnorm_decoder``.
 _NETWORKS = {
-    "encoder": tuple(f"{each.key}_{part}." for each in MODALITIES for part in ("first_layer", "expert")),
+    "encoder": tuple(
+        f"{each.key}_{part}." for each in MODALITIES for part in ("first_layer", "expert", "alone_expert")
+    ),
     "decoder": tuple(f"{each.name}_decoder." for each in MODALITIES),
 }
 
@@ -175,10 +177,12 @@ class Training:
         norms = {"encoder": not freeze_batchnorm_encoder, "decoder": not freeze_batchnorm_decoder}
         whole = [] if freeze_expression else [f"{each.key}_first_layer." for each in MODALITIES]
         whole += [] if freeze_decoder_first_layer else [f"{name}stack.linear.0." for name in _NETWORKS["decoder"]]
-        for network, module in _normalisations(program):
-            whole += [module] if norms[network] else []
+        normalisations = _normalisations(program)
+        whole += [module for network, module in normalisations if norms[network]]
+        # Some lie in the first layers.
+        kept = tuple(module for network, module in normalisations if not norms[network])
         parts: Parts = {name: part for name, part in new.items() if name in names}
-        parts.update({name: None for name in names if name.startswith(tuple(whole))})
+        parts.update({name: None for name in names if name.startswith(tuple(whole)) and not name.startswith(kept)})
         return cls(parts, not freeze_dropout, tuple(network for network, trained in norms.items() if trained))
 
     @property

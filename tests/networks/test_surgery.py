@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyro_multivi import ProgramConfig
+from pyro_multivi.networks.layers import BatchNorm
 from pyro_multivi.networks.surgery import Growth, Training
 from pyro_multivi.program import MultiVIProgram
 
@@ -105,3 +106,16 @@ def test_tensors_of_a_custom_program():
 def test_what_does_not_fit_the_program_is_refused(values):
     with pytest.raises(ValueError, match="no parameter|no part|none that is known"):
         Training.from_dict(values, programs()[1])
+
+
+def test_frozen_batch_normalisation_stays_in_every_encoder():
+    layers = {"use_batch_norm": "both", "n_layers_encoder": 2, "n_layers_decoder": 1}
+    program = MultiVIProgram(ProgramConfig(**CHOICES, **layers, fully_paired=True, n_batch=1, n_covariates=1))
+    training = Training.chosen(program, {}, **{**FROZEN, "freeze_expression": False})
+    training.apply(program)
+    norms = {f"{name}.": module for name, module in program.named_modules() if isinstance(module, BatchNorm)}
+    # Of each modality: the first layer, the experts of both modalities and of one, and the decoder.
+    assert len(norms) == 8
+    assert all(module.frozen for module in norms.values())
+    assert training.parts
+    assert not any(name.startswith(tuple(norms)) for name in training.parts)
