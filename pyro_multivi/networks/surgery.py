@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import BatchNorm
 
 # Buffers whose batches come after something else.
@@ -175,8 +176,13 @@ class Training:
         if unfrozen:
             return cls(dict.fromkeys(names), batch_norm=tuple(_NETWORKS))
         norms = {"encoder": not freeze_batchnorm_encoder, "decoder": not freeze_batchnorm_decoder}
-        whole = [] if freeze_expression else [f"{each.key}_first_layer." for each in MODALITIES]
-        whole += [] if freeze_decoder_first_layer else [f"{name}stack.linear.0." for name in _NETWORKS["decoder"]]
+        extra = [name for name, module in program.named_modules() if isinstance(module, ExtraModality)]
+        whole: list[str] = []
+        if not freeze_expression:
+            whole += [f"{each.key}_first_layer." for each in MODALITIES] + [f"{name}.first_layer." for name in extra]
+        if not freeze_decoder_first_layer:
+            stacks = [f"{name}stack" for name in _NETWORKS["decoder"]] + [f"{name}.decoder" for name in extra]
+            whole += [f"{stack}.linear.0." for stack in stacks]
         normalisations = _normalisations(program)
         whole += [module for network, module in normalisations if norms[network]]
         # Some lie in the first layers.

@@ -252,12 +252,26 @@ def test_two_programs_in_one_process_stay_apart():
     assert pm.MultiVIProgram.extra_modalities == {}
 
 
+FROZEN = {
+    "unfrozen": False, "freeze_dropout": True, "freeze_expression": True, "freeze_decoder_first_layer": True,
+    "freeze_batchnorm_encoder": True, "freeze_batchnorm_decoder": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layer"), [("freeze_expression", "first_layer"), ("freeze_decoder_first_layer", "decoder.linear.0")]
+)
+def test_first_layers_of_a_query_are_trained_as_those_of_other_modalities(chosen, layer):
+    program = program_of()
+    training = Training.chosen(program, {}, **{**FROZEN, chosen: False})
+    parameters = [name for name, _ in program.named_parameters() if name.startswith(f"extra.protein.{layer}.")]
+    assert len(parameters) == 2
+    assert {name for name in training.parts if name.startswith("extra.")} == set(parameters)
+
+
 def test_batch_normalisation_of_a_query_stays_that_of_the_reference():
     program = program_of(use_batch_norm="both")
-    training = Training.chosen(
-        program, {}, unfrozen=False, freeze_dropout=True, freeze_expression=True, freeze_decoder_first_layer=True,
-        freeze_batchnorm_encoder=True, freeze_batchnorm_decoder=False,
-    )  # fmt: skip
+    training = Training.chosen(program, {}, **{**FROZEN, "freeze_batchnorm_decoder": False})
     training.apply(program)
     frozen = {name: module.frozen for name, module in program.extra.named_modules() if isinstance(module, BatchNorm)}
     assert len(frozen) == 4
