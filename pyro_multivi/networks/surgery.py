@@ -194,7 +194,7 @@ class Training:
     @property
     def changes_encoders(self) -> bool:
         """Whether states of known cells change by it."""
-        return any(part is None and not name.startswith(_NETWORKS["decoder"]) for name, part in self.parts.items())
+        return any(part is None and not _belongs(name, "decoder") for name, part in self.parts.items())
 
     def apply(self, program: Any) -> None:
         """Freeze everything else in a program: its gradients are zero, and so are those of old columns."""
@@ -258,17 +258,19 @@ class _KeepColumns:
         return torch.where(self.kept, grad, 0.0)
 
 
+def _belongs(name: str, network: str) -> bool:
+    """Whether a parameter or module is one of the encoders' or of the decoders'."""
+    if name.startswith("extra."):
+        # Networks of extra modalities are called alike in each: extra.NAME.decoder.
+        return (".decoder." in name) == (network == "decoder")
+    return name.startswith(_NETWORKS[network])
+
+
 def _normalisations(program: nn.Module) -> list[tuple[str, str]]:
     """Network and name, with a dot behind it, of every batch normalisation."""
-
-    def belongs(name: str, network: str) -> bool:
-        # Networks of extra modalities are called alike in each: extra.NAME.decoder.
-        of_extra = name.startswith("extra.") and (".decoder." in name) == (network == "decoder")
-        return of_extra or name.startswith(_NETWORKS[network])
-
     return [
         (network, f"{name}.")
         for name, module in program.named_modules()
         for network in _NETWORKS
-        if isinstance(module, BatchNorm) and belongs(name, network)
+        if isinstance(module, BatchNorm) and _belongs(name, network)
     ]

@@ -267,11 +267,15 @@ def test_first_layers_of_a_query_are_trained_as_those_of_other_modalities(chosen
     parameters = [name for name, _ in program.named_parameters() if name.startswith(f"extra.protein.{layer}.")]
     assert len(parameters) == 2
     assert {name for name in training.parts if name.startswith("extra.")} == set(parameters)
+    assert training.changes_encoders == (layer == "first_layer")
 
 
 def test_batch_normalisation_of_a_query_stays_that_of_the_reference():
     program = program_of(use_batch_norm="both")
     training = Training.chosen(program, {}, **{**FROZEN, "freeze_batchnorm_decoder": False})
+    # So the calibration of the reference is kept.
+    assert training.parts
+    assert not training.changes_encoders
     training.apply(program)
     frozen = {name: module.frozen for name, module in program.extra.named_modules() if isinstance(module, BatchNorm)}
     assert len(frozen) == 4
