@@ -101,7 +101,7 @@ class EstimatesMixin(ModelBase):
         n_samples_overall
             Another name of ``n_samples``. (In scvi-tools it draws cells, not the posterior.)
         transform_batch
-            Batch to decode in: its name or code, or a list of batches to average over. The
+            Batch to decode in: its name or code, or a list of batches to average over, each once. The
             state of a cell is always inferred in its own batch. Default: each cell's own batch.
         gene_list
             Names, positions or a mask of genes; only these are computed.

@@ -48,7 +48,7 @@ def name_of(value: Any, known: Sequence[str]) -> Any:
 
 
 def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tuple[int, ...] | None:
-    """Codes of a batch or a list of them, each by ``code``; None stays None. Errors name ``argument``."""
+    """Codes of a batch or a list of them, by ``code``, each once; None stays None. Errors name ``argument``."""
     batches = unwrapped(batches)
     if batches is None:
         return None
@@ -62,7 +62,8 @@ def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tu
             codes.append(code(batch))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{argument}={batches!r}: {error}") from error
-    return tuple(codes)
+    # A batch that is named twice, by name and by position, is one of those meant all the same.
+    return tuple(dict.fromkeys(codes))
 
 
 def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "groupby") -> pd.Series[Any]:

@@ -207,7 +207,7 @@ class DataSpec:
         return code
 
     def batch_codes(self, argument: str, batches: Any) -> tuple[int, ...] | None:
-        """Codes of a batch or a list of them, each as in :meth:`batch_code`; None is None. Errors name ``argument``."""
+        """Codes of a batch or a list, each once, as in :meth:`batch_code`; None is None. Errors name ``argument``."""
         return batches_meant(argument, batches, self.batch_code)
 
     def table(self, data: Any) -> CellTable:

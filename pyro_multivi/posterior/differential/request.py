@@ -188,7 +188,4 @@ class DifferentialRequest:
     @property
     def batches(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """Batches in which each group is decoded, if any are named; those of one group are those of both."""
-        first, second = (
-            None if codes is None else tuple(dict.fromkeys(codes)) for codes in (self.batchid1, self.batchid2)
-        )
-        return first or second, second or first
+        return self.batchid1 or self.batchid2, self.batchid2 or self.batchid1

@@ -157,6 +157,8 @@ def test_a_list_of_batches_is_averaged_draw_by_draw(fitted, method):
     get = getattr(fitted, method)
     each = [get(n_samples=25, transform_batch=batch, return_mean=False) for batch in (0, 1)]
     both = get(n_samples=25, transform_batch=["batch_0", "batch_1"], return_mean=False)
+    # A batch that is named twice counts once.
+    np.testing.assert_array_equal(get(n_samples=25, transform_batch=["batch_0", 1, 0], return_mean=False), both)
     np.testing.assert_allclose(both, (each[0] + each[1]) / 2, rtol=1e-5)
     found = get(n_samples=25, transform_batch=["batch_0", 1], return_interval=0.8, return_numpy=True)
     np.testing.assert_allclose(found.mean, both.mean(0), rtol=1e-5)
