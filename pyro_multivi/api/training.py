@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import pandas as pd
 from pyro.infer import ELBO
@@ -44,6 +45,8 @@ from pyro_multivi.training.options import Callback
 
 #: Epochs of the model of a query: by twice as many, cells mix with those of the reference hardly better.
 _QUERY_EPOCHS = 100
+# Models whose training goes on.
+_IN_TRAINING: WeakSet[Any] = WeakSet()
 
 
 class TrainingMixin(ModelBase):
@@ -227,12 +230,17 @@ class TrainingMixin(ModelBase):
         ImportError
             If ``compile=True`` and Numba is missing.
         RuntimeError
-            If another process writes checkpoints to the folder.
+            If another process writes checkpoints to the folder, or a callback trains the model that is in training.
         ContractError
             If model and guide of a custom program do not fit together.
         TrainingDiverged
             If the loss becomes NaN; the model goes back to its best weights.
         """
+        if self in _IN_TRAINING:
+            raise RuntimeError(
+                "This model is in training: train() may not be called by a callback of its own. Return True from the "
+                "callback, which stops the training, and call train() again after it."
+            )
         is_query = self._training is not None
         if not is_query:
             tell_difference("train")
@@ -267,6 +275,7 @@ class TrainingMixin(ModelBase):
             checkpointed = {"checkpoint": "none" if checkpoints is None else "given"}
             check_runs(processes, run.after(self._history.n_epochs, self._optimizer_state, **checkpointed))
         try:
+            _IN_TRAINING.add(self)
             if checkpoints is not None:
                 checkpoints.open(run)
             if checkpoints is not None and checkpoints.split is not None:
@@ -304,6 +313,7 @@ class TrainingMixin(ModelBase):
                     self._history.interrupted = True
             share_weights(processes, self.program)
         finally:
+            _IN_TRAINING.discard(self)
             if checkpoints is not None:
                 checkpoints.close()
             self.is_trained = self.is_trained or self._history.n_epochs > 0

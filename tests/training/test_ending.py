@@ -89,3 +89,17 @@ def test_a_stopwatch_shows_what_took_time():
     assert str(watch) == "3.0 s (steps 67 %, validation 33 %)"
     watch.seconds["steps"] = 124.0
     assert str(watch).startswith("2 min 5 s")
+
+
+def test_a_callback_may_not_train_its_own_model(build, train, assert_usable):
+    model, other = build(), build()
+
+    def again(epoch, row, program):
+        train(other, 1)
+        model.train(1)
+
+    with pytest.raises(RuntimeError, match="in training.*Return True"):
+        train(model, 3, callbacks=[again])
+    assert len(model.history["train_loss"]) == 1
+    assert len(other.history["train_loss"]) == 1
+    assert_usable(model)
