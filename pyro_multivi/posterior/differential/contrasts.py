@@ -143,7 +143,9 @@ def _by_column(
     if group1 is None:
         _refuse_continuous(column, groupby, len(known))
         # Categories that no cell has are no groups to go through.
-        wanted = [group for group in known if (label_n == group).any() and group != str(group2)]
+        # A group may be called "None", which str(group2) is without a second group.
+        left_out = () if group2 is None else (str(group2),)
+        wanted = [group for group in known if (label_n == group).any() and group not in left_out]
     else:
         wanted = _named_groups(group1)
     other = None if group2 is None else cells_of("group2", str(group2))

@@ -135,6 +135,14 @@ def test_an_empty_name_is_a_name():
     assert resolve_contrasts(obs, list(obs.index), idx1=[0])[0].names == ("group 1", "group 2")
 
 
+def test_a_group_may_be_called_none():
+    obs = pd.DataFrame({"drug": ["None", "A", "None", "B"]}, index=list("wxyz"))
+    found = resolve_contrasts(obs, list(obs.index), "drug")
+    assert [one.comparison for one in found] == ["A vs Rest", "B vs Rest", "None vs Rest"]
+    found = resolve_contrasts(obs, list(obs.index), "drug", group2="None")
+    assert [one.comparison for one in found] == ["A vs None", "B vs None"]
+
+
 @pytest.mark.parametrize(
     "kind", [list, tuple, np.array, pd.Index, pd.Series, pd.Categorical, set, frozenset, dict.fromkeys, iter]
 )
