@@ -30,6 +30,7 @@ _ADVICE = (
     (r"modalities=\{[^}]*\}", "--rna NAME and --atac NAME"),
     (r"round them, .* = .*?\.?$", "round them with --round."),
     (r"may be rounded: .* = .*?\.?$", "may be rounded with --round."),
+    (r" looks like counts, put them there: (\S+) = .*", r" looks like counts: put them into \1 of the file."),
     (r": \S+\.raw looks like counts, .*", ": raw looks like counts: copy it to a layer of the file, and give --layer."),
     (
         r"pyro_multivi\.reads_to_fragments\(adata\) makes a layer of fragments of them, to be named in the setup",

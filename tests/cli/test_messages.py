@@ -22,6 +22,10 @@ from pyro_multivi.cli.messages import in_options
          "the model is not trained: train it with pyro-multivi train."),
         ("Raw counts are needed, perhaps by layer.", ["layer"],
          "Raw counts are needed, perhaps in a layer: give --layer NAME."),
+        ("adata.layers['n'] looks like counts, put them there: adata.X = adata.layers['n'].copy().", [],
+         "layers['n'] looks like counts: put them into X of the file."),
+        ("adata.raw looks like counts, put them there: adata.X = adata.raw[:, adata.var_names].X.", [],
+         "raw looks like counts: put them into X of the file."),
         ("adata lacks 2 cells; none are in adata: adata.X", [], "the file lacks 2 cells; none are in the file: X"),
     ],
 )  # fmt: skip

@@ -54,9 +54,11 @@ class Counts:
     rows
         Row of each cell of the data set, -1 where it has none; None if the rows are the cells.
     hint
-        Suggests where raw counts may be found if these are none.
+        Suggests where raw counts may be found if these are none, given ``placed``.
     masks
         Features that were measured in each panel; None if all were.
+    placed
+        Whether their place is that of a model's setup, so that no argument can name another.
     """
 
     modality: Modality
@@ -67,8 +69,9 @@ class Counts:
     columns: NDArray[np.intp]
     cells: pd.Index[Any]
     rows: NDArray[np.intp] | None
-    hint: Callable[[], str]
+    hint: Callable[[bool], str]
     masks: FeatureMasks | None = None
+    placed: bool = False
 
     def present(self, n_cells: int) -> NDArray[np.bool_]:
         """Whether each cell of the data set has a row, shape (n_cells,)."""
@@ -312,7 +315,8 @@ def _counts(
     if (stores := stores_of(adata)) is not None:
         matrix = stores.matrix(layer, adata.var_names, argument, measured_features(adata, owner))
         places = stores.cells, stores.rows_of(adata.obs_names)
-        return Counts(modality, matrix, owner, where, features, columns, *places, lambda: f", perhaps by {argument}.")
+        hint = {False: f", perhaps by {argument}.", True: "."}
+        return Counts(modality, matrix, owner, where, features, columns, *places, hint.__getitem__)
     if layer is not None and layer not in adata.layers:
         raise unknown_key(argument, layer, f"{owner}.layers", layer_names(adata.layers))
     if layer not in matrices:
@@ -337,24 +341,29 @@ def _counts(
         columns=columns,
         cells=adata.obs_names,
         rows=rows,
-        hint=lambda: counts_hint(adata, layer, owner, argument),
+        hint=lambda placed: counts_hint(adata, layer, owner, None if placed else argument),
         masks=masks_of(adata, owner, modality, masks, columns),
     )
 
 
-def counts_hint(owner: Any, layer: str | None, name: str, argument: str) -> str:
-    """The end of the sentence "Raw counts are needed": where in ``owner``, called ``name``, they seem to be."""
+def counts_hint(owner: Any, layer: str | None, name: str, argument: str | None) -> str:
+    """The end of the sentence "Raw counts are needed": where in ``owner``, called ``name``, they seem to be.
+
+    Without an ``argument`` that could name another layer, the advice is to put them where they were looked for.
+    """
+    where = f"{name}.X" if layer is None else f"{name}.layers[{layer!r}]"
     for other in layer_names(owner.layers):
         if other != layer and _looks_like_counts(owner.layers[other]):
-            return f": {name}.layers[{other!r}] looks like counts, give {argument}={other!r}."
+            found = f"{name}.layers[{other!r}]"
+            mend = f"give {argument}={other!r}" if argument else f"put them there: {where} = {found}.copy()"
+            return f": {found} looks like counts, {mend}."
     if layer is not None and owner.X is not None and _looks_like_counts(owner.X):
-        return f": {name}.X looks like counts, give {argument}=None."
+        mend = f"give {argument}=None" if argument else f"put them there: {where} = {name}.X.copy()"
+        return f": {name}.X looks like counts, {mend}."
     if owner.raw is not None and _looks_like_counts(owner.raw.X):
-        return (
-            f": {name}.raw looks like counts, copy it to a layer ({name}.layers['counts'] = "
-            f"{name}.raw[:, {name}.var_names].X) and give {argument}='counts'."
-        )
-    where = f"{name}.X" if layer is None else f"{name}.layers[{layer!r}]"
+        found = f"{name}.raw[:, {name}.var_names].X"
+        mend = f"copy it to a layer ({name}.layers['counts'] = {found}) and give {argument}='counts'"
+        return f": {name}.raw looks like counts, {mend if argument else f'put them there: {where} = {found}'}."
     layers = first_names(layer_names(owner.layers)) or "none"
     nowhere = f", and none are in {name}: {name}.X, layers ({layers}) and raw were looked at"
     matrix = owner.X if layer is None else owner.layers[layer]

@@ -148,7 +148,7 @@ def check_values(
         rules.append((_TOO_LARGE, values > MOST_COUNTS))
     for what, wrong in rules:
         if wrong.any():
-            advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint()}"
+            advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint(counts.placed)}"
             at = int(np.argmax(wrong))
             cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
             feature = features[int(block.indices[at])]

@@ -272,10 +272,11 @@ def _some(counts: Counts, some: slice | NDArray[np.intp]) -> Counts:
 
 
 def open_named(data: Any, setup: Setup, names: Mapping[Modality, Sequence[str]]) -> Opened:
-    """Find counts and columns of an object; where features have no type, by the names that a model's features have."""
+    """Find counts and columns of an object for a model; features without a type by the names that the model's have."""
     opened = open_data(data, setup)
     if not setup.feature_type_key and opened.name == "adata":
         _by_name(opened, names)
+    opened.counts.update({modality: replace(part, placed=True) for modality, part in opened.counts.items()})
     return opened
 
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import anndata as ad
 import numpy as np
@@ -173,6 +174,29 @@ def test_counts_of_other_objects_are_checked(spec, adata):
     other.X = np.log1p(other.X)
     with pytest.raises(ValueError, match="RNA values that are not a whole number"):
         spec.table(other)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept"), [(None, "umis"), (None, "raw"), ("counts", "umis"), ("counts", "raw"), ("counts", "X")]
+)
+def test_advice_on_counts_of_a_model_names_no_argument_of_setup(adata, layer, kept):
+    if layer is not None:
+        adata.layers[layer] = adata.X.copy()
+    setup_anndata(adata, layer=layer)
+    spec, counts = DataSpec.of(adata), adata.X.copy()
+    if kept == "raw":
+        adata.raw = adata.copy()
+    elif kept == "umis":
+        adata.layers[kept] = counts
+    logarithms = np.log1p(counts)
+    adata.X = counts if kept == "X" else logarithms
+    if layer is not None:
+        adata.layers[layer] = logarithms
+    with pytest.raises(ValueError, match=r"looks like counts, put them there: adata\.\S+ = adata\.\S+") as caught:
+        spec.table(adata)
+    assert "give layer" not in str(caught.value)
+    exec(re.search(r"put them there: (.*)\.$", str(caught.value))[1])
+    assert torch.equal(spec.table(adata).x.to_dense(), torch.from_numpy(counts[:, :3]))
 
 
 def test_model_of_one_modality_ignores_the_other(adata):
