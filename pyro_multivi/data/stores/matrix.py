@@ -207,6 +207,8 @@ def reader(matrix: Any, indptr: NDArray[np.int64] | None, width: int) -> ReadRow
                 raise ValueError(f"a column is not one of 0 to {width - 1}")
             if data.dtype == np.float16:  # which SciPy's sparse matrices do not have
                 data = data.astype(np.float32)
+            # Some programs write unsigned numbers, which SciPy's sparse matrices do not have either.
+            indices = indices.astype(np.int32 if width < 2**31 else np.int64, copy=False)
             pointers = (indptr[start : stop + 1] - indptr[start]).astype(indices.dtype)
             made = sp.csr_array((stop - start, width), dtype=data.dtype)
             # Without SciPy's checks, which cost as much as the reading.

@@ -130,6 +130,25 @@ def test_duplicates_zeros_and_order_on_disk_do_not_show(mosaic, tmp_path):
     assert same(memory.batch(torch.arange(120)).x, table.batch(torch.arange(120)).x)
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.uint64, np.int64])
+def test_columns_of_any_type_of_whole_numbers(mosaic, tmp_path, kind):
+    """SciPy has no unsigned indices; programs other than anndata write them."""
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        indptr, data, indices = (file[f"X/{part}"][:] for part in ("indptr", "data", "indices"))
+        row = np.repeat(np.arange(mosaic.n_obs), np.diff(indptr))
+        backwards = np.lexsort((-indices, row))
+        file["X/data"][:] = data[backwards]
+        for name, part in {"indices": indices[backwards], "indptr": indptr}.items():
+            del file[f"X/{name}"]
+            file[f"X/{name}"] = part.astype(kind)
+    table, memory = table_of(pm.open_stores(tmp_path / "a.h5ad")), table_of(mosaic)
+    assert memory.difference(table) is None
+    index = torch.tensor([50, 3, 4, 119])
+    assert same(memory.batch(index).x, table.batch(index).x)
+    assert same(memory.batch(index).y, table.batch(index).y)
+
+
 def test_values_that_are_no_counts_are_named_with_their_cell(mosaic, tmp_path):
     values = mosaic.X.toarray()
     values[5, mosaic.var_names.get_loc("gene_03")] = 1.5
