@@ -60,7 +60,7 @@ def label_codes(obs: pd.DataFrame, key: str) -> tuple[list[Any], NDArray[np.int6
     Raises
     ------
     ValueError
-        If there is no such column, no label in it, or it holds numbers that are no labels.
+        If there is no such column, it holds numbers that are no labels, or fewer than two cells have a label.
     """
     if key not in obs:
         raise unknown_key("key", key, "obs of the reference", obs.columns)
@@ -73,6 +73,11 @@ def label_codes(obs: pd.DataFrame, key: str) -> tuple[list[Any], NDArray[np.int6
     if not len(categories.cat.categories):
         raise ValueError(f"key={key!r} has no label for any cell of the reference.")
     code: NDArray[np.int64] = np.asarray(categories.cat.codes, dtype=np.int64)
+    if (code >= 0).sum() < 2:
+        raise ValueError(
+            f"key={key!r} has a label for one cell of the reference: how often neighbours are right is learned from "
+            "cells with labels, of which two are the least. Give more cells a label."
+        )
     return list(categories.cat.categories), code
 
 

@@ -86,6 +86,16 @@ def test_cells_without_a_label_do_not_vote(world):
     assert (world.model.transfer_labels(world.query, "one")["nearest_label"] == "only").all()
 
 
+def test_one_cell_with_a_label_is_too_few(world):
+    reference = world.model.adata
+    reference.obs["one"] = ["T", *[None] * (reference.n_obs - 1)]
+    with pytest.raises(ValueError, match="key='one' has a label for one cell of the reference"):
+        world.model.transfer_labels(world.query, "one")
+    reference.obs["two"] = ["T", "B", *[None] * (reference.n_obs - 2)]
+    table = world.model.transfer_labels(world.query, "two")
+    assert table[["confidence", "p_value"]].stack().between(0, 1).all()
+
+
 def blobs(rng, centres, n):
     code = np.repeat(np.arange(len(centres)), n)
     return centres[code] + rng.normal(size=(len(code), 2)), code
