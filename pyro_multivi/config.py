@@ -100,9 +100,9 @@ class ProgramConfig:
     protein_dispersion
         ``"protein"``, ``"protein-batch"`` or ``"protein-label"``: sharing of the inverse dispersion of proteins.
     fully_paired
-        Whether every cell of training has both modalities. Then z is drawn from both in training, networks of their own
-        learn its posterior given one modality alone from the posterior given both, and the penalty ``"contrastive"``
-        becomes ``"None"`` unless a weight of it is given.
+        Whether every cell of training has all modalities of the model, two or more. Then z is drawn from all of them in
+        training, networks of their own learn its posterior given one modality alone from the posterior given all, and
+        the penalty ``"contrastive"`` becomes ``"None"`` unless a weight of it is given.
 
     Raises
     ------
@@ -196,10 +196,10 @@ class ProgramConfig:
             raise ValueError(
                 f"n_genes={self.n_genes} and n_regions={self.n_regions}: a model needs at least one gene or region."
             )
-        if self.fully_paired and not (self.n_genes and self.n_regions):
+        if self.fully_paired and bool(self.n_genes) + bool(self.n_regions) + self.proteins < 2:
             raise ValueError(
                 f"fully_paired=True with n_genes={self.n_genes} and n_regions={self.n_regions}: it is for cells with "
-                "both modalities. Leave it out."
+                "two modalities or more. Leave it out."
             )
 
     @property

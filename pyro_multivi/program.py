@@ -30,6 +30,7 @@ from pyro_multivi.networks.experts import (
     alone_of,
     average,
     experts_of,
+    in_all,
     measurement_patterns,
     mixing_weights,
     seen_from_one,
@@ -281,14 +282,11 @@ class MultiVIProgram(ProgramModules):
 
     def experts(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
         """q_k(z) = Normal(mu_k, sigma_k) of each modality, by its name; extend the dict for an extra modality."""
-        return {
-            **experts_of(self, cells, hidden),
-            **{extra.name: extra.expert(cells, s) for extra in self.modelled_extra},
-        }
+        return experts_of(self, cells, s, hidden)
 
     def experts_alone(self, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
         """q(z) given one modality, by its name: those of :meth:`experts`, but with ``fully_paired`` of own networks."""
-        alone = alone_of(self, cells, hidden) if self.config.fully_paired else {}
+        alone = alone_of(self, cells, s, hidden) if self.config.fully_paired else {}
         return {**self.experts(cells, s, hidden), **alone}
 
     def seen(self, experts: dict[str, Expert]) -> dict[str, Expert]:
@@ -376,9 +374,9 @@ class MultiVIProgram(ProgramModules):
         return self.config.mixing * mmd.expand(len(loc))
 
     def distillation(self, cells: Cells, s: Tensor, hidden: HiddenStates, experts: dict[str, Expert]) -> Tensor:
-        """Penalty in nats that teaches the posteriors from one modality that from both, (B,)."""
-        joint = Expert(*self.averaged(experts), cells.has_rna & cells.has_atac)
-        return DISTILLATION_WEIGHT * distillation(joint, alone_of(self, cells, hidden).values())
+        """Penalty in nats that teaches the posteriors from one modality that from all, (B,)."""
+        alone = alone_of(self, cells, s, hidden)
+        return DISTILLATION_WEIGHT * distillation(Expert(*self.averaged(experts), in_all(alone)), alone.values())
 
     def guide_shared(self) -> None:
         """Hook: sample statements for latents that all cells share, above the plate of cells."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
 from pyro_multivi.data.minibatch import AnyModality, Panels
-from pyro_multivi.data.modality import ATAC, MODALITIES, PROTEIN, RNA
+from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
 from pyro_multivi.data.selection import as_list, check_order, refuse_numbers_for_mask
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -346,10 +346,8 @@ def check_threshold(threshold: float | None, average: Average) -> None:
         raise ValueError(f"threshold makes one sparse matrix of estimates, {other} asks for more: choose one.")
 
 
-def check_paired(table: CellTable, advice: str) -> None:
-    """Refuse cells that lack a modality."""
-    paired = torch.stack([modality.measured_in(table) for modality in MODALITIES]).all(0)
-    if not paired.all():
-        raise ValueError(
-            f"fully_paired=True, but {int((~paired).sum())} of {len(table)} cells lack a modality: {advice}"
-        )
+def check_paired(table: CellTable, extra: Iterable[str], advice: str) -> None:
+    """Refuse cells that lack a modality, or one of some extra modalities."""
+    n_lacking = int((~table.has_all(extra)).sum())
+    if n_lacking:
+        raise ValueError(f"fully_paired=True, but {n_lacking} of {len(table)} cells lack a modality: {advice}")

@@ -12,8 +12,10 @@ from typing import Any
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names, shown
+from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.data.setup.spec import DataSpec
-from pyro_multivi.data.vocabulary import PAIRED
+from pyro_multivi.data.setup.summary import measured_in_all_cells
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
@@ -63,18 +65,22 @@ def _check_saved(config: ProgramConfig, name: str) -> None:
         )
 
 
-def learns_together(spec: DataSpec, program_class: type[MultiVIProgram]) -> bool:
-    """Whether states are learned from both modalities together where nothing says so: ``fully_paired`` by default."""
-    n_cells = sum(spec.n_cells.values())
-    if not (spec.n_genes and spec.n_regions) or spec.n_cells.get(PAIRED) != n_cells:
-        return False
+def learns_together(spec: DataSpec, table: CellTable, program_class: type[MultiVIProgram]) -> bool:
+    """Whether states are learned from all modalities together where nothing says so: ``fully_paired`` by default."""
+    number = measured_in_all_cells(spec, table)
     # A guide of one's own, or that of other modalities, need not teach the encoders of one modality alone.
     of_guide = ("guide", "experts", "experts_alone", "seen", "mix")
     is_own = any(getattr(check_program(program_class), name) is not getattr(MultiVIProgram, name) for name in of_guide)
-    if is_own or spec.setup.protein_key is not None or program_class.extra_modalities:
+    if is_own or program_class.extra_modalities or not number:
         return False
-    logger.info("fully_paired=True, because all %d cells have both modalities", n_cells)
+    logger.info("fully_paired=True, because all %d cells have %s modalities", len(table), number)
     return True
+
+
+def modelled_extra(spec: DataSpec, program_class: type[MultiVIProgram]) -> list[str]:
+    """Names of the extra modalities of a model of some data: those of its program, and proteins."""
+    proteins = [PROTEIN] if spec.setup.protein_key is not None else []
+    return [*check_program(program_class).extra_modalities, *proteins]
 
 
 def check_program(program_class: object) -> type[MultiVIProgram]:

@@ -10,7 +10,7 @@ from typing import Any
 from pyro_multivi._settings import settings
 from pyro_multivi.api.arguments import Data, check_paired
 from pyro_multivi.api.checks import ChecksMixin
-from pyro_multivi.api.custom_program import configure, learns_together
+from pyro_multivi.api.custom_program import configure, learns_together, modelled_extra
 from pyro_multivi.api.estimates import EstimatesMixin
 from pyro_multivi.api.latent import LatentMixin
 from pyro_multivi.api.proteins.differential import ProteinDifferentialMixin
@@ -83,13 +83,13 @@ class MULTIVI(
     encode_covariates
         Give batch and covariates to the encoders too; the decoders always have them.
     fully_paired
-        Learn the states from both modalities together, without a penalty that draws them to each other (give
-        ``contrast_weight`` or ``mixing_weight`` to keep it), which fits cells with both better. States given one
-        modality alone, of other cells or for ``modality=``, are learned from those given both, by encoders of their
-        own. Every cell of training needs both modalities, else an error is raised; data that the model is used on
-        later do not. Default: whether every cell has them, unless a penalty other than the default's, one of its
-        weights, proteins, or a ``program_class`` with extra modalities or a guide of its own is chosen; a log line at
-        level INFO says so.
+        Learn the states from all modalities together, without a penalty that draws them to each other (give
+        ``contrast_weight`` or ``mixing_weight`` to keep it), which fits cells with all of them better. States given one
+        modality alone, of other cells or for ``modality=``, are learned from those given all, by encoders of their
+        own. Every cell of training needs all modalities (RNA, ATAC and proteins, two of them or more), else an error is
+        raised; data that the model is used on later do not. Default: whether every cell has them, unless a penalty
+        other than the default's, one of its weights, or a ``program_class`` with extra modalities or a guide of its own
+        is chosen; a log line at level INFO says so.
     protein_dispersion
         Inverse dispersion for each ``"protein"``, or for each protein and batch (``"protein-batch"``) or label
         (``"protein-label"``).
@@ -177,10 +177,10 @@ class MULTIVI(
         spec = DataSpec.of(adata, dict(zip(MODALITIES, (n_genes, n_regions), strict=True)))
         table = spec.table(adata)
         if fully_paired:
-            check_paired(table, "leave it out or keep paired cells only.")
+            check_paired(table, modelled_extra(spec, program_class), "leave it out or keep paired cells only.")
         elif fully_paired is None:
             is_default = str(modality_penalty) == "contrastive" and contrast_weight is None and mixing_weight is None
-            choices["fully_paired"] = is_default and learns_together(spec, program_class)
+            choices["fully_paired"] = is_default and learns_together(spec, table, program_class)
         given_size = RNA.size_factor_in(table) is not None
         if library == "size_factor" and not given_size:
             raise ValueError(

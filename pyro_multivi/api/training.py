@@ -254,7 +254,8 @@ class TrainingMixin(ModelBase):
         table = self._training_table()
         check_counts(table)
         if self.program.config.fully_paired and not is_query:
-            check_paired(table, "train on paired cells only, or make another model by MULTIVI(adata).")
+            extra = [modality.name for modality in self.program.modelled_extra]
+            check_paired(table, extra, "train on paired cells only, or make another model by MULTIVI(adata).")
         if self._training is not None and not self._training.parts:
             caution(
                 "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "

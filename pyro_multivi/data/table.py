@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_multivi.data.marginals import Marginals
 from pyro_multivi.data.minibatch import Cells, Measurement, Panels
-from pyro_multivi.data.modality import MODALITIES, Modality
+from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.stores.rows import RowSlices
@@ -136,6 +136,11 @@ class CellTable:
 
     def __len__(self) -> int:
         return len(self.batch_code)
+
+    def has_all(self, extra: Iterable[str] = ()) -> Tensor:
+        """Whether each cell has every modality that has features, and these extra ones, (n,), bool."""
+        parts = [modality.measured_in(self) for modality in modelled(self)]
+        return torch.stack(parts + [self.extra[name].measured for name in extra if name in self.extra]).all(0)
 
     @property
     def on_disk(self) -> bool:

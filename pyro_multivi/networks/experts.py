@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,21 +31,33 @@ class Expert:
     measured: Tensor
 
 
-def experts_of(program: Any, cells: Cells, hidden: HiddenStates) -> dict[str, Expert]:
+def experts_of(program: Any, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
     """Expert of each modality, by its name; of a fully paired program :func:`alone_of` in cells that lack one."""
     experts = _experts(program, cells, hidden, "expert")
-    if not program.config.fully_paired or all(state is None or state.rows is None for state in hidden):
+    of_extra = {extra.name: extra.expert(cells, s) for extra in program.modelled_extra}
+    experts.update(of_extra)
+    if not program.config.fully_paired:
         return experts
-    both, alone, chosen = (cells.has_rna & cells.has_atac)[:, None], alone_of(program, cells, hidden), {}
-    for name, expert in experts.items():
-        loc = torch.where(both, expert.loc, alone[name].loc)
-        chosen[name] = replace(expert, loc=loc, scale=torch.where(both, expert.scale, alone[name].scale))
-    return chosen
+    if all(state is None or state.rows is None for state in hidden) and (not of_extra or bool(in_all(of_extra).all())):
+        return experts
+    alone = alone_of(program, cells, s, hidden)
+    has_all = in_all(alone)[:, None]
+    for name, expert in alone.items():
+        loc = torch.where(has_all, experts[name].loc, expert.loc)
+        experts[name] = replace(expert, loc=loc, scale=torch.where(has_all, experts[name].scale, expert.scale))
+    return experts
 
 
-def alone_of(program: Any, cells: Cells, hidden: HiddenStates) -> dict[str, Expert]:
+def alone_of(program: Any, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
     """q(z) given one modality alone, by its name, of a fully paired program."""
-    return _experts(program, cells, hidden, "alone_expert")
+    experts = _experts(program, cells, hidden, "alone_expert")
+    own = [extra for extra in program.modelled_extra if extra.alone_head is not None]
+    return {**experts, **{extra.name: extra.expert_alone(cells, s) for extra in own}}
+
+
+def in_all(experts: Mapping[str, Expert]) -> Tensor:
+    """Whether every one of some modalities was measured in a cell, (B,), bool."""
+    return torch.stack([expert.measured for expert in experts.values()]).all(0)
 
 
 def _experts(program: Any, cells: Cells, hidden: HiddenStates, head: str) -> dict[str, Expert]:

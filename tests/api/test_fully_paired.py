@@ -107,14 +107,6 @@ def test_a_single_modality_is_not_fully_paired(features):
         small(adata, fully_paired=True)
 
 
-def test_proteins_keep_the_penalties():
-    adata = pm.simulate_multiome((60, 0, 0), n_genes=N_GENES, n_regions=60, seed=0)
-    adata.obsm["protein"] = np.random.default_rng(0).poisson(5, (60, 3)).astype(np.float32)
-    report = pm.MULTIVI.setup_anndata(adata, modality_key="modality", protein_expression_obsm_key="protein")
-    assert not small(adata).program.config.fully_paired
-    assert "learns from both together" not in str(report)
-
-
 def test_training_refuses_other_data_with_cells_that_lack_a_modality(tmp_path):
     adata = simulated()
     model = small(adata)

@@ -218,7 +218,7 @@ def _warn_of_older_version(where: str, lacking: Sequence[str], of_query: bool) -
             "Training its reference on (train), and mapping the query again, brings it." if of_query
             else "Training it on (train) brings it.",
         )  # fmt: skip
-    if any("_alone_expert." in name for name in lacking):
+    if any(".alone_head." in name or "_alone_expert." in name for name in lacking):
         logger.warning(
             "%s was saved by a version whose fully paired models learned nothing of states given one modality: "
             "do not use those. Training it anew brings them.",

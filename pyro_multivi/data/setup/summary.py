@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from pyro_multivi.data.checks import first_names
-from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES, modelled
 from pyro_multivi.data.setup.masks.panels import number_of_values, panel_sizes
-from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.setup.spec import DataSpec, Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
+from pyro_multivi.data.table import CellTable
 from pyro_multivi.data.vocabulary import PAIRED
 
 # Batches listed by name in the text; more are summed up.
@@ -138,6 +139,13 @@ def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Seq
     return notes
 
 
+def measured_in_all_cells(spec: DataSpec, table: CellTable) -> str:
+    """How many modalities (RNA, ATAC, proteins) there are, in words, if every cell has them all; else nothing."""
+    proteins = [PROTEIN] if spec.setup.protein_key is not None else []
+    number = len(modelled(table)) + len(proteins)
+    return {2: "both", 3: "all three"}.get(number, "") if bool(table.has_all(proteins).all()) else ""
+
+
 def _notes(described: Description) -> list[str]:
     """Remarks on what the setup takes data for, and on what it leaves out."""
     spec, table = described.spec, described.table
@@ -156,9 +164,10 @@ def _notes(described: Description) -> list[str]:
             notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
         else:
             notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
-    is_paired = spec.n_genes and spec.n_regions and spec.n_cells[PAIRED] == sum(spec.n_cells.values())
-    if is_paired and spec.setup.protein_key is None:
-        notes.append("all cells have both modalities: MULTIVI() learns from both together, as fully_paired=True says.")
+    if number := measured_in_all_cells(spec, table):
+        notes.append(
+            f"all cells have {number} modalities: MULTIVI() learns from {number} together, as fully_paired=True says."
+        )
     return notes + [
         f"{size} features of type {kind!r} are ignored."
         + " pyro_multivi.organize_cite_seq_10x(adata) makes proteins of them." * (kind in PROTEIN_FEATURE_TYPES)

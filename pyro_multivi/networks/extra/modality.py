@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_multivi.data.checks import shown
 from pyro_multivi.data.minibatch import Cells, Measurement
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.networks.encoders import SharedFirstLayer, expert_head
+from pyro_multivi.networks.encoders import HiddenState, NormalHead, SharedFirstLayer, expert_head
 from pyro_multivi.networks.experts import Expert
 from pyro_multivi.networks.layers import CovariateStack, layer_options
 
@@ -49,10 +49,17 @@ class ExtraModality(nn.Module):
         self.name, self.n_features, self.config = name, int(config.extra[name]), config
         self.first_layer = SharedFirstLayer(self.n_features, config.hidden, **layer_options(config, "encoder"))
         self.head = expert_head(config)
+        # As of the other modalities of a fully paired program: q(z) given this one alone, in cells that lack one.
+        self.alone_head = expert_head(config) if config.fully_paired and self.has_own_head else None
         self.decoder = CovariateStack(
             config.latent, config.hidden, config.n_layers_decoder,
             inject_everywhere=config.deeply_inject_covariates, **layer_options(config, "decoder"),
         )  # fmt: skip
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether :attr:`head` gives the expert: :meth:`expert` is not overridden."""
+        return type(self).expert is ExtraModality.expert
 
     def site(self, part: str) -> str:
         """Name of one of its sites, ``"name_part"``."""
@@ -75,12 +82,23 @@ class ExtraModality(nn.Module):
         """Input of the encoder, (B, F); rows of cells that were not measured may hold any number."""
         return self.measurement(cells).values
 
+    def encode(self, cells: Cells, s: Tensor) -> HiddenState:
+        """Hidden state of the cells that have this modality."""
+        return self.first_layer(self.input(cells), self.measurement(cells).measured, s, s.new_zeros(len(cells)))
+
     def expert(self, cells: Cells, s: Tensor) -> Expert:
-        """q(z) given this modality alone; the prior in cells that lack it."""
-        measured = self.measurement(cells).measured
-        state = self.first_layer(self.input(cells), measured, s, s.new_zeros(len(cells)))
-        loc, scale = self.head(state)
+        """Expert of this modality in q(z); the prior in cells that lack it."""
+        return self._expert(self.head, cells, s)
+
+    def expert_alone(self, cells: Cells, s: Tensor) -> Expert:
+        """q(z) given this modality alone: :meth:`expert`, but in a fully paired program by a head of its own."""
+        return self.expert(cells, s) if self.alone_head is None else self._expert(self.alone_head, cells, s)
+
+    def _expert(self, head: NormalHead, cells: Cells, s: Tensor) -> Expert:
+        state = self.encode(cells, s)
+        loc, scale = head(state)
         prior = s.new_zeros(len(cells), self.config.latent)
+        measured = self.measurement(cells).measured
         return Expert(state.scatter(loc, prior), state.scatter(scale, torch.ones_like(prior)), measured)
 
     def decode(self, z: Tensor, s: Tensor) -> Tensor:
@@ -114,3 +132,10 @@ class ExtraModality(nn.Module):
 
     def guide(self, cells: Cells, s: Tensor) -> None:
         """Sample statements of the guide for latents that :meth:`observe` draws, in the same order."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.alone_head is not None and not any(name.startswith(f"{prefix}alone_head.") for name in state_dict):
+            # Programs that were saved without it: its head answered for this modality alone.
+            for name in [name for name in state_dict if name.startswith(f"{prefix}head.")]:
+                state_dict[f"{prefix}alone_head.{name.removeprefix(f'{prefix}head.')}"] = state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)

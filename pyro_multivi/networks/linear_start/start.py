@@ -55,11 +55,14 @@ class _Part(NamedTuple):
 def start_linearly(program: Any, train: Minibatches) -> int:
     """Set weights of encoders and decoders; return the number of dimensions of z that they use.
 
-    Nothing is set, and 0 returned, with extra modalities; if loadings are no longer where construction put them, at
-    zero; for networks of other classes than those of this package, with batch normalisation or with frozen weights; for
-    programs with an ``expression`` or ``accessibility`` of their own, of which z may have to hold more; with fewer than
-    fifty cells of a modality, or fifty that have both; and if no component lies above the noise, of each modality where
-    cells lack one.
+    The linear model is of RNA and ATAC. Experts of proteins and other :class:`ExtraModality` start at what these tell
+    of its state by regression, and their decoders where construction put them.
+
+    Nothing is set, and 0 returned, if loadings are no longer where construction put them, at zero; for networks of
+    other classes than those of this package, with batch normalisation or with frozen weights; for programs with an
+    ``expression`` or ``accessibility`` of their own, of which z may have to hold more, or with an extra modality that
+    is no :class:`ExtraModality` or has an ``expert`` of its own; with fewer than fifty cells of RNA or ATAC, or fifty
+    that have both; and if no component lies above the noise, of both of them where cells lack one.
 
     Parameters
     ----------
@@ -67,9 +70,9 @@ def start_linearly(program: Any, train: Minibatches) -> int:
         Cells to train on; some thousand of them are read.
     """
     config, modalities = program.config, modelled(program.config)
-    if config.extra or config.use_batch_norm != "none":
+    if config.use_batch_norm != "none" or not all(_is_as_constructed(program, each) for each in modalities):
         return 0
-    if not all(_is_as_constructed(program, modality) for modality in modalities):
+    if {extra.name for extra in program.modelled_extra if _starts(extra)} != set(config.extra):
         return 0
     index = _some(train, modalities)
     cells = train.cut(index)
@@ -101,7 +104,7 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
     # z is the average of the experts: where every cell has all modalities, each gives its part of the posterior that
     # many times, and otherwise the posterior given its modality alone.
     is_together = program.config.fully_paired
-    times = len(parts) if is_together else 1
+    times = len(parts) + len(program.modelled_extra) if is_together else 1
     for place, part in enumerate(parts):
         of_expert = model.covariance(range(len(parts)) if is_together else [place])
         key = part.modality.key
@@ -121,8 +124,41 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())
         hidden = _decoder_hidden(program, decoder.stack)
         start_readout(hidden, layer, design, effects / slope[:, None], program.config.latent)
+    is_known = np.zeros(len(design), dtype=bool)
+    is_known[np.concatenate([part.places for part in parts])] = True
+    for extra in program.modelled_extra:
+        together = times * np.diag(model.covariance(range(len(parts)))) if is_together else None
+        _start_extra(extra, minibatches, mean, is_known, together)
     logger.info("training starts from %d dimensions of a linear model", model.n_latent)
     return model.n_latent
+
+
+def _start_extra(
+    extra: Any, minibatches: list[Cells], mean: Array, is_known: NDArray[np.bool_], together: Array | None
+) -> None:
+    """Set the expert of an extra modality: q(z) given it alone is the regression of z on its hidden layer.
+
+    Parameters
+    ----------
+    mean, is_known
+        Posterior mean of z given the other modalities, (n, K), and whether a cell has one of them, (n,).
+    together
+        Variances of the expert in a posterior from all modalities, to which it adds nothing at first, (K,); None if
+        its one expert is that given this modality alone.
+    """
+    measured = torch.cat([extra.measurement(cells).measured for cells in minibatches]).cpu().numpy()
+    if (measured & is_known).sum() < _FEWEST:
+        return
+    states = [extra.encode(cells, cells.design) for cells in minibatches]
+    for head in (extra.head, extra.alone_head):
+        if head is None:
+            continue
+        hidden = torch.cat([head.stack(state.hidden, state.s) for state in states])[is_known[measured]]
+        wanted = mean[measured & is_known]
+        if head is extra.head and together is not None:
+            start_expert(head, hidden, np.zeros_like(wanted), together)
+        else:
+            start_expert(head, hidden, wanted)
 
 
 def _pairs(parts: list[_Part]) -> tuple[Array, Array] | None:
@@ -183,6 +219,13 @@ def _is_as_constructed(program: Any, modality: Modality) -> bool:
         and all(_is_linear_head(getattr(program, name, None)) for name in experts)
         and all(value.requires_grad for name in names for value in getattr(program, name).parameters())
     )
+
+
+def _starts(extra: Any) -> bool:
+    """Whether the expert of an extra modality can be started."""
+    heads = [head for head in (extra.head, extra.alone_head) if head is not None]
+    trained = all(value.requires_grad for head in heads for value in head.parameters())
+    return bool(extra.has_own_head) and trained and all(_is_linear_head(head) for head in heads)
 
 
 def _is_linear_head(expert: Any) -> bool:

@@ -37,11 +37,16 @@ def start_first_layer(layer: SharedFirstLayer, found: Components, inputs: sp.csr
     _copy(layer.counts.bias[: len(both)], -(both @ found.centre))
 
 
-def start_expert(expert: NormalHead, hidden: Tensor, mean: Array, variance: Array) -> None:
-    """Let an expert's mean be the linear map from its hidden layer that is nearest, and its variance a constant."""
+def start_expert(expert: NormalHead, hidden: Tensor, mean: Array, variance: Array | None = None) -> None:
+    """Let an expert's mean be the linear map from its hidden layer that is nearest, and its variance a constant.
+
+    Without ``variance``, (k,), it is what that map leaves of the prior's.
+    """
     values: Array = hidden.detach().cpu().double().numpy()
     coefficients = _ridge(values, mean)
     k = mean.shape[1]
+    if variance is None:
+        variance = 1 - ((values - values.mean(0)) @ coefficients).var(0)
     _copy(expert.loc.weight[:k], coefficients.T)
     _copy(expert.loc.bias[:k], mean.mean(0) - values.mean(0) @ coefficients)
     expert.log_variance.weight[:k] = 0.0

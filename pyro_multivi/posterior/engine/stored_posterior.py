@@ -53,4 +53,4 @@ def stored_experts(program: MultiVIProgram, cells: Cells, stored: Tensor) -> dic
     for modality in modelled(program.config):
         loc, scale = stored_part(stored, modality.name).chunk(2, -1)
         experts[modality.name] = Expert(loc, scale, modality.measured_in(cells))
-    return {**experts, **{extra.name: extra.expert(cells, cells.design) for extra in program.modelled_extra}}
+    return {**experts, **{extra.name: extra.expert_alone(cells, cells.design) for extra in program.modelled_extra}}
