@@ -82,18 +82,20 @@ def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> t
 
 
 @torch.no_grad()
-def set_priors(program: MultiVIProgram, table: CellTable, n_known: int) -> None:
+def set_priors(program: MultiVIProgram, table: CellTable, spec: DataSpec, n_known: int) -> None:
     """Priors of the depth of new batches from the query, and the means that stand for features it lacks.
 
     Parameters
     ----------
+    spec
+        Specification of the query's model.
     n_known
         Number of batches of the reference, the first ones.
     """
     for extra in program.modelled_extra:
         extra.start_batches_from(table, n_known)
     if not any(bool(typical_buffer(program, modality).any()) for modality in modelled(program.config)):
-        set_typical(program, n_known)
+        set_typical(program, n_known, list(map(len, spec.categorical.values())))
     _set_accessibility_prior(program, table, n_known)
     if not bool((RNA.measured_in(table) & (table.batch_code >= n_known)).any()):
         return

@@ -137,7 +137,7 @@ class QueryMixin(SavingMixin):
         spec, opened = query_spec(reference.spec, adata, reference.program.needs_labels)
         table = spec.table(adata)
         program, new = grown_program(reference.program, reference.spec, spec)
-        set_priors(program, table, reference.spec.n_batch)
+        set_priors(program, table, spec, reference.spec.n_batch)
         report = QueryReport.of(reference.spec, spec, opened, table)
         logger.info("%s", report)
         for sentence in cautions(report, spec, opened, table, program):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.poutine as poutine
@@ -21,7 +22,7 @@ _SEED = 20_261_128
 
 
 @torch.no_grad()
-def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
+def set_typical(program: MultiVIProgram, n_batch: int | None = None, n_categories: Sequence[int] = ()) -> None:
     """Set ``rna_typical`` and ``atac_typical`` of a program from cells that its model generates.
 
     No data are needed, so that a saved model knows them too. Cells are drawn from the prior of z, in all batches alike.
@@ -30,11 +31,14 @@ def set_typical(program: MultiVIProgram, n_batch: int | None = None) -> None:
     ----------
     n_batch
         Number of batches, the first ones, of which cells are drawn. Default: all.
+    n_categories
+        Numbers of categories of the covariates, whose columns follow those of all batches in the design. A cell is of
+        all of them in equal parts: of none it would be like no cell that the program was trained on.
     """
     share = {modality: 0.0 * typical_buffer(program, modality)[0] for modality in modelled(program.config)}
     encoded = {modality: torch.zeros_like(total) for modality, total in share.items()}
     for start in range(0, _N_CELLS, _AT_ONCE):
-        cells = _cells(program, start, n_batch or program.config.n_batch)
+        cells = _cells(program, start, n_batch or program.config.n_batch, n_categories)
         with evaluation_mode(program):
             nodes = _generated(program, cells, _SEED + start)
             if cells.rna_size is not None and RNA in share:
@@ -65,13 +69,17 @@ def _expected(program: MultiVIProgram, modality: Modality, fn: Any) -> tuple[Ten
     return counts, opened if is_binary else program.atac_input(fn.sample())
 
 
-def _cells(program: MultiVIProgram, start: int, n_batch: int) -> Cells:
+def _cells(program: MultiVIProgram, start: int, n_batch: int, n_categories: Sequence[int]) -> Cells:
     """Cells without counts, in turn of each batch, with covariates in equal parts and at their means."""
     config = program.config
     like = program.library_log_mean
     index = torch.arange(start, start + _AT_ONCE, device=like.device)
     design = like.new_zeros(len(index), config.n_covariates)
     design[torch.arange(len(index)), index % n_batch] = 1.0
+    first = config.n_batch
+    for n in n_categories:
+        design[:, first : first + n] = 1 / n
+        first += n
     everywhere = torch.ones(len(index), dtype=torch.bool, device=like.device)
     parts: dict[str, Any] = {}
     for modality in MODALITIES:

@@ -94,6 +94,23 @@ def test_typical_inputs_are_those_of_cells_of_the_model(make_program):
     assert (program.atac_typical[1] < 1).all()
 
 
+def test_typical_cells_are_of_the_categories_that_there_are():
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=12, n_regions=14, n_types=2, seed=0)
+    pm.MULTIVI.setup_anndata(adata, categorical_covariate_keys=["cell_type"])
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(1, progress_bar=False)
+    query = adata[:, 4:].copy()
+    found = pm.MULTIVI.load_query_data(query, model).program
+    # Each cell is of one category: what all of them add is no other than the intercept.
+    for decoder in (model.program.expression_decoder, model.program.accessibility_decoder):
+        layer, shift = decoder.stack.linear[0], torch.linspace(-2, 2, 6)
+        layer.weight.data[:, -2:] += shift[:, None]
+        layer.bias.data -= shift
+    same = pm.MULTIVI.load_query_data(query, model).program
+    torch.testing.assert_close(same.rna_typical, found.rna_typical)
+    torch.testing.assert_close(same.atac_typical, found.atac_typical)
+
+
 def test_results_have_all_features(world):
     partial = pm.MULTIVI.load_query_data(paired(world)[:, 8:].copy(), world.model)
     partial.train(2, train_size=0.9, progress_bar=False)
