@@ -276,6 +276,9 @@ def test_a_query_has_its_own_panel_and_background(adata):
     np.testing.assert_allclose(background[2, [2, 4]], background[:2, [2, 4]].mean(0), rtol=1e-5)
     mapped.train(1, progress_bar=False)
     assert mapped.get_normalized_protein_expression(transform_batch="batch_0").shape == (query.n_obs, 6)
+    # A few cells of a batch may all be foreground.
+    few = pm.MULTIVI.load_query_data(query[:5].copy(), model).program.extra["protein"].background_log_mean.detach()
+    np.testing.assert_allclose(few[2], few[:2].mean(0), rtol=1e-5)
 
 
 @pytest.mark.slow

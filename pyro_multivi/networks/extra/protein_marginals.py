@@ -45,8 +45,8 @@ class ProteinMarginals:
         Log inverse dispersion within the components, (F,).
     log1p_mean
         Mean of log(1 + count), (F,).
-    seen
-        Whether each protein was measured in each batch, (n_batch, F), bool.
+    n_cells
+        Number of cells of each batch by which each protein was judged, (n_batch, F).
     """
 
     background_log_mean: Tensor
@@ -54,7 +54,7 @@ class ProteinMarginals:
     foreground_logit: Tensor
     log_theta: Tensor
     log1p_mean: Tensor
-    seen: Tensor
+    n_cells: Tensor
 
     @classmethod
     def of(cls, measurement: Measurement, batch_code: Tensor, n_batch: int) -> ProteinMarginals:
@@ -78,7 +78,7 @@ class ProteinMarginals:
             foreground_logit=over_batches(logit),
             log_theta=over_batches(theta),
             log1p_mean=log1p,
-            seen=size > 0,
+            n_cells=size,
         )
 
 

@@ -34,6 +34,9 @@ START_SD = 0.25
 # exp of more is no count of a protein.
 _MAX_LOG_MEAN, _MAX_LOG_RATIO = 12.0, 10.0
 _MAX_LOG_SD = 1.0
+# Cells of a new batch that tell its background: that of other batches is 0.3 off (root mean square of logs, simulated
+# cells), that which 20, 10, 5 and 1 cells show 0.3, 0.4, 0.7 and 1.8, as a few may all be foreground.
+_FEWEST_CELLS = 20
 _CALIBRATED = ("calibrated_log_sd", "calibrated_log_theta", "weight_directions", "weight_sd")
 #: Directions of the decoder's hidden layer in which its last layers have a posterior.
 WEIGHT_DIRECTIONS = 16
@@ -101,9 +104,9 @@ class Proteins(ExtraModality):
 
     @torch.no_grad()
     def start_batches_from(self, table: CellTable, n_known: int) -> None:
-        """Take the background of new batches from their own counts; of proteins that they lack that of the others."""
+        """Take the background of new batches from their own counts; where these are few, that of the others."""
         found = ProteinMarginals.of(self.measurement(table), table.batch_code, table.n_batch)
-        new = found.seen[n_known:]
+        new = found.n_cells[n_known:] >= _FEWEST_CELLS
         self.background_log_mean[n_known:][new] = found.background_log_mean[n_known:][new]
 
     # ------------------------------------------------------------------ the generative model
