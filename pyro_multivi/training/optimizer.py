@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.loader import Minibatches, measured
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.options import FitOptions
+
+#: Beginnings of the names of a modality's parameters.
+_OWN = {
+    RNA: ("rna_", "library_head.", "expression_decoder.", "log_theta"),
+    ATAC: ("atac_", "cell_factor_", "accessibility_decoder.", "region_"),
+}
 
 
 def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
@@ -28,6 +36,27 @@ def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
         for layer in (modality.decoded, "pi", "theta")
     }
     return {name: parameter for name, parameter in program.named_parameters() if name in last}
+
+
+def unmeasured_parameters(program: MultiVIProgram, train: Minibatches) -> list[nn.Parameter]:
+    """Trained parameters of modalities that no training cell has.
+
+    Adam's steps do not depend on the size of a gradient, so that weight decay alone would soon take such weights to 0:
+    those of a model that knew the modality, as the reference of a query does.
+    """
+    absent = [prefix for each, own in _OWN.items() if not len(measured(train, each)) for prefix in own]
+    for extra in program.modelled_extra:
+        if not bool(extra.measurement(train.table).measured[train.index].any()):
+            absent.append(f"extra.{extra.name.replace('.', '_')}.")
+    named = program.named_parameters()
+    return [parameter for name, parameter in named if parameter.requires_grad and name.startswith(tuple(absent))]
+
+
+def leave_unreached(parameters: Iterable[nn.Parameter]) -> None:
+    """Take the gradients of parameters that are 0, so that the optimizer leaves them as they are."""
+    for parameter in parameters:
+        if parameter.grad is not None and not bool(parameter.grad.any()):
+            parameter.grad = None
 
 
 def make_optimizer(

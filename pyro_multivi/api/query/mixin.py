@@ -89,7 +89,7 @@ class QueryMixin(SavingMixin):
             Device of the new model; default: that of the reference, or the CPU for a folder. scvi-tools'
             ``accelerator`` is taken too.
         unfrozen
-            Train everything.
+            Train everything, but for networks of modalities that no cell of the query has: these stay in any case.
         freeze_dropout
             Use no dropout in training.
         freeze_expression

@@ -1,0 +1,55 @@
+"""Training on cells that lack a modality: what the model knows of it stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyro_multivi as pm
+
+OF_OTHERS = ("atac_", "accessibility_decoder.", "cell_factor_", "region_", "extra.protein.")
+
+
+@pytest.fixture(scope="module")
+def adata():
+    return pm.simulate_multiome((60, 20, 20), n_genes=12, n_regions=14, n_batches=3, n_proteins=4, seed=0)
+
+
+@pytest.fixture
+def model(adata):
+    reference = adata[adata.obs["batch"] != "batch_2"].copy()
+    keys = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
+    pm.MULTIVI.setup_anndata(reference, **keys)
+    found = pm.MULTIVI(reference, n_hidden=6, n_latent=2)
+    found.train(2, progress_bar=False)
+    return found
+
+
+def of_genes_alone(adata, batch):
+    cells = adata[(adata.obs["batch"] == batch) & (adata.obs["modality"] == "expression")].copy()
+    del cells.obsm["protein_expression"]
+    return cells
+
+
+def parameters_of(model, prefixes):
+    named = model.program.named_parameters()
+    return {name: value.detach().clone() for name, value in named if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("chosen", ["unfrozen", "freeze_expression", "freeze_decoder_first_layer"])
+def test_a_query_of_genes_alone_forgets_no_other_modality(adata, model, chosen):
+    query = of_genes_alone(adata, "batch_2")
+    mapped = pm.MULTIVI.load_query_data(query, model, **{chosen: chosen == "unfrozen"})
+    others, own = parameters_of(mapped, OF_OTHERS), parameters_of(mapped, ("rna_", "expression_decoder."))
+    mapped.train(3, progress_bar=False)
+    for name, value in parameters_of(mapped, OF_OTHERS).items():
+        torch.testing.assert_close(value, others[name], rtol=0, atol=0, msg=name)
+    assert not all(value.equal(own[name]) for name, value in parameters_of(mapped, ("rna_", "expression_d")).items())
+
+
+def test_nor_does_a_model_that_goes_on_with_such_cells(adata, model):
+    known = parameters_of(model, OF_OTHERS)
+    model.adata = of_genes_alone(adata, "batch_0")
+    model.train(2, progress_bar=False, train_size=0.9)
+    for name, value in parameters_of(model, OF_OTHERS).items():
+        torch.testing.assert_close(value, known[name], rtol=0, atol=0, msg=name)
