@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pandas.errors import UndefinedVariableError
 from torch import Tensor
 
-from pyro_multivi.data.checks import first_names, nearest
+from pyro_multivi.data.checks import first_names, nearest, shown, unwrapped
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.covariates import grouping
 
@@ -120,7 +120,12 @@ def resolve_contrasts(
 def _by_column(
     obs: pd.DataFrame, groupby: str | Sequence[str], group1: GroupChoice, group2: str | float | None
 ) -> list[Contrast]:
-    column = grouping(obs, groupby)
+    column, group2 = grouping(obs, groupby), unwrapped(group2)
+    if isinstance(group2, Iterable) and not isinstance(group2, str):
+        raise TypeError(
+            f"group2={shown(group2)} is not allowed: give one group, or None for the rest. To compare with several "
+            "together choose cells, such as idx1=\"type == 'A'\", idx2=\"type in ['B', 'C']\" of a column type of obs."
+        )
     if isinstance(column.dtype, pd.CategoricalDtype):
         known = [str(value) for value in column.cat.categories]
     else:

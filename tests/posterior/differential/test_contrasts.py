@@ -143,6 +143,13 @@ def test_a_group_may_be_called_none():
     assert [one.comparison for one in found] == ["A vs None", "B vs None"]
 
 
+@pytest.mark.parametrize("group2", [["B", "T"], ["B"], np.array(["B", "T"]), pd.Series(["B"])])
+def test_the_second_group_is_one(group2):
+    obs = combinations()
+    with pytest.raises(TypeError, match=r"group2=.* give one group, .* idx2=\"type in \['B', 'C'\]\""):
+        resolve_contrasts(obs, list(obs.index), "type", "B", group2)
+
+
 @pytest.mark.parametrize(
     "kind", [list, tuple, np.array, pd.Index, pd.Series, pd.Categorical, set, frozenset, dict.fromkeys, iter]
 )
