@@ -184,7 +184,7 @@ def _named_groups(group1: GroupChoice) -> list[str]:
 
 def _refuse_continuous(column: pd.Series[Any], groupby: object, n_groups: int) -> None:
     """Refuse to compare each value of a continuous column with the rest."""
-    if pd.api.types.is_float_dtype(column.dtype) and n_groups > max(_FEW_VALUES, column.notna().sum() / 2):
+    if pd.api.types.is_numeric_dtype(column.dtype) and n_groups > max(_FEW_VALUES, column.notna().sum() / 2):
         raise ValueError(
             f"groupby={groupby!r} is a column of numbers with {n_groups} values, of which each would be a group. Cut "
             f"it into few groups, obs['groups'] = pandas.qcut(obs[{groupby!r}], 4), or name some by group1."

@@ -164,5 +164,10 @@ def test_a_continuous_column_is_no_grouping():
     obs = pd.DataFrame({"score": score, "number": np.arange(30) % 3 / 1.0}, index=[f"c{n}" for n in range(30)])
     with pytest.raises(ValueError, match=r"groupby='score' is a column of numbers with 30 values.*qcut"):
         resolve_contrasts(obs, list(obs.index), "score")
+    obs["detected"] = pd.array(1000 + np.arange(30) // 2 * 2, dtype="Int64")  # 15 values, at most as many as half
+    obs["n_counts"] = 1000 + np.arange(30)
+    with pytest.raises(ValueError, match=r"groupby='n_counts' is a column of numbers with 30 values.*qcut"):
+        resolve_contrasts(obs, list(obs.index), "n_counts")
+    assert len(resolve_contrasts(obs, list(obs.index), "detected")) == 15
     assert len(resolve_contrasts(obs, list(obs.index), "score", group1=[score[0]])) == 1
     assert len(resolve_contrasts(obs, list(obs.index), "number")) == 3
