@@ -119,9 +119,12 @@ def codes(opened: Opened, argument: str, key: str, known: tuple[str, ...]) -> ND
     if unseen.any():
         first = words[int(np.argmax(unseen))]
         others = sorted(set(words[unseen]))
+        # A query may bring other batches and covariates, but not other labels.
+        grows = argument != "labels_key"
+        mend = " MULTIVI.load_query_data(adata, model) makes a model for cells of others." if grows else ""
         raise ValueError(
             f"{argument}={key!r} holds {first_names(others)} ({int(unseen.sum())} cells), which the model "
-            f"has not seen. {nearest(first, known)}"
+            f"has not seen. {nearest(first, known)}{mend}"
         )
     return code.astype(np.int64)
 

@@ -148,9 +148,9 @@ def test_standardised_by_the_mean_of_the_model(spec, adata):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("batch", "A", r"batch_key='batch' holds 'A' \(1 cells\), .*Did you mean 'a'\? Known: 'a', 'b', 'c'"),
-        ("donor", 3, r"categorical_covariate_keys='donor' holds '3' .*Known: '10', '2'"),
-        ("type", "NK", r"labels_key='type' holds 'NK' .*Known: 'B', 'N', 'T'"),
+        ("batch", "A", r"batch_key='batch' holds 'A' \(1 cells\), .*Did you mean 'a'\? Known: 'a', 'b', 'c'\. MULTIVI"),
+        ("donor", 3, r"categorical_covariate_keys='donor' holds '3' .*Known: '10', '2'\. MULTIVI"),
+        ("type", "NK", r"labels_key='type' holds 'NK' .*Known: 'B', 'N', 'T'\.$"),
         ("age", np.inf, r"continuous_covariate_keys='age' holds NaN or infinite values for 1 cells: 'cell2'"),
     ],
 )
