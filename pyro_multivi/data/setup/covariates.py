@@ -276,9 +276,16 @@ def _words(opened: Opened, argument: str, key: str, known: Sequence[str] = ()) -
 def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
     column: pd.Series[Any] = opened.column(argument, key)
     if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_complex_dtype(column.dtype):
+        present = column.dropna()
+        if len(present) and pd.to_numeric(present.astype(str), errors="coerce").notna().all():
+            where = opened.place_of(argument)
+            mend = f" Convert these numbers: {where}[{key!r}] = {where}[{key!r}].astype(float)."
+        else:
+            covariate = argument == "continuous_covariate_keys"
+            mend = " Categories belong into categorical_covariate_keys." if covariate else ""
         raise ValueError(
             f"{argument}={key!r} must be numeric and is of type {column.dtype}, with values like "
-            f"{first_names(dict.fromkeys(map(str, column)))}. Categories belong into categorical_covariate_keys."
+            f"{first_names(dict.fromkeys(map(str, column)))}.{mend}"
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 

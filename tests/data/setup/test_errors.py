@@ -165,6 +165,16 @@ def test_text_instead_of_numbers(adata):
     assert setup_anndata(adata, layer="half").n_genes == 3
 
 
+@pytest.mark.parametrize("dtype", ["str", "category", "string"])
+@pytest.mark.parametrize("argument", ["continuous_covariate_keys", "size_factor_key"])
+def test_numbers_written_as_text_are_to_be_converted(adata, argument, dtype):
+    adata.obs["depth"] = pd.Series(["1.5", "2", "4"] * 2, index=adata.obs_names, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{argument}='depth' must be numeric .*\. Convert these numbers: ") as caught:
+        setup_anndata(adata, **{argument: ["depth"]})
+    exec(re.search(r"Convert these numbers: (.*)\.$", str(caught.value))[1])
+    setup_anndata(adata, **{argument: ["depth"]})
+
+
 @pytest.mark.filterwarnings("ignore:(Observation|Variable) names are not unique")
 def test_names_must_be_unique(adata):
     adata.obs_names = ["cell0"] * 2 + list("cdef")
