@@ -1,9 +1,9 @@
-"""Measurement patterns: words for which modalities a cell was measured in, as people write them."""
+"""Words as people write them: for the modalities a cell was measured in, and names of regions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 
@@ -32,6 +32,11 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+#: Name of a region, as chr1:100-200, chr1-100-200 or chr1_100_200. Without "chr" only a colon tells it from a gene.
+REGION_NAME = re.compile(r"\S+:\d+-\d+|chr\S+[-_]\d+[-_]\d+")
+# Share of genes with such names that is beyond what a few oddly named ones are.
+_MANY_REGIONS = 0.1
+
 
 def feature_type_column(key: str, columns: Container[object], needed: bool = True) -> str:
     """The column of ``var`` with feature types: the one named, or that of scvi-tools' reader for the usual one.
@@ -57,3 +62,16 @@ def spelled(word: object) -> str | None:
     """
     plain = re.sub(r"[\W_]+", " ", str(word)).strip().casefold()
     return next((meaning for meaning, known in SPELLINGS.items() if plain in known), None)
+
+
+def regions_among(genes: Iterable[str]) -> list[str]:
+    """Genes that have names of regions, as regions taken for genes do; none where they are but a few.
+
+    Examples
+    --------
+    >>> regions_among(["CD3E", "chr1:10-20", "MS4A1"]), regions_among(["CD3E", "HLA-A", "chr1_1"])
+    (['chr1:10-20'], [])
+    """
+    names = list(genes)
+    found = [name for name in names if REGION_NAME.fullmatch(name)]
+    return found if len(found) > _MANY_REGIONS * len(names) else []

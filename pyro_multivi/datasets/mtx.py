@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import IO, cast
@@ -17,6 +16,7 @@ from anndata import AnnData
 
 from pyro_multivi.data.checks import checked, first_names
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.data.vocabulary import REGION_NAME
 from pyro_multivi.datasets.assembly import ALLOWED, assemble, check_sizes, errors_naming, existing, variables
 
 _log = logging.getLogger("pyro_multivi")
@@ -24,8 +24,6 @@ _log = logging.getLogger("pyro_multivi")
 MATRIX, _BARCODES = "matrix.mtx", "barcodes.tsv"
 #: Tables of features by the program that writes them: Cell Ranger, Cell Ranger 2, Cell Ranger ATAC.
 _FEATURES = ("features.tsv", "genes.tsv", "peaks.bed")
-#: Name of a region, as chr1:100-200, chr1-100-200 or chr1_100_200. Without "chr" only a colon tells it from a gene.
-_REGION = re.compile(r"\S+:\d+-\d+|chr\S+[-_]\d+[-_]\d+")
 
 
 @checked
@@ -168,7 +166,7 @@ def _check_columns(path: Path, rows: list[list[str]], fewest: int, needed: str) 
 
 def _types_by_name(path: Path, names: list[str], kind: str) -> list[str]:
     """Feature types of a table without them, with a warning."""
-    found = [ATAC if _REGION.fullmatch(name) else RNA for name in names]
+    found = [ATAC if REGION_NAME.fullmatch(name) else RNA for name in names]
     # genes.tsv never has types; that all its rows are genes goes without saying unless a name is of a region.
     if kind == "features.tsv" or ATAC in found:
         sizes = " and ".join(f"{found.count(modality)} {modality.features}" for modality in MODALITIES)

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Panels
-from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.masks.panels import number_of_values
 from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.data.vocabulary import PAIRED, spelled
+from pyro_multivi.data.vocabulary import PAIRED, regions_among, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
 _FEW_PAIRED = 50
@@ -72,6 +72,7 @@ def cautions(found: Description) -> list[str]:
         *_zeros_of_batches(found),
         *_categories_of_single_cells(found),
         *_left_out(found),
+        *_regions_as_genes(found),
         *_binary_proteins(found),
     ]
 
@@ -277,6 +278,21 @@ def _categories_of_single_cells(found: Description) -> Iterator[str]:
                 f"{argument}={key!r} has {size} categories for {n} cells, so that most are one cell: its effect cannot "
                 "be told from the cell. Is it a column of names or numbers? Give one with a few groups of cells."
             )
+
+
+def _regions_as_genes(found: Description) -> Iterator[str]:
+    """Genes that have names of regions; where features have no type, the constructor of a model looks for them."""
+    part, setup = found.opened.counts.get(RNA), found.spec.setup
+    if part is None or not (setup.feature_type_key or found.opened.name == "mdata"):
+        return
+    regions = regions_among(part.features)
+    if regions:
+        column = f"Correct adata.var[{setup.feature_type_key!r}] or feature_type_values"
+        modalities = "Name the right modalities, modalities={'rna_layer': ..., 'atac_layer': ...}"
+        yield (
+            f"{len(regions)} of the {len(part.features)} genes in {part.where} have names of regions: "
+            f"{first_names(regions, 3)}. {modalities if found.opened.name == 'mdata' else column} if they are regions."
+        )
 
 
 def _binary_proteins(found: Description) -> Iterator[str]:

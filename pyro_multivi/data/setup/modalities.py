@@ -16,7 +16,7 @@ from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.stores.joined import JoinedMatrix
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, spelled
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, regions_among, spelled
 
 # Words for cells with proteins alone, and their meaning: neither RNA nor ATAC.
 _PROTEINS_ALONE, _NEITHER = ("protein", "proteins", "protein only", "proteins only", "adt"), "neither"
@@ -259,6 +259,12 @@ def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> N
         raise ValueError(f"{given}, but {everything.owner} has {total} features: give numbers that sum up to {total}.")
     if sum(numbers) < total:
         caution(f"The last {total - sum(numbers)} of the {total} features are neither genes nor regions: left out.")
+    regions = regions_among(everything.features[: numbers[0]])
+    if regions:
+        caution(
+            f"n_genes={numbers[0]}, but {len(regions)} of the first {numbers[0]} features have names of regions: "
+            f"{first_names(regions, 3)}. Put genes first, or add adata.var['feature_types'] and set up again."
+        )
     opened.counts.clear()
     for modality, number in zip(stated, numbers, strict=True):
         if number:

@@ -54,6 +54,29 @@ def test_zeros_that_an_outer_join_filled_in():
     assert warned(pm.MULTIVI.setup_anndata, adata, modality_key="modality") == []
 
 
+def test_regions_that_are_called_genes():
+    adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
+    adata.var_names = [f"chr1-{n}-{n + 9}" if "region" in name else name for n, name in enumerate(adata.var_names)]
+    assert warned(pm.MULTIVI.setup_anndata, adata) == []
+    rna, atac = adata[:, :12].copy(), adata[:, 12:].copy()
+    adata.var["feature_types"] = ["GEX"] * 20 + ["ATAC"] * 32
+    (found,) = warned(pm.MULTIVI.setup_anndata, adata)
+    assert found.startswith("8 of the 20 genes in adata.X have names of regions: 'chr1-12-21', 'chr1-13-22', 'chr1-14")
+    assert found.endswith("Correct adata.var['feature_types'] or feature_type_values if they are regions.")
+    with mudata_as_given() as mudata:
+        swapped = mudata.MuData({"rna": atac, "atac": rna})
+    _, found = warned(pm.MULTIVI.setup_mudata, swapped)
+    assert found.startswith("40 of the 40 genes in mdata.mod['rna'].X have names of regions: ")
+    # Without types a setup does not know yet which are genes.
+    del adata.var["feature_types"]
+    assert warned(pm.MULTIVI.setup_anndata, adata) == []
+    pm.MULTIVI(adata, n_genes=12, n_regions=40, n_hidden=4)
+    shuffled = adata[:, ::-1].copy()
+    assert warned(pm.MULTIVI.setup_anndata, shuffled) == []
+    with pytest.warns(UserWarning, match="but 12 of the first 12 features have names of regions.* genes first"):
+        pm.MULTIVI(shuffled, n_genes=12, n_regions=40, n_hidden=4)
+
+
 def test_a_batch_for_each_cell():
     adata = pm.simulate_multiome((30, 0, 0), n_genes=12, n_regions=40, seed=0)
     adata.obs["name"] = adata.obs_names
