@@ -95,6 +95,11 @@ _ADVICE_TOO_LARGE = (
     "No gene of one cell has as many reads or molecules: are these intensities, scaled values or sums over cells? Give "
     "the counts of single cells."
 )
+_ADVICE_NAN = (
+    " If NaN stands for what was not measured, as an outer join fills it in, join the samples by "
+    "pyro_multivi.join_samples instead, or write 0 where a whole modality is NaN: cells without a count of it count as "
+    "not measured."
+)
 
 
 class _Compact:
@@ -150,6 +155,7 @@ def check_values(
         if wrong.any():
             advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint(counts.placed)}"
             at = int(np.argmax(wrong))
+            advice += _ADVICE_NAN if np.isnan(values[at]) else ""
             cell = counts.cells[start + int(np.searchsorted(block.indptr, at, side="right")) - 1]
             feature = features[int(block.indices[at])]
             raise ValueError(

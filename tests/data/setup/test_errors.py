@@ -128,6 +128,16 @@ def test_values_that_are_no_counts(adata, form, cell, feature, value, message):
         setup_anndata(adata)
 
 
+def test_nan_of_an_outer_join(adata):
+    genes = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    joined = ad.concat([adata[:3, genes], adata[3:, ~genes]], join="outer")[:, adata.var_names].copy()
+    joined.var = adata.var
+    with pytest.raises(ValueError, match=r"values that are NaN .* join the samples by .*join_samples.* or write 0"):
+        setup_anndata(joined)
+    joined.X = np.nan_to_num(joined.X)
+    assert setup_anndata(joined).n_cells == {"paired": 0, "expression": 3, "accessibility": 3}
+
+
 def test_layer_that_looks_like_counts_is_named(adata):
     adata.layers["logged"] = np.log1p(adata.X)
     adata.layers["raw_umis"] = sp.csr_matrix(adata.X)
