@@ -25,7 +25,7 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
-from pyro_multivi.data.setup.options import Setup, is_lazy, is_mudata
+from pyro_multivi.data.setup.options import Setup, gathering, is_lazy, is_mudata
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
@@ -128,7 +128,8 @@ class Opened:
         table = self.tables[where]
         if key not in table:
             others = [place for place, other in self.tables.items() if key in other]
-            found = f" It is in {' and in '.join(others)}: name it by modalities." if others else ""
+            found = f" It is in {' and in '.join(others)}: name it by modalities in the setup." if others else ""
+            found += gathering(argument, key, self.tables, self.cells)
             raise UnknownKeyError(f"{unknown_key(argument, key, where, table.columns)}{found}")
         check_once(table, key, where)
         rows = table.index.get_indexer(self.cells)
@@ -138,6 +139,7 @@ class Opened:
                 f"{argument}={key!r} lies in {where}, where {int(absent.sum())} of {len(absent)} cells are "
                 f"absent: {first_names(self.cells[absent])}. Put a column with a value for every cell into "
                 f"mdata.obs and leave {argument!r} out of modalities."
+                f"{gathering(argument, key, self.tables, self.cells)}"
             )
         return pd.Series(table[key].array[rows], index=self.cells, name=key)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_multivi.data.checks import first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
-from pyro_multivi.data.setup.options import Setup
+from pyro_multivi.data.setup.options import Setup, gathering
 
 # Smallest number of full precision in float32.
 _LEAST = np.finfo(np.float32).tiny
@@ -137,6 +137,7 @@ def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
         raise ValueError(
             f"{argument}={key!r} holds NaN or infinite values for {int(wrong.sum())} cells: "
             f"{first_names(opened.cells[wrong])}. Fill them, or drop the cells."
+            f"{gathering(argument, key, opened.tables, opened.cells)}"
         )
     return values
 
@@ -265,6 +266,7 @@ def _words(opened: Opened, argument: str, key: str, known: Sequence[str] = ()) -
         raise ValueError(
             f"{argument}={key!r} has no value for {int(missing.sum())} cells: "
             f"{first_names(opened.cells[missing])}. Give each a category, or drop the cells."
+            f"{gathering(argument, key, opened.tables, opened.cells)}"
         )
     words = column.astype(str)
     if known and not set(words) <= set(known):

@@ -205,6 +205,34 @@ def _damaged(verb: str) -> ValueError:
     return ValueError(f"uns[{UNS_KEY!r}]['setup'] is damaged: call MULTIVI.{verb} again.")
 
 
+def gathering(argument: str, key: str, tables: Mapping[str, Any], cells: Any) -> str:
+    """The advice to gather a column in ``mdata.obs``, where the modalities of a MuData have it for all cells together.
+
+    Parameters
+    ----------
+    argument, key
+        The argument that names the column; its name may have the prefix by which mudata copies it, "rna:batch".
+    tables
+        Tables of cells by how the user would write them.
+    cells
+        All cells.
+
+    Returns
+    -------
+    A sentence, with a blank before it; empty where the modalities lack the column for some cell.
+    """
+    name = key.rpartition(":")[2]
+    parts = {place: table[name] for place, table in tables.items() if place.startswith("mdata.mod[") and name in table}
+    known = [column.dropna().index for column in parts.values() if column.ndim == 1]
+    if len(known) < max(1, len(parts)) or not cells.isin(known[0].append(known[1:])).all():
+        return ""
+    # Categories that differ do not combine.
+    cast = "" if all(column.dtype.kind in "biuf" for column in parts.values()) else ".astype(object)"
+    first, *others = (f"{place}[{name!r}]{cast}" for place in parts)
+    line = f"mdata.obs[{name!r}] = {first}{''.join(f'.combine_first({other})' for other in others)}"
+    return f" Gather it from the modalities, {line}" + ("." if key == name else f", and give {argument}={name!r}.")
+
+
 def is_lazy(matrix: object) -> bool:
     """Whether a matrix is a dask array, without importing dask."""
     return hasattr(matrix, "dask") and hasattr(matrix, "compute")

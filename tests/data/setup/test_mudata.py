@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import nullcontext
 
 import anndata as ad
@@ -155,6 +156,44 @@ def test_column_of_a_modality_that_lacks_cells(mdata):
         match=r"batch_key='site' is not in mdata.obs. .*It is in mdata.mod\['rna'\].obs: name it by modalities",
     ):
         setup_mudata(mdata, batch_key="site", modalities=RNA)
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "modality"),
+    [
+        ("batch_key", "site", {}),
+        ("batch_key", "site", {"batch_key": "rna"}),
+        ("batch_key", "rna:site", {}),
+        ("categorical_covariate_keys", "atac:site", {}),
+        ("continuous_covariate_keys", "rna:age", {}),
+        ("continuous_covariate_keys", "atac:copied", {}),  # which mudata would have copied, had it been told to
+    ],
+)
+def test_a_column_that_modalities_have_between_them_is_to_be_gathered(mdata, argument, key, modality):
+    for part in mdata.mod.values():
+        number = np.array([int(name[-1]) for name in part.obs_names])
+        part.obs["site"] = pd.Categorical([f"s{n}" for n in number // 4])
+        part.obs["age"] = part.obs["copied"] = number.astype(float)
+        mdata.obs = mdata.obs.join(part.obs.add_prefix("rna:" if "c0" in part.obs_names else "atac:"))
+    del mdata.obs["atac:copied"]
+    with pytest.raises(ValueError, match=rf"{argument}='{key}' .* Gather it from the modalities, ") as caught:
+        setup_mudata(mdata, modalities={**RNA, **modality}, **{argument: key})
+    line, _, then = re.search(r"Gather it from the modalities, (.*?)(, and give (.*))?\.$", str(caught.value)).groups()
+    exec(line)
+    name = key.rpartition(":")[2]
+    assert then == (None if name == key else f"{argument}={name!r}")
+    setup_mudata(mdata, modalities=RNA, **{argument: name})
+    number = np.array([int(cell[-1]) for cell in mdata.obs_names])
+    assert mdata.obs[name].tolist() == ([f"s{n}" for n in number // 4] if name == "site" else number.tolist())
+
+
+@pytest.mark.parametrize("lacking", [0, 3])
+def test_a_column_that_no_modality_has_for_some_cells_is_not_to_be_gathered(mdata, lacking):
+    mdata.mod["rna"].obs["site"] = "s"
+    mdata.mod["atac"].obs["site"] = ["s"] * (6 - lacking) + [None] * lacking
+    with pytest.raises(ValueError, match="batch_key='site' is not in mdata.obs") as caught:
+        setup_mudata(mdata, modalities=RNA, batch_key="site")
+    assert ("Gather it" in str(caught.value)) == (lacking == 0)
 
 
 @pytest.mark.parametrize(
