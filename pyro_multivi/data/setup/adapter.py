@@ -25,7 +25,7 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
-from pyro_multivi.data.setup.options import Setup, gathering, is_lazy, is_mudata
+from pyro_multivi.data.setup.options import Setup, gathering, how_to_make, is_lazy, is_mudata
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
@@ -159,7 +159,7 @@ def open_data(data: Any, setup: Setup) -> Opened:
         return _open_mudata(data, setup)
     if isinstance(data, AnnData):
         return _open_anndata(data, setup)
-    raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}.")
+    raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}{how_to_make(data)}.")
 
 
 def _open_anndata(adata: AnnData, setup: Setup) -> Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -165,7 +166,7 @@ class Setup:
             If the object was not set up, or by a version of the package that is not understood.
         """
         if not hasattr(data, "uns"):
-            raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}.")
+            raise TypeError(f"adata must be an AnnData or a MuData, got {shown(data)}{how_to_make(data)}.")
         verb = "setup_mudata(mdata, ...)" if is_mudata(data) else "setup_anndata(adata, ...)"
         kept = data.uns.get(UNS_KEY)
         if not isinstance(kept, Mapping) or "setup" not in kept:
@@ -231,6 +232,14 @@ def gathering(argument: str, key: str, tables: Mapping[str, Any], cells: Any) ->
     first, *others = (f"{place}[{name!r}]{cast}" for place in parts)
     line = f"mdata.obs[{name!r}] = {first}{''.join(f'.combine_first({other})' for other in others)}"
     return f" Gather it from the modalities, {line}" + ("." if key == name else f", and give {argument}={name!r}.")
+
+
+def how_to_make(data: object) -> str:
+    """The end of an error: how an AnnData is made of a path or of several objects; empty for anything else."""
+    if isinstance(data, (str, os.PathLike)):
+        return ": read it first, adata = pyro_multivi.read(path), or leave the counts on disk, open_stores(path)"
+    several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
+    return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 
 
 def is_lazy(matrix: object) -> bool:

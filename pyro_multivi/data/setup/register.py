@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
 from pyro_multivi.data.setup.covariates import size_factor_keys
 from pyro_multivi.data.setup.masks.declared import with_masks
-from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, how_to_make, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, feature_type_column
@@ -152,7 +151,7 @@ def setup_anndata(
     if is_mudata(adata):
         raise TypeError("adata is a MuData: use setup_mudata(mdata, ...).")
     if not isinstance(adata, AnnData):
-        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}{_how_to_join(adata)}.")
+        raise TypeError(f"adata must be an AnnData, got {type(adata).__name__}{how_to_make(adata)}.")
     if not feature_type_key:
         raise unknown_key("feature_type_key", feature_type_key, "adata.var", adata.var.columns)
     setup = Setup(
@@ -250,7 +249,7 @@ def setup_mudata(
         As in :func:`setup_anndata`.
     """
     if not is_mudata(mdata):
-        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else _how_to_join(mdata)
+        verb = ": use setup_anndata(adata, ...)" if isinstance(mdata, AnnData) else how_to_make(mdata)
         raise TypeError(f"mdata must be a MuData, got {type(mdata).__name__}{verb}.")
     setup = Setup(
         kind="mudata",
@@ -267,13 +266,6 @@ def setup_mudata(
         protein_layer=protein_layer,
     )
     return _set_up(mdata, with_masks(with_modalities(setup, mdata, modalities), mdata, feature_masks, panel_key))
-
-
-def _how_to_join(data: Any) -> str:
-    if isinstance(data, (str, os.PathLike)):
-        return ": read it first, adata = pyro_multivi.read(path), or leave the counts on disk, open_stores(path)"
-    several = isinstance(data, (list, tuple, Mapping)) and len(data) > 0
-    return ": join several samples first, adata = pyro_multivi.join_samples(samples)" if several else ""
 
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:

@@ -255,3 +255,7 @@ def test_batch_code_of_truth_values_and_fractions_as_names():
 def test_wrong_object(spec):
     with pytest.raises(TypeError, match="adata must be an AnnData or a MuData, got"):
         spec.table([])
+    with pytest.raises(TypeError, match=r"got 'cells.h5ad': read it first, adata = pyro_multivi.read\(path\)"):
+        spec.table("cells.h5ad")
+    with pytest.raises(TypeError, match=r"join several samples first, adata = pyro_multivi.join_samples"):
+        spec.table([None])
