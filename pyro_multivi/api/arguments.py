@@ -227,7 +227,8 @@ def average_over(
         use_mean=use_z_mean,
         batches=spec.batch_codes("transform_batch", transform_batch),
         level=return_interval,
-        keep_draws=not return_mean,
+        # One draw has nothing to average over: it is returned as a mean is, as in scvi-tools.
+        keep_draws=not return_mean and n_draws > 1,
         seed=seed,
     )
 

@@ -113,7 +113,7 @@ class EstimatesMixin(ModelBase):
         batch_size
             Cells at a time, fewer with many draws. It does not change the result.
         return_mean
-            Average over the draws of the latent state; otherwise return all of them, drawn as for ``return_interval``.
+            Average over draws of the latent state. If not, and ``n_samples > 1``: return all, drawn as for an interval.
         return_numpy
             Return an array instead of a frame.
         silent
@@ -136,7 +136,7 @@ class EstimatesMixin(ModelBase):
         -------
         DataFrame or ndarray
             (cells, genes). With ``return_interval`` an :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of
-            four of these. With ``return_mean=False`` an array, (n_samples, cells, genes). With ``out`` its path.
+            four of these. With several draws and ``return_mean=False`` (n_samples, cells, genes). With ``out`` a path.
 
         Raises
         ------
@@ -254,7 +254,7 @@ class EstimatesMixin(ModelBase):
         DataFrame, ndarray or csr_matrix
             (cells, regions). With ``threshold`` a frame of sparse columns, or a csr matrix with ``return_numpy``. With
             ``return_interval`` an :class:`~pyro_multivi.posterior.quantities.summary.Estimate` of four of these. With
-            ``return_mean=False`` an array, (n_samples, cells, regions). With ``out`` its path.
+            ``return_mean=False`` and several draws an array, (n_samples, cells, regions). With ``out`` its path.
 
         Raises
         ------

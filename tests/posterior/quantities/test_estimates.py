@@ -95,7 +95,15 @@ def test_all_draws_are_those_of_the_latent_state_and_average_to_the_mean(fitted_
     np.testing.assert_allclose(mean, draws.mean(0), rtol=1e-5)
     # With several draws the mean is not decoded, whatever use_z_mean says.
     np.testing.assert_array_equal(mean, get(indices=SOME, n_samples_overall=30, use_z_mean=False, seed=4))
-    assert get(indices=SOME, return_mean=False).shape == (1, *mean.shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_z_mean": False}, {"return_numpy": True}])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_draw_has_the_form_of_a_mean_as_in_scvi_tools(fitted, method, options):
+    get = getattr(fitted, method)
+    found, expected = get(indices=SOME, return_mean=False, **options), get(indices=SOME, **options)
+    assert type(found) is type(expected)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("site", ["rho", "p"])
@@ -301,7 +309,7 @@ def test_other_cells_by_name(fitted):
     (METHODS[1], {"threshold": 1.5}, "threshold=1.5 is not allowed"),
     (METHODS[1], {"threshold": "high"}, "threshold='high' is not allowed: give a finite number"),
     (METHODS[1], {"threshold": 0.5, "n_samples": 20, "return_interval": 0.9}, "threshold makes one sparse matrix"),
-    (METHODS[1], {"threshold": 0.5, "return_mean": False}, "threshold makes one .* return_mean=False asks for more"),
+    (METHODS[1], {"threshold": 0.5, "n_samples": 2, "return_mean": False}, "return_mean=False asks for more"),
     (METHODS[0], {"return_interval": 0.9}, "return_interval=0.9 needs at least 20 draws.* give n_samples=100"),
     (METHODS[0], {"return_interval": 90, "n_samples": 100}, "return_interval=90 is not allowed"),
     (METHODS[0], {"return_interval": 0.9, "n_samples": 20, "return_mean": False}, "return_interval is a summary"),

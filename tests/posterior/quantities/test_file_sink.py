@@ -364,7 +364,7 @@ def test_a_folder_without_permission(fitted, tmp_path, monkeypatch):
 
 def test_all_draws_are_not_written(fitted, tmp_path):
     with pytest.raises(ValueError, match="return_mean=False asks for all draws"):
-        fitted.get_normalized_expression(out=tmp_path / "a.h5ad", return_mean=False)
+        fitted.get_normalized_expression(out=tmp_path / "a.h5ad", n_samples=2, return_mean=False)
 
 
 def test_the_bar_is_shown_when_writing_and_can_be_silenced(fitted, tmp_path, capsys):
