@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,112 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.saving.description import Description
 from pyro_multivi.api.saving.folder import read_model
 from pyro_multivi.api.scvi_tools.arguments import ABSENT, VAR_NAMES, Absent, takes
+from pyro_multivi.api.scvi_tools.manager import AnnDataManager, setup_arguments
 from pyro_multivi.data.checks import checked, nearest
-from pyro_multivi.data.modality import MODALITIES, RNA
-from pyro_multivi.data.setup.spec import DataSpec, describe
+from pyro_multivi.data.modality import MODALITIES, PROTEIN
+from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.utils import attrdict
-
-
-class AnnDataManager:
-    """Places of a model's data, for reading, by the names of scvi-tools.
-
-    Attributes
-    ----------
-    adata
-        The object, or None for a model that was loaded without.
-    """
-
-    def __init__(self, spec: DataSpec, adata: Data | None) -> None:
-        self._spec = spec
-        self.adata = adata
-
-    @cached_property
-    def registry(self) -> attrdict:
-        """Version, arguments of the setup, places and states of the data."""
-        states = {key: self.get_state_registry(key) for key in self.data_registry}
-        fields = {
-            key: attrdict(data_registry=place, state_registry=states[key]) for key, place in self.data_registry.items()
-        }
-        setup = self._spec.setup
-        return attrdict(
-            pyro_multivi_version=__version__,
-            model_name="MULTIVI",
-            setup_method_name=f"setup_{setup.kind}",
-            setup_args=attrdict(setup.to_dict()),
-            field_registries=attrdict(fields),
-        )
-
-    @property
-    def data_registry(self) -> attrdict:
-        """Places of counts (``X``, ``atac``, ``proteins``), batches, labels, covariates, size factors in the object."""
-        setup, found = self._spec.setup, attrdict()
-        for modality in MODALITIES:
-            if modality.n_features_in(self._spec):
-                layer = setup.layer_of(modality)
-                name = "X" if modality is RNA else modality.key
-                found[name] = _place("layers" if layer else "X", layer, setup.mudata_name(modality))
-        if setup.protein_key is not None:
-            of_mudata, layer = setup.kind == "mudata", setup.protein_layer
-            place, key = ("layers" if layer else "X", layer) if of_mudata else ("obsm", setup.protein_key)
-            found["proteins"] = _place(place, key, setup.protein_key if of_mudata else None)
-        for name, argument, keys in (
-            ("batch", "batch_key", setup.batch_key),
-            ("labels", "labels_key", setup.labels_key),
-            ("size_factor", "size_factor_key", [key for key in setup.size_factor_keys if key]),
-            ("extra_categorical_covs", "categorical_covariate_keys", list(setup.categorical_covariate_keys)),
-            ("extra_continuous_covs", "continuous_covariate_keys", list(setup.continuous_covariate_keys)),
-        ):
-            if keys:
-                found[name] = _place("obs", keys, setup.obs_modalities.get(argument))
-        return found
-
-    @property
-    def summary_stats(self) -> attrdict:
-        """Numbers of cells, genes (``n_vars``), regions (``n_atac``), batches, labels and covariates."""
-        spec = self._spec
-        return attrdict(
-            n_cells=sum(spec.n_cells.values()),
-            n_vars=spec.n_genes,
-            n_atac=spec.n_regions,
-            **({"n_proteins": spec.n_proteins} if spec.n_proteins else {}),
-            n_batch=spec.n_batch,
-            n_labels=max(1, spec.n_labels),
-            n_extra_categorical_covs=len(spec.categorical),
-            n_extra_continuous_covs=len(spec.continuous),
-            n_size_factor=sum(key is not None for key in spec.setup.size_factor_keys),
-        )
-
-    def get_state_registry(self, registry_key: str) -> attrdict:
-        """Names of the features, or categories, of one entry of :attr:`data_registry`."""
-        if registry_key not in self.data_registry:
-            raise KeyError(f"registry_key={registry_key!r} is not there. {nearest(registry_key, self.data_registry)}")
-        spec = self._spec
-        states: dict[str, dict[str, Any]] = {
-            "batch": {"categorical_mapping": np.array(spec.batch_categories, dtype=object)},
-            "labels": {"categorical_mapping": np.array(spec.label_categories, dtype=object)},
-            "extra_categorical_covs": {
-                "mappings": {name: np.array(known, dtype=object) for name, known in spec.categorical.items()},
-                "n_cats_per_key": [len(known) for known in spec.categorical.values()],
-            },
-            "extra_continuous_covs": {"columns": list(spec.continuous)},
-            "proteins": {"n_proteins": spec.n_proteins, "column_names": np.array(spec.protein_names, dtype=object)},
-        }
-        for modality in MODALITIES:
-            names = np.array(modality.feature_names_in(spec), dtype=object)
-            states["X" if modality is RNA else modality.key] = {"n_vars": len(names), "column_names": names}
-        return attrdict(states.get(registry_key, {}))
-
-
-def _place(where: str, key: Any, modality: str | None) -> attrdict:
-    return attrdict(mod_key=modality, attr_name=where, attr_key=key)
 
 
 class ScviAttributes(ModelBase):
@@ -232,17 +137,24 @@ class ScviAttributes(ModelBase):
         Parameters
         ----------
         setup_arg
-            Its name.
+            Its name, as in ``registry["setup_args"]``: those of ``setup_anndata`` or ``setup_mudata`` in scvi-tools,
+            and those of the setup here.
         """
-        known = self.spec.setup.to_dict()
+        known = setup_arguments(self.spec.setup)
         if setup_arg not in known:
             raise KeyError(f"setup_arg={setup_arg!r} is no argument of the setup. {nearest(setup_arg, known)}")
         return known[setup_arg]
 
     @takes(VAR_NAMES)
-    def get_var_names(self) -> dict[str, list[str]]:
-        """Names of the genes and regions of the model, by modality ("rna", "atac")."""
-        return {modality.key: list(modality.feature_names_in(self.spec)) for modality in MODALITIES}
+    def get_var_names(self) -> dict[str, NDArray[Any]]:
+        """Names of the features of the model, by modality: its name in the MuData, else "rna", "atac", "protein"."""
+        spec, setup = self.spec, self.spec.setup
+        names: dict[str, Sequence[str]] = {
+            setup.mudata_name(modality) or modality.key: modality.feature_names_in(spec) for modality in MODALITIES
+        }
+        if spec.n_proteins:
+            names[setup.place_of_extra(PROTEIN) if setup.kind == "mudata" else PROTEIN] = spec.protein_names
+        return {name: np.array(found, dtype=object) for name, found in names.items()}
 
     @checked
     def get_anndata_manager(self, adata: Data, required: bool = False) -> AnnDataManager:

@@ -1,0 +1,71 @@
+"""The registry of a model: arguments of its setup, states and data, asked for by the names of scvi-tools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pyro_multivi as scvi
+from pyro_multivi.model import MULTIVI
+
+
+@pytest.fixture(scope="module")
+def mdata():
+    mdata = scvi.simulate_multiome((40, 0, 0), 12, 15, n_batches=2, n_proteins=3, seed=0, return_mudata=True)
+    mdata.obs["size"], mdata.obs["depth"] = 2.0, 0.5
+    mdata.obs["age"] = np.arange(40.0)
+    mdata.mod["rna"].obs["donor"] = np.where(np.arange(40) % 2, "d1", "d2")
+    return mdata
+
+
+@pytest.fixture(scope="module")
+def of_mudata(mdata):
+    MULTIVI.setup_mudata(
+        mdata,
+        batch_key="batch",
+        size_factor_key=["size", "depth"],
+        categorical_covariate_keys=["donor"],
+        continuous_covariate_keys=["age"],
+        modalities={
+            "rna_layer": "rna", "atac_layer": "atac", "protein_layer": "protein", "categorical_covariate_keys": "rna",
+        },
+    )  # fmt: skip
+    return MULTIVI(mdata, n_hidden=4, n_latent=2)
+
+
+@pytest.fixture(scope="module")
+def of_anndata():
+    adata = scvi.simulate_multiome((40, 0, 0), 12, 15, n_batches=2, n_proteins=3, seed=0)
+    adata.layers["counts"], adata.obs["size"] = adata.X.copy(), 2.0
+    MULTIVI.setup_anndata(
+        adata, "counts", "batch", size_factor_key="size", protein_expression_obsm_key="protein_expression"
+    )
+    return MULTIVI(adata, n_hidden=4, n_latent=2)
+
+
+def test_arguments_of_the_setup_have_the_names_of_scvi_tools(of_mudata, of_anndata):
+    modalities = {
+        "rna_layer": "rna", "atac_layer": "atac", "protein_layer": "protein", "categorical_covariate_keys": "rna",
+    }  # fmt: skip
+    assert of_mudata.get_setup_arg("modalities") == of_mudata.registry["setup_args"]["modalities"] == modalities
+    assert of_mudata.get_setup_arg("size_factor_key") == ["size", "depth"]
+    assert of_mudata.get_setup_arg("idx_layer") is None
+    names = {"layer": "counts", "size_factor_key": "size", "protein_expression_obsm_key": "protein_expression"}
+    assert {name: of_anndata.get_setup_arg(name) for name in names} == names
+    assert of_anndata.get_setup_arg("protein_names_uns_key") is None
+
+
+def test_states_have_the_keys_of_scvi_tools(of_mudata):
+    get = of_mudata.adata_manager.get_state_registry
+    assert get("batch").original_key == "batch"
+    assert get("extra_categorical_covs").field_keys == ("donor",)
+    assert get("size_factor").columns == ["size", "depth"]
+    assert [(get(key).n_obs, get(key).n_vars) for key in ("X", "atac", "proteins")] == [(40, 12), (40, 15), (40, 3)]
+
+
+def test_names_of_features_by_modality(mdata, of_mudata, of_anndata):
+    for model in (of_mudata, of_anndata):
+        found = model.get_var_names()
+        assert list(found) == ["rna", "atac", "protein"]
+        for name, part in mdata.mod.items():
+            assert found[name].tolist() == list(part.var_names)
