@@ -210,6 +210,7 @@ def _call(world: SimpleNamespace, name: str) -> dict[str, Any]:
         "MULTIVI.prepare_query_mudata": {"mdata": world.mdata, "reference_model": world.model},
         "MULTIVI.transfer_labels": {"query": world.adata, "key": "cell_type"},
         **{key: {"registry_key": "X"} for key in ("MULTIVI.data_registry", "MULTIVI.get_state_registry")},
+        "MULTIVI.get_from_registry": {"adata": world.adata, "registry_key": "X"},
         "MULTIVI.get_setup_arg": {"setup_arg": "batch_key"},
         "MULTIVI.get_anndata_manager": {"adata": world.adata},
         **{key: {"dir_path": world.folder / "model"}

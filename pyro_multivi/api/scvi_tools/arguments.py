@@ -353,7 +353,6 @@ ABSENT: dict[str, str] = {
     "convert_legacy_save": "models of scvi-tools cannot be read; train one here",
     "get_aggregated_posterior": "posterior.draw(model.program, model.minibatch()) gives draws of all cells",
     "differential_abundance": "compare numbers of neighbours in the latent space, for instance by Milo",
-    "get_from_registry": "model.minibatch(indices) has counts, batches and covariates as tensors",
     **dict.fromkeys(("register_manager", "deregister_manager"), "nothing is registered beside adata.uns"),
     "transfer_fields": "give other data to any method, adata=other: their columns are found by name",
     "update_setup_method_args": "call setup_anndata or setup_mudata again",

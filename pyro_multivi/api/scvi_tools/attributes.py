@@ -108,16 +108,37 @@ class ScviAttributes(ModelBase):
         return self.adata_manager.summary_stats
 
     @checked
-    def data_registry(self, registry_key: str) -> dict[str, Any]:
-        """Place of one kind of data in the object: ``"X"``, ``"atac"``, ``"batch"``, ...
+    def data_registry(self, registry_key: str) -> Any:
+        """Data of one kind: counts of ``"X"``, ``"atac"``, ``"proteins"``, codes of ``"batch"``, covariates, ...
+
+        Places of the data in the object are in ``adata_manager.data_registry``.
 
         Parameters
         ----------
         registry_key
-            Its name in ``adata_manager.data_registry``.
+            Its name there.
+
+        Returns
+        -------
+        ndarray, sparse matrix or DataFrame
+            Counts: the object's own matrix, all of it. Batches and labels: codes, (n, 1), positions in
+            ``get_state_registry(registry_key).categorical_mapping``. Covariates and size factors: a frame, categories
+            as codes.
         """
-        self.adata_manager.get_state_registry(registry_key)
-        return self.adata_manager.data_registry[registry_key]
+        return self.adata_manager.get_from_registry(registry_key)
+
+    @checked
+    def get_from_registry(self, adata: Data, registry_key: str) -> Any:
+        """Data of one kind in any object, as :meth:`data_registry` of the model's own.
+
+        Parameters
+        ----------
+        adata
+            The object. Its columns are found by the names of the model's own data.
+        registry_key
+            As in :meth:`data_registry`.
+        """
+        return AnnDataManager(self.spec, adata).get_from_registry(registry_key)
 
     @checked
     def get_state_registry(self, registry_key: str) -> dict[str, Any]:

@@ -7,13 +7,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pyro_multivi._version import __version__
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.data.checks import nearest
 from pyro_multivi.data.modality import MODALITIES, RNA
+from pyro_multivi.data.setup.adapter import Opened
+from pyro_multivi.data.setup.covariates import codes
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.setup.spec import DataSpec
+from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.utils import attrdict
 
 
@@ -88,8 +92,7 @@ class AnnDataManager:
 
     def get_state_registry(self, registry_key: str) -> attrdict:
         """Names of the features, or categories, of one entry of :attr:`data_registry`."""
-        if registry_key not in self.data_registry:
-            raise KeyError(f"registry_key={registry_key!r} is not there. {nearest(registry_key, self.data_registry)}")
+        self._place_of(registry_key)
         spec = self._spec
         states: dict[str, dict[str, Any]] = {
             "batch": _categories(spec.batch_categories, spec.setup.batch_key),
@@ -106,6 +109,53 @@ class AnnDataManager:
         for modality in MODALITIES:
             states["X" if modality is RNA else modality.key] = _features(spec, modality.feature_names_in(spec))
         return attrdict(states.get(registry_key, {}))
+
+    def get_from_registry(self, registry_key: str) -> Any:
+        """Data of one entry of :attr:`data_registry`.
+
+        Counts are the object's own matrix, all of it: of an AnnData genes and regions together. Batches and labels are
+        codes, (n, 1), positions in ``categorical_mapping``; covariates and size factors a frame, categories as codes.
+
+        Raises
+        ------
+        KeyError
+            If there is no such entry.
+        ValueError
+            If there are no data, or the object does not hold their counts.
+        """
+        place = self._place_of(registry_key)
+        if self.adata is None:
+            raise ValueError("This model has no data: give it some first, model.adata = adata.")
+        opened = self._spec.open(self.adata)
+        if place.attr_name == "obs":
+            return self._columns(registry_key, place.attr_key, opened)
+        if registry_key != "proteins" and (opened.posterior is not None or stores_of(self.adata) is not None):
+            raise ValueError(
+                f"registry_key={registry_key!r}: the object does not hold the counts, which are on disk or were left "
+                "out by minify_adata or minify_mudata. model.minibatch(indices) reads those on disk."
+            )
+        holder = self.adata if place.mod_key is None else self.adata.mod[place.mod_key]
+        return holder.X if place.attr_name == "X" else getattr(holder, place.attr_name)[place.attr_key]
+
+    def _place_of(self, registry_key: str) -> attrdict:
+        known = self.data_registry
+        if registry_key not in known:
+            raise KeyError(f"registry_key={registry_key!r} is not there. {nearest(registry_key, known)}")
+        return known[registry_key]
+
+    def _columns(self, registry_key: str, keys: Any, opened: Opened) -> Any:
+        spec = self._spec
+        if registry_key == "batch":
+            return spec.batch_codes_of(opened)[:, None]
+        if registry_key == "labels":
+            return codes(opened, "labels_key", keys, spec.label_categories)[:, None]
+        if registry_key == "extra_categorical_covs":
+            argument = "categorical_covariate_keys"
+            found = {key: codes(opened, argument, key, known) for key, known in spec.categorical.items()}
+        else:
+            argument = "size_factor_key" if registry_key == "size_factor" else "continuous_covariate_keys"
+            found = {key: opened.column(argument, key).to_numpy() for key in keys}
+        return pd.DataFrame(found, index=opened.cells)
 
 
 def _categories(names: Sequence[str], key: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import pyro_multivi as scvi
@@ -69,3 +70,40 @@ def test_names_of_features_by_modality(mdata, of_mudata, of_anndata):
         assert list(found) == ["rna", "atac", "protein"]
         for name, part in mdata.mod.items():
             assert found[name].tolist() == list(part.var_names)
+
+
+def test_data_of_the_registry_are_those_of_the_object(mdata, of_mudata, of_anndata):
+    manager = of_mudata.adata_manager
+    for key, name in (("X", "rna"), ("atac", "atac"), ("proteins", "protein")):
+        assert manager.get_from_registry(key) is mdata.mod[name].X
+        assert of_mudata.data_registry(key) is of_mudata.get_from_registry(mdata, key) is mdata.mod[name].X
+    adata = of_anndata.adata
+    assert of_anndata.data_registry("X") is adata.layers["counts"]
+    np.testing.assert_array_equal(of_anndata.data_registry("proteins"), adata.obsm["protein_expression"])
+
+
+def test_columns_of_the_registry_are_codes_and_numbers(mdata, of_mudata):
+    manager = of_mudata.adata_manager
+    codes = manager.get_from_registry("batch")
+    assert codes.shape == (40, 1)
+    found = manager.get_state_registry("batch").categorical_mapping[codes[:, 0]]
+    np.testing.assert_array_equal(found, mdata.obs["batch"].astype(str))
+    donors = manager.get_from_registry("extra_categorical_covs")
+    known = manager.get_state_registry("extra_categorical_covs").mappings["donor"]
+    np.testing.assert_array_equal(known[donors["donor"]], mdata.mod["rna"].obs["donor"])
+    for key, columns in (("extra_continuous_covs", ["age"]), ("size_factor", ["size", "depth"])):
+        pd.testing.assert_frame_equal(manager.get_from_registry(key), mdata.obs[columns], check_names=False)
+    with pytest.raises(KeyError, match="registry_key='batches' is not there. Did you mean 'batch'"):
+        of_mudata.data_registry("batches")
+
+
+def test_counts_that_the_object_does_not_hold(of_anndata, tmp_path):
+    model = MULTIVI(of_anndata.adata, n_hidden=4, n_latent=2)
+    model.train(1, enable_progress_bar=False)
+    model.save(tmp_path / "model")
+    model.minify_adata()
+    with pytest.raises(ValueError, match="registry_key='X': the object does not hold the counts"):
+        model.data_registry("X")
+    assert model.data_registry("batch").shape == (40, 1)
+    with pytest.raises(ValueError, match="This model has no data"):
+        MULTIVI.load(tmp_path / "model").data_registry("X")
