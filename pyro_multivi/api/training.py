@@ -377,6 +377,7 @@ class TrainingMixin(ModelBase):
     def history(self) -> dict[str, pd.DataFrame]:
         """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better.
 
+        Epochs in which a quantity was not recorded are left out, as those of ``check_val_every_n_epoch``.
         Beside what was recorded, names of scvi-tools: ``train_loss_epoch`` and ``train_loss_step``, both the mean over
         the steps of an epoch; ``validation_loss``, that loss of the validation cells; ``kl_global_train`` and
         ``kl_global_validation``, 0 since no latent variable is shared by cells.
@@ -384,7 +385,8 @@ class TrainingMixin(ModelBase):
         recorded = pd.DataFrame(self._history.rows, index=pd.RangeIndex(self._history.n_epochs, name="epoch"))
         if len(recorded):
             recorded = recorded.assign(**scvi_columns(recorded))
-        return {str(name): recorded[[name]] for name in recorded}
+        # Gaps would break the lines of a plot, and be the last value where the last epochs were not scored.
+        return {str(name): recorded[[name]].dropna() for name in recorded}
 
     def _mark_trained(self, *_: Any) -> None:
         self.is_trained = True
