@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import first_names, name_list, nearest, shown, unwrapped
+from pyro_multivi.data.checks import UnknownKeyError, first_names, name_list, nearest, shown, unwrapped
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.options import Setup, gathering
@@ -88,7 +88,7 @@ def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "g
         raise ValueError(f"{argument}={groupby!r} names no column of obs: give one, or a list of several.")
     for name in names:
         if name not in obs:
-            raise ValueError(f"{argument}={name!r} is no column of obs. {nearest(name, obs.columns)}")
+            raise UnknownKeyError(f"{argument}={name!r} is no column of obs. {nearest(name, obs.columns)}")
         if (obs.columns == name).sum() > 1:
             raise ValueError(f"{argument}={name!r} is the name of several columns of obs: give each its own name.")
     if len(names) == 1:

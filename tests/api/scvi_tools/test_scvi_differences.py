@@ -117,6 +117,8 @@ def test_errors_are_of_the_classes_of_scvi_tools_too(world, tmp_path):
             MULTIVI.setup_anndata(adata.copy(), **{argument: value})
         assert isinstance(caught.value, ValueError)
         assert str(caught.value).startswith(f"{argument}='nowhere' is not in adata.")
+    with pytest.raises(KeyError, match="^groupby='celltype' is no column of obs. Did you mean 'cell_type'"):
+        model.differential_expression(groupby="celltype")
     query = adata.copy()
     del query.obs["flag"]
     with pytest.raises(KeyError, match="^batch_key='flag' is not in adata.obs"):
