@@ -107,6 +107,9 @@ class Readout(torch.Tensor):
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor, link: Link, gemm_dtype: torch.dtype | None = None
     ) -> None:
+        if not torch.is_grad_enabled():
+            # As a tensor made now would be: PyTorch's distributions compute some parameters later, and with gradients.
+            hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.link, self.gemm_dtype = link, gemm_dtype
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.ops.provenance import get_provenance, track_provenance
@@ -50,6 +51,17 @@ def test_any_operation_sees_the_dense_values_and_their_gradient(link: str, lead:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_without_gradients_it_has_none_afterwards_either() -> None:
+    inputs = make(lead=(2,))
+    with torch.no_grad():
+        gate = Readout(inputs.hidden, inputs.weight, inputs.bias, "identity")
+        # PyTorch computes the gate from its logits when the mean is asked for, with gradients.
+        mean = dist.ZeroInflatedPoisson(torch.ones(2, 7).double(), gate_logits=gate).mean
+    assert not gate.requires_grad
+    assert not (2 * gate).requires_grad
+    assert not mean.requires_grad
 
 
 @pytest.mark.usefixtures("never_dense")
