@@ -14,7 +14,7 @@ from pyro_multivi.data.checks import NotInModelError, check_choice, check_draws,
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
-from pyro_multivi.posterior.quantities.latent import depth_factors, latent_draws, latent_state
+from pyro_multivi.posterior.quantities.latent import depth_factors, latent_draws, latent_moments, latent_points
 
 #: Log marginal likelihoods: their mean or one per cell, alone or with the standard error.
 MarginalLL: TypeAlias = (
@@ -99,8 +99,9 @@ class LatentMixin(ModelBase):
             tell_difference("seed")
             draws = latent_draws(self.program, cells, modality, n_samples, seed)
             return draws if n_samples > 1 else draws[0]
-        state = latent_state(self.program, cells, modality)
-        return (state.mean, state.variance) if return_dist else state.point
+        if return_dist:
+            return latent_moments(self.program, cells, modality)
+        return latent_points(self.program, cells, modality)
 
     @checked
     def get_library_size_factors(

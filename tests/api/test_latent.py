@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 
 import pyro_multivi as pm
@@ -34,6 +35,26 @@ def test_moments_and_draws_of_the_latent_state(shared):
     np.testing.assert_array_equal(one, shared.get_latent_representation(give_mean=False, seed=0))
     assert not np.array_equal(one, shared.get_latent_representation(give_mean=False, seed=1))
     np.testing.assert_array_equal(one, draws[0])
+
+
+class OnTheSphere(pm.MultiVIProgram):
+    """z ~ uniform on the sphere; the mean of its posterior is known, its variance is not."""
+
+    def z_prior(self, s):
+        return dist.ProjectedNormal(s.new_zeros(*s.shape[:-1], self.config.latent))
+
+    def mix(self, experts):
+        return dist.ProjectedNormal(self.averaged(experts)[0])
+
+
+def test_a_posterior_without_a_variance_has_a_mean(ready):
+    model = pm.MULTIVI(ready, n_hidden=8, n_latent=3, program_class=OnTheSphere)
+    model.is_trained = True
+    z = model.get_latent_representation()
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+    assert model.get_latent_representation(modality="expression").shape == z.shape
+    with pytest.raises(ValueError, match="of 'z', ProjectedNormal, knows no variance: leave return_dist out"):
+        model.get_latent_representation(return_dist=True)
 
 
 def test_a_modality_alone_is_nan_where_it_was_not_measured(shared):

@@ -55,6 +55,24 @@ def mean_of(name: str, fn: Any) -> Tensor:
     return mean
 
 
+def variance_of(name: str, fn: Any) -> Tensor:
+    """Variance of a site of the guide.
+
+    Raises
+    ------
+    ValueError
+        If the distribution does not know its variance.
+    """
+    try:
+        variance: Tensor = fn.variance
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The guide's distribution of {name!r}, {type(fn).__name__}, knows no variance: leave return_dist out, or "
+            "ask for draws (give_mean=False)."
+        ) from error
+    return variance
+
+
 def pattern_code(cells: Cells | CellTable) -> Tensor:
     """Measurement pattern of each cell, (B,): 0 nothing, 1 RNA only, 2 ATAC only, 3 both; a row of the buffer."""
     code = sum(2**place * modality.measured_in(cells).long() for place, modality in enumerate(MODALITIES))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,32 +23,15 @@ from pyro_multivi.distributions.logit_normal import LogitNormal
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.cell_noise import CellNoise
 from pyro_multivi.posterior.engine.draws import Fill, draw_latents
-from pyro_multivi.posterior.engine.posterior_scale import NoMeanError, corrected, mean_of, normal_in
+from pyro_multivi.posterior.engine.posterior_scale import NoMeanError, corrected, mean_of, normal_in, variance_of
 from pyro_multivi.posterior.engine.stored_posterior import guide_of, stored_experts
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import CELLS, MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, random_sites
 
 
-@dataclass(frozen=True)
-class LatentState:
-    """Moments of q(z) of each cell, as it was trained.
-
-    Attributes
-    ----------
-    mean, variance
-        Moments of z, (n, K).
-    point
-        Input of the decoders at the posterior mean of z, (n, K).
-    """
-
-    mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
-    point: NDArray[np.float32]
-
-
-def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint") -> LatentState:
-    """Moments of q(z) given all measured modalities of a cell, or one of them.
+def latent_points(program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint") -> NDArray[np.float32]:
+    """Input of the decoders at the posterior mean of z, (n, K), given all measured modalities of a cell, or one.
 
     Rows of cells in which ``modality`` was not measured are NaN.
 
@@ -57,15 +40,30 @@ def latent_state(program: MultiVIProgram, cells: Iterable[Cells], modality: str 
     ValueError
         If there is no expert of that modality, or q(z) has no mean.
     """
+    return _of_posteriors(program, cells, modality, lambda q: {"point": program.transform(mean_of("z", q))})["point"]
+
+
+def latent_moments(
+    program: MultiVIProgram, cells: Iterable[Cells], modality: str = "joint"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and variance of q(z) of each cell as it was trained, (n, K); see :func:`latent_points`."""
+    found = _of_posteriors(
+        program, cells, modality, lambda q: {"mean": mean_of("z", q), "variance": variance_of("z", q)}
+    )
+    return found["mean"], found["variance"]
+
+
+def _of_posteriors(
+    program: MultiVIProgram, cells: Iterable[Cells], modality: str, statistics: Callable[[Any], dict[str, Tensor]]
+) -> Arrays:
+    """Statistics of q(z) of each cell, (n, K), by name."""
 
     def of_minibatch(minibatch: Cells) -> Arrays:
         with evaluation_mode(program):
             q, hole = _posterior(program, minibatch, modality)
-            mean = mean_of("z", q)
-            found = {"mean": mean, "variance": q.variance, "point": program.transform(mean)}
-            return {name: (value + hole).cpu().numpy() for name, value in found.items()}
+            return {name: (value + hole).cpu().numpy() for name, value in statistics(q).items()}
 
-    return LatentState(**joined(by_minibatch(of_minibatch, cells)))
+    return joined(by_minibatch(of_minibatch, cells))
 
 
 def latent_draws(
