@@ -158,6 +158,10 @@ def test_a_posterior_without_a_mean_says_so(recipes, fitted):
     assert np.isfinite(model.get_latent_representation(give_mean=False, n_samples=3)).all()
     with pytest.raises(ValueError, match=r"distribution of 'z' has no mean: ask for draws .*give_mean=False"):
         model.get_latent_representation()
+    with pytest.raises(
+        ValueError, match=r"^The guide's distribution of 'z' has no mean: labels .* mix\(experts\) needs"
+    ):
+        model.transfer_labels(model.adata, "cell_type")
 
 
 def test_training_with_a_bound_of_ones_own(recipes, fitted):

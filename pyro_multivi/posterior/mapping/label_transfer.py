@@ -24,6 +24,7 @@ from pyro_multivi.data.minibatch import Cells, ExtraFeatures, Panels
 from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.draws import mean_latents
+from pyro_multivi.posterior.engine.posterior_scale import NoMeanError
 from pyro_multivi.posterior.engine.replicates import hide
 from pyro_multivi.processes.shares import Arrays, by_minibatch, joined
 from pyro_multivi.program import MultiVIProgram
@@ -68,12 +69,21 @@ def states(program: MultiVIProgram, minibatches: Minibatches, like: Cells | None
     ----------
     like
         A cell: modalities and features that were not measured in it are taken away.
+
+    Raises
+    ------
+    NoMeanError
+        If the guide's distribution of z has no mean.
     """
 
     def of_minibatch(cells: Cells) -> Arrays:
         seen = cells if like is None else measured_as(cells, like)
         with evaluation_mode(program):
-            nodes: dict[str, Any] = dict(mean_latents(program, seen).trace.nodes)
+            try:
+                nodes: dict[str, Any] = dict(mean_latents(program, seen).trace.nodes)
+            except NoMeanError as error:
+                remedy = "labels are carried over between means, so that mix(experts) needs a distribution with one"
+                raise NoMeanError.of("z", remedy) from error
         z = nodes["z"]["value"]
         return {"z": z.expand(1, len(cells), -1)[0].double().cpu().numpy()}
 
