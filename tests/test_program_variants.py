@@ -104,3 +104,15 @@ def test_an_overridden_edge_is_used(make_program, make_cells):
     cells, program = make_cells(), Tight(make_program().config)
     fn = poutine.trace(program.model).get_trace(cells).nodes["z"]["fn"]
     assert torch.equal(fn.stddev, torch.full((12, 3), 0.1))
+
+
+def test_a_likelihood_that_is_no_event_over_features_is_named(make_program, make_cells):
+    class NoEvent(MultiVIProgram):
+        def expression_dist(self, l, rho, theta, pi_logits):
+            return dist.Poisson(l.unsqueeze(-1) * rho)
+
+    cells, program = make_cells(), NoEvent(make_program().config)
+    with pytest.raises(
+        ValueError, match=r"is Poisson of batch shape \(12, \d+\) and no event .*\.to_event\(1\) to what"
+    ):
+        poutine.trace(program.model).get_trace(cells)

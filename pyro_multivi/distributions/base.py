@@ -364,10 +364,17 @@ def measured_only(
     Raises
     ------
     ValueError
-        If ``fn`` cannot leave features out: it is neither of this package nor independent over features.
+        If ``fn`` is no event over features, or cannot leave some out: it is neither of this package nor independent
+        over features.
     """
     if isinstance(fn, CellDistribution):
         return (fn if panels is None else fn.count_panels(panels)).mask(measured, rows)
+    if not fn.event_shape:
+        raise ValueError(
+            f"The distribution of a cell's counts is {type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and no "
+            f"event shape: expected ({len(measured)},), and one event over all features. Add .to_event(1) to what "
+            "expression_dist or accessibility_dist returns."
+        )
     if panels is not None:
         if not (isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == 1):
             raise ValueError(
