@@ -111,9 +111,12 @@ class CovariateStack(nn.Module):
         super().__init__()
         self.n_out = n_hidden if n_layers else n_in
         self.linear, self.after = nn.ModuleList(), nn.ModuleList()
+        #: Columns of s behind the input of each layer.
+        self.n_injected: list[int] = []
         norms: Any = {"batch_norm": batch_norm, "layer_norm": layer_norm, "dropout_rate": dropout_rate}
         for layer in range(n_layers):
             injected = n_covariates if layer == 0 or inject_everywhere else 0
+            self.n_injected.append(injected)
             self.linear.append(nn.Linear((n_in if layer == 0 else n_hidden) + injected, n_hidden))
             self.after.append(NormActivate(n_hidden, activation=activation(), **norms))
 

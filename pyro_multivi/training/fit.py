@@ -36,7 +36,7 @@ from pyro_multivi.training.distributed.shared_steps import (
 from pyro_multivi.training.divergence import DivergenceMonitor, loss_of
 from pyro_multivi.training.history import History, Stopwatch
 from pyro_multivi.training.objective import NegativeELBO
-from pyro_multivi.training.optimizer import leave_unreached, make_optimizer, unmeasured_parameters
+from pyro_multivi.training.optimizer import UnreachedWeights, make_optimizer
 from pyro_multivi.training.options import FitOptions
 from pyro_multivi.training.schedules import EarlyStopping, kl_weight
 
@@ -190,7 +190,7 @@ class _Fitting:
         share_weights(self.processes, program)
         self.trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(program, len(train.index), options, optimizer_state)
-        self.unmeasured = unmeasured_parameters(program, train)
+        self.unreached = UnreachedWeights(program, train)
         self.adversary = Adversary.wanted(program, train, options)
         self.objective = NegativeELBO(program, options.elbo, self.adversary)
         self.stopping = EarlyStopping.wanted(options, None if validation is None else validation.n_cells)
@@ -248,8 +248,7 @@ class _Fitting:
         self.monitor.check_gradients()
         if options.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.program.parameters(), options.gradient_clip)
-        leave_unreached(self.unmeasured)
-        self.optimizer.step()
+        self.unreached.step(self.optimizer)
         if self.adversary is not None:
             self.adversary.learn(share)
         share_running_statistics(self.processes, self.program)

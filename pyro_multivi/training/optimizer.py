@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_multivi.data.loader import Minibatches, measured
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.networks.encoders import SharedFirstLayer
+from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.options import FitOptions
 
@@ -38,25 +39,61 @@ def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in program.named_parameters() if name in last}
 
 
-def unmeasured_parameters(program: MultiVIProgram, train: Minibatches) -> list[nn.Parameter]:
-    """Trained parameters of modalities that no training cell has.
+class UnreachedWeights:
+    """Weights that no training cell reaches: of a modality that none has, or of batches and categories that none is of.
 
     Adam's steps do not depend on the size of a gradient, so that weight decay alone would soon take such weights to 0:
-    those of a model that knew the modality, as the reference of a query does.
+    those of a model that knew the modality or the batch, as the reference of a query does. They stay as they are,
+    unless a program of one's own has gradients of them all the same.
+
+    Parameters
+    ----------
+    program, train
+        The program in training, and all cells that it is trained on.
     """
-    absent = [prefix for each, own in _OWN.items() if not len(measured(train, each)) for prefix in own]
-    for extra in program.modelled_extra:
-        if not bool(extra.measurement(train.table).measured[train.index].any()):
-            absent.append(f"extra.{extra.name.replace('.', '_')}.")
-    named = program.named_parameters()
-    return [parameter for name, parameter in named if parameter.requires_grad and name.startswith(tuple(absent))]
+
+    def __init__(self, program: MultiVIProgram, train: Minibatches) -> None:
+        named = [(name, parameter) for name, parameter in program.named_parameters() if parameter.requires_grad]
+        absent = [prefix for each, own in _OWN.items() if not len(measured(train, each)) for prefix in own]
+        for extra in program.modelled_extra:
+            if not bool(extra.measurement(train.table).measured[train.index].any()):
+                absent.append(f"extra.{extra.name.replace('.', '_')}.")
+        self._whole = [parameter for name, parameter in named if name.startswith(tuple(absent))]
+        trained = {id(parameter) for _, parameter in named}
+        width = train.table.design.shape[1]
+        [columns] = torch.where(~train.table.design[train.index].any(0))
+        # And positions of their columns, (k,): the last columns are those of the design.
+        self._columns = [
+            (weight, weight.shape[1] - width + columns.to(weight.device))
+            for module in (program.modules() if len(columns) else ())
+            for weight in _design_weights(module, width)
+            if id(weight) in trained
+        ]
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer take a step of all others."""
+        for parameter in self._whole:
+            if parameter.grad is not None and not bool(parameter.grad.any()):
+                parameter.grad = None
+        kept = [
+            (weight, at, weight[:, at], weight.grad[:, at].any(0))
+            for weight, at in self._columns
+            if weight.grad is not None
+        ]
+        optimizer.step()
+        for weight, at, values, is_reached in kept:
+            weight[:, at] = torch.where(is_reached, weight[:, at], values)
 
 
-def leave_unreached(parameters: Iterable[nn.Parameter]) -> None:
-    """Take the gradients of parameters that are 0, so that the optimizer leaves them as they are."""
-    for parameter in parameters:
-        if parameter.grad is not None and not bool(parameter.grad.any()):
-            parameter.grad = None
+def _design_weights(module: nn.Module, width: int) -> list[Tensor]:
+    """Weights of a module itself whose last columns are those of the design, of this width."""
+    layers: list[tuple[nn.Module | None, int]] = []
+    if isinstance(module, CovariateStack):
+        layers = list(zip(module.linear, module.n_injected, strict=True))
+    elif isinstance(module, SharedFirstLayer) and module.covariates is not None:
+        layers = [(module.covariates, module.covariates.in_features)]
+    return [layer.weight for layer, n in layers if n == width and isinstance(layer, nn.Linear)]
 
 
 def make_optimizer(

@@ -1,4 +1,4 @@
-"""Training on cells that lack a modality: what the model knows of it stays."""
+"""Training on cells that lack a modality, or batches: what the model knows of these stays."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ def test_nor_does_a_model_that_goes_on_with_such_cells(adata, model):
     model.train(2, progress_bar=False, train_size=0.9)
     for name, value in parameters_of(model, OF_OTHERS).items():
         torch.testing.assert_close(value, known[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("chosen", ["unfrozen", "freeze_decoder_first_layer"])
+def test_a_query_moves_no_batch_that_none_of_its_cells_is_of(adata, model, chosen):
+    query = adata[adata.obs["batch"] == "batch_2"].copy()
+    mapped = pm.MULTIVI.load_query_data(query, model, **{chosen: chosen == "unfrozen"})
+    decoders = ("expression_decoder.stack.linear.0.weight", "extra.protein.decoder.linear.0.weight")
+    before = parameters_of(mapped, decoders)
+    mapped.train(3, progress_bar=False)
+    for name, value in parameters_of(mapped, decoders).items():
+        # Behind those of the state, a column for each batch.
+        is_same = (value == before[name]).all(0).tolist()
+        assert is_same == [False, False, True, True, False], name
