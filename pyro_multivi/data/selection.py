@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import nearest, shown
+from pyro_multivi.data.checks import UnknownKeyError, nearest, shown
 
 
 def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
@@ -92,7 +92,9 @@ def _called(wanted: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
     place = {name: position for position, name in enumerate(names)}
     unknown = [name for name in wanted.tolist() if not isinstance(name, str) or name not in place]
     if unknown:
-        raise KeyError(f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}")
+        raise UnknownKeyError(
+            f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}"
+        )
     return np.asarray([place[name] for name in wanted.tolist()])
 
 

@@ -166,7 +166,7 @@ def test_cells_may_be_chosen_in_every_way(shared, method):
         (np.ones(59, dtype=bool), ValueError, "a mask of 59 cells and the data has 60"),
         ([60], IndexError, "holds 60, and the data has 60 cells"),
         ([-61], IndexError, "holds -61"),
-        (["cell_99"], KeyError, "'cell_99', which is no cell of the data"),
+        (["cell_99"], KeyError, "^indices holds 'cell_99', which is no cell of the data"),
         ([0.5], ValueError, "values of type float64"),
         ([[0, 1]], ValueError, "2 dimensions"),
     ],
