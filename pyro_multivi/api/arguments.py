@@ -120,7 +120,10 @@ def choose_features(
         raise ValueError(f"{argument}={shown(wanted)} has {chosen.ndim} dimensions: give a flat list of {what} names.")
     if chosen.dtype == bool:
         if len(chosen) != len(names):
-            raise ValueError(f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s.")
+            raise ValueError(
+                f"{argument} is a mask of {len(chosen)} and the model has {len(names)} {what}s: give one value for "
+                "each of these, or names, such as adata.var_names[mask]."
+            )
         check_order(argument, wanted, names)
         chosen = np.flatnonzero(chosen)
     elif chosen.dtype.kind in "iu":
