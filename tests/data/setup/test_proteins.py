@@ -73,9 +73,10 @@ def test_rows_without_counts_and_zeros_of_a_whole_batch_were_not_measured(mosaic
     assert not np.isnan(spec.table(late).extra["protein"].values.numpy()).any()
 
 
-def test_single_entries_may_be_missing(mosaic, counts):
+@pytest.mark.parametrize("dtype", [None, "Int64", "Float32", "object"])
+def test_single_entries_may_be_missing(mosaic, counts, dtype):
     counts[3, 1] = np.nan
-    mosaic.obsm["adt"] = counts
+    mosaic.obsm["adt"] = counts if dtype is None else pd.DataFrame(counts, mosaic.obs_names).astype(dtype)
     set_up(mosaic)
     values, measured = table_of(mosaic).extra["protein"]
     assert measured.all()

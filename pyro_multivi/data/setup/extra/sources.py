@@ -127,6 +127,8 @@ class ExtraSource:
             if np.iscomplexobj(matrix):
                 raise ValueError("they are complex")
             with np.errstate(over="ignore"):  # what is out of range is infinite, and refused
+                if isinstance(matrix, pd.DataFrame):  # its nullable numbers have NA, which is no number to NumPy
+                    matrix = matrix.to_numpy(dtype=np.float32, na_value=np.nan)
                 values = np.array(matrix, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.where} holds values that are no numbers: {error}") from None
