@@ -121,6 +121,18 @@ def test_masks_that_cannot_be_right(adata, change, arguments, message):
         pm.MULTIVI.setup_anndata(adata, **given)
 
 
+@pytest.mark.parametrize("dtype", ["boolean", "object", float])
+def test_gaps_of_masks_are_not_made_true(adata, dtype):
+    gap = MEASURED["b"].astype(object)
+    gap[~MEASURED["b"]] = None
+    adata.varm["measured"] = MEASURED.assign(b=gap.astype(dtype))
+    with pytest.raises(ValueError, match=r"column 'b' is of type .* and has \d gaps. If what has gaps") as caught:
+        pm.MULTIVI.setup_anndata(adata, batch_key="batch", feature_masks="measured")
+    exec(str(caught.value).split("measured: ")[1][:-1])
+    pd.testing.assert_frame_equal(adata.varm["measured"], MEASURED)
+    pm.MULTIVI.setup_anndata(adata, batch_key="batch", feature_masks="measured")
+
+
 def test_two_columns_of_one_name(adata):
     adata.varm["measured"] = MEASURED.set_axis(["a", "b", "a"], axis=1)
     with pytest.raises(ValueError, match="more than one column called 'a'"):

@@ -129,11 +129,14 @@ def masks_of(part: Any, owner: str, modality: Modality, key: str | None, columns
             "give each batch one."
         )
     for name, (_, column) in zip(names, table.items(), strict=True):
-        kind = column.dtype
-        if not pd.api.types.is_bool_dtype(kind) or column.isna().any():
+        kind, gaps = column.dtype, int(column.isna().sum())
+        if not pd.api.types.is_bool_dtype(kind) or gaps:
+            # NaN is True to NumPy.
+            found, filled = (f" and has {gaps} gaps", ".astype('boolean').fillna(False)") if gaps else ("", "")
+            marked = "what has gaps was not measured" if gaps else f"{modality.features} are marked by 1 and 0"
             raise ValueError(
-                f"{where} must be True or False for every feature; column {name!r} is of type {kind}. For "
-                f"{modality.features} marked by 1 and 0: {where} = {where}.astype(bool)."
+                f"{where} must be True or False for every feature; column {name!r} is of type {kind}{found}. If "
+                f"{marked}: {where} = {where}{filled}.astype(bool)."
             )
     return FeatureMasks(where, names, table.iloc[columns].to_numpy(dtype=bool))
 
