@@ -320,7 +320,9 @@ def _counts(
         hint = {False: f", perhaps by {argument}.", True: "."}
         return Counts(modality, matrix, owner, where, features, columns, *places, hint.__getitem__)
     if layer is not None and layer not in adata.layers:
-        raise unknown_key(argument, layer, f"{owner}.layers", layer_names(adata.layers))
+        mend = f" {owner}.X looks like counts: {where} = {owner}.X.copy(), or {argument}=None in the setup."
+        mend = mend if adata.X is not None and _looks_like_counts(adata.X) else ""
+        raise UnknownKeyError(f"{unknown_key(argument, layer, f'{owner}.layers', layer_names(adata.layers))}{mend}")
     if layer not in matrices:
         # Once, and for both modalities the same: each access to a view copies, each to a file makes a new object.
         matrices[layer] = adata.X if layer is None else adata.layers[layer]

@@ -199,6 +199,21 @@ def test_advice_on_counts_of_a_model_names_no_argument_of_setup(adata, layer, ke
     assert torch.equal(spec.table(adata).x.to_dense(), torch.from_numpy(counts[:, :3]))
 
 
+def test_counts_in_x_for_a_model_of_a_layer(adata):
+    other = adata.copy()
+    adata.layers["counts"] = adata.X.copy()
+    setup_anndata(adata, layer="counts")
+    spec = DataSpec.of(adata)
+    with pytest.raises(ValueError, match="layer='counts' is not in .* There are none. adata.X looks") as caught:
+        spec.table(other)
+    exec(re.search(r"looks like counts: (.*), or layer=None", str(caught.value))[1], {"adata": other})
+    assert torch.equal(spec.table(other).x.to_dense(), spec.table(adata).x.to_dense())
+    del other.layers["counts"]
+    other.X = np.log1p(other.X)
+    with pytest.raises(ValueError, match=r"layer='counts' is not in adata.layers. There are none.$"):
+        spec.table(other)
+
+
 def test_model_of_one_modality_ignores_the_other(adata):
     genes = adata[:, :3].copy()
     setup_anndata(genes)
