@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import first_names, nearest, shown, unwrapped
 from pyro_multivi.data.selection import select_cells
-from pyro_multivi.data.setup.covariates import grouping
+from pyro_multivi.data.setup.covariates import grouping, name_of
 
 #: Name of the second group when it is all other labelled cells.
 REST = "Rest"
@@ -130,6 +130,8 @@ def _by_column(
         known = [str(value) for value in column.cat.categories]
     else:
         known = sorted({str(value) for value in column.dropna()})
+    # None is no group; one may be called so.
+    second = None if group2 is None else str(name_of(group2, known))
     labels = column.astype(object).where(column.notna(), None)
     label_n = np.array([None if value is None else str(value) for value in labels], dtype=object)
     labelled = np.array([value is not None for value in label_n])
@@ -148,30 +150,28 @@ def _by_column(
     if group1 is None:
         _refuse_continuous(column, groupby, len(known))
         # Categories that no cell has are no groups to go through.
-        # A group may be called "None", which str(group2) is without a second group.
-        left_out = () if group2 is None else (str(group2),)
-        wanted = [group for group in known if (label_n == group).any() and group not in left_out]
+        wanted = [group for group in known if (label_n == group).any() and group != second]
     else:
-        wanted = _named_groups(group1)
-    other = None if group2 is None else cells_of("group2", str(group2))
+        wanted = _named_groups(group1, known)
+    other = None if second is None else cells_of("group2", second)
     found = []
     for group in wanted:
         chosen = cells_of("group1", group)
-        if group2 is not None and group == str(group2):
+        if group == second:
             raise ValueError(f"group1 and group2 are both {group!r}: compare two different groups.")
         against = labelled & ~chosen if other is None else other
         if not against.any():
             raise ValueError(f"group1={group!r} holds every cell of obs[{groupby!r}]: nothing is left to compare with.")
-        found.append(Contrast(_positions(chosen), _positions(against), group, REST if group2 is None else str(group2)))
+        found.append(Contrast(_positions(chosen), _positions(against), group, REST if second is None else second))
     if not found:
         raise ValueError(f"groupby={groupby!r} holds no group to compare: all its values are missing or group2.")
     return found
 
 
-def _named_groups(group1: GroupChoice) -> list[str]:
-    """Groups named by ``group1``, one or several."""
+def _named_groups(group1: GroupChoice, known: Sequence[str]) -> list[str]:
+    """Groups named by ``group1``, one or several; numbers that are among those known in another spelling by that."""
     several = isinstance(group1, Iterable) and not isinstance(group1, str)
-    wanted = [str(group) for group in (cast("Iterable[Any]", group1) if several else [group1])]
+    wanted = [str(name_of(group, known)) for group in (cast("Iterable[Any]", group1) if several else [group1])]
     if isinstance(group1, Set):
         wanted = sorted(wanted)
     if not wanted:

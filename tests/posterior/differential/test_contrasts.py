@@ -135,6 +135,24 @@ def test_an_empty_name_is_a_name():
     assert resolve_contrasts(obs, list(obs.index), idx1=[0])[0].names == ("group 1", "group 2")
 
 
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [
+        ([0.0, 1.0, 2.0, np.nan], (0, np.int64(1))),
+        (pd.array([0, 1, 2, None], dtype="Int64"), (0.0, 1.0)),
+        (pd.Categorical([0, 1, 2, None]), (np.float64(0), 1)),
+        (["0", "1", "2", None], (0.0, "1")),
+        ([1.0, 0.0, 2.0, np.nan], ([0], 1)),
+    ],
+)
+def test_a_number_names_a_group_in_either_spelling(values, given):
+    obs = pd.DataFrame({"cluster": values}, index=list("wxyz"))
+    (one,) = resolve_contrasts(obs, list(obs.index), "cluster", *given)
+    assert one.comparison in ("0 vs 1", "0.0 vs 1.0")
+    everything = resolve_contrasts(obs, list(obs.index), "cluster", None, given[1])
+    assert len(everything) == 2
+
+
 def test_a_group_may_be_called_none():
     obs = pd.DataFrame({"drug": ["None", "A", "None", "B"]}, index=list("wxyz"))
     found = resolve_contrasts(obs, list(obs.index), "drug")
