@@ -36,16 +36,24 @@ ADATA_MINIFY_TYPE = _MinifiedTypes()
 
 
 class attrdict(dict[str, Any]):
-    """A dictionary whose keys are attributes as well.
+    """A dictionary whose keys are attributes as well, and those of dictionaries in it.
 
     Examples
     --------
-    >>> attrdict(attr_name="obs").attr_name
+    >>> place = attrdict(batch={"attr_name": "obs"})
+    >>> place.batch.attr_name
     'obs'
+    >>> place.to_dict()
+    {'batch': {'attr_name': 'obs'}}
     """
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self[name]
+            found = self[name]
         except KeyError:
             raise AttributeError(f"{name!r} is not there. {nearest(name, self)}") from None
+        return attrdict(found) if type(found) is dict else found
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy of plain dictionaries."""
+        return {key: attrdict(kept).to_dict() if isinstance(kept, dict) else kept for key, kept in self.items()}

@@ -60,8 +60,16 @@ def test_states_have_the_keys_of_scvi_tools(of_mudata):
     get = of_mudata.adata_manager.get_state_registry
     assert get("batch").original_key == "batch"
     assert get("extra_categorical_covs").field_keys == ("donor",)
+    assert get("extra_categorical_covs").mappings.donor.tolist() == ["d1", "d2"]
     assert get("size_factor").columns == ["size", "depth"]
     assert [(get(key).n_obs, get(key).n_vars) for key in ("X", "atac", "proteins")] == [(40, 12), (40, 15), (40, 3)]
+
+
+def test_entries_of_the_registry_as_plain_dictionaries(of_mudata):
+    places = of_mudata.adata_manager.data_registry.to_dict()
+    assert type(places) is type(places["batch"]) is dict
+    assert places["batch"]["attr_key"] == "batch"
+    assert of_mudata.summary_stats.to_dict()["n_proteins"] == 3
 
 
 def test_names_of_features_by_modality(mdata, of_mudata, of_anndata):
