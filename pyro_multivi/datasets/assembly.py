@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import caution
 from pyro_multivi.data.modality import ATAC
 from pyro_multivi.data.stores.chunks import StoreChangedError, of_the_machine
+
+_log = logging.getLogger(__name__)
 
 ALLOWED = (
     "an AnnData file (.h5ad), a MuData file (.h5mu), a 10x feature-barcode matrix (.h5), "
@@ -115,6 +118,43 @@ def with_unique_names(frames: list[pd.DataFrame], suffixes: list[str]) -> list[p
         frame.set_axis(pd.Index([f"{name}_{suffix}" if name in repeated else name for name in frame.index]))
         for frame, suffix in zip(frames, suffixes, strict=True)
     ]
+
+
+def join_obsm(
+    found: Sequence[Mapping[str, Any]], names: Sequence[str], cells: pd.Index[Any]
+) -> dict[str, NDArray[Any] | sp.csr_matrix | pd.DataFrame]:
+    """Entries of ``obsm`` that all objects have with the same columns, one below the other; others are logged.
+
+    Parameters
+    ----------
+    found
+        ``obsm`` of each object.
+    names
+        Names of the objects, for the log.
+    cells
+        Names of all cells.
+    """
+    joined: dict[str, Any] = {}
+    for key in sorted({key for obsm in found for key in obsm}):
+        lacking = [name for name, obsm in zip(names, found, strict=True) if key not in obsm]
+        if lacking:
+            _log.warning("obsm[%r] is left out: not in %s", key, " and ".join(lacking))
+            continue
+        parts = [obsm[key] for obsm in found]
+        if len({_columns(part) for part in parts}) > 1:
+            _log.warning("obsm[%r] is left out: its columns are others in %s", key, " and ".join(names))
+        elif isinstance(parts[0], pd.DataFrame):
+            joined[key] = pd.concat([part[list(parts[0])] for part in parts]).set_axis(cells)
+        elif any(map(sp.issparse, parts)):
+            joined[key] = sp.vstack([sp.csr_matrix(part) for part in parts], format="csr")
+        else:
+            joined[key] = np.concatenate([np.asarray(part) for part in parts])
+    return joined
+
+
+def _columns(part: Any) -> tuple[Any, ...]:
+    """Names of the columns of a frame, in any order, or the shape of an array without its rows."""
+    return ("frame", frozenset(part.columns)) if isinstance(part, pd.DataFrame) else tuple(part.shape[1:])
 
 
 def join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:

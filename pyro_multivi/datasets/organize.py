@@ -19,7 +19,7 @@ from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
-from pyro_multivi.datasets.assembly import join_rows, moved, with_unique_names
+from pyro_multivi.datasets.assembly import join_obsm, join_rows, moved, with_unique_names
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class _Part:
     var: pd.DataFrame
     type_v: NDArray[np.object_]
     spellings: dict[str, set[str]]
+    obsm: Mapping[str, Any]
 
 
 @checked
@@ -87,8 +88,8 @@ def organize_multiome_anndatas(
         accessibility. ``obs_names`` stay as they are, but a name that occurs in more than one input becomes
         ``name_paired``, ``name_expression`` or ``name_accessibility`` in each. ``var`` has the columns
         of the inputs that the features come from; types are spelled as in the inputs if these spell them alike, else
-        Gene Expression and Peaks. ``obsm``, ``varm``, ``obsp``, ``varp``, ``uns`` and ``raw``
-        are not taken over.
+        Gene Expression and Peaks. ``obsm`` has what all inputs have with the same columns, such as counts of proteins;
+        what is left out is logged. ``varm``, ``obsp``, ``varp``, ``uns`` and ``raw`` are not taken over.
 
     Raises
     ------
@@ -145,11 +146,13 @@ def organize_multiome_anndatas(
             _log.warning("layer %r is left out: %s has none", name, " and ".join(lacking))
         else:
             layers[name] = _stack([part.layers[name] for part in parts], columns, len(var))
+    obs = _join_obs(parts, modality_key)
     return AnnData(
         _stack([part.x for part in parts], columns, len(var)),
-        obs=_join_obs(parts, modality_key),
+        obs=obs,
         var=var,
         layers=layers,
+        obsm=join_obsm([part.obsm for part in parts], [part.argument for part in parts], obs.index),
     )
 
 
@@ -163,7 +166,7 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
     allowed = _TYPES[pattern]
     if not feature_type_key:
         type_v = np.full(adata.n_vars, "", dtype=object)
-        return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, {})
+        return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, {}, adata.obsm)
     if feature_type_key in adata.var:
         type_v = _usual_types(adata.var[feature_type_key])
     elif len(allowed) == 1:
@@ -179,7 +182,7 @@ def _from_anndata(argument: str, adata: Any, pattern: str, feature_type_key: str
     if feature_type_key in adata.var:
         for kind, word in zip(type_v, adata.var[feature_type_key].astype(str), strict=True):
             spellings.setdefault(kind, set()).add(word)
-    return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, spellings)
+    return _Part(argument, pattern, adata.X, adata.layers, adata.obs, adata.var, type_v, spellings, adata.obsm)
 
 
 def _without_other_types(
@@ -269,6 +272,8 @@ def _from_mudata(mdata: Any, names: tuple[str, ...], feature_type_key: str) -> _
         join_rows([part.var for part in parts]),
         np.concatenate([part.type_v for part in parts]),
         {kind: words for part in parts for kind, words in part.spellings.items()},
+        # Those by the names of modalities say which cells each lists.
+        {key: found for key, found in mdata.obsm.items() if key not in mdata.mod},
     )
 
 

@@ -356,3 +356,28 @@ def test_masks_are_refused_not_lost(rna):
     union = join_samples(samples, features="union").copy()
     with pytest.raises(ValueError, match=r"rna_anndata.varm\['pyro_multivi_measured'\] says that some features"):
         organize_multiome_anndatas(rna_anndata=union)
+
+
+def test_obsm_of_all_inputs_goes_along(multi, rna, atac, caplog):
+    inputs = {"multi_anndata": multi, "rna_anndata": rna, "atac_anndata": atac}
+    for place, adata in enumerate(inputs.values()):
+        n, rng = adata.n_obs, np.random.default_rng(place)
+        adata.obsm["protein"] = rng.poisson(4.0, (n, 3))
+        adata.obsm["sparse"] = sp.csr_matrix(rng.poisson(1.0, (n, 2)))
+        frame = pd.DataFrame(rng.normal(size=(n, 2)), index=adata.obs_names, columns=["a", "b"])
+        adata.obsm["frame"] = frame[["b", "a"]] if place else frame
+        adata.obsm["pca"] = rng.normal(size=(n, 3 if place else 2))
+    multi.obsm["umap"] = np.zeros((2, 2))
+    joined = organize_multiome_anndatas(**inputs)
+    assert sorted(joined.obsm) == ["frame", "protein", "sparse"]
+    for key in ("protein", "sparse", "frame"):
+        found = sp.csr_matrix(joined.obsm[key]).toarray()
+        each = [adata.obsm[key][["a", "b"]] if key == "frame" else adata.obsm[key] for adata in inputs.values()]
+        np.testing.assert_array_equal(found, np.concatenate([sp.csr_matrix(part).toarray() for part in each]))
+    said = [record.getMessage() for record in caplog.records if "obsm" in record.getMessage()]
+    assert said == [
+        "obsm['pca'] is left out: its columns are others in multi_anndata and rna_anndata and atac_anndata",
+        "obsm['umap'] is left out: not in rna_anndata and atac_anndata",
+    ]
+    joined.obsm["protein"][0] = -1
+    assert multi.obsm["protein"].min() >= 0
