@@ -79,7 +79,7 @@ class AnnDataManager:
         """Numbers of cells, genes (``n_vars``), regions (``n_atac``), batches, labels and covariates."""
         spec = self._spec
         return attrdict(
-            n_cells=sum(spec.n_cells.values()),
+            n_cells=self._n_cells,
             n_vars=spec.n_genes,
             n_atac=spec.n_regions,
             **({"n_proteins": spec.n_proteins} if spec.n_proteins else {}),
@@ -104,10 +104,10 @@ class AnnDataManager:
             },
             "extra_continuous_covs": {"columns": list(spec.continuous)},
             "size_factor": {"columns": [key for key in spec.setup.size_factor_keys if key]},
-            "proteins": {"n_proteins": spec.n_proteins, **_features(spec, spec.protein_names)},
+            "proteins": {"n_proteins": spec.n_proteins, **self._features(spec.protein_names)},
         }
         for modality in MODALITIES:
-            states["X" if modality is RNA else modality.key] = _features(spec, modality.feature_names_in(spec))
+            states["X" if modality is RNA else modality.key] = self._features(modality.feature_names_in(spec))
         return attrdict(states.get(registry_key, {}))
 
     def get_from_registry(self, registry_key: str) -> Any:
@@ -137,6 +137,15 @@ class AnnDataManager:
         holder = self.adata if place.mod_key is None else self.adata.mod[place.mod_key]
         return holder.X if place.attr_name == "X" else getattr(holder, place.attr_name)[place.attr_key]
 
+    @property
+    def _n_cells(self) -> int:
+        """Cells of the object; without one, of that which was set up."""
+        return sum(self._spec.n_cells.values()) if self.adata is None else int(self.adata.n_obs)
+
+    def _features(self, names: Sequence[str]) -> dict[str, Any]:
+        kept = np.array(names, dtype=object)
+        return {"n_obs": self._n_cells, "n_vars": len(kept), "column_names": kept}
+
     def _place_of(self, registry_key: str) -> attrdict:
         known = self.data_registry
         if registry_key not in known:
@@ -160,11 +169,6 @@ class AnnDataManager:
 
 def _categories(names: Sequence[str], key: str | None) -> dict[str, Any]:
     return {"categorical_mapping": np.array(names, dtype=object), "original_key": key}
-
-
-def _features(spec: DataSpec, names: Sequence[str]) -> dict[str, Any]:
-    kept = np.array(names, dtype=object)
-    return {"n_obs": sum(spec.n_cells.values()), "n_vars": len(kept), "column_names": kept}
 
 
 def _place(where: str, key: Any, modality: str | None) -> attrdict:

@@ -113,5 +113,13 @@ def test_counts_that_the_object_does_not_hold(of_anndata, tmp_path):
     with pytest.raises(ValueError, match="registry_key='X': the object does not hold the counts"):
         model.data_registry("X")
     assert model.data_registry("batch").shape == (40, 1)
+    loaded = MULTIVI.load(tmp_path / "model")
     with pytest.raises(ValueError, match="This model has no data"):
-        MULTIVI.load(tmp_path / "model").data_registry("X")
+        loaded.data_registry("X")
+    assert loaded.summary_stats.n_cells == 40
+
+
+def test_numbers_of_cells_are_those_of_the_object(of_anndata):
+    manager = of_anndata.get_anndata_manager(of_anndata.adata[:25].copy())
+    assert manager.summary_stats.n_cells == manager.get_state_registry("X").n_obs == 25
+    assert of_anndata.summary_stats.n_cells == 40
