@@ -117,8 +117,10 @@ class Cells:
         """Device that holds the cells."""
         return self.design.device
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Cells:
-        """Move the cells to another device."""
+    def to(self, device: torch.device | str | torch.dtype, non_blocking: bool = False) -> Cells:
+        """Move the cells to another device; or cast them to a dtype, which applies to floating-point numbers only."""
+        if isinstance(device, torch.dtype):
+            return self._map(lambda part: part.to(device) if part.is_floating_point() else part)
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Cells:

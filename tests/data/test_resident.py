@@ -122,3 +122,12 @@ def test_rows_travel_with_the_cells_and_are_forgotten_when_the_masks_change(tabl
     empty = SparseCounts.from_dense(torch.zeros(60, 60))
     assert cells.replace(y=empty).atac_rows is None
     assert cells.replace(n_total=3).atac_rows is cells.atac_rows
+
+
+def test_a_dtype_applies_to_floating_point_numbers_alone(table):
+    cells = table.batch(torch.arange(60))
+    wide = cells.to(torch.float64)
+    for found, before in zip(wide.parts(), cells.parts(), strict=True):
+        assert found.dtype == (torch.float64 if before.is_floating_point() else before.dtype)
+        assert torch.equal(found, before.to(found.dtype))
+    assert wide.x.dtype == torch.float64
