@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import special, stats
 
+from pyro_multivi import MultiVIProgram
+from pyro_multivi.posterior.engine.draws import draw
 from pyro_multivi.traces import TRAINING_SITES, measure
 from pyro_multivi.training import NegativeELBO
 
@@ -138,6 +141,57 @@ def test_random_dispersions(recipes, randomised, stained, dispersion):
     mu = array(several["l"]["value"])[..., None] * array(several["rho"]["value"])
     expected = stats.nbinom.logpmf(stained.x.to_dense().numpy(), theta_sg, theta_sg / (theta_sg + mu)).sum(-1)
     np.testing.assert_allclose(log_density(several["x"]), expected * stained.has_rna.numpy())
+
+
+def test_random_batch_effects(recipes, randomised, stained):
+    program = randomised(recipes.RandomBatchEffects)
+    guide, model = traced(program, stained)
+    b, s = array(model["b"]["value"]), array(stained.design)
+    np.testing.assert_allclose(log_density(model["b"]), stats.t.logpdf(b, 3, scale=0.2).sum())
+    loc, scale = array(program.b_loc), np.exp(array(program.b_log_scale))
+    np.testing.assert_allclose(log_density(guide["b"]), stats.norm.logpdf(b, loc, scale).sum())
+    without = MultiVIProgram.expression(program, model["z"]["value"], stained.design).rho
+    expected = special.softmax(np.log(array(without)) + b[s[:, :2].argmax(1)], axis=1)
+    np.testing.assert_allclose(array(model["rho"]["value"]), expected)
+    # Each draw of the posterior has its own effects, the same in all cells; and the program can be copied.
+    drawn = draw(copy.deepcopy(program), stained, ("b", "rho", "z"), n_samples=3)
+    assert drawn["b"].shape == (3, 1, 2, 7)
+    for b, rho, z in zip(*(drawn[name] for name in ("b", "rho", "z")), strict=True):
+        without = MultiVIProgram.expression(program, z, stained.design).rho
+        expected = special.softmax(np.log(array(without)) + array(b)[0][s[:, :2].argmax(1)], axis=1)
+        np.testing.assert_allclose(array(rho), expected)
+
+
+def test_labels_of_some_cells(recipes, randomised, stained):
+    program = randomised(recipes.Labelled)
+    _, model = traced(program, stained)
+    logits = array(program.classifier(model["z"]["value"]))
+    label = array(stained.label)
+    expected = special.log_softmax(logits, 1)[np.arange(len(label)), np.maximum(label - 1, 0)] * (label > 0)
+    np.testing.assert_allclose(log_density(model["label"]), expected)
+    assert set(label) == {0, 1, 2}
+    drawn = array(draw(program, stained, ("label",), n_samples=4000)["label"])
+    assert drawn.shape == (4000, 12)
+    assert set(drawn.ravel()) == {0, 1}
+
+
+def test_dense_values_have_second_derivatives(recipes, randomised, stained):
+    """Those are differences of the block-wise first derivatives, of the same density."""
+    programs = {kind: randomised(kind) for kind in (MultiVIProgram, recipes.Dense)}
+    guide, _ = traced(programs[MultiVIProgram], stained)
+    latents = {name: guide[name]["value"].detach() for name in ("z", "l", "d")}
+    z, direction = latents.pop("z"), torch.randn(12, 3, dtype=torch.float64)
+
+    def slope(kind, z):
+        z = z.requires_grad_()
+        return torch.autograd.grad(recipes.log_joint(programs[kind], stained, z=z, **latents), z, create_graph=True)[0]
+
+    first = [slope(kind, z.clone()) for kind in programs]
+    torch.testing.assert_close(*first)
+    at = z.clone()
+    second = torch.autograd.grad((slope(recipes.Dense, at) * direction).sum(), at)[0]
+    ahead, behind = (slope(MultiVIProgram, z.detach() + step * direction) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(second, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-4)
 
 
 def test_covariate_effect(recipes, randomised, stained):
