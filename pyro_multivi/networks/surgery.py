@@ -90,13 +90,18 @@ class Growth:
         batches = Axis(sources[:n_batch], [place for place in added if place < n_batch])
         return cls(Axis(sources, added), batches, first + n_continuous, len(old[0]))
 
-    def state(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Parts]:
+    def state(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], wider: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Parts]:
         """State of the grown program, and the new parts of its tensors.
 
         Parameters
         ----------
         old, new
             States of the old program and of a new one of the grown size.
+        wider
+            State of a program with the grown design and the old batches, which tells axes of the design from those of
+            batches alone. Without, a longer axis than that of the batches is taken for one of the design.
 
         Raises
         ------
@@ -111,7 +116,9 @@ class Growth:
             changed = [axis for axis, (n, m) in enumerate(zip(value.shape, wanted.shape, strict=True)) if n != m]
             if changed:
                 place = changed[0]
-                axis = self._axis(name, value.shape[place], wanted.shape[place]) if len(changed) == 1 else None
+                of_batches = wider is not None and wider[name].shape[place] == value.shape[place]
+                sizes = value.shape[place], wanted.shape[place]
+                axis = self._axis(name, *sizes, of_batches) if len(changed) == 1 else None
                 if axis is None:
                     raise ValueError(
                         f"Tensor {name!r} is {tuple(value.shape)} in the reference and {tuple(wanted.shape)} with the "
@@ -123,13 +130,13 @@ class Growth:
                 parts[name] = (place, axis.new)
         return state, parts
 
-    def _axis(self, name: str, old: int, new: int) -> Axis | None:
-        """The axis that has grown from a length to another: batches, or hidden units and behind them the design."""
+    def _axis(self, name: str, old: int, new: int, of_batches: bool) -> Axis | None:
+        """The axis that has grown from a length to another: hidden units, if any, and behind them batches or design."""
         if name.endswith(_INTERCEPT_LAST):
             # As those of the layer's weights, and one behind them.
-            grown = self._axis("", old - 1, new - 1)
+            grown = self._axis("", old - 1, new - 1, of_batches)
             return None if grown is None else Axis([*grown.sources, [old - 1]], grown.new)
-        if old == self.n_batch or name in _BATCHES_LAST:
+        if of_batches or old == self.n_batch or name in _BATCHES_LAST:
             before, axis = old - self.n_batch, self.batches
         else:
             before, axis = old - self.n_design, self.design

@@ -93,6 +93,31 @@ def test_tensors_of_a_custom_program():
         Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
 
 
+class SeesBatches(MultiVIProgram):
+    """A decoder of z and the batch, which other covariates do not enter, beside one of z and all of the design."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.narrow = nn.Linear(config.latent + config.n_batch, config.n_genes)
+        self.wide = nn.Linear(config.latent + config.n_covariates, config.n_genes)
+
+
+def test_a_network_that_sees_the_batch_alone():
+    old, _ = programs(SeesBatches)
+    # A new batch, and no new category: lengths do not tell what an axis is of.
+    new, wider = (
+        SeesBatches(ProgramConfig(**CHOICES, n_batch=n_batch, n_covariates=6)).state_dict() for n_batch in (3, 2)
+    )
+    growth = Growth.of(OLD, [NEW[0], OLD[1]], n_continuous=1)
+    state, parts = growth.state(old.state_dict(), new, wider)
+    narrow, wide = old.narrow.weight.detach(), old.wide.weight.detach()
+    torch.testing.assert_close(state["narrow.weight"], torch.cat([narrow, narrow[:, 2:].mean(1, True)], 1))
+    batch = wide[:, 2:4].mean(1, True)
+    torch.testing.assert_close(state["wide.weight"], torch.cat([wide[:, :4], batch, wide[:, 4:]], 1))
+    assert parts["narrow.weight"] == (1, [4])
+    assert parts["wide.weight"] == (1, [4])
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -76,7 +76,11 @@ def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> t
         [spec.batch_categories, *spec.categorical.values()],
         len(spec.continuous),
     )
-    state, parts = growth.state(reference.state_dict(), program.state_dict())
+    wider = None
+    if type(reference) is not MultiVIProgram and spec.design_width > spec.n_batch > old.n_batch:
+        # A network of its own may see the batch without the other covariates.
+        wider = build_program(type(reference), replace(config, n_batch=old.n_batch)).state_dict()
+    state, parts = growth.state(reference.state_dict(), program.state_dict(), wider)
     program.load_state_dict(state)
     return program.eval(), parts
 
