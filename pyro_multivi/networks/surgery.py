@@ -106,11 +106,18 @@ class Growth:
         Raises
         ------
         ValueError
-            If a tensor of a custom program has grown by something else than batches or columns of the design.
+            If a tensor of a custom program is new, or has grown by something else than batches or columns of the
+            design.
         """
         state: dict[str, Tensor] = {}
         parts: Parts = {}
         for name, wanted in new.items():
+            if name not in old:
+                raise ValueError(
+                    f"Tensor {name!r} is not in the reference, and is {tuple(wanted.shape)} with the query's batches. "
+                    "A module for each batch does not grow; one parameter does whose first or "
+                    "last axis is n_batch of the program's config."
+                )
             value = old[name].detach().to(wanted.device)
             state[name] = value.clone()
             changed = [axis for axis, (n, m) in enumerate(zip(value.shape, wanted.shape, strict=True)) if n != m]

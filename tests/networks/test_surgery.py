@@ -93,6 +93,18 @@ def test_tensors_of_a_custom_program():
         Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
 
 
+class ModulePerBatch(MultiVIProgram):
+    def __init__(self, config):
+        super().__init__(config)
+        self.own = nn.ModuleList(nn.Linear(2, 3) for _ in range(config.n_batch))
+
+
+def test_a_module_for_each_batch_is_named():
+    old, new = programs(ModulePerBatch)
+    with pytest.raises(ValueError, match=r"Tensor 'own.2.weight' is not in the reference, and is \(3, 2\) with"):
+        Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())
+
+
 class SeesBatches(MultiVIProgram):
     """A decoder of z and the batch, which other covariates do not enter, beside one of z and all of the design."""
 
