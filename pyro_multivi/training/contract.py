@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
         _check_params(role, trace, program)
     latents, guided = _latents(model), _latents(guide)
     _check_enumerated(latents, guided)
+    _check_own_statements(program, latents, guided)
     _check_names(list(latents), guided)
     for role, trace in (("guide", guide), ("model", model)):
         for name, site in random_sites(trace).items():
@@ -138,6 +140,19 @@ def _check_enumerated(latents: dict[str, Any], guided: dict[str, Any]) -> None:
                 "the loss sums it out, but estimates, replicates and tests would draw it from its prior, whatever the "
                 "counts say. Sum it out in the model (dist.MixtureSameFamily), or draw it in the guide as well, with "
                 "infer={'enumerate': 'parallel'} there if elbo=TraceEnum_ELBO(max_plate_nesting=1)."
+            )
+
+
+def _check_own_statements(program: MultiVIProgram, latents: dict[str, Any], guided: dict[str, Any]) -> None:
+    """Refuse an override of one hook that leaves out what the other says of an extra modality."""
+    hooks = (("observe_extra", "cells, z, s", latents, guided), ("guide_extra", "cells, s", guided, latents))
+    for modality, (hook, arguments, here, there) in itertools.product(program.modelled_extra, hooks):
+        missing = [name for name in there if name.startswith(modality.site(""))]
+        is_overridden = getattr(type(program), hook) is not getattr(MultiVIProgram, hook)
+        if missing and is_overridden and not any(name.startswith(modality.site("")) for name in here):
+            raise ContractError(
+                f"Site {missing[0]!r} is missing where {hook} of {type(program).__name__} is called: it leaves out the "
+                f"statements of {modality.name}. Call super().{hook}({arguments}) in it."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from pyro_multivi import ContractError, MultiVIProgram
 from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.minibatch import Measurement
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.training import FitOptions, check_contract, fit
@@ -167,6 +169,15 @@ def test_what_is_broken_is_named(make_program, make_cells, program_class, messag
     with pytest.raises(ContractError, match=message):
         check_contract(program_of(program_class, make_program), make_cells())
     assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("hook", ["observe_extra(cells, z, s)", "guide_extra(cells, s)"])
+def test_a_hook_that_leaves_out_the_proteins_is_named(make_program, make_cells, hook):
+    own = type("Own", (MultiVIProgram,), {hook.partition("(")[0]: lambda self, *arguments: None})
+    program = own(make_program(extra={"protein": 2}, proteins=True).config).eval()
+    measured = Measurement(torch.ones(12, 2), torch.ones(12, dtype=torch.bool))
+    with pytest.raises(ContractError, match=f"'protein_background' .* of Own .*Call super.*{re.escape(hook)}"):
+        check_contract(program, make_cells().replace(extra={"protein": measured}))
 
 
 @pytest.mark.parametrize("program_class", [MultiVIProgram, WithSpeed])
