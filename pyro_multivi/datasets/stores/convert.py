@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import zlib
@@ -31,6 +32,7 @@ from pyro_multivi.datasets.readers import read, sample_name
 from pyro_multivi.datasets.samples import join_samples
 from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.datasets.stores.open import open_stores
+from pyro_multivi.files import write_whole
 
 _log = logging.getLogger("pyro_multivi")
 
@@ -222,7 +224,10 @@ def _write(work: UnfinishedFolder, adata: AnnData, source: _Source, bar: Any) ->
     if done is None:
         work.clear()
         indptr, kind = _count(source, bar)
-        np.save(pointers, indptr)
+        # As a whole: np.save to a file loses an error of the last bytes, and every later call stumbled on the rest.
+        content = io.BytesIO()
+        np.save(content, indptr)
+        write_whole(pointers, content.getvalue())
         _begin(zarr, work.data, adata, indptr, kind, source)
         done = 0
         work.write_progress({**described, "done": done})

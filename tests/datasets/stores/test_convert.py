@@ -107,6 +107,24 @@ def test_the_same_call_goes_on_where_the_last_step_failed(cells, tmp_path, monke
     assert_same(tmp_path / "a.zarr", cells)
 
 
+@pytest.mark.parametrize("limit", [1, 3000, 8000])
+def test_after_a_full_disk_the_same_call_writes_it(tmp_path, small_files, limit):
+    """Also where only the last of 8136 bytes of row pointers found no place, and nothing else is as large."""
+    resource = pytest.importorskip("resource")
+    cells = pm.simulate_multiome((1000, 0, 0), n_genes=3, n_regions=4, n_types=2, seed=0)
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    convert.convert_stores(tmp_path / "a.h5ad", tmp_path / "a.zarr", **QUIET)
+    assert_same(tmp_path / "a.zarr", cells)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "a.zarr"]
+
+
 def test_what_was_begun_for_other_data_is_begun_anew(cells, tmp_path, monkeypatch, small_files, caplog):
     cells.write_h5ad(tmp_path / "a.h5ad")
     with monkeypatch.context() as patch:
