@@ -22,7 +22,7 @@ from anndata import AnnData
 
 from pyro_multivi._optional import mudata_as_given, require
 from pyro_multivi.data.checks import checked, first_names
-from pyro_multivi.data.stores.chunks import refuse_incomplete
+from pyro_multivi.data.stores.chunks import of_the_machine, refuse_incomplete
 from pyro_multivi.data.stores.matrix import opened_group
 from pyro_multivi.data.stores.reference import element
 from pyro_multivi.datasets.assembly import (
@@ -242,13 +242,16 @@ def _feature_barcode_matrix(path: Path) -> AnnData:
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file; the error of HDF5 about a broken one becomes one that names the file."""
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not an HDF5 file, as {path.suffix} must be; is it complete?")
     try:
+        # H5py says of a file that may not be read that it is no HDF5 file.
+        path.open("rb").close()
+        if not h5py.is_hdf5(path):
+            raise ValueError(f"{path} is not an HDF5 file, as {path.suffix} must be; is it complete?")
         with h5py.File(path, "r") as file:
             yield file
     except OSError as error:
-        raise ValueError(f"{path} is broken, perhaps truncated: {error}") from error
+        known = of_the_machine(error, path)
+        raise known or ValueError(f"{path} is broken, perhaps truncated: {error}") from error
 
 
 def _sound(adata: AnnData) -> AnnData:

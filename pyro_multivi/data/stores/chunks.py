@@ -23,6 +23,7 @@ _OF_THE_MACHINE = {
     errno.EMFILE: "Too many files are open at once: allow more (ulimit -n 4096), or write the stores as one, "
     "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr",
     errno.EACCES: "You may not read it: have its owner give you the right (chmod, in folders of every file)",
+    errno.EAGAIN: "Another program has it open for writing: close it there (adata.file.close()), or wait until it ends",
     errno.EIO: "The disk, or the network it is reached by, has failed: check that, and try again",
 }
 _OF_THE_MACHINE |= {

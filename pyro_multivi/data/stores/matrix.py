@@ -169,7 +169,11 @@ def opened_group(path: Path) -> Iterator[Any]:
         fresh = {} if zarr.__version__.startswith("2.") else {"use_consolidated": False}
         yield zarr.open_group(str(path), mode="r", **fresh)
     else:
-        with h5py.File(path, "r") as file:
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise of_the_machine(error, path) or error from error
+        with file:
             yield file
 
 

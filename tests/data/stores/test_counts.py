@@ -289,3 +289,36 @@ def test_errors_of_the_machine_are_not_of_the_store(mosaic, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert table.batch(torch.arange(120)).x.shape[0] == 120
+
+
+def test_a_file_that_another_program_writes_to_is_not_broken(mosaic, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "a.h5ad"
+    mosaic.write_h5ad(path)
+    table = table_of(pm.open_stores(path))
+    said = r"a\.h5ad cannot be read .*Another program has it open for writing"
+    with path.open("rb+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # as HDF5 does
+        for use in (
+            lambda: pm.read(path),
+            lambda: pm.open_stores(path),
+            lambda: table.batch(torch.arange(3)),
+            lambda: pm.convert_stores(path, tmp_path / "b.zarr", progress_bar=False),
+        ):
+            with pytest.raises(BlockingIOError, match=said):
+                use()
+    assert table.batch(torch.arange(3)).x.shape[0] == 3
+
+
+def test_a_file_that_may_not_be_read_is_not_of_another_format(mosaic, tmp_path, monkeypatch):
+    path = tmp_path / "a.h5ad"
+    mosaic.write_h5ad(path)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(type(path), "open", denied)  # root has every right
+    monkeypatch.setattr(h5py, "is_hdf5", lambda _: False)
+    for use in (pm.read, pm.read_10x_h5):
+        with pytest.raises(PermissionError, match=r"a\.h5ad cannot be read \(Permission denied\). You may not"):
+            use(path)
