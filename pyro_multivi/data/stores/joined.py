@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution
+from pyro_multivi.data.stores.chunks import StoreChangedError
 from pyro_multivi.data.stores.matrix import LazyMatrix, ReadRows, RowMatrix, Rows, StoredMatrix
 from pyro_multivi.data.stores.rows import Columns
 
@@ -124,6 +126,11 @@ def on_disk(matrix: Any, where: str) -> RowMatrix | None:
     -----
     UserWarning
         If it is compressed by columns, so that all of it has to be read.
+
+    Raises
+    ------
+    StoreChangedError
+        If there is another file, or none, at the path of the one that the user has opened.
     """
     if isinstance(matrix, (JoinedMatrix, StoredMatrix, LazyMatrix)):
         return matrix
@@ -142,4 +149,19 @@ def on_disk(matrix: Any, where: str) -> RowMatrix | None:
     file = getattr(stored, "file", None)
     if file is None:
         return LazyMatrix(stored, where)
-    return StoredMatrix(file.filename, stored.name) if file.mode == "r" else None
+    return StoredMatrix(_place_of(file, where), stored.name) if file.mode == "r" else None
+
+
+def _place_of(file: Any, where: str) -> str:
+    """Path of an open HDF5 file, which is opened again for each reading, wherever the process works then."""
+    path = os.path.abspath(file.filename)
+    try:
+        same = file.driver != "sec2" or os.path.samestat(os.fstat(file.id.get_vfd_handle()), os.stat(path))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise StoreChangedError(
+            f"{where} lies in {file.filename!r}, which is not the file any more that was opened: it was replaced, "
+            "moved or deleted, or the process works in another folder now. Open it again, by its full path."
+        )
+    return path

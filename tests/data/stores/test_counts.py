@@ -83,6 +83,37 @@ def test_a_backed_anndata_stays_on_disk_also_when_its_file_is_closed(mosaic, tmp
     assert same(table.batch(torch.arange(120)).y, table_of(mosaic).batch(torch.arange(120)).y)
 
 
+def test_a_backed_anndata_is_found_from_another_folder(mosaic, tmp_path, monkeypatch):
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    monkeypatch.chdir(tmp_path)
+    backed = ad.read_h5ad("a.h5ad", backed="r")
+    table = table_of(backed)
+    monkeypatch.chdir("/")
+    assert same(table.batch(torch.arange(120)).y, table_of(mosaic).batch(torch.arange(120)).y)
+    backed.file.close()
+
+
+@pytest.mark.parametrize("how", ["replaced", "another folder", "deleted"])
+def test_counts_of_another_file_of_the_name_are_not_read(mosaic, tmp_path, monkeypatch, how):
+    """Cells, in memory, would be those of one file, and counts those of the other."""
+    other = mosaic.copy()
+    other.X.data += 1
+    (tmp_path / "other").mkdir()
+    mosaic.write_h5ad(tmp_path / "a.h5ad")
+    other.write_h5ad(tmp_path / "other" / "a.h5ad")
+    monkeypatch.chdir(tmp_path)
+    backed = ad.read_h5ad("a.h5ad", backed="r")
+    if how == "replaced":
+        os.replace("other/a.h5ad", "a.h5ad")
+    elif how == "deleted":
+        os.unlink("a.h5ad")
+    else:
+        monkeypatch.chdir("other")
+    with pytest.raises(StoreChangedError, match=r"adata.X lies in 'a\.h5ad', which is not the file any more"):
+        pm.MULTIVI.setup_anndata(backed, **KEYS)
+    backed.file.close()
+
+
 def test_a_file_open_for_writing_is_read_into_memory(mosaic, tmp_path):
     mosaic.write_h5ad(tmp_path / "a.h5ad")
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r+")
