@@ -32,7 +32,10 @@ class Expert:
 
 
 def experts_of(program: Any, cells: Cells, s: Tensor, hidden: HiddenStates) -> dict[str, Expert]:
-    """Expert of each modality, by its name; of a fully paired program :func:`alone_of` in cells that lack one."""
+    """Expert of each modality, by its name; of a fully paired program those of :func:`alone_of` in cells that lack one.
+
+    Where such a cell has several, their average is the :func:`product` of the posteriors given each alone.
+    """
     experts = _experts(program, cells, hidden, "expert")
     of_extra = {extra.name: extra.expert(cells, s) for extra in program.modelled_extra}
     experts.update(of_extra)
@@ -42,7 +45,7 @@ def experts_of(program: Any, cells: Cells, s: Tensor, hidden: HiddenStates) -> d
         return experts
     alone = alone_of(program, cells, s, hidden)
     has_all = in_all(alone)[:, None]
-    for name, expert in alone.items():
+    for name, expert in (product(alone) if len(alone) > 2 else alone).items():
         loc = torch.where(has_all, experts[name].loc, expert.loc)
         experts[name] = replace(expert, loc=loc, scale=torch.where(has_all, experts[name].scale, expert.scale))
     return experts
@@ -53,6 +56,39 @@ def alone_of(program: Any, cells: Cells, s: Tensor, hidden: HiddenStates) -> dic
     experts = _experts(program, cells, hidden, "alone_expert")
     own = [extra for extra in program.modelled_extra if extra.alone_head is not None]
     return {**experts, **{extra.name: extra.expert_alone(cells, s) for extra in own}}
+
+
+def product(alone: dict[str, Expert]) -> dict[str, Expert]:
+    r"""Experts whose average is the product of posteriors given each measured modality alone, divided by the prior.
+
+    .. math:: q(z) \propto p(z) \prod_k \frac{q_k(z)}{p(z)}, \qquad p(z) = \mathrm{Normal}(0, 1),
+
+    the posterior given several modalities that are independent given z. With one it is :math:`q_k`.
+
+    Examples
+    --------
+    >>> measured = torch.tensor([True, True]), torch.tensor([True, False])
+    >>> each = [Expert(torch.full((2, 1), 0.5), torch.full((2, 1), 0.5).sqrt(), has) for has in measured]
+    >>> weights = mixing_weights(torch.zeros(2, 2), torch.stack(measured, -1))
+    >>> loc, scale = average([*product(dict(zip("ab", each))).values()], weights)
+    >>> loc.flatten(), scale.square().flatten()
+    (tensor([0.6667, 0.5000]), tensor([0.3333, 0.5000]))
+    """
+    measured = torch.stack([expert.measured for expert in alone.values()])[..., None]  # (E, B, 1)
+    # One that is wider than the prior would make the product wider, too: it counts as wide as that. (E, B, K)
+    precision = torch.stack([expert.scale for expert in alone.values()]).clamp(max=1).square().reciprocal()
+    evidence = torch.where(measured, precision * torch.stack([expert.loc for expert in alone.values()]), 0.0)
+    variance = (1 + torch.where(measured, precision - 1, 0.0).sum(0)).reciprocal()
+    number = measured.sum(0)
+    scale = (number * variance).sqrt()
+    return {
+        name: replace(
+            expert,
+            loc=torch.where(number > 1, number * variance * part, expert.loc),
+            scale=torch.where(number > 1, scale, expert.scale),
+        )
+        for (name, expert), part in zip(alone.items(), evidence, strict=True)
+    }
 
 
 def in_all(experts: Mapping[str, Expert]) -> Tensor:

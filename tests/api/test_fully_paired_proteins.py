@@ -106,7 +106,7 @@ def test_the_state_is_the_average_of_all_three(model):
 
 
 @pytest.mark.parametrize("kept", [["protein"], ["expression"], ["expression", "accessibility"]], ids=str)
-def test_cells_that_lack_a_modality_have_the_states_given_each(model, kept):
+def test_cells_that_lack_a_modality_have_the_product_of_posteriors(model, kept):
     program, cells = model.program, minibatch(model)
     rest = cells
     for modality in (RNA, ATAC, ExtraFeatures("protein")):
@@ -115,9 +115,13 @@ def test_cells_that_lack_a_modality_have_the_states_given_each(model, kept):
     with evaluation_mode(program):
         alone = program.experts_alone(cells, cells.design, program.encode(cells, cells.design))
         joint = program.experts(cells, cells.design, program.encode(cells, cells.design))
+    # The product of Normals over the prior's, by their natural parameters.
+    variance = {name: alone[name].scale.clamp(max=1 if len(kept) > 1 else None, min=0) ** 2 for name in kept}
+    precision = 1 + sum(1 / variance[name] - 1 for name in kept)
+    mean = sum(alone[name].loc / variance[name] for name in kept) / precision
     found = state(program, rest)
-    torch.testing.assert_close(found.mean, sum(alone[name].loc for name in kept) / len(kept))
-    torch.testing.assert_close(found.variance, sum(alone[name].scale ** 2 for name in kept) / len(kept) ** 2)
+    torch.testing.assert_close(found.mean, mean)
+    torch.testing.assert_close(found.variance, 1 / precision)
     for name in kept:
         assert not torch.allclose(alone[name].loc, joint[name].loc, atol=1e-3)
 
