@@ -79,6 +79,12 @@ def writable(frame: pd.DataFrame, where: str, changed: list[str]) -> pd.DataFram
     >>> writable(frame, "obs", []).dtypes.astype(str).to_dict()
     {'note': 'category', 'seen': 'boolean'}
     """
+    odd = [name for name in frame.columns if not isinstance(name, str)]
+    if odd:
+        raise TypeError(
+            f"{where} has a column called {odd[0]!r}, and names of columns are text in a file of anndata: "
+            f"{where}.columns = {where}.columns.astype(str)."
+        )
     columns = [_writable(column, f"{where}[{name!r}]", changed) for name, column in frame.items()]
     texts = isinstance(frame.index.dtype, pd.StringDtype)
     if not texts and all(column is found for column, (_, found) in zip(columns, frame.items(), strict=True)):
@@ -93,8 +99,11 @@ def _writable(column: pd.Series[Any], where: str, changed: list[str]) -> pd.Seri
     gaps = column.isna()
     if isinstance(column.dtype, pd.StringDtype):
         return column.astype("category" if gaps.any() else object)
-    if column.dtype != object:
+    if isinstance(column.dtype, (pd.Float32Dtype, pd.Float64Dtype)):
+        return column.astype(column.dtype.type)
+    if _is_plain(column.dtype):
         return column
+    column = column if column.dtype == object else column.astype(object)
     kind = infer_dtype(column, skipna=True)
     if kind == "string":
         return column.astype("category") if gaps.any() else column
@@ -111,3 +120,14 @@ def _writable(column: pd.Series[Any], where: str, changed: list[str]) -> pd.Seri
     changed.append(where)
     texts = column.astype(object).where(gaps, column.astype(str))
     return texts.astype("category") if gaps.any() else texts
+
+
+def _is_plain(dtype: Any) -> bool:
+    """Whether a file holds columns of a type as they are: numbers, truth values and categories of these or of text."""
+    if isinstance(dtype, pd.CategoricalDtype):
+        return infer_dtype(dtype.categories) == "string" or _is_plain(dtype.categories.dtype)
+    if isinstance(dtype, np.dtype):
+        return dtype.kind in "biufc"
+    if isinstance(dtype, (pd.SparseDtype, pd.ArrowDtype)):
+        return False
+    return isinstance(dtype, pd.BooleanDtype) or pd.api.types.is_integer_dtype(dtype)

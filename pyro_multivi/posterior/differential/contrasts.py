@@ -187,7 +187,7 @@ def _refuse_continuous(column: pd.Series[Any], groupby: object, n_groups: int) -
     if pd.api.types.is_numeric_dtype(column.dtype) and n_groups > max(_FEW_VALUES, column.notna().sum() / 2):
         raise ValueError(
             f"groupby={groupby!r} is a column of numbers with {n_groups} values, of which each would be a group. Cut "
-            f"it into few groups, obs['groups'] = pandas.qcut(obs[{groupby!r}], 4), or name some by group1."
+            f"it into few groups, obs['groups'] = pandas.qcut(obs[{groupby!r}], 4).astype(str), or name some by group1."
         )
 
 

@@ -66,6 +66,46 @@ def test_text_with_gaps_is_saved_as_categories(mosaic, tmp_path, gap):
         assert table["seen"].isna().tolist() == [place % 2 == 1 for place in range(len(table))]
 
 
+@pytest.mark.parametrize(
+    ("column", "first"),
+    [
+        (pd.qcut(np.arange(60), 3), "Interval"),
+        (pd.date_range("2024-01-01", periods=60), "Timestamp"),
+        (pd.Categorical(pd.date_range("2024-01-01", periods=60, tz="UTC")), "Timestamp"),
+        (pd.timedelta_range("1 day", periods=60), "Timedelta"),
+        (pd.period_range("2024-01", periods=60, freq="M"), "Period"),
+    ],
+)
+def test_columns_that_no_file_holds_are_named(model, tmp_path, column, first):
+    model.adata.obs["note"] = column
+    with pytest.raises(TypeError, match=rf"obs\['note'\] holds {first}\(.*: make the column text by .astype\(str\)"):
+        model.save(tmp_path / "model", save_anndata=True)
+    assert not (tmp_path / "model").exists()
+    model.adata.obs["note"] = model.adata.obs["note"].astype(str)
+    model.save(tmp_path / "model", save_anndata=True)
+
+
+def test_other_kinds_of_columns_are_written_as_what_they_hold(model, tmp_path):
+    obs = model.adata.obs
+    obs["score"] = pd.array([0.5, None] * 30, dtype="Float32")
+    obs["count"] = pd.arrays.SparseArray([0, 3] * 30)
+    obs["kit"] = pd.Categorical([1, "a"] * 30)
+    before = obs.copy()
+    with pytest.warns(UserWarning, match=r"obs\['kit'\]: text beside numbers"):
+        model.save(tmp_path / "model", save_anndata=True)
+    pd.testing.assert_frame_equal(obs, before)
+    found = pm.MULTIVI.load(tmp_path / "model").adata.obs
+    np.testing.assert_array_equal(found["score"].to_numpy(), np.array([0.5, np.nan] * 30, dtype=np.float32))
+    assert found["count"].tolist() == [0, 3] * 30
+    assert found["kit"].tolist() == ["1", "a"] * 30
+
+
+def test_names_of_columns_that_are_no_text_are_named(model, tmp_path):
+    model.adata.obsm["adt"] = pd.DataFrame(np.ones((60, 2)), index=model.adata.obs_names)
+    with pytest.raises(TypeError, match=r"obsm/adt has a column called 0, .* text .*columns.astype\(str\)"):
+        model.save(tmp_path / "model", save_anndata=True)
+
+
 def test_numbers_beside_text_become_text_and_other_objects_are_named(model, tmp_path):
     obs = model.adata.obs
     obs["note"] = pd.Series([1, "b", None] * 20, index=obs.index, dtype=object)
