@@ -127,7 +127,7 @@ def _by_column(
             "together choose cells, such as idx1=\"type == 'A'\", idx2=\"type in ['B', 'C']\" of a column type of obs."
         )
     if isinstance(column.dtype, pd.CategoricalDtype):
-        known = [str(value) for value in column.cat.categories]
+        known = list(dict.fromkeys(map(str, column.cat.categories)))
     else:
         known = sorted({str(value) for value in column.dropna()})
     # None is no group; one may be called so.

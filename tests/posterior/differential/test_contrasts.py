@@ -153,6 +153,12 @@ def test_a_number_names_a_group_in_either_spelling(values, given):
     assert len(everything) == 2
 
 
+def test_categories_of_one_spelling_are_one_group():
+    obs = pd.DataFrame({"cluster": pd.Categorical([1, "1", "b", "b"])}, index=list("wxyz"))
+    found = resolve_contrasts(obs, list(obs.index), "cluster")
+    assert [(one.comparison, one.index1.tolist()) for one in found] == [("1 vs Rest", [0, 1]), ("b vs Rest", [2, 3])]
+
+
 def test_a_group_may_be_called_none():
     obs = pd.DataFrame({"drug": ["None", "A", "None", "B"]}, index=list("wxyz"))
     found = resolve_contrasts(obs, list(obs.index), "drug")
