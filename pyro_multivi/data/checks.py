@@ -84,7 +84,10 @@ def nearest(name: object, known: Iterable[object]) -> str:
 
 def unknown_key(argument: str, key: object, where: str, known: Iterable[object]) -> UnknownKeyError:
     """The error for a key that is not where an argument places it."""
-    return UnknownKeyError(f"{argument}={key!r} is not in {where}. {nearest(key, known)}")
+    names = list(known)
+    mend = f"Its name is no text: {where}.columns = {where}.columns.astype(str)."
+    alike = any(str(name) == key and not isinstance(name, str) for name in names)
+    return UnknownKeyError(f"{argument}={key!r} is not in {where}. {mend if alike else nearest(key, names)}")
 
 
 def check_unique(names: Any, where: str, fix: str) -> None:

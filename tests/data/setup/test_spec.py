@@ -162,6 +162,14 @@ def test_unseen_values(spec, adata, column, value, message):
         spec.table(other)
 
 
+def test_a_column_whose_name_is_a_number(adata):
+    adata.obs = adata.obs.rename(columns={"batch": 0})
+    with pytest.raises(ValueError, match="batch_key='0' is not in adata.obs. Its name is no text: ") as caught:
+        setup_anndata(adata, batch_key="0")
+    exec(re.search(r"no text: (.*)\.$", str(caught.value))[1])
+    setup_anndata(adata, batch_key="0")
+
+
 def test_missing_batch_column(spec, adata):
     other = adata.copy()
     del other.obs["batch"]
