@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.saving.description import difference_of_cells
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
-from pyro_multivi.data.checks import caution, checked
+from pyro_multivi.data.checks import NotInModelError, caution, checked
 from pyro_multivi.data.fragments.checks import check_fragments
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
@@ -221,4 +221,4 @@ class ModelBase:
         """Refuse the name of a modality of which the model has no features."""
         modality = modality_named(name)
         if modality is not None and not modality.n_features_in(self.spec):
-            raise ValueError(f"{argument}: this model has no {modality.features}, and so no {name}.")
+            raise NotInModelError(f"{argument}: this model has no {modality.features}, and so no {name}.")

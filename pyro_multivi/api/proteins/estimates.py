@@ -7,7 +7,7 @@ from typing import Any
 from pyro_multivi.api.arguments import Batches, Data, FeatureList, Indices, OutPath, average_over, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TOTALVI, takes
-from pyro_multivi.data.checks import check_choice, checked
+from pyro_multivi.data.checks import NotInModelError, check_choice, checked
 from pyro_multivi.data.minibatch import ExtraFeatures
 from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.posterior.engine.draws import cells_at_a_time
@@ -220,10 +220,10 @@ class ProteinEstimatesMixin(ModelBase):
         if name in modelled:
             return
         if name == PROTEIN:
-            raise ValueError(
+            raise NotInModelError(
                 f"{argument}: this model has no proteins. Give their counts to the setup: "
                 "protein_expression_obsm_key of setup_anndata, or modalities={'protein_layer': ...} of setup_mudata."
             )
         if not modelled:
-            raise ValueError(f"{argument}={name!r}: this model has no extra modality.")
+            raise NotInModelError(f"{argument}={name!r}: this model has no extra modality.")
         check_choice(argument, name, modelled)

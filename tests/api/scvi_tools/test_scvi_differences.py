@@ -139,3 +139,5 @@ def test_errors_are_of_the_classes_of_scvi_tools_too(world, tmp_path):
             model.get_latent_representation(modality="foo")
         with pytest.raises(kind, match="region_factors=False was chosen"):
             without.get_region_factors()
+        with pytest.raises(kind, match="get_protein_foreground_probability: this model has no proteins"):
+            model.get_protein_foreground_probability()
