@@ -22,7 +22,7 @@ from pyro_multivi.training.objective import NegativeELBO
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.
 STEPS_BETWEEN_CHECKS = 100
-_REMEDY = "Try a smaller lr, gradient_clip=10.0, or look at the cells named."
+_WITHOUT_CELLS = "Try a smaller lr or gradient_clip=10.0."
 # Gradients of more elements are not checked in every step.
 _WIDE = 1_000_000
 
@@ -224,12 +224,13 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
             if len(bad):
                 which = cells.index.cpu()[bad.cpu()].tolist()
                 found = f"not finite for {len(which)} cells, the first at positions {which[:5]} of the data"
-                return _error(epoch, place, f"site {name!r} of the {role} is {found}")
+                return _error(epoch, place, f"site {name!r} of the {role} is {found}", of_cells=True)
     return _error(epoch, place, "the loss is not finite")
 
 
-def _error(epoch: int, place: int, found: str) -> TrainingDiverged:
-    return TrainingDiverged(f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: {found}. {_REMEDY}")
+def _error(epoch: int, place: int, found: str, *, of_cells: bool = False) -> TrainingDiverged:
+    remedy = "Try a smaller lr, gradient_clip=10.0, or look at these cells." if of_cells else _WITHOUT_CELLS
+    return TrainingDiverged(f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: {found}. {remedy}")
 
 
 def _bad_cells(log_prob: Tensor) -> Tensor:
