@@ -25,6 +25,7 @@ from pyro_multivi.traces import (
     equal_scales,
     evaluation_mode,
     is_of_cells,
+    is_point,
     kl,
     log_density,
     measured_at,
@@ -195,13 +196,19 @@ def log_weights(model: Trace, guide: Trace) -> Tensor:
     Raises
     ------
     ValueError
-        If the guide scales the density of a latent.
+        If the guide scales the density of a latent, or puts one at a point where the model has a density.
     """
     total = torch.zeros((), dtype=torch.float64)
     for _, site in _sites(model):
         total = total + log_density(site).double()
     counted = auxiliary_sites(model, guide)
     for name, site in random_sites(guide).items():
+        if not counted and is_point(site["fn"]) and name in model.nodes and not is_point(model.nodes[name]["fn"]):
+            raise ValueError(
+                f"The guide puts {name!r} at a point (Delta), and importance weights need a density that it is drawn "
+                "from: there is no marginal likelihood, nor weights='importance', of this program. Use get_elbo, or "
+                "give the guide a distribution with a density."
+            )
         if name in counted or not site["infer"].get("is_auxiliary"):
             if not equal_scales(scale_of(site), 1.0):
                 raise ValueError(

@@ -271,3 +271,16 @@ def test_observed_and_known_depths(make_program, make_cells):
     parts = elbo_parts(fixed, [known])
     assert np.isfinite(parts.elbo).all()
     assert not parts.kl["l"].any()
+
+
+def test_a_guide_that_is_a_point_has_no_marginal_likelihood(make_program, make_cells):
+    """Its weights would be densities of counts and z, of which the second is one more thing for each dimension."""
+
+    class AtThePoint(MultiVIProgram):
+        def mix(self, experts):
+            return dist.Delta(self.averaged(experts)[0], event_dim=1)
+
+    cells, program = make_cells(), AtThePoint(make_program().config)
+    assert np.isfinite(elbo_parts(program, [cells]).elbo).all()
+    with pytest.raises(ValueError, match=r"puts 'z' at a point \(Delta\), .* no marginal likelihood.*Use get_elbo"):
+        marginal_likelihood(program, [cells], 5)
