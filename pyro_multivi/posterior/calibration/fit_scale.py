@@ -125,7 +125,7 @@ def gradients(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> di
     """Noise of draws of some sites, and scaled gradients at them, (S, B, K) each, by site.
 
     Those of a depth, of the Normal of which it is a transformation, have K = 1. A site is left out where its posterior
-    is not made of Normals, and a depth where it is a point.
+    is not made of Normals, and a depth where it is a point, or known to a guide of one's own that does not draw it.
     """
     with evaluation_mode(program):
         latents = draw_latents(program, cells, _N_SAMPLES, as_trained=True)
@@ -133,7 +133,7 @@ def gradients(program: MultiVIProgram, cells: Cells, sites: Sequence[str]) -> di
         noise: dict[str, Tensor] = {}
         terms = []
         with torch.enable_grad():
-            for site in sites:
+            for site in filter(nodes.__contains__, sites):
                 fn, value = nodes[site]["fn"], nodes[site]["value"].detach()
                 normal = normal_in(fn) if site == "z" else normal_behind(fn)
                 if normal is None:

@@ -171,12 +171,15 @@ class Decoded(NamedTuple):
     ) -> Decoded | None:
         """Decode some cells, by default at a draw of their latents.
 
-        None where the last layer of the decoder, or the likelihood, is unknown.
+        None where the last layer of the decoder, or the likelihood, is unknown, as in a model of one's own that lacks
+        a site.
         """
         with evaluation_mode(program):
             latents = draw_latents(program, cells) if latents is None else latents
             nodes: dict[str, Any] = dict(model_trace(program.model, cells, latents).nodes)
         name = modality.decoded
+        if not {name, modality.counts} <= nodes.keys():
+            return None
         readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
         if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):
             return None

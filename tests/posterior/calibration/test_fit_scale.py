@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -139,3 +141,30 @@ def test_one_minibatch_of_cells_at_a_time_changes_nothing(fitted, monkeypatch):
         fit_posterior_scale(program, cells)
         found.append(torch.cat([program.posterior_scale, program.depth_scale], 1))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+class KnownFactor(MultiVIProgram):
+    """The cell factor is a number, observed in the model, which the guide does not draw."""
+
+    def model(self, cells):
+        pyro.condition(super().model, {"d": torch.full((len(cells),), 0.3)})(cells)
+
+    def guide(self, cells):
+        pyro.poutine.block(super().guide, hide=["d"])(cells)
+
+
+class WithoutAccessibility(MultiVIProgram):
+    """The counts of ATAC are left out of the model; their encoder is not trained by them."""
+
+    def model(self, cells):
+        pyro.poutine.block(super().model, hide=["y"])(cells)
+
+
+@pytest.mark.filterwarnings("ignore:Parameters of")
+@pytest.mark.parametrize("program_class", [KnownFactor, WithoutAccessibility])
+def test_a_site_that_a_handler_takes_away_is_not_calibrated(build, program_class):
+    model = build(program_class=program_class)
+    model.train(2, batch_size=32, progress_bar=False)
+    assert model.is_trained
+    assert (model.program.posterior_scale[1:] >= 1).all()
+    assert np.isfinite(model.get_normalized_expression(n_samples=3, use_z_mean=False, return_numpy=True)).all()
