@@ -25,6 +25,11 @@ ReadRows = Callable[[Sequence[tuple[int, int]]], Iterator[Rows]]
 
 # Rows between two wanted ones that are read along: a second reading costs more than the counts of so few cells.
 _GAP = 32
+#: End of a sentence on files of that time.
+WRITTEN_BEFORE = (
+    "of the form of anndata before 0.7, which is not read by cells. Convert the file, and give what that writes in its "
+    "place: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr."
+)
 # Rows, and values of a dense matrix, read at a time at most: what is read along, and types as wide as on disk, stay
 # small.
 _AT_ONCE, _VALUES_AT_ONCE = 1024, 2**24
@@ -188,6 +193,8 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
             "it alone, and give what that writes in its place: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the "
             "command line pyro-multivi convert IN OUT.zarr."
         )
+    if "h5sparse_format" in matrix.attrs:
+        raise ValueError(f"{where} is {WRITTEN_BEFORE}")
     if kind == "csr_matrix":
         n_rows, n_columns = (int(size) for size in matrix.attrs["shape"])
         return np.asarray(matrix["indptr"][:]).astype(np.int64), (n_rows, n_columns), _AT_ONCE

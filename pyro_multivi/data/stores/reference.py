@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyro_multivi.data.checks import check_strings, check_unique, first_names
 from pyro_multivi.data.setup.options import UNS_KEY
 from pyro_multivi.data.stores.joined import JoinedMatrix
-from pyro_multivi.data.stores.matrix import StoredMatrix, opened_group
+from pyro_multivi.data.stores.matrix import WRITTEN_BEFORE, StoredMatrix, opened_group
 
 #: Where a data set says where its counts are: ``adata.uns["pyro_multivi"]["stores"]``, a JSON string.
 STORES = "stores"
@@ -198,6 +198,9 @@ def stores_of(adata: Any) -> Stores | None:
 def names_in(path: Path) -> tuple[pd.Index[Any], pd.Index[Any]]:
     """Names of the cells and features of a store, checked."""
     with opened_group(path) as group:
+        for name in ("obs", "var"):
+            if hasattr(group[name], "dtype"):
+                raise ValueError(f"{path}, {name!r}, is {WRITTEN_BEFORE}")
         indices = [element(group, name).index for name in ("obs", "var")]
     for name, index in zip(("obs_names", "var_names"), indices, strict=True):
         check_strings(index, f"{path}, {name}")

@@ -265,3 +265,31 @@ def test_columns_of_other_types_become_words(paths, samples):
     samples["A"].obs["age"] = pd.Categorical(["old"] * 40)
     samples["A"].write_h5ad(paths["A"])
     assert pm.open_stores(paths).obs["age"].tolist()[-1] == "19.0"
+
+
+@pytest.mark.parametrize("form", ["csr", "dense"])
+@pytest.mark.filterwarnings("ignore:.*(very old version of AnnData|without encoding metadata)")
+def test_files_of_anndata_before_0_7_are_converted(cells, tmp_path, form):
+    path = tmp_path / "old.h5ad"
+    with h5py.File(path, "w") as file:
+        if form == "csr":
+            x = sp.csr_matrix(cells.X)
+            group = file.create_group("X")
+            group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = b"csr", x.shape
+            for part in ("data", "indices", "indptr"):
+                group[part] = getattr(x, part)
+        else:
+            file["X"] = sp.csr_matrix(cells.X).toarray()
+        for name, index in (("obs", cells.obs_names), ("var", cells.var_names)):
+            file[name] = np.array([(each.encode(),) for each in index], dtype=[("index", "S20")])
+    with pytest.raises(ValueError, match=r"old\.h5ad.* is of the form of anndata before 0\.7.*pyro-multivi convert"):
+        pm.open_stores(path)
+    backed = ad.read_h5ad(path, backed="r")
+    backed.var["feature_types"] = "Gene Expression"
+    if form == "csr":
+        with pytest.raises(ValueError, match=r"old\.h5ad.* is of the form of anndata before 0\.7"):
+            pm.MULTIVI.setup_anndata(backed)
+    backed.file.close()
+    converted = pm.open_stores(pm.convert_stores(path, tmp_path / "new.zarr", progress_bar=False))
+    assert converted.obs_names.equals(cells.obs_names)
+    assert converted.var_names.equals(cells.var_names)
