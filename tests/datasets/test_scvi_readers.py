@@ -49,7 +49,8 @@ def test_the_setup_knows_its_column_of_types(multiome):
     report = scvi.MULTIVI.setup_anndata(adata)
     assert (report.n_genes, report.n_regions) == (2, 1)
     adata.var["feature_types"] = ["Peaks", "Peaks", "Gene Expression"]
-    report = scvi.MULTIVI.setup_anndata(adata)
+    with pytest.warns(UserWarning, match="genes in adata.X have names of regions"):
+        report = scvi.MULTIVI.setup_anndata(adata)
     assert (report.n_genes, report.n_regions) == (1, 2)
 
 
