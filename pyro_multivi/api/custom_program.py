@@ -14,7 +14,7 @@ from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names, shown
 from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.data.setup.spec import DataSpec
-from pyro_multivi.data.setup.summary import measured_in_all_cells
+from pyro_multivi.data.setup.summary import modalities_together
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 
@@ -67,11 +67,11 @@ def _check_saved(config: ProgramConfig, name: str) -> None:
 
 def learns_together(spec: DataSpec, table: CellTable, program_class: type[MultiVIProgram]) -> bool:
     """Whether states are learned from all modalities together where nothing says so: ``fully_paired`` by default."""
-    number = measured_in_all_cells(spec, table)
+    number, n_lacking = modalities_together(spec, table)
     # A guide of one's own, or that of other modalities, need not teach the encoders of one modality alone.
     of_guide = ("guide", "experts", "experts_alone", "seen", "mix")
     is_own = any(getattr(check_program(program_class), name) is not getattr(MultiVIProgram, name) for name in of_guide)
-    if is_own or program_class.extra_modalities or not number:
+    if is_own or program_class.extra_modalities or not number or n_lacking:
         return False
     logger.info("fully_paired=True, because all %d cells have %s modalities", len(table), number)
     return True

@@ -68,10 +68,19 @@ def test_cells_that_all_have_three_modalities_are_learned_together(caplog):
 @pytest.mark.parametrize(("sizes", "stained"), [((59, 1, 0), 1.0), ((60, 0, 0), 0.5)])
 def test_one_cell_that_lacks_a_modality_makes_a_mosaic(sizes, stained):
     adata = simulated(*sizes, stained=stained)
-    assert "together" not in str(set_up(adata))
+    assert "learns from all three together" not in str(set_up(adata))
     assert not small(adata).program.config.fully_paired
     with pytest.raises(ValueError, match="fully_paired=True, but .* of 60 cells lack a modality: leave it out"):
         small(adata, fully_paired=True)
+
+
+@pytest.mark.parametrize("n_lacking", [1, 2])
+def test_setup_tells_of_few_cells_that_make_a_mosaic(n_lacking):
+    """Two of 60 are more than a fiftieth."""
+    adata = simulated()
+    adata.obsm[PROTEINS].iloc[:n_lacking] = 0.0
+    told = "all but 1 of 60 cells have all three modalities: without these few MULTIVI() would learn from all three"
+    assert (told in str(set_up(adata))) == (n_lacking == 1)
 
 
 def test_rna_and_proteins_of_all_cells_are_learned_together():

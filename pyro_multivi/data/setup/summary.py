@@ -18,6 +18,8 @@ from pyro_multivi.data.vocabulary import PAIRED
 
 # Batches listed by name in the text; more are summed up.
 _LISTED = 8
+# Share of the cells that lack a modality up to which it may be worth to leave them out.
+_FEW = 0.02
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,11 +141,11 @@ def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Seq
     return notes
 
 
-def measured_in_all_cells(spec: DataSpec, table: CellTable) -> str:
-    """How many modalities (RNA, ATAC, proteins) there are, in words, if every cell has them all; else nothing."""
+def modalities_together(spec: DataSpec, table: CellTable) -> tuple[str, int]:
+    """How many modalities (RNA, ATAC, proteins) there are, "both" or "all three", and the cells that lack one."""
     proteins = [PROTEIN] if spec.setup.protein_key is not None else []
     number = len(modelled(table)) + len(proteins)
-    return {2: "both", 3: "all three"}.get(number, "") if bool(table.has_all(proteins).all()) else ""
+    return {2: "both", 3: "all three"}.get(number, ""), int((~table.has_all(proteins)).sum())
 
 
 def _notes(described: Description) -> list[str]:
@@ -164,9 +166,15 @@ def _notes(described: Description) -> list[str]:
             notes += _of_proteins(len(known), size, len(table), spec.missing_proteins)
         else:
             notes.append(f"{name!r}: {len(known)} features measured in {size} cells, for a model of your own.")
-    if number := measured_in_all_cells(spec, table):
+    number, n_lacking = modalities_together(spec, table)
+    if number and not n_lacking:
         notes.append(
             f"all cells have {number} modalities: MULTIVI() learns from {number} together, as fully_paired=True says."
+        )
+    elif number and n_lacking <= _FEW * len(table):
+        notes.append(
+            f"all but {n_lacking} of {len(table)} cells have {number} modalities: without these few MULTIVI() would "
+            f"learn from {number} together, as fully_paired=True says, which tells types better."
         )
     return notes + [
         f"{size} features of type {kind!r} are ignored."
