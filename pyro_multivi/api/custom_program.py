@@ -12,7 +12,6 @@ from typing import Any
 
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import first_names, shown
-from pyro_multivi.data.modality import PROTEIN
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.setup.summary import modalities_together
 from pyro_multivi.data.table import CellTable
@@ -79,8 +78,7 @@ def learns_together(spec: DataSpec, table: CellTable, program_class: type[MultiV
 
 def modelled_extra(spec: DataSpec, program_class: type[MultiVIProgram]) -> list[str]:
     """Names of the extra modalities of a model of some data: those of its program, and proteins."""
-    proteins = [PROTEIN] if spec.setup.protein_key is not None else []
-    return [*check_program(program_class).extra_modalities, *proteins]
+    return [*check_program(program_class).extra_modalities, *spec.setup.modelled_extra]
 
 
 def check_program(program_class: object) -> type[MultiVIProgram]:

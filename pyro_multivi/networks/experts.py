@@ -63,23 +63,23 @@ def product(alone: dict[str, Expert]) -> dict[str, Expert]:
 
     .. math:: q(z) \propto p(z) \prod_k \frac{q_k(z)}{p(z)}, \qquad p(z) = \mathrm{Normal}(0, 1),
 
-    the posterior given several modalities that are independent given z. With one it is :math:`q_k`.
+    the posterior given several modalities that are independent given z. With one it is :math:`q_k`. The average is that
+    of equal weights; learned ones (``modality_weights``) shift it towards the modality that they favour.
 
     Examples
     --------
-    >>> measured = torch.tensor([True, True]), torch.tensor([True, False])
-    >>> each = [Expert(torch.full((2, 1), 0.5), torch.full((2, 1), 0.5).sqrt(), has) for has in measured]
-    >>> weights = mixing_weights(torch.zeros(2, 2), torch.stack(measured, -1))
-    >>> loc, scale = average([*product(dict(zip("ab", each))).values()], weights)
+    >>> a = Expert(torch.full((2, 1), 0.5), torch.full((2, 1), 0.5).sqrt(), torch.tensor([True, True]))
+    >>> b = Expert(torch.tensor([[0.5], [0.0]]), torch.tensor([[0.5], [1.0]]).sqrt(), torch.tensor([True, False]))
+    >>> weights = mixing_weights(torch.zeros(2, 2), torch.stack([a.measured, b.measured], -1))
+    >>> loc, scale = average([*product({"a": a, "b": b}).values()], weights)
     >>> loc.flatten(), scale.square().flatten()
     (tensor([0.6667, 0.5000]), tensor([0.3333, 0.5000]))
     """
-    measured = torch.stack([expert.measured for expert in alone.values()])[..., None]  # (E, B, 1)
-    # One that is wider than the prior would make the product wider, too: it counts as wide as that. (E, B, K)
+    # (E, B, K). What was not measured is the prior, which adds nothing; an expert that is wider counts as wide as that.
     precision = torch.stack([expert.scale for expert in alone.values()]).clamp(max=1).square().reciprocal()
-    evidence = torch.where(measured, precision * torch.stack([expert.loc for expert in alone.values()]), 0.0)
-    variance = (1 + torch.where(measured, precision - 1, 0.0).sum(0)).reciprocal()
-    number = measured.sum(0)
+    evidence = precision * torch.stack([expert.loc for expert in alone.values()])
+    variance = (1 + (precision - 1).sum(0)).reciprocal()
+    number = torch.stack([expert.measured for expert in alone.values()]).sum(0)[:, None]
     scale = (number * variance).sqrt()
     return {
         name: replace(

@@ -202,6 +202,7 @@ def test_proteins_alone_start_at_what_they_tell_of_the_state():
     set_up(adata)
     made = small(adata, n_hidden=64)
     k = start_linearly(made.program, cells_of(made))
+    assert k > 0
     cells = minibatch(made, 400)
     joint = state(made.program, cells).mean[:, :k]
     protein = made.program.modelled_extra[0]
@@ -217,3 +218,24 @@ def test_proteins_alone_start_at_what_they_tell_of_the_state():
     torch.testing.assert_close(
         alone.scale[:, :k].square(), (1 - alone.loc[:, :k].var(0, False)).expand(400, k), rtol=1e-3, atol=1e-3
     )
+
+
+def test_proteins_of_a_mosaic_start_at_the_state_of_their_own_cells():
+    """Cells of every pattern, in mixed order: those without proteins, and those with nothing else, teach nothing."""
+    adata = simulated(600, 0, 0, n_genes=100)
+    part = np.random.default_rng(0).permutation(np.arange(600) % 3)
+    adata.X = adata.X.toarray() * (part != 2)[:, None]
+    adata.obs["modality"] = np.array(["paired", "paired", "protein"])[part]
+    adata.obsm[PROTEINS].loc[part == 0] = 0.0
+    set_up(adata)
+    made = small(adata, n_hidden=64)
+    k = start_linearly(made.program, cells_of(made))
+    assert k > 0
+    cells = minibatch(made, 600)
+    with evaluation_mode(made.program):
+        experts = made.program.experts(cells, cells.design, made.program.encode(cells, cells.design))
+    both = part == 1
+    for dimension in range(k):
+        by_rna, by_protein = (experts[name].loc[both, dimension] for name in ("expression", "protein"))
+        assert np.corrcoef(by_rna, by_protein)[0, 1] > 0.5
+    assert not experts["protein"].loc[part == 0].any()

@@ -92,9 +92,14 @@ class Setup:
         """Layer of an extra modality of a MuData, None for ``.X``."""
         return self.protein_layer if self.holds_proteins(name) else None
 
+    @property
+    def modelled_extra(self) -> tuple[str, ...]:
+        """Names of the extra modalities that every program models: proteins, if there are some."""
+        return () if self.protein_key is None else (PROTEIN,)
+
     def holds_proteins(self, name: str) -> bool:
         """Whether an extra modality holds the counts of proteins that a program models."""
-        return name == PROTEIN and self.protein_key is not None
+        return name in self.modelled_extra
 
     def layer_of(self, modality: Modality) -> str | None:
         """Layer of a modality's counts, None for ``.X``."""

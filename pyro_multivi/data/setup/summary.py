@@ -143,9 +143,8 @@ def _of_proteins(number: int, size: int, n_cells: int, missing: Mapping[str, Seq
 
 def modalities_together(spec: DataSpec, table: CellTable) -> tuple[str, int]:
     """How many modalities (RNA, ATAC, proteins) there are, "both" or "all three", and the cells that lack one."""
-    proteins = [PROTEIN] if spec.setup.protein_key is not None else []
-    number = len(modelled(table)) + len(proteins)
-    return {2: "both", 3: "all three"}.get(number, ""), int((~table.has_all(proteins)).sum())
+    number = len(modelled(table)) + len(spec.setup.modelled_extra)
+    return {2: "both", 3: "all three"}.get(number, ""), int((~table.has_all(spec.setup.modelled_extra)).sum())
 
 
 def _notes(described: Description) -> list[str]:
