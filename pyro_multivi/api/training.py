@@ -108,9 +108,9 @@ class TrainingMixin(ModelBase):
 
         Without held-out cells (``train_size=1``, and the default of a query's model) the last layers stay as they were
         trained, and their weights count as no more uncertain than the training cells say. Then, and with fewer than ten
-        held-out cells of both modalities, depths of what was not measured have their priors, and what is imputed is not
-        drawn towards the mean of the measured, whatever was calibrated before: log lines at level INFO say so. The
-        model of a query whose encoders are frozen, as by default, keeps the calibration of its reference.
+        held-out cells of both modalities, what is imputed is not drawn towards the mean of the measured, whatever was
+        calibrated before: a log line at level INFO says so. The model of a query whose encoders are frozen, as by
+        default, keeps the calibration of its reference.
 
         Parameters
         ----------

@@ -30,7 +30,7 @@ logger = logging.getLogger("pyro_multivi")
 PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, torch.inf)
 # Penalty of depth and batch, which the encoder cannot overfit: next to none.
 _WEAK = 1.0
-# Most pairs that are used, and fewest that are enough.
+# Most pairs that are used, and fewest that are enough: to learn from, and to choose a penalty by.
 _MOST, _FEWEST = 4096, 10
 _AT_ONCE = 512
 
@@ -47,8 +47,8 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
     The coefficients are those of ridge regressions on pairs (cells of both modalities) that were trained on. There z
     is fitted to both modalities and predicts the other one better than in new cells. Held-out pairs correct for that:
     regressions with penalties of z from weak to infinite are averaged with their likelihoods for the
-    held-out pairs as weights. With fewer than ten pairs in either set nothing is fitted and depths keep their priors,
-    which a log line says.
+    held-out pairs as weights; with fewer than ten held-out pairs they are averaged with equal weights. With fewer than
+    ten pairs to train on nothing is fitted and depths keep their priors, which a log line says.
 
     Parameters
     ----------
@@ -60,49 +60,59 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
     if len(modalities) < 2:
         return
     train_pairs = spread(paired(train), _MOST)
-    held_out_pairs = train_pairs[:0] if held_out is None else spread(paired(held_out), _MOST)
-    if held_out is None or min(len(train_pairs), len(held_out_pairs)) < _FEWEST:
+    if len(train_pairs) < _FEWEST:
         logger.info(
-            "depths of what was not measured have their priors: %d cells of both modalities were held out and %d "
-            "trained on, and %d of each are needed to predict them", len(held_out_pairs), len(train_pairs), _FEWEST,
+            "depths of what was not measured have their priors: %d cells of both modalities were trained on, and %d "
+            "are needed to predict them", len(train_pairs), _FEWEST,
         )  # fmt: skip
         return
+    held_out_pairs = train_pairs[:0] if held_out is None else spread(paired(held_out), _MOST)
+    enough = len(held_out_pairs) >= _FEWEST
     for modality in modalities:
         try:
             fitted = _regression_data(program, train, train_pairs, modality)
-            scored = _regression_data(program, held_out, held_out_pairs, modality)
+            scored = _regression_data(program, held_out, held_out_pairs, modality) if enough and held_out else None
         except KeyboardInterrupt:
             logger.warning("interrupted after training: depths of what was not measured keep their priors")
             raise
-        if fitted is None or scored is None:
+        if fitted is None:
             continue
-        regression, explained = regress(*fitted, *scored, n_latent=program.config.latent)
+        held_out_nf, held_out_n = scored or (None, None)
+        regression, explained = regress(*fitted, held_out_nf, held_out_n, n_latent=program.config.latent)
         regression.store(program, modality)
-        logger.info("depth of %s: the other modality explains %.0f %% of its variance", modality.name, 100 * explained)
+        logger.info(
+            "depth of %s: the other modality explains %.0f %% of its variance in cells that were %s",
+            modality.name, 100 * explained, "held out" if scored else "trained on",
+        )  # fmt: skip
 
 
 def regress(
-    train_nf: Tensor, target_n: Tensor, held_out_nf: Tensor, held_out_n: Tensor, n_latent: int
+    train_nf: Tensor, target_n: Tensor, held_out_nf: Tensor | None, held_out_n: Tensor | None, n_latent: int
 ) -> tuple[DepthRegression, float]:
-    """Average ridge regression, and the share of the variance of held-out targets that it explains.
+    """Average ridge regression, and the share of the variance of held-out (else training) targets that it explains.
 
     Parameters
     ----------
     train_nf, held_out_nf
         :func:`~pyro_multivi.posterior.engine.depth_regression.features`: a depth, z, and the batch, of which one
-        column is 1.
+        column is 1. None: too few were held out, and all penalties count alike.
     target_n, held_out_n
         Log l or logit d of the same cells.
     n_latent
         Number K of the columns of z.
     """
-    x, y, new_x, new_y = (values.double() for values in (train_nf, target_n, held_out_nf, held_out_n))
+    x, y = train_nf.double(), target_n.double()
     mean = y.mean()
     coefficients = torch.stack([_ridge(x, y - mean, penalty, n_latent) for penalty in PENALTIES])
-    squared = (new_y - mean - coefficients @ new_x.T).square()
-    # All with the error variance of the best one: with its own, a poor fit would look likelier.
-    weights = (-0.5 * squared.sum(1) / squared.mean(1).min().clamp(min=1e-12)).softmax(0)
-    averaged = weights @ coefficients
+    if held_out_nf is None or held_out_n is None:
+        new_x, new_y = x, y
+        averaged = coefficients.mean(0)
+    else:
+        new_x, new_y = held_out_nf.double(), held_out_n.double()
+        squared = (new_y - mean - coefficients @ new_x.T).square()
+        # All with the error variance of the best one: with its own, a poor fit would look likelier.
+        weights = (-0.5 * squared.sum(1) / squared.mean(1).min().clamp(min=1e-12)).softmax(0)
+        averaged = weights @ coefficients
     # The batch columns sum to one: the intercept is spread over them.
     averaged[1 + n_latent :] += mean
     errors = [(targets - rows @ averaged).square().mean() for rows, targets in ((x, y), (new_x, new_y))]
