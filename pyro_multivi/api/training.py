@@ -41,6 +41,7 @@ from pyro_multivi.training.checkpoints.folder import Checkpoints
 from pyro_multivi.training.checkpoints.run import Run
 from pyro_multivi.training.cost.estimate import TrainingCost, timed_cost
 from pyro_multivi.training.distributed.shared_steps import check_runs, share_weights
+from pyro_multivi.training.optimizer import loadings
 from pyro_multivi.training.options import Callback
 
 #: Epochs of the model of a query: by twice as many, cells mix with those of the reference hardly better.
@@ -115,7 +116,8 @@ class TrainingMixin(ModelBase):
         Parameters
         ----------
         max_epochs
-            Passes over the training cells at most. Default: 500, or 100 for the model of a query.
+            Passes over the training cells at most. Default: 500, or 100 for the model of a query. 0: the model is that
+            of the linear start, or the one it was, and is calibrated; that of a query stays as it is.
         lr, weight_decay, eps
             Learning rate of Adam (0: weights stay as they start), its weight decay (of the weight matrices other than
             loadings), the constant in its denominator.
@@ -193,7 +195,6 @@ class TrainingMixin(ModelBase):
             same data by the same arguments. History (but for ``seconds``) and weights are then those of a training that
             was never interrupted, on a CPU with as many threads bit by bit. Where there is no checkpoint yet, a warning
             says that training starts from the beginning. A path: that of the folder, in which there must be one.
-
         shuffle_block, shuffle_buffer
             Of data on disk, cells are shuffled by blocks: ``shuffle_block`` cells in a row are read at once, and those
             of ``shuffle_buffer`` such blocks from all over the data are shuffled among themselves; twice as many are in
@@ -256,11 +257,12 @@ class TrainingMixin(ModelBase):
         if self.program.config.fully_paired and not is_query:
             extra = [modality.name for modality in self.program.modelled_extra]
             check_paired(table, extra, "train on paired cells only, or make another model by MULTIVI(adata).")
-        if self._training is not None and not self._training.parts:
-            caution(
-                "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. The "
-                "model is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
-            )
+        if self._training is not None and not (self._training.parts and max_epochs):
+            if max_epochs:
+                caution(
+                    "Nothing is trained: the query has no new batch or category, and all else in its model is frozen. "
+                    "It is ready as it is; load_query_data(..., freeze_expression=False) chooses more to be trained."
+                )
             return
         device = resolve_device(accelerator, devices)
         if batch_size is None:
@@ -302,6 +304,11 @@ class TrainingMixin(ModelBase):
                     self.program, train, validation, options, self._history, self._optimizer_state, checkpoints
                 )
             self.is_trained = True
+            if not max_epochs and not any(bool(weight.any()) for weight in loadings(self.program).values()):
+                caution(
+                    "max_epochs=0 leaves a model whose expression and accessibility do not depend on the state, for no "
+                    "linear model could be made of these cells: train it for some epochs."
+                )
             progress_bar = progress_bar and processes.is_first
             if progress_bar:
                 tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)

@@ -36,7 +36,7 @@ from pyro_multivi.cli.outputs.folder import (
 )
 from pyro_multivi.cli.outputs.picture import first_picture
 from pyro_multivi.cli.outputs.record import RECORD, Record, is_done
-from pyro_multivi.data.checks import nearest
+from pyro_multivi.data.checks import check_number, nearest
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import PROTEIN_LAYER, with_feature_types
@@ -178,6 +178,7 @@ def _begin(options: argparse.Namespace, samples: Mapping[str, str]) -> argparse.
 
 def _cost(model: MULTIVI, options: argparse.Namespace, timed: bool) -> TrainingCost:
     names = ("max_epochs", "lr", "precision", "compile")
+    check_number("max_epochs", options.max_epochs, least=1)
     chosen = FitOptions(**{name: getattr(options, name) for name in names})
     return model._training_cost(
         options.accelerator,

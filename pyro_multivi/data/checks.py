@@ -30,7 +30,7 @@ _SHOWN_VALUE = 60
 #: Whole numbers among the arguments that may be 0; all others are at least 1.
 _FROM_ZERO = frozenset({
     "seed", "n_genes", "n_regions", "n_labels", "n_covariates", "n_epochs_kl_warmup", "n_steps_kl_warmup", "start",
-    "least", "n_proteins",
+    "least", "n_proteins", "max_epochs",
 })  # fmt: skip
 #: Numbers of draws, which people write as 1e3: a float that holds a whole number will do.
 _DRAWS = frozenset({"n_samples", "n_samples_overall", "n_mc_samples", "n_particles", "m_permutation"})

@@ -203,7 +203,8 @@ class _Fitting:
         self.monitor = DivergenceMonitor(program, self.optimizer, train, check_gradients=self.best is None)
         self.watch = Stopwatch()
         kept = "those of before, which no epoch improved on"
-        self.at = Position(self.first, self.first, self.first * len(train), kept=kept)
+        reason = "" if options.max_epochs else "max_epochs is 0"
+        self.at = Position(self.first, self.first, self.first * len(train), kept, reason)
         self.loop = Loop(
             self.at, program, self.objective.elbo, self.optimizer, self.average,
             None if self.best is None else self.best.state, self.stopping, self.monitor, self.adversary, history, train,

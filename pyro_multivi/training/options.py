@@ -38,9 +38,9 @@ class FitOptions:
     --------
     >>> FitOptions(max_epochs=50, early_stopping=True, early_stopping_patience=10).lr
     0.002
-    >>> FitOptions(max_epochs=0)
+    >>> FitOptions(max_epochs=-1)
     Traceback (most recent call last):
-    ValueError: max_epochs=0 is not allowed: give a whole number of at least 1.
+    ValueError: max_epochs=-1 is not allowed: give a whole number of at least 0.
     """
 
     max_epochs: int = 500

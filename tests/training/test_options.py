@@ -49,7 +49,7 @@ def test_fit_stops_early_by_the_same_options(build):
 
 
 WRONG = [
-    ({"max_epochs": 0}, "max_epochs=0 is not allowed: give a whole number of at least 1"),
+    ({"max_epochs": -1}, "max_epochs=-1 is not allowed: give a whole number of at least 0"),
     ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed: give a whole number of at least 1"),
     ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: give a whole number of at least 1"),
     ({"average_steps": 0}, "average_steps=0 is not allowed: give a whole number of at least 1"),
@@ -82,7 +82,7 @@ def test_wrong_options_are_refused_whoever_makes_them(options, match):
         ({"validation_size": -0.1}, "validation_size=-0.1 is not allowed"),
         ({"validation_size": 1.0}, "validation_size=1.0 is not allowed"),
         ({"validation_size": 1.5}, "validation_size=1.5 is not allowed"),
-        ({"max_epochs": 0}, "max_epochs=0 is not allowed"),
+        ({"max_epochs": -1}, "max_epochs=-1 is not allowed"),
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 is not allowed"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed"),
