@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.checks import checked
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
 from pyro_multivi.data.resident import ResidentTable
 from pyro_multivi.data.sparse import SparseCounts
@@ -27,6 +27,15 @@ def spread(index: Tensor, n: int) -> Tensor:
 def measured(minibatches: Minibatches, modality: Modality) -> Tensor:
     """Positions of the cells in which a modality was measured, (n,), int64."""
     return minibatches.index[modality.measured_in(minibatches.table)[minibatches.index]]
+
+
+def never_measured(minibatches: Minibatches, modality: Modality) -> Tensor:
+    """Positions of the features that were measured in none of the cells with a modality, (f,), int64."""
+    panels: Panels | None = modality.panels_in(minibatches.table)
+    if panels is None:
+        return torch.zeros(0, dtype=torch.int64)
+    [features] = torch.where(~panels.measured[panels.code[measured(minibatches, modality)].unique()].any(0))
+    return features
 
 
 def paired(minibatches: Minibatches) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_multivi.data.loader import Minibatches, measured
-from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
+from pyro_multivi.data.loader import Minibatches, measured, never_measured
+from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.networks.encoders import SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.program import MultiVIProgram
@@ -31,12 +31,12 @@ def loadings(program: MultiVIProgram) -> dict[str, nn.Parameter]:
     >>> list(loadings(MultiVIProgram(ProgramConfig(n_genes=3, n_regions=4, gene_likelihood="nb"))))
     ['expression_decoder.rho.weight', 'accessibility_decoder.p.weight']
     """
-    last = {
-        f"{modality.name}_decoder.{layer}.weight"
-        for modality in MODALITIES
-        for layer in (modality.decoded, "pi", "theta")
-    }
+    last = {f"{layer}.weight" for modality in MODALITIES for layer in _last_layers(modality)}
     return {name: parameter for name, parameter in program.named_parameters() if name in last}
+
+
+def _last_layers(modality: Modality) -> list[str]:
+    return [f"{modality.name}_decoder.{layer}" for layer in (modality.decoded, "pi", "theta")]
 
 
 class UnreachedWeights:
@@ -44,7 +44,8 @@ class UnreachedWeights:
 
     Adam's steps do not depend on the size of a gradient, so that weight decay alone would soon take such weights to 0:
     those of a model that knew the modality or the batch, as the reference of a query does. They stay as they are,
-    unless a program of one's own has gradients of them all the same.
+    unless a program of one's own has gradients of them all the same. So do the decoders' last weights of a feature that
+    no cell measured, which expression would move by its sum over all genes.
 
     Parameters
     ----------
@@ -70,6 +71,15 @@ class UnreachedWeights:
             if id(weight) in trained
         ]
 
+        features = {each: never_measured(train, each) for each in MODALITIES}
+        # Weights and positions of their rows, (f,).
+        self._rows = [
+            (parameter, features[each].to(parameter.device))
+            for each in MODALITIES
+            for name, parameter in (named if len(features[each]) else ())
+            if name.rpartition(".")[0] in _last_layers(each)
+        ]
+
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer take a step of all others."""
@@ -81,7 +91,10 @@ class UnreachedWeights:
             for weight, at in self._columns
             if weight.grad is not None
         ]
+        rows = [(parameter, at, parameter[at]) for parameter, at in self._rows]
         optimizer.step()
+        for parameter, at, values in rows:
+            parameter[at] = values
         for weight, at, values, is_reached in kept:
             weight[:, at] = torch.where(is_reached, weight[:, at], values)
 

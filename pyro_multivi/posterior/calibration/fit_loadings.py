@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_multivi.data.loader import Minibatches, measured, paired, spread
+from pyro_multivi.data.loader import Minibatches, measured, never_measured, paired, spread
 from pyro_multivi.data.modality import Modality, modelled
 from pyro_multivi.posterior.calibration.adaptive_prior import AdaptivePrior
 from pyro_multivi.posterior.calibration.last_layer import Decoded, Evidence, LastLayer
@@ -111,6 +111,8 @@ def _fit(
     trained = best = linear.weight.clone(), linear.bias.clone()
     for _ in range(_NEWTON_STEPS):
         step = newton_step(layer.evidence(program, train, joint=True))
+        # Of them the data say nothing: what a reference learned stays.
+        step[never_measured(train, modality).to(step.device)] = 0.0
         linear.weight.add_(step[:, :-1] @ layer.vectors)
         linear.bias.add_(step[:, :-1] @ layer.offset + step[:, -1])
     end, gone = (linear.weight.clone(), linear.bias.clone()), 0.0

@@ -66,3 +66,20 @@ def test_a_query_moves_no_batch_that_none_of_its_cells_is_of(adata, model, chose
         # Behind those of the state, a column for each batch.
         is_same = (value == before[name]).all(0).tolist()
         assert is_same == [False, False, True, True, False], name
+
+
+@pytest.mark.parametrize("train_size", [1.0, 0.8])
+def test_what_is_known_of_features_that_a_query_lacks_stays(adata, model, train_size):
+    query = adata[adata.obs["batch"] == "batch_2", 3:20].copy()
+    assert query.n_obs > 30
+    mapped = pm.MULTIVI.load_query_data(query, model, unfrozen=True)
+    last = ("expression_decoder.rho.", "expression_decoder.pi.", "accessibility_decoder.p.")
+    for value in dict(mapped.program.named_parameters()).values():
+        value.data.add_(0.1)
+    before = parameters_of(mapped, last)
+    mapped.train(3, train_size=train_size, progress_bar=False)
+    for name, value in parameters_of(mapped, last).items():
+        lacks = slice(0, 3) if name.startswith("expression") else slice(8, 14)
+        has = slice(3, 12) if name.startswith("expression") else slice(0, 8)
+        torch.testing.assert_close(value[lacks], before[name][lacks], rtol=0, atol=0, msg=name)
+        assert not torch.equal(value[has], before[name][has]), name
