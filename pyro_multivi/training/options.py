@@ -18,8 +18,8 @@ from pyro_multivi.program import MultiVIProgram
 #: have if training ended now; True stops training.
 Callback = Callable[[int, dict[str, float], MultiVIProgram], bool | None]
 
-#: Words of Lightning, which scvi-tools hands on, for our ones.
-_PRECISIONS = {"32": "fp32", "32-true": "fp32", "bf16-mixed": "bf16"}
+#: Words of Lightning, which scvi-tools hands on, for our ones. 16 bits are bfloat16, as Lightning's are on a CPU.
+_PRECISIONS = {"32": "fp32", "32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "bf16", "16": "bf16"}
 
 
 @dataclass(frozen=True)

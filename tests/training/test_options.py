@@ -153,3 +153,17 @@ def test_a_learning_rate_of_0_learns_nothing_and_stops_early(build):
     calibrated = {"expression_decoder.rho.weight", "accessibility_decoder.p.weight"}
     moved = {name for name, value in model.program.named_parameters() if not torch.equal(value, before[name])}
     assert moved <= calibrated, moved - calibrated
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [("32", "fp32"), (32, "fp32"), ("32-true", "fp32"), ("bf16-mixed", "bf16"), ("16-mixed", "bf16"), (16, "bf16")],
+)
+def test_words_of_lightning_for_a_precision(word, ours):
+    assert FitOptions(precision=word).precision == ours
+
+
+@pytest.mark.parametrize("word", ["64", "64-true", "bf16-true", "16-true", None])
+def test_precisions_that_are_not_here(word):
+    with pytest.raises(ValueError, match="precision=.* is not allowed: choose one of 'fp32', 'bf16'"):
+        FitOptions(precision=word)
