@@ -48,9 +48,12 @@ def name_of(value: Any, known: Sequence[str]) -> Any:
 
 
 def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tuple[int, ...] | None:
-    """Codes of a batch or a list of them, by ``code``, each once; None stays None. Errors name ``argument``."""
+    """Codes of a batch or a list of them, by ``code``, each once; None, alone in a list too, stays None.
+
+    Errors name ``argument``.
+    """
     batches = unwrapped(batches)
-    if batches is None:
+    if batches is None or (isinstance(batches, (list, tuple)) and len(batches) == 1 and batches[0] is None):
         return None
     single = isinstance(batches, (str, bool)) or not isinstance(batches, Iterable)
     given = [batches] if single else list(batches)

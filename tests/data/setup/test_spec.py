@@ -275,6 +275,12 @@ def test_batch_code_of_truth_values_and_fractions_as_names():
     assert spec.batch_codes("transform_batch", [True, 0.5]) == (2, 0)
 
 
+def test_a_list_of_none_leaves_cells_in_their_batches(spec):
+    assert spec.batch_codes("transform_batch", [None]) is None
+    with pytest.raises(TypeError, match=r"transform_batch=\[None, 0\]: A batch is a name or a position, got None"):
+        spec.batch_codes("transform_batch", [None, 0])
+
+
 def test_wrong_object(spec):
     with pytest.raises(TypeError, match="adata must be an AnnData or a MuData, got"):
         spec.table([])
