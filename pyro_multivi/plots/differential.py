@@ -44,7 +44,7 @@ def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None 
         known = list(table["comparison"].unique())
         if comparison is None and len(known) == 1:
             comparison = known[0]
-        if comparison not in known:
+        if comparison not in known and (known or comparison is not None):
             raise ValueError(f"comparison={comparison!r} is not in the table: choose one of {known}.")
         table = table[table["comparison"] == comparison]
     elif comparison is not None:
@@ -124,8 +124,9 @@ def _columns(table: pd.DataFrame) -> tuple[str, str]:
     change = next((name for name in _CHANGE_LABELS if name in table), None)
     called = next((str(name) for name in table if str(name).startswith(("is_de_fdr", "is_da_fdr"))), None)
     if change is None or called is None:
+        lacks = " or ".join(_CHANGE_LABELS) if change is None else "is_de_fdr_... or is_da_fdr..."
         raise ValueError(
-            "table holds no changes and calls: give what differential_expression or differential_accessibility "
-            "return with mode='change'."
+            f"table holds no changes and calls, for it has no column {lacks}: give what differential_expression or "
+            "differential_accessibility return with mode='change'."
         )
     return change, called

@@ -84,7 +84,11 @@ def test_tables_that_cannot_be_drawn_are_refused(fitted, ax):
         plots.volcano(table.drop(columns=["comparison"]), "B vs T", ax)
     vanilla = fitted.differential_expression(groupby="cell_type", mode="vanilla", n_samples=100)
     for draw in (plots.volcano, plots.top_features):
-        with pytest.raises(ValueError, match="table holds no changes and calls"):
+        with pytest.raises(ValueError, match="no changes and calls, for it has no column lfc_mean or change_mean"):
             draw(vanilla, ax=ax)
+        with pytest.raises(ValueError, match="for it has no column is_de_fdr_... or is_da_fdr"):
+            draw(table.drop(columns=["is_de_fdr_0.05"]), ax=ax)
+    # Nothing of a table is left: nothing is drawn, whether or not comparisons were named.
+    assert plots.volcano(table[:0], ax=ax) is plots.volcano(table[:0].drop(columns=["comparison"]), ax=ax)
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.top_features(table.assign(**{"is_de_fdr_0.05": False}), ax=ax)
