@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pyro_multivi.data.checks import NotInModelError
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality, Cells, ExtraFeatures, Measurement
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, modality_at, modelled
@@ -146,6 +147,11 @@ def replicate(
     ------
     slice, dict
         Numbers of the draws, and their counts by site.
+
+    Raises
+    ------
+    NotInModelError
+        If the program's model has no site of the counts of a modality.
     """
     hidden_modality = None if hidden is None else features_at(program, hidden)
     seen = cells if hidden_modality is None else hide(cells, hidden_modality)
@@ -170,6 +176,13 @@ def replicate(
                     value = _opened(value) if modality.binary else value
                     shape = (n, len(cells), value.shape[-1])
                     drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, modality))
+        for site in observed_sites(program):
+            if site not in drawn:
+                raise NotInModelError(
+                    f"{type(program).__name__}.model has no site {site!r}, at which counts of "
+                    f"{features_at(program, site).features} would be replicated: keep it, and take it out of handlers "
+                    "that hide it (poutine.block)."
+                )
         # Outside, so that no state of torch is held while the caller is at work.
         yield draws, {site: drawn[site] for site in sites if site in drawn}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import scipy.sparse as sp
 import torch
+from pyro import poutine
 
+from pyro_multivi.data.checks import NotInModelError
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import RNA
 from pyro_multivi.posterior.engine import replicates as predictive
 from pyro_multivi.posterior.engine.draws import draw
 from pyro_multivi.posterior.engine.replicates import hide, observed_matrix, replicate
+from pyro_multivi.program import MultiVIProgram
 
 
 def drawn(program, cells, n_samples, **choices):
@@ -46,6 +49,21 @@ def test_draws_do_not_depend_on_their_number_nor_on_where_blocks_end(make_progra
     monkeypatch.setattr(predictive, "_BLOCK", 12 * 9 * 7)
     # Expectations depend on latents alone.
     torch.testing.assert_close(drawn(program, cells, 10)["x"][1], many[:10])
+
+
+class Hidden(MultiVIProgram):
+    """A program that hides the counts of regions from handlers outside."""
+
+    def model(self, cells):
+        with poutine.block(hide=["y"]):
+            super().model(cells)
+
+
+def test_a_site_that_the_model_lacks_is_named(make_program, make_cells):
+    program = make_program()
+    program.__class__ = Hidden
+    with pytest.raises(NotInModelError, match="Hidden.model has no site 'y', at which counts of regions would be rep"):
+        next(replicate(program, make_cells(), 2))
 
 
 def test_same_seed_same_replicates_and_no_global_state(make_program, make_cells):
