@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from pyro_multivi.data.checks import checked
+
+# Cells at a time: their neighbours take some 50 MB.
+_AT_ONCE = 65_536
 
 
 @checked
@@ -21,7 +25,7 @@ def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k
     latent
         Latent states, (cells, K).
     labels
-        One label per cell.
+        One label per cell; one that is missing is that of no other cell.
     k
         Number of neighbours.
 
@@ -40,5 +44,13 @@ def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k
         raise ValueError(f"labels has {len(names)} entries for {len(latent)} cells: give one per cell.")
     if len(latent) <= k:
         raise ValueError(f"k={k} neighbours need more than {k} cells, there are {len(latent)}: choose a smaller k.")
-    near = np.asarray(cKDTree(latent).query(latent, k=k + 1)[1])
-    return float((names[near[:, 1:]] == names[:, None]).mean())
+    tree = cKDTree(latent)
+    # Numbers in place of names, which may be long strings, and some cells at a time.
+    code = pd.factorize(names)[0]
+    n_alike = 0
+    for start in range(0, len(code), _AT_ONCE):
+        cells = slice(start, start + _AT_ONCE)
+        near = np.asarray(tree.query(latent[cells], k=k + 1)[1])[:, 1:]
+        own = code[cells, None]
+        n_alike += int(((code[near] == own) & (own >= 0)).sum())
+    return n_alike / (len(code) * k)
