@@ -269,6 +269,13 @@ def test_a_query_has_its_own_panel_and_background(adata):
     model.train(1, progress_bar=False)
     mapped = pm.MULTIVI.load_query_data(query, model)
     assert mapped.spec.missing_proteins["batch_2"] == ("protein_2", "protein_4")
+    report = mapped.query_report
+    assert report.missing_proteins == {"batch_2": 2}
+    assert "proteins    2 without a count in batch_2, where they count as not measured" in str(report)
+    saved = report.to_dict()
+    assert type(report).from_dict(saved) == report
+    del saved["missing_proteins"]  # as versions before wrote it
+    assert type(report).from_dict(saved).new_batches == report.new_batches
     background = mapped.program.extra["protein"].background_log_mean.detach().numpy()
     kept = [0, 1, 3, 5]
     true = adata.uns["true_protein_background"][2, kept]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class QueryReport:
         where features have no type, those that the model does not know count as "features".
     known_batches, new_batches
         Number of cells of each batch.
+    missing_proteins
+        Number of proteins without a count in a new batch that has others; they count as not measured there.
     """
 
     n_cells: dict[str, int]
@@ -48,6 +50,7 @@ class QueryReport:
     unknown: dict[str, int]
     known_batches: dict[str, int]
     new_batches: dict[str, int]
+    missing_proteins: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, reference: DataSpec, spec: DataSpec, opened: Opened, table: CellTable) -> QueryReport:
@@ -73,7 +76,8 @@ class QueryReport:
         known = {name: size for name, size in batches.items() if name in reference.batch_categories and size}
         new = {name: size for name, size in batches.items() if name not in reference.batch_categories}
         masks = {modality: modality.measured_in(table).numpy() for modality in MODALITIES}
-        return cls(Measured(masks, False, ()).sizes(), shared, missing, unknown, known, new)
+        silent = {name: len(spec.missing_proteins[name]) for name in new if name in spec.missing_proteins}
+        return cls(Measured(masks, False, ()).sizes(), shared, missing, unknown, known, new, silent)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -81,8 +85,9 @@ class QueryReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, int]]) -> QueryReport:
-        """The inverse of :meth:`to_dict`, also after JSON."""
-        return cls(**{entry.name: {str(key): int(n) for key, n in values[entry.name].items()} for entry in fields(cls)})
+        """The inverse of :meth:`to_dict`, also after JSON; reports of earlier versions lack the last."""
+        found = {"missing_proteins": {}, **values}
+        return cls(**{entry.name: {str(key): int(n) for key, n in found[entry.name].items()} for entry in fields(cls)})
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size} {pattern}" for pattern, size in self.n_cells.items() if size)
@@ -94,6 +99,8 @@ class QueryReport:
             )
         if UNTYPED in self.unknown:
             lines.append(f"  {UNTYPED:<12}{self.unknown[UNTYPED]} unknown to it, which are not used")
+        for batch, number in self.missing_proteins.items():
+            lines.append(f"  proteins    {number} without a count in {batch}, where they count as not measured")
         for what, batches in (("known", self.known_batches), ("new", self.new_batches)):
             if batches:
                 lines.append(f"  {what:<12}{', '.join(f'{name} ({size})' for name, size in batches.items())}")
