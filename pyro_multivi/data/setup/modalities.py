@@ -231,6 +231,11 @@ def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None
         found = 0 if counts is None else len(counts.features)
         if number is None or number == found:
             continue
+        if opened.name == "mdata" and counts is None:
+            raise ValueError(
+                f"{argument}={number}, but the setup names no {modality.assay}: name it there, modalities="
+                f"{{'{modality.key}_layer': ...}}, or leave {argument} out."
+            )
         if opened.name == "adata" or not 0 <= number < found or counts is None:
             raise ValueError(f"{argument}={number}, but the data set up has {found}: leave {argument} out.")
         caution(

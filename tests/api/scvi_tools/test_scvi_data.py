@@ -84,6 +84,9 @@ def test_fewer_features_than_a_mudata_has():
     assert (model.n_genes, model.module.n_input_genes, model.n_proteins) == (4, 4, 0)
     with pytest.raises(ValueError, match="n_genes=11, but the data set up has 10"):
         MULTIVI(mdata, n_genes=11)
+    MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "protein_layer": "accessibility"})
+    with pytest.raises(ValueError, match="n_regions=12, but the setup names no ATAC: .*modalities={'atac_layer': ...}"):
+        MULTIVI(mdata, n_regions=12)
 
 
 def test_names_that_scripts_import():
