@@ -198,6 +198,8 @@ SAVE: dict[str, Foreign] = {
     "save_kwargs": _left_out("the model is a folder of tensors and JSON, not written by torch.save"),
     "legacy_mudata_format": _left_out("models of one format are written", False),
     "datamodule": TRAIN["datamodule"],
+    # scvi-tools takes any name here, and pipelines write this for save_anndata.
+    "anndata": _left_out("save_anndata says whether data are saved", False),
     **dict.fromkeys(
         ("compression", "compression_opts", "as_dense", "dataset_kwargs"),
         _left_out("saved data are written uncompressed; for another form write them yourself and load(path, adata)"),

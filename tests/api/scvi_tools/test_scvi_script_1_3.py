@@ -68,7 +68,7 @@ def test_the_script(folder, tmp_path, capsys):
         assert np.isfinite(model.history[key][key]).all()
 
     model_dir = tmp_path / "runs" / "multivi_pytorch"
-    model.save(model_dir, overwrite=True)
+    model.save(model_dir, overwrite=True, anndata=False)
     model = scvi.model.MULTIVI.load(model_dir, adata=adata_mvi)
 
     adata_mvi.obsm["X_multivi"] = model.get_latent_representation()
