@@ -28,10 +28,12 @@ class Settings:
     warnings_stacklevel: int = 2
     progress_bar_style: str = "tqdm"
     logging_dir: str = "."
+    jax_preallocate_gpu_memory: bool | float = False
 
     _KNOWN = (
         "seed", "verbosity", "num_threads", "batch_size", "dl_num_workers", "dl_persistent_workers",
         "dl_pin_memory_gpu_training", "warnings_stacklevel", "progress_bar_style", "logging_dir",
+        "jax_preallocate_gpu_memory",
     )  # fmt: skip
 
     def __init__(self) -> None:

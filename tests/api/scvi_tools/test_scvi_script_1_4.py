@@ -29,6 +29,7 @@ def test_the_script(mdata, tmp_path, capsys, caplog):
     scvi.settings.seed = 420
     scvi.settings.num_threads = 1
     scvi.settings.batch_size = 32
+    scvi.settings.jax_preallocate_gpu_memory = False  # of no effect, as others of scvi-tools
     MULTIVI.setup_mudata(
         mdata,
         batch_key="batch",
