@@ -32,6 +32,26 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+#: Other feature types of 10x Genomics and usual names of other modalities: that they are ignored is no mistake.
+OTHER_ASSAYS = frozenset(
+    (
+        "antibody capture",
+        "antigen capture",
+        "crispr guide capture",
+        "custom",
+        "multiplexing capture",
+        "vdj-t",
+        "vdj-b",
+        "prot",
+        "protein",
+        "proteins",
+        "protein_expression",
+        "adt",
+        "hto",
+        "airr",
+    )
+)
+
 #: Name of a region, as chr1:100-200, chr1-100-200 or chr1_100_200. Without "chr" only a colon tells it from a gene.
 REGION_NAME = re.compile(r"\S+:\d+-\d+|chr\S+[-_]\d+[-_]\d+")
 # Share of genes with such names that is beyond what a few oddly named ones are.

@@ -24,7 +24,7 @@ from pyro_multivi.data.stores.chunks import StoreChangedError, of_the_machine
 _log = logging.getLogger(__name__)
 
 ALLOWED = (
-    "an AnnData file (.h5ad), a MuData file (.h5mu), a 10x feature-barcode matrix (.h5), "
+    "an AnnData file (.h5ad) or folder (.zarr), a MuData file (.h5mu), a 10x feature-barcode matrix (.h5), "
     "or a folder with matrix.mtx, features.tsv and barcodes.tsv, each plain or .gz"
 )
 #: Descriptions of a feature in a 10x file, and the column of ``var`` that each becomes.

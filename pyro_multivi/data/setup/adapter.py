@@ -25,7 +25,7 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
-from pyro_multivi.data.setup.options import Setup, gathering, how_to_make, is_lazy, is_mudata
+from pyro_multivi.data.setup.options import Setup, elsewhere, gathering, how_to_make, is_lazy, is_mudata
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
@@ -127,9 +127,7 @@ class Opened:
         where = self.place_of(argument)
         table = self.tables[where]
         if key not in table:
-            others = [place for place, other in self.tables.items() if key in other]
-            found = f" It is in {' and in '.join(others)}: name it by modalities in the setup." if others else ""
-            found += gathering(argument, key, self.tables, self.cells)
+            found = elsewhere(argument, key, self.tables, self.cells)
             raise UnknownKeyError(f"{unknown_key(argument, key, where, table.columns)}{found}")
         check_once(table, key, where)
         rows = table.index.get_indexer(self.cells)
@@ -328,9 +326,7 @@ def _counts(
         matrices[layer] = adata.X if layer is None else adata.layers[layer]
     matrix = matrices[layer]
     if matrix is None:
-        layers = layer_names(adata.layers)
-        mend = f"Give {argument}, one of {first_names(layers)}" if layers else f"Put the counts into {owner}.X"
-        raise ValueError(f"{where} is empty. {mend}.")
+        raise ValueError(f"{where} is empty. Raw counts are needed{counts_hint(adata, layer, owner, argument)}")
     if isinstance(matrix, np.ma.MaskedArray):
         raise ValueError(
             f"{where} is a masked array, of which {int(np.ma.count_masked(matrix))} values are hidden. Say what they "
@@ -371,6 +367,8 @@ def counts_hint(owner: Any, layer: str | None, name: str, argument: str | None) 
     layers = first_names(layer_names(owner.layers)) or "none"
     nowhere = f", and none are in {name}: {name}.X, layers ({layers}) and raw were looked at"
     matrix = owner.X if layer is None else owner.layers[layer]
+    if matrix is None:
+        return f"{nowhere}. Put them into {where}."
     values = _first_values(matrix)
     if values.size and values.dtype.kind == "f" and np.isfinite(values).all() and (values >= 0).all():
         rounded = f"{where}.rint()" if hasattr(matrix, "rint") else f"np.rint({where})"

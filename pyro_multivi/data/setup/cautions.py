@@ -19,7 +19,7 @@ from pyro_multivi.data.setup.spec import Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.data.vocabulary import PAIRED, regions_among, spelled
+from pyro_multivi.data.vocabulary import OTHER_ASSAYS, PAIRED, regions_among, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
 _FEW_PAIRED = 50
@@ -41,25 +41,6 @@ _TRIED, _FOUND = 500, 0.5
 _SIGNS = "-_.:#|/"
 _LAST_PART = re.compile(rf"[{_SIGNS}][^{_SIGNS}]+$")
 _FIRST_PART = re.compile(rf"^.*?[{_SIGNS}](?=.*[ACGT]{{8}})")
-# Other feature types of 10x Genomics and usual names of other modalities: that they are ignored is no mistake.
-_OTHER_ASSAYS = frozenset(
-    (
-        "antibody capture",
-        "antigen capture",
-        "crispr guide capture",
-        "custom",
-        "multiplexing capture",
-        "vdj-t",
-        "vdj-b",
-        "prot",
-        "protein",
-        "proteins",
-        "protein_expression",
-        "adt",
-        "hto",
-        "airr",
-    )
-)
 
 
 def cautions(found: Description) -> list[str]:
@@ -310,7 +291,7 @@ def _binary_proteins(found: Description) -> Iterator[str]:
 def _left_out(found: Description) -> Iterator[str]:
     """Features that are of neither modality."""
     setup = found.spec.setup
-    ignored = {kind: size for kind, size in found.opened.ignored.items() if kind.casefold() not in _OTHER_ASSAYS}
+    ignored = {kind: size for kind, size in found.opened.ignored.items() if kind.casefold() not in OTHER_ASSAYS}
     if ignored and found.opened.name == "mdata":
         yield (
             f"{' and '.join(map(repr, ignored))} of mdata.mod ({sum(ignored.values())} features) left out: if it is "

@@ -16,7 +16,7 @@ from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.stores.joined import JoinedMatrix
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, PAIRED, SPELLINGS, regions_among, spelled
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, OTHER_ASSAYS, PAIRED, SPELLINGS, regions_among, spelled
 
 # Words for cells with proteins alone, and their meaning: neither RNA nor ATAC.
 _PROTEINS_ALONE, _NEITHER = ("protein", "proteins", "protein only", "proteins only", "adt"), "neither"
@@ -90,7 +90,7 @@ def find_measured(
         also = "" if stained is None else " nor proteins"
         raise ValueError(
             f"{int(nothing.sum())} of {len(nothing)} cells have nothing measured, neither RNA nor ATAC{also}: "
-            f"{first_names(opened.cells[nothing])}. Drop them: {_how_to_drop(opened, setup)}"
+            f"{first_names(opened.cells[nothing])}. {_taken_for_neither(opened, setup)}{_how_to_drop(opened, setup)}"
         )
     return measured
 
@@ -204,6 +204,25 @@ def _alone(opened: Opened) -> Masks:
     return {modality: mask & one for modality, mask in having.items()}
 
 
+def _taken_for_neither(opened: Opened, setup: Setup) -> str:
+    """The beginning of the advice to drop cells: that features may have a word for RNA or ATAC that is not known."""
+    kinds = [kind for kind in opened.ignored if kind.casefold() not in OTHER_ASSAYS]
+    if not kinds:
+        return "Drop them: "
+    if opened.name == "mdata":
+        place, argument, keys = "mdata.mod", "modalities", {each: f"{each.key}_layer" for each in MODALITIES}
+    else:
+        place, argument = f"adata.var[{setup.feature_type_key!r}]", "feature_type_values"
+        keys = {each: each.features for each in MODALITIES}
+    lacking = [repr(key) for each, key in keys.items() if each not in opened.counts]
+    [key, value] = [lacking[0], repr(kinds[0])] if len(lacking) == len(kinds) == 1 else ["...", "..."]
+    argument += f"={{{key}: {value}}}"
+    return (
+        f"{first_names(kinds)} of {place} count as neither: if they are RNA or ATAC, say so, {argument}; "
+        "else drop these cells: "
+    )
+
+
 def _how_to_drop(opened: Opened, setup: Setup) -> str:
     if opened.name == "mdata":
         sums = " + ".join(
@@ -254,9 +273,9 @@ def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> N
     arguments = [f"n_{modality.features}" for modality in stated]
     if any(number is None for number in stated.values()):
         raise ValueError(
-            f"{everything.owner}.var has no column 'feature_types', which separates genes from regions: give "
-            f"{' and '.join(arguments)}, and the first columns are genes, those behind them regions; or add it: "
-            f"adata.var['feature_types'] = 'Gene Expression' (or 'Peaks')."
+            f"{everything.owner}.var has no column 'feature_types', which tells genes from regions: give "
+            f"{' and '.join(arguments)}, and the first columns are genes, those behind them regions; or name yours in "
+            "the setup, feature_type_key; or add it: adata.var['feature_types'] = 'Gene Expression' (or 'Peaks')."
         )
     numbers = [int(number or 0) for number in stated.values()]
     if min(numbers) < 0 or not 0 < sum(numbers) <= total:

@@ -239,6 +239,23 @@ def gathering(argument: str, key: str, tables: Mapping[str, Any], cells: Any) ->
     return f" Gather it from the modalities, {line}" + ("." if key == name else f", and give {argument}={name!r}.")
 
 
+def elsewhere(argument: str, key: str, tables: Mapping[str, Any], cells: Any) -> str:
+    """The end of an error on a column that modalities of a MuData have: where it is, and how it is taken from there.
+
+    Parameters are those of :func:`gathering`.
+    """
+    parts = [place for place, table in tables.items() if key in table]
+    found = f" It is in {' and in '.join(parts)}." if parts else ""
+    whole = next((place for place in parts if cells.isin(tables[place].index).all()), None)
+    if whole is not None:
+        name = whole.removeprefix("mdata.mod[").removesuffix("].obs")
+        return f"{found} Name that modality in the setup, modalities={{{argument!r}: {name}}}."
+    gathered = gathering(argument, key, tables, cells)
+    if found and not gathered:
+        found += " Put a column with a value for every cell into mdata.obs."
+    return found + gathered
+
+
 def how_to_make(data: object) -> str:
     """The end of an error: how an AnnData is made of a path or of several objects; empty for anything else."""
     if isinstance(data, (str, os.PathLike)):

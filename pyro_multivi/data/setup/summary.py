@@ -156,8 +156,9 @@ def _notes(described: Description) -> list[str]:
             notes.append(f"{place.where} holds values that are not whole: only zero or not zero is used.")
     if spec.kind == "anndata" and not spec.setup.feature_type_key:
         notes.append(
-            "adata.var has no column 'feature_types': all features count as genes until "
-            "MULTIVI(adata, n_genes=..., n_regions=...) says how many, and how many regions come behind them."
+            "adata.var has no column 'feature_types', which tells genes from regions: all features count as genes. If "
+            "some are regions, add it ('Gene Expression' or 'Peaks' for each), name yours (feature_type_key), or say "
+            "how many genes come first and how many regions behind them: MULTIVI(adata, n_genes=..., n_regions=...)."
         )
     for name, known in spec.extra.items():
         size = int(table.extra[name].measured.sum())

@@ -162,9 +162,12 @@ def test_x_or_raw_that_looks_like_counts_is_named(adata):
 
 def test_missing_x(adata):
     empty = ad.AnnData(obs=adata.obs, var=adata.var, layers={"counts": adata.X})
-    with pytest.raises(ValueError, match=r"adata.X is empty. Give layer, one of 'counts'"):
+    with pytest.raises(ValueError, match=r"X is empty. .*layers\['counts'\] looks like counts, give layer='counts'"):
         setup_anndata(empty)
     setup_anndata(empty, layer="counts")
+    del empty.layers["counts"]
+    with pytest.raises(ValueError, match=r"X is empty. .*none are in adata: .* were looked at. Put them into adata.X"):
+        setup_anndata(empty)
 
 
 def test_text_instead_of_numbers(adata):

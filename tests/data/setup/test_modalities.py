@@ -1,3 +1,6 @@
+import ast
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -102,6 +105,15 @@ def test_modality_that_the_object_lacks_is_reported(adata):
 def test_cell_left_with_nothing_by_its_mark(adata):
     with pytest.raises(ValueError, match=r"2 of 6 cells have nothing measured, .*: 'e', 'f'"):
         setup_anndata(adata[:, :2].copy(), modality_key="modality")
+
+
+def test_cells_whose_only_features_have_an_unknown_word(adata):
+    """The cells have been measured: to drop them is the second advice."""
+    adata.var["feature_types"] = adata.var["feature_types"].astype(str).replace("Peaks", "tiles")
+    with pytest.raises(ValueError, match=r"'tiles' of adata.var\['feature_types'\] count as neither") as caught:
+        setup_anndata(adata)
+    values = ast.literal_eval(re.search(r"feature_type_values=(\{.*?\})", str(caught.value))[1])
+    assert setup_anndata(adata, feature_type_values=values).n_regions == 3
 
 
 def test_modality_nobody_has_is_reported(adata):

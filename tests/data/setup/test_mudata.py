@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 from contextlib import nullcontext
@@ -153,9 +154,18 @@ def test_column_of_a_modality_that_lacks_cells(mdata):
         setup_mudata(mdata, batch_key="site", modalities={**RNA, "batch_key": "rna"})
     with pytest.raises(
         ValueError,
-        match=r"batch_key='site' is not in mdata.obs. .*It is in mdata.mod\['rna'\].obs: name it by modalities",
+        match=r"batch_key='site' is not in mdata.obs. .*It is in mdata.mod\['rna'\].obs. Put a column with a value",
     ):
         setup_mudata(mdata, batch_key="site", modalities=RNA)
+
+
+def test_column_of_a_modality_that_has_all_cells(mdata):
+    whole = mdata[mdata.mod["rna"].obs_names].copy()
+    whole.mod["rna"].obs["site"] = "s"
+    with pytest.raises(ValueError, match=r"It is in mdata.mod\['rna'\].obs. Name that modality") as caught:
+        setup_mudata(whole, batch_key="site", modalities=RNA)
+    place = ast.literal_eval(re.search(r"modalities=(\{.*\})\.", str(caught.value))[1])
+    setup_mudata(whole, batch_key="site", modalities={**RNA, **place})
 
 
 @pytest.mark.parametrize(
