@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from pyro_multivi._optional import require
 from pyro_multivi.data.checks import check_choice, check_number, checked
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled
+from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled, statistic_name
 from pyro_multivi.posterior.checks.result import outside
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE = PALETTE[0], PALETTE[5]
 # More points than this make a picture slow and no clearer: a random part is drawn.
 _MOST_POINTS = 4000
+# Columns that name what a row of a table is of.
+_THINGS = ("gene", "region", "feature", "cell")
 
 
 @checked
@@ -51,20 +55,29 @@ def observed_against_replicated(
     part = part.dropna(subset=["observed", "replicated"])
     is_outside = pd.Series(np.logical_or(*outside(part["p_value"], level)), index=part.index)
     n_outside, n = int(is_outside.sum()), len(part)
-    if n > _MOST_POINTS:
-        part = part.sample(_MOST_POINTS, random_state=0)
-        is_outside = is_outside.loc[part.index]
+    part = _drawn(part, "observed")
+    is_outside = is_outside.loc[part.index]
     ax = axes_or_new(ax)
     for chosen, colour, marker, label in (
         (~is_outside, _BLUE, "o", f"inside ({n - n_outside})"),
         (is_outside, _ORANGE, "^", f"outside ({n_outside})"),
     ):
         _draw_points(ax, part[chosen], color=colour, fmt=marker, label=label)
-    _draw_diagonal(ax, part, log)
-    small = {"fontsize": "small", "title_fontsize": "small"}
-    ax.legend(frameon=False, loc="upper left", title=f"{level:.0%} of replicates", **small)
-    name = statistic.replace("_", " ")
+    _draw_diagonal(ax, part[["observed", "replicated"]].to_numpy(), log)
+    # Bars may reach below it: they shine through, and the words stay readable.
+    frame: dict[str, Any] = {"framealpha": 0.8, "edgecolor": "none", "fontsize": "small", "title_fontsize": "small"}
+    ax.legend(loc="upper left", title=f"{level:.0%} of replicates", **frame)
+    name = statistic_name(statistic, unit=True)
     return labelled(ax, f"{name}, replicated", f"{name}, observed")
+
+
+def _drawn(points: pd.DataFrame, height: str) -> pd.DataFrame:
+    """Points to be drawn: the highest, which are few and may be all that fails, and a random part of the others."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    highest = points.nlargest(_MOST_POINTS // 4, height)
+    rest = points.drop(highest.index).sample(_MOST_POINTS - len(highest), random_state=0)
+    return pd.concat([highest, rest])
 
 
 def _draw_points(ax: Axes, points: pd.DataFrame, **style: Any) -> None:
@@ -76,9 +89,8 @@ def _draw_points(ax: Axes, points: pd.DataFrame, **style: Any) -> None:
     ax.errorbar(replicated, observed, xerr=width, markersize=4, markeredgewidth=0, elinewidth=0.6, alpha=0.65, **style)
 
 
-def _draw_diagonal(ax: Axes, points: pd.DataFrame, log: bool | None) -> None:
+def _draw_diagonal(ax: Axes, both: NDArray[Any], log: bool | None, colour: str = "black") -> None:
     """Draw the line of equal values over their range, and make the axes logarithmic where that shows more."""
-    both = points[["observed", "replicated"]].to_numpy()
     both = both[np.isfinite(both)]
     if not both.size:
         return
@@ -91,7 +103,7 @@ def _draw_diagonal(ax: Axes, points: pd.DataFrame, log: bool | None) -> None:
         ax.set_xscale("symlog", linthresh=least)
         ax.set_yscale("symlog", linthresh=least)
     ends = [both.min(), both.max()]
-    ax.plot(ends, ends, color="black", linewidth=1, zorder=3)
+    ax.plot(ends, ends, color=colour, linewidth=1, zorder=3)
 
 
 @checked
@@ -117,19 +129,19 @@ def rootogram(histogram: pd.DataFrame, ax: Axes | None = None, start: int = 0) -
         np.sqrt(histogram[name].to_numpy()) for name in ("observed", "replicated", "lower", "upper")
     )
     ax.bar(count, observed, bottom=expected - observed, width=0.8, color=PALETTE[4], label="observed")
-    ax.fill_between(count, lower, upper, color=_ORANGE, alpha=0.3, linewidth=0)
+    ax.fill_between(count, lower, upper, color=_ORANGE, alpha=0.3, linewidth=0, label="interval of replicates")
     ax.plot(count, expected, color=_ORANGE, marker="o", markersize=4, label="replicated")
     ax.axhline(0, color="black", linewidth=1)
     every = 1 if len(count) <= 10 else 5
     ticks = [tick for tick in count.tolist() if tick % every == 0 and tick + every / 2 < count[-1]]
     ax.set_xticks([*ticks, count[-1]], [*map(str, ticks), f"{count[-1]}+"])
     ax.legend(frameon=False)
-    return labelled(ax, "count", "square root of how often it occurs")
+    return labelled(ax, "count of a gene in a cell", "square root of how often it occurs")
 
 
 @checked
 def calibration_curve(reliability: pd.DataFrame, ax: Axes | None = None, least: int = 100) -> Axes:
-    """Share of regions that were open against the predicted probability.
+    """Share of regions that were open against the predicted probability, with bars of 95 % for the error of counting.
 
     Parameters
     ----------
@@ -185,6 +197,8 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | None = None) -> Axes:
     """Measured against predicted means of the features of a hidden modality, coloured by correlation over cells.
 
+    Features without a correlation, since they do not vary over the cells, are grey.
+
     Parameters
     ----------
     imputed
@@ -206,19 +220,14 @@ def imputed_against_measured(imputed: pd.DataFrame, modality: str, ax: Axes | No
     if not len(part):
         raise KeyError(f"modality={modality!r} was not hidden and predicted in this check.")
     ax = axes_or_new(ax)
-    shown = part.sample(_MOST_POINTS, random_state=0) if len(part) > _MOST_POINTS else part
     # Features that vary most with the prediction on top.
-    shown = shown.sort_values("correlation", na_position="first")
-    points = ax.scatter(
-        shown["imputed"], shown["measured"], c=shown["correlation"].fillna(0), cmap="cividis", s=12, vmin=0, vmax=1
-    )
-    ax.figure.colorbar(points, ax=ax, label="correlation over cells")
-    both = part[["measured", "imputed"]].to_numpy()
-    positive = both[both > 0]
-    if positive.size and positive.max() > 30 * positive.min():
-        ax.set(xscale="log", yscale="log")
-    ends = [positive.min() if positive.size else 0.0, both.max()]
-    ax.plot(ends, ends, color=_ORANGE, linewidth=1)
+    shown = _drawn(part, "measured").sort_values("correlation", na_position="first")
+    colours = require("matplotlib", "plot").colormaps["cividis"].with_extremes(bad="#B0B0B0")
+    style: dict[str, Any] = {"cmap": colours, "vmin": 0, "vmax": 1, "plotnonfinite": True, "s": 12}
+    points = ax.scatter(shown["imputed"], shown["measured"], c=shown["correlation"], **style)
+    lowest = "min" if (shown["correlation"] < 0).any() else "neither"
+    ax.figure.colorbar(points, ax=ax, label="correlation over cells", extend=lowest)
+    _draw_diagonal(ax, shown[["measured", "imputed"]].to_numpy(), None, _ORANGE)
     return labelled(ax, f"mean {modality}, predicted", f"mean {modality}, observed")
 
 
@@ -235,13 +244,15 @@ def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = Non
     ax
         Axes to draw into; default: a new figure.
     """
-    p = _of_statistic(table, statistic)["p_value"].dropna()
+    part = _of_statistic(table, statistic)
+    p = part["p_value"].dropna()
+    things = next((f"{name}s" for name in _THINGS if name in part), "values")
     ax = axes_or_new(ax)
     edges = np.linspace(0, 1, 21)
     ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
-    return labelled(ax, f"p-value, {statistic.replace('_', ' ')}", "number")
+    return labelled(ax, f"p-value, {statistic_name(statistic)}", f"number of {things}")
 
 
 def _of_statistic(table: pd.DataFrame, statistic: str) -> pd.DataFrame:

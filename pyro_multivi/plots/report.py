@@ -34,7 +34,6 @@ from pyro_multivi.processes.group import alone, is_first_process
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Tables of features.
 #: Name of the page within the folder.
 PAGE = "check.html"
 # Width of one panel in inches; pixels per inch on the page, where letters are as large as the text, and in the file.
@@ -220,8 +219,8 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
         Picture(
             "Is predicted accessibility reliable?",
             "Of the regions predicted open with a probability of 20 %, 20 % should be open: points on the "
-            "black line are right, points below it too confident that regions are open. Hidden accessibility was "
-            "predicted from RNA.",
+            "black line are right, points below it too confident that regions are open, points above it not confident "
+            "enough. Bars are 95 % intervals of the shares. Hidden accessibility was predicted from RNA.",
             [partial(plots.calibration_curve, check.reliability)] if len(check.reliability) else [],
         ),
         Picture(
@@ -233,7 +232,8 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
         Picture(
             "Predicted from the other modality, against measured",
             "Each point is a feature. On the line its mean is right, above it the prediction is too low; the colour "
-            "(yellow is good) shows whether the prediction is also high in the right cells.",
+            "(yellow is good, grey: the feature does not vary) shows whether the prediction is also high in the right "
+            "cells.",
             [partial(plots.imputed_against_measured, check.imputed, modality) for modality in hidden],
         ),
         Picture(

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
-def axes_or_new(ax: Axes | None) -> Axes:
-    """The given axes, or those of a new figure."""
+def axes_or_new(ax: Axes | None, height: float | None = None) -> Axes:
+    """The given axes, or those of a new figure, by default as high as matplotlib's, with room for labels and legend."""
     if ax is not None:
         if not hasattr(ax, "transAxes"):
             raise TypeError(f"ax={shown(ax)} is not allowed: give one of matplotlib's Axes, or None for a new figure.")
         return ax
-    made: Axes = require("matplotlib.pyplot", "plot").subplots()[1]
+    figure, made = require("matplotlib.pyplot", "plot").subplots(layout="constrained")
+    if height is not None:
+        figure.set_figheight(max(height, figure.get_figheight()))
     return made
 
 
@@ -60,11 +62,39 @@ def as_written(name: object) -> str:
     return str(name).replace("$", r"\$")
 
 
+def outline() -> Any:
+    """White around letters, which are then readable on points."""
+    return require("matplotlib.patheffects", "plot").withStroke(linewidth=2.5, foreground="white")
+
+
 def labelled(ax: Axes, x: str, y: str, **options: Any) -> Axes:
     """The axes with labels, further properties, and without the frame's top and right sides."""
     ax.set(xlabel=as_written(x), ylabel=as_written(y), **options)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+#: Units of statistics of a predictive check; those of counts are of genes and proteins alone.
+_UNITS = {
+    "mean": "counts",
+    "variance": "counts²",
+    "zero_fraction": "share of cells",
+    "detection_rate": "share of cells",
+    "expression_depth": "counts",
+    "protein_depth": "counts",
+}
+
+
+def statistic_name(statistic: str, unit: bool = False) -> str:
+    """A statistic of a predictive check as a reader would say it, with its unit if that is asked for and known.
+
+    Examples
+    --------
+    >>> statistic_name("zero_fraction", unit=True), statistic_name("cv")
+    ('zero fraction (share of cells)', 'coefficient of variation')
+    """
+    name = "coefficient of variation" if statistic == "cv" else statistic.replace("_", " ")
+    return f"{name} ({_UNITS[statistic]})" if unit and statistic in _UNITS else name
 
 
 def distinct_colours(n: int) -> list[str]:

@@ -69,3 +69,39 @@ def test_settings_differ_without_colour(ax):
     plots.coverage_curve(coverage, ax)
     looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:3]}
     assert len(looks) == 3
+
+
+def test_the_highest_points_are_drawn_of_many(ax):
+    """A few regions are open in most cells: a random part of all regions leaves most of them out."""
+    observed = np.r_[np.full(12_000, 0.02), np.linspace(0.4, 0.9, 20)]
+    regions = pd.DataFrame(
+        {"statistic": "detection_rate", "region": "r", "observed": observed, "replicated": 0.02, "lower": 0.01,
+         "upper": 0.03, "p_value": 0.5}
+    )  # fmt: skip
+    plots.observed_against_replicated(regions, "detection_rate", ax)
+    drawn = np.concatenate([line.get_ydata() for line in ax.get_lines() if line.get_marker() in ("o", "^")])
+    assert len(drawn) == 4000
+    assert (drawn >= 0.4).sum() == 20
+    assert ax.get_ylabel() == "detection rate (share of cells), observed"
+    imputed = pd.DataFrame({"modality": "accessibility", "measured": observed, "imputed": 0.02, "correlation": 0.1})
+    plots.imputed_against_measured(imputed, "accessibility", ax)
+    assert (ax.collections[-1].get_offsets()[:, 1] >= 0.4).sum() == 20
+
+
+def test_imputed_features_without_a_count_or_a_correlation_are_seen(ax):
+    imputed = pd.DataFrame({"modality": "expression", "measured": [0.0, 0.01, 1.0], "imputed": [0.02, 0.02, 1.0],
+                            "correlation": [np.nan, -0.2, 0.9]})  # fmt: skip
+    plots.imputed_against_measured(imputed, "expression", ax)
+    points = ax.collections[-1]
+    points.update_scalarmappable()
+    grey = [points.get_offsets()[place].tolist() for place, colour in enumerate(points.get_facecolors())
+            if len(set(colour[:3])) == 1]  # fmt: skip
+    assert grey == [[0.02, 0.0]]
+    # Zero has a place on the axes.
+    assert np.isfinite(ax.transData.transform([0.02, 0.0])).all()
+    assert points.colorbar.extend == "min"
+
+
+def test_what_is_counted_is_named(ax):
+    plots.p_value_histogram(table([0.1, 0.9]), "mean", ax)
+    assert ax.get_ylabel() == "number of genes"
