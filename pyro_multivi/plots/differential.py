@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_multivi.data.checks import checked
-from pyro_multivi.plots.style import PALETTE, as_written, axes_or_new, check_table, labelled
+from pyro_multivi.plots.style import PALETTE, as_written, axes_or_new, check_table, distinct_colours, labelled, outline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Height of a row of small letters in inches, and of one of names below each other at bars.
+_ROW, _BAR = 0.11, 0.14
+# From a name to its point.
+_LINE: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.5, "color": "#555555", "shrinkA": 0, "shrinkB": 0}
 _CHANGE_LABELS = {
-    "lfc_mean": "change of expression, group 1 over group 2",
-    "change_mean": "change of accessibility, group 1 over group 2",
+    "lfc_mean": "change of expression (lfc_mean), group 1 over group 2",
+    "change_mean": "change of accessibility (change_mean), group 1 over group 2",
 }
 
 
@@ -62,13 +66,29 @@ def volcano(table: pd.DataFrame, comparison: str | None = None, ax: Axes | None 
     ):
         label = f"{kind} ({int(chosen.sum())})"
         ax.scatter(x[chosen], y[chosen], s=14, alpha=0.7, linewidths=0, color=colour, marker=marker, label=label)
+    # Of a row of names, in units of the vertical axis.
+    row = _ROW * np.ptp(ax.get_ylim()) * ax.figure.dpi / ax.get_window_extent().height
     for side in (x, -x):
         candidates = np.flatnonzero(hit & (side > 0))
-        for place in candidates[np.argsort(-side[candidates], kind="stable")][: (n_labels + 1) // 2]:
-            name = as_written(table.index[place])
-            ax.annotate(name, (x[place], y[place]), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    ax.legend(frameon=False, fontsize=8)
-    return labelled(ax, _CHANGE_LABELS[change], "log Bayes factor", title=as_written(comparison or ""))
+        chosen = candidates[np.argsort(-side[candidates], kind="stable")][: (n_labels + 1) // 2]
+        height = np.inf
+        # Each below the one before, and written towards the middle: at the edge a long name would leave the axes. Of
+        # points side by side the outer one has the lowest name, so that no line crosses a name.
+        for place in chosen[np.lexsort((side[chosen], -y[chosen]))]:
+            height = min(y[place], height - row)
+            right = x[place] > 0
+            ax.annotate(
+                as_written(table.index[place]),
+                (x[place], y[place]),
+                (x[place] - (1 if right else -1) * 0.01 * np.ptp(ax.get_xlim()), height),
+                ha="right" if right else "left",
+                va="center",
+                fontsize=7,
+                path_effects=[outline()],
+                arrowprops={**_LINE, "relpos": (float(right), 0.5)},
+            )
+    ax.legend(framealpha=0.8, edgecolor="none", fontsize=8)
+    return labelled(ax, _CHANGE_LABELS[change], "natural log of the Bayes factor", title=as_written(comparison or ""))
 
 
 @checked
@@ -94,17 +114,17 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
     if higher.empty:
         raise ValueError("No feature of the table is called as higher in group 1: there is nothing to draw.")
     names = higher["comparison"] if "comparison" in higher else pd.Series("", index=higher.index)
-    ax = axes_or_new(ax)
+    of_comparison = [higher[names.to_numpy() == name].nlargest(n, change) for name in names.unique()]
+    ax = axes_or_new(ax, height=_BAR * sum(map(len, of_comparison)) + 1)
     labels: list[str] = []
     bars = []
-    for number, name in enumerate(names.unique()):
-        rows = higher[names.to_numpy() == name].nlargest(n, change)
+    for rows, colour in zip(of_comparison, distinct_colours(len(of_comparison)), strict=True):
         place = np.arange(len(labels), len(labels) + len(rows))
         drawn = ax.barh(
             place,
             rows[change],
             xerr=rows[change.replace("_mean", "_std")],
-            color=PALETTE[number % len(PALETTE)],
+            color=colour,
             error_kw={"elinewidth": 1, "ecolor": "#555555"},
         )
         bars.append(drawn)
@@ -115,7 +135,7 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
         # Given explicitly: of labels of bars, matplotlib leaves out those that begin with an underscore.
         texts = [as_written(name) for name in names.unique()]
         ax.legend(bars, texts, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return labelled(ax, f"{_CHANGE_LABELS[change]}, with its standard deviation", "")
+    return labelled(ax, f"{_CHANGE_LABELS[change]},\nwith its standard deviation", "")
 
 
 def _columns(table: pd.DataFrame) -> tuple[str, str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from pyro_multivi import MULTIVI, plots, simulate_multiome
 
 figure = pytest.importorskip("matplotlib.figure")
+Text = pytest.importorskip("matplotlib.text").Text
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +96,34 @@ def test_tables_that_cannot_be_drawn_are_refused(fitted, ax):
     assert plots.volcano(table[:0], ax=ax) is plots.volcano(table[:0].drop(columns=["comparison"]), ax=ax)
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.top_features(table.assign(**{"is_de_fdr_0.05": False}), ax=ax)
+
+
+def test_names_in_a_volcano_do_not_lie_on_each_other(ax):
+    """Points with the greatest Bayes factor stand side by side."""
+    change = np.r_[np.linspace(-2, -1, 20), np.linspace(1, 2, 20)]
+    table = pd.DataFrame(
+        {"lfc_mean": change, "bayes_factor": 18.4, "is_de_fdr_0.05": True}, index=[f"ENSG{n:011d}" for n in range(40)]
+    )
+    plots.volcano(table, ax=ax)
+    ax.figure.draw_without_rendering()
+    # Of an annotation the box would hold its line too, which is upright beside the names.
+    texts = [Text.get_window_extent(text) for text in ax.texts]
+    assert len(texts) == 10
+    assert not [1 for one, other in itertools.combinations(texts, 2) if one.overlaps(other)]
+
+
+def test_top_features_of_many_comparisons_have_colours_and_rows_of_their_own():
+    names = np.repeat([f"type {number} vs Rest" for number in range(30)], 5)
+    table = pd.DataFrame(
+        {"comparison": names, "lfc_mean": 1.0, "lfc_std": 0.1, "is_de_fdr_0.05": True},
+        index=[f"gene {number}" for number in range(150)],
+    )
+    ax = plots.top_features(table)
+    ax.figure.draw_without_rendering()
+    assert len({bar.get_facecolor() for bar in ax.patches}) == 30
+    rows = [label.get_window_extent() for label in ax.get_yticklabels()]
+    assert not [1 for one, other in itertools.pairwise(rows) if one.overlaps(other)]
+    # Nothing is cut off at the edges of a figure of its own.
+    whole = ax.figure.bbox
+    assert min(row.x0 for row in rows) >= whole.x0
+    assert ax.get_legend().get_window_extent().x1 <= whole.x1
