@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pyro_multivi._optional import require
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.checks import shown as shown_value
-from pyro_multivi.plots.style import PALETTE, as_latent, as_written, axes_or_new, distinct_colours, labelled
+from pyro_multivi.plots.style import PALETTE, as_latent, as_written, axes_or_new, distinct_colours, labelled, outline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 _MOST_CATEGORIES = 60
 # Of fewer cells there are no neighbours to be kept.
 _FEWEST_CELLS = 4
+# Letters of a label beside the unit on one line.
+_SHORT = 16
 # Letters of an entry of the legend, and the width of one in inches.
 _LONGEST, _LETTER = 26, 0.07
+# Height of the labels of an axis, size of a number at cells, both in inches; cells of a category tried for its number.
+_LABELS, _NUMBER, _TRIED = 0.5, np.array([0.17, 0.12]), 100
 #: Look of a legend with many entries.
 COMPACT: dict[str, Any] = {"frameon": False, "fontsize": "small", "handletextpad": 0.1, "columnspacing": 0.8}
 _MISSING, _OTHER = "#D9D9D9", "#8C8C8C"
@@ -164,19 +168,43 @@ def _draw_categories(
         require("matplotlib.lines", "plot").Line2D([], [], linestyle="", marker="o", markersize=5, color=colour)
         for _, colour in entries
     ]
-    texts = [as_written(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…") for text, _ in entries]
-    if numbered:
-        # Below, in as many columns as there is room for: beside it they would leave none for the cells.
-        columns = legend_columns(texts, ax.get_window_extent().width / ax.figure.dpi)
-        ax.legend(handles, texts, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, **COMPACT)
-    else:
+    texts = [as_written(_shortened(text)) for text, _ in entries]
+    if not numbered:
         ax.legend(handles, texts, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handletextpad=0.1)
-    outline = require("matplotlib.patheffects", "plot").withStroke(linewidth=2.5, foreground="white")
-    for place in range(len(names) if numbered else 0):
+        return
+    # Below, in as many columns as there is room for: beside it they would leave none for the cells.
+    size = np.array([ax.get_window_extent().width, ax.get_window_extent().height]) / ax.figure.dpi
+    columns = legend_columns(texts, size[0])
+    below = require("matplotlib.transforms", "plot").ScaledTranslation(0, -_LABELS, ax.figure.dpi_scale_trans)
+    place_of: dict[str, Any] = {"bbox_to_anchor": (0.5, 0), "bbox_transform": ax.transAxes + below}
+    ax.legend(handles, texts, loc="upper center", ncols=columns, **place_of, **COMPACT)
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "weight": "bold"}
+    for place, (x, y) in enumerate(_places_of_numbers(xy, code, len(names), np.ptp(xy, axis=0) * _NUMBER / size)):
+        ax.text(x, y, str(place + 1), path_effects=[outline()], **style)
+
+
+def _places_of_numbers(xy: Any, code: NDArray[Any], n: int, room: NDArray[Any]) -> list[NDArray[Any]]:
+    """A cell of each category near its median, not where the number of another stands if there is room elsewhere."""
+    taken: list[NDArray[Any]] = []
+    for place in range(n):
         cells = xy[code == place]
         # At one of its cells: the median of two clusters lies between them.
-        x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
-        ax.text(x, y, str(place + 1), ha="center", va="center", fontsize=8, weight="bold", path_effects=[outline])
+        near = cells[np.argsort(np.linalg.norm(cells - np.median(cells, axis=0), axis=1), kind="stable")]
+        tried = near[:: 1 + len(near) // _TRIED]
+        free = (cell for cell in tried if not any((np.abs(other - cell) < room).all() for other in taken))
+        taken.append(next(free, near[0]))
+    return taken
+
+
+def _shortened(name: str) -> str:
+    """A name for the legend, cut in its middle: names of one kind often differ at their end.
+
+    Examples
+    --------
+    >>> _shortened("CD8+ effector memory T cell 12")
+    'CD8+ effector m…T cell 12'
+    """
+    return name if len(name) <= _LONGEST else f"{name[:15]}…{name[-9:]}"
 
 
 def legend_columns(texts: Sequence[str], width: float) -> int:
@@ -216,9 +244,11 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
     ax = axes_or_new(ax)
     for place, name in enumerate(found):
         values = history[name][name].dropna()
-        ax.plot(
-            values.index + 1, values, color=PALETTE[place], linestyle=("-", "--")[place], label=name.rsplit("_", 1)[1]
-        )
+        # A line of a single epoch would not be seen.
+        style: dict[str, Any] = {"marker": "o" if len(values) == 1 else "", "label": name.rsplit("_", 1)[1]}
+        ax.plot(values.index + 1, values, color=PALETTE[place], linestyle=("-", "--")[place], **style)
+    ax.xaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator("auto", integer=True))
     ax.legend(frameon=False)
     label = "minus ELBO" if quantity == "elbo" else quantity.replace("_", " ")
-    return labelled(ax, "epoch", f"{label} (nats per cell)")
+    # Long names in two lines, for low axes.
+    return labelled(ax, "epoch", f"{label}{' ' if len(label) <= _SHORT else chr(10)}(nats per cell)")

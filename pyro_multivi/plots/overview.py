@@ -13,7 +13,7 @@ from pyro_multivi._optional import require
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.checks import shown as shown_value
 from pyro_multivi.plots.latent import COMPACT, latent_scatter, legend_columns, training_history
-from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, check_table, labelled
+from pyro_multivi.plots.style import PALETTE, as_latent, axes_or_new, check_table, labelled, statistic_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,8 @@ _WIDTH, _HEIGHT, _ROW = 12, 8, 0.17
 def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Share of each statistic outside the central interval of its replicates, beside the share expected.
 
+    Bars are blue, orange where the statistic fails, and grey where there is no test.
+
     Parameters
     ----------
     summary
@@ -42,19 +44,21 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     whole = summary[~summary["table"].str.contains(" by ")]
     # Of very few values the share outside says nothing, unless they fail.
-    shown = whole[(whole["n"] >= _FEWEST) | whole["fails"].fillna(False).astype(bool)]
+    shown = whole[(whole["n"] >= _FEWEST) | whole["fails"].astype("boolean").fillna(False)]
     share = 100 * (shown["data_above"] + shown["data_below"]).to_numpy(dtype=float)
     names = [
         f"{name}, {table}" if table not in name else name
-        for name, table in zip(shown["statistic"].str.replace("_", " "), shown["table"], strict=True)
+        for name, table in zip(map(statistic_name, shown["statistic"]), shown["table"], strict=True)
     ]
     place = np.arange(len(shown))[::-1]
     colours = [_GREY if pd.isna(fails) else _ORANGE if fails else _BLUE for fails in shown["fails"]]
     ax.barh(place, share, color=colours, height=0.7)
-    for at, value in zip(place, share, strict=True):
-        ax.text(value, at, f" {value:.0f} %", va="center", fontsize="small")
-    ax.set_yticks(place, names)
     expected = 100 * float(shown["expected"].mean()) if len(shown) else 0.0
+    for at, value, n in zip(place, share, shown["n"], strict=True):
+        # Of a single value, 100 % would say more than there is.
+        text = f"{value:.0f} %" if n >= _FEWEST else f"{round(value * n / 100)} of {n}"
+        ax.text(max(value, expected), at, f" {text}", va="center", fontsize="small")
+    ax.set_yticks(place, names)
     ax.axvline(expected, color="black", linewidth=1, linestyle=":")
     end = max(4 * expected, 1.2 * share.max(initial=0))
     ax.set_xlim(0, end)
@@ -62,7 +66,8 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= min(end, 100)])
     tested = whole["fails"].dropna()
     title = f"predictive check: {int(tested.astype(bool).sum())} of {len(tested)} fail"
-    return labelled(ax, f"% outside replicates\n(dotted: {expected:.0f} % expected)", "", title=title)
+    look = "orange: fails, grey: no test" if shown["fails"].isna().any() else "orange: fails"
+    return labelled(ax, f"% outside replicates\n(dotted: {expected:.0f} % expected,\n{look})", "", title=title)
 
 
 @checked

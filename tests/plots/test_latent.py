@@ -1,6 +1,7 @@
 """Pictures of the latent space and of training: what they draw."""
 
 import io
+import itertools
 import sys
 
 import numpy as np
@@ -59,6 +60,24 @@ def test_latent_scatter_numbers_labels_past_the_palette(ax):
     # Its number stands at a cell of each category.
     places = {text.get_text(): text.get_position() for text in ax.texts}
     assert places["13"] == pytest.approx(tuple(latent[12]), abs=1.5)
+
+
+def test_numbers_of_categories_lie_beside_each_other_where_there_is_room(ax):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([f"batch {number}" for number in range(12)], 200)
+    plots.latent_scatter(rng.normal(size=(len(labels), 2)), labels, ax)
+    ax.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 12
+    assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0
+
+
+def test_long_names_are_cut_in_the_middle(ax):
+    names = [f"CD4+ central memory T cell, subset {number}" for number in range(3)]
+    plots.latent_scatter(np.eye(3)[:, :2], names, ax)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(set(texts)) == 3
 
 
 def test_more_categories_than_can_be_told_apart_are_one_colour(ax):
@@ -140,6 +159,17 @@ def test_check_summary_has_a_bar_for_each_statistic_of_enough_values_or_that_fai
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 40, 100])
     assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
     assert ax.get_title() == "predictive check: 2 of 4 fail"
+    # Of a single value no share is told, and no number stands on the line of the share expected.
+    assert [text.get_text().strip() for text in ax.texts] == ["6 %", "40 %", "1 of 1"]
+    assert all(text.get_position()[0] >= 5 for text in ax.texts)
+
+
+def test_check_summary_of_a_table_read_from_a_file(ax):
+    """Verdicts with gaps are then objects."""
+    table = summary()
+    table["fails"] = [False, None, True, False]
+    plots.check_summary(table.astype({"fails": object}), ax)
+    assert "grey: no test" in ax.get_xlabel()
 
 
 @pytest.mark.parametrize("n_types", [4, 45])
@@ -169,5 +199,8 @@ def test_training_history_draws_both_splits(ax):
     train, validation = ax.get_lines()
     assert train.get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
     assert validation.get_xydata().tolist() == [[1, 4], [3, 2]]
+    assert {train.get_marker(), validation.get_marker()} == {""}
+    plots.training_history({"elbo_train": pd.DataFrame({"elbo_train": [3.0]})}, "elbo", ax)
+    assert ax.get_lines()[-1].get_marker() == "o"
     with pytest.raises(KeyError, match="'kl' was not recorded; recorded are elbo"):
         plots.training_history(history, "kl", ax)
