@@ -113,8 +113,8 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fully-paired",
         action=argparse.BooleanOptionalAction,
-        help="learn the states from both modalities together, without the two penalties below (default: where every "
-        "cell has both, and there are no proteins)",
+        help="learn the states from all modalities together, without the two penalties below (default: where every "
+        "cell has all that the data have of RNA, ATAC and proteins, two or more)",
     )
     train.add_argument(
         "--mixing-weight",
@@ -147,7 +147,10 @@ def command_parser() -> argparse.ArgumentParser:
     )
     differential.add_argument("model", type=_path, help="folder of a saved model")
     differential.add_argument(
-        "data", nargs="*", metavar="DATA", help="its data, as for train; not needed if the folder holds them"
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="its data, as for train, or demo for the built-in cells; not needed if the folder holds them",
     )
     _add_data(differential)
     differential.add_argument("--groupby", required=True, help="obs column of the groups")
