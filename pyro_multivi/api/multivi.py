@@ -22,7 +22,7 @@ from pyro_multivi.api.training import TrainingMixin
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.data.checks import caution, check_mapping, checked
 from pyro_multivi.data.fragments.checks import check_fragments, fragment_cautions
-from pyro_multivi.data.modality import MODALITIES, RNA
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA
 from pyro_multivi.data.setup.register import setup_anndata, setup_mudata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.datasets.stores.open import open_stores
@@ -219,10 +219,12 @@ class MULTIVI(
 
     def __repr__(self) -> str:
         config = self.program.config
-        also = "".join(f", {config.extra[each.name]} {each.name}" for each in self.program.modelled_extra)
+        names = [each.name for each in self.program.modelled_extra]
+        also = "".join(f", {config.extra[name]} {'proteins' if name == PROTEIN else name}" for name in names)
+        batches = f"{config.n_batch} batch{'es' * (config.n_batch != 1)}"
         trained = f"trained for {self._history.n_epochs} epochs" if self.is_trained else "not trained"
         return (
             f"MULTIVI: {config.n_genes} genes ({config.gene_likelihood}, dispersion {config.dispersion}), "
-            f"{config.n_regions} regions ({config.accessibility_likelihood}), {config.n_batch} batches{also}; "
+            f"{config.n_regions} regions ({config.accessibility_likelihood}), {batches}{also}; "
             f"latent {config.latent}, hidden {config.hidden}; {trained}"
         )

@@ -61,7 +61,7 @@ def _state_batch(query: Any, key: str | None, batch: str | None) -> None:
             )
         return
     if key is None:
-        raise ValueError(f"--batch {batch}: the model was trained without batches. Leave it out.")
+        raise ValueError(f"--batch {batch}: the model was trained without batches. Leave --batch out.")
     if key in query.obs:
-        raise ValueError(f"--batch {batch}: the query has a column {key!r} of batches. Leave it out.")
+        raise ValueError(f"--batch {batch}: the query has a column {key!r} of batches. Leave --batch out.")
     query.obs[key] = batch

@@ -86,6 +86,8 @@ def test_repr_tells_the_sizes(ready, small):
         "MULTIVI: 40 genes (zinb, dispersion gene), 60 regions (bernoulli), 2 batches; latent 2"
     )
     assert "not trained" in repr(model)
+    pm.MULTIVI.setup_anndata(ready, modality_key="modality")
+    assert ", 1 batch; latent 2" in repr(small(ready))
 
 
 # ---------------------------------------------------------------------- what every method holds to

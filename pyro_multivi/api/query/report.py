@@ -90,7 +90,8 @@ class QueryReport:
         return cls(**{entry.name: {str(key): int(n) for key, n in found[entry.name].items()} for entry in fields(cls)})
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{size} {pattern}" for pattern, size in self.n_cells.items() if size)
+        alone = {modality.name: f"{modality.assay} only" for modality in MODALITIES}
+        sizes = ", ".join(f"{size} {alone.get(pattern, pattern)}" for pattern, size in self.n_cells.items() if size)
         lines = ["pyro-multivi query", f"  cells       {sum(self.n_cells.values())}: {sizes}"]
         for name, number in self.shared.items():
             lines.append(

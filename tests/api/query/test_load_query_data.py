@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -214,6 +215,8 @@ def test_missing_features_are_counted_and_unknown_ones_left_out(world):
     assert report.unknown == {"genes": 1, "regions": 0}
     assert report.new_batches == {"batch_2": len(query)}
     assert "17 shared" in str(report)
+    # In the words of the setup's report.
+    assert re.search(r"\d+ paired, \d+ RNA only, \d+ ATAC only\n", str(report))
     assert query.n_vars == 48
 
 
