@@ -17,6 +17,7 @@ from pyro_multivi.data.fragments.reads import make_fragments
 from pyro_multivi.data.modality import ATAC, Modality
 from pyro_multivi.data.setup.adapter import Counts, Opened, open_data
 from pyro_multivi.data.setup.masks.panels import numbers_of_cells
+from pyro_multivi.data.setup.modalities import unknown_kinds
 from pyro_multivi.data.setup.options import Setup
 from pyro_multivi.data.stores.sums import Sums, sums_of
 from pyro_multivi.data.vocabulary import PAIRED, spelled
@@ -85,10 +86,12 @@ def prepare(data: Any, setup: Setup, options: argparse.Namespace, choose: Choice
     if not cells.any():
         raise ValueError(f"--min-counts {options.min_counts} leaves no cell: give a smaller number.")
     if empty.any():
+        kinds = first_names(unknown_kinds(opened))
+        word = f"{kinds} count as neither RNA nor ATAC: if they are, say so by --rna or --atac. " if kinds else ""
         raise ValueError(
-            f"{int(empty.sum())} of {n} cells have no count: {first_names(opened.cells[empty])}. Leave such cells out "
-            "with --min-counts 1, or the empty barcodes of a raw_feature_bc_matrix with --min-counts 500 or another "
-            "least number of counts; or give filtered_feature_bc_matrix."
+            f"{int(empty.sum())} of {n} cells have no count: {first_names(opened.cells[empty])}. {word}Leave such "
+            "cells out with --min-counts 1, or the empty barcodes of a raw_feature_bc_matrix with --min-counts 500 or "
+            "another least number of counts; or give filtered_feature_bc_matrix."
         )
     kept = {}
     for modality, found in detected.items():

@@ -177,6 +177,17 @@ def write_10x(path, x, n_genes=12):
             file[f"matrix/{name}"] = values
 
 
+def test_cells_whose_only_features_have_an_unknown_word_are_no_empty_barcodes(cells, run):
+    x = cells.X.toarray()
+    x[:5, :12] = 0
+    cells.X = sp.csr_matrix(x)
+    cells.var["feature_types"] = cells.var["feature_types"].astype(str).replace("Peaks", "tiles")
+    error = run(cells)[2]
+    assert "5 of 40 cells have no count" in error
+    assert "'tiles' count as neither RNA nor ATAC: if they are, say so by --rna or --atac." in error
+    assert run(cells, "--atac", "tiles")[0].spec.n_regions == 20
+
+
 def test_empty_barcodes_are_left_out_by_an_option(cells, run):
     x = cells.X.toarray().astype(int)
     x[::4] = 0

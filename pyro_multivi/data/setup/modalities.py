@@ -204,9 +204,14 @@ def _alone(opened: Opened) -> Masks:
     return {modality: mask & one for modality, mask in having.items()}
 
 
+def unknown_kinds(opened: Opened) -> list[str]:
+    """Feature types, or modalities of a MuData, that may be RNA or ATAC by a word that is not known."""
+    return [kind for kind in opened.ignored if kind.casefold() not in OTHER_ASSAYS]
+
+
 def _taken_for_neither(opened: Opened, setup: Setup) -> str:
     """The beginning of the advice to drop cells: that features may have a word for RNA or ATAC that is not known."""
-    kinds = [kind for kind in opened.ignored if kind.casefold() not in OTHER_ASSAYS]
+    kinds = unknown_kinds(opened)
     if not kinds:
         return "Drop them: "
     if opened.name == "mdata":
