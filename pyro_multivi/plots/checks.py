@@ -189,7 +189,8 @@ def coverage_curve(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for place, ((setting, counts), part) in enumerate(coverage.groupby(["setting", "counts"], sort=False)):
         ax.plot(part["nominal"], part["covered"], **_look(place), markersize=4, label=f"{setting}, {counts}")
     ax.plot([0, 1], [0, 1], color="black", linewidth=1)
-    ax.legend(frameon=False)
+    # Of the two corners that the curves leave free.
+    ax.legend(loc="lower right", fontsize="small", framealpha=0.8, edgecolor="none")
     return labelled(ax, "probability of the interval", "share of counts inside, observed", xlim=(0, 1), ylim=(0, 1))
 
 
@@ -250,6 +251,7 @@ def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = Non
     ax = axes_or_new(ax)
     edges = np.linspace(0, 1, 21)
     ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
+    ax.yaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator("auto", integer=True))
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
     return labelled(ax, f"p-value, {statistic_name(statistic)}", f"number of {things}")
@@ -267,5 +269,6 @@ def _of_statistic(table: pd.DataFrame, statistic: str) -> pd.DataFrame:
 
 def _look(place: int) -> dict[str, Any]:
     """Colour, line and marker of a curve."""
-    place %= 4
-    return {"color": PALETTE[(0, 5, 2, 3)[place]], "linestyle": ("-", "--", ":", "-.")[place], "marker": "osD^"[place]}
+    # As many colours as are dark enough on white, and other numbers of lines and markers: no two curves look alike.
+    colour, line = PALETTE[(0, 5, 2, 3, 1, 4, 7)[place % 7]], ("-", "--", ":", "-.")[place % 4]
+    return {"color": colour, "linestyle": line, "marker": "osD^vPX*"[place % 8]}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREY = PALETTE[0], PALETTE[5], "#B0B0B0"
 # Fewest values of a statistic that has a bar.
 _FEWEST = 10
+# Most bars that have names in letters of the usual size.
+_LOOSE = 10
 # Size of the figure in inches, and height of a row of a legend below it.
 _WIDTH, _HEIGHT, _ROW = 12, 8, 0.17
 
@@ -48,7 +50,9 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
     share = 100 * (shown["data_above"] + shown["data_below"]).to_numpy(dtype=float)
     names = [
         f"{name}, {table}" if table not in name else name
-        for name, table in zip(map(statistic_name, shown["statistic"]), shown["table"], strict=True)
+        for name, table in zip(
+            map(statistic_name, shown["statistic"]), shown["table"].str.removeprefix("extra: "), strict=True
+        )
     ]
     place = np.arange(len(shown))[::-1]
     colours = [_GREY if pd.isna(fails) else _ORANGE if fails else _BLUE for fails in shown["fails"]]
@@ -58,7 +62,7 @@ def check_summary(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
         # Of a single value, 100 % would say more than there is.
         text = f"{value:.0f} %" if n >= _FEWEST else f"{round(value * n / 100)} of {n}"
         ax.text(max(value, expected), at, f" {text}", va="center", fontsize="small")
-    ax.set_yticks(place, names)
+    ax.set_yticks(place, names, fontsize="medium" if len(shown) <= _LOOSE else "small")
     ax.axvline(expected, color="black", linewidth=1, linestyle=":")
     end = max(4 * expected, 1.2 * share.max(initial=0))
     ax.set_xlim(0, end)

@@ -65,10 +65,11 @@ def test_pictures_draw_into_the_axes_given(ax):
 
 
 def test_settings_differ_without_colour(ax):
-    coverage = pd.DataFrame({"setting": ["a", "b", "c"], "counts": "all", "nominal": 0.5, "covered": [0.4, 0.5, 0.6]})
+    settings = [*"abcdefgh"]
+    coverage = pd.DataFrame({"setting": settings, "counts": "all", "nominal": 0.5, "covered": np.linspace(0.4, 0.6, 8)})
     plots.coverage_curve(coverage, ax)
-    looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:3]}
-    assert len(looks) == 3
+    looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:8]}
+    assert len(looks) == 8
 
 
 def test_the_highest_points_are_drawn_of_many(ax):

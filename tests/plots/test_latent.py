@@ -164,6 +164,19 @@ def test_check_summary_has_a_bar_for_each_statistic_of_enough_values_or_that_fai
     assert all(text.get_position()[0] >= 5 for text in ax.texts)
 
 
+@pytest.mark.parametrize("n", [4, 14])
+def test_names_of_bars_lie_below_each_other(n):
+    rows = [{**summary().iloc[0], "statistic": f"statistic {place}", "table": "extra: protein"} for place in range(n)]
+    history = {"elbo_train": pd.DataFrame({"elbo_train": [3.0, 2.0]})}
+    xy = np.random.default_rng(0).normal(size=(30, 2))
+    made = plots.overview(xy, "t-SNE", {"a": np.zeros(30), "b": np.zeros(30)}, history, pd.DataFrame(rows))
+    made.draw_without_rendering()
+    names = made.axes[-1].get_yticklabels()
+    assert names[0].get_text() == "statistic 0, protein"
+    boxes = [name.get_window_extent() for name in names]
+    assert not [1 for one, other in itertools.pairwise(boxes) if one.overlaps(other)]
+
+
 def test_check_summary_of_a_table_read_from_a_file(ax):
     """Verdicts with gaps are then objects."""
     table = summary()
