@@ -180,9 +180,10 @@ class DifferentialMixin(ModelBase):
         - The sum of the counts of a group is negative binomial, with a dispersion between cells that is estimated in
           each group and shrunk over genes; the number of cells in which a region is open is binomial. Depth multiplies
           the mean of counts, and the rate of opening -log(1 - p): a region is closed in a cell without any of its
-          fragments, so that p is proportional to the depth only far from 1. A likelihood ratio tests whether both
-          groups share a mean; of counts with the tails of a t distribution where cells are few. To each group one cell
-          of the common mean is added. The change over its error is that test's score.
+          fragments, so that p is proportional to the depth only far from 1. A group is as deep as its totals say: the
+          sum of its counts, or its number of open regions beside that of the model. A likelihood ratio tests whether
+          both groups share a mean; of counts with the tails of a t distribution where cells are few. To each group one
+          cell of the common mean is added. The change over its error is that test's score.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt from all genes
           (adaptive shrinkage, ash), so that the probabilities hold also for the genes picked as largest. Where a few
           genes take a larger share of the counts, all others have a smaller one: of log-fold changes the centre of the

@@ -31,6 +31,7 @@ from pyro_multivi.posterior.differential.group_means import (
     compare_counts,
     counts_of_group,
     probability_larger,
+    scattered,
     statistics_of_posterior,
     t_ratio,
 )
@@ -351,7 +352,7 @@ def _compare_two_means(
             for group, sizes in zip(shared.pseudobulk[number], map(shared.sizes, groups), strict=True)
         )
         statistics = _change_statistics(shared, specification, change, error, common_error * t_ratio(cells - 1))
-    statistics = {name: _scattered(values, known) for name, values in statistics.items()}
+    statistics = {name: scattered(values, known) for name, values in statistics.items()}
     few = np.any([(group.n_cells > 0) & (group.n_cells < LEAST_CELLS) for group in shared.pseudobulk[number]], axis=0)
     statistics = {name: np.where(few, np.nan, values) for name, values in statistics.items()}
     statistics = {"mean1": drawn[0].mean, "mean2": drawn[1].mean, **statistics}
@@ -359,13 +360,6 @@ def _compare_two_means(
         rows = request.features.cpu().numpy()
         statistics = {name: values[rows] for name, values in statistics.items()}
     return Comparison(statistics, shared.pseudobulk[number], delta, pseudocounts)
-
-
-def _scattered(values: Array, known: NDArray[np.bool_]) -> Array:
-    """Values of some features among all, NaN elsewhere, (F,)."""
-    found = np.full(len(known), np.nan)
-    found[known] = values
-    return found
 
 
 def _counts_of(
@@ -377,6 +371,9 @@ def _counts_of(
     expected = [moments[shared.key_of_counts(key)].expected * factors for key in group]
     means = [moments[key].mean * factor for key in group]
     sums = [shared.sums[key.part] for key in group]
+    # Depths that came with the data are known. Those of other counts are read off their totals.
+    if modality.binary and shared.source.table.atac_size is None:
+        expected = [part.at_depth_of_counts(each) for part, each in zip(sums, expected, strict=True)]
     return counts_of_group(sums, means, expected, shared.sizes(group), modality)
 
 

@@ -12,7 +12,12 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit, xlog1py, xlogy
 
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.posterior.differential.effect import Change, Statistics, StatisticsByBlock, TestSpecification
-from pyro_multivi.posterior.differential.raw_counts import PseudobulkSums
+from pyro_multivi.posterior.differential.raw_counts import (
+    MOST_OPEN,
+    PseudobulkSums,
+    probability_open,
+    rate_of_opening,
+)
 from pyro_multivi.posterior.differential.shrinkage import ChangePosterior
 from pyro_multivi.posterior.engine.decode import BLOCK
 from pyro_multivi.processes.group import current
@@ -28,8 +33,6 @@ _LEAST_SCORE, _LEAST_TAIL = 1e-3, 1e-300
 _LEAST_EXPECTED = 1e-6
 # Rounds of the weights of two means in the common one, on which they hardly depend, and of that of rates of opening.
 _ROUNDS, _OPEN_ROUNDS = 8, 16
-# Largest probability of being open: its rate of opening is 28.
-_MOST_OPEN = 1 - 1e-12
 # Cells that the dispersion of both groups counts as beside that of one, and degrees of freedom that all features
 # lend one. By measurement: with more, three cells of 400 alike are called; with less, twenty cells lose power.
 _PRIOR_CELLS, _PRIOR_FREEDOM = 2, 10
@@ -98,7 +101,7 @@ class TestedMeans:
 
     def divided_by(self, factor: Array) -> TestedMeans:
         """The test of means over a number of each feature, (F,), that leaves a probability a probability."""
-        most = np.where(factor < 1, _MOST_OPEN, np.inf)
+        most = np.where(factor < 1, MOST_OPEN, np.inf)
         first, second, common = (np.minimum(mean / factor, most) for mean in (*self.means, self.common))
         return TestedMeans((first, second), common, (self.errors[0] / factor, self.errors[1] / factor), self.score)
 
@@ -177,22 +180,6 @@ def counts_of_group(
 def _average(values: Sequence[Array], weight: Array) -> Array:
     """Average over parts, (P, F), with these weights; 0 without any."""
     return np.asarray((weight * np.stack(values)).sum(0) / np.maximum(weight.sum(0), 1e-300))
-
-
-def rate_of_opening(probability: Array) -> Array:
-    r"""Rate :math:`-\log(1 - p)` of fragments that a region is open with probability p by, (F,).
-
-    A region is closed in a cell without any of its fragments. Their number is proportional to the depth, so that
-    p is for rare ones, and cannot be for others.
-    """
-    rate: Array = -np.log1p(-np.minimum(probability, _MOST_OPEN))
-    return rate
-
-
-def probability_open(rate: Array) -> Array:
-    """Probability that a region is open by its rate of opening, (F,)."""
-    probability: Array = np.minimum(-np.expm1(-rate), _MOST_OPEN)
-    return probability
 
 
 def compare_counts(groups: tuple[GroupCounts, GroupCounts], modality: AnyModality) -> TestedMeans:
@@ -354,6 +341,13 @@ def probability_larger(means: Pair, errors: Pair) -> Array:
     """Probability that the first mean is the larger one, under a flat prior, (F,)."""
     larger: Array = ndtr((means[0] - means[1]) / np.maximum(np.hypot(*errors), 1e-300))
     return larger
+
+
+def scattered(values: Array, known: NDArray[np.bool_]) -> Array:
+    """Values of some features among all, NaN elsewhere, (F,)."""
+    found = np.full(len(known), np.nan)
+    found[known] = values
+    return found
 
 
 def t_ratio(freedom: int) -> float:

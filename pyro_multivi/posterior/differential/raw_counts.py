@@ -18,8 +18,28 @@ Array = NDArray[np.float64]
 
 # Cells whose stored counts are summed together.
 _BLOCK = 4096
+#: Largest probability of being open: its rate of opening is 28.
+MOST_OPEN = 1 - 1e-12
+# Rounds of the depth of counts of open regions: in half of them it has all digits, unless nearly all are open.
+_DEPTH_ROUNDS = 16
 #: Total to which the counts of a cell are scaled, as in scvi-tools.
 SCALED_TOTAL = 1e4
+
+
+def rate_of_opening(probability: Array) -> Array:
+    r"""Rate :math:`-\log(1 - p)` of fragments that a region is open with probability p by, (F,).
+
+    A region is closed in a cell without any of its fragments. Their number is proportional to the depth, so that
+    p is for rare ones, and cannot be for others.
+    """
+    rate: Array = -np.log1p(-np.minimum(probability, MOST_OPEN))
+    return rate
+
+
+def probability_open(rate: Array) -> Array:
+    """Probability that a region is open by its rate of opening, (F,)."""
+    probability: Array = np.minimum(-np.expm1(-rate), MOST_OPEN)
+    return probability
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,22 @@ class PseudobulkSums:
         """
         rate = self.counts / max(self.depth, 1.0)
         return self.totals[-1] - rate * self.counts - (self.n_measured - 1) * rate
+
+    def at_depth_of_counts(self, expected: Array) -> Array:
+        """Probabilities of open regions, (F,), at the depth at which they add up to the numbers of open cells.
+
+        The depth that an encoder tells of a cell lies between that of the cell and a typical one, the more so the less
+        it has learned: groups of other depths would differ in all regions. Depth multiplies the rates of opening.
+        """
+        n_open = max(float(self.counts[self.measured].sum()) / max(self.n_measured, 1), 0.5)
+        rate = rate_of_opening(expected)
+        own = rate[self.measured]
+        # Newton's method: the number of open regions is concave in the depth, and no more than the sum of the rates.
+        depth = n_open / max(float(own.sum()), 1e-300)
+        for _ in range(_DEPTH_ROUNDS):
+            closed = np.exp(-depth * own)
+            depth += (n_open - float((1 - closed).sum())) / max(float((own * closed).sum()), 1e-300)
+        return probability_open(depth * rate)
 
 
 @dataclass(frozen=True)

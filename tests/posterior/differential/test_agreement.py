@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import norm, t
 
 from pyro_multivi.data.modality import ATAC, RNA
@@ -162,8 +162,10 @@ def counted(groups, modality, index, draws):
         y = (cells.y.to_dense()[cells.has_atac] > 0).double().numpy()
         d = groups.cell_factors(index)
         measured = np.isfinite(d)
-        expected = len(y) * (draws * np.nan_to_num(d)[:, None])[measured].mean(0) * groups.model.get_region_factors()
-        exposure = len(y) * np.log(1 - expected / len(y)) / np.log(1 - groups.detection() * draws.mean(0))
+        expected = (draws * np.nan_to_num(d)[:, None])[measured].mean(0) * groups.model.get_region_factors()
+        # As deep as the cells are: so many times the rate of opening that all regions have their number of open cells.
+        deeper = brentq(lambda times: (1 - (1 - expected) ** times).sum() - y.mean(0).sum(), 0.01, 100, xtol=1e-12)
+        exposure = len(y) * deeper * np.log(1 - expected) / np.log(1 - groups.detection() * draws.mean(0))
         return y, np.ones(len(y)), exposure
     x = cells.x.to_dense()[cells.has_rna].double().numpy()
     depth = x.sum(1)
