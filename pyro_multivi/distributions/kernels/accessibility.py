@@ -32,7 +32,7 @@ from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_widt
 from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
-from pyro_multivi.distributions.kernels.products import LOG2_E, Products
+from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
 from pyro_multivi.distributions.kernels.readout import Readout
 
 
@@ -98,62 +98,50 @@ class _AccessibilityWalk:
     """One evaluation of a likelihood of accessibility over all blocks, operation by operation of PyTorch."""
 
     def __init__(self, term: _AccessibilityTerm, weights_n: Tensor | None, want_value: bool) -> None:
-        hidden, weight, region_factor = term.hidden_nh, term.weight_mh, term.region_factor_m
-        self.term, self.weights_n = term, weights_n
-        self.n = len(hidden)
+        hidden, region_factor = term.hidden_nh, term.region_factor_m
+        self.term, self.weights_n, self.n = term, weights_n, len(hidden)
         # A factor that underflowed to 0 must not turn log d or 1 / r into infinities.
         floor = 1e-30
         self.d = term.cell_factor_n.clamp_min(floor)
         self.minus_d, self.rest_row = -self.d, (1 - self.d).unsqueeze(0)
-        bias = term.bias_m * -LOG2_E
+        # d and the sign are left out of the blocks.
+        self.cell_weight = None if weights_n is None else self.minus_d * weights_n
+        width = block_width(self.n, len(term.weight_mh), hidden.device)
+        self.p = BlockwiseReadout(
+            hidden, term.weight_mh, term.bias_m, term.gemm_dtype, self.cell_weight, term.needs[:3], width,
+            scale=-LOG2_E,
+        )  # fmt: skip
         if region_factor is not None:
             self.r = region_factor.clamp_min(floor)
             self.log2_r, self.inverse_r = self.r.log2(), self.r.reciprocal()
             self.rest_r = (1 - self.r) * self.inverse_r
-            bias -= self.log2_r
-        self.bias_m = bias
+            self.p.bias -= self.log2_r
         # Beyond this the probability of the unlikely outcome vanishes; sums stay in range.
         self.limit = 100.0 if hidden.dtype == torch.float32 else 860.0
         # To see whether a product underflowed, the host would wait for an accelerator; there logarithms are cheap.
         self.by_products = hidden.device.type == "cpu"
-
-        width = block_width(self.n, len(weight), hidden.device)
         self.blocks = term.entries.blocks(width)
-        self.products = Products(hidden, weight, term.gemm_dtype, width, scale=-LOG2_E)
         self.buffers = [POOL.take((width * self.n,), hidden.dtype, hidden.device) for _ in range(3)]
         self.value = hidden.new_zeros(self.n) if want_value else None
-        needs_hidden, needs_weight, needs_bias, needs_cell, needs_region = (
-            weights_n is not None and need for need in term.needs
-        )
-        self.d_hidden_hn = hidden.new_zeros(hidden.shape[1], len(hidden)) if needs_hidden else None
-        self.d_weight = POOL.take(weight.shape, weight.dtype, weight.device) if needs_weight else None
-        self.d_bias = torch.empty_like(bias) if needs_bias else None
+        needs_cell, needs_region = (weights_n is not None and need for need in term.needs[3:])
         self.d_cell = torch.zeros_like(self.d) if needs_cell else None
         self.d_region: Tensor | None = None
         if needs_region and region_factor is not None:
             self.d_region = torch.empty_like(region_factor)
-        if weights_n is not None:
-            self.cell_weight = self.minus_d * weights_n  # d and the sign are left out of the blocks
-            self.weighted_hidden = self.products.operand(hidden * self.cell_weight.unsqueeze(1))
 
     def run(self) -> tuple[Tensor | None, Gradients]:
         for block in self.blocks:
-            weight_mh = self.products.block(block.features)
-            logs = self.step(block, weight_mh)
+            logs = self.step(block)
             if self.value is not None:
-                self.value += self.logs_exactly(block, weight_mh) if logs is None else logs
-        if self.weights_n is not None:
-            if self.d_hidden_hn is not None:
-                self.d_hidden_hn.mul_(self.cell_weight)
-            if self.d_cell is not None:
-                self.d_cell.mul_(self.weights_n)
-        d_hidden = None if self.d_hidden_hn is None else self.d_hidden_hn.t()
-        return self.value, (d_hidden, self.d_weight, self.d_bias, self.d_cell, self.d_region)
+                self.value += self.logs_exactly(block) if logs is None else logs
+        if self.d_cell is not None and self.weights_n is not None:
+            self.d_cell.mul_(self.weights_n)
+        return self.value, (*self.p.gradients(), self.d_cell, self.d_region)
 
-    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+    def step(self, block: Block) -> Tensor | None:
         """Add a block's gradients; return its value, None if it is not wanted or has to be found exactly."""
         e, num, den = self.views(block)
-        log_open = self.fill(block, weight_mh, exactly=not self.by_products)
+        log_open = self.fill(block, exactly=not self.by_products)
         if self.weights_n is not None:
             e.div_(den)  # 1 - p from here on
         logs: Tensor | None = None
@@ -161,7 +149,7 @@ class _AccessibilityWalk:
             ratio = torch.div(num, den, out=den)
             logs = sum_of_logs(ratio) if log_open is None else _replaced(ratio.log_(), block, log_open).sum(0)
         if self.weights_n is not None:
-            self.add_gradients(block, weight_mh, one_minus_p=e, t=num.reciprocal_())
+            self.add_gradients(block, one_minus_p=e, t=num.reciprocal_())
         return logs
 
     def views(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,12 +157,12 @@ class _AccessibilityWalk:
         e, num, den = (buffer[: m * self.n].view(m, self.n) for buffer in self.buffers)
         return e, num, den
 
-    def fill(self, block: Block, weight_mh: Tensor, exactly: bool) -> Tensor | None:
+    def fill(self, block: Block, exactly: bool) -> Tensor | None:
         """Fill the buffers with E, num and den; return log p at the open regions if ``exactly``, in any range."""
         e, num, den = self.views(block)
         features, row = block.features, self.term.entries.row[block.entries]
         has_region = self.term.region_factor_m is not None
-        self.products.logits(weight_mh, self.bias_m[features], out=e)
+        self.p.logits(block, out=e)
         log_open: Tensor | None = None
         if exactly:
             log2_e = e.view(-1).index_select(0, block.flat)
@@ -194,31 +182,21 @@ class _AccessibilityWalk:
         num.view(-1).scatter_(0, block.flat, self.minus_d.index_select(0, row))
         return log_open
 
-    def logs_exactly(self, block: Block, weight_mh: Tensor) -> Tensor:
+    def logs_exactly(self, block: Block) -> Tensor:
         """Value of a block whose products underflow, logarithm by logarithm."""
         _, num, den = self.views(block)
-        log_open = self.fill(block, weight_mh, exactly=True)
+        log_open = self.fill(block, exactly=True)
         assert log_open is not None
         return _replaced(num.div_(den).log_(), block, log_open).sum(0)
 
-    def add_gradients(self, block: Block, weight_mh: Tensor, one_minus_p: Tensor, t: Tensor) -> None:
+    def add_gradients(self, block: Block, one_minus_p: Tensor, t: Tensor) -> None:
         """Add the gradients of T / (-d), up to the cell's factor in the products; both arguments are overwritten."""
-        features = block.features
         if self.d_cell is not None:
             self.d_cell -= t.sum(0)
-        if self.d_region is not None:
-            torch.mv(t, self.cell_weight, out=self.d_region[features]).mul_(self.inverse_r[features])
-        residual = one_minus_p.mul_(t)
-        if self.d_bias is not None:
-            torch.mv(residual, self.cell_weight, out=self.d_bias[features])
-        self.contract(block, weight_mh, self.products.residual(residual))
-
-    def contract(self, block: Block, weight_mh: Tensor, residual: Tensor) -> None:
-        """Multiply a block of residuals, in the precision of the products, with the readout's factors."""
-        if self.d_weight is not None:
-            self.products.to_weight(residual, self.weighted_hidden, out=self.d_weight[block.features])
-        if self.d_hidden_hn is not None:
-            self.products.add_to_hidden(self.d_hidden_hn, residual, weight_mh)
+        if self.d_region is not None and self.cell_weight is not None:
+            place = self.d_region[block.features]
+            torch.mv(t, self.cell_weight, out=place).mul_(self.inverse_r[block.features])
+        self.p.add(block, one_minus_p.mul_(t))
 
 
 class _CompiledAccessibilityWalk(_AccessibilityWalk):
@@ -226,24 +204,24 @@ class _CompiledAccessibilityWalk(_AccessibilityWalk):
 
     def __init__(self, term: _AccessibilityTerm, weights_n: Tensor | None, want_value: bool, loops: ModuleType) -> None:
         super().__init__(term, weights_n, want_value)
-        inverse_r, rest_r = torch.ones_like(self.bias_m), torch.zeros_like(self.bias_m)
+        inverse_r, rest_r = torch.ones_like(self.p.bias), torch.zeros_like(self.p.bias)
         if term.region_factor_m is not None:
             inverse_r, rest_r = self.inverse_r, self.rest_r
-        weight = torch.zeros_like(self.d) if weights_n is None else self.cell_weight
-        sums = (torch.empty_like(self.bias_m) if wanted is None else wanted for wanted in (self.d_region, self.d_bias))
+        weight = torch.zeros_like(self.d) if self.cell_weight is None else self.cell_weight
+        wanted = (self.d_region, self.p.d_bias)
         self.loops = loops
-        self.of_regions = [vector.detach().numpy() for vector in (self.bias_m, inverse_r, rest_r)]
+        self.of_regions = [vector.detach().numpy() for vector in (self.p.bias, inverse_r, rest_r)]
         self.of_cells = [vector.detach().numpy() for vector in (self.rest_row[0], self.minus_d, weight)]
-        self.sums = [vector.numpy() for vector in sums]
+        self.sums = [(torch.empty_like(self.p.bias) if each is None else each).numpy() for each in wanted]
         self.d_cell_cn = torch.empty(torch.get_num_threads(), self.n)
 
-    def step(self, block: Block, weight_mh: Tensor) -> Tensor | None:
+    def step(self, block: Block) -> Tensor | None:
         """See :meth:`_AccessibilityWalk.step`."""
         features, entries = block.features, self.term.entries
         out, spare, _ = self.views(block)
         products = spare[: self.loops.n_folds(len(spare))]
         # Logits here; the loop overwrites them with residuals.
-        residual = self.products.logits_less_bias(weight_mh, out)
+        residual = self.p.logits_less_bias(block, out)
         self.loops.regions(
             out.numpy(), halves(residual), *(vector[features] for vector in self.of_regions), *self.of_cells,
             np.float32(self.limit), entries.start[block.start : block.stop + 1].numpy(),
@@ -253,7 +231,7 @@ class _CompiledAccessibilityWalk(_AccessibilityWalk):
         if self.d_cell is not None:
             self.d_cell += self.d_cell_cn.sum(0)
         if self.weights_n is not None:
-            self.contract(block, weight_mh, residual)
+            self.p.contract(block, residual)
         return None if self.value is None else sum_of_logs_of_products(products)
 
 
