@@ -180,8 +180,7 @@ class MultiVIProgram(ProgramModules):
 
     def expression(self, z: Tensor, s: Tensor) -> DecodedExpression:
         """rho = f_w(z, s), pi = f_h(z, s)."""
-        decoded: DecodedExpression = self.expression_decoder(self.transform(z), s)
-        return decoded
+        return self.expression_decoder(self.transform(z), s)
 
     def log_dispersions(self) -> Tensor | None:
         """Log inverse dispersions, (sets, G): one row, or one per batch or label. None where cells share none.
@@ -208,8 +207,7 @@ class MultiVIProgram(ProgramModules):
 
     def accessibility(self, z: Tensor, s: Tensor) -> Tensor:
         """p = g_z(z, s), (..., B, M)."""
-        p: Tensor = self.accessibility_decoder(self.transform(z), s)
-        return p
+        return self.accessibility_decoder(self.transform(z), s)
 
     def cell_factor_prior(self, cells: Cells, s: Tensor) -> dist.TorchDistribution:
         """d ~ LogitNormal of the batch, or of fragments LogNormal; known factors as they are."""
@@ -235,8 +233,7 @@ class MultiVIProgram(ProgramModules):
 
     def open_probability(self, y: dist.TorchDistribution) -> Tensor:
         """P(y > 0) of each region under :meth:`accessibility_dist`, (..., M): the mean of a Bernoulli."""
-        found: Tensor = y.open_probability if isinstance(y, FragmentCounts) else y.mean
-        return found
+        return y.open_probability if isinstance(y, FragmentCounts) else y.mean
 
     def transform(self, z: Tensor) -> Tensor:
         """Input of the decoders, (..., B, K): z itself, or softmax(z) for ``latent_distribution="ln"``."""

@@ -219,8 +219,7 @@ class Uncondition(UnconditionMessenger):
 
 def log_density(site: Any) -> Tensor:
     """Log probability of a site at its value, as handlers scale and mask it, without the scale of plates."""
-    values: Tensor = scale_and_mask(site["unscaled_log_prob"], scale=scale_of(site), mask=site["mask"])
-    return values
+    return scale_and_mask(site["unscaled_log_prob"], scale=scale_of(site), mask=site["mask"])
 
 
 def scale_of(site: Any) -> float | Tensor:
@@ -247,8 +246,7 @@ def kl(guide_site: Any, model_site: Any) -> Tensor:
     closed = _closed_kl(guide_site, model_site) if equal_scales(scale, scale_of(model_site)) else None
     if closed is None:
         return log_density(guide_site) - log_density(model_site)
-    scaled: Tensor = scale_and_mask(closed, scale=scale, mask=guide_site["mask"])
-    return scaled
+    return scale_and_mask(closed, scale=scale, mask=guide_site["mask"])
 
 
 def _closed_kl(guide_site: Any, model_site: Any) -> Tensor | None:

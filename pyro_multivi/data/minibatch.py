@@ -218,8 +218,7 @@ class ExtraFeatures:
 
     def n_features_in(self, table: Any) -> int:
         """Number of features in a minibatch or table."""
-        width: int = table.extra[self.name].values.shape[1]
-        return width
+        return table.extra[self.name].values.shape[1]
 
     @property
     def feature_type(self) -> str:
@@ -243,8 +242,7 @@ class ExtraFeatures:
 
     def feature_names_in(self, spec: Any) -> tuple[str, ...]:
         """Names of the features in a specification."""
-        names: tuple[str, ...] = spec.extra[self.name]
-        return names
+        return spec.extra[self.name]
 
     def panels_in(self, cells: Any) -> Panels | None:
         """Features that were measured in each cell of a table; None where every feature was."""

@@ -73,8 +73,7 @@ class SparseCounts(torch.Tensor):
     @staticmethod
     def __new__(cls, crow: Tensor, col: Tensor, val: Tensor, shape: tuple[int, int]) -> SparseCounts:
         """A tensor without storage of its own: its entries are attributes."""
-        made: SparseCounts = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=val.dtype, device=val.device)
-        return made
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=val.dtype, device=val.device)
 
     def __init__(self, crow: Tensor, col: Tensor, val: Tensor, shape: tuple[int, int]) -> None:
         self.crow, self.col, self.val = crow, col, val

@@ -53,20 +53,17 @@ class LogitNormal(dist.TransformedDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogitNormal:
         """Copy of another batch shape."""
         new = self._get_checked_instance(LogitNormal, _instance)
-        expanded: LogitNormal = super().expand(batch_shape, _instance=new)
-        return expanded
+        return super().expand(batch_shape, _instance=new)
 
     @property
     def loc(self) -> Tensor:
         """Mean of the logit."""
-        loc: Tensor = self.base_dist.loc
-        return loc
+        return self.base_dist.loc
 
     @property
     def scale(self) -> Tensor:
         """Standard deviation of the logit."""
-        scale: Tensor = self.base_dist.scale
-        return scale
+        return self.base_dist.scale
 
     @property
     def mean(self) -> Tensor:

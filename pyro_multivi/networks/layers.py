@@ -76,8 +76,7 @@ class NormActivate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise, activate and drop out, shape (..., n_hidden)."""
-        result: Tensor = self.parts(hidden)
-        return result
+        return self.parts(hidden)
 
 
 class CovariateStack(nn.Module):

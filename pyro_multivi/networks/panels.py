@@ -55,8 +55,7 @@ class MissingInput(NamedTuple):
 
 def typical_buffer(program: Any, modality: Modality) -> Tensor:
     """Buffer with the share of each feature in a typical cell's counts, and its mean encoder input, (2, F)."""
-    buffer: Tensor = getattr(program, f"{modality.key}_typical")
-    return buffer
+    return getattr(program, f"{modality.key}_typical")
 
 
 @torch.no_grad()
@@ -126,8 +125,7 @@ def depth(program: Any, cells: Cells | CellTable, modality: Modality) -> Tensor:
     Of minified data it is stored beside the posterior.
     """
     if cells.posterior is not None:
-        stored: Tensor = stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
-        return stored
+        return stored_part(cells.posterior, "total")[:, MODALITIES.index(modality)]
     counts, binary = modality.counts_in(cells), modality.in_model(program.config).binary
     found = n_open(counts) if binary else totals(counts)
     share = measured_share(program, cells, modality)

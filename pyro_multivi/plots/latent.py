@@ -43,8 +43,7 @@ def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
         centred = np.column_stack([centred, np.zeros(len(centred))])
     # Whole, so that there are two of a single cell too.
     _, _, axes = np.linalg.svd(centred, full_matrices=len(centred) < 2)
-    plane: NDArray[np.floating[Any]] = centred @ axes[:2].T
-    return plane
+    return centred @ axes[:2].T
 
 
 @checked

@@ -182,8 +182,7 @@ def loss_of(
     """
     try:
         with pyro.validation_enabled(validate), _no_nan_warning():
-            loss: Tensor = objective(cells, kl_weight)
-            return loss
+            return objective(cells, kl_weight)
     except ValueError as error:
         # Pyro's words for it name no cell.
         if validate and not _is_finite(objective, cells, kl_weight):

@@ -44,8 +44,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the ELBO, a scalar to differentiate."""
         if is_validation_enabled():
-            checked: Tensor = super().differentiable_loss(model, guide, *args, **kwargs)
-            return checked
+            return super().differentiable_loss(model, guide, *args, **kwargs)
         loss: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             loss = loss - _elbo(model_trace, guide_trace) / self.num_particles

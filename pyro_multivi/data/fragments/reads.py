@@ -97,8 +97,7 @@ def fragments_of(reads: NDArray[Any], where: str) -> NDArray[Any]:
             f"{(reads % 2 == 1).mean():.0%} of the counts above zero in {where} are odd, as of fragments rather than "
             "reads, of which most are even: use them as they are."
         )
-    found: NDArray[Any] = np.ceil(reads / 2).astype(reads.dtype)
-    return found
+    return np.ceil(reads / 2).astype(reads.dtype)
 
 
 def make_fragments(matrix: Any, columns: NDArray[np.intp], where: str) -> None:

@@ -48,11 +48,10 @@ def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tenso
     entries
         Open regions of n cells: every stored entry is one.
     """
-    log_prob: Tensor = _AccessibilityLogProb.apply(
+    return _AccessibilityLogProb.apply(
         p.hidden, p.weight, p.bias, cell_factor, region_factor,
         entries, p.gemm_dtype, torch.is_grad_enabled(),
     )  # fmt: skip
-    return log_prob
 
 
 class _AccessibilityLogProb(torch.autograd.Function):

@@ -49,11 +49,10 @@ def counts_log_prob(
     if gate_logits is not None:
         gate = gate_logits.hidden, gate_logits.weight, gate_logits.bias
     gate_gemm_dtype = None if gate_logits is None else gate_logits.gemm_dtype
-    log_prob: Tensor = _CountsLogProb.apply(
+    return _CountsLogProb.apply(
         rho.hidden, rho.weight, rho.bias, library, theta, *gate, entries,
         Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype), torch.is_grad_enabled(),
     )  # fmt: skip
-    return log_prob
 
 
 class _CountsLogProb(torch.autograd.Function):

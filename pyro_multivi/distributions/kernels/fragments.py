@@ -51,10 +51,9 @@ def fragments_log_prob(p: Readout, size: Tensor, rate: Tensor, theta: Tensor | N
     entries
         Counts above zero of n cells.
     """
-    log_prob: Tensor = _FragmentsLogProb.apply(
+    return _FragmentsLogProb.apply(
         p.hidden, p.weight, p.bias, size, rate, theta, entries, p.gemm_dtype, torch.is_grad_enabled()
     )
-    return log_prob
 
 
 class _FragmentsLogProb(torch.autograd.Function):

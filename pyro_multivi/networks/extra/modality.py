@@ -103,8 +103,7 @@ class ExtraModality(nn.Module):
 
     def decode(self, z: Tensor, s: Tensor) -> Tensor:
         """Last hidden layer of the decoder, (..., B, H); ``z`` as :meth:`MultiVIProgram.transform` gives it."""
-        hidden: Tensor = self.decoder(z, s)
-        return hidden
+        return self.decoder(z, s)
 
     def realised(self, part: str, cells: Cells, z: Tensor, s: Tensor, noise: Any) -> Tensor | None:
         """Draws of a site's value in each cell itself, (S, B, F), for intervals; None: the decoded values are that.

@@ -186,8 +186,7 @@ def _nuisance(x: sp.csr_array, depth: Array, covariates: Array, measured: NDArra
 
 
 def _coefficients(others: Array, x: sp.csr_array) -> Array:
-    found: Array = np.linalg.lstsq(others.T @ others, others.T @ x, rcond=1e-8)[0]
-    return found
+    return np.linalg.lstsq(others.T @ others, others.T @ x, rcond=1e-8)[0]
 
 
 def _others(depth: Array, covariates: Array) -> Array:

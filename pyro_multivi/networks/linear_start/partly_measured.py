@@ -54,8 +54,7 @@ def largest_of_panels(
 
     def project(v: Array) -> Array:
         explained = ((measured * v) @ directions.T)[panel]
-        found: Array = x @ v - others @ (fitted @ v) - (scores * explained).sum(1)
-        return found
+        return x @ v - others @ (fitted @ v) - (scores * explained).sum(1)
 
     def regress(t: Array) -> Array:
         weights = np.asarray(of_panel @ (scores * t[:, None]))

@@ -279,8 +279,7 @@ def _decoder_hidden(program: Any, stack: CovariateStack) -> Callable[[Tensor, Te
 def _inverse_dispersion(program: Any, part: _Part) -> Array:
     """Square of the mean count over that by which the variance exceeds it, (F,)."""
     if part.modality is RNA and hasattr(program, "log_theta"):
-        theta: Array = program.log_theta.detach().exp().mean(0).cpu().double().numpy()
-        return theta
+        return program.log_theta.detach().exp().mean(0).cpu().double().numpy()
     return np.full(part.counts.shape[1], np.inf)
 
 

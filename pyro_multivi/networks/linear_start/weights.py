@@ -124,8 +124,7 @@ def _ridge(values: Array, wanted: Array) -> Array:
     centred = values - values.mean(0)
     gram = centred.T @ centred
     penalty = _RIDGE * np.trace(gram) / len(gram) + 1e-9
-    found: Array = np.linalg.solve(gram + penalty * np.eye(len(gram)), centred.T @ (wanted - wanted.mean(0)))
-    return found
+    return np.linalg.solve(gram + penalty * np.eye(len(gram)), centred.T @ (wanted - wanted.mean(0)))
 
 
 def _copy(place: Tensor, values: Array) -> None:

@@ -135,5 +135,4 @@ def _shares(rng: np.random.Generator, sizes: Sequence[int], n: int) -> NDArray[n
     # One random shift for all: each share is one of the two whole numbers around n times its part.
     ends = np.floor(upto + rng.random())
     ends[-1] = n
-    found: NDArray[np.int64] = np.diff(np.concatenate([[0], ends])).astype(np.int64)
-    return found
+    return np.diff(np.concatenate([[0], ends])).astype(np.int64)

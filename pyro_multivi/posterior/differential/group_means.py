@@ -271,8 +271,7 @@ def _compare_open(groups: tuple[GroupCounts, GroupCounts]) -> TestedMeans:
 
 def _log_open(share: Array, rate: Array) -> Array:
     """Log-likelihood of a share of open cells at this rate of opening, by cell, (F,)."""
-    found: Array = xlogy(share, -np.expm1(-rate)) - (1 - share) * rate
-    return found
+    return xlogy(share, -np.expm1(-rate)) - (1 - share) * rate
 
 
 def dispersions(groups: tuple[GroupCounts, GroupCounts], rate: Array) -> Pair:
@@ -333,14 +332,12 @@ def change_of_means(change: Change, pseudocounts: float, means: Pair, errors: Pa
 
 
 def _at(change: Change, pseudocounts: float, first: Array, second: Array) -> Array:
-    found: Array = change(torch.from_numpy(first), torch.from_numpy(second), pseudocounts).numpy()
-    return found
+    return change(torch.from_numpy(first), torch.from_numpy(second), pseudocounts).numpy()
 
 
 def probability_larger(means: Pair, errors: Pair) -> Array:
     """Probability that the first mean is the larger one, under a flat prior, (F,)."""
-    larger: Array = ndtr((means[0] - means[1]) / np.maximum(np.hypot(*errors), 1e-300))
-    return larger
+    return ndtr((means[0] - means[1]) / np.maximum(np.hypot(*errors), 1e-300))
 
 
 def scattered(values: Array, known: NDArray[np.bool_]) -> Array:

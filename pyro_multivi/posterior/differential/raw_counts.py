@@ -121,8 +121,7 @@ class PseudobulkSums:
     @property
     def counts(self) -> Array:
         """Sum of the counts, or of open cells, (F,)."""
-        found: Array = self.totals[0 if len(self.totals) == 1 else 1]
-        return found
+        return self.totals[0 if len(self.totals) == 1 else 1]
 
     @property
     def excess(self) -> Array:

@@ -55,14 +55,12 @@ class ChangePosterior:
 
     def mean(self) -> Array:
         """Posterior mean, (F,)."""
-        mean: Array = (self.weight * self.loc).sum(1)
-        return mean
+        return (self.weight * self.loc).sum(1)
 
     def std(self) -> Array:
         """Posterior standard deviation, (F,)."""
         square = (self.weight * (self.scale**2 + self.loc**2)).sum(1)
-        std: Array = np.sqrt(np.maximum(square - self.mean() ** 2, 0.0))
-        return std
+        return np.sqrt(np.maximum(square - self.mean() ** 2, 0.0))
 
     def draws(self, n: int, rng: np.random.Generator) -> Array:
         """Stratified draws, (n, F): the same random numbers for every feature."""
@@ -72,8 +70,7 @@ class ChangePosterior:
         ends[:, -1] = n
         number = np.diff(ends, prepend=0, axis=1).ravel()
         loc, scale = (np.repeat(part.ravel(), number).reshape(-1, n) for part in (self.loc, self.scale))
-        drawn: Array = (loc + scale * rng.standard_normal(n)).T
-        return drawn
+        return (loc + scale * rng.standard_normal(n)).T
 
 
 def unshrunk(change: Array, error: Array) -> ChangePosterior:

@@ -156,8 +156,7 @@ def _accessibility(tested: Comparison, request: DifferentialRequest) -> dict[str
 
 def _bayes_factor(probability: NDArray[np.float64]) -> NDArray[np.float64]:
     """Natural log of the odds."""
-    odds: NDArray[np.float64] = np.log(probability + _RATIO_OFFSET) - np.log(1 - probability + _RATIO_OFFSET)
-    return odds
+    return np.log(probability + _RATIO_OFFSET) - np.log(1 - probability + _RATIO_OFFSET)
 
 
 def _of_both(prefix: str, statistic: str, tested: Comparison, request: DifferentialRequest) -> dict[str, Any]:

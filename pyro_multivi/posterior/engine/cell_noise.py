@@ -144,8 +144,7 @@ class MirroredNoise(CellNoise):
 def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tensor]) -> Tensor | None:
     """Draw by transforming uniform numbers, of shape ``fn.shape()``; None if there is no such transform."""
     if isinstance(fn, dist.Delta):
-        value: Tensor = fn.v
-        return value
+        return fn.v
     if isinstance(fn, (torchdist.Independent, dist.MaskedDistribution)):
         return _from_noise(fn.base_dist, uniform)
     shape = fn.batch_shape + fn.event_shape
@@ -170,8 +169,7 @@ def _from_noise(fn: torchdist.Distribution, uniform: Callable[[torch.Size], Tens
 
 
 def _normal(unit: Tensor, like: Tensor) -> Tensor:
-    normal: Tensor = torch.special.ndtri(unit).to(like.dtype)
-    return normal
+    return torch.special.ndtri(unit).to(like.dtype)
 
 
 def _mix(x: Tensor) -> Tensor:

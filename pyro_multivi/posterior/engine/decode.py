@@ -173,8 +173,7 @@ def _lacks(program: MultiVIProgram, cells: Cells, site: str) -> Tensor | None:
     """Whether the modality that a site is decoded of was not measured, (B,); None for any other site."""
     for modality in MODALITIES:
         if site == modality.decoded:
-            missing: Tensor = ~modality.measured_in(cells)
-            return missing
+            return ~modality.measured_in(cells)
     for extra in program.modelled_extra:
         if site.startswith(extra.site("")):
             return ~cells.measured(extra.name)

@@ -40,8 +40,7 @@ _STREAM = "told"
 
 def regression_buffer(program: MultiVIProgram, modality: Modality) -> Tensor:
     """Buffer with the standard deviation and the coefficients of a modality's regression; zeros before it is fitted."""
-    buffer: Tensor = getattr(program, f"{modality.key}_depth_regression")
-    return buffer
+    return getattr(program, f"{modality.key}_depth_regression")
 
 
 class DepthRegression(NamedTuple):
@@ -120,10 +119,7 @@ def imputation_depth(
     normal = normal.expand((n_samples, len(cells)))
     if noise is None:
         return mean_depth(modality.in_model(program.config), normal)
-    value: Tensor = depth_transform(modality.in_model(program.config))(
-        noise.draw(f"{modality.depth} {_STREAM}", normal)
-    )
-    return value
+    return depth_transform(modality.in_model(program.config))(noise.draw(f"{modality.depth} {_STREAM}", normal))
 
 
 def depth_transform(modality: Modality) -> torchdist.Transform:
@@ -142,8 +138,7 @@ def mean_depth(modality: Modality, normal: dist.Normal) -> Tensor:
     (tensor([0.5000, 0.6707]), tensor([3.0802, 8.3729]))
     """
     kind = LogitNormal if modality.binary else dist.LogNormal
-    mean: Tensor = kind(normal.loc, normal.scale).mean
-    return mean
+    return kind(normal.loc, normal.scale).mean
 
 
 def is_inferred(program: MultiVIProgram, cells: Cells, modality: Modality, nodes: dict[str, Any]) -> bool:

@@ -86,8 +86,7 @@ def weight_buffers(program: MultiVIProgram, modality: Modality) -> tuple[Tensor,
 
 def residual_buffer(program: MultiVIProgram, modality: Modality) -> Tensor:
     """Buffer with the standard deviation of each feature's logit among cells of one state, (F,)."""
-    buffer: Tensor = getattr(program, f"{modality.key}_residual_sd")
-    return buffer
+    return getattr(program, f"{modality.key}_residual_sd")
 
 
 def with_weight_noise(

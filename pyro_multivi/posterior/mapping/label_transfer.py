@@ -236,8 +236,7 @@ def p_values(calibration: Array, distance: Array) -> Array:
     # By interpolation: every cell beside every other would be a large matrix.
     places = np.linspace(known.min() - 5 * bandwidth, known.max() + 5 * bandwidth, _N_PLACES)
     tail = ndtr((known[None] - places[:, None]) / bandwidth).mean(1)
-    found: Array = np.interp(of, places, tail)
-    return found
+    return np.interp(of, places, tail)
 
 
 def _distances_without_own_label(
@@ -263,8 +262,7 @@ def _predictors(votes: Votes, scale: float) -> Array:
 
 
 def _log(distance: Array, scale: float) -> Array:
-    found: Array = np.log(np.maximum(distance / scale, _LEAST))
-    return found
+    return np.log(np.maximum(distance / scale, _LEAST))
 
 
 @dataclass(frozen=True)
@@ -301,5 +299,4 @@ class _Logistic:
     def probability(self, predictors: Array) -> Array:
         """Probability of a target that is true, (n,)."""
         logit = self.coefficients[0] + ((predictors - self.mean) / self.sd) @ self.coefficients[1:]
-        found: Array = 1 / (1 + np.exp(-np.clip(logit, -30, 30)))
-        return found
+        return 1 / (1 + np.exp(-np.clip(logit, -30, 30)))

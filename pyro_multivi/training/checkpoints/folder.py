@@ -248,14 +248,12 @@ class Checkpoints:
 
 def _verified_run(folder: Path) -> dict[str, Any]:
     _verify(folder, RUN)
-    description: dict[str, Any] = json.loads((folder / RUN).read_text("utf-8"))
-    return description
+    return json.loads((folder / RUN).read_text("utf-8"))
 
 
 def _verified_state(folder: Path) -> dict[str, Any]:
     _verify(folder, STATE)
-    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    return state
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
 def _verify(folder: Path, name: str) -> None:

@@ -119,8 +119,7 @@ class Loop:
             self.adversary.restore(state["adversary"])
         self.history.rows[:] = state["history"]
         self.watch.seconds.update(state["watch"])
-        losses: list[float] = state["losses"]
-        return losses
+        return state["losses"]
 
     def restore_noise(self, state: dict[str, Any]) -> None:
         """Set torch's generators to those of a state."""
