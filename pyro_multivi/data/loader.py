@@ -110,8 +110,6 @@ class Minibatches:
         shuffle_buffer: int = SHUFFLE_BUFFER,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed: give at least 1.")
         #: The table on the host, also where minibatches are cut from a copy of it on a device.
         self.table: CellTable = table.table if isinstance(table, ResidentTable) else table
         self._source = table

@@ -115,7 +115,7 @@ def check_simulation(arguments: dict[str, Any]) -> None:
             f"n_cells is {tuple(n_cells)}; give three numbers of cells, none negative and not all zero: "
             "paired, RNA-only and ATAC-only"
         )
-    for name in ("n_genes", "n_regions", "n_types", "n_latent", "n_batches"):
+    for name in ("n_genes", "n_regions"):
         if arguments[name] < 1:
             raise ValueError(f"{name} is {arguments[name]}; it must be at least 1")
     for name in ("effect_size", "batch_effect", "library_sd"):
@@ -127,8 +127,6 @@ def check_simulation(arguments: dict[str, Any]) -> None:
     for name in ("type_separation", "differential_fraction"):
         if not 0 <= arguments[name] <= 1:
             raise ValueError(f"{name} is {arguments[name]}; it must lie in [0, 1]")
-    if arguments["n_proteins"] < 0:
-        raise ValueError(f"n_proteins is {arguments['n_proteins']}; it must not be negative")
     if not 0 < arguments["stained"] <= 1:
         raise ValueError(f"stained is {arguments['stained']}; it must lie in (0, 1]")
     if not 0 <= arguments["dropout"] < 1:

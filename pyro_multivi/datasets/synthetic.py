@@ -88,9 +88,8 @@ def synthetic_iid(
     >>> adata.shape, adata.obsm["accessibility"].shape, adata.obs["batch"].unique().tolist()
     ((10, 100), (10, 100), ['batch_0', 'batch_1'])
     """
-    for name, value, least in (("n_batches", n_batches, 1), ("n_genes", n_genes, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name}={shown(value)} is not allowed: give a whole number of at least {least}.")
+    if n_genes < 1:
+        raise ValueError(f"n_genes={shown(n_genes)} is not allowed: give a whole number of at least 1.")
     check_choice("rna_dist", rna_dist, ("nb", "normal"))
     if sparse_format is not None:
         check_choice("sparse_format", sparse_format, ("csr_matrix", "csc_matrix"))
