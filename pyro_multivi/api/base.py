@@ -89,7 +89,12 @@ class ModelBase:
         if self.program.config.counts_fragments:
             check_fragments(table, self.spec.region_names)
         self._adata, self._table, self._checksum = adata, table, latest.checksum_of(adata, table)
-        self._find_split(self._split if self._saved_split is None else self._saved_split)
+        self._find_split(self._whole_split)
+
+    @property
+    def _whole_split(self) -> Split | None:
+        """The split of all cells that the model was trained on, be they among its data or not."""
+        return self._split if self._saved_split is None else self._saved_split
 
     def _find_split(self, split: Split | None) -> None:
         """Find the cells of a split by name among those of the model's data, and log how they differ."""

@@ -197,7 +197,7 @@ def _warn_of_training_cells(models: Mapping[str, MULTIVI], cells: Minibatches) -
     """Warn where cells chosen by the caller are ones that a model was trained on, by their names."""
     compared = set(cells.cell_names)
     for name, model in models.items():
-        split = model._split if model._saved_split is None else model._saved_split
+        split = model._whole_split
         trained = 0 if split is None else len(compared.intersection(split.trained_besides(())))
         if trained:
             caution(

@@ -295,7 +295,7 @@ class TrainingMixin(ModelBase):
             )  # fmt: skip
             train = batches(split.train, shuffle=True, seed=seed + self._history.n_epochs)
             validation = batches(split.validation) if len(split.validation) else None
-            known = self._split if self._saved_split is None else self._saved_split
+            known = self._whole_split
             if known is not None:
                 split = replace(split, trained_elsewhere=known.trained_besides(table.cell_names))
             self._split, self._saved_split = split, None
