@@ -42,7 +42,7 @@ class BrokenModelError(ValueError):
 
 
 @contextmanager
-def broken(where: str, what: str, remedy: str = "Save the model again.") -> Iterator[None]:
+def broken(where: str, what: str) -> Iterator[None]:
     """Whatever malformed content makes the code inside stumble on becomes one :class:`BrokenModelError`."""
     try:
         yield
@@ -50,7 +50,7 @@ def broken(where: str, what: str, remedy: str = "Save the model again.") -> Iter
         raise
     except Exception as error:
         found = str(error) or type(error).__name__
-        raise BrokenModelError(f"{where}: {what} ({found}). {remedy}") from error
+        raise BrokenModelError(f"{where}: {what} ({found}). Save the model again.") from error
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Saved:
     description: dict[str, Any]
     version: int
     data: Data | None
+
+
+def model_folder(dir_path: str | os.PathLike[str], prefix: str | None) -> Path:
+    """The folder of a model, as :meth:`~pyro_multivi.MULTIVI.save` is given it."""
+    return Path(dir_path) / prefix if prefix else Path(dir_path)
 
 
 def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:

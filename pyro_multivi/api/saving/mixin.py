@@ -14,7 +14,7 @@ from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.custom_program import find_program, import_path
 from pyro_multivi.api.saving.description import Description, todays_names
-from pyro_multivi.api.saving.folder import DESCRIPTION, broken, read_model, write_model
+from pyro_multivi.api.saving.folder import DESCRIPTION, broken, model_folder, read_model, write_model
 from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, takes
 from pyro_multivi.api.scvi_tools.devices import load_arguments
 from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
@@ -37,10 +37,6 @@ _FOR_INTERVALS = {
 }
 
 Model = TypeVar("Model", bound="SavingMixin")
-
-
-def _folder(dir_path: str | os.PathLike[str], prefix: str | None) -> Path:
-    return Path(dir_path) / prefix if prefix else Path(dir_path)
 
 
 def _make_parent(folder: Path) -> None:
@@ -97,12 +93,12 @@ class SavingMixin(ModelBase):
             program_class=import_path(type(self.program)),
             spec=self.spec,
             history=self._history.rows,
-            split=self._split if self._saved_split is None else self._saved_split,
+            split=self._whole_split,
             is_trained=self.is_trained,
             minified=self._table is not None and self._table.posterior is not None,
             query=self._query_description(),
         )
-        folder, processes = _folder(dir_path, prefix), current()
+        folder, processes = model_folder(dir_path, prefix), current()
 
         def write() -> None:
             _make_parent(folder)
@@ -158,7 +154,7 @@ class SavingMixin(ModelBase):
         ValueError
             If it is of another class than ``program_class``, or that cannot be imported.
         """
-        dir_path = _folder(dir_path, prefix)
+        dir_path = model_folder(dir_path, prefix)
         where = f"dir_path={str(dir_path)!r}"
         saved = read_model(dir_path, with_data=adata is None)
         description = Description.of(saved, where)
@@ -203,7 +199,7 @@ class SavingMixin(ModelBase):
 
     def _names(self) -> tuple[Sequence[str], Sequence[str]]:
         """Names of the cells and features of the model's own data; of no cells if they are not known."""
-        split = self._split if self._saved_split is None else self._saved_split
+        split = self._whole_split
         cells = split.cell_names if split is not None else () if self._table is None else self._table.cell_names
         return cells, [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
 

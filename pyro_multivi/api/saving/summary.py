@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro_multivi.api.saving.data_file import DATA_FILES
 from pyro_multivi.api.saving.description import Description
-from pyro_multivi.api.saving.folder import FILES, read_model
+from pyro_multivi.api.saving.folder import FILES, model_folder, read_model
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.modality import MODALITIES, PROTEIN
 from pyro_multivi.data.setup.spec import DataSpec
@@ -133,7 +133,7 @@ def describe(dir_path: str | os.PathLike[str], prefix: str | None = None) -> Sav
     >>> found.spec.n_genes, found.config["n_latent"], found.is_trained
     (30, 3, False)
     """
-    folder = Path(dir_path) / prefix if prefix else Path(dir_path)
+    folder = model_folder(dir_path, prefix)
     saved = read_model(folder, with_tensors=False)
     described = Description.of(saved, f"dir_path={str(folder)!r}")
     split, there = described.split, present(folder.resolve())

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.api.base import ModelBase
 from pyro_multivi.api.saving.description import Description
-from pyro_multivi.api.saving.folder import read_model
+from pyro_multivi.api.saving.folder import model_folder, read_model
 from pyro_multivi.api.scvi_tools.arguments import ABSENT, VAR_NAMES, Absent, takes
 from pyro_multivi.api.scvi_tools.manager import AnnDataManager, setup_arguments
 from pyro_multivi.data.checks import checked, nearest
@@ -247,7 +246,7 @@ class ScviAttributes(ModelBase):
         dir_path, prefix
             As in :meth:`load`.
         """
-        folder = Path(dir_path) / prefix if prefix else Path(dir_path)
+        folder = model_folder(dir_path, prefix)
         saved = read_model(folder, with_tensors=False)
         return AnnDataManager(Description.of(saved, f"dir_path={str(folder)!r}").spec, None).registry
 
