@@ -165,6 +165,5 @@ class ProteinDifferentialMixin(ProteinEstimatesMixin, DifferentialMixin):
             range.
         """
         arguments = {**locals(), "unit": "cell", "calibrated": None, "all_stats": False}
-        self._check_extra("name", name)
-        part = next(each.estimated for each in self.program.modelled_extra if each.name == name)
+        part = self._check_extra("name", name)
         return self._compare(ExtraFeatures(name, f"{name}_{part}"), arguments)

@@ -185,8 +185,7 @@ class ProteinEstimatesMixin(ModelBase):
         ValueError
             If the program models no such modality, a feature or batch is unknown, or an argument is out of range.
         """
-        self._check_extra("name", name)
-        part = next(each.estimated for each in self.program.modelled_extra if each.name == name)
+        part = self._check_extra("name", name)
         return self._extra_estimates("name", part, locals(), ExtraFeatures(name), feature_list)
 
     def _extra_estimates(
@@ -214,16 +213,15 @@ class ProteinEstimatesMixin(ModelBase):
             **{key: arguments[key] for key in ("return_numpy", "out", "silent")},
         )  # fmt: skip
 
-    def _check_extra(self, argument: str, name: str) -> None:
-        """Refuse an extra modality that the program does not model."""
-        modelled = [modality.name for modality in self.program.modelled_extra]
-        if name in modelled:
-            return
-        if name == PROTEIN:
+    def _check_extra(self, argument: str, name: str) -> str:
+        """Refuse an extra modality that the program does not model, and say what is estimated of another."""
+        estimated = {modality.name: modality.estimated for modality in self.program.modelled_extra}
+        if name == PROTEIN and name not in estimated:
             raise NotInModelError(
                 f"{argument}: this model has no proteins. Give their counts to the setup: "
                 "protein_expression_obsm_key of setup_anndata, or modalities={'protein_layer': ...} of setup_mudata."
             )
-        if not modelled:
+        if not estimated:
             raise NotInModelError(f"{argument}={name!r}: this model has no extra modality.")
-        check_choice(argument, name, modelled)
+        check_choice(argument, name, list(estimated))
+        return estimated[name]
