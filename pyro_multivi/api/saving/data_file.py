@@ -11,7 +11,7 @@ import h5py
 from pyro_multivi.api.arguments import Data
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.setup.options import UNS_KEY, is_mudata
-from pyro_multivi.data.stores.reference import STORES
+from pyro_multivi.data.stores.reference import STORES, element
 from pyro_multivi.datasets.stores.elements import write_element
 from pyro_multivi.files import writing
 
@@ -53,8 +53,8 @@ def difference(path: Path, cells: Sequence[str], features: Sequence[str]) -> str
     try:
         with h5py.File(path) as file:
             parts = [file, *(file["mod"].values() if "mod" in file else ())]
-            has_cells = {str(name) for name in _index(file["obs"])}
-            has_features = {str(name) for part in parts for name in _index(part["var"])}
+            has_cells = {str(name) for name in element(file, "obs").index}
+            has_features = {str(name) for part in parts for name in element(part, "var").index}
     except Exception as error:  # whatever a damaged file makes the reader stumble on
         return f"cannot be read ({error})"
     for what, names, found in (("cells", cells, has_cells), ("features", features, has_features)):
@@ -83,11 +83,3 @@ def _write_mudata(file: h5py.File, mdata: Any) -> None:
         write_element(file.require_group("mod"), name, part)
     file["mod"].attrs["mod-order"] = list(mdata.mod)
     file.attrs.update({"axis": mdata.axis, "encoding-type": "MuData", "encoding-version": "0.1.0"})
-
-
-def _index(frame: Any) -> Any:
-    try:
-        from anndata.io import read_elem
-    except ImportError:  # before anndata 0.11
-        from anndata.experimental import read_elem
-    return read_elem(frame).index

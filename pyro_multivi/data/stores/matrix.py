@@ -70,7 +70,7 @@ class StoredMatrix:
 
     def __init__(self, path: str | os.PathLike[str], name: str = "X") -> None:
         self.path, self.name = Path(path), name
-        with self._opened() as group:
+        with opened_group(self.path) as group:
             if name not in group:
                 folder, _, _ = name.rpartition("/")
                 known = first_names(group[folder] if folder else group) or "nothing"
@@ -100,7 +100,7 @@ class StoredMatrix:
             def read(spans: Sequence[tuple[int, int]]) -> Iterator[Rows]:
                 try:
                     if not found:  # at the first reading, whose error says which rows cannot be read
-                        group = stack.enter_context(self._opened())
+                        group = stack.enter_context(opened_group(self.path))
                         found.append(reader(group[self.name], self._indptr, self.shape[1]))
                     yield from found[0](spans)
                 except Exception as error:  # whatever HDF5 and zarr stumble on
@@ -133,11 +133,6 @@ class StoredMatrix:
                 "Counts of before and after would be mixed. Leave the file as it is while it is used; to go on with "
                 "the new counts, open it again and make a new model."
             )
-
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        with opened_group(self.path) as group:
-            yield group
 
 
 class LazyMatrix:
@@ -221,12 +216,16 @@ def reader(matrix: Any, indptr: NDArray[np.int64] | None, width: int) -> ReadRow
             # Some programs write unsigned numbers, which SciPy's sparse matrices do not have either.
             indices = indices.astype(np.int32 if width < 2**31 else np.int64, copy=False)
             pointers = (indptr[start : stop + 1] - indptr[start]).astype(indices.dtype)
-            made = sp.csr_array((stop - start, width), dtype=data.dtype)
-            # Without SciPy's checks, which cost as much as the reading.
-            made.data, made.indices, made.indptr = data, indices, pointers
-            yield made
+            yield unchecked_csr((stop - start, width), data, indices, pointers)
 
     return read
+
+
+def unchecked_csr(shape: tuple[int, ...], data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any]) -> Rows:
+    """Sparse rows without SciPy's checks, which cost as much as the reading."""
+    made: Any = sp.csr_array((shape[0], shape[1]), dtype=data.dtype)
+    made.data, made.indices, made.indptr = data, indices, indptr
+    return made
 
 
 def _dense_rows(matrix: Any, start: int, stop: int) -> Rows:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.sparse import SparseCounts
-from pyro_multivi.data.stores.matrix import Rows
+from pyro_multivi.data.stores.matrix import Rows, unchecked_csr
 
 Places = NDArray[np.int64]
 
@@ -41,7 +40,7 @@ class Columns:
 
     def take(self, block: Rows) -> Rows:
         """These columns of sparse rows, in canonical form."""
-        made = _csr((block.shape[0], self.width), block.data, block.indices, block.indptr)
+        made = unchecked_csr((block.shape[0], self.width), block.data, block.indices, block.indptr)
         if not self.are_run:
             column = self._places[block.indices]
             entries = np.flatnonzero(column >= 0)
@@ -49,7 +48,7 @@ class Columns:
             made.indptr = np.searchsorted(entries, block.indptr).astype(np.int32)
         elif self._first or self._stop < block.shape[1]:
             part = block[:, self._first : self._stop]
-            made = _csr(made.shape, part.data, part.indices + (self._first + self.shift), part.indptr)
+            made = unchecked_csr(made.shape, part.data, part.indices + (self._first + self.shift), part.indptr)
         elif self.shift:
             made.indices = block.indices + self.shift
         return canonical(made)
@@ -70,13 +69,6 @@ def canonical(rows: Rows) -> Rows:
     if len(rows.data) and not rows.data.all():
         rows.eliminate_zeros()
     return rows
-
-
-def _csr(shape: tuple[int, ...], data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any]) -> Rows:
-    """Sparse rows without SciPy's checks, which cost as much as the reading."""
-    made: Any = sp.csr_array((shape[0], shape[1]), dtype=data.dtype)
-    made.data, made.indices, made.indptr = data, indices, indptr
-    return made
 
 
 def _first_at_least(columns: NDArray[np.int32], start: Places, stop: Places, least: int) -> Places:
