@@ -30,7 +30,7 @@ ALLOWED = (
 #: Descriptions of a feature in a 10x file, and the column of ``var`` that each becomes.
 FEATURE_COLUMNS = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "interval": "interval"}
 # Barcodes of two samples that are alike by chance are a few per cent: Cell Ranger knows 737 000.
-_SAME_CELLS = 0.5
+SAME_CELLS = 0.5
 # Fewer may have the same numbers of counts by chance.
 _FEWEST_CELLS = 10
 
@@ -176,14 +176,15 @@ def join_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(joined, index=index)
 
 
-def unlike_columns(frames: list[pd.DataFrame]) -> list[str]:
-    """Columns that hold numbers in one frame and none in another."""
-    found = []
+def spell_out_unlike_columns(frames: list[pd.DataFrame], what: str) -> None:
+    """Write as words, in place, the columns that hold numbers in one frame and words in another, and log them."""
     for column in dict.fromkeys(column for frame in frames for column in frame.columns):
         having = [frame[column] for frame in frames if column in frame.columns and frame[column].notna().any()]
         if len({pd.api.types.is_numeric_dtype(_kind(piece)) for piece in having}) > 1:
-            found.append(column)
-    return found
+            _log.warning("column %r of obs holds numbers in one %s and words in another: words in all", column, what)
+            for frame in frames:
+                if column in frame:
+                    frame[column] = frame[column].astype(object).map(str, na_action="ignore")
 
 
 def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
@@ -223,7 +224,7 @@ def caution_of_same_cells(parts: Sequence[Any]) -> None:
     for one, other in combinations(parts, 2):
         size, found = min(len(one.obs), len(other.obs)), one.obs.index.get_indexer(other.obs.index)
         same, shared = int((found >= 0).sum()), [modality for modality in one.x if modality in other.x]
-        if same <= _SAME_CELLS * size:
+        if same <= SAME_CELLS * size:
             continue
         if not shared:
             caution(

@@ -37,7 +37,7 @@ from pyro_multivi.datasets.assembly import (
     caution_of_same_cells,
     join_rows,
     moved,
-    unlike_columns,
+    spell_out_unlike_columns,
     with_unique_names,
 )
 from pyro_multivi.datasets.features.shared import shared_features
@@ -363,11 +363,7 @@ def _join_obs(parts: Sequence[_Part], sample_key: str, modality_key: str) -> pd.
     """The cells of the result, with unique names and the columns of samples and patterns."""
     own = [part.obs.drop(columns=[sample_key, modality_key], errors="ignore") for part in parts]
     frames = with_unique_names(own, [part.name for part in parts])
-    for column in unlike_columns(frames):
-        _log.warning("column %r of obs holds numbers in one sample and words in another: words in all", column)
-        for frame in frames:
-            if column in frame:
-                frame[column] = frame[column].astype(object).map(str, na_action="ignore")
+    spell_out_unlike_columns(frames, "sample")
     obs = join_rows(frames)
     check_unique(obs.index, "obs_names of all samples together", "rename the cells or the samples")
     sizes = [len(frame) for frame in frames]

@@ -19,15 +19,12 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
 from pyro_multivi.data.stores.matrix import StoredMatrix, opened_group
 from pyro_multivi.data.stores.reference import STORES, Store, Stores, checksum_of, element, keep, names_in
-from pyro_multivi.datasets.assembly import errors_naming, join_rows, unlike_columns
+from pyro_multivi.datasets.assembly import SAME_CELLS, errors_naming, join_rows, spell_out_unlike_columns
 from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.readers import sample_name
 from pyro_multivi.datasets.samples import refuse_repeated, setup_of
 
 _log = logging.getLogger("pyro_multivi")
-
-# Barcodes of two samples that are alike by chance are a few per cent: Cell Ranger knows 737 000.
-_SAME_CELLS = 0.5
 
 
 @checked
@@ -199,7 +196,7 @@ def _refuse_same_cells(parts: Sequence[_Part]) -> None:
     for number, one in enumerate(parts):
         for other in parts[:number]:
             same, size = int(one.obs.index.isin(other.obs.index).sum()), min(len(one.obs), len(other.obs))
-            if same > _SAME_CELLS * size:
+            if same > SAME_CELLS * size:
                 raise ValueError(
                     f"stores: {same} of {size} cells have the same names in {other.store.path} and {one.store.path}, "
                     "as if they were the same cells. Give one of the two; put modalities of the same cells into one "
@@ -255,11 +252,7 @@ def _free_key(parts: Sequence[_Part], sample_keys: Sequence[str]) -> str:
 def _join_obs(parts: Sequence[_Part], cells: pd.Index[Any], sample_key: str) -> pd.DataFrame:
     names = [part.store.name for part in parts]
     frames = [part.obs.drop(columns=sample_key, errors="ignore") for part in parts]
-    for column in unlike_columns(frames):
-        _log.warning("column %r of obs holds numbers in one store and words in another: words in all", column)
-        for number, frame in enumerate(frames):
-            if column in frame:
-                frames[number] = frame.assign(**{column: frame[column].astype(object).map(str, na_action="ignore")})
+    spell_out_unlike_columns(frames, "store")
     obs = join_rows(frames).set_axis(cells)
     sizes = [len(part.obs) for part in parts]
     obs[sample_key] = pd.Categorical([name for name, n in zip(names, sizes, strict=True) for _ in range(n)], names)
