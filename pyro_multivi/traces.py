@@ -154,11 +154,16 @@ def terms_of(cells: Cells, model_trace: Trace, guide_trace: Trace) -> Terms:
 @torch.no_grad()
 def measure(program: MultiVIProgram, cells: Cells) -> Terms:
     """Terms of one minibatch with one draw of the latents per cell."""
+    return terms_of(cells, *traces_of(program, cells))
+
+
+def traces_of(program: MultiVIProgram, cells: Cells) -> tuple[Trace, Trace]:
+    """Traces of the model and of the guide with one draw of the latents per cell, and their log densities."""
     guide_trace = poutine.trace(program.guide).get_trace(cells)
     model_trace = poutine.trace(poutine.replay(program.model, trace=guide_trace)).get_trace(cells)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
-    return terms_of(cells, model_trace, guide_trace)
+    return model_trace, guide_trace
 
 
 def _total(values: Tensor, site: Any) -> Tensor:

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.program import MultiVIProgram
-from pyro_multivi.traces import is_of_cells, log_density, random_sites
+from pyro_multivi.traces import is_of_cells, log_density, random_sites, traces_of
 from pyro_multivi.training.objective import NegativeELBO
 
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
@@ -211,10 +210,7 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
         if not bool(torch.isfinite(parameter).all()):
             return _error(epoch, place, f"parameter {name!r} is not finite")
     with pyro.validation_enabled(False):
-        guide_trace = poutine.trace(program.guide).get_trace(cells)
-        model_trace = poutine.trace(poutine.replay(program.model, trace=guide_trace)).get_trace(cells)
-        guide_trace.compute_log_prob()
-        model_trace.compute_log_prob()
+        model_trace, guide_trace = traces_of(program, cells)
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in random_sites(trace).items():
             bad = _bad_cells(log_density(site))
