@@ -162,6 +162,11 @@ def with_changed_tensors(owner: Any, change: Callable[[Tensor], Tensor]) -> dict
     return {**changed, "extra": {name: Measurement(*map(change, part)) for name, part in owner.extra.items()}}
 
 
+def pattern_code(cells: Any) -> Tensor:
+    """Measurement pattern of each cell of a minibatch or table, (n,): 0 nothing, 1 RNA only, 2 ATAC only, 3 both."""
+    return torch.stack([modality.measured_in(cells).long() << at for at, modality in enumerate(MODALITIES)]).sum(0)
+
+
 def tensors_in(owner: Any) -> list[Tensor]:
     """All tensors of a minibatch or table; those inside of sparse counts rather than the counts."""
     found: list[Tensor] = []

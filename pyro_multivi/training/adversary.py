@@ -13,8 +13,7 @@ from torch.func import functional_call
 
 from pyro_multivi.data.checks import caution
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells
-from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.data.minibatch import Cells, pattern_code
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.processes.group import current
 from pyro_multivi.program import MultiVIProgram
@@ -184,4 +183,4 @@ class Adversary:
         """A number for the origin of each cell, (n,), int64."""
         if self.options.adversarial_target == "batch":
             return cells.design[:, : self._n_batch].argmax(-1)
-        return torch.stack([modality.measured_in(cells).long() << at for at, modality in enumerate(MODALITIES)]).sum(0)
+        return pattern_code(cells)

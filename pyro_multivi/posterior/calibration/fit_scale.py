@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, spread
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, pattern_code
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
-from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in, pattern_code
+from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, log_density, random_sites, scale_of
 

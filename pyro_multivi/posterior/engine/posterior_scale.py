@@ -22,9 +22,8 @@ import torch.distributions as torchdist
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import Cells, pattern_code
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 
 
@@ -71,13 +70,6 @@ def variance_of(name: str, fn: Any) -> Tensor:
             "ask for draws (give_mean=False)."
         ) from error
     return variance
-
-
-def pattern_code(cells: Cells | CellTable) -> Tensor:
-    """Measurement pattern of each cell, (B,): 0 nothing, 1 RNA only, 2 ATAC only, 3 both; a row of the buffer."""
-    code = sum(2**place * modality.measured_in(cells).long() for place, modality in enumerate(MODALITIES))
-    assert isinstance(code, Tensor)
-    return code
 
 
 def corrected(program: MultiVIProgram, cells: Cells, fn: Any) -> Any:
