@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES, Modality
+from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES, Modality, Named
 from pyro_multivi.data.sparse import SparseCounts
 
 
@@ -178,7 +178,7 @@ def tensors_in(owner: Any) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class ExtraFeatures:
+class ExtraFeatures(Named):
     """An extra modality, where code takes a :class:`Modality` for its features, values and one decoded site.
 
     Attributes
@@ -229,21 +229,6 @@ class ExtraFeatures:
     def feature_type(self) -> str:
         """Value of ``var["feature_types"]``: for proteins as Cell Ranger writes it."""
         return PROTEIN_FEATURE_TYPES[0] if self.name == PROTEIN else self.name
-
-    @property
-    def source_column(self) -> str:
-        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
-        return f"{self.name}_source"
-
-    @property
-    def features(self) -> str:
-        """Plural of :attr:`feature`."""
-        return f"{self.feature}s"
-
-    @property
-    def list_argument(self) -> str:
-        """Argument that chooses some of the features."""
-        return f"{self.feature}_list"
 
     def feature_names_in(self, spec: Any) -> tuple[str, ...]:
         """Names of the features in a specification."""

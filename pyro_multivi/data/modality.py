@@ -12,8 +12,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 
+class Named:
+    """Names that follow from those of a modality and of one of its features."""
+
+    name: str
+    feature: str
+
+    @property
+    def features(self) -> str:
+        """Plural of :attr:`feature`."""
+        return f"{self.feature}s"
+
+    @property
+    def list_argument(self) -> str:
+        """Argument that chooses some of the features."""
+        return f"{self.feature}_list"
+
+    @property
+    def source_column(self) -> str:
+        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
+        return f"{self.name}_source"
+
+
 @dataclass(frozen=True)
-class Modality:
+class Modality(Named):
     """One kind of measurement of a cell.
 
     Attributes
@@ -59,24 +81,9 @@ class Modality:
     binary: bool = field(compare=False)
 
     @property
-    def features(self) -> str:
-        """Plural of :attr:`feature`."""
-        return f"{self.feature}s"
-
-    @property
     def feature_type(self) -> str:
         """Value of ``var["feature_types"]``, as Cell Ranger writes it."""
         return self.feature_types[0]
-
-    @property
-    def list_argument(self) -> str:
-        """Argument that chooses some of the features."""
-        return f"{self.feature}_list"
-
-    @property
-    def source_column(self) -> str:
-        """Column of ``obs`` that records whether a cell's values were measured or imputed."""
-        return f"{self.name}_source"
 
     @property
     def sites(self) -> tuple[str, str, str]:
