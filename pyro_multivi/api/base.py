@@ -20,8 +20,8 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modality_named
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
-from pyro_multivi.data.setup.adapter import frame_of
 from pyro_multivi.data.setup.cautions import cells_without_counts
+from pyro_multivi.data.setup.options import in_memory
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
@@ -179,7 +179,7 @@ class ModelBase:
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:
         """Annotation of the cells that a method was given, in their order."""
-        return frame_of((self.adata if adata is None else adata).obs)
+        return in_memory((self.adata if adata is None else adata).obs)
 
     def _select(self, adata: Data | None, indices: Indices) -> tuple[CellTable, Tensor]:
         table, _ = self._table_of(adata)

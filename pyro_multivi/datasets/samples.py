@@ -25,11 +25,11 @@ from pyro_multivi.data.checks import (
     unknown_key,
 )
 from pyro_multivi.data.modality import MODALITIES, Modality
-from pyro_multivi.data.setup.adapter import Counts, frame_of, open_data
+from pyro_multivi.data.setup.adapter import Counts, open_data
 from pyro_multivi.data.setup.counts import read_whole
 from pyro_multivi.data.setup.masks.declared import PANEL_ENTRY
 from pyro_multivi.data.setup.modalities import Measured, find_measured, has_counts
-from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, in_memory, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
@@ -299,13 +299,13 @@ def _words_of(data: Any, key: str) -> set[str]:
     """Names of modalities of a MuData, or feature types of an AnnData."""
     if is_mudata(data):
         return set(data.mod)
-    return {*frame_of(data.var)[key].astype(str)} if key in data.var else set()
+    return {*in_memory(data.var)[key].astype(str)} if key in data.var else set()
 
 
 def cells_of(data: Any) -> pd.DataFrame:
     """The columns of ``obs``, those of a modality of a MuData as ``"rna:column"``; a new table."""
     if not is_mudata(data):
-        return frame_of(data.obs).copy()
+        return in_memory(data.obs).copy()
     obs: pd.DataFrame = data.obs.copy()
     for name, part in data.mod.items():
         for column in part.obs:
@@ -322,7 +322,7 @@ def _csr(counts: SparseCounts) -> sp.csr_matrix:
 
 def _var_of(data: Any, own: Setup, counts: Counts) -> pd.DataFrame:
     table = data.mod[own.mudata_name(counts.modality)].var if is_mudata(data) else data.var
-    var = frame_of(table).iloc[counts.columns].drop(columns=own.feature_type_key, errors="ignore")
+    var = in_memory(table).iloc[counts.columns].drop(columns=own.feature_type_key, errors="ignore")
     return var.set_axis(pd.Index(list(map(str, counts.features))))
 
 

@@ -25,7 +25,15 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
-from pyro_multivi.data.setup.options import Setup, elsewhere, gathering, how_to_make, is_lazy, is_mudata
+from pyro_multivi.data.setup.options import (
+    Setup,
+    elsewhere,
+    gathering,
+    how_to_make,
+    in_memory,
+    is_lazy,
+    is_mudata,
+)
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
@@ -187,7 +195,7 @@ def _open_anndata(adata: AnnData, setup: Setup) -> Opened:
         name="adata",
         cells=adata.obs_names,
         counts=counts,
-        tables={"adata.obs": frame_of(adata.obs)},
+        tables={"adata.obs": in_memory(adata.obs)},
         ignored={str(kind): int(size) for kind, size in other.value_counts().items()},
         extra=extra_sources(adata, "adata", setup, _places_of),
         posterior=posterior_of(adata),
@@ -202,7 +210,7 @@ def _feature_types(adata: AnnData, setup: Setup) -> pd.Series[Any]:
         return pd.Series(RNA.feature_type, index=adata.var_names)
     if key in adata.var:
         check_once(adata.var, key, "adata.var")
-        return frame_of(adata.var)[key].astype(str)
+        return in_memory(adata.var)[key].astype(str)
     if setup.kind == "mudata":
         raise TypeError(
             f"A MuData was set up and an AnnData was given whose var has no column {key!r}. Give a MuData, "
@@ -290,11 +298,6 @@ def _check_cells(names: pd.Index[Any], where: str, fix: str) -> None:
         raise ValueError(f"{where} is empty: there are no cells.")
     check_strings(names, where)
     check_unique(names, where, fix)
-
-
-def frame_of(table: Any) -> pd.DataFrame:
-    """A table of cells or features in memory; those of anndata's ``read_lazy`` are read, counts are not."""
-    return table if isinstance(table, pd.DataFrame) else table.to_memory()
 
 
 def _counts(

@@ -269,6 +269,11 @@ def is_lazy(matrix: object) -> bool:
     return hasattr(matrix, "dask") and hasattr(matrix, "compute")
 
 
+def in_memory(table: Any) -> Any:
+    """A table of cells or features; one of anndata's ``read_lazy`` is read."""
+    return table.to_memory() if hasattr(table, "to_memory") else table
+
+
 def is_mudata(data: object) -> bool:
     """Whether an object is a MuData, without importing mudata (an optional extra)."""
     return any(base.__name__ == "MuData" and base.__module__.split(".")[0] == "mudata" for base in type(data).__mro__)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import check_once, first_names, shown, unknown_key
 from pyro_multivi.data.modality import Modality
-from pyro_multivi.data.setup.options import UNS_KEY, Setup, is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, in_memory, is_mudata
 
 #: Column of var that is False for features that an object holds, as zeros, without their having been measured.
 MEASURED_COLUMN = "pyro_multivi_measured"
@@ -50,7 +50,7 @@ def measured_features(part: Any, owner: str) -> NDArray[np.bool_]:
     if MEASURED_COLUMN not in part.var:
         return np.ones(part.n_vars, dtype=bool)
     check_once(part.var, MEASURED_COLUMN, f"{owner}.var")
-    column = _in_memory(part.var)[MEASURED_COLUMN]
+    column = in_memory(part.var)[MEASURED_COLUMN]
     if not pd.api.types.is_bool_dtype(column.dtype):
         raise ValueError(
             f"{owner}.var[{MEASURED_COLUMN!r}] must be True or False for every feature and is of type {column.dtype}. "
@@ -115,8 +115,7 @@ def masks_of(part: Any, owner: str, modality: Modality, key: str | None, columns
     """
     if key is None or key not in part.varm:
         return None
-    where, table = f"{owner}.varm[{key!r}]", part.varm[key]
-    table = _in_memory(table)
+    where, table = f"{owner}.varm[{key!r}]", in_memory(part.varm[key])
     if not isinstance(table, pd.DataFrame):
         raise ValueError(
             f"{where} must be a DataFrame, with True or False for every feature in a column for each batch, and is "
@@ -146,8 +145,3 @@ def _parts(data: Any) -> dict[str, Any]:
     if is_mudata(data):
         return {f"mdata.mod[{name!r}]": part for name, part in data.mod.items()}
     return {"adata": data}
-
-
-def _in_memory(table: Any) -> Any:
-    """A table, read if it is one of anndata's ``read_lazy``."""
-    return table.to_memory() if hasattr(table, "to_memory") else table
