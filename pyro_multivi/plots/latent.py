@@ -35,6 +35,11 @@ COMPACT: dict[str, Any] = {"frameon": False, "fontsize": "small", "handletextpad
 _MISSING, _OTHER = "#D9D9D9", "#8C8C8C"
 
 
+def as_words(labels: pd.Series[Any]) -> Any:
+    """Labels as words; missing ones stay missing."""
+    return labels.astype(str).astype(object).where(labels.notna().to_numpy(), None).to_numpy(dtype=object)
+
+
 def principal_plane(latent: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Coordinates of cells in the plane of largest variance, (cells, 2)."""
     latent = as_latent(latent)

@@ -20,6 +20,7 @@ from pyro_multivi._optional import require
 from pyro_multivi._version import __version__
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.files import write_whole
+from pyro_multivi.plots.latent import as_words
 from pyro_multivi.posterior.checks.result import (
     FAILS,
     NO_TEST,
@@ -207,7 +208,7 @@ def pictures(model: MULTIVI, check: PredictiveCheck, labels: str | None = None) 
     """Pictures of the tables that a check has, and of training."""
     found = _pictures_of_statistics(check)
     latent = np.asarray(model.get_latent_representation())
-    groups = None if labels is None else _words(model.adata.obs[labels])
+    groups = None if labels is None else as_words(model.adata.obs[labels])
     hidden = pd.unique(check.imputed["modality"]) if len(check.imputed) else ()
     found += [
         Picture(
@@ -274,11 +275,6 @@ def _pictures_of_statistics(check: PredictiveCheck) -> list[Picture]:
                 )
             )
     return found
-
-
-def _words(labels: pd.Series[Any]) -> Any:
-    """Labels as words; missing ones stay missing."""
-    return labels.astype(str).astype(object).where(labels.notna().to_numpy(), None).to_numpy(dtype=object)
 
 
 def worst(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:

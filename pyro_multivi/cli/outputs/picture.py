@@ -14,7 +14,7 @@ from pyro_multivi._optional import require
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.vocabulary import PAIRED
-from pyro_multivi.plots.latent import is_continuous, neighbour_embedding, principal_plane
+from pyro_multivi.plots.latent import as_words, is_continuous, neighbour_embedding, principal_plane
 from pyro_multivi.plots.overview import overview
 
 # An embedding of more cells takes minutes and shows no more; of fewer there are no neighbours to speak of.
@@ -61,7 +61,7 @@ def _drawable(labels: pd.Series[Any]) -> NDArray[Any]:
     """Numbers as they are, categories as strings; missing ones stay missing."""
     if is_continuous(labels):
         return labels.to_numpy(dtype=float, na_value=np.nan)
-    return labels.astype(str).astype(object).where(labels.notna().to_numpy(), None).to_numpy(dtype=object)
+    return as_words(labels)
 
 
 def _origins(model: MULTIVI) -> dict[str, NDArray[Any]]:
