@@ -62,12 +62,10 @@ class FragmentCounts(CellDistribution):
         )
 
     def _log_prob_rows(self, value: ValueRows, parameters: ParameterRows) -> Tensor:
-        p, size, rate, theta = (parameters.get(name) for name in ("p", "size", "rate", "theta"))
-        assert size is not None
-        assert rate is not None
+        p, size, rate = (parameters[name] for name in ("p", "size", "rate"))
+        theta = parameters.get("theta")
         if isinstance(p, Readout) and rate.dim() == 1 and (theta is None or theta.dim() == 1):
             return fragments_log_prob(p, size, rate, theta, value.entries())
-        assert p is not None
         mean, x = size.unsqueeze(-1) * dense_rows(p) * rate, value.dense()
         return (log_poisson(x, mean) if theta is None else negative_binomial_log_prob(x, mean, theta)).sum(-1)
 
