@@ -123,7 +123,8 @@ class MultiVIProgram(ProgramModules):
                 l = pyro.sample("l", self.library_prior(cells, s))
                 decoded = self.expression(z, s)
                 rho = pyro.deterministic("rho", decoded.rho, event_dim=1)
-                x = self.expression_dist(l, rho, self.theta(cells, s, decoded, log_theta), decoded.pi_logits)
+                theta = self.theta(cells, s, decoded, log_theta)
+                x = self.expression_dist(l, rho, theta, decoded.pi_logits)
                 pyro.sample("x", measured_only(x, cells.has_rna, cells.rna_rows, cells.rna_panels), obs=cells.x)
             if self.config.n_regions:
                 p = pyro.deterministic("p", self.accessibility(z, s), event_dim=1)
@@ -213,8 +214,7 @@ class MultiVIProgram(ProgramModules):
         """d ~ LogitNormal of the batch, or of fragments LogNormal; known factors as they are."""
         if cells.atac_size is not None:
             return dist.Delta(cells.atac_size)
-        prior = factors.fragments_prior if self.config.counts_fragments else factors.factor_prior
-        return prior(self, s)
+        return factors.batch_prior(self, s)
 
     def region_factors(self) -> Tensor | None:
         """r, (M,), in (0, 1), or a rate of fragments; None stands for 1.
@@ -337,13 +337,12 @@ class MultiVIProgram(ProgramModules):
         prior = self.cell_factor_prior(cells, s)
         if isinstance(prior, dist.Delta):
             return prior
+        # A prior of one's own may be of another family.
+        if not isinstance(prior, dist.LogNormal if self.config.counts_fragments else LogitNormal):
+            prior = factors.batch_prior(self, s)
         if not self.config.counts_fragments:
-            # A prior of one's own may be of another family.
-            own = prior if isinstance(prior, LogitNormal) else factors.factor_prior(self, s)
-            return factors.factor_posterior(self, cells, self.cell_factor(cells, hidden), own)
+            return factors.factor_posterior(self, cells, self.cell_factor(cells, hidden), prior)
         assert hidden.atac is not None
-        if not isinstance(prior, dist.LogNormal):
-            prior = factors.fragments_prior(self, s)
         state = self.depth_hidden_state(hidden.atac)
         return factors.depth_posterior(self.cell_factor_head, state, self.atac_log_depth, prior.loc, prior.scale)
 

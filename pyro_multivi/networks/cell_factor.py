@@ -75,9 +75,11 @@ def unlearned_cell_factor(n_batch: int) -> dict[str, Tensor]:
     }
 
 
-def factor_prior(program: Any, s: Tensor) -> LogitNormal:
-    """d ~ LogitNormal of the batch, (..., B)."""
+def batch_prior(program: Any, s: Tensor) -> LogitNormal | dist.LogNormal:
+    """d ~ LogitNormal of the batch, or LogNormal as the number of fragments of its cells is, (..., B)."""
     batch = s[..., : program.config.n_batch]
+    if program.config.counts_fragments:
+        return dist.LogNormal(batch @ program.fragments_log_mean, (batch @ program.fragments_log_var).sqrt())
     return LogitNormal(batch @ program.cell_factor_loc, batch @ program.cell_factor_sd)
 
 
@@ -141,12 +143,6 @@ def library_prior(program: Any, cells: Cells, s: Tensor) -> tuple[Tensor, Tensor
         prior = program.library_prior(cells, s)
     moments = (prior.loc, prior.scale) if isinstance(prior, dist.LogNormal) else program.library_moments(s)
     return moments[0].expand(len(cells)), moments[1].expand(len(cells))
-
-
-def fragments_prior(program: Any, s: Tensor) -> dist.LogNormal:
-    """d ~ LogNormal with the mean and variance of the log number of fragments of the batch, (..., B)."""
-    batch = s[..., : program.config.n_batch]
-    return dist.LogNormal(batch @ program.fragments_log_mean, (batch @ program.fragments_log_var).sqrt())
 
 
 def fragments_likelihood(program: Any, p: Tensor, d: Tensor, r: Tensor) -> FragmentCounts:
