@@ -14,7 +14,7 @@ from pyro_multivi.data.modality import modality_at
 from pyro_multivi.posterior.calibration.fit_shrinkage import clear_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.quantities.array_sink import Arrays
+from pyro_multivi.posterior.quantities.array_sink import ArraySink
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
 
 N_GENES, N_REGIONS = 40, 70
@@ -81,12 +81,12 @@ def _continuum(**choices: Any) -> MULTIVI:
 def compute() -> Callable[..., Any]:
     """A quantity of some minibatches, by name, without names of features or cells."""
 
-    def run(program: Any, minibatches: list[Any], quantity: Quantity, average: Average) -> Arrays:
+    def run(program: Any, minibatches: list[Any], quantity: Quantity, average: Average) -> ArraySink:
         n_cells = sum(len(cells) for cells in minibatches)
         every = modality_at(quantity.site).n_features_in(program.config)
         width = every if quantity.features is None else len(quantity.features)
         shape = (average.n_samples, n_cells, width) if average.keep_draws else (n_cells, width)
-        kept = Arrays(shape, dense=average.names)
+        kept = ArraySink(shape, dense=average.names)
         estimate(program, minibatches, quantity, average, kept)
         return kept
 

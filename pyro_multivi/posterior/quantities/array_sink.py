@@ -17,19 +17,15 @@ class Sink(Protocol):
     @property
     def n_done(self) -> int:
         """Number of cells that are complete."""
-        ...
 
     def put(self, name: str, rows: slice, features: slice, values: NDArray[Any]) -> None:
         """Take a dense block, (B, W), or (S, B, W) for all draws."""
-        ...
 
     def append(self, name: str, rows: sp.csr_matrix) -> None:
         """Take the next rows of a sparse result."""
-        ...
 
     def commit(self, n_done: int) -> None:
         """Note that the first ``n_done`` cells are complete."""
-        ...
 
 
 class Recorder:
@@ -77,7 +73,7 @@ class Recorder:
                 sink.commit(int(place))
 
 
-class Arrays:
+class ArraySink:
     """A result in memory.
 
     Parameters

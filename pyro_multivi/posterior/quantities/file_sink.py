@@ -35,7 +35,7 @@ logger = logging.getLogger("pyro_multivi")
 SUFFIXES = (".h5ad", ".zarr")
 
 
-class Store:
+class FileSink:
     """A :class:`~pyro_multivi.posterior.quantities.array_sink.Sink` in a ``.h5ad`` file or ``.zarr`` folder.
 
     Used as a context: leaving it without an error completes the file, leaving it with an error
@@ -119,7 +119,7 @@ class Store:
 
     # ------------------------------------------------------------------ from beginning to end
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> FileSink:
         return self
 
     def __exit__(

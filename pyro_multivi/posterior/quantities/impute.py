@@ -25,9 +25,9 @@ from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, decode
 from pyro_multivi.posterior.engine.replicates import extra_features
-from pyro_multivi.posterior.quantities.array_sink import Arrays, Sink
+from pyro_multivi.posterior.quantities.array_sink import ArraySink, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, blocks, compress
-from pyro_multivi.posterior.quantities.file_sink import Store
+from pyro_multivi.posterior.quantities.file_sink import FileSink
 from pyro_multivi.posterior.quantities.output import request_digest, stream, write_shared
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -105,9 +105,9 @@ def impute(
     if out is not None:
         request = request_digest(program, cells, quantities, average, list(obs.index), measured_too=measured_too)
         places = {name: ELEMENTS[name] for name in names}
-        write_shared(lambda: Store(out, request, obs, var, uns, sparse=places), fill, cells, silent is True)
+        write_shared(lambda: FileSink(out, request, obs, var, uns, sparse=places), fill, cells, silent is True)
         return Path(out)
-    kept = Arrays((len(obs), len(var)), sparse=names)
+    kept = ArraySink((len(obs), len(var)), sparse=names)
     stream(fill, cells, kept, silent is not False)
     layers = {ELEMENTS[name].removeprefix("layers/"): kept[name] for name in average.names}
     filled = AnnData(kept["counts"], obs=obs, var=var, layers=layers, uns=uns)

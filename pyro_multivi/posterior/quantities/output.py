@@ -22,9 +22,9 @@ from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.isolation import uninterrupted
 from pyro_multivi.posterior.engine.decode import Average
-from pyro_multivi.posterior.quantities.array_sink import Arrays, Recorder, Sink
+from pyro_multivi.posterior.quantities.array_sink import ArraySink, Recorder, Sink
 from pyro_multivi.posterior.quantities.estimates import Quantity, estimate
-from pyro_multivi.posterior.quantities.file_sink import Store, digest
+from pyro_multivi.posterior.quantities.file_sink import FileSink, digest
 from pyro_multivi.posterior.quantities.summary import Estimate
 from pyro_multivi.processes.group import current
 from pyro_multivi.processes.shares import gather_arrays
@@ -92,10 +92,12 @@ def deliver(
         dense_places, sparse_places = ({}, places) if sparse else (places, {})
         request = request_digest(program, cells, [quantity], average, [*index, *columns])
         frames = (pd.DataFrame(index=index.astype(str)), pd.DataFrame(index=columns.astype(str)))
-        write_shared(lambda: Store(out, request, *frames, {}, dense_places, sparse_places), fill, cells, silent is True)
+        write_shared(
+            lambda: FileSink(out, request, *frames, {}, dense_places, sparse_places), fill, cells, silent is True
+        )
         return Path(out)
     draws = (average.n_samples,) if average.keep_draws else ()
-    kept = Arrays((*draws, len(index), len(columns)), **{"sparse" if sparse else "dense": average.names})
+    kept = ArraySink((*draws, len(index), len(columns)), **{"sparse" if sparse else "dense": average.names})
     stream(fill, cells, kept, silent is not False)
     found = [kept[name] for name in average.names]
     if sparse and not return_numpy:
@@ -107,7 +109,7 @@ def deliver(
 
 
 def write_shared(
-    store: Callable[[], Store], fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, silent: bool
+    store: Callable[[], FileSink], fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, silent: bool
 ) -> None:
     """Stream all cells into a file, which the first of several processes writes."""
     if not current().is_first:

@@ -17,7 +17,7 @@ import torch
 from pyro_multivi import MULTIVI
 from pyro_multivi.data.stores import unfinished
 from pyro_multivi.posterior.quantities import array_sink, containers, estimates, file_sink
-from pyro_multivi.posterior.quantities.file_sink import Store, digest
+from pyro_multivi.posterior.quantities.file_sink import FileSink, digest
 from pyro_multivi.posterior.quantities.output import request_digest
 
 SUFFIXES = [".h5ad", ".zarr"]
@@ -41,7 +41,7 @@ def no_arrays(monkeypatch):
     def never(*_, **__):
         raise AssertionError("the result was collected in memory")
 
-    monkeypatch.setattr(array_sink.Arrays, "__init__", never)
+    monkeypatch.setattr(array_sink.ArraySink, "__init__", never)
 
 
 @pytest.fixture
@@ -180,14 +180,14 @@ def test_an_error_before_the_first_cells_leaves_nothing(fitted, out, interrupted
 
 
 def test_ctrl_c_while_a_file_is_begun_leaves_it_free(fitted, out, monkeypatch):
-    begin = Store._begin
+    begin = FileSink._begin
 
     def interrupting(store):
         begin(store)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "_begin", interrupting)
+        patched.setattr(FileSink, "_begin", interrupting)
         with pytest.raises(KeyboardInterrupt):
             fitted.get_normalized_expression(out=out, silent=True)
     assert list(out.parent.iterdir()) == []
@@ -226,7 +226,7 @@ def test_a_broken_unfinished_result_is_written_anew(fitted, tmp_path, interrupte
 
 def test_a_file_that_another_writes_is_left_alone(fitted, out):
     frames = (pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["f", "g"]))
-    with Store(out, "one", *frames, {}, dense={"mean": "X"}) as kept:
+    with FileSink(out, "one", *frames, {}, dense={"mean": "X"}) as kept:
         with pytest.raises(RuntimeError, match=f"out='.*{out.name}' is being written by another process"):
             fitted.get_normalized_expression(out=out, silent=True)
         kept.put("mean", slice(0, 2), slice(0, 2), np.ones((2, 2), np.float32))
@@ -243,13 +243,13 @@ def test_a_file_that_another_completes_meanwhile_is_left_alone(out, monkeypatch)
         # After this process looked for the file and before it has the lock.
         if not begun:
             begun.append(path)
-            with Store(out, "one", *frames, {}, dense={"mean": "X"}) as other:
+            with FileSink(out, "one", *frames, {}, dense={"mean": "X"}) as other:
                 other.commit(1)
         return folder(path)
 
     monkeypatch.setattr(file_sink, "UnfinishedFolder", late)
     with pytest.raises(FileExistsError, match="was completed by another process"):
-        Store(out, "two", *frames, {}, dense={"mean": "X"})
+        FileSink(out, "two", *frames, {}, dense={"mean": "X"})
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -301,7 +301,7 @@ def test_a_mark_is_never_ahead_of_the_rows(out):
     frames = (pd.DataFrame(index=["a", "b", "c"]), pd.DataFrame(index=["f", "g"]))
 
     def stopped():
-        with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
+        with FileSink(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
             kept.append("mean", sp.csr_matrix([[0.0, 2.0]], dtype=np.float32))
             kept.commit(1)
             kept.append("mean", sp.csr_matrix([[3.0, 4.0]], dtype=np.float32))  # never committed
@@ -309,7 +309,7 @@ def test_a_mark_is_never_ahead_of_the_rows(out):
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    with Store(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
+    with FileSink(out, "one", *frames, {}, sparse={"mean": "X"}) as kept:
         assert kept.n_done == 1
         kept.append("mean", sp.csr_matrix([[5.0, 0.0], [0.0, 6.0]], dtype=np.float32))
         kept.commit(3)
@@ -337,7 +337,7 @@ def test_an_object_that_cannot_be_written_leaves_nothing(out, monkeypatch):
 
     monkeypatch.setattr(containers, "write_element", refuse)
     with pytest.raises(TypeError, match="a column of sets"):
-        Store(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
+        FileSink(out, "one", pd.DataFrame(index=["a"]), pd.DataFrame(index=["f"]), {}, dense={"mean": "X"})
     assert list(out.parent.iterdir()) == []
 
 
