@@ -20,7 +20,7 @@ from pyro_multivi.data.modality import ATAC, RNA, modelled
 from pyro_multivi.posterior.checks.predictive_check import predictive_check
 from pyro_multivi.posterior.checks.request import CheckRequest, Statistics, batches_and_groups
 from pyro_multivi.posterior.checks.result import PredictiveCheck
-from pyro_multivi.posterior.engine.replicates import extra_features, features_at, sample_replicates
+from pyro_multivi.posterior.engine.replicates import count_sites, extra_features, features_at, sample_replicates
 from pyro_multivi.posterior.quantities.inference_data import inference_data
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class ChecksMixin(ModelBase):
     # ------------------------------------------------------------------ shared by the methods
 
     def _sites(self, sites: str | Sequence[str] | None) -> tuple[str, ...]:
-        known = (*(each.counts for each in modelled(self.program.config)), *extra_features(self.program))
+        known = (*count_sites(self.program), *extra_features(self.program))
         if sites is None:
             return known
         wanted = name_list("sites", sites)

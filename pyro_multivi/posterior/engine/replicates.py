@@ -63,7 +63,7 @@ class Replicate:
             return self.expected(self.fn).expand(self.values.shape)
 
 
-def observed_sites(program: MultiVIProgram) -> tuple[str, ...]:
+def count_sites(program: MultiVIProgram) -> tuple[str, ...]:
     """Sites of counts that the program has: ``"x"``, ``"y"`` or both."""
     return tuple(modality.counts for modality in modelled(program.config))
 
@@ -156,7 +156,7 @@ def replicate(
     hidden_modality = None if hidden is None else features_at(program, hidden)
     seen = cells if hidden_modality is None else hide(cells, hidden_modality)
     known_depth = next((each for each in MODALITIES if each == hidden_modality and hidden_depth != "predicted"), None)
-    sites = (*observed_sites(program), *extra_features(program))
+    sites = (*count_sites(program), *extra_features(program))
     width = max(program.config.n_genes, program.config.n_regions, *program.config.extra.values())
     for draws in _draws_at_a_time(n_samples, len(cells) * width):
         with evaluation_mode(program):
@@ -292,7 +292,7 @@ def masked_replicate(program: MultiVIProgram, minibatches: Minibatches, number: 
         # One draw, of another seed each time, so that a single replicate is in memory.
         one = CellNoise(cells.index[:1], seed, number).torch_seed("whole", of_cells=False)
         (_, found) = next(replicate(program, cells, 1, one))
-        parts = [found[site].values[0] * where_measured(cells, site) for site in observed_sites(program)]
+        parts = [found[site].values[0] * where_measured(cells, site) for site in count_sites(program)]
         rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
     return sp.vstack(rows, format="csr")
 
@@ -301,7 +301,7 @@ def observed_matrix(program: MultiVIProgram, minibatches: Iterable[Cells]) -> sp
     """Measured counts as :func:`masked_replicate` lays them out."""
     rows: list[sp.csr_matrix] = []
     for cells in minibatches:
-        parts = [counts_of(program, cells, site)[0] for site in observed_sites(program)]
+        parts = [counts_of(program, cells, site)[0] for site in count_sites(program)]
         rows.append(sp.csr_matrix(torch.cat(parts, -1).cpu().numpy()))
     return sp.vstack(rows, format="csr")
 
