@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from pyro_multivi._version import __version__
 from pyro_multivi.data.modality import MODALITIES, PROTEIN
 
 _FEATURE_TYPES = "var column of feature types (default: feature_types)"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -20,216 +22,232 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_demo, _train, _check, _differential, _map, _describe, _convert):
+        add(commands)
+    return parser
 
-    demo = commands.add_parser("demo", help="analyse the built-in real cells from start to end")
-    _add_training(demo)
-    demo.set_defaults(labels="cell_type", from_disk=False)
 
-    train = commands.add_parser(
+def _demo(commands: _Commands) -> None:
+    parser = commands.add_parser("demo", help="analyse the built-in real cells from start to end")
+    _add_training(parser)
+    parser.set_defaults(labels="cell_type", from_disk=False)
+
+
+def _train(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "train",
         help="train on files of yours",
         description="Train on one file, or on several samples: each may have RNA, ATAC or both. Of a modality the "
         "features are kept that all samples with it have; the rest is counted (--features union keeps all). Barcodes "
         "that occur in more than one sample get the name of theirs behind.",
     )
-    train.add_argument(
+    parser.add_argument(
         "data",
         nargs="+",
         metavar="DATA",
         help=".h5ad, .h5mu, .zarr, 10x .h5 (Cell Ranger ARC) or a folder with .mtx. Of several each is a sample, named "
         "after its file, or as NAME=PATH says",
     )
-    train.add_argument("--labels", help="obs column, categories or numbers, that colours the picture (default: none)")
-    train.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
-    train.add_argument("--batch-key", metavar="KEY", help="obs column of batches (default: all cells are of one)")
-    train.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
-    train.add_argument(
+    parser.add_argument("--labels", help="obs column, categories or numbers, that colours the picture (default: none)")
+    parser.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    parser.add_argument("--batch-key", metavar="KEY", help="obs column of batches (default: all cells are of one)")
+    parser.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
+    parser.add_argument(
         "--features",
         choices=["intersection", "union"],
         default="intersection",
         help="of several samples: features that all have, or any, masked in samples that lack them (default: "
         "intersection)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--from-disk",
         action="store_true",
         help="read the counts of .h5ad and .zarr files as they are needed, so that memory does not grow with them",
     )
-    train.add_argument(
+    parser.add_argument(
         "--feature-masks", metavar="KEY", help="varm table of the features measured in each batch (default: all are)"
     )
-    train.add_argument(
+    parser.add_argument(
         "--panel-key", metavar="KEY", help="obs column that names the columns of that table (default: --batch-key)"
     )
-    train.add_argument(
+    parser.add_argument(
         "--modality-key",
         metavar="KEY",
         help="obs column saying paired, expression or accessibility (default: what a cell has counts of)",
     )
-    train.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
+    parser.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
     for modality in MODALITIES:
-        train.add_argument(
+        parser.add_argument(
             f"--{modality.key}",
             metavar="NAME",
             help=f"what {modality.assay} is called: modality of an .h5mu, else word of the column of feature types "
             "(default: any usual name)",
         )
-    train.add_argument(
+    parser.add_argument(
         f"--{PROTEIN}",
         metavar="NAME",
         help="counts of proteins: key of obsm, or modality of an .h5mu; of one file, not --from-disk (default: none)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--categorical-covariate",
         action="append",
         default=[],
         metavar="KEY",
         help="obs column of categories to account for; may be repeated (default: none)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--continuous-covariate",
         action="append",
         default=[],
         metavar="KEY",
         help="obs column of numbers to account for; may be repeated (default: none)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--min-fraction",
         type=float,
         default=0.01,
         help="leave out features detected in a smaller share of the cells measured (default: 0.01)",
     )
-    _add_data(train)
-    train.add_argument(
+    _add_data(parser)
+    parser.add_argument(
         "--n-latent", type=int, help="dimension of the latent state (default: 20, or --n-hidden where that is less)"
     )
-    train.add_argument("--n-hidden", type=int, help="width of hidden layers (default: 128)")
-    train.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
-    train.add_argument(
+    parser.add_argument("--n-hidden", type=int, help="width of hidden layers (default: 128)")
+    parser.add_argument("--gene-likelihood", default="zinb", help="zinb, nb or poisson (default: zinb)")
+    parser.add_argument(
         "--accessibility-likelihood",
         default="bernoulli",
         help="bernoulli (open or not), or poisson or nb of counts of fragments (default: bernoulli)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--fully-paired",
         action=argparse.BooleanOptionalAction,
         help="learn the states from all modalities together, without the two penalties below (default: where every "
         "cell has all that the data have of RNA, ATAC and proteins, two or more)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--mixing-weight",
         type=float,
         help="weight, in nats, of a penalty for paired, RNA-only and ATAC-only cells whose states lie apart; 0 where "
         "they come from different tissues (default: 4, unless --fully-paired)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--contrast-weight",
         type=float,
         help="weight of the term by which the two halves of a cell find each other among other cells (default: 2.5, "
         "unless --fully-paired)",
     )
-    _add_training(train)
+    _add_training(parser)
 
-    check = commands.add_parser("check", help="compare a trained model's replicates with the data")
-    check.add_argument("model", type=_path, help="folder of a saved model")
-    check.add_argument("data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells")
-    _add_data(check)
-    check.add_argument("--out", required=True, type=_path, help="folder for tables and check.html; made if not there")
-    _add_overwrite(check)
-    check.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
-    check.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
-    check.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups (default: none)")
-    check.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
-    check.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
 
-    differential = commands.add_parser(
-        "differential", help="genes, regions or proteins in which groups of cells differ"
+def _check(commands: _Commands) -> None:
+    parser = commands.add_parser("check", help="compare a trained model's replicates with the data")
+    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument(
+        "data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells"
     )
-    differential.add_argument("model", type=_path, help="folder of a saved model")
-    differential.add_argument(
+    _add_data(parser)
+    parser.add_argument("--out", required=True, type=_path, help="folder for tables and check.html; made if not there")
+    _add_overwrite(parser)
+    parser.add_argument("--n-samples", type=int, default=100, help="replicates (default: 100)")
+    parser.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
+    parser.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups (default: none)")
+    parser.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+
+
+def _differential(commands: _Commands) -> None:
+    parser = commands.add_parser("differential", help="genes, regions or proteins in which groups of cells differ")
+    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument(
         "data",
         nargs="*",
         metavar="DATA",
         help="its data, as for train, or demo for the built-in cells; not needed if the folder holds them",
     )
-    _add_data(differential)
-    differential.add_argument("--groupby", required=True, help="obs column of the groups")
-    differential.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")
-    differential.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
-    differential.add_argument(
+    _add_data(parser)
+    parser.add_argument("--groupby", required=True, help="obs column of the groups")
+    parser.add_argument("--group1", action="append", metavar="NAME", help="may be repeated (default: all)")
+    parser.add_argument("--group2", metavar="NAME", help="compare with this group (default: all other cells)")
+    parser.add_argument(
         "--modality",
         choices=[*(modality.name for modality in MODALITIES), PROTEIN],
         help="genes, regions or proteins (default: genes, if the model has any)",
     )
-    differential.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
-    _add_overwrite(differential)
-    differential.add_argument("--mode", default="change", help="change or vanilla (default: change)")
-    differential.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
-    differential.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
-    differential.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
-    differential.add_argument(
+    parser.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
+    _add_overwrite(parser)
+    parser.add_argument("--mode", default="change", help="change or vanilla (default: change)")
+    parser.add_argument("--unit", default="group", help="group or cell: compare means or cells (default: group)")
+    parser.add_argument("--delta", type=float, help="least change (default: 0.25 log2; 0.05 detected)")
+    parser.add_argument("--fdr-target", type=float, default=0.05, help="false discovery rate (default: 0.05)")
+    parser.add_argument(
         "--batch-correction",
         action=argparse.BooleanOptionalAction,
         help="decode both groups in the same batches (default: where they lie unevenly over the batches)",
     )
-    differential.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
-    differential.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    differential.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    mapping = commands.add_parser(
+
+def _map(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "map",
         help="place cells of a query among those of a saved model, and carry labels over to them",
         description="Map a query, cells of new batches with RNA, ATAC or both, onto a saved model. Features are found "
         "by name; those that the query lacks count as not measured. The table has the cells' latent states, and with "
         "--labels the label of their neighbours and its confidence.",
     )
-    mapping.add_argument("model", type=_path, help="folder of a saved model")
-    mapping.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
-    mapping.add_argument("--batch", metavar="NAME", help="batch of the query (default: as its column of batches says)")
-    mapping.add_argument(
+    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
+    parser.add_argument("--batch", metavar="NAME", help="batch of the query (default: as its column of batches says)")
+    parser.add_argument(
         "--labels", metavar="KEY", help="obs column of the model's own cells to carry over (default: none)"
     )
-    mapping.add_argument(
+    parser.add_argument(
         "--reference", nargs="+", default=[], metavar="DATA", help="those cells (default: those in the model's folder)"
     )
-    mapping.add_argument("--threshold", type=float, default=0.5, help="least confidence of a label (default: 0.5)")
-    mapping.add_argument(
+    parser.add_argument("--threshold", type=float, default=0.5, help="least confidence of a label (default: 0.5)")
+    parser.add_argument(
         "--alpha", type=float, default=0.05, help="share of cells like the reference's called unknown (default: 0.05)"
     )
-    mapping.add_argument("--n-neighbors", type=int, default=15, help="cells whose labels count (default: 15)")
-    mapping.add_argument("--max-epochs", type=int, default=0, help="train what is new in the query (default: 0, not)")
-    mapping.add_argument(
+    parser.add_argument("--n-neighbors", type=int, default=15, help="cells whose labels count (default: 15)")
+    parser.add_argument("--max-epochs", type=int, default=0, help="train what is new in the query (default: 0, not)")
+    parser.add_argument(
         "--align",
         action="store_true",
         help="train the encoders' first layers too, 100 epochs if no other number is given: moves the cells of a batch "
         "that lies apart, such as another donor",
     )
-    _add_data(mapping)
-    mapping.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
-    _add_overwrite(mapping)
-    mapping.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    mapping.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_data(parser)
+    parser.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
+    _add_overwrite(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    describe = commands.add_parser("describe", help="what a saved model is, without loading it")
-    describe.add_argument("model", type=_path, help="folder of a saved model")
 
-    convert = commands.add_parser(
+def _describe(commands: _Commands) -> None:
+    parser = commands.add_parser("describe", help="what a saved model is, without loading it")
+    parser.add_argument("model", type=_path, help="folder of a saved model")
+
+
+def _convert(commands: _Commands) -> None:
+    parser = commands.add_parser(
         "convert",
         help="write files as one .zarr that is read fast from disk",
         description="Write a file, or several as one data set, by cells and compressed, in blocks. The same command "
         "goes on where it was interrupted. In Python pyro_multivi.open_stores(OUT) opens what it wrote.",
     )
-    convert.add_argument(
+    parser.add_argument(
         "data",
         nargs="+",
         metavar="DATA",
         help="as for train; several have to be .h5ad or .zarr",
     )
-    convert.add_argument("target", metavar="OUT", help="folder to write, .zarr")
-    convert.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
-    convert.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
-    convert.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
+    parser.add_argument("target", metavar="OUT", help="folder to write, .zarr")
+    parser.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    parser.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _path(text: str) -> Path:
