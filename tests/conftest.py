@@ -87,6 +87,14 @@ def mosaic(_mosaic: AnnData) -> AnnData:
 
 
 @pytest.fixture
+def mosaic_file(mosaic: AnnData, tmp_path: Path) -> Path:
+    """The mosaic in a file."""
+    path = tmp_path / "mosaic.h5ad"
+    mosaic.write_h5ad(path)
+    return path
+
+
+@pytest.fixture
 def build(mosaic: AnnData) -> Callable[..., pm.MULTIVI]:
     """Models of one small mosaic, alike unless told otherwise."""
     pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")

@@ -15,13 +15,6 @@ from pyro_multivi.cli import main
 from pyro_multivi.cli.parser import command_parser
 
 
-@pytest.fixture
-def mosaic_file(mosaic, tmp_path):
-    path = tmp_path / "mosaic.h5ad"
-    mosaic.write_h5ad(path)
-    return path
-
-
 def train(*arguments):
     return main(["train", *map(str, arguments), "--quiet", "--max-epochs", "2", "--accelerator", "cpu"])
 

@@ -12,13 +12,6 @@ QUIET = ("--quiet", "--max-epochs", "1", "--accelerator", "cpu", "--n-hidden", "
 
 
 @pytest.fixture
-def mosaic_file(mosaic, tmp_path):
-    path = tmp_path / "mosaic.h5ad"
-    mosaic.write_h5ad(path)
-    return path
-
-
-@pytest.fixture
 def no_training(monkeypatch):
     """Fails the test if a model is trained."""
     monkeypatch.setattr(pm.MULTIVI, "train", lambda *_, **__: pytest.fail("trained before the output was checked"))

@@ -46,6 +46,14 @@ def share(parts: Factors, link: str, lazy: bool) -> Tensor:
     return readout if lazy else readout.dense()
 
 
+def distribution(family: str, rho: Tensor, library: Tensor, theta: Tensor, gate: Tensor) -> dist.TorchDistribution:
+    if family == "poisson":
+        return PoissonCounts(rho, library)
+    if family == "nb":
+        return NegativeBinomialCounts(rho, library, theta)
+    return ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate)
+
+
 @pytest.mark.parametrize("link", ["softmax", "softplus"])
 @pytest.mark.parametrize("per_cell", [False, True])
 def test_against_scipy_and_pyro(link: str, per_cell: bool, lazy: bool) -> None:
@@ -136,16 +144,9 @@ def test_extreme_logits(family: str, link: str, dtype: torch.dtype) -> None:
     leaves = [t.requires_grad_() for t in (hidden, weight, bias, library, gate_bias)]
     rho, gate = Readout(hidden, weight, bias, link), Readout(hidden, weight, gate_bias, "identity")  # type: ignore[arg-type]
     theta = torch.logspace(-8, 8, G, dtype=dtype).requires_grad_()
-    if family == "poisson":
-        d = PoissonCounts(rho, library)
-    elif family == "nb":
-        d = NegativeBinomialCounts(rho, library, theta)
-    else:
-        d = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate)
-    found = d.log_prob(SparseCounts.from_dense(x))
+    found = distribution(family, rho, library, theta, gate).log_prob(SparseCounts.from_dense(x))
     assert found.isfinite().all()
-    wanted = [*leaves, theta]
-    for gradient in torch.autograd.grad(found.sum(), wanted, allow_unused=True):
+    for gradient in torch.autograd.grad(found.sum(), [*leaves, theta], allow_unused=True):
         assert gradient is None or gradient.isfinite().all()
 
 
@@ -154,12 +155,7 @@ def test_dense_share_of_exactly_zero(family: str) -> None:
     rho = torch.tensor([[0.0, 0.5], [0.0, 0.5]], requires_grad=True)
     theta, gate = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     x, library = torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.ones(2)
-    if family == "poisson":
-        found = PoissonCounts(rho, library).log_prob(x)
-    elif family == "nb":
-        found = NegativeBinomialCounts(rho, library, theta).log_prob(x)
-    else:
-        found = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate).log_prob(x)
+    found = distribution(family, rho, library, theta, gate).log_prob(x)
     assert found.isfinite().all()
     assert found[1] < found[0] - 100  # a count of 2 where none can be
     for gradient in torch.autograd.grad(found.sum(), [rho, theta, gate], allow_unused=True):
@@ -172,12 +168,7 @@ def test_samples_have_the_stated_moments(family: str, lazy: bool) -> None:
     rho = share(factors(torch.float32), "softmax", lazy)
     gate = share(factors(torch.float32), "identity", lazy)
     library, theta = torch.full((B,), 60.0), 1 + 3 * torch.rand(G)
-    if family == "poisson":
-        d = PoissonCounts(rho, library)
-    elif family == "nb":
-        d = NegativeBinomialCounts(rho, library, theta)
-    else:
-        d = ZeroInflatedNegativeBinomialCounts(rho, library, theta, gate)
+    d = distribution(family, rho, library, theta, gate)
     n = 4000
     draws = d.mask(torch.zeros(B).bool()).sample((n,))  # sampling ignores the mask
     assert draws.shape == (n, B, G)
@@ -271,16 +262,11 @@ def test_large_counts_in_single_precision(family, dense, compiled):
                 torch.zeros(1, 1, dtype=dtype), torch.zeros(n_genes, 1, dtype=dtype), bias.to(dtype), "softmax"
             )
             gate = Readout(rho.hidden, rho.weight, torch.full((n_genes,), -1.0, dtype=dtype), "identity")
-            parts = [bias.to(dtype).softmax(0).unsqueeze(0) if dense else rho, library.to(dtype)]
-            if family != "poisson":
-                parts.append(theta.to(dtype))
-            if family == "zinb":
-                parts.append(torch.full((n_genes,), -1.0, dtype=dtype) if dense else gate)
-            made = {"nb": NegativeBinomialCounts, "poisson": PoissonCounts}.get(
-                family, ZeroInflatedNegativeBinomialCounts
-            )
+            if dense:
+                rho, gate = bias.to(dtype).softmax(0).unsqueeze(0), gate.bias
+            made = distribution(family, rho, library.to(dtype), theta.to(dtype), gate)
             given = counts.to(dtype)
-            return made(*parts).log_prob(given if dense else SparseCounts.from_dense(given)).sum()
+            return made.log_prob(given if dense else SparseCounts.from_dense(given)).sum()
 
         with compiled_loops() if compiled else nullcontext():
             found = log_prob(torch.float32)
