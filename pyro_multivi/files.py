@@ -310,6 +310,14 @@ def _lock(stream: RecordingFile) -> bool:
     return True
 
 
+def is_still_there(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path, and not one that was deleted."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _sync(folder: Path) -> None:
     """Have the system write a folder's entries to the disk."""
     if hasattr(os, "O_DIRECTORY"):

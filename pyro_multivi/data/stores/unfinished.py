@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pyro_multivi.files import is_still_there
+
 logger = logging.getLogger("pyro_multivi")
 
 _LOCK, _PROGRESS = "lock", "progress.json"
@@ -59,7 +61,7 @@ class UnfinishedFolder:
                 continue  # Another process completed the result between the two steps.
             try:
                 _lock_file(lock)
-                if _is_still_there(lock, self.folder / _LOCK):
+                if is_still_there(lock, self.folder / _LOCK):
                     return lock
             except (BlockingIOError, PermissionError) as error:
                 os.close(lock)
@@ -151,11 +153,3 @@ def _delete(entry: Path) -> None:
             if wait is None:
                 raise
             time.sleep(wait)
-
-
-def _is_still_there(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at a path, and not one that was deleted."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False

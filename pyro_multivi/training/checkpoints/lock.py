@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from pyro_multivi.files import is_still_there
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -57,19 +59,13 @@ class FolderLock:
             except OSError:  # no locks on this file system
                 stream.close()
                 return
-            if self._is_there(stream):
+            # The process that had it may have removed the file meanwhile.
+            if is_still_there(stream.fileno(), self._path):
                 stream.truncate(0)
                 print(f"process {os.getpid()} on {socket.gethostname()}", file=stream, flush=True)
                 self._stream = stream
             else:
                 stream.close()
-
-    def _is_there(self, stream: IO[str]) -> bool:
-        """Whether the file that was locked has not been removed meanwhile by the process that had it."""
-        try:
-            return os.path.samestat(os.fstat(stream.fileno()), self._path.stat())
-        except FileNotFoundError:
-            return False
 
     def release(self) -> None:
         """Let other processes write there."""
