@@ -176,7 +176,7 @@ def replicate(
                     value = _opened(value) if modality.binary else value
                     shape = (n, len(cells), value.shape[-1])
                     drawn[site] = Replicate(value.expand(shape), fn, _expected_by(program, modality))
-        for site in observed_sites(program):
+        for site in count_sites(program):
             if site not in drawn:
                 raise NotInModelError(
                     f"{type(program).__name__}.model has no site {site!r}, at which counts of "
