@@ -174,10 +174,8 @@ def wrong_values(function: str, argument: str, annotation: str) -> Iterator[Any]
     if kind not in PLAIN or special:
         yield from OTHER[argument]
         return
-    zero = (
-        argument in ("seed", "n_genes", "n_regions", "n_proteins", "n_labels", "n_covariates", "start", "least")
-        or "warmup" in argument
-    )
+    sizes = ("n_genes", "n_regions", "n_proteins", "n_labels", "n_covariates")
+    zero = argument in ("seed", "start", "least", "max_epochs", *sizes) or "warmup" in argument
     yield from () if kind != "int" or zero else (0,)
     # Draws are written as 1e3: a float that holds a whole number of them will do.
     draws = argument.startswith("n_samples") or argument in ("n_mc_samples", "n_particles", "m_permutation")
