@@ -95,6 +95,13 @@ def mosaic_file(mosaic: AnnData, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn by commands and reports, for tests of what else they do: pictures take most of their time."""
+    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
+    monkeypatch.setattr("pyro_multivi.plots.report.pictures", lambda *_: [])
+
+
+@pytest.fixture
 def build(mosaic: AnnData) -> Callable[..., pm.MULTIVI]:
     """Models of one small mosaic, alike unless told otherwise."""
     pm.MULTIVI.setup_anndata(mosaic, batch_key="batch", modality_key="modality")

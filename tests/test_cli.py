@@ -49,6 +49,7 @@ def test_train_writes_a_model_of_mosaic_cells(mosaic_file, tmp_path, capsys):
     assert pm.MULTIVI.load(out / "model").spec.n_batch == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_train_reads_h5mu(tmp_path, capsys):
     pytest.importorskip("mudata")
     mdata = pm.simulate_multiome((20, 10, 10), n_genes=20, n_regions=30, seed=0, return_mudata=True)
@@ -96,9 +97,9 @@ def test_python_m_runs_it():
     assert done.stdout.strip() == pm.__version__
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("default:.* even numbers, as of reads")
-def test_fragments_are_counted_when_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
+def test_fragments_are_counted_when_asked_for(tmp_path, capsys):
     path, out = tmp_path / "reads.h5ad", tmp_path / "out"
     adata = pm.simulate_multiome((40, 10, 10), 20, 30, reads=True, truth=False, seed=0)
     pm.reads_to_fragments(adata)
@@ -165,6 +166,7 @@ def test_an_interrupted_calibration_is_saved_and_ends_as_interrupted(mosaic_file
     assert pm.MULTIVI.load(tmp_path / "out" / "model").is_trained
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_cells_without_a_label_are_of_no_type(tmp_path, capsys):
     adata = pm.simulate_multiome((60, 0, 0), n_genes=20, n_regions=30, seed=0)
     adata.obs["one"] = pd.Categorical(["a"] * 40 + [None] * 20)

@@ -63,6 +63,7 @@ def test_data_of_other_cells_in_the_folder_are_named_before_training(mosaic_file
 
 
 @pytest.mark.filterwarnings("default:.*has no held-out")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_from_disk_holds_no_data_and_is_replaced(mosaic, mosaic_file, tmp_path):
     out = tmp_path / "out"
     assert train(mosaic_file, out, "--from-disk", "--min-fraction", "0.3") == 0
@@ -94,6 +95,7 @@ def test_the_model_is_saved_before_anything_else_can_fail(mosaic_file, tmp_path,
     assert pm.MULTIVI.load(tmp_path / "out" / "model").is_trained
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_folder_taken_during_training_costs_no_model(mosaic_file, tmp_path, capsys, monkeypatch):
     real, folder = pm.MULTIVI.train, tmp_path / "out" / "model"
 
@@ -121,6 +123,7 @@ def test_a_picture_of_an_earlier_run_does_not_stay(mosaic_file, tmp_path, monkey
     assert not (tmp_path / "out" / "latent.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_tables_and_checks_are_not_replaced_unasked(mosaic, tmp_path, capsys):
     pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
     model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2)
@@ -145,6 +148,7 @@ def test_tables_and_checks_are_not_replaced_unasked(mosaic, tmp_path, capsys):
     assert not (checked / "user.csv").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_check_is_written_as_a_whole(mosaic, tmp_path, capsys, monkeypatch):
     pm.MULTIVI.setup_anndata(mosaic, modality_key="modality")
     model = pm.MULTIVI(mosaic, n_hidden=6, n_latent=2)

@@ -14,6 +14,8 @@ import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 DOORS = ("mudata", "organized", "objects", "files", "file names", "command line")
 PATTERNS = {"rna": "expression", "multi": "paired", "atac": "accessibility"}
 
@@ -79,11 +81,6 @@ def in_order(adata: AnnData) -> AnnData:
     place = adata.obs["modality"].astype(str).map({word: at for at, word in enumerate(PATTERNS.values())})
     ordered = adata[np.argsort(place.to_numpy(), kind="stable")]
     return AnnData(ordered.X.copy(), obs=ordered.obs[["modality"]].copy(), var=ordered.var[["feature_types"]].copy())
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

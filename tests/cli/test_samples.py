@@ -27,10 +27,9 @@ def cells():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys, cells):
+def run(tmp_path, monkeypatch, capsys, cells, no_pictures):
     """The command line, without pictures, in a folder with A.h5ad (paired), B.h5ad (RNA), C.h5ad (ATAC)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyro_multivi.cli.train.first_picture", lambda *_: None)
     genes = (cells.var["feature_types"] == "Gene Expression").to_numpy()
     cells[:20].copy().write_h5ad("A.h5ad")
     cells[20:40, genes].copy().write_h5ad("B.h5ad")
