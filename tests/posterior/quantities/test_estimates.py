@@ -125,10 +125,10 @@ def test_results_do_not_depend_on_batch_size_or_other_cells(fitted, method, n_sa
     get = getattr(fitted, method)
     extra = {"library_size": "latent"} if method == METHODS[0] else {"normalize_cells": True}
     whole = get(n_samples=n_samples, use_z_mean=False, return_numpy=True, **extra)
-    for batch_size in (1, 7, 64):
+    for batch_size in (7, 64):
         part = get(n_samples=n_samples, use_z_mean=False, batch_size=batch_size, return_numpy=True, **extra)
         np.testing.assert_allclose(part, whole, rtol=2e-5, atol=1e-7)
-    some = get(indices=SOME, n_samples=n_samples, use_z_mean=False, return_numpy=True, **extra)
+    some = get(indices=SOME, n_samples=n_samples, use_z_mean=False, batch_size=1, return_numpy=True, **extra)
     np.testing.assert_allclose(some, whole[SOME], rtol=2e-5, atol=1e-7)
 
 
