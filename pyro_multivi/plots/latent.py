@@ -237,10 +237,12 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
     Raises
     ------
     KeyError
-        If the quantity was not recorded.
+        If the quantity was not recorded, or nothing was.
     """
     if not isinstance(history, Mapping):
         raise TypeError(f"history={shown_value(history)} is not allowed: give the history of a model, model.history.")
+    if not history:
+        raise KeyError("history is empty: the model was trained for no epoch.")
     found = [name for name in (f"{quantity}_train", f"{quantity}_validation") if name in history]
     if not found:
         known = sorted({name.rsplit("_", 1)[0] for name in history})

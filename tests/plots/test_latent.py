@@ -217,3 +217,5 @@ def test_training_history_draws_both_splits(ax):
     assert ax.get_lines()[-1].get_marker() == "o"
     with pytest.raises(KeyError, match="'kl' was not recorded; recorded are elbo"):
         plots.training_history(history, "kl", ax)
+    with pytest.raises(KeyError, match="history is empty: the model was trained for no epoch"):
+        plots.training_history({}, "elbo", ax)
