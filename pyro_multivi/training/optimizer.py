@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pyro_multivi.data.loader import Minibatches, measured, never_measured
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
 from pyro_multivi.networks.encoders import SharedFirstLayer
+from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.options import FitOptions
@@ -45,7 +47,7 @@ class UnreachedWeights:
     Adam's steps do not depend on the size of a gradient, so that weight decay alone would soon take such weights to 0:
     those of a model that knew the modality or the batch, as the reference of a query does. They stay as they are,
     unless a program of one's own has gradients of them all the same. So do the decoders' last weights of a feature that
-    no cell measured, which expression would move by its sum over all genes.
+    no cell measured, which expression would move by its sum over all genes, and those of such proteins.
 
     Parameters
     ----------
@@ -63,13 +65,15 @@ class UnreachedWeights:
         trained = {id(parameter) for _, parameter in named}
         width = train.table.design.shape[1]
         [columns] = torch.where(~train.table.design[train.index].any(0))
-        # And positions of their columns, (k,): the last columns are those of the design.
-        self._columns = [
-            (weight, weight.shape[1] - width + columns.to(weight.device))
+        # And an axis, and positions on it, (k,): the last columns are those of the design.
+        self._parts = [
+            (weight, 1, weight.shape[1] - width + columns.to(weight.device))
             for module in (program.modules() if len(columns) else ())
             for weight in _design_weights(module, width)
             if id(weight) in trained
         ]
+        for extra in program.modelled_extra:
+            self._parts += _of_missing(extra, train, trained)
 
         features = {each: never_measured(train, each) for each in MODALITIES}
         # Weights and positions of their rows, (f,).
@@ -87,16 +91,16 @@ class UnreachedWeights:
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
         kept = [
-            (weight, at, weight[:, at], weight.grad[:, at].any(0))
-            for weight, at in self._columns
+            (weight, axis, at, weight.index_select(axis, at), weight.grad.index_select(axis, at).any(1 - axis, True))
+            for weight, axis, at in self._parts
             if weight.grad is not None
         ]
         rows = [(parameter, at, parameter[at]) for parameter, at in self._rows]
         optimizer.step()
         for parameter, at, values in rows:
             parameter[at] = values
-        for weight, at, values, is_reached in kept:
-            weight[:, at] = torch.where(is_reached, weight[:, at], values)
+        for weight, axis, at, values, is_reached in kept:
+            weight.index_copy_(axis, at, torch.where(is_reached, weight.index_select(axis, at), values))
 
 
 def _design_weights(module: nn.Module, width: int) -> list[Tensor]:
@@ -107,6 +111,25 @@ def _design_weights(module: nn.Module, width: int) -> list[Tensor]:
     elif isinstance(module, SharedFirstLayer) and module.covariates is not None:
         layers = [(module.covariates, module.covariates.in_features)]
     return [layer.weight for layer, n in layers if n == width and isinstance(layer, nn.Linear)]
+
+
+def _of_missing(extra: ExtraModality, train: Minibatches, trained: Container[int]) -> list[tuple[Tensor, int, Tensor]]:
+    """Weights of an extra modality, an axis of its features, and those on it that no training cell measured, (k,)."""
+    values, measured = extra.measurement(train.table)
+    known = values[train.index[measured[train.index]]]
+    [missing] = torch.where(known.isnan().all(0))
+    n = known.shape[1]
+    if not len(known) or not len(missing):
+        return []
+    missing = missing.cpu()
+    return [
+        # Networks may give several numbers for each feature, one kind behind the other.
+        (weight, axis, (missing + n * torch.arange(size // n)[:, None]).flatten().to(weight.device))
+        for weight in extra.parameters()
+        if id(weight) in trained and weight.dim() == 2
+        for axis, size in enumerate(weight.shape)
+        if size % n == 0
+    ]
 
 
 def make_optimizer(

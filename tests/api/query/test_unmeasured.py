@@ -83,3 +83,16 @@ def test_what_is_known_of_features_that_a_query_lacks_stays(adata, model, train_
         has = slice(3, 12) if name.startswith("expression") else slice(0, 8)
         torch.testing.assert_close(value[lacks], before[name][lacks], rtol=0, atol=0, msg=name)
         assert not torch.equal(value[has], before[name][has]), name
+
+
+def test_and_of_proteins_that_it_lacks(adata, model):
+    query = adata[adata.obs["batch"] == "batch_2"].copy()
+    query.obsm["protein_expression"] = query.obsm["protein_expression"].iloc[:, 1:]
+    mapped = pm.MULTIVI.load_query_data(query, model, unfrozen=True)
+    name = "extra.protein."
+    layers = tuple(name + each for each in ("log_ratio.weight", "odds.weight", "first_layer.counts.weight"))
+    before = parameters_of(mapped, (*layers, name + "background_hidden.weight"))
+    mapped.train(3, progress_bar=False)
+    for key, value in parameters_of(mapped, tuple(before)).items():
+        is_same = (value == before[key]).all(0 if "background" in key else 1).tolist()
+        assert is_same == [True, False, False, False], key
