@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyro_multivi._optional import require
 from pyro_multivi.data.checks import check_choice, check_number, checked
 from pyro_multivi.data.modality import MODALITIES
-from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled, statistic_name
+from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled, statistic_name, whole_numbers
 from pyro_multivi.posterior.checks.result import outside
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def p_value_histogram(table: pd.DataFrame, statistic: str, ax: Axes | None = Non
     ax = axes_or_new(ax)
     edges = np.linspace(0, 1, 21)
     ax.hist(p, edges.tolist(), color=PALETTE[4], edgecolor="white")
-    ax.yaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator("auto", integer=True))
+    ax.yaxis.set_major_locator(whole_numbers())
     ax.axhline(len(p) / (len(edges) - 1), color=_ORANGE, linestyle="--", linewidth=1.5, label="expected")
     ax.legend(frameon=False)
     return labelled(ax, f"p-value, {statistic_name(statistic)}", f"number of {things}")

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from pyro_multivi._optional import require
 from pyro_multivi.data.checks import checked
 from pyro_multivi.data.checks import shown as shown_value
-from pyro_multivi.plots.style import PALETTE, as_latent, as_written, axes_or_new, distinct_colours, labelled, outline
+from pyro_multivi.plots.style import (
+    PALETTE,
+    as_latent,
+    as_written,
+    axes_or_new,
+    distinct_colours,
+    labelled,
+    outline,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,7 +262,7 @@ def training_history(history: Mapping[str, pd.DataFrame], quantity: str = "elbo"
         # A line of a single epoch would not be seen.
         style: dict[str, Any] = {"marker": "o" if len(values) == 1 else "", "label": name.rsplit("_", 1)[1]}
         ax.plot(values.index + 1, values, color=PALETTE[place], linestyle=("-", "--")[place], **style)
-    ax.xaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator("auto", integer=True))
+    ax.xaxis.set_major_locator(whole_numbers())
     ax.legend(frameon=False)
     label = "minus ELBO" if quantity == "elbo" else quantity.replace("_", " ")
     # Long names in two lines, for low axes.

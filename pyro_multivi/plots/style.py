@@ -67,6 +67,11 @@ def outline() -> Any:
     return require("matplotlib.patheffects", "plot").withStroke(linewidth=2.5, foreground="white")
 
 
+def whole_numbers() -> Any:
+    """Ticks at whole numbers, in steps that are easy to read."""
+    return require("matplotlib.ticker", "plot").MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
+
+
 def labelled(ax: Axes, x: str, y: str, **options: Any) -> Axes:
     """The axes with labels, further properties, and without the frame's top and right sides."""
     ax.set(xlabel=as_written(x), ylabel=as_written(y), **options)

@@ -213,6 +213,7 @@ def test_training_history_draws_both_splits(ax):
     assert train.get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
     assert validation.get_xydata().tolist() == [[1, 4], [3, 2]]
     assert {train.get_marker(), validation.get_marker()} == {""}
+    assert [tick for tick in ax.get_xticks() if 1 <= tick <= 3] == [1, 2, 3]
     plots.training_history({"elbo_train": pd.DataFrame({"elbo_train": [3.0]})}, "elbo", ax)
     assert ax.get_lines()[-1].get_marker() == "o"
     with pytest.raises(KeyError, match="'kl' was not recorded; recorded are elbo"):
