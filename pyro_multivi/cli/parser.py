@@ -142,7 +142,7 @@ def _train(commands: _Commands) -> None:
 
 def _check(commands: _Commands) -> None:
     parser = commands.add_parser("check", help="compare a trained model's replicates with the data")
-    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
     parser.add_argument(
         "data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells"
     )
@@ -158,7 +158,7 @@ def _check(commands: _Commands) -> None:
 
 def _differential(commands: _Commands) -> None:
     parser = commands.add_parser("differential", help="genes, regions or proteins in which groups of cells differ")
-    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
     parser.add_argument(
         "data",
         nargs="*",
@@ -198,7 +198,7 @@ def _map(commands: _Commands) -> None:
         "by name; those that the query lacks count as not measured. The table has the cells' latent states, and with "
         "--labels the label of their neighbours and its confidence.",
     )
-    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
     parser.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
     parser.add_argument("--batch", metavar="NAME", help="batch of the query (default: as its column of batches says)")
     parser.add_argument(
@@ -228,7 +228,7 @@ def _map(commands: _Commands) -> None:
 
 def _describe(commands: _Commands) -> None:
     parser = commands.add_parser("describe", help="what a saved model is, without loading it")
-    parser.add_argument("model", type=_path, help="folder of a saved model")
+    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
 
 
 def _convert(commands: _Commands) -> None:
