@@ -183,12 +183,17 @@ class DifferentialMixin(ModelBase):
           fragments, so that p is proportional to the depth only far from 1. A group is as deep as its totals say: the
           sum of its counts, or its number of open regions beside that of the model. A likelihood ratio tests whether
           both groups share a mean; of counts with the tails of a t distribution where cells are few. To each group one
-          cell of the common mean is added. The change over its error is that test's score.
+          cell of the common mean is added. The change over its error is that test's score. Of two groups of n
+          cells, a gene without a count in one changes by at most log2(n + 1) + 1, and may by more in truth: with 100
+          cells 5.8 to 7.5 were said, with a deviation of 0.34.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt from all genes
           (adaptive shrinkage, ash), so that the probabilities hold also for the genes picked as largest. Where a few
           genes take a larger share of the counts, all others have a smaller one: of log-fold changes the centre of the
           prior is learnt too. If it is further from 0 than ``delta``, the others have changed, and are called;
           ``attrs["changed_as_a_whole"]`` names the comparisons in which nearly all genes are.
+        - Where cells are few, a low probability is no sign that nothing changes: with 5 cells against 1000 those of
+          regions were 0.00 on average, while 16 % changed, and 90 % intervals held 78 to 80 % of the changes of regions
+          and 82 to 89 % of those of genes (two simulations).
         - With fewer than three measured cells in a group, probabilities and changes are NaN. Without any, means are
           imputed, with an error that is not known. Either is a warning, and calls are NA.
 
