@@ -71,7 +71,8 @@ def compare_models(
 
         ========================================= =========================================================
         ``log_likelihood``, ``standard_error``    mean over cells, and its error from the choice of cells
-        ``monte_carlo_error``                     part of the error that more draws would remove
+        ``monte_carlo_error``                     part of the error that more draws would remove, at least; see
+                                                  :meth:`~pyro_multivi.MULTIVI.get_marginal_ll`
         ``difference``, ``difference_error``      from the best model, with the paired standard error
         ``n_cells``                               number of cells
         ``open_log_likelihood``,                  with both kinds of models: the same of open or closed regions,
