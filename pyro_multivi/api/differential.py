@@ -181,11 +181,11 @@ class DifferentialMixin(ModelBase):
           each group and shrunk over genes; the number of cells in which a region is open is binomial. Depth multiplies
           the mean of counts, and the rate of opening -log(1 - p): a region is closed in a cell without any of its
           fragments, so that p is proportional to the depth only far from 1. A group is as deep as its totals say: the
-          sum of its counts, or its number of open regions beside that of the model. A likelihood ratio tests whether
-          both groups share a mean; of counts with the tails of a t distribution where cells are few. To each group one
-          cell of the common mean is added. The change over its error is that test's score. Of two groups of n
-          cells, a gene without a count in one changes by at most log2(n + 1) + 1, and may by more in truth: with 100
-          cells 5.8 to 7.5 were said, with a deviation of 0.34.
+          sum of its counts, or its number of open regions beside that of the model; with ``size_factor_key`` as deep as
+          the factors. A likelihood ratio tests whether both groups share a mean; of counts with the tails of a t
+          distribution where cells are few. To each group one cell of the common mean is added. The change over its
+          error is that test's score. Of two groups of n cells, a gene without a count in one changes by at most
+          log2(n + 1) + 1, and may by more in truth: with 100 cells 5.8 to 7.5 were said, with a deviation of 0.34.
         - The changes of all genes are shrunk together: their prior is a mixture of Normals learnt from all genes
           (adaptive shrinkage, ash), so that the probabilities hold also for the genes picked as largest. Where a few
           genes take a larger share of the counts, all others have a smaller one: of log-fold changes the centre of the
@@ -244,7 +244,7 @@ class DifferentialMixin(ModelBase):
         >>> called = pd.concat([table["is_de_fdr_0.05"] for table in by_donor], axis=1)
         >>> agreed = called.all(axis=1) & ((lfc > 0).all(axis=1) | (lfc < 0).all(axis=1))
         """
-        return self._compare(RNA, locals())
+        return self._compare(RNA.in_model(self.program.config), locals())
 
     @takes(DIFFERENTIAL)
     @checked

@@ -58,7 +58,8 @@ class Modality(Named):
     depth
         Latent site of a cell's sequencing depth.
     compositional
-        Whether values are shares of a cell's total, so that one takes what others lose.
+        Whether values are shares of a cell's total, so that one takes what others lose. Not in a model of RNA whose
+        size factors come with the data, see :meth:`in_model`.
     binary
         Whether only "zero or not" is modelled of a count. A model of fragment counts has
         another value, see :meth:`in_model`; both are the same modality.
@@ -77,7 +78,7 @@ class Modality(Named):
     counts: str
     decoded: str
     depth: str
-    compositional: bool
+    compositional: bool = field(compare=False)
     binary: bool = field(compare=False)
 
     @property
@@ -111,7 +112,9 @@ class Modality(Named):
         return f"{self.key}_size"
 
     def in_model(self, config: Any) -> Modality:
-        """The modality as a model treats it: with fragment counts, accessibility is not binary.
+        """The modality as a model treats it.
+
+        With fragment counts accessibility is not binary, with size factors of the data expression is not compositional.
 
         Examples
         --------
@@ -120,6 +123,8 @@ class Modality(Named):
         >>> found == ATAC, found.binary
         (True, False)
         """
+        if self.compositional and config.library == "size_factor":
+            return replace(self, compositional=False)
         return replace(self, binary=False) if self.binary and config.counts_fragments else self
 
     def counts_in(self, cells: Any) -> Any:

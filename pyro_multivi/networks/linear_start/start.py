@@ -260,7 +260,7 @@ def _part(program: Any, cells: Cells, modality: Modality, measured: NDArray[np.b
         share: Any = measured_share(program, cells, modality)
         of_panels = panels.measured.cpu().numpy(), panels.code.cpu().numpy()[places]
         depth, options = depth / share.cpu().double().numpy()[places], {"share": share}
-    inputs = _csr(program.rna_input(cells.x, **options) if modality is RNA else program.atac_input(cells.y))[places]
+    inputs = _csr(program.rna_input(cells.x, **options) if modality == RNA else program.atac_input(cells.y))[places]
     found = components(inputs, depth, design[places], program.config.latent, *of_panels)
     return _Part(modality, places, depth, inputs, counts, *of_panels, found)
 
@@ -278,14 +278,14 @@ def _decoder_hidden(program: Any, stack: CovariateStack) -> Callable[[Tensor, Te
 
 def _inverse_dispersion(program: Any, part: _Part) -> Array:
     """Square of the mean count over that by which the variance exceeds it, (F,)."""
-    if part.modality is RNA and hasattr(program, "log_theta"):
+    if part.modality == RNA and hasattr(program, "log_theta"):
         return program.log_theta.detach().exp().mean(0).cpu().double().numpy()
     return np.full(part.counts.shape[1], np.inf)
 
 
 def _slope(program: Any, modality: Modality, logit: Array) -> Array:
     """Derivative of the log of what is decoded by its logit, (F,)."""
-    if modality is not RNA:
+    if modality != RNA:
         return 1 / (1 + np.exp(logit))
     if program.config.library == "size_factor":
         return 1 / (1 + np.exp(-logit)) / np.logaddexp(0, logit).clip(1e-12)

@@ -385,9 +385,8 @@ def _change_statistics(
     rng = np.random.default_rng([request.seed, 3])
     prior = None
     if request.corrects_by_counts:
-        # Shares of a whole: genes that take more of it take it from all others. With size factors rho is no share.
-        compositional = request.modality.compositional and shared.source.program.config.library != "size_factor"
-        in_common = compositional and request.change.name == "log-fold"
+        # Shares of a whole: genes that take more of it take it from all others.
+        in_common = request.modality.compositional and request.change.name == "log-fold"
         prior = ShrinkagePrior.fit(change, error, rng, common_error if in_common else None)
 
     def posterior(block: slice) -> ChangePosterior:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import AnyModality, Cells
-from pyro_multivi.data.modality import ATAC
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential.request import DifferentialRequest
@@ -238,9 +238,12 @@ class DrawSource:
                 measured_n[rows] = modality.measured_in(cells).cpu().numpy()[place]
                 if modality == ATAC:
                     factor_n[rows] = _cell_factors(self.program, modality, decoded)[draw, place]
-                elif batches is None and modality.compositional:
+                elif batches is None and modality == RNA:
                     # Counts are summed over cells: the deeper a cell, the more it counts.
-                    factor_n[rows] = modality.counts_in(cells).row_sums().clamp(min=1.0).double().cpu().numpy()[place]
+                    depth = modality.counts_in(cells).row_sums().clamp(min=1.0)
+                    if not modality.compositional:
+                        depth = modality.size_factor_in(cells)
+                    factor_n[rows] = depth.double().cpu().numpy()[place]
                     gates.put(rows, _gate_logits(modality, self.program, cells, decoded), draw, place)
                 for code, sites in enumerate(decoded.sites):
                     mine = stratum[rows] == code

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_multivi.data.minibatch import AnyModality, Panels
+from pyro_multivi.data.modality import RNA
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.processes.shares import shared_map
 
@@ -56,7 +57,8 @@ class PseudobulkSums:
         Cells with a count; unless the modality is binary also sums of counts, of scaled counts, and of squares of
         counts over the total of their cell: (1 or 4, F).
     depth, depth_squares
-        Sums of the totals of the cells and of their squares; of a modality that is no composition the number of cells.
+        Sums of the totals of the cells and of their squares, or of size factors that came with the data; of a modality
+        that is no composition the number of cells.
         The total is that of all features, also where some were not measured.
     """
 
@@ -96,6 +98,9 @@ class PseudobulkSums:
                 scaled = SCALED_TOTAL * (value / total[rows.rows()])
                 if not modality.depth:  # The model has no depth of such values: all cells weigh the same.
                     total = torch.ones_like(total)
+                elif modality == RNA and not modality.compositional:  # Size factors came with the data, in any unit.
+                    size = modality.size_factor_in(table).double()
+                    total = size[part] / size[modality.measured_in(table)].mean()
                 depth, squares = depth + float(total.sum()), squares + float(total.square().sum())
                 by_depth = value / total[rows.rows()]
                 for number, weight in enumerate((value, scaled, value * by_depth), 1):

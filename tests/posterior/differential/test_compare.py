@@ -343,6 +343,29 @@ def test_cells_of_another_depth_do_not_differ():
     assert (np.abs(higher - 0.5) > 0.475).mean() < 0.15
 
 
+def test_all_genes_change_where_size_factors_say_so():
+    """Cells with twice the RNA, as deep as all others by their size factors, and of three genes six times as much."""
+    rng, n, up = np.random.default_rng(0), 100, np.r_[np.full(50, 2.0), np.ones(50)][:, None]
+    size = np.exp(0.3 * rng.standard_normal((n, 1)))
+    mean = 1000 * size * up * rng.dirichlet(np.full(40, 3.0)) * rng.gamma(3, 1 / 3, (n, 40))
+    mean[:50, :3] *= 3
+    adata = AnnData(csr_matrix(np.hstack([rng.poisson(mean), rng.random((n, 30)) < 0.3]).astype(np.float32)))
+    adata.var["feature_types"] = ["Gene Expression"] * 40 + ["Peaks"] * 30
+    adata.obs["size"] = 1e-6 * size
+    MULTIVI.setup_anndata(adata, size_factor_key="size")
+    model = MULTIVI(adata, n_hidden=16, n_latent=3, gene_likelihood="nb")
+    with torch.random.fork_rng():
+        model.train(max_epochs=3, progress_bar=False)
+    table = model.differential_expression(idx1=np.arange(50), n_samples=500).loc[adata.var_names[:40]]
+    assert table["is_de_fdr_0.05"].all()
+    assert table["lfc_mean"].iloc[3:].median() == pytest.approx(1.0, abs=0.1)
+    assert table["lfc_mean"].iloc[:3].mean() == pytest.approx(np.log2(6), abs=0.25)
+    # They are no shares of a whole, of which a few took more.
+    assert table.attrs["changed_as_a_whole"] == []
+    nothing = model.differential_expression(idx1=np.arange(25), idx2=np.arange(25, 50), n_samples=500)
+    assert not nothing["is_de_fdr_0.05"].any()
+
+
 def test_a_group_of_an_empty_name_has_its_labels(fitted):
     adata = fitted.adata.copy()
     adata.obs["place"] = adata.obs["cell_type"].astype(str).replace("type_0", "")
