@@ -108,7 +108,7 @@ class TrainingMixin(ModelBase):
         that were held out also how far what is imputed is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
 
         Without held-out cells (``train_size=1``, and the default of a query's model) the last layers stay as they were
-        trained, and their weights count as no more uncertain than the training cells say. Then, and with fewer than ten
+        trained, and their weights count as no more uncertain than the training cells say. Then, and with fewer than two
         held-out cells of both modalities, what is imputed is not drawn towards the mean of the measured, whatever was
         calibrated before: a log line at level INFO says so. The model of a query whose encoders are frozen, as by
         default, keeps the calibration of its reference.

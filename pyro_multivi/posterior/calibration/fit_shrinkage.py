@@ -9,7 +9,8 @@ total, whose prediction is a matter of its own, the counts are multinomial; thei
 of a cell vary together, so it is tempered as in a sandwich estimate: multiplied by its curvature over the variance of
 the cells' scores, if that is below 1. The weight is the posterior mean under a uniform prior.
 
-Cells that were trained on would not do: the encoders know the halves of their pairs by heart, and w would be 0.
+A few pairs are enough to see that hundreds of counts are predicted worse than by the mean: with two of them w is near
+1/2 unless both say otherwise. Cells that were trained on would not do: the encoders know the halves of their pairs by heart, and w would be 0.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ logger = logging.getLogger("pyro_multivi")
 
 #: Weights that are compared.
 GRID = torch.linspace(0, 1, 41)
-# Most held-out pairs, and fewest that are enough; cells whose decoded values tell the level of the mean profile.
-_MOST, _FEWEST, _LEVEL_CELLS = 1024, 10, 256
+# Most held-out pairs, and fewest, for scores of one cell have no variance; cells whose decoded values tell the level
+# of the mean profile.
+_MOST, _FEWEST, _LEVEL_CELLS = 1024, 2, 256
 _AT_ONCE = 64
 # Of a rate, that its logarithm be finite.
 _LEAST = 1e-30
@@ -53,7 +55,7 @@ def clear_shrinkage(program: MultiVIProgram) -> None:
 def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None) -> None:
     """Set ``rna_mean``, ``rna_mean_weight`` and those of ATAC of a program.
 
-    With fewer than ten pairs (cells of both modalities) held out nothing is fitted, and weights are 0, which a log line
+    With fewer than two pairs (cells of both modalities) held out nothing is fitted, and weights are 0, which a log line
     says; so they are where a latent variable has no posterior mean, from which estimates are made by default. The
     weight is that of the mean over the training cells; the mean that is kept is over the held-out cells too.
 

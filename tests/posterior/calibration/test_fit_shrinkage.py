@@ -179,10 +179,17 @@ def _trained(n, **arguments):
 
 
 def test_without_enough_held_out_pairs_nothing_is_fitted():
-    for n, arguments in (((60, 20, 20), {}), ((200, 0, 0), {"train_size": 1.0}), ((0, 60, 60), {})):
+    one = {"train_size": 0.9, "validation_size": 0.005}
+    for n, arguments in (((200, 0, 0), one), ((200, 0, 0), {"train_size": 1.0}), ((0, 60, 60), {})):
         model = _trained(n, **arguments)
         assert _weights(model) == [0.0, 0.0]
         assert not model.program.rna_mean.any()
+
+
+def test_two_held_out_pairs_are_enough():
+    model = _trained((200, 0, 0), train_size=0.9, validation_size=0.01)
+    assert len(model.validation_indices) == 2
+    assert all(0 < weight < 1 for weight in _weights(model))
 
 
 def test_going_on_fits_anew_and_models_of_earlier_versions_have_no_weight():
