@@ -112,7 +112,7 @@ def test_vectorised_particles_agree_with_sequential_ones(make_program, make_cell
     for vectorize in (True, False):
         losses = []
         for _ in range(8):
-            estimate = elbo(num_particles=4, vectorize_particles=vectorize, max_plate_nesting=1)
+            estimate = elbo(num_particles=16, vectorize_particles=vectorize, max_plate_nesting=1)
             losses.append(estimate.loss(program.model, program.guide, cells))
         losses = torch.tensor(losses)
         found[vectorize] = losses.mean(), losses.std() / 8**0.5
