@@ -162,7 +162,8 @@ def test_a_calibration_that_needs_held_out_cells_is_not_lost_without_a_word(worl
         assert [bool(getattr(mapped.program, name).any()) for name in weights] == [not is_lost] * 2
         # These follow from the pairs that were trained on.
         kept = [bool((getattr(mapped.program, name) == 0.5).all()) for name in depths]
-        assert kept == [not is_lost] * 2 and all(bool(getattr(mapped.program, name).any()) for name in depths)
+        assert kept == [not is_lost] * 2
+        assert all(bool(getattr(mapped.program, name).any()) for name in depths)
     mapped = pm.MULTIVI.load_query_data(world.query, world.model, freeze_expression=False)
     caplog.clear()
     mapped.train(1, train_size=0.5, progress_bar=False)
