@@ -11,6 +11,7 @@ import pyro_multivi as pm
 from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.networks.alignment import mmd
 from pyro_multivi.networks.experts import Expert, average
+from pyro_multivi.posterior.calibration.fit_shrinkage import clear_shrinkage
 from pyro_multivi.posterior.calibration.fit_weights import clear_weight_posteriors
 
 
@@ -272,8 +273,10 @@ def test_posterior_samples_are_samples_of_the_posterior(ready):
     assert draws.shape == (3, 60, 40)
     assert np.ptp(draws, 0).max() > 0
     assert model.get_normalized_expression(n_samples_overall=3).shape == (60, 40)
-    # A mean is that of the fitted decoder; draws are of its last layer too.
+    # A mean is that of the fitted decoder, and what is imputed is drawn towards the mean of the measured; draws are of
+    # the last layer too.
     clear_weight_posteriors(model.program)
+    clear_shrinkage(model.program)
     draws = model.get_normalized_expression(n_samples=3, return_mean=False, return_numpy=True)
     mean = model.get_normalized_expression(n_samples=3, return_mean=True, return_numpy=True)
     np.testing.assert_allclose(draws.mean(0), mean, rtol=1e-4)
