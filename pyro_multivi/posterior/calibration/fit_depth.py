@@ -77,8 +77,7 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
             raise
         if fitted is None:
             continue
-        held_out_nf, held_out_n = scored or (None, None)
-        regression, explained = regress(*fitted, held_out_nf, held_out_n, n_latent=program.config.latent)
+        regression, explained = regress(fitted, scored, n_latent=program.config.latent)
         regression.store(program, modality)
         logger.info(
             "depth of %s: the other modality explains %.0f %% of its variance in cells that were %s",
@@ -87,28 +86,27 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
 
 
 def regress(
-    train_nf: Tensor, target_n: Tensor, held_out_nf: Tensor | None, held_out_n: Tensor | None, n_latent: int
+    train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor] | None, n_latent: int
 ) -> tuple[DepthRegression, float]:
     """Average ridge regression, and the share of the variance of held-out (else training) targets that it explains.
 
     Parameters
     ----------
-    train_nf, held_out_nf
-        :func:`~pyro_multivi.posterior.engine.depth_regression.features`: a depth, z, and the batch, of which one
-        column is 1. None: too few were held out, and all penalties count alike.
-    target_n, held_out_n
-        Log l or logit d of the same cells.
+    train, held_out
+        :func:`~pyro_multivi.posterior.engine.depth_regression.features`, (n, F): a depth, z, and the batch, of which
+        one column is 1; and log l or logit d of the same cells, (n,). None: too few were held out, and all penalties
+        count alike.
     n_latent
         Number K of the columns of z.
     """
-    x, y = train_nf.double(), target_n.double()
+    x, y = (values.double() for values in train)
     mean = y.mean()
     coefficients = torch.stack([_ridge(x, y - mean, penalty, n_latent) for penalty in PENALTIES])
-    if held_out_nf is None or held_out_n is None:
+    if held_out is None:
         new_x, new_y = x, y
         averaged = coefficients.mean(0)
     else:
-        new_x, new_y = held_out_nf.double(), held_out_n.double()
+        new_x, new_y = (values.double() for values in held_out)
         squared = (new_y - mean - coefficients @ new_x.T).square()
         # All with the error variance of the best one: with its own, a poor fit would look likelier.
         weights = (-0.5 * squared.sum(1) / squared.mean(1).min().clamp(min=1e-12)).softmax(0)
@@ -118,7 +116,7 @@ def regress(
     errors = [(targets - rows @ averaged).square().mean() for rows, targets in ((x, y), (new_x, new_y))]
     explained = 1 - errors[1] / (new_y - mean).square().mean().clamp(min=1e-12)
     sd = torch.stack(errors).amax().sqrt().clamp(min=1e-3)
-    return DepthRegression(averaged.to(train_nf.dtype), sd.to(train_nf.dtype)), float(explained)
+    return DepthRegression(averaged.to(train[0].dtype), sd.to(train[0].dtype)), float(explained)
 
 
 def _ridge(x_nf: Tensor, y_n: Tensor, penalty: float, n_latent: int) -> Tensor:

@@ -23,7 +23,10 @@ def test_the_regression_is_the_average_of_ridge_regressions():
     batch = np.eye(2)[rng.integers(0, 2, 80)]
     x = np.c_[rng.normal(size=(80, 4)), batch]
     y = x @ [0.8, 0.5, -0.4, 0.0, 1.0, 2.0] + 0.7 * rng.normal(size=80)
-    regression, explained = regress(*(torch.tensor(v).float() for v in (x[:60], y[:60], x[60:], y[60:])), n_latent=3)
+    train, held_out = (
+        (torch.tensor(x[part]).float(), torch.tensor(y[part]).float()) for part in (slice(60), slice(60, 80))
+    )
+    regression, explained = regress(train, held_out, n_latent=3)
     solutions, losses = [], []
     for penalty in PENALTIES:
         weights = np.array([1.0, *[min(penalty, 1e12)] * 3, 1.0, 1.0])
@@ -46,7 +49,7 @@ def test_without_held_out_pairs_all_penalties_count_alike():
     rng = np.random.default_rng(0)
     x = np.c_[rng.normal(size=(60, 4)), np.ones(60)]
     y = x @ [0.8, 0.5, -0.4, 0.0, 1.0] + 0.7 * rng.normal(size=60)
-    regression, explained = regress(torch.tensor(x), torch.tensor(y), None, None, n_latent=3)
+    regression, explained = regress((torch.tensor(x), torch.tensor(y)), None, n_latent=3)
     solutions = []
     for penalty in PENALTIES:
         rows = np.r_[x, np.diag(np.sqrt([1.0, *[min(penalty, 1e12)] * 3, 1.0]))]
@@ -143,7 +146,7 @@ def test_z_counts_as_far_as_held_out_pairs_say():
     memorised = y.copy()
     memorised[:200] += x[:200, 1:9] @ np.full(8, 0.5)
     parts = [torch.tensor(v).float() for v in (x[:200], memorised[:200], x[200:], y[200:])]
-    regression, _ = regress(*parts, n_latent=8)
+    regression, _ = regress((parts[0], parts[1]), (parts[2], parts[3]), n_latent=8)
     plain = np.linalg.lstsq(x[:200], memorised[:200], rcond=None)[0]
     assert np.abs(regression.coefficients[1:9].numpy()).sum() < 0.05 * np.abs(plain[1:9]).sum()
     assert regression.coefficients[0].item() == pytest.approx(0.5, abs=0.25)
