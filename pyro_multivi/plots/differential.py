@@ -117,24 +117,21 @@ def top_features(table: pd.DataFrame, n: int = 5, ax: Axes | None = None) -> Axe
     of_comparison = [higher[names.to_numpy() == name].nlargest(n, change) for name in names.unique()]
     ax = axes_or_new(ax, height=_BAR * sum(map(len, of_comparison)) + 1)
     labels: list[str] = []
-    bars = []
-    for rows, colour in zip(of_comparison, distinct_colours(len(of_comparison)), strict=True):
+    for name, rows, colour in zip(names.unique(), of_comparison, distinct_colours(len(of_comparison)), strict=True):
         place = np.arange(len(labels), len(labels) + len(rows))
-        drawn = ax.barh(
+        ax.barh(
             place,
             rows[change],
             xerr=rows[change.replace("_mean", "_std")],
             color=colour,
             error_kw={"elinewidth": 1, "ecolor": "#555555"},
+            label=as_written(name),
         )
-        bars.append(drawn)
         labels.extend(map(as_written, rows.index))
     ax.set_yticks(np.arange(len(labels)), labels, fontsize=7)
     ax.invert_yaxis()
     if names.iloc[0]:
-        # Given explicitly: of labels of bars, matplotlib leaves out those that begin with an underscore.
-        texts = [as_written(name) for name in names.unique()]
-        ax.legend(bars, texts, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return labelled(ax, f"{_CHANGE_LABELS[change]},\nwith its standard deviation", "")
 
 

@@ -60,7 +60,7 @@ def as_latent(latent: ArrayLike, argument: str = "latent") -> NDArray[np.floatin
 def as_written(name: object) -> str:
     """A name as matplotlib draws it unchanged: what stands between two dollar signs is no formula.
 
-    One that begins with an underscore, which matplotlib before 3.10 leaves out of legends, begins with a space.
+    One that begins with an underscore, which matplotlib leaves out of legends, begins with a space.
     """
     text = str(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
