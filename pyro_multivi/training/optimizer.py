@@ -123,7 +123,8 @@ def _of_missing(extra: ExtraModality, train: Minibatches, trained: Container[int
         return []
     missing = missing.cpu()
     return [
-        # Networks may give several numbers for each feature, one kind behind the other.
+        # Networks may give several numbers for each feature, one kind behind the other. A hidden layer of a multiple of
+        # n units is taken for such, without effect: weights that a gradient reaches are trained.
         (weight, axis, (missing + n * torch.arange(size // n)[:, None]).flatten().to(weight.device))
         for weight in extra.parameters()
         if id(weight) in trained and weight.dim() == 2

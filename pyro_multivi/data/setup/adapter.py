@@ -25,15 +25,7 @@ from pyro_multivi.data.minified.layout import posterior_of
 from pyro_multivi.data.modality import MODALITIES, RNA, Modality
 from pyro_multivi.data.setup.extra.sources import ExtraSource, extra_sources
 from pyro_multivi.data.setup.masks.declared import FeatureMasks, masks_key, masks_of, measured_features, panel_keys
-from pyro_multivi.data.setup.options import (
-    Setup,
-    elsewhere,
-    gathering,
-    how_to_make,
-    in_memory,
-    is_lazy,
-    is_mudata,
-)
+from pyro_multivi.data.setup.options import Setup, elsewhere, gathering, how_to_make, in_memory, is_lazy, is_mudata
 from pyro_multivi.data.stores.reference import stores_of
 from pyro_multivi.data.vocabulary import spelled
 
