@@ -65,7 +65,7 @@ class StoredMatrix:
     ValueError
         If there is no such matrix, or it is compressed by columns.
     StoreChangedError
-        If chunks of it are not there, which would be read as zeros.
+        If chunks of it are not there, which would be read as zeros, or row pointers do not fit its entries.
     """
 
     def __init__(self, path: str | os.PathLike[str], name: str = "X") -> None:
@@ -75,9 +75,9 @@ class StoredMatrix:
                 folder, _, _ = name.rpartition("/")
                 known = first_names(group[folder] if folder else group) or "nothing"
                 raise ValueError(f"{self.path} has no {name!r}; it has {known}.")
-            self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
             if self.path.is_dir():
                 refuse_incomplete(self.path, name, group[name])
+            self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
             self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
         if self.dtype.kind not in "buif":
             raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")
@@ -192,11 +192,23 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
         raise ValueError(f"{where} is {WRITTEN_BEFORE}")
     if kind == "csr_matrix":
         n_rows, n_columns = (int(size) for size in matrix.attrs["shape"])
-        return np.asarray(matrix["indptr"][:]).astype(np.int64), (n_rows, n_columns), _AT_ONCE
+        indptr = np.asarray(matrix["indptr"][:]).astype(np.int64)
+        n_values, n_entries = (int(matrix[part].shape[0]) for part in ("data", "indices"))
+        if len(indptr) != n_rows + 1 or n_values != n_entries or not _fit(indptr, n_entries):
+            raise StoreChangedError(
+                f"{where} is damaged: its row pointers (indptr) do not fit {n_rows} rows, {n_entries} columns of "
+                f"entries (indices) and {n_values} values (data). Restore it from a copy, or write the matrix again."
+            )
+        return indptr, (n_rows, n_columns), _AT_ONCE
     if kind != "array" or len(matrix.shape) != 2:
         raise ValueError(f"{where} is no matrix of counts, but of the kind {kind!r}.")
     n_rows, n_columns = map(int, matrix.shape)
     return None, (n_rows, n_columns), max(1, min(_AT_ONCE, _VALUES_AT_ONCE // max(n_columns, 1)))
+
+
+def _fit(indptr: NDArray[np.int64], n_entries: int) -> bool:
+    """Whether rows follow each other within the entries: SciPy would read memory beyond them, or crash."""
+    return int(indptr[0]) == 0 and bool((np.diff(indptr) >= 0).all()) and int(indptr[-1]) <= n_entries
 
 
 def reader(matrix: Any, indptr: NDArray[np.int64] | None, width: int) -> ReadRows:
