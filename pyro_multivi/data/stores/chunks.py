@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,13 +33,48 @@ _OF_THE_MACHINE |= {
     errno.ESTALE: _OF_THE_MACHINE[errno.EIO],
 }
 
+# Registered numbers of the codecs that hdf5plugin brings.
+_CODECS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
+
 
 def of_the_machine(error: BaseException, path: Path) -> OSError | None:
     """The error, with a remedy, if it is one of the machine and does not say that a file is damaged; else None."""
     number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        codecs = _missing_codecs(path) if isinstance(error, OSError) else []
+        return _without_codecs(path, codecs) if codecs else None
     if number not in _OF_THE_MACHINE:
         return None
     return OSError(number, f"{path} cannot be read ({os.strerror(number)}). {_OF_THE_MACHINE[number]}")
+
+
+def _missing_codecs(path: Path) -> list[str]:
+    """Codecs that arrays of an HDF5 file are compressed by and that HDF5 has not here."""
+    found: dict[str, None] = {}
+
+    def look(_: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset):
+            return
+        filters = item.id.get_create_plist()
+        for place in range(filters.get_nfilters()):
+            number, *_, name = filters.get_filter(place)
+            if not h5py.h5z.filter_avail(number):
+                found[_CODECS.get(number) or name.decode(errors="replace") or f"the filter {number}"] = None
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(look)
+    except Exception:  # a damaged file, of which the first error says more
+        return []
+    return list(found)
+
+
+def _without_codecs(path: Path, codecs: list[str]) -> OSError:
+    return OSError(
+        f"{path} cannot be read: it is compressed by {' and '.join(codecs)}, which HDF5 lacks here. Install hdf5plugin "
+        "(pip install hdf5plugin) and import it before the file is read (on the command line set HDF5_PLUGIN_PATH to "
+        "the folder of its plugins); or write the file with compression='gzip' where it can be read."
+    )
 
 
 def refuse_incomplete(folder: Path, name: str, matrix: Any) -> None:

@@ -77,7 +77,10 @@ class StoredMatrix:
                 raise ValueError(f"{self.path} has no {name!r}; it has {known}.")
             if self.path.is_dir():
                 refuse_incomplete(self.path, name, group[name])
-            self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
+            try:
+                self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
+            except OSError as error:
+                raise of_the_machine(error, self.path) or error from error
             self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
         if self.dtype.kind not in "buif":
             raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")

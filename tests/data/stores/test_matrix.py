@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import h5py
 import pytest
 
@@ -42,3 +43,36 @@ def test_row_pointers_that_do_not_fit_are_damage(mosaic, tmp_path, damage):
     for use in (StoredMatrix, pm.open_stores):
         with pytest.raises(StoreChangedError, match=r"a\.h5ad, 'X' is damaged: its row pointers \(indptr\) do not fit"):
             use(path)
+
+
+def compressed_by(number, path, *names):
+    """Have arrays say that they are compressed by a codec, as a file of another machine does."""
+    with h5py.File(path, "r+") as file:
+        for name in names:
+            values = file[name][:]
+            del file[name]
+            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            layout.set_chunk((len(values),))
+            layout.set_filter(number, h5py.h5z.FLAG_OPTIONAL)
+            space, kind = h5py.h5s.create_simple(values.shape), h5py.h5t.py_create(values.dtype)
+            made = h5py.h5d.create(file.id, name.encode(), kind, space, layout)
+            made.write_direct_chunk((0,), values.tobytes())
+
+
+@pytest.mark.parametrize("part", ["data", "indptr"])
+@pytest.mark.parametrize(("number", "codec"), [(32015, "zstd"), (32099, "the filter 32099")])
+def test_a_codec_that_is_not_installed_is_no_damage(mosaic, tmp_path, part, number, codec):
+    if h5py.h5z.filter_avail(number):
+        pytest.skip("its plugin is installed")
+    path = tmp_path / "a.h5ad"
+    mosaic.write_h5ad(path)
+    compressed_by(number, path, f"X/{part}")
+    said = rf"a\.h5ad cannot be read: it is compressed by {codec}, which HDF5 lacks here\. Install hdf5plugin"
+    for use in (
+        lambda: pm.read(path),
+        lambda: pm.MULTIVI.setup_anndata(pm.open_stores(path), modality_key="modality"),
+        lambda: pm.MULTIVI.setup_anndata(ad.read_h5ad(path, backed="r"), modality_key="modality"),
+        lambda: pm.convert_stores(path, tmp_path / "b.zarr", progress_bar=False),
+    ):
+        with pytest.raises(OSError, match=said):
+            use()
