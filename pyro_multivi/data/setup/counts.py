@@ -18,7 +18,7 @@ from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
 from pyro_multivi.data.stores.joined import on_disk
-from pyro_multivi.data.stores.matrix import RowMatrix
+from pyro_multivi.data.stores.matrix import RowMatrix, pointers_fit
 from pyro_multivi.data.stores.matrix import blocks as stored_blocks
 from pyro_multivi.data.stores.rows import Columns
 
@@ -266,12 +266,31 @@ def _blocks(counts: Counts, stored: RowMatrix | None) -> Iterator[tuple[int, Any
     if stored is not None:
         yield from stored_blocks(stored)
         return
+    _refuse_unsound(counts)
     matrix = _by_rows(counts.matrix)
     n_rows, n_columns = matrix.shape
     sparse = sp.issparse(matrix) or hasattr(matrix, "format")
     step = _BLOCK_ROWS if sparse else max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // max(n_columns, 1)))
     for start in range(0, n_rows, step):
         yield start, matrix[start : start + step]
+
+
+def _refuse_unsound(counts: Counts) -> None:
+    """Refuse a compressed matrix that contradicts itself, as of a damaged file: reading it may crash the process."""
+    matrix: Any = counts.matrix
+    form = getattr(matrix, "format", None) if sp.issparse(matrix) else None
+    if form not in ("csr", "csc"):
+        return
+    n, width = matrix.shape if form == "csr" else matrix.shape[::-1]
+    indptr, indices = matrix.indptr, matrix.indices
+    fits = len(indptr) == n + 1 and len(indices) == len(matrix.data) and pointers_fit(indptr, len(indices))
+    used = indices[: int(indptr[-1])] if fits else indices[:0]
+    if not fits or (len(used) and not (int(used.min()) >= 0 and int(used.max()) < width)):
+        raise ValueError(
+            f"{counts.where} is damaged: positions of its entries (indptr, indices) do not fit its shape "
+            f"{tuple(matrix.shape)} and {len(matrix.data)} values. Read the file once more, or a copy of it; "
+            f"{counts.where}.check_format() says more."
+        )
 
 
 def _by_rows(matrix: Any) -> Any:

@@ -197,7 +197,7 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
         n_rows, n_columns = (int(size) for size in matrix.attrs["shape"])
         indptr = np.asarray(matrix["indptr"][:]).astype(np.int64)
         n_values, n_entries = (int(matrix[part].shape[0]) for part in ("data", "indices"))
-        if len(indptr) != n_rows + 1 or n_values != n_entries or not _fit(indptr, n_entries):
+        if len(indptr) != n_rows + 1 or n_values != n_entries or not pointers_fit(indptr, n_entries):
             raise StoreChangedError(
                 f"{where} is damaged: its row pointers (indptr) do not fit {n_rows} rows, {n_entries} columns of "
                 f"entries (indices) and {n_values} values (data). Restore it from a copy, or write the matrix again."
@@ -209,7 +209,7 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
     return None, (n_rows, n_columns), max(1, min(_AT_ONCE, _VALUES_AT_ONCE // max(n_columns, 1)))
 
 
-def _fit(indptr: NDArray[np.int64], n_entries: int) -> bool:
+def pointers_fit(indptr: NDArray[Any], n_entries: int) -> bool:
     """Whether rows follow each other within the entries: SciPy would read memory beyond them, or crash."""
     return int(indptr[0]) == 0 and bool((np.diff(indptr) >= 0).all()) and int(indptr[-1]) <= n_entries
 

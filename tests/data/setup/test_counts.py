@@ -58,3 +58,18 @@ def test_types_that_differ_from_block_to_block(monkeypatch):
     monkeypatch.setattr(extract, "_BLOCK_ROWS", 1)
     counts = np.array([[1, 1, 1, 300], [3, 1, 1.5, 0], [255, 1, 2, 0]], dtype=np.float32)
     assert torch.equal(read(counts).y.to_dense(), torch.from_numpy(counts[:, 2:]))
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize(
+    ("part", "place", "value"), [("indptr", 3, 10**6), ("indptr", 3, 0), ("indices", 5, 10**6), ("indices", 5, -1)]
+)
+def test_a_damaged_matrix_is_refused(form, part, place, value):
+    """It may come out of a damaged file, as anndata checks nothing; SciPy crashes at some uses of it."""
+    adata = pm.simulate_multiome((20, 0, 0), n_genes=10, n_regions=20, seed=0)
+    adata.X = form(adata.X)
+    getattr(adata.X, part)[place] = value
+    with pytest.raises(
+        ValueError, match=r"adata\.X is damaged: positions of its entries \(indptr, indices\) do not fit"
+    ):
+        pm.MULTIVI.setup_anndata(adata)
