@@ -18,7 +18,7 @@ from pyro_multivi.data.setup.adapter import Counts
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
 from pyro_multivi.data.stores.joined import on_disk
-from pyro_multivi.data.stores.matrix import RowMatrix, pointers_fit
+from pyro_multivi.data.stores.matrix import RowMatrix, for_scipy, pointers_fit
 from pyro_multivi.data.stores.matrix import blocks as stored_blocks
 from pyro_multivi.data.stores.rows import Columns
 
@@ -306,11 +306,9 @@ def _by_rows(matrix: Any) -> Any:
 def _compressed(block: Any, counts: Counts) -> sp.csr_array[Any, tuple[int, int]]:
     """A block as sparse rows, a copy: so has cutting rows out of a matrix made it."""
     if not sp.issparse(block):
-        block = np.asarray(block)
+        block = for_scipy(np.asarray(block))
     if block.dtype.kind not in "buif":
         raise ValueError(
             f"{counts.where} holds values of type {block.dtype}; {counts.modality.assay} counts must be numbers."
         )
-    if block.dtype == np.float16:  # which SciPy's sparse matrices do not have
-        block = block.astype(np.float32)
     return sp.csr_array(block)

@@ -226,12 +226,10 @@ def reader(matrix: Any, indptr: NDArray[np.int64] | None, width: int) -> ReadRow
         for (start, stop), data, indices in zip(spans, values(ends), columns(ends), strict=True):
             if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < width):
                 raise ValueError(f"a column is not one of 0 to {width - 1}")
-            if data.dtype == np.float16:  # which SciPy's sparse matrices do not have
-                data = data.astype(np.float32)
             # Some programs write unsigned numbers, which SciPy's sparse matrices do not have either.
             indices = indices.astype(np.int32 if width < 2**31 else np.int64, copy=False)
             pointers = (indptr[start : stop + 1] - indptr[start]).astype(indices.dtype)
-            yield unchecked_csr((stop - start, width), data, indices, pointers)
+            yield unchecked_csr((stop - start, width), for_scipy(data), indices, pointers)
 
     return read
 
@@ -246,8 +244,14 @@ def unchecked_csr(shape: tuple[int, ...], data: NDArray[Any], indices: NDArray[A
 def _dense_rows(matrix: Any, start: int, stop: int) -> Rows:
     block: Any = matrix[start:stop]
     block = block.compute() if hasattr(block, "compute") else block
-    block = block if sp.issparse(block) else np.asarray(block)
-    return sp.csr_array(block.astype(np.float32) if block.dtype == np.float16 else block)
+    block = block if sp.issparse(block) else for_scipy(np.asarray(block))
+    return sp.csr_array(block)
+
+
+def for_scipy(values: NDArray[Any]) -> NDArray[Any]:
+    """Values of a type that SciPy's sparse matrices have: not float16, and in the byte order of the machine."""
+    half = values.dtype.kind == "f" and values.dtype.itemsize == 2
+    return values.astype(np.float32 if half else values.dtype.newbyteorder("="), copy=False)
 
 
 def spans(rows: NDArray[np.int64], at_once: int) -> Iterator[NDArray[np.int64]]:

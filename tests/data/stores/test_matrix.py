@@ -5,8 +5,10 @@ from __future__ import annotations
 import anndata as ad
 import h5py
 import pytest
+import torch
 
 import pyro_multivi as pm
+from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.stores.matrix import StoreChangedError, StoredMatrix
 
 
@@ -76,3 +78,24 @@ def test_a_codec_that_is_not_installed_is_no_damage(mosaic, tmp_path, part, numb
     ):
         with pytest.raises(OSError, match=said):
             use()
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f2", ">i8", ">u2"])
+def test_counts_in_the_byte_order_of_another_machine(mosaic, tmp_path, kind):
+    """Dense ones in memory and on disk, and sparse ones on disk."""
+    keys = {"modality_key": "modality", "batch_key": "batch"}
+    other = mosaic.copy()
+    other.X = mosaic.X.toarray().astype(kind)
+    other.write_h5ad(tmp_path / "dense.h5ad")
+    mosaic.write_h5ad(tmp_path / "sparse.h5ad")
+    with h5py.File(tmp_path / "sparse.h5ad", "r+") as file:
+        for part, values in (("data", mosaic.X.data.astype(kind)), ("indices", mosaic.X.indices.astype(">i4"))):
+            del file[f"X/{part}"]
+            file[f"X/{part}"] = values
+    pm.MULTIVI.setup_anndata(mosaic, **keys)
+    expected = DataSpec.of(mosaic).table(mosaic)
+    for adata in (other, pm.open_stores(tmp_path / "dense.h5ad"), pm.open_stores(tmp_path / "sparse.h5ad")):
+        pm.MULTIVI.setup_anndata(adata, **keys)
+        table = DataSpec.of(adata).table(adata)
+        assert table.difference(expected) is None
+        assert torch.equal(table.batch(torch.arange(120)).x.to_dense(), expected.batch(torch.arange(120)).x.to_dense())
