@@ -20,7 +20,7 @@ from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import Modality, modality_named
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
-from pyro_multivi.data.setup.cautions import cells_without_counts
+from pyro_multivi.data.setup.cautions import cells_without_counts, covariates_elsewhere
 from pyro_multivi.data.setup.options import in_memory
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.split import Split
@@ -170,7 +170,8 @@ class ModelBase:
         if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
             return self._table, adata
         table = self.spec.table(adata)
-        for sentence in cells_without_counts(self.spec.open(adata), table):
+        opened = self.spec.open(adata)
+        for sentence in (*cells_without_counts(opened, table), *covariates_elsewhere(opened, self.spec)):
             caution(sentence)
         check_weights(table, adata, self.program)
         if self.program.config.counts_fragments:

@@ -12,7 +12,7 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.modality import MODALITIES, RNA, modelled
 from pyro_multivi.data.setup.adapter import Opened
-from pyro_multivi.data.setup.cautions import cells_without_counts
+from pyro_multivi.data.setup.cautions import cells_without_counts, covariates_elsewhere
 from pyro_multivi.data.setup.modalities import UNTYPED, Measured
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.table import CellTable
@@ -113,6 +113,7 @@ def cautions(
 ) -> Iterator[str]:
     """Sentences on what is likely a mistake, each with what to do."""
     yield from cells_without_counts(opened, table)
+    yield from covariates_elsewhere(opened, spec)
     for name, number in report.shared.items():
         total = number + report.missing[name]
         if number < _FEW_SHARED * total:

@@ -14,8 +14,9 @@ from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Opened
+from pyro_multivi.data.setup.covariates import CONSTANT_SD, numbers
 from pyro_multivi.data.setup.masks.panels import number_of_values
-from pyro_multivi.data.setup.spec import Description
+from pyro_multivi.data.setup.spec import DataSpec, Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
@@ -35,6 +36,9 @@ _EXPECTED = 10.0
 _AT_ONCE = 4096
 # Share of the features that are plenty in other batches, of which a batch has none: of tissues a few per cent are so.
 _FILLED = 0.1
+# Standard deviations of a covariate that are far from its mean, and the share of the cells that lie so far if these are
+# not like those that it is from: of any cells at most one in 25 does (Chebyshev).
+_FAR_SDS, _FAR_SHARE = 5.0, 0.1
 # Names tried, and the share of them that has to be found again for a suffix to be the reason.
 _TRIED, _FOUND = 500, 0.5
 # Signs that divide names into parts; what is left without the first part has to hold a barcode.
@@ -98,6 +102,31 @@ def cells_without_counts(opened: Opened, table: CellTable) -> Iterator[str]:
                 f"{int(empty.sum())} of the {int(mask.sum())} cells said to have {modality.assay} have no count in "
                 f"{part.where}: {first_names(opened.cells[empty], 3)}. If it was not measured in them, mark "
                 "them so (modality_key); if the counts are elsewhere, put them there; else drop these cells."
+            )
+
+
+def covariates_elsewhere(opened: Opened, spec: DataSpec) -> Iterator[str]:
+    """Continuous covariates of other cells that are not where those of the model's data were."""
+    argument = "continuous_covariate_keys"
+    for key, mean, sd in zip(spec.continuous, spec.continuous_mean, spec.continuous_sd, strict=True):
+        values = numbers(opened, argument, key)
+        if sd == CONSTANT_SD:
+            other = int((~np.isclose(values, mean, rtol=1e-9, atol=0.0)).sum())
+            if other:
+                yield (
+                    f"{argument}={key!r} was {mean:g} in all cells of the model's data, and is not in {other} of these "
+                    f"{len(values)}: its effect is not known, and other values have none here. What differs between "
+                    "the cells because of it is taken for their state, or for their batch if they have one of their "
+                    "own."
+                )
+            continue
+        far = int((np.abs(values - mean) > _FAR_SDS * sd).sum())
+        if far > _FAR_SHARE * len(values):
+            yield (
+                f"{argument}={key!r} lies more than {_FAR_SDS:g} standard deviations from the mean of the model's data "
+                f"({mean:g}, sd {sd:g}) in {far} of these {len(values)} cells, for instance {values[0]:g}: no cell "
+                "tells its effect there, and what is decoded says less of the cells' states the further it is. Is it "
+                "in the same unit? Else give these cells values that the model has seen, such as the mean."
             )
 
 

@@ -18,6 +18,9 @@ from pyro_multivi.data.setup.options import Setup, gathering
 
 # Smallest number of full precision in float32.
 _LEAST = np.finfo(np.float32).tiny
+#: Standard deviation that a constant covariate is said to have: divided by it, any other value is 0 too, in single
+#: precision next to nothing. What nobody has seen vary has no effect that a model could know.
+CONSTANT_SD = float(np.finfo(np.float32).max)
 # Smallest size factor: the likelihoods' own floor.
 _LEAST_SIZE = np.float32(1e-30)
 
@@ -146,7 +149,7 @@ def numbers(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:
 
 
 def mean_and_sd(argument: str, key: str, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and standard deviation by which a covariate is standardised; the sd of a constant is 1.
+    """Mean and standard deviation by which a covariate is standardised, of a constant :data:`CONSTANT_SD`.
 
     Raises
     ------
@@ -156,7 +159,7 @@ def mean_and_sd(argument: str, key: str, values: NDArray[np.float64]) -> tuple[f
     spread = float(np.ptp(values))
     # A constant column becomes 0 rather than 0 / 0, or rounding error over rounding error.
     if spread <= 4 * np.finfo(np.float64).eps * float(np.abs(values).max()):
-        return float(values.mean()), 1.0
+        return float(values.mean()), CONSTANT_SD
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         mean, sd = float(values.mean()), float(values.std())
         kept = standardised(values, mean, sd)

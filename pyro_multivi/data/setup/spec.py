@@ -63,7 +63,7 @@ class DataSpec:
         Names of the continuous covariates. In the design they are standardised:
         (value - mean) / sd, with the mean and sd over the cells that were set up.
     continuous_mean, continuous_sd
-        Those means and (population) standard deviations; the sd of a constant is 1.
+        Those means and (population) standard deviations; that of a constant is so large that other values are 0 too.
     label_categories
         Sorted as strings; empty without ``labels_key``.
     n_cells

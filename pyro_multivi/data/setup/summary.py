@@ -9,6 +9,7 @@ import torch
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, PROTEIN_FEATURE_TYPES, modelled
+from pyro_multivi.data.setup.covariates import CONSTANT_SD
 from pyro_multivi.data.setup.masks.panels import number_of_values, panel_sizes
 from pyro_multivi.data.setup.spec import DataSpec, Description
 from pyro_multivi.data.sparse import SparseCounts
@@ -123,7 +124,9 @@ class SetupReport:
         for key, known in self.categorical.items():
             lines.append(f"  covariate   {key}: {len(known)} categories")
         for key, (mean, sd) in self.continuous.items():
-            lines.append(f"  covariate   {key}: mean {mean:.4g}, sd {sd:.4g}, standardised")
+            what = f"mean {mean:.4g}, sd {sd:.4g}, standardised"
+            what = f"{mean:.4g} in all cells, without effect" if sd == CONSTANT_SD else what
+            lines.append(f"  covariate   {key}: {what}")
         if self.labels:
             lines.append(f"  labels      {len(self.labels)}")
         lines += [f"  note        {note}" for note in self.notes]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from pyro_multivi.data.setup.covariates import CONSTANT_SD
 from pyro_multivi.data.setup.register import setup_anndata
 from pyro_multivi.data.setup.spec import DataSpec
 
@@ -330,7 +331,7 @@ def test_covariates_of_other_cells_out_of_single_precision(adata):
 def test_a_covariate_that_is_constant_but_for_rounding(adata):
     adata.obs["age"] = 0.1 + np.arange(6) % 2 * 2e-17
     setup_anndata(adata, continuous_covariate_keys=["age"])
-    assert DataSpec.of(adata).continuous_sd == (1.0,)
+    assert DataSpec.of(adata).continuous_sd == (CONSTANT_SD,)
 
 
 @pytest.mark.parametrize(("key", "value"), [(["s", None], 1e-60), (["s", None], 1e60), (["one", "s"], 1 - 1e-12)])
