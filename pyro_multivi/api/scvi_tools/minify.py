@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -148,16 +149,33 @@ def _rna_totals(data: Any, setup: Setup) -> NDArray[Any]:
 def _without_counts(data: Any, kept: str | None) -> Any:
     """A copy of an object whose matrices of cells × features are empty, except for one modality of a MuData."""
     if is_mudata(data):
-        with mudata_as_given(), warnings.catch_warnings():
-            # mudata makes the copy through calls of its own that it has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            copy = data.copy()
+        copy = _copy_of_mudata(data)
         for name, part in copy.mod.items():
             if name != kept:
                 _empty(part)
         return copy
     copy = data.to_memory() if data.isbacked else data.copy()
     _empty(copy)
+    return copy
+
+
+def _copy_of_mudata(data: Any) -> Any:
+    """A copy of a MuData; its own fails for whole numbers in ``obsm`` or ``varm``, which mudata would set to NaN."""
+    tables, maps = ("obsm", "varm"), ("obsp", "varp", "obsmap", "varmap")
+    with mudata_as_given() as mudata, warnings.catch_warnings():
+        # mudata makes the copy through calls of its own that it has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        copy = mudata.MuData(
+            {name: part.copy() for name, part in data.mod.items()},
+            obs=data.obs.copy(),
+            var=data.var.copy(),
+            uns=deepcopy(data.uns),
+            **{name: {key: value.copy() for key, value in getattr(data, name).items()} for name in maps},
+        )
+    for name in tables:
+        of_modalities = data.mod.keys()
+        kept = {key: value.copy() for key, value in getattr(data, name).items() if key not in of_modalities}
+        getattr(copy, name).update(kept)
     return copy
 
 

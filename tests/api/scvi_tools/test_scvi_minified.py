@@ -122,6 +122,18 @@ def test_only_the_posterior_is_left_of_the_cells(mudata):
     assert (data.mod["rna"].X if mudata else data.X).nnz == rna.nnz or not mudata
 
 
+def test_whole_numbers_in_tables_of_a_mudata_are_kept():
+    """At which the copy of mudata 0.3 fails, as it would set them to NaN."""
+    data, model = made(mudata=True)
+    data.obsm["place"], data.varm["rank"] = np.arange(2 * data.n_obs).reshape(-1, 2), np.arange(data.n_vars)[:, None]
+    model.minify_mudata()
+    for name, key in (("obsm", "place"), ("varm", "rank")):
+        before, after = getattr(data, name)[key], getattr(model.adata, name)[key]
+        assert after.dtype == before.dtype
+        assert after is not before
+        np.testing.assert_array_equal(after, before)
+
+
 @pytest.fixture(scope="module")
 def minified():
     data, model = made()
