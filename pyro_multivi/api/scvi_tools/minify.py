@@ -154,9 +154,13 @@ def _without_counts(data: Any, kept: str | None) -> Any:
             if name != kept:
                 _empty(part)
         return copy
-    copy = data.to_memory() if data.isbacked else data.copy()
+    copy = _copy_in_memory(data)
     _empty(copy)
     return copy
+
+
+def _copy_in_memory(adata: Any) -> Any:
+    return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def _copy_of_mudata(data: Any) -> Any:
@@ -166,7 +170,7 @@ def _copy_of_mudata(data: Any) -> Any:
         # mudata makes the copy through calls of its own that it has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         copy = mudata.MuData(
-            {name: part.copy() for name, part in data.mod.items()},
+            {name: _copy_in_memory(part) for name, part in data.mod.items()},
             obs=data.obs.copy(),
             var=data.var.copy(),
             uns=deepcopy(data.uns),

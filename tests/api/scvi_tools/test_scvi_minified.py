@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pyro_multivi as scvi
+from pyro_multivi._optional import mudata_as_given
 from pyro_multivi.data._constants import ADATA_MINIFY_TYPE
 from pyro_multivi.data._utils import _is_minified
 from pyro_multivi.data.minified.layout import stored_part
@@ -132,6 +133,17 @@ def test_whole_numbers_in_tables_of_a_mudata_are_kept():
         assert after.dtype == before.dtype
         assert after is not before
         np.testing.assert_array_equal(after, before)
+
+
+def test_a_backed_mudata(tmp_path):
+    data, model = made(mudata=True)
+    with mudata_as_given() as mudata:
+        data.write(tmp_path / "data.h5mu")
+        model.adata = mudata.read_h5mu(tmp_path / "data.h5mu", backed="r")
+    before = model.get_latent_representation()
+    model.minify_mudata()
+    assert not model.adata.isbacked
+    np.testing.assert_array_equal(model.get_latent_representation(), before)
 
 
 @pytest.fixture(scope="module")
