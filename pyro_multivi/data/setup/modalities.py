@@ -261,7 +261,8 @@ def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None
                 f"{{'{modality.key}_layer': ...}}, or leave {argument} out."
             )
         if opened.name == "adata" or not 0 <= number < found or counts is None:
-            raise ValueError(f"{argument}={number}, but the data set up has {found}: leave {argument} out.")
+            untold = _if_of_a_word_not_known(opened, setup, modality) if number > found else ""
+            raise ValueError(f"{argument}={number}, but the data set up has {found}: {untold}leave {argument} out.")
         caution(
             f"{argument}={number}, but {counts.where} has {found} {modality.features}: only the first {number} are "
             f"modelled. Leave {argument} out for all of them."
@@ -270,6 +271,19 @@ def as_stated(opened: Opened, setup: Setup, stated: Mapping[Modality, int | None
             opened.counts[modality] = _some(counts, slice(0, number))
         else:
             del opened.counts[modality]
+
+
+def _if_of_a_word_not_known(opened: Opened, setup: Setup, modality: Modality) -> str:
+    """The beginning of the advice to leave out a number: that features have a type that is not known."""
+    kinds = unknown_kinds(opened) if opened.name == "adata" else []
+    if not kinds:
+        return ""
+    value = repr(kinds[0]) if len(kinds) == 1 else "..."
+    return (
+        f"{sum(opened.ignored[kind] for kind in kinds)} features are of neither modality, by {first_names(kinds)} in "
+        f"adata.var[{setup.feature_type_key!r}]; if they are {modality.features}, say so in the setup, "
+        f"feature_type_values={{{modality.features!r}: {value}}}; else "
+    )
 
 
 def _by_column_order(opened: Opened, stated: Mapping[Modality, int | None]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.setup.register import setup_anndata
 from pyro_multivi.data.setup.spec import DataSpec
 from pyro_multivi.data.vocabulary import SPELLINGS, spelled
@@ -121,3 +122,16 @@ def test_modality_nobody_has_is_reported(adata):
         report = setup_anndata(adata[2:4].copy())
     assert report.n_regions == 3
     assert any("No cell was measured for ATAC" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("word", ["tiles", np.nan])
+def test_a_number_of_features_of_a_word_that_is_not_known(adata, word):
+    adata.var["feature_types"] = ["Gene Expression"] * 2 + [word] * 3
+    adata = adata[:4].copy()
+    with pytest.warns(UserWarning, match="3 features are left out"):
+        setup_anndata(adata)
+    with pytest.raises(ValueError, match="n_regions=3, but the data set up has 0: 3 features are of neither") as error:
+        DataSpec.of(adata, {RNA: 2, ATAC: 3})
+    mend = re.search(r"feature_type_values=(\{.*?\})", str(error.value))
+    setup_anndata(adata, feature_type_values=ast.literal_eval(mend[1]))
+    assert DataSpec.of(adata, {RNA: 2, ATAC: 3}).n_regions == 3
