@@ -234,7 +234,14 @@ def _confounded_batches(found: Description) -> Iterator[str]:
 def _zeros_of_batches(found: Description) -> Iterator[str]:
     """Features without a count in a batch and with many in others, as an outer join fills in what was not measured."""
     code, spec = found.table.batch_code, found.spec
+    typed = bool(spec.setup.feature_type_key) or found.opened.name == "mdata"
+    # Without types regions count as genes so far.
+    whole = (
+        " If they are the regions of cells with RNA alone, or the genes of cells with ATAC alone, nothing is to be "
+        "done: n_genes and n_regions of MULTIVI() tell it."
+    )
     for modality, part in found.opened.counts.items():
+        features = modality.features if typed else "features"
         counts, mask = modality.counts_in(found.table), modality.measured_in(found.table)
         cells = [torch.nonzero(mask & (code == batch)).squeeze(1) for batch in range(spec.n_batch)]
         if sum(len(own) > 0 for own in cells) < 2:
@@ -248,10 +255,11 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
             absent = int((expected & (detected == 0)).sum())
             if absent > _FILLED * expected.sum():
                 yield (
-                    f"{absent} {modality.features} have no count in the {len(own)} cells of batch "
+                    f"{absent} {features} have no count in the {len(own)} cells of batch "
                     f"{spec.batch_categories[batch]!r} and many in others, as if zeros had been filled in where they "
                     "were not measured (an outer join). A model would learn them: mask them (feature_masks), keep the "
                     "features that all have, or join the samples by pyro_multivi.join_samples, which does either."
+                    f"{'' if typed else whole}"
                 )
                 break
 

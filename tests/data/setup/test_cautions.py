@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -168,3 +169,13 @@ def test_a_warning_points_at_the_line_of_the_caller():
     with pytest.warns(UserWarning, match="are paired") as caught:
         pm.MULTIVI.setup_anndata(adata, modality_key="modality")
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_zeros_of_features_without_a_type_may_be_those_of_a_modality():
+    adata = pm.simulate_multiome((0, 40, 40), n_genes=20, n_regions=30, seed=0)
+    [message] = warned(pm.MULTIVI.setup_anndata, adata, batch_key="modality")
+    assert "join_samples" not in message
+    del adata.var["feature_types"]
+    [message] = warned(pm.MULTIVI.setup_anndata, adata, batch_key="modality")
+    assert re.match(r"\d+ features have no count in the 40 cells of batch .* \(an outer join\)\. .*", message)
+    assert message.endswith("nothing is to be done: n_genes and n_regions of MULTIVI() tell it.")
