@@ -85,6 +85,16 @@ _MODULE_OF = {
     "simulate_multiome": "datasets.simulate",
 }
 
+#: Modules of scvi-tools that scripts name, and what there is in their place.
+_IN_PLACE_OF = {
+    "autotune": "compare_models compares models on the same held-out cells",
+    "criticism": "model.posterior_predictive_check() draws and scores replicates",
+    "dataloaders": "data on disk are read as they are needed: open_stores, or a backed object",
+    "external": "for other models import scvi-tools itself, under another name",
+    "hub": "model.save() and MULTIVI.load() write and read folders",
+    "module": "model.program is the module, MultiVIProgram its class",
+}
+
 if not TYPE_CHECKING:  # A type checker would take every misspelled name for one of these.
 
     def __getattr__(name: str) -> Any:
@@ -96,7 +106,8 @@ if not TYPE_CHECKING:  # A type checker would take every misspelled name for one
             return import_module(f"{__name__}.utils").REGISTRY_KEYS
         if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = f": {_IN_PLACE_OF[name]}." if name in _IN_PLACE_OF else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")
 
 
 def __dir__() -> list[str]:

@@ -232,3 +232,19 @@ def test_data_says_what_it_has():
         scvi.data.pbmc_dataset  # noqa: B018
     assert scvi.data.read_h5ad
     assert scvi.data.read_10x_atac
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "instead"),
+    [
+        (scvi, "criticism", r"posterior_predictive_check\(\)"),
+        (scvi, "external", "import scvi-tools itself"),
+        (scvi.model, "PEAKVI", "import scvi-tools itself"),
+        (scvi.model, "utils", "scanpy.tl.umap"),
+        (scvi.train, "LoudEarlyStopping", "stops early and keeps the best weights itself"),
+    ],
+)
+def test_what_is_not_here_says_what_there_is_in_its_place(namespace, name, instead):
+    assert not hasattr(namespace, name)
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}': .*{instead}"):
+        getattr(namespace, name)
