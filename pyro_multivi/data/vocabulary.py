@@ -68,6 +68,17 @@ def feature_type_column(key: str, columns: Container[object], needed: bool = Tru
     return "modality" if "modality" in columns else key if needed else ""
 
 
+def says_types(words: Iterable[object]) -> bool:
+    """Whether any of the words in a column is that of a feature type, as RNA or ATAC.
+
+    Examples
+    --------
+    >>> says_types(["Gene Expression", "tiles"]), says_types(["0", "1"])
+    (True, False)
+    """
+    return any(spelled(word) is not None or str(word).casefold() in OTHER_ASSAYS for word in set(words))
+
+
 def spelled(word: object) -> str | None:
     """The measurement pattern that a word stands for, in any known spelling.
 

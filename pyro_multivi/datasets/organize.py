@@ -18,7 +18,14 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import is_mudata
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, MODALITIES_OF, PAIRED, feature_type_column, spelled
+from pyro_multivi.data.vocabulary import (
+    MEASUREMENT_PATTERNS,
+    MODALITIES_OF,
+    PAIRED,
+    feature_type_column,
+    says_types,
+    spelled,
+)
 from pyro_multivi.datasets.assembly import join_obsm, join_rows, moved, with_unique_names
 
 _log = logging.getLogger(__name__)
@@ -117,7 +124,9 @@ def organize_multiome_anndatas(
     if not feature_type_key:
         raise ValueError("feature_type_key='' is not allowed: name a column of var, or leave it out")
     if isinstance(multi_anndata, AnnData):
-        feature_type_key = feature_type_column(feature_type_key, multi_anndata.var, needed=False)
+        column = feature_type_column(feature_type_key, multi_anndata.var, needed=False)
+        guessed = column not in ("", feature_type_key)
+        feature_type_key = "" if guessed and not says_types(multi_anndata.var[column]) else column
     names = name_list("mudata_modalities", mudata_modalities)
     if len(names) != len(MODALITIES):
         raise ValueError(
@@ -218,8 +227,8 @@ def _tell_of_no_types(parts: list[_Part]) -> None:
     """Say what cannot be told without types, and which features the cells of other parts count as zero."""
     names, others = parts[0].var.index, [part.argument for part in parts[1:]]
     _log.warning(
-        "multi_anndata.var has no column 'feature_types' (or 'modality'): genes are not told from peaks, and stay in "
-        "their order; if another column tells, name it by feature_type_key"
+        "multi_anndata.var has no column 'feature_types' (or 'modality') with known words: genes are not told from "
+        "peaks, and stay in their order; if another column tells, name it by feature_type_key"
     )
     lacking = int((~names.isin([name for part in parts[1:] for name in part.var.index])).sum()) if others else 0
     if lacking:

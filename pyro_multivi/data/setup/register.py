@@ -25,10 +25,10 @@ from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
 from pyro_multivi.data.setup.covariates import size_factor_keys
 from pyro_multivi.data.setup.masks.declared import with_masks
-from pyro_multivi.data.setup.options import UNS_KEY, Setup, how_to_make, is_mudata
+from pyro_multivi.data.setup.options import UNS_KEY, Setup, how_to_make, in_memory, is_mudata
 from pyro_multivi.data.setup.spec import describe
 from pyro_multivi.data.setup.summary import SetupReport
-from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, feature_type_column
+from pyro_multivi.data.vocabulary import MEASUREMENT_PATTERNS, feature_type_column, says_types
 from pyro_multivi.isolation import isolated
 
 logger = logging.getLogger("pyro_multivi")
@@ -92,8 +92,8 @@ def setup_anndata(
         modality counts as measured where a cell has any count.
     feature_type_key
         Column of ``var`` that distinguishes genes from regions; where there is no ``"feature_types"``, the column
-        ``"modality"`` of scvi-tools' reader. Without either, genes are the first columns and regions those behind them:
-        ``MULTIVI(adata, n_genes=..., n_regions=...)`` is told how many.
+        ``"modality"`` of scvi-tools' reader, if it does. Without either, genes are the first columns and regions those
+        behind them: ``MULTIVI(adata, n_genes=..., n_regions=...)`` is told how many.
     size_factor_key
         Column of ``obs`` with RNA size factors (> 0, in any unit), or ``[rna, atac]`` with those of ATAC (between 0
         and 1) as well; either may be None. By default the model infers them. Cells without the modality may have
@@ -165,7 +165,7 @@ def setup_anndata(
         categorical_covariate_keys=name_list("categorical_covariate_keys", categorical_covariate_keys, distinct=True),
         continuous_covariate_keys=name_list("continuous_covariate_keys", continuous_covariate_keys, distinct=True),
         modality_values=modality_meanings(modality_values),
-        feature_type_key=feature_type_column(feature_type_key, adata.var, feature_type_values is not None),
+        feature_type_key=_column_of_types(adata, feature_type_key, feature_type_values is not None),
         extra=name_list("extra_obsm_keys", extra_obsm_keys, distinct=True),
     )
     if protein_names_uns_key is not None:
@@ -309,6 +309,13 @@ def modality_meanings(values: Mapping[str, str] | None) -> dict[str, str]:
                 f"modality_values[{word!r}] is {meaning!r} and must be one of {first_names(MEASUREMENT_PATTERNS)}."
             )
     return given
+
+
+def _column_of_types(adata: AnnData, key: str, needed: bool) -> str:
+    """The column of feature types, or none where the one taken for it says nothing: a label of ``anndata.concat``."""
+    column = feature_type_column(key, adata.var, needed)
+    guessed = column != key and column != "" and not needed
+    return "" if guessed and not says_types(in_memory(adata.var)[column]) else column
 
 
 def with_feature_types(setup: Setup, values: Mapping[str, str | Sequence[str]] | None) -> Setup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pytest
 
@@ -58,6 +59,26 @@ def test_numbers_that_do_not_fit_columns(untyped, given, message):
     MULTIVI.setup_anndata(untyped[0])
     with pytest.raises(ValueError, match=message):
         MULTIVI(untyped[0], **given)
+
+
+def test_labels_of_a_concatenation_are_no_feature_types(untyped):
+    """Scripts count genes by them: ``anndata.concat([rna, atac], axis=1, label="modality")``."""
+    adata, typed = untyped
+    rna, atac = adata[:40, :12].copy(), adata[:40, 12:].copy()
+    paired = ad.concat([rna, atac], axis=1, label="modality", merge="first")
+    assert set(paired.var["modality"]) == {"0", "1"}
+    alone = typed.obs["modality"].to_numpy()
+    rest = adata[alone == "expression", :12].copy(), adata[alone == "accessibility", 12:].copy()
+    joined = scvi.data.organize_multiome_anndatas(paired, *rest)
+    for found in (paired, joined):
+        is_gene = found.var["modality"] == "0"
+        MULTIVI.setup_anndata(found, batch_key="batch")
+        model = MULTIVI(found, n_hidden=4, n_latent=2, n_genes=is_gene.sum(), n_regions=(~is_gene).sum())
+        assert model.get_var_names()["atac"].tolist() == adata.var_names[12:].tolist()
+        with pytest.raises(ValueError, match="give n_genes and n_regions"):
+            MULTIVI(found)
+    with pytest.raises(ValueError, match=r"var\['modality'\] holds '0', '1': neither genes"):
+        MULTIVI.setup_anndata(paired, feature_type_key="modality")
 
 
 def test_columns_that_are_neither(untyped):
