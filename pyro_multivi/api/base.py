@@ -84,10 +84,7 @@ class ModelBase:
     @adata.setter
     @isolated()
     def adata(self, adata: Data) -> None:
-        table = self.spec.table(adata)
-        check_weights(table, adata, self.program)
-        if self.program.config.counts_fragments:
-            check_fragments(table, self.spec.region_names)
+        table = self._read(adata)
         self._adata, self._table, self._checksum = adata, table, latest.checksum_of(adata, table)
         self._find_split(self._whole_split)
 
@@ -169,14 +166,18 @@ class ModelBase:
             return self._training_table(), self.adata
         if adata is self.adata and self._table is not None and self._change_of_data(self._table) is None:
             return self._table, adata
-        table = self.spec.table(adata)
-        opened = self.spec.open(adata)
+        table, opened = self._read(adata), self.spec.open(adata)
         for sentence in (*cells_without_counts(opened, table), *covariates_elsewhere(opened, self.spec)):
             caution(sentence)
+        return table, adata
+
+    def _read(self, adata: Data) -> CellTable:
+        """Read other data than those of training, checked for what this model cannot take."""
+        table = self.spec.table(adata)
         check_weights(table, adata, self.program)
         if self.program.config.counts_fragments:
             check_fragments(table, self.spec.region_names)
-        return table, adata
+        return table
 
     def _obs_of(self, adata: Data | None) -> pd.DataFrame:
         """Annotation of the cells that a method was given, in their order."""
