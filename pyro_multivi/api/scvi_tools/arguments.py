@@ -337,14 +337,11 @@ def scvi_columns(history: Any) -> dict[str, Any]:
 class Absent:
     """A method of scvi-tools that is not here: asking for it says what to use."""
 
-    def __init__(self, says: str) -> None:
-        self.says = says
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, says: str) -> None:
+        self.message = f"MULTIVI has no {name}: {says}."
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        raise AttributeError(f"MULTIVI has no {self.name}: {self.says}.")
+        raise AttributeError(self.message)
 
     def __set__(self, instance: object, value: object) -> None:
         self.__get__(instance)

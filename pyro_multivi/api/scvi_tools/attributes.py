@@ -259,9 +259,7 @@ for _name in _UNDERSCORED:
     setattr(ScviAttributes, f"{_name}_", property(attrgetter(_name), _set, doc=_doc))
 
 for _name, _says in ABSENT.items():
-    _absent = Absent(_says)
-    _absent.__set_name__(ScviAttributes, _name)
-    setattr(ScviAttributes, _name, _absent)
+    setattr(ScviAttributes, _name, Absent(_name, _says))
 
 
 def _show(arguments: dict[str, Any]) -> None:
