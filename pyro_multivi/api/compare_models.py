@@ -14,7 +14,7 @@ from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
 from pyro_multivi.data.checks import caution, check_draws, check_type, checked, shown
-from pyro_multivi.data.loader import Minibatches
+from pyro_multivi.data.loader import Minibatches, measured
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
 from pyro_multivi.isolation import isolated
@@ -275,8 +275,8 @@ def _check_same_data(pair: str, one: _Candidate, other: _Candidate, extra: Seque
         if not values[0].equals(values[1]):
             raise ValueError(f"{pair} were given different values of {name!r}: compare them on the same data.")
     for modality in MODALITIES:
-        measured = [_measured_by_name(modality, each) for each in (one, other)]
-        if not measured[0].equals(measured[1]):
+        counted = [_measured_by_name(modality, each) for each in (one, other)]
+        if not counted[0].equals(counted[1]):
             raise ValueError(
                 f"{pair} take different {modality.features} as measured: likelihoods of different counts cannot be "
                 "compared. Set up both with the same feature_masks."
@@ -286,12 +286,10 @@ def _check_same_data(pair: str, one: _Candidate, other: _Candidate, extra: Seque
 def _measured_by_name(modality: Modality, each: _Candidate) -> pd.DataFrame:
     """Number of the cells in which each feature was measured, in the order of their names."""
     table, names = each.cells.table, modality.feature_names_in(each.model.spec)
-    measured, panels = modality.measured_in(table)[each.cells.index], modality.panels_in(table)
-    if panels is None:
-        panels = Panels(torch.ones(1, len(names), dtype=torch.bool), torch.zeros(len(table), dtype=torch.int64))
-    code = panels.code[each.cells.index][measured]
-    sizes = torch.bincount(code, minlength=len(panels.measured))
-    return pd.DataFrame({"cells": (sizes @ panels.measured.long()).numpy()}, index=pd.Index(names)).sort_index()
+    cells = measured(each.cells, modality)
+    panels: Panels | None = modality.panels_in(table)
+    sizes = torch.full((len(names),), len(cells)) if panels is None else panels.n_cells(cells)
+    return pd.DataFrame({"cells": sizes.numpy()}, index=pd.Index(names)).sort_index()
 
 
 def _extra_by_name(name: str, each: _Candidate) -> pd.DataFrame:

@@ -50,6 +50,12 @@ class Panels(NamedTuple):
         """The panels of the cells at ``index``, int64."""
         return Panels(self.measured, self.code[index])
 
+    def n_cells(self, index: Tensor) -> Tensor:
+        """Number of some cells, by position or mask, in which each feature was measured, (F,), int64."""
+        sizes = torch.bincount(self.code[index], minlength=len(self.measured))
+        # No matrix product: a GPU has none of whole numbers.
+        return (sizes[:, None] * self.measured).sum(0)
+
 
 @dataclass(frozen=True)
 class Cells:

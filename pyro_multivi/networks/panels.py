@@ -82,11 +82,7 @@ def start_typical(program: Any, blocks: Iterable[Cells], marginals: Marginals) -
             panels: Panels | None = modality.panels_in(cells)
             options = {"share": measured_share(program, cells, modality)} if modality == RNA else {}
             total[modality] += _feature_sums(getattr(program, f"{modality.key}_input")(counts, **options), measured)
-            if panels is None:
-                n_cells[modality] += measured.sum()
-            else:
-                sizes = torch.bincount(panels.code[measured], minlength=len(panels.measured))
-                n_cells[modality] += sizes.to(total[modality].dtype) @ panels.measured.to(total[modality].dtype)
+            n_cells[modality] += measured.sum() if panels is None else panels.n_cells(measured)
     for modality, inputs in total.items():
         typical_buffer(program, modality)[1] = inputs / n_cells[modality].clamp(min=1)
 

@@ -267,9 +267,7 @@ def _zeros_of_batches(found: Description) -> Iterator[str]:
 def _numbers_of_cells(modality: Modality, found: Description, cells: torch.Tensor) -> torch.Tensor:
     """Number of some cells, by position, in which each feature was measured, (F,)."""
     panels: Panels | None = modality.panels_in(found.table)
-    if panels is None:
-        return torch.full((modality.n_features_in(found.table),), len(cells))
-    return torch.bincount(panels.code[cells], minlength=len(panels.measured)) @ panels.measured.long()
+    return torch.full((modality.n_features_in(found.table),), len(cells)) if panels is None else panels.n_cells(cells)
 
 
 def _detections(counts: SparseCounts | StoredCounts, cells: torch.Tensor, n_features: int) -> torch.Tensor:
