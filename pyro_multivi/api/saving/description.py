@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -229,14 +229,6 @@ def _fits(value: Any, hint: Any, finite: bool) -> bool:
         )
     if kind is dict:
         return isinstance(value, dict) and all(_fits(each, inner[1], finite) for each in value.values())
-    if is_dataclass(hint):
-        hints = get_type_hints(hint)
-        return (
-            isinstance(value, dict)
-            and value.keys() <= hints.keys()
-            and "kind" in value
-            and all(_fits(each, hints[name], finite) for name, each in value.items())
-        )
     if hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and (math.isfinite(value) or not finite)
