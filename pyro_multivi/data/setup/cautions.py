@@ -16,11 +16,12 @@ from pyro_multivi.data.modality import MODALITIES, PROTEIN, RNA, Modality
 from pyro_multivi.data.setup.adapter import Opened
 from pyro_multivi.data.setup.covariates import CONSTANT_SD, numbers
 from pyro_multivi.data.setup.masks.panels import number_of_values
+from pyro_multivi.data.setup.modalities import unknown_kinds
 from pyro_multivi.data.setup.spec import DataSpec, Description
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
-from pyro_multivi.data.vocabulary import OTHER_ASSAYS, PAIRED, regions_among, spelled
+from pyro_multivi.data.vocabulary import PAIRED, regions_among, spelled
 
 # Of ten paired cells one is held out for calibration: with fewer than 50 there are fewer than five.
 _FEW_PAIRED = 50
@@ -326,7 +327,7 @@ def _binary_proteins(found: Description) -> Iterator[str]:
 def _left_out(found: Description) -> Iterator[str]:
     """Features that are of neither modality."""
     setup = found.spec.setup
-    ignored = {kind: size for kind, size in found.opened.ignored.items() if kind.casefold() not in OTHER_ASSAYS}
+    ignored = {kind: found.opened.ignored[kind] for kind in unknown_kinds(found.opened)}
     if ignored and found.opened.name == "mdata":
         yield (
             f"{' and '.join(map(repr, ignored))} of mdata.mod ({sum(ignored.values())} features) left out: if it is "
