@@ -265,8 +265,7 @@ class TrainingMixin(ModelBase):
                 )
             return
         device = resolve_device(accelerator, devices)
-        if batch_size is None:
-            batch_size = settings.batch_size or default_batch_size(len(table))
+        batch_size = batch_size or settings.batch_size or default_batch_size(len(table))
         if checkpoints is not None or processes.are_several:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
             run = Run.of(
@@ -309,16 +308,7 @@ class TrainingMixin(ModelBase):
                     "max_epochs=0 leaves a model whose expression and accessibility do not depend on the state, for no "
                     "linear model could be made of these cells: train it for some epochs."
                 )
-            progress_bar = progress_bar and processes.is_first
-            if progress_bar:
-                tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
-            calibrations = self._calibrations(batches(split.train), validation)
-            for calibrate in tqdm(calibrations, "calibration", disable=not progress_bar):
-                try:
-                    calibrate()
-                except KeyboardInterrupt:
-                    # Its part is left out, as a log line has said; the others are no less right for it.
-                    self._history.interrupted = True
+            self._calibrate(batches(split.train), validation, progress_bar and processes.is_first)
             share_weights(processes, self.program)
         finally:
             _IN_TRAINING.discard(self)
@@ -347,6 +337,17 @@ class TrainingMixin(ModelBase):
         size = train_size if are_given else default_size
         return Split.of(len(table), size, validation_size, shuffle, seed, self._split, table.cell_names)
 
+    def _calibrate(self, train: Minibatches, held_out: Minibatches | None, progress_bar: bool) -> None:
+        """Calibrate the trained program, but for what Ctrl-C interrupts."""
+        if progress_bar:
+            tqdm.write(f"{self._history.ending}; calibration follows", file=sys.stderr)
+        for calibrate in tqdm(self._calibrations(train, held_out), "calibration", disable=not progress_bar):
+            try:
+                calibrate()
+            except KeyboardInterrupt:
+                # Its part is left out, as a log line has said; the others are no less right for it.
+                self._history.interrupted = True
+
     def _calibrations(self, train: Minibatches, held_out: Minibatches | None) -> list[Callable[[], None]]:
         """Calls that calibrate the trained program, in their order."""
         if not self._recalibrates:
@@ -371,8 +372,7 @@ class TrainingMixin(ModelBase):
     ) -> TrainingCost:
         """Estimate what :meth:`train` takes; the few steps that are ``timed`` change the weights of this model."""
         table, device = self._training_table(), resolve_device(accelerator)
-        if batch_size is None:
-            batch_size = settings.batch_size or default_batch_size(len(table))
+        batch_size = batch_size or settings.batch_size or default_batch_size(len(table))
         split = Split.of(len(table), None, None, True, seed)
         batches = partial(Minibatches, resident_if_it_fits(table, device), batch_size=batch_size, device=device)
         train, validation = batches(split.train, shuffle=True, seed=seed), batches(split.validation)
