@@ -55,8 +55,8 @@ class ProgramConfig:
         Dropout rate of the encoders' hidden layers.
     region_dropout_rate
         Share of a cell's open regions that the ATAC encoder does not see in training. A cell's fragments are a small
-        sample of its open regions: an encoder that sees others of them at each epoch learns by heart
-        less of the training cells, and predicts hidden expression and accessibility better.
+        sample of its open regions: an encoder that sees others of them at each epoch overfits the training cells less,
+        and predicts hidden expression and accessibility better.
     gene_likelihood
         ``"zinb"``, ``"nb"`` (also ``"negative_binomial"``) or ``"poisson"``.
     accessibility_likelihood
@@ -101,8 +101,8 @@ class ProgramConfig:
         ``"protein"``, ``"protein-batch"`` or ``"protein-label"``: sharing of the inverse dispersion of proteins.
     fully_paired
         Whether every cell of training has all modalities of the model, two or more. Then z is drawn from all of them in
-        training, networks of their own learn its posterior given one modality alone from the posterior given all, and
-        the penalty ``"contrastive"`` becomes ``"None"`` unless a weight of it is given.
+        training, and the penalty ``"contrastive"`` becomes ``"None"`` unless a weight of it is given. The posterior
+        given one modality alone is that of networks of their own, which learn it from the posterior given all.
 
     Raises
     ------

@@ -133,11 +133,10 @@ class ChecksMixin(ModelBase):
             None for all built-in ones; a list of names to restrict them (``"mean"``, ``"variance"``, ``"cv"``,
             ``"zero_fraction"`` of genes, ``"detection_rate"`` of regions, ``"expression_depth"``, ``"detected_genes"``,
             ``"accessible_regions"`` of cells); or a mapping ``{"name": f}`` of statistics of your own beside all
-            built-in ones; those of proteins, and of other extra modalities, have the names of genes (of cells
+            built-in ones. Those of proteins, and of other extra modalities, have the names of genes (of cells
             ``"protein_depth"``, ``"detected_proteins"``). ``f`` is given a csr matrix (cells, genes + regions), genes
-            first, accessibility as 0 or 1 (or fragments), rows empty where a modality was not measured, observed and
-            replicated alike, and returns a number or a flat
-            array.
+            first, and returns a number or a flat array. Accessibility in it is 0 or 1 (or fragments); rows are empty
+            where a modality was not measured, in observed and replicated counts alike.
         held_out
             Check cells that the model was not trained on: its validation cells (among ``indices``).
             Otherwise all of ``indices``.

@@ -89,10 +89,10 @@ class DifferentialMixin(ModelBase):
         batch_correction
             Decode both groups in the same batches: each draw in one batch, in equal numbers; pairs share it. The state
             z of a cell is inferred in its own batch. Default batches: all that hold cells of either group, also those
-            where a group has no cell, which extrapolates if the groups share few batches. None, the default: in each
-            comparison whose groups lie unevenly over the batches, where more than a tenth of the cells of one group
-            would have to change batch to lie as the other, and that not by chance (chi-squared test, p < 0.01); but
-            not where the groups share no batch. ``attrs["batches"]`` of the table tells what was done.
+            where a group has no cell, which extrapolates if the groups share few batches. None, the default: where the
+            groups lie unevenly over the batches and share one. Unevenly means that more than a tenth of the cells of
+            one group would have to change batch to lie as the other, and that not by chance (chi-squared test,
+            p < 0.01). ``attrs["batches"]`` of the table tells what was done.
         batchid1, batchid2
             Names or positions of the batches to decode group 1 and 2 in.
             One of them stands for both. If they differ, the change holds their difference too.

@@ -97,15 +97,15 @@ class TrainingMixin(ModelBase):
     ) -> None:
         """Fit the model; call again to go on.
 
-        At the end the decoders' last layers are fitted once more, under a prior of which the data choose the widths, as
-        far as held-out cells approve (:mod:`pyro_multivi.posterior.calibration.fit_loadings`; the history is of the
-        weights before). The standard deviations of the posterior are corrected
-        (:mod:`pyro_multivi.posterior.engine.posterior_scale`). For intervals the last layers get a posterior
-        (:mod:`pyro_multivi.posterior.engine.weight_posterior`), and the variation that the latent state does not
-        explain is measured (:mod:`pyro_multivi.posterior.calibration.fit_residual`), as is the spread of the background
-        of proteins (:mod:`pyro_multivi.posterior.calibration.fit_proteins`). Cells of both modalities teach how the
-        sequencing depth of one follows from the other (:mod:`pyro_multivi.posterior.engine.depth_regression`), those
-        that were held out also how far what is imputed is to be trusted (:mod:`pyro_multivi.posterior.engine.decode`).
+        At the end the model is calibrated, each part in a module of :mod:`pyro_multivi.posterior.calibration`:
+
+        - The decoders' last layers are fitted once more, under a prior of which the data choose the widths. Held-out
+          cells choose how far. The history is of the weights before.
+        - The standard deviations of the posterior are corrected.
+        - For intervals: a posterior of the last layers, the variation between cells that the latent state does not
+          explain, and the spread of the background of proteins.
+        - For imputation: how the sequencing depth of one modality follows from the other, from cells of both, and from
+          those that were held out a weight of the mean of the measured.
 
         Without held-out cells (``train_size=1``, and the default of a query's model) the last layers stay as they were
         trained, and their weights count as no more uncertain than the training cells say. Then, and with fewer than two
@@ -169,7 +169,7 @@ class TrainingMixin(ModelBase):
             cells, and matters less the more cells there are. None: no prior.
         average_steps
             The model has the average of the weights after so many of the latest steps (of the last tenth of them while
-            that is less), which fits and holds still better than the latest weights; validation cells are scored with
+            that is less), which fits better and varies less than the latest weights; validation cells are scored with
             it. From the 100th step on it takes the memory of one more copy of the weights. None: the latest weights.
         adversarial_mixing
             True: a classifier predicts the origin of a cell from its latent state, and the model is penalised for what

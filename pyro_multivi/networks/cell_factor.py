@@ -14,13 +14,13 @@ the factor c, which is learned, starts at 1. The data determine p r d, but not d
 a smaller r of all regions. So :math:`m_s` is learned, and follows d wherever it goes.
 
 Where it starts matters, as d, p and r stay below 1: with a large d the deepest cells cannot have all their open
-regions, with a small one the most open regions cannot be as open as they are. So a typical cell starts at
-:func:`typical_factor`, which :math:`f_\ell` has as ``cell_factor_offset``, its logit: as small as the spread of depths
-asks, so that three standard deviations deeper than the mean of a batch d reaches 1, and as large as the regions need,
-so that those with 90 % of all detections may be four times as open in a type of cells as they are on average.
-:math:`\tau_s` is that of the data, as the variance of the library size is: there the logit varies 1 / (1 - d) times as
-much as the log number of open regions does. A new batch of a query starts at the mean of logit :math:`f_\ell` over its
-cells, around which its prior is best. Of factors that the data give the typical one is their mean.
+regions, with a small one the most open regions cannot be as open as they are. A typical cell starts between the two, at
+:func:`typical_factor`, whose logit :math:`f_\ell` has as ``cell_factor_offset``. It is so small that d reaches 1 three
+standard deviations deeper than the mean of a batch, but so large that the regions with 90 % of all detections may be
+four times as open in a type of cells as they are on average. :math:`\tau_s` is that of the data, as the variance of the
+library size is: there the logit varies 1 / (1 - d) times as much as the log number of open regions does. A new batch of
+a query starts at the mean of logit :math:`f_\ell` over its cells, around which its prior is best. Of factors that the
+data give the typical one is their mean.
 
 Where ``accessibility_likelihood`` is not "bernoulli", d is the number of fragments of a cell, with a LogNormal prior
 for each batch as the library size has, and region j has mean :math:`p_{nj} r_j d_n / \bar d`, with

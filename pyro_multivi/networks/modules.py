@@ -278,12 +278,11 @@ class ProgramModules(nn.Module):
     def start_from(self, marginals: Marginals) -> None:
         """Set priors and initial parameters from the data's marginals.
 
-        Decoders start at the mean profile instead of a flat one: the bias of rho is the log mean
-        share of each gene, its dispersion is that of its counts, and p d r starts at the detection rate
-        of each region for a cell of typical depth, or at its mean number of fragments there.
-        Loadings start at zero, so that this profile is that of every cell: with random ones each feature
-        would start with differences between cells that are not in the data. A last layer of a custom class that is no
-        ``nn.Linear`` with a bias keeps the start that it has, which a log line at level INFO says.
+        Decoders start at the mean profile instead of a flat one. The bias of rho is the log mean share of each gene,
+        and its dispersion that of its counts. p d r starts at the detection rate of each region for a cell of typical
+        depth, or at its mean number of fragments there. Loadings start at zero, so that this profile is that of every
+        cell: with random ones each feature would start with differences between cells that are not in the data. A last
+        layer of a custom class that is no ``nn.Linear`` with a bias keeps its start; a log line at level INFO says so.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)

@@ -42,11 +42,10 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
     Raises
     ------
     ContractError
-        If a latent of the model is missing in the guide or the other way round, if they come in another
-        order where that matters, if their plates, shapes or scales differ, if a distribution is not one per cell
-        inside the plate of cells or one in all outside, if there is a plate beside that of cells, if a latent is not
-        reparameterised where the ELBO needs it, or if a parameter is none of the program's. The message names the
-        site, what was found, what is expected and the fix.
+        If a latent is in the model and not in the guide, or the other way round; if they come in another order where
+        that matters; if their plates, shapes or scales differ; if a latent is not reparameterised where the ELBO needs
+        it. If there is a plate beside that of cells, or a distribution is not one per cell inside that plate and one
+        in all outside. If a parameter is none of the program's. The message names the site and the fix.
     """
     mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
     # In evaluation mode: batch statistics must not see these cells twice.

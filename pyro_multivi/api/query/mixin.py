@@ -304,9 +304,9 @@ class QueryMixin(SavingMixin):
 
         Returns
         -------
-        A frame of the query's cells with the columns ``label``, ``confidence``, the probability that the label of the
-        neighbours is right, ``nearest_label``, that label whatever its confidence, and ``p_value``, the chance
-        that a cell of the reference lies as far from its neighbours, small for a cell that lies apart.
+        A frame of the query's cells: ``label``, or ``unknown``; ``nearest_label``, the label of the neighbours whatever
+        its confidence; ``confidence``, the probability that this is right; ``p_value``, the chance that a cell of the
+        reference lies as far from its neighbours, small for a cell that lies apart.
 
         Warns
         -----

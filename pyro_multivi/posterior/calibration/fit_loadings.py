@@ -31,7 +31,7 @@ _DIRECTIONS, _NEWTON_STEPS = 10, 2
 _LARGEST_STEP = 1.0
 # Shares of the way among which held-out cells choose.
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-# Held-out cells that are asked at most; fewer than the other number say too little.
+# Held-out cells that are used at most; fewer than the other number say too little.
 _MOST, _FEWEST = 2048, 10
 _DRAWS, _AT_ONCE = 2, 128
 _FEATURES_AT_ONCE = 4096

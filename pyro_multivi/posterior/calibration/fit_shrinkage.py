@@ -10,8 +10,8 @@ of a cell vary together, so it is tempered as in a sandwich estimate: multiplied
 the cells' scores, if that is below 1. The weight is the posterior mean under a uniform prior.
 
 A few pairs are enough to see that hundreds of counts are predicted worse than by the mean; of two, w is near 1/2 unless
-both say otherwise. Cells that were trained on would not do: the encoders know the halves of their pairs by heart, and w
-would be 0.
+both say otherwise. Cells that were trained on would not do: the encoders are overfitted to the halves of their pairs,
+and w would be 0.
 """
 
 from __future__ import annotations

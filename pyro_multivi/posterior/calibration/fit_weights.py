@@ -28,7 +28,7 @@ from pyro_multivi.program import MultiVIProgram
 
 logger = logging.getLogger("pyro_multivi")
 
-# Held-out cells that are asked at most; fewer than the other number say too little.
+# Held-out cells that are used at most; fewer than the other number say too little.
 _MOST, _FEWEST = 2048, 10
 # Training cells are never too unsure: the weights were fitted to them.
 _FACTORS = tuple(2 ** (eighth / 8) for eighth in range(17))
@@ -77,8 +77,8 @@ def _fit(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | No
     directions[-1, -1] = 1.0
     found = posterior_sd(layer.evidence(program, train))
     if held_out is not None and len(index := measured(held_out, modality)) >= _FEWEST:
-        asked = layer._replace(cells=spread(index, _MOST), share=1.0)
-        factor = inflation(asked.evidence(program, held_out), found)
+        of_held_out = layer._replace(cells=spread(index, _MOST), share=1.0)
+        factor = inflation(of_held_out.evidence(program, held_out), found)
         logger.info("weights of %s are %.1f times as uncertain as training cells say", modality.name, factor)
         found = factor * found
     sd[:, :k], sd[:, -1] = found[:, :-1], found[:, -1]
