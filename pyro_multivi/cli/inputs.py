@@ -124,9 +124,7 @@ def open_cells(options: argparse.Namespace) -> AnnData:
         if not options.batch_from_file:
             return open_stores(options.data[0], layer=options.layer)
         samples = {sample_name(options.data[0]): options.data[0]}
-    words = {each.features: getattr(options, each.key) for each in MODALITIES}
-    given = {features: word for features, word in words.items() if word is not None}
-    data = open_with_keys(samples, options.layer, SAMPLE_KEYS, options.feature_type_key, given or None)
+    data = open_with_keys(samples, options.layer, SAMPLE_KEYS, options.feature_type_key, words_given(options) or None)
     print(f"kept of each sample:\n{data.uns[UNS_KEY]['samples'].to_string()}")
     return data
 
@@ -197,17 +195,22 @@ def state_features(data: Any, key: str, options: argparse.Namespace) -> None:
     data.var[key] = next(each.feature_type for each in MODALITIES if each.key == options.feature_type)
 
 
+def words_given(options: argparse.Namespace) -> dict[str, str]:
+    """Words for feature types that ``--rna`` and ``--atac`` give, as ``feature_type_values`` of the setup."""
+    words = {modality.features: getattr(options, modality.key) for modality in MODALITIES}
+    return {features: word for features, word in words.items() if word is not None}
+
+
 def feature_types(adata: AnnData, key: str, options: argparse.Namespace) -> dict[str, str]:
-    """Words of the column of feature types that ``--rna`` and ``--atac`` give, as ``setup_anndata`` takes them."""
-    words = {modality: getattr(options, modality.key) for modality in MODALITIES}
-    given = {modality: word for modality, word in words.items() if word is not None}
-    known = adata.var[key].astype(str).unique() if key in adata.var else []
-    for modality, word in given.items():
-        if word not in known:
+    """Those words, of which each has to be in the column of feature types."""
+    words, known = words_given(options), adata.var[key].astype(str).unique() if key in adata.var else []
+    for modality in MODALITIES:
+        word = words.get(modality.features)
+        if word is not None and word not in known:
             raise ValueError(
                 f"--{modality.key} {word!r} is not among the words of var[{key!r}]. {nearest(word, known)}"
             )
-    return {modality.features: word for modality, word in given.items()}
+    return words
 
 
 def modality_names(mdata: Any, options: argparse.Namespace) -> dict[Modality, str]:

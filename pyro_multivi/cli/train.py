@@ -25,6 +25,7 @@ from pyro_multivi.cli.inputs import (
     read_cells,
     read_samples,
     state_features,
+    words_given,
 )
 from pyro_multivi.cli.messages import in_options
 from pyro_multivi.cli.outputs.folder import (
@@ -76,23 +77,22 @@ def train(options: argparse.Namespace) -> None:
             f"--protein {options.protein}: proteins are read of one file in memory, not of several samples nor "
             "--from-disk. Write one .h5ad or .h5mu of them first."
         )
-    begun = _begin(options, samples or {sample_name(options.data[0]): options.data[0]})
+    named = samples or {sample_name(options.data[0]): options.data[0]}
+    begun = _begin(options, named)
     if begun is None:
         return
     options = begun
-    key, batch_key, modality_key = options.feature_type_key, options.batch_key, options.modality_key
+    joins = not options.from_disk and (samples is not None or options.batch_from_file)
+    key, batch_key = options.feature_type_key, options.batch_key
+    modality_key = options.modality_key or (MODALITY_KEY if joins else None)
     if options.from_disk:
         data = open_cells(options)
-    elif samples is None and not options.batch_from_file:
+    elif joins:
+        whole = Setup("anndata", options.layer, options.layer, modality_key=modality_key, feature_type_key=key)
+        data = read_samples(named, with_feature_types(whole, words_given(options)), options, features=options.features)
+    else:
         data = read_cells(options.data[0])
         state_features(data, key, options)
-    else:
-        modality_key = modality_key or MODALITY_KEY
-        given = {each.features: getattr(options, each.key) for each in MODALITIES}
-        whole = Setup("anndata", options.layer, options.layer, modality_key=modality_key, feature_type_key=key)
-        whole = with_feature_types(whole, {features: word for features, word in given.items() if word is not None})
-        samples = samples or {sample_name(options.data[0]): options.data[0]}
-        data = read_samples(samples, whole, options, features=options.features)
     if options.batch_from_file:
         batch_key = data.uns[UNS_KEY]["samples"].index.name
     elif batch_key is None and samples is not None:
@@ -105,33 +105,16 @@ def train(options: argparse.Namespace) -> None:
         "feature_masks": options.feature_masks,
         "panel_key": options.panel_key,
     }
-    if isinstance(data, AnnData):
-        # Several stores are joined under the usual words.
-        joined_stores = options.from_disk and "samples" in data.uns[UNS_KEY]
-        words = {} if joined_stores else feature_types(data, key, options)
-        keys |= {"layer": options.layer, "feature_type_key": key, "feature_type_values": words}
-        keys["protein_expression_obsm_key"] = options.protein
-        places: dict[str, Any] = {
-            f"{modality.feature}_types": (words[modality.features],)
-            for modality in MODALITIES
-            if modality.features in words
-        }
-    else:
-        names = modality_names(data, options)
-        keys["modalities"] = {f"{modality.key}_layer": name for modality, name in names.items()}
-        keys |= dict.fromkeys(keys["modalities"], options.layer)
-        if options.protein is not None:
-            keys["modalities"][PROTEIN_LAYER] = options.protein
-        places = {f"{modality.key}_modality": name for modality, name in names.items()}
     kind = "anndata" if isinstance(data, AnnData) else "mudata"
+    more, places = (_keys_of_anndata if kind == "anndata" else _keys_of_mudata)(data, options)
     setup = Setup(kind, options.layer, options.layer, modality_key=modality_key, feature_type_key=key, **places)
-    if samples is None:
+    if not joins:
         count_fragments(data, setup, options)
     data = prepare(data, setup, options, at_least(options.min_fraction))
     with warnings.catch_warnings():
         # They are among the notes of the report.
         warnings.simplefilter("ignore", UserWarning)
-        report = getattr(MULTIVI, f"setup_{kind}")(data, **keys)
+        report = getattr(MULTIVI, f"setup_{kind}")(data, **keys, **more)
     print(in_options(report, vars(options)))
     model = MULTIVI(
         data,
@@ -145,6 +128,30 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _analyse(model, data, options)
+
+
+def _keys_of_anndata(adata: AnnData, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``setup_anndata`` that ``setup_mudata`` has not, and fields of :class:`Setup`, where counts lie."""
+    # Several stores are joined under the usual words.
+    joined_stores = options.from_disk and "samples" in adata.uns[UNS_KEY]
+    words = {} if joined_stores else feature_types(adata, options.feature_type_key, options)
+    keys = {
+        "layer": options.layer,
+        "feature_type_key": options.feature_type_key,
+        "feature_type_values": words,
+        "protein_expression_obsm_key": options.protein,
+    }
+    return keys, {f"{each.feature}_types": (words[each.features],) for each in MODALITIES if each.features in words}
+
+
+def _keys_of_mudata(mdata: Any, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``setup_mudata`` that ``setup_anndata`` has not, and fields of :class:`Setup`, where counts lie."""
+    names = modality_names(mdata, options)
+    modalities = {f"{modality.key}_layer": name for modality, name in names.items()}
+    keys: dict[str, Any] = dict.fromkeys(modalities, options.layer)
+    if options.protein is not None:
+        modalities[PROTEIN_LAYER] = options.protein
+    return {**keys, "modalities": modalities}, {f"{each.key}_modality": name for each, name in names.items()}
 
 
 def _begin(options: argparse.Namespace, samples: Mapping[str, str]) -> argparse.Namespace | None:
