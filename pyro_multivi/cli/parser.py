@@ -49,6 +49,20 @@ def _train(commands: _Commands) -> None:
         "after its file, or as NAME=PATH says",
     )
     parser.add_argument("--labels", help="obs column, categories or numbers, that colours the picture (default: none)")
+    _add_setup(parser)
+    parser.add_argument(
+        "--min-fraction",
+        type=float,
+        default=0.01,
+        help="leave out features detected in a smaller share of the cells measured (default: 0.01)",
+    )
+    _add_data(parser)
+    _add_model(parser)
+    _add_training(parser)
+
+
+def _add_setup(parser: argparse.ArgumentParser) -> None:
+    """Options on where counts and columns lie."""
     parser.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
     parser.add_argument("--batch-key", metavar="KEY", help="obs column of batches (default: all cells are of one)")
     parser.add_argument("--batch-from-file", action="store_true", help="each file is a batch, called like its sample")
@@ -102,13 +116,10 @@ def _train(commands: _Commands) -> None:
         metavar="KEY",
         help="obs column of numbers to account for; may be repeated (default: none)",
     )
-    parser.add_argument(
-        "--min-fraction",
-        type=float,
-        default=0.01,
-        help="leave out features detected in a smaller share of the cells measured (default: 0.01)",
-    )
-    _add_data(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Options of the model."""
     parser.add_argument(
         "--n-latent", type=int, help="dimension of the latent state (default: 20, or --n-hidden where that is less)"
     )
@@ -137,12 +148,11 @@ def _train(commands: _Commands) -> None:
         help="weight of the term by which the two halves of a cell find each other among other cells (default: 2.5, "
         "unless --fully-paired)",
     )
-    _add_training(parser)
 
 
 def _check(commands: _Commands) -> None:
     parser = commands.add_parser("check", help="compare a trained model's replicates with the data")
-    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
+    _add_saved_model(parser)
     parser.add_argument(
         "data", nargs="*", metavar="DATA", help="its data, as for train; or demo for the built-in cells"
     )
@@ -153,12 +163,12 @@ def _check(commands: _Commands) -> None:
     parser.add_argument("--all-cells", action="store_true", help="all cells, not only those held out of training")
     parser.add_argument("--labels", metavar="KEY", help="obs column: statistics also within its groups (default: none)")
     parser.add_argument("--hidden-depth", default="observed", help="observed (default), predicted or prior")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    _add_seed(parser)
 
 
 def _differential(commands: _Commands) -> None:
     parser = commands.add_parser("differential", help="genes, regions or proteins in which groups of cells differ")
-    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
+    _add_saved_model(parser)
     parser.add_argument(
         "data",
         nargs="*",
@@ -186,8 +196,8 @@ def _differential(commands: _Commands) -> None:
         help="decode both groups in the same batches (default: where they lie unevenly over the batches)",
     )
     parser.add_argument("--n-samples", type=int, default=5000, help="draws of each group (default: 5000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_seed(parser)
+    _add_quiet(parser)
 
 
 def _map(commands: _Commands) -> None:
@@ -198,7 +208,7 @@ def _map(commands: _Commands) -> None:
         "by name; those that the query lacks count as not measured. The table has the cells' latent states, and with "
         "--labels the label of their neighbours and its confidence.",
     )
-    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
+    _add_saved_model(parser)
     parser.add_argument("query", nargs="+", metavar="QUERY", help="cells to map, as for train")
     parser.add_argument("--batch", metavar="NAME", help="batch of the query (default: as its column of batches says)")
     parser.add_argument(
@@ -222,13 +232,13 @@ def _map(commands: _Commands) -> None:
     _add_data(parser)
     parser.add_argument("--out", required=True, type=_path, help="table to write: .csv or .parquet")
     _add_overwrite(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_seed(parser)
+    _add_quiet(parser)
 
 
 def _describe(commands: _Commands) -> None:
     parser = commands.add_parser("describe", help="what a saved model is, without loading it")
-    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
+    _add_saved_model(parser)
 
 
 def _convert(commands: _Commands) -> None:
@@ -247,7 +257,7 @@ def _convert(commands: _Commands) -> None:
     parser.add_argument("target", metavar="OUT", help="folder to write, .zarr")
     parser.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
     parser.add_argument("--feature-type-key", default="feature_types", metavar="KEY", help=_FEATURE_TYPES)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_quiet(parser)
 
 
 def _path(text: str) -> Path:
@@ -297,7 +307,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, help="cells in a step (default: 128, fewer for small data)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    _add_seed(parser)
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or gpu (default: auto, a GPU if there is one)")
     parser.add_argument(
         "--precision", default="fp32", help="fp32, or bf16: large matrix products in bfloat16 (default: fp32)"
@@ -305,7 +315,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="on a CPU, run likelihoods as loops that Numba compiles, which is faster"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_quiet(parser)
     parser.add_argument(
         "--checkpoint",
         type=_path,
@@ -333,3 +343,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def _add_saved_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=_path, metavar="MODEL", help="folder of a saved model")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
