@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from pyro_multivi.data.checks import caution
+from pyro_multivi.data.checks import caution, first_names
 from pyro_multivi.data.modality import ATAC
 from pyro_multivi.data.stores.chunks import StoreChangedError, of_the_machine
 
@@ -214,6 +214,34 @@ def _join_column(name: str, having: list[tuple[int, Any]], n_rows: int) -> Any:
 def _kind(values: pd.Series[Any]) -> Any:
     """Type of the values; that of the categories where there are any."""
     return values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
+
+
+def free_column(cells: Mapping[str, tuple[str, pd.DataFrame]], keys: Sequence[str]) -> str:
+    """The first of some columns in which no sample has anything but its own name, which is to be written there.
+
+    Parameters
+    ----------
+    cells
+        By the name of a sample how the user would write its table of cells, and that table.
+    keys
+        The columns.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    taken = ""
+    for key in keys:
+        others = {name: {*obs[key].dropna().astype(str)} - {name} for name, (_, obs) in cells.items() if key in obs}
+        name = next((name for name, found in others.items() if found), None)
+        if name is None:
+            return key
+        taken = taken or (
+            f"{cells[name][0]} has a column {key!r} with {first_names(sorted(others[name]))} where {name!r} is to be "
+            "written: give another sample_key, or name the sample so."
+        )
+    raise ValueError(taken)
 
 
 def caution_of_same_cells(parts: Sequence[Any]) -> None:

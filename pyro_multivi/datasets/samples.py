@@ -35,6 +35,7 @@ from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
 from pyro_multivi.datasets.assembly import (
     caution_of_same_cells,
+    free_column,
     join_rows,
     moved,
     spell_out_unlike_columns,
@@ -195,7 +196,8 @@ def joined(
     types = [setup.types_of(modality)[0] for modality in MODALITIES]
     var[setup.feature_type_key] = pd.Categorical(np.repeat(types, [len(names) for names in kept.values()]))
     x = sp.vstack([part.over(kept) for part in parts], format="csr")
-    layer, sample_key = setup.rna_layer, _free_key(parts, sample_keys)
+    obs_of = {part.name: (f"samples[{part.name!r}].obs", part.obs) for part in parts}
+    layer, sample_key = setup.rna_layer, free_column(obs_of, sample_keys)
     varm = masks(var_of, kept, [part.name for part in parts])
     noted = {PANEL_ENTRY: sample_key} if varm else {}
     return AnnData(
@@ -342,21 +344,6 @@ def _check_found(parts: Sequence[_Part], setup: Setup, places: Mapping[str, str]
                 f"feature_type_values[{modality.features!r}] is {first_names(words)}, which no sample has. "
                 f"{nearest(words[0], known)}"
             )
-
-
-def _free_key(parts: Sequence[_Part], keys: Sequence[str]) -> str:
-    """The first of some columns in which no sample has anything but its name."""
-    taken = ""
-    for key in keys:
-        found = {part.name: {*part.obs[key].dropna().astype(str)} - {part.name} for part in parts if key in part.obs}
-        name, other = next(((name, other) for name, other in found.items() if other), ("", set()))
-        if not other:
-            return key
-        taken = taken or (
-            f"samples[{name!r}].obs has a column {key!r} with {first_names(sorted(other))} where {name!r} is to be "
-            "written: give another sample_key, or name the sample so."
-        )
-    raise ValueError(taken)
 
 
 def _join_obs(parts: Sequence[_Part], sample_key: str, modality_key: str) -> pd.DataFrame:

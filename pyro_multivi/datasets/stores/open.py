@@ -19,7 +19,7 @@ from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
 from pyro_multivi.data.stores.matrix import StoredMatrix, opened_group
 from pyro_multivi.data.stores.reference import STORES, Store, Stores, checksum_of, element, keep, names_in
-from pyro_multivi.datasets.assembly import SAME_CELLS, errors_naming, join_rows, spell_out_unlike_columns
+from pyro_multivi.datasets.assembly import SAME_CELLS, errors_naming, free_column, join_rows, spell_out_unlike_columns
 from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.readers import sample_name
 from pyro_multivi.datasets.samples import refuse_repeated, setup_of
@@ -108,7 +108,7 @@ def open_with_keys(
     types = [modality.feature_type for modality, names in features.items() for _ in names]
     var[feature_type_key] = pd.Categorical(types)
     joint = Stores([part.store for part in parts], [part.obs.index for part in parts], [p.var.index for p in parts])
-    sample_key = _free_key(parts, sample_keys)
+    sample_key = free_column({part.store.name: (f"obs of {part.store.path}", part.obs) for part in parts}, sample_keys)
     kept = [_kept_of(part, found, features) for part in parts]
     table = pd.DataFrame(kept, index=[part.store.name for part in parts]).rename_axis(sample_key)
     _log.info("kept of each store:\n%s", table.to_string())
@@ -229,24 +229,6 @@ def _var_of(modality: Modality, parts: Sequence[_Part], setup: Setup) -> dict[st
                 "write one of them to var['genome'] of both."
             )
     return found
-
-
-def _free_key(parts: Sequence[_Part], sample_keys: Sequence[str]) -> str:
-    """The first column that holds nothing but the names of the stores, if any store has it."""
-    refused = None
-    for key in sample_keys:
-        for part in parts:
-            others = {*part.obs.get(key, pd.Series(dtype=str)).dropna().astype(str)} - {part.store.name}
-            if others:
-                refused = refused or ValueError(
-                    f"{part.store.path} has a column {key!r} in obs with {first_names(sorted(others))} where its "
-                    f"name {part.store.name!r} is to be written: give another sample_key, or name the store so."
-                )
-                break
-        else:
-            return key
-    assert refused is not None
-    raise refused
 
 
 def _join_obs(parts: Sequence[_Part], cells: pd.Index[Any], sample_key: str) -> pd.DataFrame:

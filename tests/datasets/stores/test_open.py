@@ -207,7 +207,7 @@ def spoiled(paths, samples, what):
         ("no feature", "no gene is in all samples with RNA: 'A' has"),
         ("no types", r"B\.h5ad has no column 'feature_types' in var"),
         ("twice", r"B\.h5ad, obs_names holds names more than once: 'x'"),
-        ("column", r"B\.h5ad has a column 'sample' in obs with 'other'"),
+        ("column", r"obs of .*B\.h5ad has a column 'sample' with 'other'"),
         ("csc", r"B\.h5ad, 'X' is compressed by columns \(CSC\).*pyro-multivi convert"),
         ("truncated", r"B\.h5ad is broken"),
         ("no matrix", r"B\.h5ad has no 'X'"),
