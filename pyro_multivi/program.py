@@ -29,10 +29,10 @@ from pyro_multivi.networks.experts import (
     Expert,
     alone_of,
     average,
+    expert_weights,
     experts_of,
     in_all,
     measurement_patterns,
-    mixing_weights,
     seen_from_one,
 )
 from pyro_multivi.networks.modules import ProgramModules
@@ -309,7 +309,7 @@ class MultiVIProgram(ProgramModules):
         """Mean and standard deviation of the average of the measured experts, (B, K) each."""
         measured = torch.stack([expert.measured for expert in experts.values()], -1)
         logits = torch.stack([self.weight_logit(name, expert) for name, expert in experts.items()], -1)
-        return average(list(experts.values()), mixing_weights(logits, measured))
+        return average(list(experts.values()), expert_weights(logits, measured))
 
     def mix(self, experts: dict[str, Expert]) -> dist.TorchDistribution:
         """z ~ the average of the measured experts, event shape (K,)."""

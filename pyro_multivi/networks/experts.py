@@ -70,7 +70,7 @@ def product(alone: dict[str, Expert]) -> dict[str, Expert]:
     --------
     >>> a = Expert(torch.full((2, 1), 0.5), torch.full((2, 1), 0.5).sqrt(), torch.tensor([True, True]))
     >>> b = Expert(torch.tensor([[0.5], [0.0]]), torch.tensor([[0.5], [1.0]]).sqrt(), torch.tensor([True, False]))
-    >>> weights = mixing_weights(torch.zeros(2, 2), torch.stack([a.measured, b.measured], -1))
+    >>> weights = expert_weights(torch.zeros(2, 2), torch.stack([a.measured, b.measured], -1))
     >>> loc, scale = average([*product({"a": a, "b": b}).values()], weights)
     >>> loc.flatten(), scale.square().flatten()
     (tensor([0.6667, 0.5000]), tensor([0.3333, 0.5000]))
@@ -135,7 +135,7 @@ def seen_from_one(experts: dict[str, Expert], share: float = 0.5) -> dict[str, E
     }
 
 
-def mixing_weights(logits: Tensor, measured: Tensor) -> Tensor:
+def expert_weights(logits: Tensor, measured: Tensor) -> Tensor:
     """Softmax over the measured modalities of each cell.
 
     Parameters
@@ -165,7 +165,7 @@ def average(experts: list[Expert], weights: Tensor) -> tuple[Tensor, Tensor]:
     experts
         E experts of shape (B, K).
     weights
-        (B, E), from :func:`mixing_weights`.
+        (B, E), from :func:`expert_weights`.
 
     Examples
     --------

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 import pyro_multivi as pm
-from pyro_multivi.networks.experts import Expert, average, mixing_weights, seen_from_one
+from pyro_multivi.networks.experts import Expert, average, expert_weights, seen_from_one
 
 
 def expert(n=6, k=3, seed=0, measured=True):
@@ -46,7 +46,7 @@ def test_two_equal_experts_halve_the_variance_and_one_alone_is_itself():
 def test_weights_sum_to_one_over_the_measured_modalities():
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [5.0, -5.0], [2.0, 3.0]])
     measured = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
-    weights = mixing_weights(logits, measured)
+    weights = expert_weights(logits, measured)
     sigmoid = torch.tensor(1.0).sigmoid().item()
     expected = torch.tensor([[1 - sigmoid, sigmoid], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     torch.testing.assert_close(weights, expected)
@@ -58,7 +58,7 @@ def test_unmeasured_experts_do_not_disturb_gradients():
     loc = torch.randn(4, 3, requires_grad=True)
     scale = torch.full((4, 3), 0.7, requires_grad=True)
     experts = [Expert(loc, scale, measured[:, 0]), Expert(loc * 2, scale * 3, measured[:, 1])]
-    mean, sd = average(experts, mixing_weights(logits, measured))
+    mean, sd = average(experts, expert_weights(logits, measured))
     (mean.sum() + sd.log().sum()).backward()
     for tensor in (logits, loc, scale):
         assert torch.isfinite(tensor.grad).all()
