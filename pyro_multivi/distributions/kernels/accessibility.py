@@ -21,7 +21,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from torch.nn.functional import softplus
 
 from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_width, sum_of_logs, sum_of_logs_of_products
 from pyro_multivi.distributions.kernels.buffers import POOL
-from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
+from pyro_multivi.distributions.kernels.gradients import Gradients, log_prob
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
 from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
 from pyro_multivi.distributions.kernels.readout import Readout
@@ -48,40 +47,21 @@ def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tenso
     entries
         Open regions of n cells: every stored entry is one.
     """
-    return _AccessibilityLogProb.apply(
-        p.hidden, p.weight, p.bias, cell_factor, region_factor,
-        entries, p.gemm_dtype, torch.is_grad_enabled(),
-    )  # fmt: skip
-
-
-class _AccessibilityLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, cell_factor: Tensor,
-        region_factor: Tensor | None, entries: Entries, gemm_dtype: torch.dtype | None, grad_enabled: bool,
-    ) -> Tensor:  # fmt: skip
-        needs = ctx.needs_input_grad[:5]
-        term = _AccessibilityTerm(hidden, weight, bias, cell_factor, region_factor, entries, gemm_dtype, needs)
-        ctx.pending = Pending(partial(_evaluate, term), hidden.device, grad_enabled and any(needs))
-        ctx.save_for_backward(hidden, weight, bias, cell_factor, region_factor)
-        return ctx.pending.value(len(hidden), hidden)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        return *backward(ctx, upstream), None, None, None
+    make_term = partial(_AccessibilityTerm, entries, p.gemm_dtype)
+    return log_prob(_evaluate, make_term, p.hidden, p.weight, p.bias, cell_factor, region_factor)
 
 
 @dataclass(frozen=True)
 class _AccessibilityTerm:
     """Arguments of a likelihood of accessibility. Shapes: n cells, M regions, H hidden units."""
 
+    entries: Entries
+    gemm_dtype: torch.dtype | None
     hidden_nh: Tensor
     weight_mh: Tensor
     bias_m: Tensor
     cell_factor_n: Tensor
     region_factor_m: Tensor | None
-    entries: Entries
-    gemm_dtype: torch.dtype | None
     needs: tuple[bool, ...]
 
 

@@ -15,14 +15,12 @@ Logits and m are in units of log(2), since 2^x costs half as much as exp(x).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_multivi.distributions.kernels.blocks import Entries
 from pyro_multivi.distributions.kernels.counts_walk import CountsTerm, CountsWalk, Family
-from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
+from pyro_multivi.distributions.kernels.gradients import Gradients, log_prob
 from pyro_multivi.distributions.kernels.numba.counts_walk import CompiledCountsWalk, loops_for_counts
 from pyro_multivi.distributions.kernels.readout import Readout
 
@@ -49,29 +47,9 @@ def counts_log_prob(
     if gate_logits is not None:
         gate = gate_logits.hidden, gate_logits.weight, gate_logits.bias
     gate_gemm_dtype = None if gate_logits is None else gate_logits.gemm_dtype
-    return _CountsLogProb.apply(
-        rho.hidden, rho.weight, rho.bias, library, theta, *gate, entries,
-        Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype), torch.is_grad_enabled(),
-    )  # fmt: skip
-
-
-class _CountsLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, library: Tensor, theta: Tensor | None,
-        gate_hidden: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-        entries: Entries, family: Family, grad_enabled: bool,
-    ) -> Tensor:  # fmt: skip
-        inputs = (hidden, weight, bias, library, theta, gate_hidden, gate_weight, gate_bias)
-        needs = ctx.needs_input_grad[: len(inputs)]
-        evaluate = partial(_evaluate, CountsTerm(*inputs, entries, family, needs))
-        ctx.pending = Pending(evaluate, hidden.device, grad_enabled and any(needs))
-        ctx.save_for_backward(*inputs)
-        return ctx.pending.value(len(hidden), hidden)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        return *backward(ctx, upstream), None, None, None
+    family = Family(rho.link == "softmax", rho.gemm_dtype, gate_gemm_dtype)
+    make_term = partial(CountsTerm, entries, family)
+    return log_prob(_evaluate, make_term, rho.hidden, rho.weight, rho.bias, library, theta, *gate)
 
 
 def _evaluate(term: CountsTerm, weights_n: Tensor | None, want_value: bool) -> tuple[Tensor | None, Gradients]:

@@ -37,6 +37,8 @@ class Family:
 class CountsTerm:
     """Arguments of a likelihood of counts. Shapes: n cells, G genes, H hidden units."""
 
+    entries: Entries
+    family: Family
     hidden_nh: Tensor
     weight_gh: Tensor
     bias_g: Tensor
@@ -45,8 +47,6 @@ class CountsTerm:
     gate_hidden: Tensor | None
     gate_weight: Tensor | None
     gate_bias: Tensor | None
-    entries: Entries
-    family: Family
     needs: tuple[bool, ...]
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import softplus
 from pyro_multivi.distributions.kernels.blocks import Block, Entries, block_width
 from pyro_multivi.distributions.kernels.buffers import POOL
 from pyro_multivi.distributions.kernels.counts_walk import nonzero_terms, refine_large
-from pyro_multivi.distributions.kernels.gradients import Gradients, Pending, backward
+from pyro_multivi.distributions.kernels.gradients import Gradients, log_prob
 from pyro_multivi.distributions.kernels.log_gamma import gamma_functions
 from pyro_multivi.distributions.kernels.numba.switch import can_read, halves, loops_for
 from pyro_multivi.distributions.kernels.products import LOG2_E, BlockwiseReadout
@@ -51,41 +51,22 @@ def fragments_log_prob(p: Readout, size: Tensor, rate: Tensor, theta: Tensor | N
     entries
         Counts above zero of n cells.
     """
-    return _FragmentsLogProb.apply(
-        p.hidden, p.weight, p.bias, size, rate, theta, entries, p.gemm_dtype, torch.is_grad_enabled()
-    )
-
-
-class _FragmentsLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, size: Tensor, rate: Tensor, theta: Tensor | None,
-        entries: Entries, gemm_dtype: torch.dtype | None, grad_enabled: bool,
-    ) -> Tensor:  # fmt: skip
-        inputs = (hidden, weight, bias, size, rate, theta)
-        needs = ctx.needs_input_grad[: len(inputs)]
-        evaluate = partial(_evaluate, FragmentsTerm(*inputs, entries, gemm_dtype, needs))
-        ctx.pending = Pending(evaluate, hidden.device, grad_enabled and any(needs))
-        ctx.save_for_backward(*inputs)
-        return ctx.pending.value(len(hidden), hidden)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        return *backward(ctx, upstream), None, None, None
+    make_term = partial(FragmentsTerm, entries, p.gemm_dtype)
+    return log_prob(_evaluate, make_term, p.hidden, p.weight, p.bias, size, rate, theta)
 
 
 @dataclass(frozen=True)
 class FragmentsTerm:
     """Arguments of a likelihood of fragment counts. Shapes: n cells, M regions, H hidden units."""
 
+    entries: Entries
+    gemm_dtype: torch.dtype | None
     hidden_nh: Tensor
     weight_mh: Tensor
     bias_m: Tensor
     size_n: Tensor
     rate_m: Tensor
     theta_m: Tensor | None
-    entries: Entries
-    gemm_dtype: torch.dtype | None
     needs: tuple[bool, ...]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,11 +115,39 @@ class Pending:
         return formed
 
 
-def backward(ctx: Any, upstream: Tensor) -> Gradients:
-    """Backward pass of a function that left its :class:`Pending` on the context."""
-    inputs: Gradients = ctx.saved_tensors  # raises if an input was changed in place since the forward pass
-    with torch.no_grad():
-        gradients: Gradients = ctx.pending.gradients(upstream)
-    if torch.is_grad_enabled():
-        gradients = _FirstOrderOnly.apply(len(inputs) + 1, *inputs, upstream, *gradients)
-    return gradients
+def log_prob(evaluate: Callable[..., Any], make_term: Callable[..., Any], *inputs: Tensor | None) -> Tensor:
+    """Log-probability of each cell, (n,), with gradients for the inputs.
+
+    Parameters
+    ----------
+    evaluate
+        Takes the term of the likelihood, then the arguments of an :data:`Evaluation`.
+    make_term
+        Makes that term, from the inputs and the tuple that tells which of them need a gradient.
+    inputs
+        Tensors that gradients may be asked for. The first has a row for each cell.
+    """
+    value: Tensor = _LogProb.apply(evaluate, make_term, torch.is_grad_enabled(), *inputs)
+    return value
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, evaluate: Callable[..., Any], make_term: Callable[..., Any], grad_enabled: bool, *inputs: Any
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[3:]
+        like: Tensor = inputs[0]
+        evaluation: Evaluation = partial(evaluate, make_term(*inputs, needs))
+        ctx.pending = Pending(evaluation, like.device, grad_enabled and any(needs))
+        ctx.save_for_backward(*inputs)
+        return ctx.pending.value(len(like), like)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        inputs: Gradients = ctx.saved_tensors  # raises if an input was changed in place since the forward pass
+        with torch.no_grad():
+            gradients: Gradients = ctx.pending.gradients(upstream)
+        if torch.is_grad_enabled():
+            gradients = _FirstOrderOnly.apply(len(inputs) + 1, *inputs, upstream, *gradients)
+        return None, None, None, *gradients
