@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
 from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
+from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
 from pyro_multivi.data.selection import as_list, check_order, refuse_numbers_for_mask
@@ -236,9 +237,7 @@ def average_over(
     )
 
 
-def library_factor(
-    library_size: LibrarySize, cell_names: Sequence[str], program: MultiVIProgram
-) -> float | Tensor | str:
+def library_factor(library_size: LibrarySize, cells: Minibatches, program: MultiVIProgram) -> float | Tensor | str:
     """Factor of each cell's expression, from the argument ``library_size``, which is in units of known size factors.
 
     Raises
@@ -264,11 +263,11 @@ def library_factor(
         raise ValueError(
             f"library_size={shown(library_size)} is not allowed: give 'latent', a number, or one number per cell."
         ) from error
-    if sizes.shape != (len(cell_names),):
+    if sizes.shape != (cells.n_cells,):
         raise ValueError(
-            f"library_size has shape {sizes.shape} and {len(cell_names)} cells are asked for: give one number per cell."
+            f"library_size has shape {sizes.shape} and {cells.n_cells} cells are asked for: give one number per cell."
         )
-    check_order("library_size", library_size, cell_names)
+    check_order("library_size", library_size, cells.cell_names)
     wrong = ~(np.isfinite(sizes) & (sizes > 0))
     if wrong.any():
         at = int(np.argmax(wrong))

@@ -216,7 +216,7 @@ class ChecksMixin(ModelBase):
         )
         obs = self._obs_of(adata).iloc[cells.index.numpy()]
         groupings = batches_and_groups(self.spec, cells.table.batch_code[cells.index].numpy(), obs, groupby)
-        return predictive_check(self.program, cells, request, cells.cell_names, groupings)
+        return predictive_check(self.program, cells, request, groupings)
 
     @checked
     def to_inference_data(
@@ -263,7 +263,7 @@ class ChecksMixin(ModelBase):
         positions = {modality.counts: places for modality, places in features.items()}
         names = {modality.counts: found for modality, found in chosen.items()}
         cells = self._cells(adata, indices, batch_size)
-        return inference_data(self.program, cells, positions, names, cells.cell_names, n_samples, seed)
+        return inference_data(self.program, cells, positions, names, n_samples, seed)
 
     # ------------------------------------------------------------------ shared by the methods
 

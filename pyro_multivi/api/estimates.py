@@ -163,9 +163,9 @@ class EstimatesMixin(ModelBase):
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
-        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells.cell_names, self.program))
+        quantity = Quantity(RNA.decoded, genes, library_factor(library_size, cells, self.program))
         return deliver(
-            self.program, cells, quantity, average, cells.cell_names, names,
+            self.program, cells, quantity, average, names,
             return_numpy=return_numpy, out=out, silent=silent,
         )  # fmt: skip
 
@@ -284,7 +284,7 @@ class EstimatesMixin(ModelBase):
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, whole_rows), True, None)
         quantity = accessibility_of(self.program, threshold, normalize_cells, normalize_regions, regions, detection)
         return deliver(
-            self.program, cells, quantity, average, cells.cell_names, names,
+            self.program, cells, quantity, average, names,
             return_numpy=return_numpy, out=out, silent=silent,
         )  # fmt: skip
 
@@ -385,7 +385,7 @@ class EstimatesMixin(ModelBase):
         check_threshold(threshold, Average())
         n_features = sum(len(part.feature_names_in(self.spec)) for part in parts)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples, n_features))
-        library = library_factor(library_size, cells.cell_names, self.program)
+        library = library_factor(library_size, cells, self.program)
         scaled = (threshold, normalize_cells, normalize_regions, include_protein_background)
         quantities = imputed_quantities(self.program, parts, library, *scaled)
         arguments = {

@@ -212,7 +212,7 @@ class ProteinEstimatesMixin(ModelBase):
         cells = self._cells(arguments["adata"], arguments["indices"], at_once, True, None)
         quantity = Quantity(f"{extra.name}_{part}", features, of_sum=of_sum)
         return deliver(
-            self.program, cells, quantity, average, cells.cell_names, names,
+            self.program, cells, quantity, average, names,
             **{key: arguments[key] for key in ("return_numpy", "out", "silent")},
         )  # fmt: skip
 

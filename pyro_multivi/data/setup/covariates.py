@@ -72,7 +72,7 @@ def batches_meant(argument: str, batches: Any, code: Callable[[Any], int]) -> tu
     return tuple(dict.fromkeys(codes))
 
 
-def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "groupby") -> pd.Series[Any]:
+def grouping(obs: pd.DataFrame, groupby: str | Sequence[str]) -> pd.Series[Any]:
     """Groups of cells: a column of obs, or the combinations of several.
 
     Combinations are named by the values of all columns, such as "B cell, donor 1", in the order of the columns'
@@ -89,14 +89,14 @@ def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "g
     >>> grouping(obs, ["type", "donor"]).cat.categories.tolist()
     ['B, 1', 'B, 2', 'T, 1']
     """
-    names = name_list(argument, groupby)
+    names = name_list("groupby", groupby)
     if not names:
-        raise ValueError(f"{argument}={groupby!r} names no column of obs: give one, or a list of several.")
+        raise ValueError(f"groupby={groupby!r} names no column of obs: give one, or a list of several.")
     for name in names:
         if name not in obs:
-            raise UnknownKeyError(f"{argument}={name!r} is no column of obs. {nearest(name, obs.columns)}")
+            raise UnknownKeyError(f"groupby={name!r} is no column of obs. {nearest(name, obs.columns)}")
         if (obs.columns == name).sum() > 1:
-            raise ValueError(f"{argument}={name!r} is the name of several columns of obs: give each its own name.")
+            raise ValueError(f"groupby={name!r} is the name of several columns of obs: give each its own name.")
     if len(names) == 1:
         return obs[names[0]]
     columns = [obs[name].astype("category").cat.remove_unused_categories() for name in dict.fromkeys(names)]
@@ -109,7 +109,7 @@ def grouping(obs: pd.DataFrame, groupby: str | Sequence[str], argument: str = "g
     ]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ValueError(f"{argument}={list(names)}: several combinations are named {first_names(twice)}. Rename some.")
+        raise ValueError(f"groupby={list(names)}: several combinations are named {first_names(twice)}. Rename some.")
     code_n = np.full(len(obs), -1, dtype=np.int64)
     code_n[complete] = code.reshape(-1)
     return pd.Series(

@@ -44,7 +44,6 @@ def predictive_check(
     program: MultiVIProgram,
     minibatches: Minibatches,
     request: CheckRequest,
-    cell_names: Sequence[str],
     groupings: Sequence[stats.Grouping],
 ) -> PredictiveCheck:
     """Compare replicated with measured counts of some cells, all together and within each of their groups.
@@ -55,7 +54,7 @@ def predictive_check(
         If the statistics of all replicates would not fit.
     """
     everyone = stats.Grouping("all", np.zeros(minibatches.n_cells, dtype=np.int64), ("all",))
-    check = _Check(program, minibatches, request, cell_names, [everyone, *groupings])
+    check = _Check(program, minibatches, request, [everyone, *groupings])
     check.compare_statistics()
     if request.hide_modalities:
         check.predict_hidden()
@@ -71,7 +70,6 @@ class _Check:
     program: MultiVIProgram
     minibatches: Minibatches
     request: CheckRequest
-    cell_names: Sequence[str]
     groupings: Sequence[stats.Grouping]
     parts: dict[str, list[pd.DataFrame]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
@@ -242,7 +240,7 @@ class _Check:
             {name: values[:, measured_n] for name, values in self._chosen_statistics(sums.cells).items()}
             for sums in (observed, replicated)
         )
-        names = [name for name, measured in zip(self.cell_names, measured_n, strict=True) if measured]
+        names = [name for name, measured in zip(self.minibatches.cell_names, measured_n, strict=True) if measured]
         self._add({"cells": stats.compare_all(data, model, {"cell": names}, level)})
         for grouping in self.groupings:
             code_n = grouping.code_n[measured_n]

@@ -30,7 +30,6 @@ def inference_data(
     minibatches: Minibatches,
     features: Mapping[str, Tensor | None],
     feature_names: Mapping[str, Sequence[str]],
-    cell_names: Sequence[str],
     n_samples: int,
     seed: int = 0,
 ) -> Any:
@@ -69,7 +68,7 @@ def inference_data(
         lambda cells: _of_minibatch(program, cells, features, n_samples, seed),
         Minibatches(minibatches.table, minibatches.index, batch_size=size, device=minibatches.device),
     )
-    coords: dict[str, Any] = {"cell": list(cell_names), "latent": np.arange(program.config.latent)}
+    coords: dict[str, Any] = {"cell": minibatches.cell_names, "latent": np.arange(program.config.latent)}
     dims = {"z": ["cell", "latent"]}
     for modality in MODALITIES:
         dims[modality.depth] = dims[modality.mask] = ["cell"]

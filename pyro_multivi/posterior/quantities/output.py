@@ -45,7 +45,6 @@ def deliver(
     cells: Minibatches,
     quantity: Quantity,
     average: Average,
-    cell_names: Sequence[str],
     feature_names: Sequence[str],
     *,
     return_numpy: bool = False,
@@ -56,8 +55,8 @@ def deliver(
 
     Parameters
     ----------
-    cell_names, feature_names
-        Names of those cells, and of the features of the quantity.
+    feature_names
+        Names of the features of the quantity.
     return_numpy
         Return arrays (or a csr matrix) rather than frames.
     out
@@ -80,7 +79,7 @@ def deliver(
         If ``out`` is asked to hold all draws.
     """
     sparse = quantity.threshold is not None
-    index, columns = pd.Index(cell_names), pd.Index(feature_names)
+    index, columns = pd.Index(cells.cell_names), pd.Index(feature_names)
 
     def fill(minibatches: Iterable[Cells], sink: Sink) -> None:
         estimate(program, minibatches, quantity, average, sink)
