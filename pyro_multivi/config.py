@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyro_multivi.data.checks import check_choice, check_draws, check_fields, shown
+from pyro_multivi.data.checks import check_choice, check_fields, check_whole, shown
 from pyro_multivi.data.modality import PROTEIN
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -189,7 +189,7 @@ class ProgramConfig:
         if not isinstance(self.extra, dict) or not all(isinstance(name, str) for name in self.extra):
             raise TypeError(f"extra={shown(self.extra)} is not allowed: give numbers of features by name.")
         for name, number in self.extra.items():
-            check_draws(f"extra[{name!r}]", number)
+            check_whole(f"extra[{name!r}]", number)
         if self.proteins and PROTEIN not in self.extra:
             raise ValueError(f"proteins=True needs extra[{PROTEIN!r}], the number of proteins.")
         if self.n_genes < 0 or self.n_regions < 0 or self.n_genes + self.n_regions == 0:

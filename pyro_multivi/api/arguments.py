@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
-from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, number_of_draws, shown, unwrapped
+from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, shown, unwrapped
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
@@ -211,7 +211,12 @@ def average_over(
     ValueError
         If they are out of range or contradict each other.
     """
-    n_draws = number_of_draws(n_samples, n_samples_overall)
+    n_draws = n_samples if n_samples_overall is None else n_samples_overall
+    if n_samples not in (1, n_draws):
+        raise ValueError(
+            f"n_samples={n_samples} and n_samples_overall={n_samples_overall} both mean the number of draws "
+            "averaged: give one of them."
+        )
     if n_samples_overall is not None:
         tell_difference("n_samples_overall")
     if return_interval is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, FeatureList, Indices, choose_features, measured_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
-from pyro_multivi.data.checks import checked, name_list, number_of_draws, shown
+from pyro_multivi.data.checks import checked, name_list, shown
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.modality import ATAC, RNA, modelled
@@ -96,7 +96,6 @@ class ChecksMixin(ModelBase):
         >>> len(replicates["x"]), replicates["x"][0].shape, replicates["y"][0].shape
         (3, (80, 2), (80, 50))
         """
-        n_samples = number_of_draws(n_samples, None)
         features, _ = self._features(gene_list, region_list)
         wanted = {site: features.get(features_at(self.program, site)) for site in self._sites(sites)}
         cells = self._cells(adata, indices, batch_size, counts=None)
@@ -258,7 +257,6 @@ class ChecksMixin(ModelBase):
         MemoryError
             If draws, cells and features together would take more than 4.3 GB.
         """
-        n_samples = number_of_draws(n_samples, None)
         features, chosen = self._features(gene_list, region_list)
         positions = {modality.counts: places for modality, places in features.items()}
         names = {modality.counts: found for modality, found in chosen.items()}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH
 from pyro_multivi.api.multivi import MULTIVI
-from pyro_multivi.data.checks import caution, check_draws, check_type, checked, shown
+from pyro_multivi.data.checks import caution, check_type, check_whole, checked, shown
 from pyro_multivi.data.loader import Minibatches, measured
 from pyro_multivi.data.minibatch import Panels
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality, modelled
@@ -117,13 +117,13 @@ def compare_models(
         of_other = _Candidate(other, model, model._cells(adata, indices, batch_size))
         _check_comparable(_Candidate(first, reference, cells), of_other)
     _warn_of_training_cells(models, cells)
-    n_draws = check_draws("n_mc_samples", n_mc_samples, 2)
-    size = cells_for_likelihood(batch_size, n_draws)
+    check_whole("n_mc_samples", n_mc_samples, 2)
+    size = cells_for_likelihood(batch_size, n_mc_samples)
 
     def scored(reading: str | None) -> tuple[dict[str, MarginalLikelihood], NDArray[np.float64]]:
         """Log-likelihoods by model, and those of the best model."""
         found = {
-            name: marginal_likelihood(model.program, model._cells(adata, indices, size), n_draws, seed, reading)
+            name: marginal_likelihood(model.program, model._cells(adata, indices, size), n_mc_samples, seed, reading)
             for name, model in models.items()
         }
         return found, max((one.log_likelihood for one in found.values()), key=np.mean)

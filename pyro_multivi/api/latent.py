@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import CELLS, takes, tell_difference
-from pyro_multivi.data.checks import NotInModelError, check_choice, check_draws, checked
+from pyro_multivi.data.checks import NotInModelError, check_choice, check_whole, checked
 from pyro_multivi.data.modality import ATAC, MODALITIES, modality_named
 from pyro_multivi.posterior.engine.draws import region_factors
 from pyro_multivi.posterior.engine.likelihood import ElboParts, cells_for_likelihood, elbo_parts, marginal_likelihood
@@ -89,7 +89,6 @@ class LatentMixin(ModelBase):
         """
         names = ["joint", *(entry.name for entry in MODALITIES), *self.spec.extra]
         check_choice("modality", modality, names, NotInModelError)
-        n_samples = check_draws("n_samples", n_samples)
         self._check_modality("modality", modality)
         chosen = modality_named(modality)
         cells = self._cells(adata, indices, batch_size, counts=None)
@@ -320,10 +319,10 @@ class LatentMixin(ModelBase):
         ValueError
             If ``n_mc_samples`` is below 1, or below 2 with ``return_se``.
         """
-        n_draws = check_draws("n_mc_samples", n_mc_samples, 2 if return_se else 1)
-        size = cells_for_likelihood(batch_size, n_draws)
+        check_whole("n_mc_samples", n_mc_samples, 2 if return_se else 1)
+        size = cells_for_likelihood(batch_size, n_mc_samples)
         cells = self._cells(adata, indices, size, counts="VAEMixin.get_marginal_ll")
-        found = marginal_likelihood(self.program, cells, n_draws, seed)
+        found = marginal_likelihood(self.program, cells, n_mc_samples, seed)
         if not return_mean:
             return (found.log_likelihood, found.standard_error) if return_se else found.log_likelihood
         mean = np.float64(found.log_likelihood.mean())
@@ -336,6 +335,5 @@ class LatentMixin(ModelBase):
     def _elbo_parts(
         self, method: str, adata: Data | None, indices: Indices, batch_size: int, n_particles: int, seed: int
     ) -> ElboParts:
-        n_draws = check_draws("n_particles", n_particles)
-        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_draws), True, f"VAEMixin.{method}")
-        return elbo_parts(self.program, cells, n_draws, seed)
+        cells = self._cells(adata, indices, cells_for_likelihood(batch_size, n_particles), True, f"VAEMixin.{method}")
+        return elbo_parts(self.program, cells, n_particles, seed)

@@ -156,20 +156,6 @@ def name_list(argument: str, value: Iterable[str] | str | None, distinct: bool =
     return tuple(sorted(names)) if isinstance(found, (set, frozenset)) else names
 
 
-def number_of_draws(n_samples: int, n_samples_overall: int | None) -> int:
-    """One number of draws, at least 1, out of two names for it, which may not differ."""
-    found = check_draws("n_samples", n_samples)
-    if n_samples_overall is None:
-        return found
-    overall = check_draws("n_samples_overall", n_samples_overall)
-    if found not in (1, overall):
-        raise ValueError(
-            f"n_samples={n_samples} and n_samples_overall={n_samples_overall} both mean the number of draws "
-            "averaged: give one of them."
-        )
-    return overall
-
-
 def least_draws(level: float) -> int:
     """Fewest draws of which one is expected outside either end of a central interval.
 
@@ -181,12 +167,9 @@ def least_draws(level: float) -> int:
     return math.ceil(2 / (1 - level) - 1e-9)
 
 
-def check_draws(argument: str, value: Any, least: int = 1) -> int:
-    """A number of draws: a whole number of at least ``least``, which a float may hold."""
-    found = unwrapped(value)
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    return _whole(argument, found, least=least)
+def check_whole(argument: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least ``least``; one of draws may be held by a float."""
+    return _whole(argument, unwrapped(value), least=least)
 
 
 def whole_numbers(argument: str, values: Any) -> list[int]:

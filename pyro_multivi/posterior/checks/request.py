@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_choice, check_number, least_draws, name_list, number_of_draws
+from pyro_multivi.data.checks import check_choice, check_number, least_draws, name_list
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.setup.covariates import grouping
 from pyro_multivi.data.setup.spec import DataSpec
@@ -65,7 +65,6 @@ class CheckRequest:
     user: Mapping[str, UserStatistic] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.n_samples = number_of_draws(self.n_samples, None)
         level = check_number("level", self.level)
         if not 0 < level < 1:
             raise ValueError(f"level={self.level!r} is not allowed: give a probability such as 0.95.")

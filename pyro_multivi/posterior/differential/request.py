@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_draws, check_number, number_of_draws, shown
+from pyro_multivi.data.checks import check_number, shown
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.setup.spec import DataSpec
@@ -119,7 +119,6 @@ class DifferentialRequest:
             raise ValueError("use_permutation=True pairs cells anew: choose unit='cell', or leave it out.")
         if self.n_draws < 2:
             raise ValueError(f"n_samples={self.n_draws} is not allowed: a test needs at least 2 draws.")
-        check_draws("m_permutation", self.m_permutation)
         for name in ("batchid1", "batchid2"):
             if getattr(self, name) is not None and self.batch_correction is False:
                 raise ValueError(
@@ -178,7 +177,7 @@ class DifferentialRequest:
     @property
     def n_draws(self) -> int:
         """Posterior draws of each group."""
-        return number_of_draws(1 if self.n_samples_overall is not None else self.n_samples, self.n_samples_overall)
+        return self.n_samples if self.n_samples_overall is None else self.n_samples_overall
 
     @property
     def n_pairs(self) -> int | None:
