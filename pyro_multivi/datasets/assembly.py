@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution, first_names
 from pyro_multivi.data.modality import ATAC
-from pyro_multivi.data.stores.chunks import StoreChangedError, of_the_machine
+from pyro_multivi.data.stores.chunks import StoreChangedError, raise_system_error
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +51,7 @@ def errors_naming(path: Path, problem: str = "is broken, or holds what cannot be
     except (ImportError, MemoryError, StoreChangedError):
         raise
     except Exception as error:
-        known = of_the_machine(error, path)
-        if known is not None:
-            raise known from error
+        raise_system_error(error, path)
         said = " ".join(str(error).split())
         if isinstance(error, ValueError) and said.startswith(str(path)):
             raise

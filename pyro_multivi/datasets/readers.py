@@ -22,7 +22,7 @@ from anndata import AnnData
 
 from pyro_multivi._optional import mudata_as_given, require
 from pyro_multivi.data.checks import checked, first_names
-from pyro_multivi.data.stores.chunks import of_the_machine, refuse_incomplete
+from pyro_multivi.data.stores.chunks import raise_system_error, refuse_incomplete
 from pyro_multivi.data.stores.matrix import opened_group
 from pyro_multivi.data.stores.reference import element
 from pyro_multivi.datasets.assembly import (
@@ -250,8 +250,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except OSError as error:
-        known = of_the_machine(error, path)
-        raise known or ValueError(f"{path} is broken, perhaps truncated: {error}") from error
+        raise_system_error(error, path)
+        raise ValueError(f"{path} is broken, perhaps truncated: {error}") from error
 
 
 def _sound(adata: AnnData) -> AnnData:

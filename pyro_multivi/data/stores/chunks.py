@@ -19,33 +19,34 @@ class StoreChangedError(RuntimeError):
     """A file or folder of counts is incomplete, or was changed, moved or damaged after it was opened."""
 
 
-#: What the machine may say of a file that is as it should be, and what to do about it.
-_OF_THE_MACHINE = {
+#: How to write what can be read by cells.
+CONVERT = "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr"
+#: What to do about errors of the operating system that a file which is as it should be may cause.
+_REMEDIES = {
     errno.EMFILE: "Too many files are open at once: allow more (ulimit -n 4096), or write the stores as one, "
-    "pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr",
+    f"{CONVERT}",
     errno.EACCES: "You may not read it: have its owner give you the right (chmod, in folders of every file)",
     errno.EAGAIN: "Another program has it open for writing: close it there (adata.file.close()), or wait until it ends",
     errno.EIO: "The disk, or the network it is reached by, has failed: check that, and try again",
 }
-_OF_THE_MACHINE |= {
-    errno.ENFILE: _OF_THE_MACHINE[errno.EMFILE],
-    errno.EPERM: _OF_THE_MACHINE[errno.EACCES],
-    errno.ESTALE: _OF_THE_MACHINE[errno.EIO],
+_REMEDIES |= {
+    errno.ENFILE: _REMEDIES[errno.EMFILE],
+    errno.EPERM: _REMEDIES[errno.EACCES],
+    errno.ESTALE: _REMEDIES[errno.EIO],
 }
 
 # Registered numbers of the codecs that hdf5plugin brings.
 _CODECS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 
-def of_the_machine(error: BaseException, path: Path) -> OSError | None:
-    """The error, with a remedy, if it is one of the machine and does not say that a file is damaged; else None."""
+def raise_system_error(error: BaseException, path: Path) -> None:
+    """Raise an error whose remedy is known: of the operating system, or a codec that is not there; else do nothing."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None:
-        codecs = _missing_codecs(path) if isinstance(error, OSError) else []
-        return _without_codecs(path, codecs) if codecs else None
-    if number not in _OF_THE_MACHINE:
-        return None
-    return OSError(number, f"{path} cannot be read ({os.strerror(number)}). {_OF_THE_MACHINE[number]}")
+    if number in _REMEDIES:
+        raise OSError(number, f"{path} cannot be read ({os.strerror(number)}). {_REMEDIES[number]}") from error
+    codecs = _missing_codecs(path) if isinstance(error, OSError) and number is None else []
+    if codecs:
+        raise _without_codecs(path, codecs) from error
 
 
 def _missing_codecs(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import caution
-from pyro_multivi.data.stores.chunks import StoreChangedError
+from pyro_multivi.data.stores.chunks import CONVERT, StoreChangedError
 from pyro_multivi.data.stores.matrix import LazyMatrix, ReadRows, RowMatrix, Rows, StoredMatrix
 from pyro_multivi.data.stores.rows import Columns
 
@@ -142,8 +142,7 @@ def on_disk(matrix: Any, where: str) -> RowMatrix | None:
     if getattr(matrix, "format", "csr") == "csc":
         caution(
             f"{where} lies on disk compressed by columns (CSC): all of it is read into memory. Convert it once, and it "
-            "is read by cells: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi "
-            "convert IN OUT.zarr."
+            f"is read by cells: {CONVERT}."
         )
         return None
     file = getattr(stored, "file", None)

@@ -14,8 +14,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
+from pyro_multivi.data.stores.chunks import CONVERT, raise_system_error, refuse_incomplete
 from pyro_multivi.data.stores.chunks import StoreChangedError as StoreChangedError
-from pyro_multivi.data.stores.chunks import of_the_machine, refuse_incomplete
 from pyro_multivi.data.stores.freed import count_read
 from pyro_multivi.data.stores.slices import slices_reader
 
@@ -28,7 +28,7 @@ _GAP = 32
 #: End of a sentence on files of that time.
 WRITTEN_BEFORE = (
     "of the form of anndata before 0.7, which is not read by cells. Convert the file, and give what that writes in its "
-    "place: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the command line pyro-multivi convert IN OUT.zarr."
+    f"place: {CONVERT}."
 )
 # Rows, and values of a dense matrix, read at a time at most: what is read along, and types as wide as on disk, stay
 # small.
@@ -107,9 +107,7 @@ class StoredMatrix:
                         found.append(reader(group[self.name], self._indptr, self.shape[1]))
                     yield from found[0](spans)
                 except Exception as error:  # whatever HDF5 and zarr stumble on
-                    known = of_the_machine(error, self.path)
-                    if known is not None:
-                        raise known from error
+                    raise_system_error(error, self.path)
                     self._compare()
                     raise StoreChangedError(
                         f"Rows {spans[0][0]} to {spans[-1][1] - 1} of {self.path} cannot be read "
@@ -123,9 +121,7 @@ class StoredMatrix:
         try:
             now = self.status()
         except OSError as error:
-            known = of_the_machine(error, self.path)
-            if known is not None:
-                raise known from error
+            raise_system_error(error, self.path)
             raise StoreChangedError(
                 f"{self.path} is not there any more ({error}). It was moved or deleted while it was in use: put it "
                 "back, or open it at its new place."
@@ -175,7 +171,8 @@ def opened_group(path: Path) -> Iterator[Any]:
         try:
             file = h5py.File(path, "r")
         except OSError as error:
-            raise of_the_machine(error, path) or error from error
+            raise_system_error(error, path)
+            raise
         with file:
             yield file
 
@@ -188,8 +185,7 @@ def layout(matrix: Any, where: str) -> tuple[NDArray[np.int64] | None, tuple[int
     if kind == "csc_matrix":
         raise ValueError(
             f"{where} is compressed by columns (CSC), so that no row can be read without all others. Convert "
-            "it alone, and give what that writes in its place: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or on the "
-            "command line pyro-multivi convert IN OUT.zarr."
+            f"it alone, and give what that writes in its place: {CONVERT}."
         )
     if "h5sparse_format" in matrix.attrs:
         raise ValueError(f"{where} is {WRITTEN_BEFORE}")

@@ -17,6 +17,7 @@ from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import UNS_KEY, Setup
 from pyro_multivi.data.setup.register import with_feature_types
+from pyro_multivi.data.stores.chunks import CONVERT
 from pyro_multivi.data.stores.matrix import StoredMatrix, opened_group
 from pyro_multivi.data.stores.reference import STORES, Store, Stores, checksum_of, element, keep, names_in
 from pyro_multivi.datasets.assembly import SAME_CELLS, errors_naming, free_column, join_rows, spell_out_unlike_columns
@@ -155,7 +156,7 @@ class _Part:
         if not zarr and path.suffix.lower() != ".h5ad":
             raise ValueError(
                 f"{path} cannot be read by cells: give an .h5ad file or a .zarr folder of an AnnData. To write one "
-                "of it alone: pyro_multivi.convert_stores(IN, 'OUT.zarr'), or pyro-multivi convert IN OUT.zarr."
+                f"of it alone: {CONVERT}."
             )
         with errors_naming(path):
             try:
