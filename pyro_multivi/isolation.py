@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine import runtime
+
+logger = logging.getLogger("pyro_multivi")
 
 # Pyro's stack of handlers and its validation are global: one thread at a time.
 _LOCK = threading.RLock()
@@ -154,6 +157,16 @@ def uninterrupted(number: int = signal.SIGINT) -> Iterator[Interruption]:
     finally:
         signal.signal(number, before)
         interruption.act()
+
+
+@contextmanager
+def tells_if_interrupted(consequence: str) -> Iterator[None]:
+    """Log what Ctrl-C leaves out of the calibration of a trained model; a decorator of that part of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning("interrupted after training: %s", consequence)
+        raise
 
 
 def _end_process(number: int, _: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, paired, spread
 from pyro_multivi.data.modality import MODALITIES, Modality, modelled
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.posterior.engine.depth_regression import (
     DepthRegression,
     depth_transform,
@@ -41,6 +42,7 @@ def clear_depth_regressions(program: MultiVIProgram) -> None:
         regression_buffer(program, modality).zero_()
 
 
+@tells_if_interrupted("depths of what was not measured keep their priors")
 def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None) -> None:
     """Set ``rna_depth_regression`` and ``atac_depth_regression`` of a program.
 
@@ -69,12 +71,8 @@ def fit_depth_regressions(program: MultiVIProgram, train: Minibatches, held_out:
     held_out_pairs = train_pairs[:0] if held_out is None else spread(paired(held_out), _MOST)
     enough = len(held_out_pairs) >= _FEWEST
     for modality in modalities:
-        try:
-            fitted = _regression_data(program, train, train_pairs, modality)
-            scored = _regression_data(program, held_out, held_out_pairs, modality) if enough and held_out else None
-        except KeyboardInterrupt:
-            logger.warning("interrupted after training: depths of what was not measured keep their priors")
-            raise
+        fitted = _regression_data(program, train, train_pairs, modality)
+        scored = _regression_data(program, held_out, held_out_pairs, modality) if enough and held_out else None
         if fitted is None:
             continue
         regression, explained = regress(fitted, scored, n_latent=program.config.latent)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.data.loader import Minibatches, measured, never_measured, paired, spread
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.posterior.calibration.adaptive_prior import AdaptivePrior
 from pyro_multivi.posterior.calibration.last_layer import Decoded, Evidence, LastLayer
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
@@ -38,6 +39,7 @@ _FEATURES_AT_ONCE = 4096
 
 
 @torch.no_grad()
+@tells_if_interrupted("the decoders' last layers stay as they were trained")
 def fit_loadings(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None = None) -> None:
     """Move the weights and intercepts of the layers that decode rho and p.
 
@@ -60,10 +62,8 @@ def fit_loadings(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
         trained = linear.weight.clone(), linear.bias.clone()
         try:
             share = _fit(program, train, held_out, modality, linear)
-        except BaseException as error:
+        except BaseException:
             _set(linear, trained)
-            if isinstance(error, KeyboardInterrupt):
-                logger.warning("interrupted after training: the decoders' last layers stay as they were trained")
             raise
         logger.info("last layer of %s: %.0f %% of the way to its posterior mean", modality.name, 100 * share)
 

@@ -19,7 +19,6 @@ information being the squared score of the counts.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -31,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.networks.extra.given_count import given_count
 from pyro_multivi.networks.extra.proteins import START_SD, Proteins
 from pyro_multivi.posterior.calibration.fit_weights import posterior_sd
@@ -38,8 +38,6 @@ from pyro_multivi.posterior.calibration.last_layer import Evidence
 from pyro_multivi.posterior.engine.draws import draw_latents
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
-
-logger = logging.getLogger("pyro_multivi")
 
 # Cells x proteins that it is fitted to: their shape tells the spread of the background to a tenth.
 _ENTRIES, _MOST = 2**16, 4096
@@ -67,6 +65,7 @@ def _clear(proteins: Proteins) -> None:
         buffer.zero_()
 
 
+@tells_if_interrupted("intervals of proteins are too narrow")
 def fit_proteins(program: MultiVIProgram, train: Minibatches) -> None:
     """Set the calibrated buffers of :class:`~pyro_multivi.networks.extra.Proteins`.
 
@@ -85,7 +84,6 @@ def fit_proteins(program: MultiVIProgram, train: Minibatches) -> None:
             _fit(program, proteins, train)
         except KeyboardInterrupt:
             clear_proteins(program)
-            logger.warning("interrupted after training: intervals of proteins are too narrow")
             raise
 
 

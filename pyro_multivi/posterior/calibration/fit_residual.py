@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.posterior.calibration.adaptive_prior import AdaptivePrior
 from pyro_multivi.posterior.calibration.last_layer import Decoded, LastLayer
 from pyro_multivi.posterior.engine.draws import draw_latents
@@ -102,6 +103,7 @@ class Likeness(NamedTuple):
 
 
 @torch.no_grad()
+@tells_if_interrupted("intervals leave out what the latent state does not explain")
 def fit_residuals(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``rna_residual_sd`` and ``atac_residual_sd``.
 
@@ -114,11 +116,7 @@ def fit_residuals(program: MultiVIProgram, train: Minibatches) -> None:
         Cells that it was trained on.
     """
     clear_residuals(program)
-    try:
-        compared = [_compare(program, train, modality) for modality in modelled(program.config)]
-    except KeyboardInterrupt:
-        logger.warning("interrupted after training: intervals leave out what the latent state does not explain")
-        raise
+    compared = [_compare(program, train, modality) for modality in modelled(program.config)]
     found = [each for each in compared if each is not None]
     shared = pooled([each.likeness for each in found])
     for modality, variance_f, likeness, n_unknown in found:

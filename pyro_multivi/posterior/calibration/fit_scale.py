@@ -14,7 +14,6 @@ the library size and the logit of the cell factor, of which q is Normal too, are
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +23,11 @@ from torch import Tensor
 from pyro_multivi.data.loader import Minibatches, spread
 from pyro_multivi.data.minibatch import Cells, pattern_code
 from pyro_multivi.data.modality import MODALITIES, modelled
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.posterior.engine.draws import draw_latents, model_trace
 from pyro_multivi.posterior.engine.posterior_scale import normal_behind, normal_in
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode, log_density, random_sites, scale_of
-
-logger = logging.getLogger("pyro_multivi")
 
 # Draws of a cell: two halves, so that the square of a mean is not inflated by its noise.
 _N_SAMPLES = 32
@@ -44,6 +42,7 @@ _AT_ONCE = 64
 _SMALLEST, _LARGEST = 1.0, 2.0
 
 
+@tells_if_interrupted("some posterior standard deviations are not corrected")
 def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``posterior_scale`` and ``depth_scale`` of a program.
 
@@ -67,11 +66,7 @@ def fit_posterior_scale(program: MultiVIProgram, train: Minibatches) -> None:
         known = [
             modality for place, modality in enumerate(MODALITIES) if pattern & 2**place and modality in modelled(config)
         ]
-        try:
-            factors = _factors(program, train, index, ["z", *(modality.depth for modality in known)])
-        except KeyboardInterrupt:
-            logger.warning("interrupted after training: some posterior standard deviations are not corrected")
-            raise
+        factors = _factors(program, train, index, ["z", *(modality.depth for modality in known)])
         if "z" not in factors:
             return
         program.posterior_scale[pattern] = factors["z"]

@@ -26,6 +26,7 @@ from pyro_multivi.data.loader import Minibatches, measured, paired, spread
 from pyro_multivi.data.minibatch import Cells, Panels
 from pyro_multivi.data.modality import ATAC, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.networks.panels import depth
 from pyro_multivi.posterior.engine.decode import Average, block_width, decode, mean_buffers
 from pyro_multivi.posterior.engine.draws import feature_blocks, mean_latents, region_factors
@@ -53,6 +54,7 @@ def clear_shrinkage(program: MultiVIProgram) -> None:
 
 
 @torch.no_grad()
+@tells_if_interrupted("what is imputed is not drawn towards the mean of the measured")
 def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None) -> None:
     """Set ``rna_mean``, ``rna_mean_weight`` and those of ATAC of a program.
 
@@ -79,16 +81,12 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
         return
     for modality in modelled(program.config):
         mean, weight = mean_buffers(program, modality)
-        try:
-            trained, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
-            # On the scale of what is decoded: rates of such a sum, without the factors of features.
-            level, factor = _level(program, train, modality), _feature_factor(program, modality)
-            scale = level if factor is None else level / factor
-            fitted, kept = (scale * sums.share for sums in (trained, trained + more))
-            scores = [log_scores(program, held_out.cut(part), modality, fitted) for part in pairs.split(_AT_ONCE)]
-        except KeyboardInterrupt:
-            logger.warning("interrupted after training: what is imputed is not drawn towards the mean of the measured")
-            raise
+        trained, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
+        # On the scale of what is decoded: rates of such a sum, without the factors of features.
+        level, factor = _level(program, train, modality), _feature_factor(program, modality)
+        scale = level if factor is None else level / factor
+        fitted, kept = (scale * sums.share for sums in (trained, trained + more))
+        scores = [log_scores(program, held_out.cut(part), modality, fitted) for part in pairs.split(_AT_ONCE)]
         mean.copy_(kept)
         weight.fill_(weight_of(torch.cat(scores)))
         logger.info("imputed %s: the mean of the measured has weight %.2f", modality.name, float(weight))

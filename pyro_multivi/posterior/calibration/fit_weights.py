@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_multivi.data.loader import Minibatches, measured, spread
 from pyro_multivi.data.modality import Modality, modelled
+from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.posterior.calibration.adaptive_prior import WIDEST, AdaptivePrior, log_evidence
 from pyro_multivi.posterior.calibration.last_layer import Evidence, LastLayer
 from pyro_multivi.posterior.engine.weight_posterior import weight_buffers
@@ -43,6 +44,7 @@ def clear_weight_posteriors(program: MultiVIProgram) -> None:
 
 
 @torch.no_grad()
+@tells_if_interrupted("intervals are those of the fitted decoder, and too narrow")
 def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None = None) -> None:
     """Set ``rna_weight_directions``, ``rna_weight_sd`` and those of ATAC.
 
@@ -62,7 +64,6 @@ def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, held_out:
             _fit(program, train, held_out, modality)
         except KeyboardInterrupt:
             clear_weight_posteriors(program)
-            logger.warning("interrupted after training: intervals are those of the fitted decoder, and too narrow")
             raise
 
 
