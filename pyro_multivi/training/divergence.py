@@ -21,7 +21,6 @@ from pyro_multivi.training.objective import NegativeELBO
 #: Steps on a GPU from one check by the host to the next: rarely enough that the wait is nothing beside them, often
 #: enough that a run that diverged does not go on for long.
 STEPS_BETWEEN_CHECKS = 100
-_WITHOUT_CELLS = "Try a smaller lr or gradient_clip=10.0."
 # Gradients of more elements are not checked in every step.
 _WIDE = 1_000_000
 
@@ -224,8 +223,10 @@ def diagnose(program: MultiVIProgram, cells: Cells, epoch: int, place: int) -> T
 
 
 def _error(epoch: int, place: int, found: str, *, of_cells: bool = False) -> TrainingDiverged:
-    remedy = "Try a smaller lr, gradient_clip=10.0, or look at these cells." if of_cells else _WITHOUT_CELLS
-    return TrainingDiverged(f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: {found}. {remedy}")
+    remedy = ", gradient_clip=10.0, or look at these cells" if of_cells else " or gradient_clip=10.0"
+    return TrainingDiverged(
+        f"Training diverged in epoch {epoch + 1}, minibatch {place + 1}: {found}. Try a smaller lr{remedy}."
+    )
 
 
 def _bad_cells(log_prob: Tensor) -> Tensor:

@@ -223,12 +223,13 @@ class _Check:
                 if of_data.n_cells[code] < 2:
                     continue
                 data, model = (self._chosen_statistics(sums.statistics(code)) for sums in (of_data, of_model))
-                labels: dict[str, Any] = {"by": grouping.by, "group": group, "feature": names}
-                table = "groups"
-                if grouping.by == "all":
-                    table, labels = modality.features, {modality.feature: names}
-                if grouping.by == "all" and isinstance(modality, ExtraFeatures):
+                labels: dict[str, Any]
+                if grouping.by != "all":
+                    table, labels = "groups", {"by": grouping.by, "group": group, "feature": names}
+                elif isinstance(modality, ExtraFeatures):
                     table, labels = "extra", {"modality": modality.name, "feature": names}
+                else:
+                    table, labels = modality.features, {modality.feature: names}
                 self._add({table: stats.compare_all(data, model, labels, self.request.level)})
 
     def _tabulate_cells(

@@ -7,13 +7,17 @@ the distance of the neighbours. That a cell is of a label that the reference has
 their distances to neighbours of other labels alone: so far from everything would they be if theirs were not there.
 Whether a cell lies apart is told by how far held-out reference cells lie from their neighbours.
 
-All this holds on average over cells, where a query has the types of the reference in like shares, and not within each
-type: neighbours of a rare type lie farther apart. In simulation (450 reference cells, 20 of a rare type, 24 queries) 0
-to 12 % of all cells of known types had p-values below 0.05, 4.8 % on average. Where the rare type lay apart, 23 to 87 %
-of its cells did, though the label of their neighbours was right for 62 to 100 %; 5 neighbours in place of 15 helped
-little. Where it did not, 0 to 20 % of them were labelled right, at a mean confidence of 0.5 to 0.8. Rejected: distances
-relative to those of the neighbours from theirs (local outlier factor). Of the rare type 2 and 3 % had p-values below
-0.05, in place of 38 and 87 %, but of an unknown type 30 and 42 % in place of 92 and 95 %.
+All this holds on average over cells, where a query has the types of the reference in like shares. It does not hold
+within each type: neighbours of a rare type lie farther apart. In simulation (450 reference cells, 20 of them of a rare
+type, 24 queries):
+
+- Of all cells of known types 0 to 12 % had p-values below 0.05, 4.8 % on average.
+- Where the rare type lay apart, 23 to 87 % of its cells did, though 62 to 100 % had the right label.
+- Where it did not lie apart, 0 to 20 % of its cells had the right label, at a mean confidence of 0.5 to 0.8.
+
+Five neighbours in place of 15 help little. Distances relative to those of the neighbours from theirs (local outlier
+factor) lower the second figure, from 38 and 87 to 2 and 3 %. But of an unknown type they find only 30 and 42 %, not 92
+and 95 %.
 """
 
 from __future__ import annotations
