@@ -194,7 +194,7 @@ class _FeatureMoments:
     def add(self, cells: Cells, batch_nk: Tensor) -> None:
         counts, measured = self._modality.counts_in(cells), self._modality.measured_in(cells).cpu()
         panels: Panels | None = self._modality.panels_in(cells)
-        rows = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
+        rows = SparseCounts.of(counts)
         # On the CPU in double precision: a sum over 10^6 cells outgrows float32.
         col, val, n = rows.col.cpu(), rows.val.detach().cpu(), rows.shape[1]
         self._panels = torch.ones(1, n, dtype=torch.double) if panels is None else panels.measured.cpu().double()

@@ -88,6 +88,11 @@ class SparseCounts(torch.Tensor):
         crow[1:] = torch.bincount(rows, minlength=len(dense)).cumsum(0)
         return cls(crow, col, dense[rows, col], (dense.shape[0], dense.shape[1]))
 
+    @classmethod
+    def of(cls, counts: Tensor) -> SparseCounts:
+        """Counts that are compressed already, as they are; others compressed."""
+        return counts if isinstance(counts, SparseCounts) else cls.from_dense(counts)
+
     def rows(self) -> Tensor:
         """Row of each stored entry, shape (nnz,)."""
         index = torch.arange(self.shape[0], device=self.val.device)

@@ -310,8 +310,7 @@ class ValueRows:
 
     def entries(self) -> Entries:
         """The non-zero values."""
-        flat = self.flat if isinstance(self.flat, SparseCounts) else SparseCounts.from_dense(self.flat)
-        return Entries(flat, self.source)
+        return Entries(SparseCounts.of(self.flat), self.source)
 
 
 def dense_rows(value: Tensor) -> Tensor:

@@ -153,8 +153,7 @@ def marginal_likelihood(
 
 def _read_as(reading: str, site: Any, cells: Cells) -> None:
     """Score the site of accessibility by another reading, in the cells that have it."""
-    y = cells.y if isinstance(cells.y, SparseCounts) else SparseCounts.from_dense(cells.y)
-    found = READINGS[reading](site["fn"], y)
+    found = READINGS[reading](site["fn"], SparseCounts.of(cells.y))
     site["unscaled_log_prob"] = torch.where(cells.has_atac, found, 0.0).expand_as(site["unscaled_log_prob"])
 
 

@@ -125,7 +125,7 @@ def measured_as(cells: Cells, like: Cells) -> Cells:
 
 def _without_features(cells: Cells, modality: Modality, measured: torch.Tensor) -> Cells:
     counts = modality.counts_in(cells)
-    rows = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
+    rows = SparseCounts.of(counts)
     kept = measured[rows.col.long()]
     crow = torch.zeros_like(rows.crow)
     crow[1:] = torch.bincount(rows.rows()[kept], minlength=len(cells)).cumsum(0)

@@ -204,7 +204,7 @@ def _as_mudata(adata: AnnData, spec: DataSpec, modalities: Sequence[AnyModality]
 
 
 def _as_csr(counts: Tensor) -> sp.csr_matrix:
-    sparse = counts if isinstance(counts, SparseCounts) else SparseCounts.from_dense(counts)
+    sparse = SparseCounts.of(counts)
     parts = (sparse.val.cpu().numpy(), sparse.col.cpu().numpy().astype(np.int32), sparse.crow.cpu().numpy())
     return sp.csr_matrix(parts, shape=(sparse.shape[0], sparse.shape[1]))
 
