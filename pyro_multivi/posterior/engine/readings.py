@@ -35,7 +35,7 @@ def log_prob_as_open(fn: Any, y: SparseCounts) -> Tensor:
         return torch.log(-torch.expm1(zero)).clamp(min=-1e4) - zero
 
     closed = SparseCounts(torch.zeros_like(y.crow), y.col[:0], y.val[:0], (y.shape[0], y.shape[1]))
-    return fn.log_prob(closed) + _sum_at_entries(fn, {"size": fn.size, "rate": fn.rate}, y, opened)
+    return fn.log_prob(closed) + _sum_at_entries(fn, fn.size, fn.rate, y, opened)
 
 
 def log_prob_as_counts(fn: Any, y: SparseCounts) -> Tensor:
@@ -48,7 +48,7 @@ def log_prob_as_counts(fn: Any, y: SparseCounts) -> Tensor:
         mean = -torch.log1p(-q.clamp(max=1 - 1e-6))
         return torch.xlogy(x, mean) - mean - torch.lgamma(x + 1) - torch.log(q)
 
-    return fn.log_prob(y) + _sum_at_entries(fn, {"size": fn.cell_factor, "rate": fn.region_factor}, y, counted)
+    return fn.log_prob(y) + _sum_at_entries(fn, fn.cell_factor, fn.region_factor, y, counted)
 
 
 #: Readings by the word for what they are of.
@@ -68,14 +68,13 @@ def _check(fn: Any) -> None:
 
 def _sum_at_entries(
     fn: CellDistribution,
-    factors: Mapping[str, Tensor | None],
+    size: Tensor,
+    rate: Tensor | None,
     y: SparseCounts,
     term: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Sum over the counts above zero of each cell of a function of p times both factors, the region and the count."""
+    """Sum over the counts above zero of each cell of a function of p size rate, the region and the count."""
     p: Any = fn.p
-    size, rate = factors["size"], factors["rate"]
-    assert size is not None
     shape = fn.batch_shape
     row, col = y.rows().long(), y.col.long()
     hidden = p.hidden.expand(*shape, -1) if isinstance(p, Readout) else None
