@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from pyro_multivi.api.scvi_tools.arguments import tell_difference
-from pyro_multivi.data.checks import check_number, first_names, least_draws, nearest, shown, unwrapped
+from pyro_multivi.data.checks import (
+    check_number,
+    check_probability,
+    first_names,
+    least_draws,
+    nearest,
+    shown,
+    unwrapped,
+)
 from pyro_multivi.data.loader import Minibatches
 from pyro_multivi.data.minibatch import AnyModality, Panels
 from pyro_multivi.data.modality import ATAC, PROTEIN, RNA
@@ -220,9 +228,7 @@ def average_over(
     if n_samples_overall is not None:
         tell_difference("n_samples_overall")
     if return_interval is not None:
-        level = check_number("return_interval", return_interval)
-        if not 0 < level < 1:
-            raise ValueError(f"return_interval={return_interval!r} is not allowed: give a probability such as 0.9.")
+        level = check_probability("return_interval", return_interval, 0.9)
         if not return_mean:
             raise ValueError("return_interval is a summary of the draws, return_mean=False asks for them: choose one.")
         least = least_draws(level)

@@ -204,6 +204,14 @@ def check_number(
     return float(found)
 
 
+def check_probability(argument: str, value: Any, example: float) -> float:
+    """A number above 0 and below 1; the message names an example."""
+    found = check_number(argument, value)
+    if not 0 < found < 1:
+        raise _refused(argument, value, f"a probability such as {example}")
+    return found
+
+
 def check_choice(name: str, found: object, allowed: Sequence[str], kind: type[ValueError] = ValueError) -> None:
     """Refuse what is not one of some words, and name them and the nearest."""
     if not isinstance(found, str) or found not in allowed:

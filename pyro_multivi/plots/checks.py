@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_multivi._optional import require
-from pyro_multivi.data.checks import check_choice, check_number, checked
+from pyro_multivi.data.checks import check_choice, check_probability, checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.plots.style import PALETTE, axes_or_new, check_table, labelled, statistic_name, whole_numbers
 from pyro_multivi.posterior.checks.result import outside
@@ -49,9 +49,7 @@ def observed_against_replicated(
         If the table does not hold the statistic.
     """
     part = _of_statistic(table, statistic)
-    level = check_number("level", level)
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} is not allowed: give a probability such as 0.95.")
+    level = check_probability("level", level, 0.95)
     part = part.dropna(subset=["observed", "replicated"])
     is_outside = pd.Series(np.logical_or(*outside(part["p_value"], level)), index=part.index)
     n_outside, n = int(is_outside.sum()), len(part)

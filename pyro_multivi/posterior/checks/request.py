@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import check_choice, check_number, least_draws, name_list
+from pyro_multivi.data.checks import check_choice, check_probability, least_draws, name_list
 from pyro_multivi.data.minibatch import AnyModality
 from pyro_multivi.data.setup.covariates import grouping
 from pyro_multivi.data.setup.spec import DataSpec
@@ -65,13 +65,10 @@ class CheckRequest:
     user: Mapping[str, UserStatistic] = field(init=False)
 
     def __post_init__(self) -> None:
-        level = check_number("level", self.level)
-        if not 0 < level < 1:
-            raise ValueError(f"level={self.level!r} is not allowed: give a probability such as 0.95.")
-        least = least_draws(level)
+        self.level = check_probability("level", self.level, 0.95)
+        least = least_draws(self.level)
         if self.n_samples < least:
             raise ValueError(f"n_samples={self.n_samples} is too few for level={self.level!r}: give at least {least}.")
-        self.level = level
         check_choice("hidden_depth", self.hidden_depth, DEPTHS)
         known = [
             name for modality in self.features for name in (*feature_statistics(modality), *cell_statistics(modality))
