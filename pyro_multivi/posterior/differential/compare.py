@@ -319,7 +319,7 @@ def _compare_two_means(
     over = np.ones(len(drawn[0].mean)) if seen is None or detection is not None else seen.double().cpu().numpy()
     counted = [_counts_of(shared, group, moments, factor * over) for group in groups if request.corrects_by_counts]
     tested, known = None, np.ones(len(drawn[0].mean), dtype=bool)
-    if counted and all(np.any(group.n_cells) for group in counted):
+    if counted:
         # Nothing is known of a feature that no cell of a group measured.
         both = np.logical_and(*(np.asarray(group.n_cells) > 0 for group in counted))
         if both.any():

@@ -130,15 +130,15 @@ def stream(fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, si
     processes = current()
     n_done = int(processes.first(0 if sink is None else sink.n_done))
     (to_first,) = processes.any(sink is None)
-    if not processes.are_several:
-        assert sink is not None
-        fill(remaining_minibatches(cells, n_done, silent), sink)
-        return
     rest = Minibatches(cells.table, cells.index[n_done:], batch_size=cells.batch_size, device=cells.device)
-    parts = rest.parts()
-    starts = n_done + np.cumsum([0, *map(len, parts)])
     silent = silent or not processes.is_first
     with tqdm(total=cells.n_cells, initial=n_done, desc="posterior", unit="cell", disable=silent) as bar:
+        if not processes.are_several:
+            assert sink is not None
+            fill(_shown_by(bar, rest), sink)
+            return
+        parts = rest.parts()
+        starts = n_done + np.cumsum([0, *map(len, parts)])
         for number in range(0, len(parts), processes.size):
             mine = number + processes.rank
             recorder = Recorder(int(starts[min(mine, len(parts))]))
@@ -150,13 +150,11 @@ def stream(fill: Callable[[Iterable[Cells], Sink], None], cells: Minibatches, si
             bar.update(sum(map(len, parts[number : number + processes.size])))
 
 
-def remaining_minibatches(cells: Minibatches, n_done: int, silent: bool) -> Iterator[Cells]:
-    """Minibatches of the cells that are not done yet, with a progress bar over all of them."""
-    rest = Minibatches(cells.table, cells.index[n_done:], batch_size=cells.batch_size, device=cells.device)
-    with tqdm(total=cells.n_cells, initial=n_done, desc="posterior", unit="cell", disable=silent) as bar:
-        for minibatch in rest:
-            yield minibatch
-            bar.update(len(minibatch))
+def _shown_by(bar: Any, minibatches: Minibatches) -> Iterator[Cells]:
+    """Minibatches, each shown by a progress bar once it is done."""
+    for minibatch in minibatches:
+        yield minibatch
+        bar.update(len(minibatch))
 
 
 def request_digest(
