@@ -53,7 +53,10 @@ def accessibility_log_prob(p: Readout, cell_factor: Tensor, region_factor: Tenso
 
 @dataclass(frozen=True)
 class _AccessibilityTerm:
-    """Arguments of a likelihood of accessibility. Shapes: n cells, M regions, H hidden units."""
+    """Arguments of a likelihood of accessibility. Shapes: n cells, M regions, H hidden units.
+
+    ``needs`` says of each tensor, in their order, whether its gradient is wanted.
+    """
 
     entries: Entries
     gemm_dtype: torch.dtype | None

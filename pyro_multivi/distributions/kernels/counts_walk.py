@@ -35,7 +35,10 @@ class Family:
 
 @dataclass(frozen=True)
 class CountsTerm:
-    """Arguments of a likelihood of counts. Shapes: n cells, G genes, H hidden units."""
+    """Arguments of a likelihood of counts. Shapes: n cells, G genes, H hidden units.
+
+    ``needs`` says of each tensor, in their order, whether its gradient is wanted.
+    """
 
     entries: Entries
     family: Family

@@ -57,7 +57,10 @@ def fragments_log_prob(p: Readout, size: Tensor, rate: Tensor, theta: Tensor | N
 
 @dataclass(frozen=True)
 class FragmentsTerm:
-    """Arguments of a likelihood of fragment counts. Shapes: n cells, M regions, H hidden units."""
+    """Arguments of a likelihood of fragment counts. Shapes: n cells, M regions, H hidden units.
+
+    ``needs`` says of each tensor, in their order, whether its gradient is wanted.
+    """
 
     entries: Entries
     gemm_dtype: torch.dtype | None

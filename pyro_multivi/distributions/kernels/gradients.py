@@ -90,9 +90,9 @@ class Pending:
         self._can_check = device.type == "cpu"
         self._forms_now = wants_grad and (self._can_check or declared is not None)
 
-    def value(self, n_rows: int, like: Tensor) -> Tensor:
-        """Evaluate the log-probabilities, and the gradients if that can be done already."""
-        weights = like.new_full((n_rows,), self.weight) if self._forms_now else None
+    def value(self, hidden: Tensor) -> Tensor:
+        """Evaluate the log-probabilities, one for each row, and the gradients if that can be done already."""
+        weights = hidden.new_full((len(hidden),), self.weight) if self._forms_now else None
         value, gradients = self.evaluate(weights, True)
         if weights is not None:
             self.formed = gradients
@@ -125,7 +125,7 @@ def log_prob(evaluate: Callable[..., Any], make_term: Callable[..., Any], *input
     make_term
         Makes that term, from the inputs and the tuple that tells which of them need a gradient.
     inputs
-        Tensors that gradients may be asked for. The first has a row for each cell.
+        Tensors that gradients may be asked for. The first is a hidden layer, (n, H).
     """
     value: Tensor = _LogProb.apply(evaluate, make_term, torch.is_grad_enabled(), *inputs)
     return value
@@ -137,11 +137,11 @@ class _LogProb(torch.autograd.Function):
         ctx: Any, evaluate: Callable[..., Any], make_term: Callable[..., Any], grad_enabled: bool, *inputs: Any
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
-        like: Tensor = inputs[0]
+        hidden: Tensor = inputs[0]
         evaluation: Evaluation = partial(evaluate, make_term(*inputs, needs))
-        ctx.pending = Pending(evaluation, like.device, grad_enabled and any(needs))
+        ctx.pending = Pending(evaluation, hidden.device, grad_enabled and any(needs))
         ctx.save_for_backward(*inputs)
-        return ctx.pending.value(len(like), like)
+        return ctx.pending.value(hidden)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:

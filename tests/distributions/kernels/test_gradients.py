@@ -131,7 +131,7 @@ def test_gradients_are_formed_once(case: Any, monkeypatch: pytest.MonkeyPatch) -
         assert len(walks) == expected
     formed: list[Any] = []
     value = Pending.value
-    monkeypatch.setattr(Pending, "value", lambda self, n, like: (value(self, n, like), formed.append(self.formed))[0])
+    monkeypatch.setattr(Pending, "value", lambda self, hidden: (value(self, hidden), formed.append(self.formed))[0])
     with torch.no_grad():
         assert not case.build(inputs).log_prob(x).requires_grad
     case.build({name: v.detach() for name, v in inputs.items()}).log_prob(x)
