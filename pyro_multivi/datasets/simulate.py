@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from scipy.special import softmax
 
 from pyro_multivi.data.checks import checked, whole_numbers
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA
@@ -42,9 +43,8 @@ class _Decoders:
 
     def rho(self, z_nk: Array, batch_ng: Array | float = 0.0) -> Array:
         """Expected share of each gene, shape (cells, genes); rows sum to 1."""
-        rho_ng: Array = z_nk @ self.rna_loading_kg + self.rna_bias_g + batch_ng
-        rho_ng = np.exp(rho_ng - rho_ng.max(1, keepdims=True))
-        return rho_ng / rho_ng.sum(1, keepdims=True)
+        rho_ng: Array = softmax(z_nk @ self.rna_loading_kg + self.rna_bias_g + batch_ng, axis=1)
+        return rho_ng
 
     def pi(self, z_nk: Array, dropout: float) -> Array:
         """Probability of an excess zero, shape (cells, genes)."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import Tensor
 
 from pyro_multivi.processes.shares import Arrays, gather_arrays
@@ -227,8 +228,7 @@ def estimated_delta(change: Array, least: float) -> float:
     narrowest = 1e-4 * values.var()
     for _ in range(200):
         log_part = np.log(share) - 0.5 * (np.log(variance) + (values[:, None] - loc) ** 2 / variance)
-        part = np.exp(log_part - log_part.max(1, keepdims=True))
-        part /= part.sum(1, keepdims=True)
+        part = softmax(log_part, axis=1)
         weight = np.maximum(part.sum(0), 1e-12)
         share, loc = weight / weight.sum(), (part * values[:, None]).sum(0) / weight
         variance = np.maximum((part * (values[:, None] - loc) ** 2).sum(0) / weight, narrowest)

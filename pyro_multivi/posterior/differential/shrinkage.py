@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
+from scipy.special import ndtr, softmax
 
 Array = NDArray[np.float64]
 
@@ -157,10 +157,7 @@ class ShrinkagePrior:
     def posterior(self, change: Array, error: Array) -> ChangePosterior:
         """Posterior of features with these estimates and standard errors, (F,)."""
         error = np.maximum(error, _LEAST_ERROR)
-        log_weight = np.log(self.share) + _log_density(change - self.centre, error, self.width)
-        log_weight -= log_weight.max(1, keepdims=True)
-        weight = np.exp(log_weight)
-        weight /= weight.sum(1, keepdims=True)
+        weight = softmax(np.log(self.share) + _log_density(change - self.centre, error, self.width), axis=1)
         precision = 1 / self.width[None] ** 2 + 1 / error[:, None] ** 2
         loc = (self.centre / self.width[None] ** 2 + change[:, None] / error[:, None] ** 2) / precision
         return ChangePosterior(weight, loc, np.sqrt(1 / precision))
