@@ -80,7 +80,8 @@ class StoredMatrix:
             try:
                 self._indptr, self.shape, self.at_once = layout(group[name], f"{self.path}, {name!r}")
             except OSError as error:
-                raise of_the_machine(error, self.path) or error from error
+                raise_system_error(error, self.path)
+                raise
             self.dtype = np.dtype((group[name] if self._indptr is None else group[name]["data"]).dtype)
         if self.dtype.kind not in "buif":
             raise ValueError(f"{self.path}, {name!r}, holds values of type {self.dtype}; counts must be numbers.")
