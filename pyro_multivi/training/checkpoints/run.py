@@ -21,7 +21,6 @@ from pyro_multivi.data.checks import shown
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
-from pyro_multivi.data.stores.reference import checksum_of
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training.options import FitOptions
@@ -87,8 +86,8 @@ class Run(NamedTuple):
         contents = {
             "code of pyro_multivi": _code_of_package(),
             "code of the program": zlib.crc32(_code(type(program)).encode()),
-            "names or order of the cells": checksum_of(table.cell_names),
-            "names or order of the features": checksum_of(features),
+            "names or order of the cells": zlib.crc32("\0".join(table.cell_names).encode()),
+            "names or order of the features": zlib.crc32("\0".join(features).encode()),
             **dict(_contents(table)),
         }
         return cls(values, contents)
