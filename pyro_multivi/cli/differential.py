@@ -42,5 +42,7 @@ def differential(options: argparse.Namespace) -> None:
         found = "" if called is None else f": {int(rows[called].sum())} called at FDR {options.fdr_target:g}"
         batches = table.attrs["batches"][comparison][0]
         found += "" if batches is None else f", decoded in {', '.join(batches)}"
+        covariates = table.attrs["covariates"][comparison]
+        found += f", at the same {', '.join(covariates)}" if covariates else ""
         print(f"  {comparison}, {len(rows)} features{found}")
     print(f"written to {out}")

@@ -216,6 +216,13 @@ def design(opened: Opened, spec: Any, batch_code: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
+def covariate_columns(spec: Any) -> dict[str, slice]:
+    """Columns of :func:`design` of each covariate beside the batch, by name."""
+    widths = [*((key, len(known)) for key, known in spec.categorical.items()), *((key, 1) for key in spec.continuous)]
+    ends = np.cumsum([spec.n_batch, *(width for _, width in widths)]).tolist()
+    return {key: slice(end, end + width) for (key, width), end in zip(widths, ends, strict=False)}
+
+
 def size_factors(
     opened: Opened,
     setup: Setup,

@@ -21,7 +21,7 @@ from pyro_multivi.data.modality import ATAC, Modality
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.panels import measured_share
 from pyro_multivi.posterior.differential.cell_pairs import CellPairs, DrawSelection, pair_order
-from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, lie_unevenly
+from pyro_multivi.posterior.differential.contrasts import Contrast, Partition, batches_of_both, covariates_of_both
 from pyro_multivi.posterior.differential.effect import Statistics, StatisticsByBlock, TestSpecification, estimated_delta
 from pyro_multivi.posterior.differential.group_draws import DrawKey, DrawSource, GroupDraws, Moments, feature_blocks_of
 from pyro_multivi.posterior.differential.group_means import (
@@ -69,6 +69,7 @@ def compare_groups(
     request: DifferentialRequest,
     names: Sequence[str],
     batch_names: Sequence[str],
+    covariates: Mapping[str, slice],
     device: torch.device,
     silent: bool = True,
 ) -> pd.DataFrame:
@@ -78,6 +79,8 @@ def compare_groups(
     ----------
     names, batch_names
         Names of the features to report, and of all batches.
+    covariates
+        Columns of the design by the name of a covariate.
     silent
         Show no progress bar.
 
@@ -85,10 +88,11 @@ def compare_groups(
     -------
     DataFrame
         The comparisons below each other, one row per feature. ``attrs["batches"]`` holds, by comparison, the names of
-        the batches that each group was decoded in, None for each cell in its own; ``attrs["changed_as_a_whole"]`` the
-        comparisons in which nearly all genes are called.
+        the batches that each group was decoded in, None for each cell in its own; ``attrs["covariates"]`` the names of
+        other covariates in which both groups have their common mean; ``attrs["changed_as_a_whole"]`` the comparisons in
+        which nearly all genes are called.
     """
-    shared = _SharedDraws(DrawSource(program, table, request, device), contrasts)
+    shared = _SharedDraws(DrawSource(program, table, request, device), contrasts, covariates)
     warn_of_unmeasured(shared.pseudobulk, contrasts, request)
     compare = _compare_means if request.unit == "group" else _compare_cells
     compared = compare(shared, silent)
@@ -99,6 +103,10 @@ def compare_groups(
         ]
         for contrast, groups in zip(contrasts, shared.groups, strict=True)
     }
+    found.attrs["covariates"] = {
+        contrast.comparison: [name for name, which in covariates.items() if (which.start in dict(group[0].covariates))]
+        for contrast, (group, _) in zip(contrasts, shared.groups, strict=True)
+    }
     whole = found.attrs["changed_as_a_whole"] = changed_as_a_whole(compared, contrasts, request)
     if whole:
         logger.warning(
@@ -106,6 +114,8 @@ def compare_groups(
             "Look at those few first, or compare with a larger delta.", request.modality.features, first_names(whole),
         )  # fmt: skip
     logger.info("Batches that the groups are decoded in: %s", found.attrs["batches"])
+    if covariates:
+        logger.info("Covariates in which they are decoded at their common mean: %s", found.attrs["covariates"])
     return found
 
 
@@ -115,6 +125,8 @@ class _SharedDraws:
 
     source: DrawSource
     contrasts: Sequence[Contrast]
+    #: Columns of the design by the name of a covariate.
+    covariates: Mapping[str, slice]
 
     @property
     def request(self) -> DifferentialRequest:
@@ -138,8 +150,10 @@ class _SharedDraws:
         found = []
         for contrast, (parts1, parts2) in zip(self.contrasts, self.partition.groups, strict=True):
             batches1, batches2 = self._decoded_in(contrast)
-            group1 = tuple(DrawKey(part, batches1) for part in parts1)
-            found.append((group1, tuple(DrawKey(part, batches2) for part in parts2)))
+            wanted = self.request.batch_correction
+            same = covariates_of_both(contrast, self.source.table.design, self.covariates, wanted)
+            group1 = tuple(DrawKey(part, batches1, covariates=same) for part in parts1)
+            found.append((group1, tuple(DrawKey(part, batches2, covariates=same) for part in parts2)))
         return found
 
     @cached_property
@@ -162,7 +176,7 @@ class _SharedDraws:
         return region_factors(self.source.program) if self.request.modality == ATAC else None
 
     def draw(self, key: DrawKey) -> GroupDraws:
-        return self.source.draw(self.source.cells_of(key, self.partition.cells[key.part]), key.batches)
+        return self.source.draw(self.source.cells_of(key, self.partition.cells[key.part]), key)
 
     def key_of_counts(self, key: DrawKey) -> DrawKey:
         """Draws by which the counts of a part are judged."""
@@ -216,21 +230,9 @@ class _SharedDraws:
         request = self.request
         if request.batches[0] is not None:
             return request.batches
-        code = self.source.table.batch_code
-        every = [code[index][code[index] >= 0] for index in (contrast.index1, contrast.index2)]
-        n_cells = [torch.bincount(group, minlength=int(code.max()) + 1).numpy() for group in every]
-        wanted = lie_unevenly(*n_cells) if request.batch_correction is None else request.batch_correction
-        if wanted and request.batch_correction is None and not (n_cells[0] * n_cells[1]).any():
-            logger.warning(
-                "%s: the groups share no batch, so that it is unknown what of a change is due to batches. Each is "
-                "decoded in its own; batch_correction=True extrapolates to those of the other.", contrast.comparison,
-            )  # fmt: skip
-            wanted = False
-        if not wanted:
-            return None, None
-        both = tuple(int(batch) for batch in torch.cat(every).unique())
+        both = batches_of_both(contrast, self.source.table.batch_code, request.batch_correction)
         n = request.n_draws
-        if len(both) > n:
+        if both is not None and len(both) > n:
             raise ValueError(f"n_samples={n} is fewer than the {len(both)} batches: give more draws.")
         return both, both
 

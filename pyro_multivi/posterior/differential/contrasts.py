@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+import logging
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from pyro_multivi.data.checks import first_names, nearest, shown, unwrapped
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup.covariates import grouping, name_of
+
+logger = logging.getLogger("pyro_multivi")
 
 #: Name of the second group when it is all other labelled cells.
 REST = "Rest"
@@ -254,6 +257,69 @@ def lie_unevenly(n_cells1: NDArray[np.int64], n_cells2: NDArray[np.int64]) -> bo
         return False
     share1, share2 = n_cells / n_cells.sum(1, keepdims=True)
     return bool(np.abs(share1 - share2).sum() / 2 > _UNEVEN and chi2_contingency(n_cells).pvalue < _BY_CHANCE)
+
+
+def batches_of_both(contrast: Contrast, batch_code: Tensor, wanted: bool | None) -> tuple[int, ...] | None:
+    """Batches in which both groups are decoded; None for each cell in its own.
+
+    Parameters
+    ----------
+    batch_code
+        Batch of each cell, (n,); below 0 of none.
+    wanted
+        Whether both are decoded in the same; None: where they lie unevenly over batches, and share some.
+    """
+    every = [batch_code[index][batch_code[index] >= 0] for index in (contrast.index1, contrast.index2)]
+    n_cells = [torch.bincount(group, minlength=int(batch_code.max()) + 1).numpy() for group in every]
+    if not _is_corrected(contrast, "batch", n_cells, wanted):
+        return None
+    return tuple(int(batch) for batch in torch.cat(every).unique())
+
+
+def covariates_of_both(
+    contrast: Contrast, design: Tensor, columns: Mapping[str, slice], wanted: bool | None
+) -> tuple[tuple[int, float], ...]:
+    """Columns of the design in which both groups are decoded at their common mean, and these means.
+
+    A mean over categories is their shares: what is decoded there lies between what is decoded in each.
+
+    Parameters
+    ----------
+    design
+        One row for each cell, (n, S).
+    columns
+        Those of each covariate, by name: of a category one for each, of a number one.
+    wanted
+        As in :func:`batches_of_both`; numbers by quarters of the cells.
+    """
+    found: list[tuple[int, float]] = []
+    for name, which in columns.items():
+        groups = [design[index, which] for index in (contrast.index1, contrast.index2)]
+        n_cells = [group.sum(0, dtype=torch.float64).numpy() for group in groups]
+        mean = np.sum(n_cells, axis=0) / sum(map(len, groups))
+        if len(mean) == 1 and not all(bool((group == 1).all()) for group in groups):
+            edges = np.unique(np.quantile(torch.cat(groups).double().numpy(), (0.25, 0.5, 0.75)))
+            quarters = [np.searchsorted(edges, group[:, 0].double().numpy()) for group in groups]
+            n_cells = [np.bincount(quarter, minlength=len(edges) + 1) for quarter in quarters]
+        if _is_corrected(contrast, f"value of {name!r}", n_cells, wanted):
+            found += zip(range(which.start, which.stop), mean.tolist(), strict=True)
+    return tuple(found)
+
+
+def _is_corrected(contrast: Contrast, what: str, n_cells: Sequence[NDArray[Any]], wanted: bool | None) -> bool:
+    """Whether both groups are decoded alike in a batch or covariate, over whose values their cells lie so."""
+    if wanted is not None:
+        return wanted
+    if not lie_unevenly(n_cells[0], n_cells[1]):
+        return False
+    shared = bool((n_cells[0] * n_cells[1]).any())
+    if not shared:
+        logger.warning(
+            "%s: the groups share no %s, so that it is unknown what of a change is due to it. Each is decoded in its "
+            "own; batch_correction=True extrapolates to those of the other, by what the decoder has learned of them: "
+            "of a new batch of a query that is little.", contrast.comparison, what,
+        )  # fmt: skip
+    return shared
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ _CANDIDATES = 64
 class DrawKey(NamedTuple):
     """Name of a set of draws: a part of the cells, and the batches they are decoded in (None: each in its own).
 
-    With ``measured_only`` they are of the cells of the part in which the modality was measured.
+    With ``measured_only`` they are of the cells of the part in which the modality was measured. ``covariates`` are
+    columns of the design, and the value that all of them are decoded with there.
     """
 
     part: int
     batches: tuple[int, ...] | None
     measured_only: bool = False
+    covariates: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,13 @@ class DrawSource:
         mine: dict[DrawKey, GroupDraws] = {}
 
         def draw(key: DrawKey) -> Arrays:
-            drawn = mine[key] = self.draw(cells[key], key.batches)
+            drawn = mine[key] = self.draw(cells[key], key)
             return {**drawn.arrays(), **({"largest": drawn.moments(largest=True).largest} if largest else {})}
 
         keys = list(cells)
         found = dict(zip(keys, shared_map(draw, keys, "decoding", silent), strict=True))
         # A process without a set of its own learns from one cell how draws are laid out.
-        like = next(iter(mine.values())) if mine else self.draw(cells[keys[0]][:1], keys[0].batches)
+        like = next(iter(mine.values())) if mine else self.draw(cells[keys[0]][:1], keys[0])
         draws = {key: mine[key] if key in mine else like.with_arrays(arrays) for key, arrays in found.items()}
         return draws, {key: arrays["largest"] for key, arrays in found.items() if largest}
 
@@ -192,7 +194,7 @@ class DrawSource:
         """Positions of the cells that are drawn, of a part with these, int64."""
         return index[self.request.modality.measured_in(self.table)[index]] if key.measured_only else index
 
-    def draw(self, index: Tensor, batches: tuple[int, ...] | None) -> GroupDraws:
+    def draw(self, index: Tensor, key: DrawKey) -> GroupDraws:
         """Draw cells, one posterior draw of each, and decode them.
 
         With ``weights="importance"``, 64 draws are made of each cell, and some of them taken with replacement by
@@ -202,10 +204,10 @@ class DrawSource:
         ----------
         index
             Positions of the cells, int64. The draws depend on them and the seed alone.
-        batches
-            Codes of the batches that the draws are decoded in, those of one batch after those of
-            another; None leaves each cell in its own.
+        key
+            Batches and covariates that the draws are decoded in, those of one batch after those of another.
         """
+        batches = key.batches
         modality, n, seed = self.request.modality, self.request.n_draws, self.request.seed
         # Parts share no cell: their first cells distinguish them.
         rng = np.random.default_rng([seed, int(index[0])])
@@ -218,7 +220,7 @@ class DrawSource:
         at_once = cells_at_a_time(self.request.batch_size, n_of_cell)
         if by_weight:
             at_once = min(at_once, LIKELIHOOD_ROWS // _CANDIDATES)
-        average = Average(n_samples=n_of_cell, use_mean=False, batches=batches, seed=seed)
+        average = Average(n_of_cell, use_mean=False, batches=batches, covariates=key.covariates, seed=seed)
         cells_drawn = np.unique(chosen)
         gathered, gates = _GatheredDraws(n), _GatheredDraws(n)
         factor_n, measured_n = np.full(n, np.nan), np.zeros(n, dtype=bool)

@@ -55,6 +55,8 @@ class Average:
         the last hidden layer of its decoder is then averaged over :data:`IMPUTATION_POINTS` points of the posterior.
     batches
         Codes of the batches that every cell is put into in turn; None leaves each in its own.
+    covariates
+        Columns of the design, and the value that all cells are given there; the others stay as they are.
     level
         Probability of the interval to return; None for the expectation alone.
     keep_draws
@@ -66,6 +68,7 @@ class Average:
     n_samples: int = 1
     use_mean: bool = True
     batches: tuple[int, ...] | None = None
+    covariates: tuple[tuple[int, float], ...] = ()
     level: float | None = None
     keep_draws: bool = False
     seed: int = 0
@@ -134,9 +137,13 @@ def decode(program: MultiVIProgram, cells: Cells, average: Average, sites: Seque
     at_mean = average.use_mean and average.n_samples == 1
     latents = mean_latents(program, cells) if at_mean else draw_latents(program, cells, average.n_samples, average.seed)
     interventions: list[dict[str, Tensor]] = [{}]
-    if average.batches is not None:
+    if average.batches is not None or average.covariates:
         # Of the model alone: the latents are those under the observed design.
-        interventions = [{"s": _in_batch(cells.design, code, program.config.n_batch)} for code in average.batches]
+        design = cells.design.clone()
+        for column, value in average.covariates:
+            design[:, column] = value
+        batches = (None,) if average.batches is None else average.batches
+        interventions = [{"s": _in_batch(design, code, program.config.n_batch)} for code in batches]
     decoded = [replay(program, cells, latents, sites, forced) for forced in interventions]
     if average.with_weights and latents.noise is not None:
         decoded = [
@@ -220,7 +227,9 @@ def _where(chosen_b: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(chosen_b[:, None], values, otherwise)
 
 
-def _in_batch(design: Tensor, code: int, n_batch: int) -> Tensor:
+def _in_batch(design: Tensor, code: int | None, n_batch: int) -> Tensor:
+    if code is None:
+        return design
     moved = design.clone()
     moved[:, :n_batch] = 0
     moved[:, code] = 1
