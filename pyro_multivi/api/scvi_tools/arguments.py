@@ -121,7 +121,8 @@ SPLITTER: dict[str, Foreign] = {
     "drop_dataset_tail": _left_out("every training cell is used in each epoch", False),
     "drop_last": _left_out("the last minibatch of an epoch is used, however small", False),
     "external_indexing": _refused(
-        "cells cannot be named; order them and give train_size, validation_size and shuffle_set_split=False"
+        "cells cannot be named; order them, adata[np.r_[held_out, trained, others]].copy(), make a model of these and "
+        "give train_size, validation_size and shuffle_set_split=False"
     ),
     "distributed_sampler": _left_out(_ONE_DEVICE, False),
     **{name: Foreign(ours=name) for name in ("train_size", "validation_size", "shuffle_set_split", "batch_size")},
