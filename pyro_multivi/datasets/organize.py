@@ -210,11 +210,18 @@ def _without_other_types(
     rename = f"{kinds}.astype(str).replace({other[0]!r}, {allowed[0]!r})"
     advice = f"Write one of these where they mean it: {kinds} = {rename}"
     if set(type_v) & set(allowed):
-        held = " They hold counts." if are_known else ""
-        advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})].{held}"
+        both = " They hold counts: if the cells have both modalities, they belong into multi_anndata."
+        advice = f"Take the others out: {argument}[:, ~{kinds}.isin({other})].{both if are_known else ''}"
+    elif are_known:
+        advice = f"Give it as {_argument_of(type_v[is_other][0])}"
     raise ValueError(
         f"{argument} holds features of type {first_names(other)}; allowed: {first_names(allowed)}. {advice}"
     )
+
+
+def _argument_of(kind: str) -> str:
+    """The argument for cells with features of one type."""
+    return next(f"{each.key}_anndata" for each in MODALITIES if each.feature_type == kind)
 
 
 def _empty(adata: AnnData, features: NDArray[np.bool_]) -> bool:
@@ -331,6 +338,12 @@ def _place_columns(part: _Part, var: pd.DataFrame, type_v: NDArray[np.object_]) 
     is_wanted = np.isin(type_v, _TYPES[part.pattern]) | (type_v == "")
     wanted = int(is_wanted.sum())
     if kept == 0:
+        [*others] = set(type_v[var.index.isin(part.var.index)])
+        if len(others) == 1 and part.var.index.isin(var.index).all():
+            raise ValueError(
+                f"the {own} features of {part.argument} have names of {others[0]} in multi_anndata: give it as "
+                f"{_argument_of(others[0])}"
+            )
         raise ValueError(
             f"none of the {own} features of {part.argument} is in multi_anndata: {part.argument} has "
             f"{first_names(part.var.index)}, multi_anndata has "

@@ -299,8 +299,22 @@ def test_features_of_the_other_type_are_left_out_if_they_hold_nothing(multi, rna
     assert caplog.messages == ["2 other features of rna_anndata hold no counts and are left out"]
     wide.layers["counts"] = multi.X.copy()
     wide.var["feature_types"] = wide.var["feature_types"].replace({PEAKS: "ATAC"})
-    with pytest.raises(ValueError, match=r"type 'ATAC'; .*isin\(\['ATAC'\]\)\]. They hold counts"):
+    with pytest.raises(
+        ValueError, match=r"type 'ATAC'; .*isin\(\['ATAC'\]\)\]. They hold counts: .* belong into multi_anndata"
+    ):
         organize_multiome_anndatas(multi, wide)
+
+
+def test_data_given_in_the_place_of_the_other_modality(multi):
+    """Scripts for scvi-tools do: ``organize_multiome_anndatas(paired, atac)``."""
+    atac = multi[:, multi.var["feature_types"] == PEAKS].copy()
+    atac.obs_names = ["a1", "a2"]
+    with pytest.raises(ValueError, match="rna_anndata holds features of type 'Peaks'.* Give it as atac_anndata$"):
+        organize_multiome_anndatas(multi, atac)
+    del atac.var["feature_types"]
+    with pytest.raises(ValueError, match="2 features of rna_anndata have names of Peaks .*: give it as atac_anndata$"):
+        organize_multiome_anndatas(multi, atac)
+    assert organize_multiome_anndatas(multi, atac_anndata=atac).n_obs == 4
 
 
 def test_advice_on_feature_types_leaves_features(multi, rna):
