@@ -7,7 +7,7 @@ from importlib import import_module as _import_module
 
 _MODULE_OF = {
     "organize_cite_seq_10x": "pyro_multivi.data.setup.extra.antibodies",
-    "organize_multiome_anndatas": "pyro_multivi.datasets.organize",
+    "organize_multiome_anndatas": "pyro_multivi.datasets.scvi_readers",
     "read_10x_atac": "pyro_multivi.datasets.scvi_readers",
     "read_10x_multiome": "pyro_multivi.datasets.scvi_readers",
     "read_h5ad": "anndata",

@@ -1,13 +1,15 @@
-"""Readers by the names, and with the columns, of ``scvi.data``."""
+"""Functions by the names of ``scvi.data``, with the columns and names of cells that scvi-tools gives."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pandas as pd
 from anndata import AnnData
 
 from pyro_multivi.data.checks import checked
+from pyro_multivi.datasets import organize
 from pyro_multivi.datasets.mtx import read_10x_mtx
 
 _RENAMED = {"gene_ids": "ID", "feature_types": "modality"}
@@ -55,6 +57,35 @@ def read_10x_atac(base_path: str | os.PathLike[str]) -> AnnData:
         As from :func:`read_10x_multiome`.
     """
     return read_10x_multiome(base_path)
+
+
+def organize_multiome_anndatas(
+    multi_anndata: AnnData | Any | None = None,
+    rna_anndata: AnnData | None = None,
+    atac_anndata: AnnData | None = None,
+    modality_key: str = "modality",
+    **options: Any,
+) -> AnnData:
+    """Join data as :func:`pyro_multivi.organize_multiome_anndatas`, and name cells as scvi-tools does.
+
+    Scripts cut off the end of every name that scvi-tools adds; of names without it they cut off a part.
+
+    Parameters
+    ----------
+    multi_anndata, rna_anndata, atac_anndata, modality_key, options
+        As there.
+
+    Returns
+    -------
+    AnnData
+        As there; behind each name in ``obs_names`` is what was measured: ``"_paired"``, ``"_expression"`` or
+        ``"_accessibility"``.
+    """
+    joined = organize.organize_multiome_anndatas(multi_anndata, rna_anndata, atac_anndata, modality_key, **options)
+    parts = [part for part in (multi_anndata, rna_anndata, atac_anndata) if part is not None]
+    names = [name for part in parts for name in part.obs_names]
+    joined.obs_names = [f"{name}_{kind}" for name, kind in zip(names, joined.obs[modality_key], strict=True)]
+    return joined
 
 
 def _with_batch_id(adata: AnnData) -> AnnData:

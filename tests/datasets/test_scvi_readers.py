@@ -91,3 +91,21 @@ def test_organize_keeps_the_column(multiome):
     joined = scvi.data.organize_multiome_anndatas(adata[:1].copy(), adata[1:2, genes].copy(), adata[2:, ~genes].copy())
     assert list(joined.var["modality"]) == ["Gene Expression", "Gene Expression", "Peaks"]
     assert "feature_types" not in joined.var
+
+
+def test_organize_names_cells_as_scvi_tools_does(multiome):
+    """Scripts cut the end off again, as ``name.rsplit("_", 1)[0]``."""
+    adata = read_10x_multiome(multiome)
+    adata.obs_names = [f"s1_{name}" for name in adata.obs_names]
+    genes = adata.var["modality"] == "Gene Expression"
+    paired, rna, atac = adata[:1].copy(), adata[:1, genes].copy(), adata[1:2, ~genes].copy()
+    joined = scvi.data.organize_multiome_anndatas(paired, rna, atac)
+    assert [name.rsplit("_", 1)[1] for name in joined.obs_names] == ["paired", "expression", "accessibility"]
+    known = [*paired.obs_names, *rna.obs_names, *atac.obs_names]
+    assert [name.rsplit("_", 1)[0] for name in joined.obs_names] == known
+    alone = scvi.data.organize_multiome_anndatas(paired, modality_key="kind")
+    assert alone.obs_names.tolist() == [f"{known[0]}_paired"]
+    mdata = scvi.simulate_multiome((3, 0, 0), 4, 5, return_mudata=True)
+    assert scvi.data.organize_multiome_anndatas(mdata).obs_names.tolist() == [f"{n}_paired" for n in mdata.obs_names]
+    # By our own name the function leaves names that occur once as they are.
+    assert scvi.organize_multiome_anndatas(paired).obs_names.tolist() == known[:1]
