@@ -108,16 +108,6 @@ def moved(x: sp.csr_matrix, columns: NDArray[np.int64], width: int) -> sp.csr_ma
     return made
 
 
-def with_unique_names(frames: list[pd.DataFrame], suffixes: list[str]) -> list[pd.DataFrame]:
-    """Tables in which the name of a row that is in more than one of them gets its table's suffix."""
-    names = pd.Index([name for frame in frames for name in frame.index])
-    repeated = set(names[names.duplicated()])
-    return [
-        frame.set_axis(pd.Index([f"{name}_{suffix}" if name in repeated else name for name in frame.index]))
-        for frame, suffix in zip(frames, suffixes, strict=True)
-    ]
-
-
 def join_obsm(
     found: Sequence[Mapping[str, Any]], names: Sequence[str], cells: pd.Index[Any]
 ) -> dict[str, NDArray[Any] | sp.csr_matrix | pd.DataFrame]:

@@ -18,6 +18,7 @@ from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, modality_named
 from pyro_multivi.data.setup.adapter import layer_names
 from pyro_multivi.data.setup.masks.declared import MASKS_KEY
 from pyro_multivi.data.setup.options import is_mudata
+from pyro_multivi.data.stores.reference import joint_names
 from pyro_multivi.data.vocabulary import (
     MEASUREMENT_PATTERNS,
     MODALITIES_OF,
@@ -26,7 +27,7 @@ from pyro_multivi.data.vocabulary import (
     says_types,
     spelled,
 )
-from pyro_multivi.datasets.assembly import join_obsm, join_rows, moved, with_unique_names
+from pyro_multivi.datasets.assembly import join_obsm, join_rows, moved
 
 _log = logging.getLogger(__name__)
 
@@ -380,9 +381,9 @@ def _join_obs(parts: list[_Part], modality_key: str) -> pd.DataFrame:
                     "obs[%r] of %s holds %s: the result has %r there; give another modality_key to keep it",
                     modality_key, part.argument, first_names(sorted(found)), part.pattern,
                 )  # fmt: skip
-        frame = part.obs.drop(columns=modality_key, errors="ignore")
-        frames.append(frame)
-    obs = join_rows(with_unique_names(frames, [part.pattern for part in parts]))
+        frames.append(part.obs.drop(columns=modality_key, errors="ignore"))
+    names = joint_names([frame.index for frame in frames], [part.pattern for part in parts])
+    obs = join_rows(frames).set_axis(names)
     check_unique(obs.index, "obs_names of all inputs together", "rename the cells of one of them")
     pattern_n = np.repeat([part.pattern for part in parts], [len(frame) for frame in frames])
     obs[modality_key] = pd.Categorical(pattern_n, list(MEASUREMENT_PATTERNS))

@@ -32,6 +32,7 @@ from pyro_multivi.data.setup.modalities import Measured, find_measured, has_coun
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, in_memory, is_mudata
 from pyro_multivi.data.setup.register import modality_meanings, with_feature_types, with_modalities
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.stores.reference import joint_names
 from pyro_multivi.data.vocabulary import MODALITIES_OF, feature_type_column
 from pyro_multivi.datasets.assembly import (
     caution_of_same_cells,
@@ -39,7 +40,6 @@ from pyro_multivi.datasets.assembly import (
     join_rows,
     moved,
     spell_out_unlike_columns,
-    with_unique_names,
 )
 from pyro_multivi.datasets.features.shared import shared_features
 from pyro_multivi.datasets.features.union import described, masks, refuse_masks, united_features
@@ -348,10 +348,9 @@ def _check_found(parts: Sequence[_Part], setup: Setup, places: Mapping[str, str]
 
 def _join_obs(parts: Sequence[_Part], sample_key: str, modality_key: str) -> pd.DataFrame:
     """The cells of the result, with unique names and the columns of samples and patterns."""
-    own = [part.obs.drop(columns=[sample_key, modality_key], errors="ignore") for part in parts]
-    frames = with_unique_names(own, [part.name for part in parts])
+    frames = [part.obs.drop(columns=[sample_key, modality_key], errors="ignore") for part in parts]
     spell_out_unlike_columns(frames, "sample")
-    obs = join_rows(frames)
+    obs = join_rows(frames).set_axis(joint_names([frame.index for frame in frames], [part.name for part in parts]))
     check_unique(obs.index, "obs_names of all samples together", "rename the cells or the samples")
     sizes = [len(frame) for frame in frames]
     obs[sample_key] = pd.Categorical(np.repeat([part.name for part in parts], sizes), [part.name for part in parts])

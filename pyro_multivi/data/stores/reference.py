@@ -58,6 +58,7 @@ class Stores:
     ) -> None:
         self.stores = list(stores)
         self.cells = joint_names(cells, [store.name for store in stores])
+        check_unique(self.cells, "obs_names of all stores together", "rename the cells or the stores")
         self._features = list(features)
         self._metadata = [_metadata(Path(store.path)) for store in stores]
         self._matrices: dict[str, tuple[pd.Index[Any], JoinedMatrix]] = {}
@@ -118,20 +119,19 @@ class Stores:
         return self._metadata == [_metadata(Path(store.path)) for store in self.stores]
 
 
-def joint_names(names: Sequence[pd.Index[Any]], stores: Sequence[str]) -> pd.Index[Any]:
-    """Names of the cells of all stores; one that is in several gets the name of its store behind."""
+def joint_names(names: Sequence[pd.Index[Any]], suffixes: Sequence[str]) -> pd.Index[Any]:
+    """Names of several tables, one after the other; one that is in more than one of them gets its table's suffix."""
     every = pd.Index(np.concatenate([index.to_numpy(dtype=object) for index in names]))
     repeated = set(every[every.duplicated()])
     if not repeated:
         return every
-    joint = [
-        f"{name}_{store}" if name in repeated else name
-        for index, store in zip(names, stores, strict=True)
-        for name in index
-    ]
-    found = pd.Index(joint)
-    check_unique(found, "obs_names of all stores together", "rename the cells or the stores")
-    return found
+    return pd.Index(
+        [
+            f"{name}_{suffix}" if name in repeated else name
+            for index, suffix in zip(names, suffixes, strict=True)
+            for name in index
+        ]
+    )
 
 
 # Stores in use by their description: names of cells are read once.
