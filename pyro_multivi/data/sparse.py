@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+#: Largest count that data may have. In single precision sums of log-probabilities are good to 1e-7 of the count, which
+#: is 0.1 nats here; and the deepest cells have a few million reads in all.
+MOST_COUNTS = 10**6
+
 
 class ByFeature(NamedTuple):
     """Entries ordered by feature: those of features a..b are one slice.

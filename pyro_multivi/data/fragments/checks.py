@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pyro_multivi.data.modality import ATAC
-from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.sparse import MOST_COUNTS, SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts
 from pyro_multivi.data.table import CellTable
 
-#: Largest count, as of RNA: in single precision sums of log-probabilities are good to 1e-7 of it.
-MOST_FRAGMENTS = 10**6
 # Counts above 1 that fragments of this density would have: with so many expected, that there is none is no chance.
 _EXPECTED = 10.0
 # Standard deviations by which even counts have to outnumber odd ones.
@@ -38,13 +36,13 @@ def check_fragments(table: CellTable, region_names: Sequence[str]) -> None:
         )
     if counts is None:
         return
-    if counts.whole and counts.largest <= MOST_FRAGMENTS:
+    if counts.whole and counts.largest <= MOST_COUNTS:
         return
     for first, block in _blocks(counts):
         values = block.val
         for what, wrong in (
             ("not a whole number", values != values.floor() if values.is_floating_point() else values < 0),
-            (f"above {MOST_FRAGMENTS:,}", values > MOST_FRAGMENTS),
+            (f"above {MOST_COUNTS:,}", values > MOST_COUNTS),
         ):
             if bool(wrong.any()):
                 at = int(wrong.int().argmax())

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import Modality
 from pyro_multivi.data.setup.adapter import Counts
-from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.data.sparse import MOST_COUNTS, SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
 from pyro_multivi.data.stores.joined import on_disk
 from pyro_multivi.data.stores.matrix import RowMatrix, for_scipy, pointers_fit
@@ -25,9 +25,6 @@ from pyro_multivi.data.stores.rows import Columns
 # A block of a dense matrix stays under 64 MB in float32; sparse rows of 5 000 counts take 20 MB.
 _BLOCK_ENTRIES = 2**24
 _BLOCK_ROWS = 512
-#: Largest count of RNA. In single precision sums of log-probabilities are good to 1e-7 of the count, which is 0.1 nats
-#: here; and the deepest cells have a few million reads in all.
-MOST_COUNTS = 10**6
 
 
 def read(

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.minibatch import Measurement
+from pyro_multivi.data.sparse import MOST_COUNTS
 
-# More than any cell has of a protein, and the most of which single precision adds up log-probabilities.
-_MOST_COUNTS = 10**6
 _ADVICE = (
     "The background of proteins is modelled, from their raw counts (UMI): give these, and no values that were "
     "normalised (CLR, DSB, logarithms) or freed of their background."
@@ -32,7 +31,7 @@ def check_protein_counts(where: str, cells: Any, values: NDArray[np.float32], na
         ("infinite", np.isinf(values)),
         ("negative", known & (values < 0)),
         ("not a whole number", known & (values != np.floor(values))),
-        (f"above {_MOST_COUNTS:,}", known & (values > _MOST_COUNTS)),
+        (f"above {MOST_COUNTS:,}", known & (values > MOST_COUNTS)),
     ]
     for what, wrong in rules:
         if wrong.any():
