@@ -28,7 +28,7 @@ from pyro_multivi.data.modality import ATAC, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
 from pyro_multivi.isolation import tells_if_interrupted
 from pyro_multivi.networks.panels import depth
-from pyro_multivi.posterior.engine.decode import Average, block_width, decode, mean_buffers
+from pyro_multivi.posterior.engine.decode import Average, decode, features_at_a_time, mean_buffers
 from pyro_multivi.posterior.engine.draws import feature_blocks, mean_latents, region_factors
 from pyro_multivi.posterior.engine.replicates import counts_of, hide, where_measured
 from pyro_multivi.program import MultiVIProgram
@@ -135,7 +135,7 @@ def log_scores(program: MultiVIProgram, cells: Cells, modality: Modality, mean: 
     sums = torch.zeros(2, len(cells), 1, dtype=torch.float64, device=counts.device)
     with evaluation_mode(program):
         decoded = decode(program, hide(cells, modality), Average(), (modality.decoded,)).sites[0][modality.decoded]
-        for block, own_sbw in feature_blocks(decoded, None, block_width(len(cells))):
+        for block, own_sbw in feature_blocks(decoded, None, features_at_a_time(len(cells))):
             scale = known if known.shape[1] == 1 else known[:, block]
             scale = scale if factor is None else scale * factor[block]
             own, other = own_sbw[0] * scale, mean[block] * scale
@@ -155,7 +155,7 @@ def _level(program: MultiVIProgram, train: Minibatches, modality: Modality) -> f
     for part in sample.split(_AT_ONCE):
         with evaluation_mode(program):
             decoded = decode(program, train.cut(part), Average(), (modality.decoded,)).sites[0][modality.decoded]
-            for block, values in feature_blocks(decoded, None, block_width(len(part))):
+            for block, values in feature_blocks(decoded, None, features_at_a_time(len(part))):
                 total += float((values if factor is None else values * factor[block]).sum())
     return total / max(len(sample), 1)
 

@@ -17,7 +17,7 @@ from pyro_multivi.data.modality import ATAC, RNA
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.distributions import Readout
 from pyro_multivi.posterior.differential.request import DifferentialRequest
-from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
+from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, decode, features_at_a_time
 from pyro_multivi.posterior.engine.draws import cells_at_a_time, feature_blocks, model_trace
 from pyro_multivi.posterior.engine.likelihood import LIKELIHOOD_ROWS, log_weights, scored_traces
 from pyro_multivi.processes.group import current
@@ -94,7 +94,7 @@ class GroupDraws:
         weight_n = torch.as_tensor(
             weight / max(1, self.measured.sum()), dtype=self.values.dtype, device=self.values.device
         )
-        width = block_width(n)
+        width = features_at_a_time(n)
         gates = repeat(None) if self.gate_logits is None else feature_blocks(self.gate_logits, None, width)
         for (block, values), gate in zip(feature_blocks(self.values, None, width), gates, strict=False):
             expected = values if gate is None else values * torch.sigmoid(-gate[1])
@@ -287,7 +287,7 @@ def feature_blocks_of(
     draws: Mapping[DrawKey, GroupDraws], features: Tensor | None
 ) -> Iterator[tuple[slice, dict[DrawKey, Tensor]]]:
     """Blocks of features (default: of all), with the values of all draws, (n, f); each process has every n-th block."""
-    width = block_width(sum(len(group.values) for group in draws.values()))
+    width = features_at_a_time(sum(len(group.values) for group in draws.values()))
     streams = [feature_blocks(group.values, features, width, current().turn) for group in draws.values()]
     for parts in zip(*streams, strict=True):
         yield parts[0][0], {key: values for key, (_, values) in zip(draws, parts, strict=True)}

@@ -37,7 +37,7 @@ IMPUTATION_POINTS = 24
 _LEAST_WIDTH = 128
 
 
-def block_width(n_rows: int) -> int:
+def features_at_a_time(n_rows: int) -> int:
     """Features of a block of so many draws x cells."""
     return max(_LEAST_WIDTH, BLOCK // n_rows)
 

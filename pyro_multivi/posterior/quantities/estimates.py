@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.fragments import open_probability
-from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, block_width, decode
+from pyro_multivi.posterior.engine.decode import Average, DecodedDraws, decode, features_at_a_time
 from pyro_multivi.posterior.engine.draws import feature_blocks
 from pyro_multivi.posterior.quantities.array_sink import Sink
 from pyro_multivi.posterior.quantities.summary import summarise
@@ -93,7 +93,7 @@ def blocks(
     if n_rows == 0:
         return
     factor = _cell_factor(decoded, quantity, start, rows)
-    streams = [feature_blocks(value, quantity.features, block_width(n_rows)) for value in values]
+    streams = [feature_blocks(value, quantity.features, features_at_a_time(n_rows)) for value in values]
     towards = decoded.means.get(quantity.site)
     if towards is not None:
         towards = towards.some(quantity.features, rows)
