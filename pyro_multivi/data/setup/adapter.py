@@ -59,6 +59,8 @@ class Counts:
         Features that were measured in each panel; None if all were.
     placed
         Whether their place is that of a model's setup, so that no argument can name another.
+    beside
+        Whether the object holds a matrix at ``where`` too, which is not read: its counts are those of its stores.
     """
 
     modality: Modality
@@ -72,6 +74,7 @@ class Counts:
     hint: Callable[[bool], str]
     masks: FeatureMasks | None = None
     placed: bool = False
+    beside: bool = False
 
     def present(self, n_cells: int) -> NDArray[np.bool_]:
         """Whether each cell of the data set has a row, shape (n_cells,)."""
@@ -311,7 +314,8 @@ def _counts(
         matrix = stores.matrix(layer, adata.var_names, argument, measured_features(adata, owner))
         places = stores.cells, stores.rows_of(adata.obs_names)
         hint = {False: f", perhaps by {argument}.", True: "."}
-        return Counts(modality, matrix, owner, where, features, columns, *places, hint.__getitem__)
+        beside = adata.X is not None if layer is None else layer in adata.layers
+        return Counts(modality, matrix, owner, where, features, columns, *places, hint.__getitem__, beside=beside)
     if layer is not None and layer not in adata.layers:
         mend = f" {owner}.X looks like counts: {where} = {owner}.X.copy(), or {argument}=None in the setup."
         mend = mend if adata.X is not None and _looks_like_counts(adata.X) else ""

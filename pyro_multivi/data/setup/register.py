@@ -270,6 +270,14 @@ def setup_mudata(
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:
     found = describe(data, setup)
+    for counts in found.opened.counts.values():
+        if counts.beside:
+            remove = f"{counts.where} = None" if counts.where.endswith(".X") else f"del {counts.where}"
+            raise ValueError(
+                f"{counts.where} holds a matrix, and {counts.owner} was opened by open_stores, whose counts are "
+                f"read: which are meant? For those of the stores, {remove}; for the matrix, "
+                f"del {counts.owner}.uns[{UNS_KEY!r}]['stores']."
+            )
     likely_mistakes = cautions(found)
     report = SetupReport.of(found, likely_mistakes)
     _keep(data, setup)

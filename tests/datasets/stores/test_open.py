@@ -293,3 +293,22 @@ def test_files_of_anndata_before_0_7_are_converted(cells, tmp_path, form):
     converted = pm.open_stores(pm.convert_stores(path, tmp_path / "new.zarr", progress_bar=False))
     assert converted.obs_names.equals(cells.obs_names)
     assert converted.var_names.equals(cells.var_names)
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_a_matrix_beside_the_stores_is_not_passed_over(cells, tmp_path, layer):
+    other = cells.copy()
+    other.layers["counts"] = other.X
+    other.write_h5ad(tmp_path / "a.h5ad")
+    stored = pm.open_stores(tmp_path / "a.h5ad", layer=layer)
+    if layer is None:
+        stored.X = cells.X * 2
+        where, remove = r"adata\.X", r"adata\.X = None"
+    else:
+        stored.layers["counts"] = cells.X * 2
+        where, remove = r"adata\.layers\['counts'\]", r"del adata\.layers\['counts'\]"
+    with pytest.raises(ValueError, match=rf"{where} holds a matrix, .* For those of the stores, {remove}; for the"):
+        pm.MULTIVI.setup_anndata(stored, layer=layer)
+    del stored.uns["pyro_multivi"]["stores"]
+    pm.MULTIVI.setup_anndata(stored, layer=layer)
+    assert DataSpec.of(stored).table(stored).x.row_sums().sum() == 2 * cells.X[:, :14].sum()
