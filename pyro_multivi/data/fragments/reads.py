@@ -69,7 +69,10 @@ def reads_to_fragments(
     reads: Any = adata.X if read_layer is None else adata.layers[read_layer]
     is_sparse = bool(sp.issparse(reads))
     if is_lazy(reads) or not (is_sparse or isinstance(reads, np.ndarray)):
-        raise TypeError(f"{where} is {shown(reads)}: read it into memory first, adata.to_memory().")
+        raise TypeError(
+            f"{where} is {shown(reads)}: read it into memory first, adata.to_memory(), or what open_stores "
+            "opened by pyro_multivi.read(path)."
+        )
     is_region = _regions(adata, feature_type_key)
     made: Any = sp.csr_array(reads, copy=True)
     # A count may be stored in parts, each of which would be rounded up.

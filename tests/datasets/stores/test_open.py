@@ -312,3 +312,10 @@ def test_a_matrix_beside_the_stores_is_not_passed_over(cells, tmp_path, layer):
     del stored.uns["pyro_multivi"]["stores"]
     pm.MULTIVI.setup_anndata(stored, layer=layer)
     assert DataSpec.of(stored).table(stored).x.row_sums().sum() == 2 * cells.X[:, :14].sum()
+
+
+@pytest.mark.parametrize("verb", [pm.reads_to_fragments, pm.organize_cite_seq_10x])
+def test_verbs_of_counts_in_memory_say_how_to_have_them_there(cells, tmp_path, verb):
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(TypeError, match=r"X is None: read it .*what open_stores opened by pyro_multivi\.read\(path\)"):
+        verb(pm.open_stores(tmp_path / "a.h5ad"))

@@ -64,7 +64,10 @@ def organize_cite_seq_10x(adata: AnnData, copy: bool = False) -> AnnData | None:
         raise TypeError(f"adata must be an AnnData, got {shown(adata)}.")
     counts: Any = adata.X
     if is_lazy(counts) or not (sp.issparse(counts) or isinstance(counts, np.ndarray)):
-        raise TypeError(f"X is {shown(counts)}: read it into memory first, adata.to_memory().")
+        raise TypeError(
+            f"X is {shown(counts)}: read it into memory first, adata.to_memory(), or what open_stores "
+            "opened by pyro_multivi.read(path)."
+        )
     if OBSM_KEY in adata.obsm:
         raise ValueError(f"obsm[{OBSM_KEY!r}] is there already: delete it, or name it in the setup as it is.")
     column = feature_type_column("feature_types", adata.var.columns, needed=False)
