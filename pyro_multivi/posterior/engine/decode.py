@@ -9,8 +9,9 @@ accessibility is estimated as
 with m the mean of the cells in which the modality was measured and a weight w that held-out cells of both modalities
 teach (:mod:`pyro_multivi.posterior.calibration.fit_shrinkage`). Both are buffers of the program: ``rna_mean``,
 ``atac_mean`` and the weights ``rna_mean_weight``, ``atac_mean_weight``, 0 before that and without such cells. Set the
-weights to zero to have what is decoded alone. Draws, intervals, replicated counts, densities and differential tests are
-those of the model, without m.
+weights to zero to have what is decoded alone. As m is of all batches, what is imputed for two of them differs by 1 - w
+of what is decoded. Draws, intervals, replicated counts, densities and differential tests are those of the model,
+without m.
 """
 
 from __future__ import annotations

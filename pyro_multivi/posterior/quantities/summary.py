@@ -22,7 +22,9 @@ class Estimate(NamedTuple):
     lower, upper
         Ends of the central interval: as much of the posterior lies below one as above the other. In simulation 90 %
         intervals hold the truth of 0.91 of the genes and 0.86 of the regions that differ in 600 cells, a third of them
-        paired, and of 0.86 and 0.65 in 90: where cells are few, what one decoder shares is not known so well.
+        paired, and of 0.86 and 0.65 in 90: where cells are few, what one decoder shares is not known so well. Of 17
+        cells of a type among 700 they hold 0.78 to 0.87 of genes and of regions if RNA was measured, 0.76 and 0.82 if
+        not; of 54 cells of a batch 0.89 to 0.94 of genes and 0.76 of regions.
     """
 
     mean: Any
