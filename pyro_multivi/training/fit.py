@@ -145,7 +145,8 @@ def fit(
     share_weights(processes, program)
     fitting.watch.lap("restoring")
     n_epochs = fitting.history.n_epochs - fitting.first
-    fitting.history.ending = f"trained {n_epochs} epochs in {fitting.watch}: {at.reason}; its weights are {at.kept}"
+    trained = f"trained {n_epochs} epochs in {fitting.watch}"
+    fitting.history.ending = f"{trained}: {at.reason}; the model's weights are {at.kept}"
     fitting.history.interrupted = interrupted
     logger.info(fitting.history.ending)
     return fitting.history, moments

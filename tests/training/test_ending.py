@@ -22,7 +22,7 @@ def test_one_line_and_a_bar_of_calibration_follow(build, train, capsys):
     best = int(model.history["elbo_validation"]["elbo_validation"].argmin()) + 1
     assert line.startswith("trained 3 epochs in ")
     assert re.search(r"s \(.*steps \d+ %.*\)", line)
-    assert f": max_epochs is reached; its weights are those of epoch {best}, the best elbo_validation" in line
+    assert f": max_epochs is reached; the model's weights are those of epoch {best}, the best elbo_validation" in line
     assert line.endswith("; calibration follows")
     assert "calibration: 100%" in printed.err
     assert printed.out == ""
@@ -55,12 +55,12 @@ def interrupt(epoch, row, program):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"callbacks": [stop]}, "trained 2 epochs in .*: a callback stopped it; its weights are those of epoch"),
-    ({"callbacks": [interrupt]}, "trained 1 epochs in .*: interrupted; its weights are those of epoch 1, the best"),
+    ({"callbacks": [stop]}, "trained 2 epochs in .*: a callback stopped it; the model's weights are those of epoch"),
+    ({"callbacks": [interrupt]}, "trained 1 epochs in .*: interrupted; the model's weights are those of epoch 1, the"),
     ({"early_stopping_patience": 1, "early_stopping_min_delta": 1e9},
-     "trained 2 epochs in .*: elbo_validation has not improved for 1 epochs; its weights are those of epoch 1"),
-    ({"train_size": 1.0}, "max_epochs is reached; its weights are the latest$"),
-    ({"train_size": 1.0, "batch_size": 1}, r"its weights are the latest \(averaged over the steps before\)$"),
+     "trained 2 epochs in .*: elbo_validation has not improved for 1 epochs; the model's weights are those of epoch 1"),
+    ({"train_size": 1.0}, "max_epochs is reached; the model's weights are the latest$"),
+    ({"train_size": 1.0, "batch_size": 1}, r"the model's weights are the latest \(averaged over the steps before\)$"),
 ])  # fmt: skip
 def test_the_line_says_why_training_ended(build, train, options, said):
     model = train(build(), 5, **options)
@@ -70,7 +70,7 @@ def test_the_line_says_why_training_ended(build, train, options, said):
 def test_going_on_without_improvement_keeps_the_weights(build, train):
     model = train(build(), 2)
     train(model, 1, lr=0.5)
-    assert "its weights are those of before, which no epoch improved on" in model._history.ending
+    assert "the model's weights are those of before, which no epoch improved on" in model._history.ending
 
 
 def test_the_command_line_says_it_unless_it_is_quiet(mosaic, tmp_path, capsys):
