@@ -293,15 +293,18 @@ def covariates_of_both(
         As in :func:`batches_of_both`; numbers by quarters of the cells.
     """
     found: list[tuple[int, float]] = []
+    # In one order, so that each group against the rest has the same mean to the last bit, and shares its draws.
+    both = torch.cat([contrast.index1, contrast.index2]).sort().values
     for name, which in columns.items():
         groups = [design[index, which] for index in (contrast.index1, contrast.index2)]
         n_cells = [group.sum(0, dtype=torch.float64).numpy() for group in groups]
-        mean = np.sum(n_cells, axis=0) / sum(map(len, groups))
-        if len(mean) == 1 and not all(bool((group == 1).all()) for group in groups):
-            edges = np.unique(np.quantile(torch.cat(groups).double().numpy(), (0.25, 0.5, 0.75)))
+        values = design[both, which]
+        if values.shape[1] == 1 and not bool((values == 1).all()):
+            edges = np.unique(np.quantile(values.double().numpy(), (0.25, 0.5, 0.75)))
             quarters = [np.searchsorted(edges, group[:, 0].double().numpy()) for group in groups]
             n_cells = [np.bincount(quarter, minlength=len(edges) + 1) for quarter in quarters]
         if _is_corrected(contrast, f"value of {name!r}", n_cells, wanted):
+            mean = values.double().mean(0)
             found += zip(range(which.start, which.stop), mean.tolist(), strict=True)
     return tuple(found)
 

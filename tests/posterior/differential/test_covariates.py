@@ -94,3 +94,15 @@ def test_values_that_groups_do_not_share_stay(caplog):
     assert covariates_of_both(contrast, design, columns, False) == ()
     # A category that all cells are of is no number.
     assert covariates_of_both(contrast, design, {"one": slice(0, 1)}, None) == ()
+
+
+def test_each_group_against_the_rest_shares_its_draws():
+    design = torch.from_numpy(np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32))
+    group = torch.arange(90) % 3
+    found = [
+        covariates_of_both(
+            Contrast((group == one).nonzero()[:, 0], (group != one).nonzero()[:, 0]), design, {"a": slice(1, 2)}, True
+        )
+        for one in range(3)
+    ]
+    assert len(set(found)) == 1
