@@ -314,6 +314,16 @@ def _store() -> Any:
     return store
 
 
+def _start() -> str:
+    """Number of times that torchrun has started these processes again (``--max-restarts``).
+
+    Its store outlives them, and addresses of processes that ended must not be read. Only on one machine: agents of
+    several may count differently.
+    """
+    on_one = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one else "0"
+
+
 def _begin(processes: Processes) -> None:
     """Make the default process group."""
     global _n_groups
@@ -322,7 +332,7 @@ def _begin(processes: Processes) -> None:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",
             # Under a prefix of its own: a fast process must not read addresses of the group before.
-            store=PrefixStore(f"pyro_multivi/{_n_groups}", _store()),
+            store=PrefixStore(f"pyro_multivi/{_start()}/{_n_groups}", _store()),
             rank=processes.rank,
             world_size=processes.size,
             timeout=TIMEOUT,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +64,29 @@ def test_the_first_process_is_that_of_rank_zero(environment):
     assert not is_first_process()
     environment(**{**VARIABLES, "RANK": "0"})
     assert is_first_process()
+
+
+_RESTARTED = """
+import os, sys, time
+from pyro_multivi.processes.group import distributed
+
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+if again and os.environ["RANK"] == "1":
+    time.sleep(3)  # the other is first, and finds what the first start left
+with distributed() as processes:
+    processes.wait()
+    if not again and processes.rank == 1:
+        os._exit(9)
+    processes.wait()
+open(f"{sys.argv[1]}/{processes.rank}", "w").close()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Gloo finds no address")
+def test_processes_that_torchrun_starts_again_find_each_other(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    subprocess.run([*torchrun, script, tmp_path], capture_output=True, check=False)
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()
