@@ -44,7 +44,8 @@ def fit_loadings(program: MultiVIProgram, train: Minibatches, held_out: Minibatc
     """Move the weights and intercepts of the layers that decode rho and p.
 
     A layer stays as it is with fewer than ten training or held-out cells that have the modality, where it is not
-    trained as a whole, where the likelihood is not one of this package, or where rho or p is not a readout of it.
+    trained as a whole, where the likelihood is not one of this package given rho or p itself, or where rho or p is not
+    a readout of it.
 
     Parameters
     ----------

@@ -108,7 +108,8 @@ def fit_residuals(program: MultiVIProgram, train: Minibatches) -> None:
     """Set ``rna_residual_sd`` and ``atac_residual_sd``.
 
     They stay zero where fewer than ten cells were measured, where q(z) is not Normal, where the likelihood is not one
-    of this package, and where rho or p is not decoded by a readout of the decoder's layer of that name.
+    of this package given rho or p itself, and where rho or p is not decoded by a readout of the decoder's layer of
+    that name.
 
     Parameters
     ----------

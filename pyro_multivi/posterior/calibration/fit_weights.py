@@ -48,8 +48,8 @@ def clear_weight_posteriors(program: MultiVIProgram) -> None:
 def fit_weight_posteriors(program: MultiVIProgram, train: Minibatches, held_out: Minibatches | None = None) -> None:
     """Set ``rna_weight_directions``, ``rna_weight_sd`` and those of ATAC.
 
-    They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package, and where
-    rho or p is not decoded by a readout of the decoder's layer of that name.
+    They stay zero where fewer than ten cells were measured, where the likelihood is not one of this package given
+    rho or p itself, and where rho or p is not decoded by a readout of the decoder's layer of that name.
 
     Parameters
     ----------

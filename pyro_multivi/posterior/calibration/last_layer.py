@@ -62,8 +62,8 @@ class LastLayer(NamedTuple):
     def of(cls, program: MultiVIProgram, train: Minibatches, modality: Modality, most: int) -> LastLayer | None:
         """Directions of a modality, ``most`` at most.
 
-        None where fewer than ten cells were measured, where the likelihood is not one of this package, and where rho or
-        p is no readout of a hidden layer.
+        None where fewer than ten cells were measured, where the likelihood is not one of this package given rho or p
+        itself, and where rho or p is no readout of a hidden layer.
         """
         every = measured(train, modality)
         n_features = modality.n_features_in(program.config)
@@ -172,7 +172,7 @@ class Decoded(NamedTuple):
         """Decode some cells, by default at a draw of their latents.
 
         None where the last layer of the decoder, or the likelihood, is unknown, as in a model of one's own that lacks
-        a site.
+        a site, or whose likelihood is given something else than what the layer decodes.
         """
         with evaluation_mode(program):
             latents = draw_latents(program, cells) if latents is None else latents
@@ -181,7 +181,9 @@ class Decoded(NamedTuple):
         if not {name, modality.counts} <= nodes.keys():
             return None
         readout, fn = nodes[name]["value"], nodes[modality.counts]["fn"]
-        if not (isinstance(readout, Readout) and isinstance(fn, CellDistribution) and hasattr(fn, name)):
+        # A likelihood of something made of rho or p, such as its mixture with a background, has other derivatives.
+        is_own = isinstance(fn, CellDistribution) and getattr(fn, name, None) is readout
+        if not (isinstance(readout, Readout) and is_own):
             return None
         return cls(readout, name, fn, counts_of(program, cells, modality.counts)[0], modality.panels_in(cells))
 

@@ -246,3 +246,26 @@ def test_a_decoder_of_another_width_has_a_posterior_too(width, monkeypatch):
     )
     assert drawn.std(0).mean() > 0
     assert (fixed.upper > fixed.lower).all()
+
+
+class Ambient(MultiVIProgram):
+    """Nine tenths of the counts are of a flat background: logits of rho say less of them."""
+
+    def expression_dist(self, l, rho, theta, pi_logits):
+        return PoissonCounts(0.1 * rho + 0.9 / self.config.n_genes, l)
+
+    def accessibility_dist(self, p, d, r):
+        return ScaledBernoulli(0.5 + 0.5 * p, d, r)
+
+
+def test_a_likelihood_of_something_made_of_rho_is_no_likelihood_of_rho():
+    """Its derivatives are others, so that neither weights nor their standard deviations follow from those of rho."""
+    adata = simulate_multiome((80, 0, 0), 20, 30, n_latent=2, seed=0)
+    MULTIVI.setup_anndata(adata)
+    model = MULTIVI(adata, n_hidden=12, n_latent=3, gene_likelihood="poisson", program_class=Ambient)
+    model.train(max_epochs=2, progress_bar=False)
+    for modality in (RNA, ATAC):
+        assert Decoded.of(model.program, model.minibatch(), modality) is None
+        assert WeightPosterior.of(model.program, modality) is None
+    found = model.get_normalized_expression(n_samples=25, return_numpy=True, return_interval=0.9)
+    assert (found.upper >= found.lower).all()
