@@ -252,10 +252,11 @@ class CountsLinear(nn.Module):
         return counts @ self.weight + self.bias
 
 
-def start_constant(layer: nn.Module, name: str, intercept: Tensor) -> None:
-    """Let a decoder's last layer give its intercepts, (F,), in every cell; a layer of another kind keeps its start."""
+def start_constant(layer: nn.Module | None, name: str, intercept: Tensor) -> None:
+    """Let a decoder's last layer give its intercepts, (F,), in every cell; one of another kind keeps its start."""
     if isinstance(layer, nn.Linear) and layer.bias is not None:
         layer.weight.zero_()
         layer.bias.copy_(intercept)
     else:
-        logger.info("The layer %s of a decoder is no nn.Linear with a bias: it keeps the start that it has", name)
+        found = "is no nn.Linear with a bias: it keeps" if layer is not None else "is not there: the decoder keeps"
+        logger.info("The layer %s of a decoder %s the start that it has", name, found)

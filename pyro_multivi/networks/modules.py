@@ -282,7 +282,8 @@ class ProgramModules(nn.Module):
         and its dispersion that of its counts. p d r starts at the detection rate of each region for a cell of typical
         depth, or at its mean number of fragments there. Loadings start at zero, so that this profile is that of every
         cell: with random ones each feature would start with differences between cells that are not in the data. A last
-        layer of a custom class that is no ``nn.Linear`` with a bias keeps its start; a log line at level INFO says so.
+        layer of a custom class that is no ``nn.Linear`` with a bias keeps its start, and so does a decoder of one's own
+        without a layer of that name; a log line at level INFO says so.
         """
         self.rna_log_depth.fill_(marginals.rna_log_depth_mean)
         self.atac_log_depth.fill_(marginals.atac_log_depth_mean)
@@ -297,19 +298,21 @@ class ProgramModules(nn.Module):
                 # which the prior of the loadings and the steps of training take for far too large.
                 self.library_log_unit.copy_(self.library_log_mean.mean() - marginals.rna_log_size_mean)
                 start = share.expm1().log()
-            start_constant(decoder.rho, "rho", start)
-            if decoder.pi is not None:
+            start_constant(getattr(decoder, "rho", None), "rho", start)
+            if getattr(decoder, "pi", None) is not None:
                 # Few dropouts to begin with: 5 %.
                 start_constant(decoder.pi, "pi", torch.full_like(start, -3.0))
             log_theta = marginals.inverse_dispersion.log()
-            if decoder.theta is not None:
+            if getattr(decoder, "theta", None) is not None:
                 start_constant(decoder.theta, "theta", log_theta)
             elif hasattr(self, "log_theta"):
                 self.log_theta.copy_(log_theta.expand_as(self.log_theta))
         if self.config.n_regions and self.config.counts_fragments:
             assert marginals.fragments is not None, "marginals of fragments are needed: counts_fragments=True"
             p = start_fragments(self, marginals.fragments)
-            start_constant(self.accessibility_decoder.p, "p", torch.logit(p.expand(self.config.n_regions)))
+            start_constant(
+                getattr(self.accessibility_decoder, "p", None), "p", torch.logit(p.expand(self.config.n_regions))
+            )
         elif self.config.n_regions:
             typical = start_cell_factor(self, marginals)
             wanted = (marginals.detection_rate / typical).clamp(max=0.95)  # p r
@@ -318,7 +321,7 @@ class ProgramModules(nn.Module):
                 r = (2.0 * wanted).clamp(1e-7, 0.95)
                 self.region_logit.copy_(torch.logit(r))
                 wanted = (wanted / r).clamp(1e-7, 0.99)
-            start_constant(self.accessibility_decoder.p, "p", torch.logit(wanted))
+            start_constant(getattr(self.accessibility_decoder, "p", None), "p", torch.logit(wanted))
 
     def start_extra_from(self, table: CellTable) -> None:
         """Set initial parameters of the extra modalities from the data."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import pyro_multivi as pm
+from pyro_multivi.networks.decoders import DecodedExpression
 from pyro_multivi.networks.extra import Proteins
 from pyro_multivi.posterior.calibration.refit import calibrated_buffers
 
@@ -151,5 +152,48 @@ def test_a_last_layer_of_ones_own_keeps_its_start_and_works(kind, likelihood, un
             np.testing.assert_array_equal(found, again)
     assert np.isfinite(model.get_elbo())
     assert np.isfinite(model.differential_expression(groupby="cell_type", n_samples=20)["lfc_mean"]).any()
+    mapped = pm.MULTIVI.load_query_data(of_batch(adata, "another"), model)
+    assert np.isfinite(mapped.get_latent_representation()).all()
+
+
+class Network(nn.Module):
+    """A decoder of a class of one's own, whose layers have other names."""
+
+    def __init__(self, width, n):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 8), nn.SiLU(), nn.Linear(8, n))
+
+    def forward(self, z, s):
+        return self.layers(torch.cat([z, s.expand(*z.shape[:-1], -1)], -1))
+
+
+class OwnDecoders(pm.MultiVIProgram):
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.latent + config.n_covariates
+        self.expression_decoder = Network(width, config.n_genes)
+        self.accessibility_decoder = Network(width, config.n_regions)
+
+    def expression(self, z, s):
+        return DecodedExpression(self.expression_decoder(self.transform(z), s).softmax(-1), None, None)
+
+    def accessibility(self, z, s):
+        return self.accessibility_decoder(self.transform(z), s).sigmoid()
+
+
+@pytest.mark.parametrize("choices", [{}, {"gene_likelihood": "nb", "dispersion": "gene-cell"}])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "poisson"])
+def test_a_decoder_of_another_class_takes_the_place_of_ours(likelihood, choices, untrained, adata, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="pyro_multivi")
+    model = untrained(OwnDecoders, accessibility_likelihood=likelihood, **choices)
+    said = [record.message for record in caplog.records if "keeps the start" in record.message]
+    assert [line.split()[2] for line in said] == ["rho", "p"]
+    assert all("is not there" in line for line in said)
+    model.train(1, progress_bar=False)
+    model.save(tmp_path / "model")
+    loaded = pm.MULTIVI.load(tmp_path / "model", adata, program_class=OwnDecoders)
+    for verb in ("get_normalized_expression", "get_accessibility_estimates"):
+        for found, again in zip(*(getattr(one, verb)(**INTERVAL) for one in (model, loaded)), strict=True):
+            np.testing.assert_array_equal(found, again)
     mapped = pm.MULTIVI.load_query_data(of_batch(adata, "another"), model)
     assert np.isfinite(mapped.get_latent_representation()).all()
