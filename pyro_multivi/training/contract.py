@@ -22,6 +22,8 @@ from pyro_multivi.traces import equal_scales, evaluation_mode, is_of_cells, rand
 _MISFIT = re.compile(
     r"Shape mismatch inside plate\('(?P<plate>[^']*)'\) at site (?P<site>\S+) dim -\d+, \d+ vs (?P<n>\d+)"
 )
+# Pyro's words when a name is used twice in a trace.
+_TWICE = re.compile(r"Multiple (?:sample|param) sites named '(?P<site>[^']*)'")
 _HOOKS = "guide_extra(cells, s), or guide_shared() if all cells share it"
 
 
@@ -101,8 +103,10 @@ def warn_of_unlearned(program: MultiVIProgram) -> None:
 def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trace:
     try:
         return poutine.trace(statements).get_trace(cells)
-    except ValueError as error:
-        misfit = _MISFIT.search(str(error))
+    except (RuntimeError, ValueError) as error:
+        misfit, twice = _MISFIT.search(str(error)), _TWICE.search(str(error))
+        if twice is not None:
+            raise ContractError(_twice(role, twice["site"])) from error
         if misfit is None:
             raise
         raise ContractError(
@@ -110,6 +114,19 @@ def _trace(role: str, statements: Callable[[Cells], None], cells: Cells) -> Trac
             f"{misfit['plate']!r} of {len(cells)} cells: expected ({len(cells)},), one distribution per cell. A "
             "vector of each cell is one event: add .to_event(1)."
         ) from error
+
+
+def _twice(role: str, name: str) -> str:
+    if name == CELLS:
+        return (
+            f"The {role} enters the plate {CELLS!r} twice: expected once. Draw a latent of each cell in a method that "
+            f"{role}(cells) calls inside its plate, as expression(z, s) of the model or guide_extra(cells, s) of the "
+            f"guide, or write {role} anew with all statements in one plate."
+        )
+    return (
+        f"Site {name!r} is in the {role} twice: expected one statement of that name. A method that is called more than "
+        "once must not draw; keep what was drawn for as long as the call of the model or guide lasts."
+    )
 
 
 def _check_params(role: str, trace: Trace, program: MultiVIProgram) -> None:

@@ -141,6 +141,22 @@ class Discrete(WithSpeed):
         pyro.sample("w", dist.Poisson(2 * torch.ones(len(cells))))
 
 
+class SecondPlate(WithSpeed):
+    """A latent of each cell that is drawn before the state, in a plate of its own."""
+
+    def model(self, cells):
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("u", dist.Normal(torch.zeros(len(cells)), 1.0))
+        super().model(cells)
+
+
+class DrawnTwice(WithSpeed):
+    """Both decoders ask for the same latent."""
+
+    def transform(self, z):
+        return z + pyro.sample("u", dist.Normal(z.new_zeros(z.shape[:-1]), 1.0))[..., None]
+
+
 CASES = [
     (NoGuideSite, "'w' of the model is a latent that the guide does not have; it has 'v', 'z', .*guide_extra"),
     (NoSharedGuideSite, "'v' of the model is a latent that the guide does not have.*guide_shared"),
@@ -157,6 +173,8 @@ CASES = [
     (Discrete, r"'w' of the guide is drawn from Poisson, whose draws are not repar.*, or elbo=Trace_ELBO\(\)\.$"),
     (InnerPlate, "'seen' of the model lies in the plate 'parts' beside that of cells: .*dimension -2.*to_event"),
     (PyroParam, "Parameter 'speed_scale' of the guide comes from pyro.param .* nn.Parameter, .* of PyroParam"),
+    (SecondPlate, r"The model enters the plate 'cells' twice.* model\(cells\) calls inside its plate"),
+    (DrawnTwice, "'u' is in the model twice: expected one .*called more than once"),
 ]  # fmt: skip
 
 
