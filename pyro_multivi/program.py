@@ -186,7 +186,7 @@ class MultiVIProgram(ProgramModules):
     def log_dispersions(self) -> Tensor | None:
         """Log inverse dispersions, (sets, G): one row, or one per batch or label. None where cells share none.
 
-        Called above the plate of cells: an override may draw them by a sample statement.
+        Called above the plate of cells: an override may draw them by a sample statement, as one event of (sets, G).
         """
         return getattr(self, "log_theta", None)
 

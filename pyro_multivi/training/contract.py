@@ -24,6 +24,8 @@ _MISFIT = re.compile(
 )
 # Pyro's words when a name is used twice in a trace.
 _TWICE = re.compile(r"Multiple (?:sample|param) sites named '(?P<site>[^']*)'")
+# Draws at which model and guide are run once: a number that few other sizes have.
+_N_DRAWS = 3
 _HOOKS = "guide_extra(cells, s), or guide_shared() if all cells share it"
 
 
@@ -34,7 +36,7 @@ class ContractError(ValueError):
 def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = None) -> None:
     """Refuse a model and a guide that no ELBO would be right for.
 
-    No parameter and no random state changes. It costs one trace of each, without likelihoods.
+    No parameter and no random state changes. It costs two traces of each, without likelihoods.
 
     Parameters
     ----------
@@ -47,7 +49,8 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
         If a latent is in the model and not in the guide, or the other way round; if they come in another order where
         that matters; if their plates, shapes or scales differ; if a latent is not reparameterised where the ELBO needs
         it. If there is a plate beside that of cells, or a distribution is not one per cell inside that plate and one
-        in all outside. If a parameter is none of the program's. The message names the site and the fix.
+        in all outside. If a parameter is none of the program's. If one of the two does not accept several draws of the
+        latents. The message names the site and the fix.
     """
     mean_field = elbo is None or isinstance(elbo, TraceMeanField_ELBO)
     # In evaluation mode: batch statistics must not see these cells twice.
@@ -82,6 +85,7 @@ def check_contract(program: MultiVIProgram, cells: Cells, elbo: ELBO | None = No
                     "reparameterised: TraceMeanField_ELBO would return gradients without it. Use a distribution "
                     "with rsample (Normal, LogNormal, Beta, ...), or elbo=Trace_ELBO()."
                 )
+    _check_draws(program, cells)
 
 
 def warn_of_unlearned(program: MultiVIProgram) -> None:
@@ -127,6 +131,26 @@ def _twice(role: str, name: str) -> str:
         f"Site {name!r} is in the {role} twice: expected one statement of that name. A method that is called more than "
         "once must not draw; keep what was drawn for as long as the call of the model or guide lasts."
     )
+
+
+def _check_draws(program: MultiVIProgram, cells: Cells) -> None:
+    """Run both for several draws of the posterior, as calibration, estimates and tests do after training."""
+    guide: Trace | None = None
+    for role, statements in (("guide", program.guide), ("model", program.model)):
+        try:
+            # The plate lies inside the replay: a handler that gives values hides sites from plates around it.
+            drawn = pyro.plate("draws", _N_DRAWS, dim=-2)(statements)
+            drawn = drawn if guide is None else poutine.replay(drawn, trace=guide)
+            with evaluation_mode(program), pyro.get_param_store().scope():
+                guide = poutine.trace(drawn).get_trace(cells)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ContractError(
+                f"The {role} of {type(program).__name__} does not accept several draws of the posterior, which "
+                f"estimates, tests and the calibration after training make: {str(error).partition(chr(10))[0]}. Draws "
+                "add dimensions on the left: z is (S, B, K), another latent of each cell (S, B, ...), and one that all "
+                "cells share (S, 1, ...). Count dimensions from the right (z[..., 0], cat(..., -1)), and widen what "
+                "has no draws: s.expand(*z.shape[:-1], -1)."
+            ) from error
 
 
 def _check_params(role: str, trace: Trace, program: MultiVIProgram) -> None:

@@ -157,6 +157,23 @@ class DrawnTwice(WithSpeed):
         return z + pyro.sample("u", dist.Normal(z.new_zeros(z.shape[:-1]), 1.0))[..., None]
 
 
+class FromTheLeft(WithSpeed):
+    """Dimensions of z are counted from the left: right in training, which has one draw."""
+
+    def accessibility(self, z, s):
+        return super().accessibility(torch.cat([z[:, :1], z[:, 1:] * s[:, :1]], 1), s)
+
+
+class SetsDrawnShort(MultiVIProgram):
+    """Dispersions that all cells share without the dimension of the sets: (S, 1, G), where cells would stand."""
+
+    def log_dispersions(self):
+        return self.log_theta + pyro.sample("g", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+
+    def guide_shared(self):
+        pyro.sample("g", dist.Normal(torch.zeros(7), 0.5).to_event(1))
+
+
 CASES = [
     (NoGuideSite, "'w' of the model is a latent that the guide does not have; it has 'v', 'z', .*guide_extra"),
     (NoSharedGuideSite, "'v' of the model is a latent that the guide does not have.*guide_shared"),
@@ -175,6 +192,8 @@ CASES = [
     (PyroParam, "Parameter 'speed_scale' of the guide comes from pyro.param .* nn.Parameter, .* of PyroParam"),
     (SecondPlate, r"The model enters the plate 'cells' twice.* model\(cells\) calls inside its plate"),
     (DrawnTwice, "'u' is in the model twice: expected one .*called more than once"),
+    (FromTheLeft, r"model of FromTheLeft does not accept several draws .* make: .*z is \(S, B, K\).*z\[..., 0\]"),
+    (SetsDrawnShort, r"model of SetsDrawnShort does not accept several draws .* all cells share \(S, 1, ...\)"),
 ]  # fmt: skip
 
 
