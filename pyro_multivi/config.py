@@ -208,6 +208,11 @@ class ProgramConfig:
         return self.accessibility_likelihood != "bernoulli"
 
     @property
+    def n_intercepts(self) -> int:
+        """Number of batches that have intercepts of their own in the decoders' last layers: all, if several."""
+        return self.n_batch if self.n_batch > 1 else 0
+
+    @property
     def hidden(self) -> int:
         """Width of hidden layers, resolved."""
         assert self.n_hidden is not None

@@ -253,6 +253,26 @@ def test_a_state_from_before_d_had_a_posterior_gets_one(make_program, make_cells
     assert float(prior.scale[0]) == pytest.approx(float(uniform.logit().std()), abs=0.03)
 
 
+def test_a_state_from_before_batches_had_intercepts_is_decoded_as_before(make_program, make_cells):
+    old, cells = make_program(), make_cells()
+    program, width = MultiVIProgram(old.config).eval(), old.config.hidden
+    state = old.state_dict()
+    for decoder, layer, key in (("expression_decoder", "rho", "rna"), ("accessibility_decoder", "p", "atac")):
+        weight, directions = (state[name] for name in (f"{decoder}.{layer}.weight", f"{key}_weight_directions"))
+        weight[:, width:], directions[:, width:-1] = 0.0, 0.0
+        state[f"{decoder}.{layer}.weight"] = weight[:, :width].clone()
+        state[f"{key}_weight_directions"] = torch.cat([directions[:, :width], directions[:, -1:]], 1)
+    program.load_state_dict(state)
+    for name, value in old.state_dict().items():
+        torch.testing.assert_close(program.state_dict()[name], value)
+    z = torch.randn(len(cells), old.config.latent)
+    for found, wanted in (
+        (program.expression(z, cells.design).rho.dense(), old.expression(z, cells.design).rho.dense()),
+        (program.accessibility(z, cells.design).dense(), old.accessibility(z, cells.design).dense()),
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("likelihood", "buffer"), [("bernoulli", "cell_factor_loc"), ("poisson", "fragments_log_mean")]
 )

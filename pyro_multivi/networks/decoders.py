@@ -7,6 +7,7 @@ block by block, prediction evaluates only the requested features.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pyro_multivi.config import ProgramConfig
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.kernels.readout import Link, apply_link
-from pyro_multivi.networks.layers import CovariateStack
+from pyro_multivi.networks.layers import CovariateStack, beside
 
 
 class DecodedExpression(NamedTuple):
@@ -36,22 +37,43 @@ class DecodedExpression(NamedTuple):
     theta_logits: Tensor | None
 
 
-def read_out(layer: nn.Module, hidden: Tensor, link: Link, gemm_dtype: torch.dtype | None) -> Tensor:
-    """Decode a hidden layer (..., H) by a last layer, (..., F): dense where that is not an ``nn.Linear``.
+def read_out(layer: nn.Module, hidden: Tensor, s: Tensor, link: Link, gemm_dtype: torch.dtype | None) -> Tensor:
+    """Decode a hidden layer (..., H) under covariates s by a last layer, (..., F): dense if that is no ``nn.Linear``.
+
+    Columns of an ``nn.Linear`` behind those of the hidden units are intercepts of the first columns of s, the batches,
+    times :func:`intercept_scale`.
 
     Examples
     --------
-    >>> hidden, low_rank = torch.ones(2, 8), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 5))
-    >>> for layer in (nn.Linear(8, 5), nn.Linear(8, 5, bias=False), low_rank):
-    ...     type(read_out(layer, hidden, "softmax", None)).__name__
+    >>> hidden, s, low_rank = torch.ones(2, 8), torch.eye(2), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 5))
+    >>> for layer in (nn.Linear(8, 5), nn.Linear(8 + 2, 5, bias=False), low_rank):
+    ...     type(read_out(layer, hidden, s, "softmax", None)).__name__
     'Readout'
     'Readout'
     'Tensor'
     """
     if isinstance(layer, nn.Linear):
+        n_intercepts = layer.in_features - hidden.shape[-1]
+        if n_intercepts > 0:
+            hidden = beside(hidden, intercept_scale(hidden.shape[-1]) * s[..., :n_intercepts])
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         return Readout(hidden, layer.weight, bias, link, gemm_dtype)
     return apply_link(layer(hidden), link)
+
+
+def intercept_scale(n_hidden: int) -> float:
+    r"""Factor of the batch in the input of a last layer.
+
+    The prior of that layer's weights is Normal(0, :math:`\sigma^2` / H). Times :math:`\sqrt H` the intercept of a batch
+    has the standard deviation :math:`\sigma`, as what H hidden units of about 1 add up to.
+    """
+    return math.sqrt(n_hidden)
+
+
+def intercepts_of(decoder: nn.Module, layer: nn.Linear) -> int:
+    """Number of the last columns of a decoder's last layer that are intercepts of batches."""
+    stack = getattr(decoder, "stack", None)
+    return layer.in_features - stack.n_out if isinstance(stack, CovariateStack) else 0
 
 
 class ExpressionDecoder(nn.Module):
@@ -65,6 +87,8 @@ class ExpressionDecoder(nn.Module):
         Whether rho sums to one within a cell (softmax) or is only non-negative (softplus).
     zero_inflation, cell_dispersion
         Whether these arguments are decoded as well.
+    n_intercepts
+        Number of batches that have intercepts of their own in rho; 0 for none.
     **options
         Other arguments of :class:`~pyro_multivi.networks.layers.CovariateStack`.
     """
@@ -79,12 +103,13 @@ class ExpressionDecoder(nn.Module):
         simplex: bool,
         zero_inflation: bool,
         cell_dispersion: bool,
+        n_intercepts: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
         self.stack = CovariateStack(n_latent, n_hidden, n_layers, activation=nn.ReLU, **options)
         self.link: Link = "softmax" if simplex else "softplus"
-        self.rho = nn.Linear(self.stack.n_out, n_genes)
+        self.rho = nn.Linear(self.stack.n_out + n_intercepts, n_genes)
         self.pi = nn.Linear(self.stack.n_out, n_genes) if zero_inflation else None
         self.theta = nn.Linear(self.stack.n_out, n_genes) if cell_dispersion else None
         self.gemm_dtype: torch.dtype | None = None
@@ -93,10 +118,10 @@ class ExpressionDecoder(nn.Module):
         """Decode z (..., n_latent) under covariates s (B, n_covariates)."""
         hidden = self.stack(z, s)
         pi, theta = (
-            None if layer is None else read_out(layer, hidden, "identity", self.gemm_dtype)
+            None if layer is None else read_out(layer, hidden, s, "identity", self.gemm_dtype)
             for layer in (self.pi, self.theta)
         )
-        return DecodedExpression(read_out(self.rho, hidden, self.link, self.gemm_dtype), pi, theta)
+        return DecodedExpression(read_out(self.rho, hidden, s, self.link, self.gemm_dtype), pi, theta)
 
 
 def dispersions_of_cells(config: ProgramConfig, log_theta: Tensor, s: Tensor, label: Tensor | None) -> Tensor:
@@ -118,12 +143,14 @@ class AccessibilityDecoder(nn.Module):
     Arguments as those of :class:`ExpressionDecoder`.
     """
 
-    def __init__(self, n_latent: int, n_regions: int, n_hidden: int, n_layers: int, **options: Any) -> None:
+    def __init__(
+        self, n_latent: int, n_regions: int, n_hidden: int, n_layers: int, *, n_intercepts: int = 0, **options: Any
+    ) -> None:
         super().__init__()
         self.stack = CovariateStack(n_latent, n_hidden, n_layers, activation=nn.LeakyReLU, **options)
-        self.p = nn.Linear(self.stack.n_out, n_regions)
+        self.p = nn.Linear(self.stack.n_out + n_intercepts, n_regions)
         self.gemm_dtype: torch.dtype | None = None
 
     def forward(self, z: Tensor, s: Tensor) -> Tensor:
         """Decode z (..., n_latent) under covariates s (B, n_covariates) to p, (..., n_regions)."""
-        return read_out(self.p, self.stack(z, s), "sigmoid", self.gemm_dtype)
+        return read_out(self.p, self.stack(z, s), s, "sigmoid", self.gemm_dtype)

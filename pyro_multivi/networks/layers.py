@@ -123,12 +123,15 @@ class CovariateStack(nn.Module):
         """Map ``hidden`` (..., n_in) and ``s`` (..., n_covariates) to (..., n_hidden)."""
         for linear, after in zip(self.linear, self.after, strict=True):
             assert isinstance(linear, nn.Linear)
-            if linear.in_features > hidden.shape[-1]:
-                # Draws of z add leading dimensions that s does not have; a forced z may lack those that s has.
-                shape = torch.broadcast_shapes(hidden.shape[:-1], s.shape[:-1])
-                hidden = torch.cat([hidden.expand(*shape, -1), s.expand(*shape, -1)], -1)
-            hidden = after(linear(hidden))
+            hidden = after(linear(beside(hidden, s) if linear.in_features > hidden.shape[-1] else hidden))
         return hidden
+
+
+def beside(hidden: Tensor, s: Tensor) -> Tensor:
+    """Hidden units (..., H) and columns of a design behind them."""
+    # Draws of z add leading dimensions that s does not have; a forced z may lack those that s has.
+    shape = torch.broadcast_shapes(hidden.shape[:-1], s.shape[:-1])
+    return torch.cat([hidden.expand(*shape, -1), s.expand(*shape, -1)], -1)
 
 
 def layer_options(config: Any, where: str) -> dict[str, Any]:

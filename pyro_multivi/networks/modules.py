@@ -21,6 +21,7 @@ from pyro_multivi.networks.encoders import LibraryHead, SharedFirstLayer, expert
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.layers import layer_options, start_constant
 from pyro_multivi.networks.linear_start import start_linearly
+from pyro_multivi.networks.surgery import add_intercepts
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
@@ -194,12 +195,13 @@ class ProgramModules(nn.Module):
         """Add what is not trained: statistics of the data, and the calibration after training."""
         for modality in MODALITIES:
             self.register_buffer(f"{modality.key}_log_depth", torch.tensor(0.0))
+        width = config.hidden + config.n_intercepts
         for modality in modelled(config):
             n_features, n_directions = modality.n_features_in(config), min(_WEIGHT_DIRECTIONS, config.hidden)
             self.register_buffer(f"{modality.key}_typical", torch.zeros(2, n_features))
             self.register_buffer(f"{modality.key}_mean", torch.zeros(n_features))
             self.register_buffer(f"{modality.key}_mean_weight", torch.tensor(0.0))
-            self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, config.hidden + 1))
+            self.register_buffer(f"{modality.key}_weight_directions", torch.zeros(n_directions, width + 1))
             self.register_buffer(f"{modality.key}_weight_sd", torch.zeros(n_features, n_directions))
             self.register_buffer(f"{modality.key}_residual_sd", torch.zeros(n_features))
         self.register_buffer("library_log_mean", torch.zeros(config.n_batch))
@@ -246,6 +248,8 @@ class ProgramModules(nn.Module):
             # In them d was a point, and its prior uniform.
             for name, value in unlearned_cell_factor(self.config.n_batch).items():
                 state_dict.setdefault(prefix + name, value)
+        config = self.config
+        add_intercepts(state_dict, dict(self.named_parameters()), config.n_batch, config.n_intercepts, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def size_weight_directions(self) -> None:
@@ -341,6 +345,7 @@ def _decoder_options(config: ProgramConfig) -> dict[str, Any]:
     """Arguments that both decoders have."""
     return {
         **layer_options(config, "decoder"),
+        "n_intercepts": config.n_intercepts,
         "n_hidden": config.hidden,
         "n_layers": config.n_layers_decoder,
         "inject_everywhere": config.deeply_inject_covariates,

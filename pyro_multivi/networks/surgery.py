@@ -13,15 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import BatchNorm
 
-# Buffers whose batches come after something else.
-_BATCHES_LAST = {f"{modality.key}_depth_regression" for modality in MODALITIES}
 # Ending of buffers with directions of a layer's input: the last column is that of the intercept.
 _INTERCEPT_LAST = "weight_directions"
+# The last layers that some of them are of.
+_LAYER_OF = {
+    f"{modality.key}_{_INTERCEPT_LAST}": f"{modality.name}_decoder.{modality.decoded}.weight" for modality in MODALITIES
+}
+# Tensors whose batches come after something else.
+_BATCHES_LAST = {*_LAYER_OF.values(), *(f"{modality.key}_depth_regression" for modality in MODALITIES)}
 #: Networks by the words of the arguments ``freeze_batchnorm_encoder`` and ``freeze_batchnorm_decoder``.
 _NETWORKS = {
     "encoder": tuple(
@@ -111,6 +116,8 @@ class Growth:
         """
         state: dict[str, Tensor] = {}
         parts: Parts = {}
+        old = dict(old)
+        add_intercepts(old, new, self.n_batch, len(self.batches.sources))
         for name, wanted in new.items():
             if name not in old:
                 raise ValueError(
@@ -123,7 +130,7 @@ class Growth:
             changed = [axis for axis, (n, m) in enumerate(zip(value.shape, wanted.shape, strict=True)) if n != m]
             if changed:
                 place = changed[0]
-                of_batches = wider is not None and wider[name].shape[place] == value.shape[place]
+                of_batches = None if wider is None else wider[name].shape[place] == value.shape[place]
                 sizes = value.shape[place], wanted.shape[place]
                 axis = self._axis(name, *sizes, of_batches) if len(changed) == 1 else None
                 if axis is None:
@@ -137,17 +144,46 @@ class Growth:
                 parts[name] = (place, axis.new)
         return state, parts
 
-    def _axis(self, name: str, old: int, new: int, of_batches: bool) -> Axis | None:
+    def _axis(self, name: str, old: int, new: int, of_batches: bool | None) -> Axis | None:
         """The axis that has grown from a length to another: hidden units, if any, and behind them batches or design."""
         if name.endswith(_INTERCEPT_LAST):
             # As those of the layer's weights, and one behind them.
-            grown = self._axis("", old - 1, new - 1, of_batches)
+            grown = self._axis(_LAYER_OF.get(name, ""), old - 1, new - 1, of_batches)
             return None if grown is None else Axis([*grown.sources, [old - 1]], grown.new)
-        if of_batches or old == self.n_batch or name in _BATCHES_LAST:
+        if of_batches is None:
+            of_batches = name in _BATCHES_LAST
+        if of_batches or old == self.n_batch:
             before, axis = old - self.n_batch, self.batches
         else:
             before, axis = old - self.n_design, self.design
         return axis.after(before) if before >= 0 and before + len(axis.sources) == new else None
+
+
+def add_intercepts(
+    state: dict[str, Tensor], like: Mapping[str, Tensor], n_batch: int, n_intercepts: int, prefix: str = ""
+) -> None:
+    """Give last layers of a state intercepts of its batches, at zero, where it has none.
+
+    A program of one batch has none, nor had those of several before version 0.2.
+
+    Parameters
+    ----------
+    like
+        State of a program that has ``n_intercepts`` of them.
+    n_batch
+        Number of batches of the state.
+    prefix
+        Beginning of the names in it.
+    """
+    for directions, layer in _LAYER_OF.items():
+        weight, wanted = state.get(prefix + layer), like.get(layer)
+        if weight is None or wanted is None or not n_intercepts:
+            continue
+        if wanted.dim() == 2 and wanted.shape[1] - weight.shape[1] == n_intercepts:
+            state[prefix + layer] = pad(weight, (0, n_batch))
+            known = state.get(prefix + directions)
+            if known is not None:
+                state[prefix + directions] = torch.cat([pad(known[:, :-1], (0, n_batch)), known[:, -1:]], 1)
 
 
 #: Trained parts of parameters by name: axis and positions, or None for all of it.

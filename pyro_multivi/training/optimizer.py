@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.data.loader import Minibatches, measured, never_measured
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
+from pyro_multivi.networks.decoders import intercepts_of
 from pyro_multivi.networks.encoders import SharedFirstLayer
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import CovariateStack
@@ -72,6 +73,11 @@ class UnreachedWeights:
             for weight in _design_weights(module, width)
             if id(weight) in trained
         ]
+        for decoder, layer in _with_intercepts(program):
+            n = intercepts_of(decoder, layer)
+            batches = columns[columns < n].to(layer.weight.device)
+            if len(batches) and id(layer.weight) in trained:
+                self._parts.append((layer.weight, 1, layer.in_features - n + batches))
         for extra in program.modelled_extra:
             self._parts += _of_missing(extra, train, trained)
 
@@ -101,6 +107,15 @@ class UnreachedWeights:
             parameter[at] = values
         for weight, axis, at, values, is_reached in kept:
             weight.index_copy_(axis, at, torch.where(is_reached, weight.index_select(axis, at), values))
+
+
+def _with_intercepts(program: MultiVIProgram) -> Iterator[tuple[nn.Module, nn.Linear]]:
+    """Decoders, and their last layers in which batches have intercepts."""
+    for modality in MODALITIES:
+        decoder = getattr(program, f"{modality.name}_decoder", None)
+        layer = getattr(decoder, modality.decoded, None)
+        if decoder is not None and isinstance(layer, nn.Linear) and intercepts_of(decoder, layer):
+            yield decoder, layer
 
 
 def _design_weights(module: nn.Module, width: int) -> list[Tensor]:
@@ -162,13 +177,17 @@ def make_optimizer(
     weights: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in program.named_parameters():
-        if parameter.requires_grad and id(parameter) not in chosen:
-            # Decay would also change those parts of a weight that are not trained.
-            decays = name.endswith("weight") and name not in program.partly_trained
+        # Decay would also change those parts of a weight that are not trained.
+        decays = name.endswith("weight") and name not in program.partly_trained
+        if parameter.requires_grad and not (decays and id(parameter) in chosen):
             (weights if decays else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {
-            "params": [parameter for parameter in last.values() if parameter.requires_grad],
+            "params": [
+                parameter
+                for name, parameter in last.items()
+                if parameter.requires_grad and name not in program.partly_trained
+            ],
             "weight_decay": 0.0 if sd is None else program.config.hidden / (sd**2 * max(n_train, 1)),
         },
         {"params": weights, "weight_decay": options.weight_decay},

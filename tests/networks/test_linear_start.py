@@ -13,7 +13,7 @@ from pyro_multivi.data.modality import modelled
 from pyro_multivi.networks.linear_start import start, start_linearly
 from pyro_multivi.networks.linear_start.components import Components, components
 from pyro_multivi.networks.linear_start.factors import factors
-from pyro_multivi.networks.linear_start.weights import effects_on_means
+from pyro_multivi.networks.linear_start.weights import effects_of_groups, effects_on_means
 
 
 def inputs(n, n_features, rank, seed, strength=0.2):
@@ -53,6 +53,27 @@ def test_a_sparse_decomposition_is_the_dense_one(monkeypatch):
     monkeypatch.setattr("pyro_multivi.networks.linear_start.components._DENSE", 0)
     by_products = components(sp.csr_array(x), depth, np.ones((300, 1)), 5)
     np.testing.assert_allclose(np.abs(by_products.scores), np.abs(dense.scores), atol=0.02)
+
+
+@pytest.mark.parametrize("sd", [0.5, 0.0])
+def test_effects_of_groups_are_those_that_counts_tell(sd):
+    """Log ratios to the mean of all groups, weighted by their depths; of rare features next to nothing."""
+    rng = np.random.default_rng(0)
+    group, depth = rng.choice(3, 600, p=[0.5, 0.3, 0.2]), np.exp(rng.normal(7, 0.5, 600))
+    effect, share = sd * rng.standard_normal((400, 3)), rng.dirichlet(np.full(400, 0.5))
+    rate = share[:, None] * np.exp(effect)
+    rate /= rate.sum(0)
+    counts = sp.csr_array(rng.poisson(depth[:, None] * rate.T[group]))
+    found = effects_of_groups(counts, depth, group, 4, np.ones(400))
+    of_groups = np.bincount(group, depth) / depth.sum()
+    truth = np.log(rate / (rate @ of_groups)[:, None])
+    rare = share * depth.sum() < 3
+    assert not found[:, 3].any()
+    if sd:
+        often = share * depth.sum() > 300
+        assert np.corrcoef(found[often, :3].ravel(), truth[often].ravel())[0, 1] > 0.97
+        assert np.abs(found[rare]).max() < 0.5
+    assert np.square(found[:, :3] - truth).mean() < (0.6 * np.square(truth).mean() if sd else 1e-3)
 
 
 def part(signal, noise, scores):

@@ -63,6 +63,23 @@ def test_known_batches_are_decoded_as_before(everywhere):
     assert parts["expression_decoder.stack.linear.0.weight"] == (1, [4, 7])
     assert ("expression_decoder.stack.linear.1.weight" in parts) == everywhere
     assert parts["rna_first_layer.covariates.weight"] == (1, [2, 5])
+    assert parts["expression_decoder.rho.weight"] == (1, [6])
+
+
+def test_intercepts_of_batches_come_with_the_second_batch():
+    """A program of one batch has none: those of the known batch are 0, so that it is decoded as before."""
+    old, new = (MultiVIProgram(ProgramConfig(**CHOICES, n_batch=n, n_covariates=n)) for n in (1, 3))
+    for tensor in (*old.parameters(), *old.buffers()):
+        tensor.data.normal_()
+    state, parts = Growth.of([["a"]], [["a", "b", "c"]], n_continuous=0).state(old.state_dict(), new.state_dict())
+    new.load_state_dict(state)
+    z = torch.randn(2, 2)
+    rho = old.eval().expression(z, torch.ones(2, 1)).rho.dense()
+    for batch in torch.eye(3):
+        torch.testing.assert_close(new.eval().expression(z, batch.expand(2, -1)).rho.dense(), rho)
+    assert parts["expression_decoder.rho.weight"] == parts["accessibility_decoder.p.weight"] == (1, [5, 6])
+    torch.testing.assert_close(new.rna_weight_directions[:, [0, 1, 2, 3, 7]], old.rna_weight_directions)
+    assert not new.rna_weight_directions[:, 4:7].any()
 
 
 def test_gradients_of_old_columns_are_zero():

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_multivi.data.checks import first_names
 from pyro_multivi.data.modality import Modality
-from pyro_multivi.data.setup.adapter import Counts
+from pyro_multivi.data.setup.adapter import Counts, Opened
+from pyro_multivi.data.setup.options import UNS_KEY
 from pyro_multivi.data.sparse import MOST_COUNTS, SparseCounts
 from pyro_multivi.data.stores.counts import StoredCounts, StoredRows, row_hashes
 from pyro_multivi.data.stores.joined import on_disk
@@ -288,6 +289,18 @@ def _refuse_unsound(counts: Counts) -> None:
             f"{tuple(matrix.shape)} and {len(matrix.data)} values. Read the file once more, or a copy of it; "
             f"{counts.where}.check_format() says more."
         )
+
+
+def refuse_counts_beside_stores(opened: Opened) -> None:
+    """Refuse a matrix in the place of counts that are read from the stores of the object."""
+    for counts in opened.counts.values():
+        if counts.beside:
+            remove = f"{counts.where} = None" if counts.where.endswith(".X") else f"del {counts.where}"
+            raise ValueError(
+                f"{counts.where} holds a matrix, and {counts.owner} was opened by open_stores, whose counts are "
+                f"read: which are meant? For those of the stores, {remove}; for the matrix, "
+                f"del {counts.owner}.uns[{UNS_KEY!r}]['stores']."
+            )
 
 
 def _by_rows(matrix: Any) -> Any:

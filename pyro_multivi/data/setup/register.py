@@ -23,6 +23,7 @@ from pyro_multivi.data.checks import (
 from pyro_multivi.data.modality import MODALITIES, PROTEIN, Modality
 from pyro_multivi.data.setup.adapter import known_modalities
 from pyro_multivi.data.setup.cautions import cautions
+from pyro_multivi.data.setup.counts import refuse_counts_beside_stores
 from pyro_multivi.data.setup.covariates import size_factor_keys
 from pyro_multivi.data.setup.masks.declared import with_masks
 from pyro_multivi.data.setup.options import UNS_KEY, Setup, how_to_make, in_memory, is_mudata
@@ -270,14 +271,7 @@ def setup_mudata(
 
 def _set_up(data: Any, setup: Setup) -> SetupReport:
     found = describe(data, setup)
-    for counts in found.opened.counts.values():
-        if counts.beside:
-            remove = f"{counts.where} = None" if counts.where.endswith(".X") else f"del {counts.where}"
-            raise ValueError(
-                f"{counts.where} holds a matrix, and {counts.owner} was opened by open_stores, whose counts are "
-                f"read: which are meant? For those of the stores, {remove}; for the matrix, "
-                f"del {counts.owner}.uns[{UNS_KEY!r}]['stores']."
-            )
+    refuse_counts_beside_stores(found.opened)
     likely_mistakes = cautions(found)
     report = SetupReport.of(found, likely_mistakes)
     _keep(data, setup)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +16,18 @@ from pyro_multivi.data.loader import Minibatches, paired, spread
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import RNA, Modality, modelled
 from pyro_multivi.data.sparse import SparseCounts
+from pyro_multivi.networks.decoders import intercept_scale, intercepts_of
 from pyro_multivi.networks.encoders import NormalHead, SharedFirstLayer
 from pyro_multivi.networks.layers import CovariateStack
 from pyro_multivi.networks.linear_start.components import Components, components
 from pyro_multivi.networks.linear_start.factors import Factors, factors
 from pyro_multivi.networks.linear_start.partly_measured import Array
 from pyro_multivi.networks.linear_start.weights import (
+    effects_of_groups,
     effects_on_means,
     start_expert,
     start_first_layer,
+    start_intercepts,
     start_readout,
 )
 from pyro_multivi.networks.panels import measured_share
@@ -124,6 +127,10 @@ def _start(program: Any, minibatches: list[Cells], parts: list[_Part], design: A
         slope = _slope(program, part.modality, layer.bias.detach().cpu().double().numpy())
         hidden = _decoder_hidden(program, decoder.stack)
         start_readout(hidden, layer, design, effects / slope[:, None], program.config.latent)
+        n_intercepts = intercepts_of(decoder, layer)
+        if n_intercepts:
+            found = _batch_effects(program, part, group[part.places], n_intercepts) / slope[:, None]
+            start_intercepts(layer, found / intercept_scale(layer.in_features - n_intercepts))
     is_known = np.zeros(len(design), dtype=bool)
     is_known[np.concatenate([part.places for part in parts])] = True
     for extra in program.modelled_extra:
@@ -188,19 +195,32 @@ def _posterior(model: Factors, parts: list[_Part], n: int) -> tuple[Array, Array
 def _effects(program: Any, part: _Part, group: NDArray[np.int64], mean: Array, covariance: Array) -> Array:
     """Change of the log mean of each feature with z, (F, K), from the cells in which it was measured."""
     effects: Array = np.zeros((part.counts.shape[1], mean.shape[1]))
-    # Features that the same panels have are read from the same cells.
-    patterns, pattern = np.unique(part.measured, axis=1, return_inverse=True)
-    theta = _inverse_dispersion(program, part)
-    for code, of_panels in enumerate(patterns.T):
-        cells, features = np.flatnonzero(of_panels[part.panel]), np.flatnonzero(pattern.ravel() == code)
-        if not len(cells):
-            continue
-        counts = part.counts[cells][:, features]
-        overdispersion = 1 + np.asarray(counts.mean(0)).ravel() / theta[features]
+    for cells, features, counts, overdispersion in _measured_together(program, part):
         effects[features] = effects_on_means(
             counts, part.depth[cells], group[cells], mean[cells], covariance[cells], overdispersion
         )
     return effects
+
+
+def _batch_effects(program: Any, part: _Part, group: NDArray[np.int64], n_batch: int) -> Array:
+    """Change of the log mean of each feature with the batch, (F, n_batch)."""
+    effects: Array = np.zeros((part.counts.shape[1], n_batch))
+    for cells, features, counts, overdispersion in _measured_together(program, part):
+        effects[features] = effects_of_groups(counts, part.depth[cells], group[cells], n_batch, overdispersion)
+    return effects
+
+
+def _measured_together(
+    program: Any, part: _Part
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], sp.csr_array, Array]]:
+    """Cells, the features that the same panels have and are read from them, their counts and overdispersion."""
+    patterns, pattern = np.unique(part.measured, axis=1, return_inverse=True)
+    theta = _inverse_dispersion(program, part)
+    for code, of_panels in enumerate(patterns.T):
+        cells, features = np.flatnonzero(of_panels[part.panel]), np.flatnonzero(pattern.ravel() == code)
+        if len(cells):
+            counts = part.counts[cells][:, features]
+            yield cells, features, counts, 1 + np.asarray(counts.mean(0)).ravel() / theta[features]
 
 
 def _is_as_constructed(program: Any, modality: Modality) -> bool:

@@ -67,8 +67,31 @@ def start_readout(
     hidden: Array = hidden_of(torch.as_tensor(z, **like), torch.as_tensor(s, **like)).cpu().double().numpy()
     coefficients = _ridge(hidden, z[:, : effects.shape[1]])
     weight: Array = effects.clip(-_LARGEST, _LARGEST) @ coefficients.T
-    layer.weight.add_(torch.as_tensor(weight, **like))
+    layer.weight[:, : hidden.shape[1]].add_(torch.as_tensor(weight, **like))
     layer.bias.sub_(torch.as_tensor(weight @ hidden.mean(0), **like))
+
+
+def start_intercepts(layer: nn.Linear, effects: Array) -> None:
+    """Let the last columns of a last layer be the intercepts of batches, (F, n_batch)."""
+    _copy(layer.weight[:, -effects.shape[1] :], effects)
+
+
+def effects_of_groups(
+    counts: sp.csr_array, depth: Array, group: NDArray[np.integer[Any]], n_groups: int, overdispersion: Array
+) -> Array:
+    """Log ratio of the mean of each feature in a group of cells to that in all, (F, n_groups).
+
+    Shrunk by the variance of all of them beyond their errors: where groups are alike they are 0. Arguments as those of
+    :func:`effects_on_means`.
+    """
+    member = sp.csr_array((np.ones(len(group)), (group, np.arange(len(group)))), shape=(n_groups, len(group)))
+    total: Array = (member @ counts).toarray()
+    expected = np.outer(member @ depth, total.sum(0) / max(depth.sum(), 1e-12))
+    found = np.log((total + 0.5) / (expected + 0.5))
+    error = overdispersion / (expected + 0.5)
+    variance = ((found**2 - error) * expected).sum().clip(min=0) / max(expected.sum(), 1e-12)
+    shrunk: Array = found * variance / (variance + error)
+    return shrunk.T
 
 
 def effects_on_means(

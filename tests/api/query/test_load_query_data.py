@@ -46,8 +46,10 @@ def test_only_new_columns_are_trained_and_the_reference_stays(world):
         "atac_first_layer.covariates.weight": [2],
         "expression_decoder.stack.linear.0.weight": [n_latent + 2],
         "accessibility_decoder.stack.linear.0.weight": [n_latent + 2],
+        "expression_decoder.rho.weight": [n_hidden + 2],
+        "accessibility_decoder.p.weight": [n_hidden + 2],
     }
-    assert all(int(where.sum()) == n_hidden for where in changed.values())
+    assert all(int(where.sum()) == len(where) for where in changed.values())
 
 
 def test_cells_marked_as_measured_without_a_count_are_told(world):
