@@ -3,6 +3,10 @@
 The last layer of a decoder is by far its widest, so it is returned as a
 :class:`~pyro_multivi.distributions.Readout`, not multiplied out: the likelihood evaluates it
 block by block, prediction evaluates only the requested features.
+
+Where there are several batches it has an intercept of each batch for each feature, beside the batch's part in the first
+layer. What differs between batches feature by feature is then explained from the start. Otherwise it has to be learned
+by way of the hidden units, and meanwhile the state takes it up.
 """
 
 from __future__ import annotations

@@ -64,9 +64,8 @@ class QueryMixin(SavingMixin):
         """Model of a query, which maps its cells onto a trained model.
 
         It works at once, without training: :meth:`get_latent_representation` places its cells among the reference's.
-        :meth:`train` then fits what is new in it, the effects of new batches on expression and accessibility as far as
-        they resemble differences that the decoders know, and what is chosen here beside them, for 100 epochs without
-        early stopping by default. The reference is not changed.
+        :meth:`train` then fits what is new in it, the effects of new batches on expression and accessibility, and what
+        is chosen here beside them, for 100 epochs without early stopping by default. The reference is not changed.
 
         By default training leaves the states of cells where they are, unless the reference has
         ``encode_covariates=True``. Where a new batch does not mix with the reference, give ``freeze_expression=False``:
@@ -89,8 +88,8 @@ class QueryMixin(SavingMixin):
             Device of the new model; default: that of the reference, or the CPU for a folder. scvi-tools'
             ``accelerator`` is taken too.
         unfrozen
-            Train everything, but networks of modalities that no cell of the query has. This alone learns effects of a
-            new batch on each gene of its own, and takes them for those of the other batches too.
+            Train everything, but networks of modalities that no cell of the query has. What is learned of a new batch
+            then changes what is decoded in the others too.
         freeze_dropout
             Use no dropout in training.
         freeze_expression

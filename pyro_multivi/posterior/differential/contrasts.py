@@ -319,8 +319,8 @@ def _is_corrected(contrast: Contrast, what: str, n_cells: Sequence[NDArray[Any]]
     if not shared:
         logger.warning(
             "%s: the groups share no %s, so that it is unknown what of a change is due to it. Each is decoded in its "
-            "own; batch_correction=True extrapolates to those of the other, by what the decoder has learned of them: "
-            "of a new batch of a query that is little.", contrast.comparison, what,
+            "own; batch_correction=True extrapolates to those of the other, by what the decoder has learned of them.",
+            contrast.comparison, what,
         )  # fmt: skip
     return shared
 
