@@ -58,7 +58,10 @@ def traces(program, cells, seed=3):
 def log_y(program, cells, z, d):
     """Each measured region of each cell by a distribution of Pyro, summed; the mean is p r d over the typical total."""
     decoder = program.accessibility_decoder
-    logits = decoder.stack(z, cells.design) @ decoder.p.weight.T + decoder.p.bias
+    hidden, n_batch = decoder.stack(z, cells.design), program.config.n_batch
+    if n_batch > 1:
+        hidden = torch.cat([hidden, hidden.shape[1] ** 0.5 * cells.design[:, :n_batch]], 1)
+    logits = hidden @ decoder.p.weight.T + decoder.p.bias
     mean = logits.sigmoid() * program.region_log_rate.exp() * (d / program.atac_log_depth.exp())[:, None]
     if program.config.accessibility_likelihood == "poisson":
         fn = dist.Poisson(mean)

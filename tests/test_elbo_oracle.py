@@ -144,10 +144,15 @@ class Oracle:
             surprisal[rows] = both_ways / 2 - np.diag(score)
         return self.config.contrast_weight * surprisal
 
+    def beside_batch(self, h):
+        """Hidden units of a last layer, and the batch in units of their norm, where there are several."""
+        n = self.config.n_batch
+        return np.column_stack([h, np.sqrt(h.shape[1]) * np.eye(n)[self.batch]]) if n > 1 else h
+
     def log_x(self, z, l):
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z
         h = self.stack("expression_decoder.stack", z, self.s, relu, "decoder", self.config.n_layers_decoder)
-        logits = self.linear("expression_decoder.rho", h)
+        logits = self.linear("expression_decoder.rho", self.beside_batch(h))
         rho = special.softmax(logits, 1) if self.config.library != "size_factor" else np.log1p(np.exp(logits))
         mu = l[:, None] * rho
         if self.config.gene_likelihood == "poisson":
@@ -169,7 +174,7 @@ class Oracle:
         z = special.softmax(z, 1) if self.config.latent_distribution == "ln" else z
         h = self.stack("accessibility_decoder.stack", z, self.s, leaky, "decoder", self.config.n_layers_decoder)
         r = special.expit(self.w["region_logit"]) if self.config.region_factors else 1.0
-        q = special.expit(self.linear("accessibility_decoder.p", h)) * d[:, None] * r
+        q = special.expit(self.linear("accessibility_decoder.p", self.beside_batch(h))) * d[:, None] * r
         return stats.bernoulli.logpmf((self.y > 0) * 1, q).sum(1) * self.has_atac
 
     def kl(self):

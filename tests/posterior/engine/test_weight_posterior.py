@@ -28,6 +28,8 @@ def program(make_program):
     for modality in SITES.values():
         directions, sd = weight_buffers(program, modality)
         directions.copy_(torch.randn(directions.shape, generator=generator) / directions.shape[1] ** 0.5)
+        # The batch has this factor in the layer's input.
+        directions[:, program.config.hidden : -1] /= program.config.hidden**0.5
         sd.copy_(0.3 * torch.rand(sd.shape, generator=generator))
     return program
 
@@ -75,9 +77,8 @@ def test_draws_are_those_of_the_formula(program, make_cells, site):
 def test_a_weight_errs_alike_in_every_cell(program, make_cells):
     cells = make_cells()
     with evaluation_mode(program):
-        noise = CellNoise(cells.index, 3)
-        one = Readout(torch.ones(6, 5, program.config.hidden), program.accessibility_decoder.p.weight.detach(),
-                      program.accessibility_decoder.p.bias.detach(), "sigmoid")  # fmt: skip
+        noise, layer = CellNoise(cells.index, 3), program.accessibility_decoder.p
+        one = Readout(torch.ones(6, 5, layer.in_features), layer.weight.detach(), layer.bias.detach(), "sigmoid")
         values = with_weight_noise(program, "p", one, noise).dense()
         torch.testing.assert_close(values, values[:, :1].expand_as(values))
         assert values.std(0).min() > 0
@@ -91,7 +92,7 @@ def test_cells_of_one_state_differ_by_what_is_left(program, make_cells, site):
     sd = torch.linspace(0.0, 1.0, len(residual_buffer(program, modality)))
     readouts = {"rho": program.expression_decoder.rho, "p": program.accessibility_decoder.p}
     layer, n = readouts[site], 4000
-    hidden = torch.ones(n, len(cells), program.config.hidden)
+    hidden = torch.ones(n, len(cells), layer.in_features)
     # Links for which the mean of a draw is that of its logit, or of its exponential.
     one = Readout(hidden, layer.weight.detach(), layer.bias.detach(), "identity")
     noise = CellNoise(cells.index, 3)

@@ -40,6 +40,8 @@ def test_one_sample_at_the_mean_decodes_the_mean(fitted_weights):
 
     def averaged(stack, at_mean_nh, measured_n):
         hidden_nh = torch.stack([stack(z, cells.design) for z in z_snk]).mean(0)
+        batch = cells.design[:, : program.config.n_intercepts] * hidden_nh.shape[1] ** 0.5
+        hidden_nh = torch.cat([hidden_nh, batch], 1)
         return torch.where(measured_n[:, None], at_mean_nh, hidden_nh)
 
     with torch.no_grad():
