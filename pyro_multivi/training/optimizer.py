@@ -172,22 +172,19 @@ def make_optimizer(
     state
         Moments to go on from.
     """
-    last, sd = loadings(program), options.effect_sd
+    sd = options.effect_sd
+    # Decay would also change those parts of a weight that are not trained.
+    last = {name: weight for name, weight in loadings(program).items() if name not in program.partly_trained}
     chosen = {id(parameter) for parameter in last.values()}
     weights: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in program.named_parameters():
-        # Decay would also change those parts of a weight that are not trained.
-        decays = name.endswith("weight") and name not in program.partly_trained
-        if parameter.requires_grad and not (decays and id(parameter) in chosen):
+        if parameter.requires_grad and id(parameter) not in chosen:
+            decays = name.endswith("weight") and name not in program.partly_trained
             (weights if decays else rest).append(parameter)
     groups: list[dict[str, Any]] = [
         {
-            "params": [
-                parameter
-                for name, parameter in last.items()
-                if parameter.requires_grad and name not in program.partly_trained
-            ],
+            "params": [parameter for parameter in last.values() if parameter.requires_grad],
             "weight_decay": 0.0 if sd is None else program.config.hidden / (sd**2 * max(n_train, 1)),
         },
         {"params": weights, "weight_decay": options.weight_decay},
