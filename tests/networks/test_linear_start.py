@@ -361,3 +361,20 @@ def test_slow_training_without_dropout_keeps_what_varies_within_types(seed):
     """The setting for such data in tutorials/choosing_options.md."""
     # 0.52, 0.45, 0.43, 0.49 over the seeds.
     assert kept_within_types(seed, lr=1e-3, dropout_rate=0.0) > 0.4
+
+
+def test_intercepts_of_batches_start_at_their_own_means():
+    """What is decoded at one state differs between batches as their counts do: sign, scale and order."""
+    adata = pm.simulate_multiome((300, 0, 0), n_genes=80, n_regions=60, n_batches=3, batch_effect=1.0, seed=0)
+    pm.MULTIVI.setup_anndata(adata, modality_key="modality", batch_key="batch")
+    model = pm.MULTIVI(adata, n_hidden=16, n_latent=4)
+    program, table = model.program, model.spec.table(adata)
+    assert start_linearly(program, Minibatches(table))
+    with torch.no_grad():
+        log_rho = program.expression(torch.zeros(3, 4), torch.eye(3)).rho.dense().log().numpy()
+    x = adata.X.toarray()[:, :80]
+    share = np.stack([x[(table.batch_code == code).numpy()].sum(0) for code in range(3)]) + 0.5
+    wanted = np.log(share / share.sum(1, keepdims=True))
+    for one, other in ((0, 1), (1, 2), (2, 0)):
+        slope, _ = np.polyfit(wanted[one] - wanted[other], log_rho[one] - log_rho[other], 1)
+        assert 0.7 < slope < 1.3

@@ -60,12 +60,15 @@ def test_a_query_moves_no_batch_that_none_of_its_cells_is_of(adata, model, chose
     query = adata[adata.obs["batch"] == "batch_2"].copy()
     mapped = pm.MULTIVI.load_query_data(query, model, **{chosen: chosen == "unfrozen"})
     decoders = ("expression_decoder.stack.linear.0.weight", "extra.protein.decoder.linear.0.weight")
-    before = parameters_of(mapped, decoders)
+    last = ("expression_decoder.rho.weight", "accessibility_decoder.p.weight")
+    before = parameters_of(mapped, decoders + last)
     mapped.train(3, progress_bar=False)
     for name, value in parameters_of(mapped, decoders).items():
         # Behind those of the state, a column for each batch.
         is_same = (value == before[name]).all(0).tolist()
         assert is_same == [False, False, True, True, False], name
+    for name, value in parameters_of(mapped, last).items():
+        assert (value == before[name]).all(0)[-3:].tolist() == [True, True, False], name
 
 
 @pytest.mark.parametrize("train_size", [1.0, 0.8])
