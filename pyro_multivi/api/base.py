@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_multivi.api.arguments import Data, Indices
 from pyro_multivi.api.saving.description import difference_of_cells
+from pyro_multivi.api.scvi_tools.arguments import scvi_columns
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
 from pyro_multivi.data.checks import NotInModelError, caution, checked
 from pyro_multivi.data.fragments.checks import check_fragments
@@ -102,6 +103,21 @@ class ModelBase:
         differences = "" if names is None else difference_of_cells(split, names)
         if differences:
             logger.warning("adata %s. Which cells were held out of training is known of the others.", differences)
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better.
+
+        Epochs in which a quantity was not recorded are left out, as those of ``check_val_every_n_epoch``.
+        Beside what was recorded, names of scvi-tools: ``train_loss_epoch`` and ``train_loss_step``, both the mean over
+        the steps of an epoch; ``validation_loss``, that loss of the validation cells; ``kl_global_train`` and
+        ``kl_global_validation``, 0 since no latent variable is shared by cells.
+        """
+        recorded = pd.DataFrame(self._history.rows, index=pd.RangeIndex(self._history.n_epochs, name="epoch"))
+        if len(recorded):
+            recorded = recorded.assign(**scvi_columns(recorded))
+        # Gaps would break the lines of a plot, and be the last value where the last epochs were not scored.
+        return {str(name): recorded[[name]].dropna() for name in recorded}
 
     @property
     def device(self) -> torch.device:

@@ -11,19 +11,20 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-import pandas as pd
 from pyro.infer import ELBO
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_multivi._settings import settings
-from pyro_multivi.api.arguments import check_paired
+from pyro_multivi.api.arguments import Indices, check_paired
 from pyro_multivi.api.base import ModelBase
-from pyro_multivi.api.scvi_tools.arguments import TRAIN, scvi_columns, takes, tell_difference, train_arguments
+from pyro_multivi.api.scvi_tools.arguments import TRAIN, takes, tell_difference, train_arguments
 from pyro_multivi.api.scvi_tools.minified import check_counts
 from pyro_multivi.data.checks import caution, checked
 from pyro_multivi.data.loader import SHUFFLE_BLOCK, SHUFFLE_BUFFER, Minibatches, default_batch_size
 from pyro_multivi.data.modality import MODALITIES, modelled
 from pyro_multivi.data.resident import resident_if_it_fits
+from pyro_multivi.data.selection import divide_cells
 from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
@@ -94,6 +95,7 @@ class TrainingMixin(ModelBase):
         resume: bool | str | os.PathLike[str] = False,
         shuffle_block: int = SHUFFLE_BLOCK,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        external_indexing: Sequence[Indices] | None = None,
     ) -> None:
         """Fit the model; call again to go on.
 
@@ -201,6 +203,10 @@ class TrainingMixin(ModelBase):
             memory. Where neighbours in the file are alike, for instance sorted by sample, the share of a sample in a
             buffer varies as in a random sample of ``shuffle_buffer`` cells. Smaller blocks and more of them mix better
             and read more slowly. Without effect on data in memory.
+        external_indexing
+            Lists of the cells of training, validation and test, in place of the choice by ``train_size``,
+            ``validation_size`` and ``shuffle_set_split``: positions, names or masks; the last two may be left out,
+            empty or None. Together they hold every cell once. Going on without it keeps these cells.
 
         Notes
         -----
@@ -254,6 +260,9 @@ class TrainingMixin(ModelBase):
         checkpoints = Checkpoints.wanted(checkpoint, checkpoint_every, resume)
         table = self._training_table()
         check_counts(table)
+        listed = None if external_indexing is None else divide_cells(external_indexing, table.cell_names)
+        if listed is not None and (train_size, validation_size) != (None, None):
+            caution("train_size and validation_size have no effect: external_indexing lists the cells.")
         if self.program.config.fully_paired and not is_query:
             extra = [modality.name for modality in self.program.modelled_extra]
             check_paired(table, extra, "train on paired cells only, or make another model by MULTIVI(adata).")
@@ -269,7 +278,7 @@ class TrainingMixin(ModelBase):
         if checkpoints is not None or processes.are_several:
             features = [name for each in MODALITIES for name in each.feature_names_in(self.spec)]
             run = Run.of(
-                self.program, table, features, options, train_size=train_size, validation_size=validation_size,
+                self.program, table, features, options, listed, train_size=train_size, validation_size=validation_size,
                 shuffle_set_split=shuffle_set_split, batch_size=batch_size, device=device.type,
                 **({"processes": processes.size} if processes.are_several else {}),
                 **({"shuffle_block": shuffle_block, "shuffle_buffer": shuffle_buffer} if table.on_disk else {}),
@@ -283,8 +292,8 @@ class TrainingMixin(ModelBase):
             if checkpoints is not None and checkpoints.split is not None:
                 split = replace(checkpoints.split, cell_names=table.cell_names)
             else:
-                default_size = 1.0 if is_query and not early_stopping else None
-                split = self._choose_split(table, train_size, validation_size, default_size, shuffle_set_split, seed)
+                sizes = train_size, validation_size, 1.0 if is_query and not early_stopping else None
+                split = self._choose_split(table, listed, *sizes, shuffle_set_split, seed)
             if checkpoints is not None:
                 checkpoints.split = split
             source = resident_if_it_fits(table, device)
@@ -324,13 +333,16 @@ class TrainingMixin(ModelBase):
     def _choose_split(
         self,
         table: CellTable,
+        listed: tuple[Tensor, Tensor, Tensor] | None,
         train_size: float | None,
         validation_size: float | None,
         default_size: float | None,
         shuffle: bool,
         seed: int,
     ) -> Split:
-        """Choose the cells to train on and to hold out: those of the training before, unless sizes are given."""
+        """Choose the cells to train on and to hold out: those of the training before, unless sizes or lists say so."""
+        if listed is not None:
+            return Split.listed(listed, self._split, table.cell_names)
         are_given = (train_size, validation_size) != (None, None)
         if self._split is not None and len(self._split.train) and not are_given:
             return self._split
@@ -379,21 +391,6 @@ class TrainingMixin(ModelBase):
         if not timed:
             return TrainingCost.of_sizes(self.program, train, options, checkpoint)
         return timed_cost(self.program, train, validation, options, checkpoint)
-
-    @property
-    def history(self) -> dict[str, pd.DataFrame]:
-        """One frame per recorded quantity, indexed by epoch; losses in nats per cell, lower is better.
-
-        Epochs in which a quantity was not recorded are left out, as those of ``check_val_every_n_epoch``.
-        Beside what was recorded, names of scvi-tools: ``train_loss_epoch`` and ``train_loss_step``, both the mean over
-        the steps of an epoch; ``validation_loss``, that loss of the validation cells; ``kl_global_train`` and
-        ``kl_global_validation``, 0 since no latent variable is shared by cells.
-        """
-        recorded = pd.DataFrame(self._history.rows, index=pd.RangeIndex(self._history.n_epochs, name="epoch"))
-        if len(recorded):
-            recorded = recorded.assign(**scvi_columns(recorded))
-        # Gaps would break the lines of a plot, and be the last value where the last epochs were not scored.
-        return {str(name): recorded[[name]].dropna() for name in recorded}
 
     def _mark_trained(self, *_: Any) -> None:
         self.is_trained = True

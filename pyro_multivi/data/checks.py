@@ -55,6 +55,10 @@ class NotInModelError(ValueError, RuntimeError):
     """A result that a model has not by the choices it was made with; scvi-tools raises a RuntimeError."""
 
 
+class ExternalIndexingError(ValueError, Warning):
+    """Cells that ``external_indexing`` lists twice, or leaves out; scvi-tools raises a Warning."""
+
+
 class FolderExistsError(FileExistsError, ValueError):
     """A folder that may not be replaced; scvi-tools raises a ValueError."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_multivi.data.checks import UnknownKeyError, nearest, shown
+from pyro_multivi.data.checks import (
+    ExternalIndexingError,
+    UnknownKeyError,
+    first_names,
+    nearest,
+    shown,
+    unwrapped,
+)
+
+# Lists of external_indexing, by what their cells are for.
+_PARTS = ("training", "validation", "test")
+# Positions shown in a message, as many as names.
+_SHOWN_POSITIONS = 5
 
 
-def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
+def select_cells(indices: Any, names: Iterable[str], argument: str = "indices") -> Tensor:
     """Positions of the cells meant by ``indices``.
 
     Parameters
@@ -23,6 +36,8 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
         None for all cells, a boolean mask, positions (negative ones count from the end), or names.
     names
         Names of all n cells.
+    argument
+        Name that errors give ``indices``.
 
     Returns
     -------
@@ -45,55 +60,138 @@ def select_cells(indices: Any, names: Iterable[str]) -> Tensor:
     names = list(names)
     if indices is None:
         return torch.arange(len(names))
-    wanted = as_list("indices", indices)
+    wanted = as_list(argument, indices)
     if wanted.size == 0:
-        raise ValueError("indices selects no cell: give at least one, or None for all cells.")
+        raise ValueError(f"{argument} selects no cell: give at least one, or None for all cells.")
     if wanted.ndim != 1:
         raise ValueError(
-            f"indices={shown(indices)} has {wanted.ndim} dimensions: give a flat list of positions, names or a mask."
+            f"{argument}={shown(indices)} has {wanted.ndim} dimensions: give a flat list of positions, names or a mask."
         )
     if wanted.dtype == bool:
-        chosen = _marked(indices, wanted, names)
+        chosen = _marked(argument, indices, wanted, names)
     elif wanted.dtype.kind in "iu":
-        chosen = _at_positions(indices, wanted, names)
+        chosen = _at_positions(argument, indices, wanted, names)
     elif wanted.dtype.kind in "OUS":
-        chosen = _called(wanted, names)
+        chosen = _called(argument, wanted, names)
     else:
         raise ValueError(
-            f"indices={shown(indices)} has values of type {wanted.dtype}: give positions, names, a mask or None."
+            f"{argument}={shown(indices)} has values of type {wanted.dtype}: give positions, names, a mask or None."
         )
     return torch.from_numpy(chosen.astype(np.int64))
 
 
-def _marked(indices: Any, mask: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+def divide_cells(external_indexing: Any, names: Iterable[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the cells of training, validation and test that ``external_indexing`` lists.
+
+    Parameters
+    ----------
+    external_indexing
+        A list of up to three lists of cells, in this order, each as of :func:`select_cells`. What is left out, None or
+        empty holds no cell.
+    names
+        Names of all n cells.
+
+    Returns
+    -------
+    tuple of Tensor
+        int64, each ascending, together every cell once.
+
+    Raises
+    ------
+    ExternalIndexingError
+        If a cell is listed twice, or not at all.
+    ValueError, IndexError, KeyError, TypeError
+        If a list is none of cells, or none of them is for training.
+
+    Examples
+    --------
+    >>> divide_cells([["a", "d"], [2, 1]], ["a", "b", "c", "d"])
+    (tensor([0, 3]), tensor([1, 2]), tensor([], dtype=torch.int64))
+    """
+    names = list(names)
+    if not isinstance(external_indexing, (list, tuple)) or not 1 <= len(external_indexing) <= len(_PARTS):
+        raise ValueError(
+            f"external_indexing={shown(external_indexing)} is not allowed: give a list of up to three lists of cells, "
+            "[training, validation, test]."
+        )
+    given = [*external_indexing, *[None] * (len(_PARTS) - len(external_indexing))]
+    found = [_part(f"external_indexing[{place}]", cells, names) for place, cells in enumerate(given)]
+    times = np.stack([np.bincount(part, minlength=len(names)) for part in found])
+    for name, often in zip(_PARTS, times, strict=True):
+        if (often > 1).any():
+            raise ExternalIndexingError(
+                f"external_indexing lists cells more than once for {name}: {_shown_cells(often > 1, names)}. List each "
+                "cell once."
+            )
+    for one, other in combinations(range(len(_PARTS)), 2):
+        in_both = (times[one] > 0) & (times[other] > 0)
+        if in_both.any():
+            raise ExternalIndexingError(
+                f"external_indexing lists cells both for {_PARTS[one]} and for {_PARTS[other]}: "
+                f"{_shown_cells(in_both, names)}. List each cell once."
+            )
+    lacking = times.sum(0) == 0
+    if lacking.any():
+        raise ExternalIndexingError(
+            f"external_indexing leaves out {int(lacking.sum())} of {len(names)} cells: {_shown_cells(lacking, names)}. "
+            "List those that are neither trained on nor held out as the third, [training, validation, test]."
+        )
+    if not times[0].any():
+        raise ValueError("external_indexing[0] lists no cell: at least one is needed for training.")
+    first, second, third = (torch.from_numpy(np.flatnonzero(often).astype(np.int64)) for often in times)
+    return first, second, third
+
+
+def _part(argument: str, cells: Any, names: Sequence[str]) -> NDArray[np.int64]:
+    """Positions of the cells of a list that may hold none."""
+    value = unwrapped(cells)
+    if value is None:
+        return np.zeros(0, dtype=np.int64)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{argument}={shown(cells)} is not allowed: give a list of positions or names, a mask, or None."
+        )
+    wanted = as_list(argument, value)
+    no_cell = wanted.size == 0 or (wanted.dtype == bool and wanted.shape == (len(names),) and not wanted.any())
+    return np.zeros(0, dtype=np.int64) if no_cell else select_cells(value, names, argument).numpy()
+
+
+def _shown_cells(marked: NDArray[np.bool_], names: Sequence[str]) -> str:
+    """Names of the first of some cells, how many there are in all, and the positions of the same."""
+    places = np.flatnonzero(marked).tolist()
+    positions = ", ".join(map(str, places[:_SHOWN_POSITIONS])) + ", ..." * (len(places) > _SHOWN_POSITIONS)
+    return f"{first_names(names[place] for place in places)}, at {positions}"
+
+
+def _marked(argument: str, indices: Any, mask: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
     """Positions of the cells that a mask marks."""
     if len(mask) != len(names):
         raise ValueError(
-            f"indices is a mask of {len(mask)} cells and the data has {len(names)}: give one value per cell."
+            f"{argument} is a mask of {len(mask)} cells and the data has {len(names)}: give one value per cell."
         )
-    check_order("indices", indices, names)
+    check_order(argument, indices, names)
     if not mask.any():
-        raise ValueError("indices selects no cell: the mask is False everywhere.")
+        raise ValueError(f"{argument} selects no cell: the mask is False everywhere.")
     return np.flatnonzero(mask)
 
 
-def _at_positions(indices: Any, positions: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+def _at_positions(argument: str, indices: Any, positions: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
     """Positions from the beginning, of which negative ones count from the end."""
-    refuse_numbers_for_mask("indices", indices, positions, names)
+    refuse_numbers_for_mask(argument, indices, positions, names)
     n = len(names)
     outside = positions[(positions < -n) | (positions >= n)]
     if len(outside):
-        raise IndexError(f"indices holds {outside[0]}, and the data has {n} cells: give positions below {n}.")
+        raise IndexError(f"{argument} holds {outside[0]}, and the data has {n} cells: give positions below {n}.")
     return np.where(positions < 0, positions + n, positions)
 
 
-def _called(wanted: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
+def _called(argument: str, wanted: NDArray[Any], names: Sequence[str]) -> NDArray[Any]:
     """Positions of the cells of these names."""
     place = {name: position for position, name in enumerate(names)}
     unknown = [name for name in wanted.tolist() if not isinstance(name, str) or name not in place]
     if unknown:
         raise UnknownKeyError(
-            f"indices holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}"
+            f"{argument} holds {shown(unknown[0])}, which is no cell of the data. {nearest(unknown[0], names)}"
         )
     return np.asarray([place[name] for name in wanted.tolist()])
 

@@ -137,6 +137,43 @@ class Split:
             )
         return cls(_ascending(train), _ascending(held_out), _ascending(others[known[others]]), cell_names)
 
+    @classmethod
+    def listed(
+        cls, parts: tuple[Tensor, Tensor, Tensor], previous: Split | None = None, cell_names: Sequence[str] = ()
+    ) -> Split:
+        """Split by lists of the cells.
+
+        Parameters
+        ----------
+        parts
+            Positions of the cells of training, validation and test, together every cell once.
+        previous, cell_names
+            As in :meth:`of`: cells that were trained on are never held out.
+
+        Warns
+        -----
+        UserWarning
+            If cells of validation or test were trained on before.
+
+        Examples
+        --------
+        >>> Split.listed((torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2]))).validation
+        tensor([1])
+        """
+        train, held_out, test = (part.numpy() for part in parts)
+        known = np.zeros(len(train) + len(held_out) + len(test), dtype=bool)
+        if previous is not None:
+            known[previous.ever_trained.numpy()] = True
+        others = np.concatenate([held_out, test])
+        if known[others].any():
+            caution(
+                f"external_indexing lists {len(held_out)} cells for validation and {len(test)} for test, of which "
+                f"{int(known[held_out].sum())} and {int(known[test].sum())} were trained on before: these count as "
+                "neither (early stopping, calibration, checks). To hold them out, make a new model.",
+            )
+        before = _ascending(others[known[others]])
+        return cls(_ascending(train), _ascending(held_out[~known[held_out]]), before, cell_names)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         values = {name: getattr(self, name).tolist() for name in _POSITIONS}

@@ -97,6 +97,8 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "checkpoint_every": (0, -1, 2.5, NAN, True, "", "10", "0 min", "-1 min", "ten min", b"1", [1], {}, THING),
     "resume": (5, 1.5, "", b"x", [True], {}, None, THING),
     "devices": (7, -3, 1.5, True, "x", "", None, [0], {}, THING),
+    "external_indexing": (5, "nonsense", [], {}, {1}, True, THING, [0], ["nobody"], [[1.5]], [["nobody"]], [[0], 5],
+                          np.zeros((2, 2)), [[0], THING]),
     "elbo": (5, "nonsense", Trace_ELBO, True, [], THING),
     "program_class": _CLASS,
     "program_options": (5, "x", [1], {"nonsense": 1}, {5: 1}, {"n_latent": 3}, True, THING),

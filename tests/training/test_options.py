@@ -20,7 +20,7 @@ def test_fit_has_the_options_of_train_and_their_defaults():
     # train() takes the seed of pyro_multivi.settings where none is given, and has other defaults for a query.
     assert differing == ["max_epochs", "early_stopping", "seed"]
     others = {"self", "accelerator", "devices", "train_size", "validation_size", "shuffle_set_split", "batch_size"}
-    others |= {"checkpoint", "checkpoint_every", "resume", "shuffle_block", "shuffle_buffer"}
+    others |= {"checkpoint", "checkpoint_every", "resume", "shuffle_block", "shuffle_buffer", "external_indexing"}
     assert arguments.keys() - {field.name for field in fields(FitOptions)} == others
 
 

@@ -120,12 +120,9 @@ SPLITTER: dict[str, Foreign] = {
     "prefetch_factor": _left_out(_LOADING),
     "drop_dataset_tail": _left_out("every training cell is used in each epoch", False),
     "drop_last": _left_out("the last minibatch of an epoch is used, however small", False),
-    "external_indexing": _refused(
-        "cells cannot be named; order them, adata[np.r_[held_out, trained, others]].copy(), make a model of these and "
-        "give train_size, validation_size and shuffle_set_split=False"
-    ),
     "distributed_sampler": _left_out(_ONE_DEVICE, False),
     **{name: Foreign(ours=name) for name in ("train_size", "validation_size", "shuffle_set_split", "batch_size")},
+    "external_indexing": Foreign(ours="external_indexing"),
 }
 #: Arguments of Lightning's Trainer, of scvi-tools' own and of its older versions.
 TRAIN: dict[str, Foreign] = {
@@ -177,7 +174,7 @@ TRAIN: dict[str, Foreign] = {
     "datamodule": _refused("data come from the object given to the constructor, which may be backed by a file"),
     "trainer_config": _refused("give its entries as arguments"),
     "plan_config": _refused("give its entries as plan_kwargs"),
-    **{name: SPLITTER[name] for name in ("load_sparse_tensor", "pin_memory", "drop_last", "external_indexing")},
+    **{name: SPLITTER[name] for name in ("load_sparse_tensor", "pin_memory", "drop_last")},
 }  # fmt: skip
 CONSTRUCTOR: dict[str, Foreign] = {
     "n_input_proteins": _left_out("their number is that of the setup"),

@@ -51,6 +51,7 @@ class Run(NamedTuple):
         table: CellTable,
         features: Sequence[str],
         options: FitOptions,
+        listed: Sequence[Tensor] | None = None,
         **arguments: Any,
     ) -> Run:
         """Describe a run.
@@ -59,6 +60,8 @@ class Run(NamedTuple):
         ----------
         features
             Names of the features.
+        listed
+            Cells of training, validation and test where they are listed.
         arguments
             Further arguments by name.
         """
@@ -89,6 +92,7 @@ class Run(NamedTuple):
             "names or order of the cells": zlib.crc32("\0".join(table.cell_names).encode()),
             "names or order of the features": zlib.crc32("\0".join(features).encode()),
             **dict(_contents(table)),
+            **({} if listed is None else {"cells in external_indexing": _checksum_of(listed)}),
         }
         return cls(values, contents)
 

@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
     "enable_progress_bar": False, "gradient_clip_val": 1.0,
     "lr": 1e-2, "weight_decay": 1e-2, "eps": 1e-7, "n_epochs_kl_warmup": 3, "n_steps_kl_warmup": 3,
     "adversarial_classifier": False, "scale_adversarial_loss": 0.5, "train_size": 0.8, "validation_size": 0.1,
-    "shuffle_set_split": False, "batch_size": 8,
+    "shuffle_set_split": False, "batch_size": 8, "external_indexing": [range(24)],
 }  # fmt: skip
 #: Methods with another order of arguments than in scvi-tools, or the argument of theirs that has no place here.
 OTHER_PLACES = {

@@ -81,6 +81,10 @@ def few_held_out(_: Path) -> dict[str, Any]:
     return trained(model_of(), train_size=0.9, validation_size=0.05)
 
 
+def listed(_: Path) -> dict[str, Any]:
+    return trained(model_of(), external_indexing=[range(10, 60), range(7), range(7, 10)])
+
+
 def continued(_: Path) -> dict[str, Any]:
     model = model_of()
     trained(model, max_epochs=2)
@@ -263,7 +267,8 @@ def other_given(_: Path) -> dict[str, Any]:
             found[change.__name__] = message({}, {}, change)
         for name, value in {"mixing_weight": 0.0, "contrast_weight": 0.0, "dropout_rate": 0.3}.items():
             found[name] = message({name: value}, {}, lambda _: None)
-        for name, value in {"checkpoint": "unused", "lr": 1e-3, "seed": 5}.items():
+        lists = {"external_indexing": [range(6, 60), range(6)]}
+        for name, value in {"checkpoint": "unused", "lr": 1e-3, "seed": 5, **lists}.items():
             found[name] = message({}, {name: value}, lambda _: None)
         found["nothing"] = message({"seed": 3}, {}, lambda _: None)
     return found

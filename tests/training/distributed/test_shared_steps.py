@@ -17,7 +17,7 @@ from pyro_multivi.traces import Terms
 from pyro_multivi.training.distributed.shared_steps import sum_gradients, sum_terms
 
 ROOT = Path(__file__).parents[3]
-SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "stopped")
+SHARED = ("defaults", "adversary", "batch_norm", "few_held_out", "continued", "stopped", "listed")
 #: Scenarios and numbers of processes. In this order: some go on from what others left.
 QUICK = (
     *("one_step:1", "one_step:2", "no_cells:2", "uninterrupted:2", "killed:2", "resumed_after_kill:2"),
@@ -128,6 +128,7 @@ def test_processes_with_other_cells_are_refused(ended):
         ("dropout_rate", "(dropout_rate: 0.1 in process 0, 0.3"),
         ("lr", "(lr: 0.002 in process 0, 0.001 in process 1)"),
         ("seed", "(seed: 0 in process 0, 5 in process 1)"),
+        ("external_indexing", "(other cells in external_indexing)"),
         ("checkpoint", "(checkpoint: 'none' in process 0, 'given' in process 1)"),
     ],
 )
