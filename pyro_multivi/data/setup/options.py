@@ -247,6 +247,8 @@ def elsewhere(argument: str, key: str, tables: Mapping[str, Any], cells: Any) ->
     parts = [place for place, table in tables.items() if key in table]
     found = f" It is in {' and in '.join(parts)}." if parts else ""
     whole = next((place for place in parts if cells.isin(tables[place].index).all()), None)
+    if whole == "mdata.obs":
+        return f"{found} Leave {argument!r} out of modalities in the setup."
     if whole is not None:
         name = whole.removeprefix("mdata.mod[").removesuffix("].obs")
         return f"{found} Name that modality in the setup, modalities={{{argument!r}: {name}}}."

@@ -168,6 +168,14 @@ def test_column_of_a_modality_that_has_all_cells(mdata):
     setup_mudata(whole, batch_key="site", modalities={**RNA, **place})
 
 
+def test_a_column_of_all_cells_is_in_no_modality(mdata):
+    mdata.obs["site"] = "s"
+    modalities = {**RNA, "batch_key": "rna"}
+    with pytest.raises(ValueError, match=r"It is in mdata.obs. Leave 'batch_key' out of modalities in the setup.$"):
+        setup_mudata(mdata, batch_key="site", modalities=modalities)
+    setup_mudata(mdata, batch_key="site", modalities=RNA)
+
+
 @pytest.mark.parametrize(
     ("argument", "key", "modality"),
     [
