@@ -18,7 +18,7 @@ from pyro_multivi.api.saving.folder import DESCRIPTION, broken, model_folder, re
 from pyro_multivi.api.scvi_tools.arguments import LOAD, SAVE, takes
 from pyro_multivi.api.scvi_tools.devices import load_arguments
 from pyro_multivi.api.scvi_tools.minified import check_weights, with_note
-from pyro_multivi.data.checks import checked
+from pyro_multivi.data.checks import UnknownKeyError, checked
 from pyro_multivi.data.modality import MODALITIES
 from pyro_multivi.data.setup.options import is_mudata
 from pyro_multivi.isolation import isolated
@@ -167,8 +167,9 @@ class SavingMixin(ModelBase):
             table = spec.table(adata)
             if table.posterior is not None and not description.minified:
                 kind = "mudata" if is_mudata(adata) else "adata"
+                # A KeyError up to scvi-tools 1.3, a ValueError since.
                 raise with_note(
-                    ValueError(f"It appears you are trying to load a non-minified model with minified {kind}"),
+                    UnknownKeyError(f"It appears you are trying to load a non-minified model with minified {kind}"),
                     "Load the model that was saved after it minified these data, or give the data with their counts.",
                 )
         elif saved.data is not None:
