@@ -59,8 +59,9 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
     """Set ``rna_mean``, ``rna_mean_weight`` and those of ATAC of a program.
 
     With fewer than two pairs (cells of both modalities) held out nothing is fitted, and weights are 0, which a log line
-    says; so they are where a latent variable has no posterior mean, from which estimates are made by default. The
-    weight is that of the mean over the training cells; the mean that is kept is over the held-out cells too.
+    says; so they are where a latent variable has no posterior mean, from which estimates are made by default, and of a
+    modality without training cells. The weight is that of the mean over the training cells; the mean that is kept is
+    over the held-out cells too.
 
     Parameters
     ----------
@@ -80,6 +81,8 @@ def fit_shrinkage(program: MultiVIProgram, train: Minibatches, held_out: Minibat
     if not _has_means(program, held_out.cut(pairs[:1])):
         return
     for modality in modelled(program.config):
+        if not len(measured(train, modality)):
+            continue  # Nothing of it was learned.
         mean, weight = mean_buffers(program, modality)
         trained, more = (_Measured.of(program, cells, modality) for cells in (train, held_out))
         # On the scale of what is decoded: rates of such a sum, without the factors of features.

@@ -192,6 +192,18 @@ def test_two_held_out_pairs_are_enough():
     assert all(0 < weight < 1 for weight in _weights(model))
 
 
+def test_a_modality_without_training_cells_is_left_out():
+    adata = simulate_multiome((20, 10, 10), 20, 30, seed=0)
+    MULTIVI.setup_anndata(adata, modality_key="modality")
+    for only in ("expression", "accessibility"):
+        model, trained = MULTIVI(adata, n_hidden=4, n_latent=2), adata.obs["modality"] == only
+        model.train(1, progress_bar=False, external_indexing=[trained, ~trained])
+        rna, atac = _weights(model)
+        assert (rna > 0, atac > 0) == (only == "expression", only == "accessibility")
+        assert np.isfinite(model.get_normalized_expression(return_numpy=True)).all()
+        assert np.isfinite(model.get_accessibility_estimates(return_numpy=True)).all()
+
+
 def test_going_on_fits_anew_and_models_of_earlier_versions_have_no_weight():
     model = _trained((200, 0, 0))
     assert min(_weights(model)) > 0
