@@ -129,9 +129,9 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and n_gpus > 0)
     if on_gpu and not n_gpus:
         raise ValueError(f"accelerator={accelerator!r}, but torch finds no GPU: use accelerator='cpu' or 'auto'.")
-    # 1 is a number of devices in scvi-tools: one, as everywhere here.
+    # Numbers of devices in scvi-tools. 1: as everywhere here. -1: all that there are for this process.
     default = ("auto", "1", "-1")
-    known = default[:2] if on_gpu else default
+    known = default[:2] if on_gpu and n_gpus > 1 and not current().are_several else default
     wanted = unwrapped(devices)
     if on_gpu and isinstance(wanted, (list, tuple)) and len(wanted) == 1 and wanted[0] in range(n_gpus):
         return torch.device(f"cuda:{wanted[0]}")  # Of a list the entries are numbers of GPUs, also 1.
@@ -139,6 +139,8 @@ def resolve_device(accelerator: str, devices: int | str = "auto") -> torch.devic
     text = str(wanted)
     if not valid or text not in (*known, *(map(str, range(n_gpus)) if on_gpu else ())):
         allowed = f", or the number of a GPU below {n_gpus}" if on_gpu else " (training runs on one processor)"
+        if on_gpu and n_gpus > 1:
+            allowed += f". To train on {n_gpus} at once: torchrun --nproc-per-node {n_gpus}"
         raise ValueError(f"devices={shown(devices)} is not allowed: give 'auto' or 1{allowed}.")
     number = "" if text in known else f":{text}"
     if on_gpu and not number and current().are_several:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -205,8 +206,12 @@ def test_devices_by_the_words_of_scvi_tools(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("gpu", [1]) == torch.device("cuda:1")
     assert resolve_device("gpu", 1) == torch.device("cuda")
-    with pytest.raises(ValueError, match=r"devices=\[0, 1\] is not allowed"):
-        resolve_device("gpu", [0, 1])
+    for several in ([0, 1], -1):
+        with pytest.raises(ValueError, match=rf"devices={re.escape(str(several))} .*torchrun --nproc-per-node 2\."):
+            resolve_device("gpu", several)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("gpu", -1) == torch.device("cuda")
+    assert resolve_device("auto", "-1") == torch.device("cuda")
 
 
 def test_a_patience_in_the_place_of_early_stopping_and_keys_that_change_nothing(mdata):
