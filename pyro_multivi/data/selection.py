@@ -159,7 +159,7 @@ def _part(argument: str, cells: Any, names: Sequence[str]) -> NDArray[np.int64]:
 def _shown_cells(marked: NDArray[np.bool_], names: Sequence[str]) -> str:
     """Names of the first of some cells, how many there are in all, and the positions of the same."""
     places = np.flatnonzero(marked).tolist()
-    positions = ", ".join(map(str, places[:_SHOWN_POSITIONS])) + ", ..." * (len(places) > _SHOWN_POSITIONS)
+    positions = ", ".join(map(str, places[:_SHOWN_POSITIONS])) + " and others" * (len(places) > _SHOWN_POSITIONS)
     return f"{first_names(names[place] for place in places)}, at {positions}"
 
 
