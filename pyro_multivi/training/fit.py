@@ -322,11 +322,12 @@ class _Fitting:
     def settle(self, interrupted: bool) -> dict[str, Any]:
         """Leave the program with the best weights, ready to be used; return the optimizer's state.
 
-        Only what was learned in an interrupted first epoch is kept, for want of anything better.
+        Only what was learned in an interrupted first epoch is kept, for want of anything better. A model that was
+        trained before has better weights: it goes back to those.
         """
         moments = self.optimizer.state_dict()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.best is not None and (self.history.n_epochs > self.first or not interrupted):
+        if self.best is not None and (self.history.n_epochs or not interrupted):
             self.best.restore(self.program)
         else:
             self.at.kept = f"the latest{_averaged(self.average)}"

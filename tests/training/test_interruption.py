@@ -64,6 +64,19 @@ def test_ctrl_c_goes_back_to_the_best_epoch(build, monkeypatch, train, learned):
     assert all(torch.equal(value, best[name]) for name, value in learned(model.program).items())
 
 
+def test_ctrl_c_in_the_first_epoch_of_a_later_training_goes_back_to_the_weights_of_before(
+    build, monkeypatch, train, learned
+):
+    model = train(build(), 3)
+    before = learned(model.program)
+    with monkeypatch.context() as patch:
+        Break(patch, pm.MultiVIProgram, 3, KeyboardInterrupt())
+        train(model, 5, lr=0.1)
+    assert len(model.history["train_loss"]) == 3
+    # The decoders' last layers are fitted once more.
+    assert all(torch.equal(value, before[name]) for name, value in learned(model.program).items() if "expert" in name)
+
+
 def test_ctrl_c_before_the_first_score_keeps_the_last_whole_epoch(build, train, learned):
     kept = []
 
