@@ -187,6 +187,8 @@ class CellTable:
             # NaN stands for proteins that were not measured.
             if not all(map(_same, measurement, other.extra[name])):
                 return f"{name!r} holds other values."
+        if self.posterior is not None and other.posterior is not None and not _same(self.posterior, other.posterior):
+            return "their stored posterior is another."
         return None
 
     def _at(self, what: str, rows: Tensor) -> str:

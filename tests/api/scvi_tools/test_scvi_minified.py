@@ -276,6 +276,19 @@ def test_a_posterior_of_another_family_is_not_minified(program_class, says):
     assert model.minified_data_type is None
 
 
+def test_another_posterior_in_minified_data_is_found_out():
+    _, model = made()
+    minify(model)
+    before = model.get_latent_representation()
+    stored = model.adata.obsm["pyro_multivi_posterior"]
+    model.adata.obsm["pyro_multivi_posterior"] = stored.copy()
+    stored_part(model.adata.obsm["pyro_multivi_posterior"], "z")[3] += 1
+    with pytest.raises(ValueError, match="changed in place since it read them: their stored posterior is another"):
+        model.get_latent_representation()
+    model.adata.obsm["pyro_multivi_posterior"] = stored
+    np.testing.assert_array_equal(model.get_latent_representation(), before)
+
+
 def test_minified_data_and_saved_models(minified, tmp_path):
     data, model = minified
     other = MULTIVI(data, n_hidden=6, n_latent=2)
