@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
@@ -33,14 +35,26 @@ def write_element(place: Any, name: str, element: Any) -> None:
     ------
     TypeError
         If a column holds what no such file can.
+    ValueError
+        If a column, or an entry such as a layer, has a name that no such file can hold.
     """
     from anndata.experimental import write_dispatched
 
     changed: list[str] = []
+    nested: list[str] = []
 
     def write(function: Any, group: Any, key: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+        where = key.strip("/") or name
+        if isinstance(value, Mapping):
+            # Colours of a column "a/b" are enough to have one in uns, and not worth the rest of the data.
+            in_uns = "uns" in where.split("/")
+            check_names(where, "an entry", value, alone=in_uns)
+            split = [f"{where}[{each!r}]" for each in value if in_uns and "/" in str(each)]
+            nested.extend(split)
+            value = _by_group(value) if split else value
         if isinstance(value, pd.DataFrame):
-            value = writable(value, key.strip("/") or name, changed)
+            check_names(where, "a column", value.columns, alone=isinstance(group, h5py.Group))
+            value = writable(value, where, changed)
         function(group, key, value, dataset_kwargs=dataset_kwargs)
 
     with warnings.catch_warnings():
@@ -54,6 +68,50 @@ def write_element(place: Any, name: str, element: Any) -> None:
             f"{', '.join(changed)}: text beside numbers, which no file of anndata holds in one column. "
             "The numbers were written as text."
         )
+    if nested:
+        caution(f"{', '.join(nested)}: what stands before a '/' becomes an entry of its own, with the rest inside it.")
+
+
+def check_names(where: str, what: str, names: Iterable[Any], alone: bool) -> None:
+    """Refuse names that a file does not give back, for there "/" stands between a group and what lies in it.
+
+    Parameters
+    ----------
+    where, what
+        Owner of the names, and what they are called, in the message.
+    names
+        The names; those that are no text are looked at elsewhere.
+    alone
+        Whether a "/" is allowed where no other name is what stands before it, as of columns in HDF5, which are listed
+        there by their whole names.
+
+    Examples
+    --------
+    >>> check_names("obs", "a column", ["CD4/CD8"], alone=True)
+    >>> check_names("layers", "an entry", ["CD4/CD8"], alone=False)
+    Traceback (most recent call last):
+        ...
+    ValueError: layers has an entry called 'CD4/CD8', a name that no file gives back: give it another, without '/'.
+    """
+    known = {name for name in names if isinstance(name, str)}
+    for name in sorted(known):
+        groups = {name[:place] for place, letter in enumerate(name) if letter == "/"}
+        if name in ("", ".") or name.startswith("/") or (groups and not alone) or groups & known:
+            raise ValueError(
+                f"{where} has {what} called {name!r}, a name that no file gives back: give it another, without '/'."
+            )
+
+
+def _by_group(entries: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Entries with what is called "a/b" as the entry "b" of the entry "a"."""
+    made: dict[Any, Any] = {}
+    for name, entry in entries.items():
+        *groups, last = name.split("/") if isinstance(name, str) else [name]
+        place = made
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = entry
+    return made
 
 
 def writable(frame: pd.DataFrame, where: str, changed: list[str]) -> pd.DataFrame:

@@ -106,6 +106,42 @@ def test_names_of_columns_that_are_no_text_are_named(model, tmp_path):
         model.save(tmp_path / "model", save_anndata=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "shape"), [("layers", (60, 100)), ("obsm", (60, 2)), ("varm", (100, 2)), ("obsp", (60, 60))]
+)
+@pytest.mark.parametrize("name", ["a/b", ""])
+def test_entries_whose_names_no_file_gives_back_are_refused(model, tmp_path, place, shape, name):
+    getattr(model.adata, place)[name] = np.ones(shape)
+    with pytest.raises(ValueError, match=f"{place} has an entry called '{name}', .* give it another, without '/'"):
+        model.save(tmp_path / "model", save_anndata=True)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("names", [["a", "a/b"], ["a/b/c", "a/b"], ["/a"], [""]])
+def test_columns_whose_names_no_file_gives_back_are_refused(model, tmp_path, names):
+    for name in names:
+        model.adata.obs[name] = 1.5
+    for write in (
+        lambda: model.save(tmp_path / "model", save_anndata=True),
+        lambda: model.impute(out=tmp_path / "out.h5ad", silent=True),
+    ):
+        with pytest.raises(ValueError, match=r"obs has a column called '.*', .* give it another, without '/'"):
+            write()
+    assert not list(tmp_path.glob("[!.]*"))
+
+
+def test_a_column_with_a_slash_in_its_name_is_written(model, tmp_path):
+    model.adata.obs["CD4/CD8"] = np.arange(60)
+    model.adata.uns["CD4/CD8_colors"] = ["red", "blue"]
+    with pytest.warns(UserWarning, match=r"uns\['CD4/CD8_colors'\]: what stands before a '/' becomes an entry"):
+        model.save(tmp_path / "model", save_anndata=True)
+    found = pm.MULTIVI.load(tmp_path / "model").adata
+    assert found.obs["CD4/CD8"].tolist() == list(range(60))
+    assert found.uns["CD4"]["CD8_colors"].tolist() == ["red", "blue"]
+    with pytest.raises(ValueError, match="obs has a column called 'CD4/CD8', .* give it another, without '/'"):
+        model.impute(out=tmp_path / "out.zarr", silent=True)
+
+
 def test_numbers_beside_text_become_text_and_other_objects_are_named(model, tmp_path):
     obs = model.adata.obs
     obs["note"] = pd.Series([1, "b", None] * 20, index=obs.index, dtype=object)
