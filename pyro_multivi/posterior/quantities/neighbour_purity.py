@@ -50,7 +50,10 @@ def neighbour_purity(latent: NDArray[np.floating[Any]], labels: Sequence[Any], k
     n_alike = 0
     for start in range(0, len(code), _AT_ONCE):
         cells = slice(start, start + _AT_ONCE)
-        near = np.asarray(tree.query(latent[cells], k=k + 1)[1])[:, 1:]
+        near = np.asarray(tree.query(latent[cells], k=k + 1)[1])
         own = code[cells, None]
-        n_alike += int(((code[near] == own) & (own >= 0)).sum())
+        # A cell need not be the first of its neighbours where others have the same state, nor among so many.
+        is_itself = near == np.arange(start, start + len(near))[:, None]
+        is_itself[~is_itself.any(1), -1] = True
+        n_alike += int(((code[near] == own) & (own >= 0) & ~is_itself).sum())
     return n_alike / (len(code) * k)

@@ -41,3 +41,11 @@ def test_memory_does_not_grow_with_the_length_of_labels(monkeypatch):
 def test_cells_without_a_label_are_like_no_other():
     z = np.array([[0.0], [0.1], [5.0], [5.1]])
     assert neighbour_purity(z, np.array(["a", "a", None, np.nan], dtype=object), k=1) == 0.5
+
+
+def test_a_cell_is_no_neighbour_of_itself_where_others_have_its_state():
+    # Twins have one state and two labels; then all cells have one state, and each a label of its own.
+    labels = np.tile(["a", "b"], 50)
+    twins = np.repeat(np.random.default_rng(0).normal(size=(50, 2)), 2, axis=0)
+    assert neighbour_purity(twins, labels, k=1) == 0.0
+    assert neighbour_purity(np.zeros((100, 2)), np.arange(100), k=5) == 0.0
