@@ -149,6 +149,11 @@ def check_values(
     if not modality.binary:
         rules.append(("not a whole number", values != np.floor(values)))
         rules.append((_TOO_LARGE, values > MOST_COUNTS))
+    elif values.dtype.kind == "f" and values.dtype.itemsize > np.dtype(np.float32).itemsize:
+        with np.errstate(over="ignore", under="ignore"):
+            single = values.astype(np.float32)
+        # What would be zero is open to some of the code, which goes by what is stored, and closed to the rest.
+        rules.append(("out of the range of single precision (float32)", ~np.isfinite(single) | (single == 0)))
     for what, wrong in rules:
         if wrong.any():
             advice = _ADVICE_TOO_LARGE if what is _TOO_LARGE else f"Raw counts are needed{counts.hint(counts.placed)}"

@@ -73,3 +73,13 @@ def test_a_damaged_matrix_is_refused(form, part, place, value):
         ValueError, match=r"adata\.X is damaged: positions of its entries \(indptr, indices\) do not fit"
     ):
         pm.MULTIVI.setup_anndata(adata)
+
+
+@pytest.mark.parametrize("value", [1e-50, 1e300])
+def test_values_of_regions_that_single_precision_does_not_hold_are_refused(value):
+    counts = np.array([[1.0, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, value]])
+    message = r"ATAC values that are out of the range of single precision .* cell 'c1' and region 'f3'"
+    with pytest.raises(ValueError, match=message):
+        read(counts)
+    counts[1, 3] = 1e-40
+    assert read(counts).y.to_dense()[1, 1] > 0
