@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -104,8 +105,8 @@ class ProgramModules(nn.Module):
     #: :class:`~pyro_multivi.networks.extra.ExtraModality`. Proteins that the setup names need none.
     extra_modalities: ClassVar[Mapping[str, type[ExtraModality]]] = {}
 
-    #: Names of parameters of which only a part is trained; see :mod:`pyro_multivi.networks.surgery`.
-    partly_trained: frozenset[str] = frozenset()
+    #: Parameters of which only a part is trained: its axis and positions; see :mod:`pyro_multivi.networks.surgery`.
+    partly_trained: Mapping[str, tuple[int, list[int]]] = MappingProxyType({})
 
     @property
     def needs_labels(self) -> bool:

@@ -254,7 +254,7 @@ class Training:
             if part:
                 axis, places = part
                 parameter.register_hook(_KeepColumns(parameter, axis, places))
-        program.partly_trained = frozenset(name for name, part in self.parts.items() if part is not None)
+        program.partly_trained = {name: part for name, part in self.parts.items() if part is not None}
         modules = dict(program.named_modules())
         for network, prefix in _normalisations(program):
             modules[prefix.removesuffix(".")].frozen = network not in self.batch_norm

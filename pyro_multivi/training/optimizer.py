@@ -48,7 +48,8 @@ class UnreachedWeights:
     Adam's steps do not depend on the size of a gradient, so that weight decay alone would soon take such weights to 0:
     those of a model that knew the modality or the batch, as the reference of a query does. They stay as they are,
     unless a program of one's own has gradients of them all the same. So do the decoders' last weights of a feature that
-    no cell measured, which expression would move by its sum over all genes, and those of such proteins.
+    no cell measured, which expression would move by its sum over all genes, and those of such proteins. So does what is
+    frozen of last weights of which a part is trained, the intercepts of a query's batches: their prior is of the whole.
 
     Parameters
     ----------
@@ -78,6 +79,12 @@ class UnreachedWeights:
             batches = columns[columns < n].to(layer.weight.device)
             if len(batches) and id(layer.weight) in trained:
                 self._parts.append((layer.weight, 1, layer.in_features - n + batches))
+        for name, weight in loadings(program).items():
+            if name in program.partly_trained:
+                axis, places = program.partly_trained[name]
+                frozen = torch.ones(weight.shape[axis], dtype=torch.bool)
+                frozen[places] = False
+                self._parts.append((weight, axis, frozen.nonzero().squeeze(1).to(weight.device)))
         for extra in program.modelled_extra:
             self._parts += _of_missing(extra, train, trained)
 
@@ -157,7 +164,8 @@ def make_optimizer(
     :math:`w H / (\sigma^2 N)` to the gradient of the loss per cell, N the number of training cells. Adam
     applies it as weight decay, at no cost. It matters where the data say little: Adam's steps do not depend on
     the size of a gradient, so without it the loadings of a rare feature grow as fast as those of a common
-    one, from noise.
+    one, from noise. So it is with the intercepts of a query's batch, the only part of its last layers that is trained
+    (:class:`UnreachedWeights` keeps the rest).
 
     Weight decay is of the other weight matrices. Biases, dispersions and region factors have none: it would pull them
     away from the data's marginals.
@@ -173,13 +181,13 @@ def make_optimizer(
         Moments to go on from.
     """
     sd = options.effect_sd
-    # Decay would also change those parts of a weight that are not trained.
-    last = {name: weight for name, weight in loadings(program).items() if name not in program.partly_trained}
+    last = loadings(program)
     chosen = {id(parameter) for parameter in last.values()}
     weights: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in program.named_parameters():
         if parameter.requires_grad and id(parameter) not in chosen:
+            # Decay would also change those parts of a weight that are not trained.
             decays = name.endswith("weight") and name not in program.partly_trained
             (weights if decays else rest).append(parameter)
     groups: list[dict[str, Any]] = [

@@ -100,3 +100,22 @@ def test_an_untrained_model_gives_every_cell_the_mean_profile(mosaic):
     np.testing.assert_allclose(rho, np.broadcast_to(rho[0], rho.shape), rtol=1e-5)
     p = model.get_accessibility_estimates(return_numpy=True)
     np.testing.assert_allclose(p, np.broadcast_to(p[0], p.shape), rtol=1e-5)
+
+
+def test_intercepts_of_a_query_have_the_prior_and_the_frozen_rest_of_the_layer_stays():
+    adata = pm.simulate_multiome((60, 0, 0), n_genes=20, n_regions=30, n_batches=3, seed=0)
+    is_new = (adata.obs["batch"] == "batch_2").to_numpy()
+    reference, query = adata[~is_new].copy(), adata[is_new][:5].copy()
+    pm.MULTIVI.setup_anndata(reference, batch_key="batch", modality_key="modality")
+    model = pm.MULTIVI(reference, n_hidden=8, n_latent=2)
+    model.train(max_epochs=5, progress_bar=False)
+    sizes = []
+    for sd in (0.05, 1.0, None):
+        mapped = pm.MULTIVI.load_query_data(query, model)
+        before = {name: weight.detach().clone() for name, weight in loadings(mapped.program).items()}
+        # Five cells, of which it follows each as far as it is let.
+        mapped.train(effect_sd=sd, lr=1e-2, progress_bar=False)
+        for name, weight in loadings(mapped.program).items():
+            assert torch.equal(weight[:, :-1], before[name][:, :-1])
+        sizes.append(mapped.program.expression_decoder.rho.weight[:, -1].norm().item())
+    assert sizes[0] < 0.2 * sizes[1] < 0.19 * sizes[2]
