@@ -151,7 +151,8 @@ class Growth:
             grown = self._axis(_LAYER_OF.get(name, ""), old - 1, new - 1, of_batches)
             return None if grown is None else Axis([*grown.sources, [old - 1]], grown.new)
         if of_batches is None:
-            of_batches = name in _BATCHES_LAST
+            # A custom last layer may see the design, which has grown where there is no new batch.
+            of_batches = name in _BATCHES_LAST and bool(self.batches.new)
         if of_batches or old == self.n_batch:
             before, axis = old - self.n_batch, self.batches
         else:

@@ -147,6 +147,26 @@ def test_a_network_that_sees_the_batch_alone():
     assert parts["wide.weight"] == (1, [4])
 
 
+class SeesDesign(MultiVIProgram):
+    """A last layer of z and the design, as that of the linear decoder in tutorials/recipes.md."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.expression_decoder.stack = nn.Identity()
+        self.expression_decoder.rho = nn.Linear(config.latent + config.n_covariates, config.n_genes)
+        self.size_weight_directions()
+
+
+def test_a_last_layer_of_the_design_grows_by_a_new_category():
+    old, _ = programs(SeesDesign)
+    new = SeesDesign(ProgramConfig(**CHOICES, n_batch=2, n_covariates=6)).state_dict()
+    state, parts = Growth.of(OLD, [OLD[0], NEW[1]], n_continuous=1).state(old.state_dict(), new)
+    weight = old.expression_decoder.rho.weight.detach()
+    grown = torch.cat([weight[:, :6], weight[:, 4:6].mean(1, True), weight[:, 6:]], 1)
+    torch.testing.assert_close(state["expression_decoder.rho.weight"], grown)
+    assert parts["expression_decoder.rho.weight"] == parts["rna_weight_directions"] == (1, [6])
+
+
 @pytest.mark.parametrize(
     "values",
     [
