@@ -12,12 +12,14 @@ by way of the hidden units, and meanwhile the state takes it up.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_multivi.config import ProgramConfig
+from pyro_multivi.data.modality import MODALITIES, Modality
 from pyro_multivi.distributions import Readout
 from pyro_multivi.distributions.kernels.readout import Link, apply_link
 from pyro_multivi.networks.layers import CovariateStack, beside
@@ -78,6 +80,15 @@ def intercepts_of(decoder: nn.Module, layer: nn.Linear) -> int:
     """Number of the last columns of a decoder's last layer that are intercepts of batches."""
     stack = getattr(decoder, "stack", None)
     return layer.in_features - stack.n_out if isinstance(stack, CovariateStack) else 0
+
+
+def with_intercepts(program: nn.Module) -> Iterator[tuple[Modality, nn.Linear, int]]:
+    """Last layers of a program in which batches have intercepts: modality, layer, and their number."""
+    for modality in MODALITIES:
+        decoder = getattr(program, f"{modality.name}_decoder", None)
+        layer = getattr(decoder, modality.decoded, None)
+        if decoder is not None and isinstance(layer, nn.Linear) and (n := intercepts_of(decoder, layer)) > 0:
+            yield modality, layer, n
 
 
 class ExpressionDecoder(nn.Module):

@@ -249,8 +249,7 @@ class ProgramModules(nn.Module):
             # In them d was a point, and its prior uniform.
             for name, value in unlearned_cell_factor(self.config.n_batch).items():
                 state_dict.setdefault(prefix + name, value)
-        config = self.config
-        add_intercepts(state_dict, dict(self.named_parameters()), config.n_batch, config.n_intercepts, prefix)
+        add_intercepts(state_dict, self, self.config.n_batch, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def size_weight_directions(self) -> None:

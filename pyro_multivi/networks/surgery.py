@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyro_multivi.data.modality import MODALITIES
+from pyro_multivi.networks.decoders import with_intercepts
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import BatchNorm
 
@@ -103,7 +104,7 @@ class Growth:
         Parameters
         ----------
         old, new
-            States of the old program and of a new one of the grown size.
+            States of the old program, after :func:`add_intercepts`, and of a new one of the grown size.
         wider
             State of a program with the grown design and the old batches, which tells axes of the design from those of
             batches alone. Without, a longer axis than that of the batches is taken for one of the design.
@@ -116,8 +117,6 @@ class Growth:
         """
         state: dict[str, Tensor] = {}
         parts: Parts = {}
-        old = dict(old)
-        add_intercepts(old, new, self.n_batch, len(self.batches.sources))
         for name, wanted in new.items():
             if name not in old:
                 raise ValueError(
@@ -160,31 +159,26 @@ class Growth:
         return axis.after(before) if before >= 0 and before + len(axis.sources) == new else None
 
 
-def add_intercepts(
-    state: dict[str, Tensor], like: Mapping[str, Tensor], n_batch: int, n_intercepts: int, prefix: str = ""
-) -> None:
-    """Give last layers of a state intercepts of its batches, at zero, where it has none.
+def add_intercepts(state: dict[str, Tensor], program: nn.Module, n_batch: int, prefix: str = "") -> None:
+    """Give last layers of a state intercepts of its batches, at zero, where it has none and the program has.
 
     A program of one batch has none, nor had those of several before version 0.2.
 
     Parameters
     ----------
-    like
-        State of a program that has ``n_intercepts`` of them.
     n_batch
         Number of batches of the state.
     prefix
         Beginning of the names in it.
     """
-    for directions, layer in _LAYER_OF.items():
-        weight, wanted = state.get(prefix + layer), like.get(layer)
-        if weight is None or wanted is None or not n_intercepts:
-            continue
-        if wanted.dim() == 2 and wanted.shape[1] - weight.shape[1] == n_intercepts:
-            state[prefix + layer] = pad(weight, (0, n_batch))
-            known = state.get(prefix + directions)
+    for modality, layer, n_intercepts in with_intercepts(program):
+        directions = f"{modality.key}_{_INTERCEPT_LAST}"
+        name, directions = prefix + _LAYER_OF[directions], prefix + directions
+        weight, known = state.get(name), state.get(directions)
+        if weight is not None and weight.shape[1] == layer.in_features - n_intercepts:
+            state[name] = pad(weight, (0, n_batch))
             if known is not None:
-                state[prefix + directions] = torch.cat([pad(known[:, :-1], (0, n_batch)), known[:, -1:]], 1)
+                state[directions] = torch.cat([pad(known[:, :-1], (0, n_batch)), known[:, -1:]], 1)
 
 
 #: Trained parts of parameters by name: axis and positions, or None for all of it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_multivi.data.loader import Minibatches, measured, never_measured
 from pyro_multivi.data.modality import ATAC, MODALITIES, RNA, Modality
-from pyro_multivi.networks.decoders import intercepts_of
+from pyro_multivi.networks.decoders import with_intercepts
 from pyro_multivi.networks.encoders import SharedFirstLayer
 from pyro_multivi.networks.extra.modality import ExtraModality
 from pyro_multivi.networks.layers import CovariateStack
@@ -74,8 +74,7 @@ class UnreachedWeights:
             for weight in _design_weights(module, width)
             if id(weight) in trained
         ]
-        for decoder, layer in _with_intercepts(program):
-            n = intercepts_of(decoder, layer)
+        for _, layer, n in with_intercepts(program):
             batches = columns[columns < n].to(layer.weight.device)
             if len(batches) and id(layer.weight) in trained:
                 self._parts.append((layer.weight, 1, layer.in_features - n + batches))
@@ -114,15 +113,6 @@ class UnreachedWeights:
             parameter[at] = values
         for weight, axis, at, values, is_reached in kept:
             weight.index_copy_(axis, at, torch.where(is_reached, weight.index_select(axis, at), values))
-
-
-def _with_intercepts(program: MultiVIProgram) -> Iterator[tuple[nn.Module, nn.Linear]]:
-    """Decoders, and their last layers in which batches have intercepts."""
-    for modality in MODALITIES:
-        decoder = getattr(program, f"{modality.name}_decoder", None)
-        layer = getattr(decoder, modality.decoded, None)
-        if decoder is not None and isinstance(layer, nn.Linear) and intercepts_of(decoder, layer):
-            yield decoder, layer
 
 
 def _design_weights(module: nn.Module, width: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pyro_multivi import ProgramConfig
 from pyro_multivi.networks.layers import BatchNorm
-from pyro_multivi.networks.surgery import Growth, Training
+from pyro_multivi.networks.surgery import Growth, Training, add_intercepts
 from pyro_multivi.program import MultiVIProgram
 
 OLD, NEW = [["a", "b"], ["x", "y"]], [["a", "b", "c"], ["x", "y", "z"]]
@@ -71,7 +71,9 @@ def test_intercepts_of_batches_come_with_the_second_batch():
     old, new = (MultiVIProgram(ProgramConfig(**CHOICES, n_batch=n, n_covariates=n)) for n in (1, 3))
     for tensor in (*old.parameters(), *old.buffers()):
         tensor.data.normal_()
-    state, parts = Growth.of([["a"]], [["a", "b", "c"]], n_continuous=0).state(old.state_dict(), new.state_dict())
+    known = old.state_dict()
+    add_intercepts(known, new, n_batch=1)
+    state, parts = Growth.of([["a"]], [["a", "b", "c"]], n_continuous=0).state(known, new.state_dict())
     new.load_state_dict(state)
     z = torch.randn(2, 2)
     rho = old.eval().expression(z, torch.ones(2, 1)).rho.dense()
@@ -165,6 +167,17 @@ def test_a_last_layer_of_the_design_grows_by_a_new_category():
     grown = torch.cat([weight[:, :6], weight[:, 4:6].mean(1, True), weight[:, 6:]], 1)
     torch.testing.assert_close(state["expression_decoder.rho.weight"], grown)
     assert parts["expression_decoder.rho.weight"] == parts["rna_weight_directions"] == (1, [6])
+
+
+def test_a_last_layer_of_the_design_gets_no_intercepts():
+    """Not even where it grows by as many columns as there are batches."""
+    old = SeesDesign(ProgramConfig(**CHOICES, n_batch=1, n_covariates=3))
+    new = SeesDesign(ProgramConfig(**CHOICES, n_batch=2, n_covariates=5))
+    known = old.state_dict()
+    before = dict(known)
+    add_intercepts(known, new, n_batch=1)
+    assert known["expression_decoder.rho.weight"] is before["expression_decoder.rho.weight"]
+    assert known["accessibility_decoder.p.weight"].shape[1] == CHOICES["n_hidden"] + 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.cell_factor import set_factor_mean, set_factor_spread
 from pyro_multivi.networks.modules import build_program
 from pyro_multivi.networks.panels import typical_buffer
-from pyro_multivi.networks.surgery import Growth, Parts
+from pyro_multivi.networks.surgery import Growth, Parts, add_intercepts
 from pyro_multivi.posterior.mapping.typical import set_typical
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.traces import evaluation_mode
@@ -80,7 +80,11 @@ def grown_program(reference: MultiVIProgram, old: DataSpec, spec: DataSpec) -> t
     if type(reference) is not MultiVIProgram and spec.design_width > spec.n_batch > old.n_batch:
         # A network of its own may see the batch without the other covariates.
         wider = build_program(type(reference), replace(config, n_batch=old.n_batch)).state_dict()
-    state, parts = growth.state(reference.state_dict(), program.state_dict(), wider)
+    known = reference.state_dict()
+    for each in (known, wider):
+        if each is not None:
+            add_intercepts(each, program, old.n_batch)
+    state, parts = growth.state(known, program.state_dict(), wider)
     program.load_state_dict(state)
     return program.eval(), parts
 

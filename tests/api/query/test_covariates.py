@@ -1,9 +1,11 @@
-"""Continuous covariates of other cells: values that the model's data had in no cell."""
+"""Covariates of other cells: values that the model's data had in no cell, and new categories."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import pyro_multivi as pm
 
@@ -62,3 +64,36 @@ def test_values_far_from_those_of_the_model_are_told(adata, model):
     few = cells_with(adata)
     few.obs.iloc[:3, few.obs.columns.get_loc("dose")] = 4000.0
     model.get_latent_representation(adata=few)
+
+
+class OwnProgram(pm.MultiVIProgram):
+    """As that of the package, of another class."""
+
+
+class LinearExpression(pm.MultiVIProgram):
+    """The linear decoder of tutorials/recipes.md: its last layer sees z and the design."""
+
+    class Stack(nn.Module):
+        def forward(self, z, s):
+            return torch.cat([z, s.expand(*z.shape[:-1], -1)], -1)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.expression_decoder.stack = self.Stack()
+        self.expression_decoder.rho = nn.Linear(config.latent + config.n_covariates, config.n_genes)
+
+
+@pytest.mark.parametrize("kind", [OwnProgram, LinearExpression])
+def test_a_new_batch_and_a_new_category_for_a_program_of_ones_own_with_one_batch(adata, kind):
+    donors = adata[:60].copy()
+    donors.obs["donor"] = np.where(np.arange(60) % 2, "a", "b")
+    donors.obs["batch"] = "batch_0"
+    pm.MULTIVI.setup_anndata(donors, modality_key="modality", batch_key="batch", categorical_covariate_keys=["donor"])
+    model = pm.MULTIVI(donors, n_hidden=6, n_latent=2, gene_likelihood="nb", program_class=kind)
+    model.train(2, progress_bar=False)
+    query = donors[:20].copy()
+    query.obs["batch"], query.obs["donor"] = "batch_1", "c"
+    mapped = pm.MULTIVI.load_query_data(query, model)
+    assert mapped.program.partly_trained["accessibility_decoder.p.weight"] == (1, [7])
+    found, expected = (each.get_normalized_expression(donors, return_numpy=True) for each in (mapped, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
