@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -10,14 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_multivi.api.arguments import Data, Indices
+from pyro_multivi.api.arguments import Data, Indices, average_over
 from pyro_multivi.api.saving.description import difference_of_cells
 from pyro_multivi.api.scvi_tools.arguments import scvi_columns
 from pyro_multivi.api.scvi_tools.minified import check_counts, check_weights
-from pyro_multivi.data.checks import NotInModelError, caution, checked
+from pyro_multivi.data.checks import NotInModelError, caution, checked, first_names
 from pyro_multivi.data.fragments.checks import check_fragments
 from pyro_multivi.data.loader import Minibatches
-from pyro_multivi.data.minibatch import Cells
+from pyro_multivi.data.minibatch import AnyModality, Cells
 from pyro_multivi.data.modality import Modality, modality_named
 from pyro_multivi.data.selection import select_cells
 from pyro_multivi.data.setup import latest
@@ -28,6 +29,7 @@ from pyro_multivi.data.split import Split
 from pyro_multivi.data.table import CellTable
 from pyro_multivi.isolation import isolated
 from pyro_multivi.networks.surgery import Training
+from pyro_multivi.posterior.engine.decode import Average
 from pyro_multivi.program import MultiVIProgram
 from pyro_multivi.training import History
 
@@ -47,6 +49,8 @@ class ModelBase:
     spec: DataSpec
     program: MultiVIProgram
     is_trained: bool
+    #: The reference of a query's model, until it is saved.
+    _reference: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -221,6 +225,31 @@ class ModelBase:
         if counts is not None:
             check_counts(table, counts)
         return Minibatches(table, index, batch_size=batch_size, device=self.device)
+
+    def _average(self, modalities: Sequence[AnyModality], *arguments: Any) -> Average:
+        """Average of estimates of some modalities, by the arguments of :func:`average_over`; warn of batches."""
+        average = average_over(self.spec, *arguments)
+        for modality in modalities:
+            self._tell_unmeasured("transform_batch", average.batches, modality)
+        return average
+
+    def _tell_unmeasured(self, argument: str, batches: Sequence[int] | None, modality: AnyModality) -> None:
+        """Warn of batches to decode in that have cells in the data of the model, none of them with the modality."""
+        n_cells, n_measured = torch.zeros(2, self.spec.n_batch, dtype=torch.int64)
+        for model in (self, self._reference):
+            if model is not None and model._table is not None and batches is not None:
+                # Batches of a query's model are those of its reference, and new ones behind them.
+                code, mask = model._table.batch_code, modality.measured_in(model._table)
+                n_cells += code.bincount(minlength=self.spec.n_batch)
+                n_measured += code[mask].bincount(minlength=self.spec.n_batch)
+        names = [self.spec.batch_categories[code] for code in batches or () if n_cells[code] and not n_measured[code]]
+        if names:
+            others = [name for name, n in zip(self.spec.batch_categories, n_measured.tolist(), strict=True) if n]
+            caution(
+                f"{argument} names {first_names(names)}, in which {modality.assay} was measured in no cell of the "
+                f"model's data: its effects on {modality.features} are not known, and cells are decoded in it about as "
+                f"in an average batch, with intervals that leave this out. Measured: {first_names(others)}."
+            )
 
     def _lacks(self, method: str, modality: Modality, *special: Any) -> bool:
         """Whether the model has no features of a modality; if so warn that a result is empty.

@@ -388,12 +388,13 @@ class DifferentialMixin(ModelBase):
             self.spec, modality, wanted, self.device, measured_features(table, modality, in_all=False)
         )
         request = DifferentialRequest.from_arguments(modality, self.spec, features, arguments)
+        for name in ("batchid1", "batchid2"):
+            self._tell_unmeasured(name, getattr(request, name), modality)
         if arguments["unit"] == "group" or arguments["all_stats"]:
             check_counts(table, mend="give unit='cell' and all_stats=False")
         chosen = {name: arguments[name] for name in ("groupby", "group1", "group2", "idx1", "idx2")}
         contrasts = resolve_contrasts(self._obs_of(arguments["adata"]), table.cell_names, **chosen)
-        columns = covariate_columns(self.spec)
         return compare_groups(
-            self.program, table, contrasts, request, names, self.spec.batch_categories, columns, self.device,
-            arguments["silent"],
+            self.program, table, contrasts, request, names, self.spec.batch_categories, covariate_columns(self.spec),
+            self.device, arguments["silent"],
         )  # fmt: skip

@@ -22,7 +22,6 @@ from pyro_multivi.api.arguments import (
     OutPath,
     accessibility_of,
     as_json,
-    average_over,
     check_threshold,
     choose_features,
     imputed_quantities,
@@ -158,8 +157,8 @@ class EstimatesMixin(ModelBase):
         """
         if self._lacks("get_normalized_expression", RNA, return_interval, out):
             return self._without_features(adata, indices, return_numpy)
-        average = average_over(
-            self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
+        average = self._average(
+            [RNA], transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         genes, names = choose_features(self.spec, RNA, gene_list, self.device)
         cells = self._cells(adata, indices, cells_at_a_time(batch_size, average.n_samples), True, None)
@@ -275,8 +274,8 @@ class EstimatesMixin(ModelBase):
         """
         if self._lacks("get_accessibility_estimates", ATAC, return_interval, out):
             return self._without_features(adata, indices, return_numpy)
-        average = average_over(
-            self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
+        average = self._average(
+            [ATAC], transform_batch, n_samples, n_samples_overall, use_z_mean, return_mean, return_interval, seed
         )
         check_threshold(threshold, average)
         regions, names = choose_features(self.spec, ATAC, region_list, self.device)
@@ -379,8 +378,8 @@ class EstimatesMixin(ModelBase):
         parts = imputed_modalities(self.program, self.spec)
         for modality in MODALITIES if len(parts) < 2 else ():
             self._check_modality("impute", modality.name)
-        average = average_over(
-            self.spec, transform_batch, n_samples, n_samples_overall, use_z_mean, True, return_interval, seed
+        average = self._average(
+            parts, transform_batch, n_samples, n_samples_overall, use_z_mean, True, return_interval, seed
         )
         check_threshold(threshold, Average())
         n_features = sum(len(part.feature_names_in(self.spec)) for part in parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -214,3 +216,47 @@ def test_rows_of_zeros_marked_as_measured_stay_measured():
     assert np.isfinite(model.get_latent_representation(modality="expression", indices=[0])).all()
     assert np.isfinite(model.get_library_size_factors(indices=[0])["expression"]).all()
     assert model.get_reconstruction_error(indices=[0])["reconstruction_loss_expression"] > 0
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A model of three batches, the second without RNA and the third without proteins."""
+    adata = pm.simulate_multiome((90, 0, 0), n_genes=12, n_regions=14, n_batches=3, n_proteins=4, seed=0)
+    is_second, is_third = ((adata.obs["batch"] == f"batch_{number}").to_numpy() for number in (1, 2))
+    adata.obs["modality"] = np.where(is_second, "accessibility", "paired")
+    adata.X = sp.csr_matrix(adata.X.toarray() * ~(is_second[:, None] & (np.arange(26) < 12)))
+    adata.obsm["protein_expression"] = adata.obsm["protein_expression"].astype(float)
+    adata.obsm["protein_expression"].loc[is_third] = np.nan
+    keys = {"batch_key": "batch", "modality_key": "modality", "protein_expression_obsm_key": "protein_expression"}
+    pm.MULTIVI.setup_anndata(adata, **keys)
+    model = pm.MULTIVI(adata, n_hidden=6, n_latent=2)
+    model.train(2, progress_bar=False)
+    return model
+
+
+def test_batches_that_never_had_a_modality_are_told(uneven):
+    query = uneven.adata[:20].copy()
+    query.obs["batch"] = "new"
+    mapped = pm.MULTIVI.load_query_data(query, uneven)
+    both = {"transform_batch": ["batch_0", "batch_1", "batch_2"], "indices": [0, 1]}
+    rna = "'batch_1', in which RNA was measured in no cell .* Measured: 'batch_0', 'batch_2'"
+    protein = "'batch_2', in which protein was measured in no cell .* Measured: 'batch_0', 'batch_1'"
+    for call, told in (
+        (uneven.get_normalized_expression, [rna]),
+        (uneven.get_accessibility_estimates, []),
+        (uneven.get_normalized_protein_expression, [protein]),
+        (uneven.impute, [rna, protein]),
+        (mapped.get_normalized_expression, ["'batch_1', in which RNA .* Measured: 'batch_0', 'batch_2', 'new'"]),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(**both)
+        assert len(caught) == len(told)
+        for warning, sentence in zip(caught, told, strict=True):
+            assert re.search(f"transform_batch names {sentence}", str(warning.message))
+    uneven.get_normalized_expression(transform_batch="batch_0", indices=[0])
+    with pytest.warns(UserWarning, match="batchid2 names 'batch_1', in which RNA was measured in no cell"):
+        uneven.differential_expression(
+            groupby="batch", group1="batch_0", group2="batch_2", batch_correction=True, batchid1=[0], batchid2=[1],
+            unit="cell", n_samples=20, silent=True,
+        )  # fmt: skip

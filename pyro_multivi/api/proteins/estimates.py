@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_multivi.api.arguments import Batches, Data, FeatureList, Indices, OutPath, average_over, choose_features
+from pyro_multivi.api.arguments import Batches, Data, FeatureList, Indices, OutPath, choose_features
 from pyro_multivi.api.base import PREDICTION_BATCH, ModelBase
 from pyro_multivi.api.scvi_tools.arguments import TOTALVI, takes
 from pyro_multivi.data.checks import NotInModelError, check_choice, checked
@@ -202,8 +202,8 @@ class ProteinEstimatesMixin(ModelBase):
     ) -> Estimates:
         """Estimates of a site of an extra modality; ``arguments`` are those of a method above, by name."""
         self._check_extra(argument, extra.name)
-        average = average_over(
-            self.spec,
+        average = self._average(
+            [extra],
             *(arguments[key] for key in ("transform_batch", "n_samples", "n_samples_overall", "use_z_mean")),
             *(arguments[key] for key in ("return_mean", "return_interval", "seed")),
         )

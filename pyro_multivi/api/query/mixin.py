@@ -41,8 +41,6 @@ Model = TypeVar("Model", bound="QueryMixin")
 class QueryMixin(SavingMixin):
     """Methods about queries."""
 
-    #: The reference of a query's model, until it is saved.
-    _reference: Any = None
     _query_report: QueryReport | None = None
 
     @classmethod
