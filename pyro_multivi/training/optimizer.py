@@ -74,10 +74,11 @@ class UnreachedWeights:
             for weight in _design_weights(module, width)
             if id(weight) in trained
         ]
-        for _, layer, n in with_intercepts(program):
-            batches = columns[columns < n].to(layer.weight.device)
+        for modality, layer, n in with_intercepts(program):
+            # Of batches that lack the modality as well: those of a query start at the average of the reference's.
+            batches = (~train.table.design[measured(train, modality), :n].any(0)).nonzero().squeeze(1)
             if len(batches) and id(layer.weight) in trained:
-                self._parts.append((layer.weight, 1, layer.in_features - n + batches))
+                self._parts.append((layer.weight, 1, (layer.in_features - n + batches).to(layer.weight.device)))
         for name, weight in loadings(program).items():
             if name in program.partly_trained:
                 axis, places = program.partly_trained[name]

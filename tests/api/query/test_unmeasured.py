@@ -71,6 +71,21 @@ def test_a_query_moves_no_batch_that_none_of_its_cells_is_of(adata, model, chose
         assert (value == before[name]).all(0)[-3:].tolist() == [True, True, False], name
 
 
+@pytest.mark.parametrize("chosen", ["unfrozen", "freeze_decoder_first_layer"])
+def test_nor_an_intercept_of_a_batch_in_a_modality_that_it_lacks(adata, model, chosen):
+    """That of a new batch stays the average of the known ones, that of a known batch what it was."""
+    query = adata[(adata.obs["batch"] == "batch_0") | (adata.obs["modality"] == "expression")].copy()
+    query.obs.loc[query.obs["batch"] == "batch_1", "batch"] = "batch_2"
+    mapped = pm.MULTIVI.load_query_data(query, model, **{chosen: chosen == "unfrozen"})
+    assert mapped.spec.batch_categories == ("batch_0", "batch_1", "batch_2")
+    name = "accessibility_decoder.p.weight"
+    before = parameters_of(mapped, (name,))[name]
+    assert before[:, -1].any()
+    mapped.train(3, progress_bar=False)
+    is_same = (parameters_of(mapped, (name,))[name] == before).all(0)[-3:].tolist()
+    assert is_same == [chosen != "unfrozen", True, True]
+
+
 @pytest.mark.parametrize("train_size", [1.0, 0.8])
 def test_what_is_known_of_features_that_a_query_lacks_stays(adata, model, train_size):
     query = adata[adata.obs["batch"] == "batch_2", 3:20].copy()
