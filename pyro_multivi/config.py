@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "accessibility_likelihood": ("bernoulli", "poisson", "nb", "negative_binomial"),
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
     "latent_distribution": ("normal", "ln"),
+    "latent_prior": ("normal", "mixture"),
     "modality_weights": ("equal", "universal", "cell"),
     "modality_penalty": ("contrastive", "Jeffreys", "MMD", "None"),
     "use_batch_norm": ("none", "encoder", "decoder", "both"),
@@ -66,6 +67,9 @@ class ProgramConfig:
         ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``: sharing of the inverse dispersion.
     latent_distribution
         ``"normal"``, or ``"ln"``: the input of the decoders is softmax(z).
+    latent_prior
+        Prior of z: ``"normal"``, Normal(0, I), or ``"mixture"``, one of Normals whose weights each batch has; see
+        :class:`~pyro_multivi.networks.experts.LatentMixture`.
     modality_weights
         Weights of the average of the experts: equal, learned, or learned for each cell.
     modality_penalty
@@ -139,6 +143,7 @@ class ProgramConfig:
     proteins: bool = False
     protein_dispersion: str = "protein"
     fully_paired: bool = False
+    latent_prior: str = "normal"
 
     def __post_init__(self) -> None:
         if self.modality_penalty is None:

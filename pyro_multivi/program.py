@@ -167,7 +167,9 @@ class MultiVIProgram(ProgramModules):
     # ------------------------------------------------------------------ edges of the model
 
     def z_prior(self, s: Tensor) -> dist.TorchDistribution:
-        """z ~ Normal(0, I), event shape (K,)."""
+        """z ~ Normal(0, I), or the mixture that ``latent_prior`` chooses, event shape (K,)."""
+        if self.config.latent_prior == "mixture":
+            return self.latent_mixture(s)
         zero = s.new_zeros(*s.shape[:-1], self.config.latent)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
 

@@ -116,6 +116,9 @@ class MULTIVI(
         Distribution of accessibility: ``"bernoulli"``, open or closed, whatever the count; ``"poisson"`` or ``"nb"``,
         counts of fragments, of which there may be more in a region the more it is open. Counts of reads are turned into
         those by :func:`~pyro_multivi.reads_to_fragments`.
+    latent_prior
+        Prior of the states of cells: ``"normal"``, the paper's, or ``"mixture"``, one of Normals whose weights each
+        batch has, which keeps batches of other types of cells from being laid on each other.
 
     See Also
     --------
@@ -165,6 +168,7 @@ class MULTIVI(
         contrast_weight: float | None = None,
         region_dropout_rate: float = 0.25,
         accessibility_likelihood: str = "bernoulli",
+        latent_prior: str = "normal",
     ) -> None:
         # First, while the arguments are the only local names.
         choices = {name: value for name, value in locals().items() if name in ProgramConfig.__dataclass_fields__}

@@ -1,17 +1,22 @@
-"""Experts, one Normal per modality over the same latent state, and their weighted average."""
+"""Experts, one Normal per modality over the same latent state, their weighted average, and a mixture as its prior."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_multivi.data.minibatch import Cells
 from pyro_multivi.data.modality import modelled
 from pyro_multivi.networks.encoders import HiddenState, HiddenStates
+
+# Normals of a mixture prior, and the standard deviation of their centres at first.
+_COMPONENTS, _START_SPREAD = 20, 0.7
 
 
 @dataclass(frozen=True)
@@ -201,3 +206,44 @@ def measurement_patterns(experts: list[Expert]) -> Tensor:
     code = sum(2**place * expert.measured.long() for place, expert in enumerate(experts))
     assert isinstance(code, Tensor)
     return torch.nn.functional.one_hot(code, 2 ** len(experts))[:, 1:]
+
+
+class LatentMixture(nn.Module):
+    r"""Prior of the latent state: a mixture of Normals that all batches share, with weights of each batch.
+
+    .. math::
+
+        p(z \mid s) = \sum_{c} \pi_{sc}\, \mathrm{Normal}\big(z \mid m_c, \mathrm{diag}(t_c^2)\big)
+
+    Under Normal(0, I) the term :math:`\mathrm{KL}(q \Vert p)` is least where the states of each batch have mean 0, so
+    that a batch without a type of cells comes to lie beside the others. Here a batch without it has a weight of about 0
+    instead. A mixture prior was proposed by Dilokthanakul et al. (2016) and Tomczak and Welling (2018); weights of each
+    batch are ours. All of it is learned with the decoders (empirical Bayes), and KL terms are sampled.
+
+    Attributes
+    ----------
+    centre, log_scale
+        :math:`m_c` and :math:`\log t_c`, (C, K).
+    logits
+        Logarithms of the weights, (n_batch, C), up to a constant in each batch; 0 at first.
+
+    Examples
+    --------
+    >>> prior = LatentMixture(n_batch=2, n_latent=3)(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> prior.batch_shape, prior.event_shape
+    (torch.Size([2]), torch.Size([3]))
+    """
+
+    def __init__(self, n_batch: int, n_latent: int, n_components: int = _COMPONENTS) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(_START_SPREAD * torch.randn(n_components, n_latent))
+        # So that the variance of the whole is about 1 at first.
+        self.log_scale = nn.Parameter(torch.full_like(self.centre, math.log(1 - _START_SPREAD**2) / 2))
+        self.logits = nn.Parameter(torch.zeros(n_batch, n_components))
+
+    def forward(self, s: Tensor) -> dist.TorchDistribution:
+        """Prior of cells of a design (..., S), event shape (K,)."""
+        logits = s[..., : len(self.logits)] @ self.logits
+        shape = *logits.shape, self.centre.shape[-1]
+        components = dist.Normal(self.centre.expand(shape), self.log_scale.exp().expand(shape)).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)

@@ -19,6 +19,7 @@ from pyro_multivi.data.table import CellTable
 from pyro_multivi.networks.cell_factor import start_cell_factor, start_fragments, unlearned_cell_factor
 from pyro_multivi.networks.decoders import AccessibilityDecoder, ExpressionDecoder
 from pyro_multivi.networks.encoders import LibraryHead, SharedFirstLayer, expert_head
+from pyro_multivi.networks.experts import LatentMixture
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.layers import layer_options, start_constant
 from pyro_multivi.networks.linear_start import start_linearly
@@ -137,6 +138,8 @@ class ProgramModules(nn.Module):
             self._add_rna(config)
         if config.n_regions:
             self._add_atac(config)
+        if config.latent_prior == "mixture":
+            self.latent_mixture = LatentMixture(config.n_batch, config.latent)
         if config.modality_weights == "universal":
             self.weight_logits = nn.Parameter(torch.zeros(len(MODALITIES)))
         elif config.modality_weights == "cell":
