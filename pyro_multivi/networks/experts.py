@@ -216,8 +216,8 @@ class LatentMixture(nn.Module):
         p(z \mid s) = \sum_{c} \pi_{sc}\, \mathrm{Normal}\big(z \mid m_c, \mathrm{diag}(t_c^2)\big)
 
     Under Normal(0, I) the term :math:`\mathrm{KL}(q \Vert p)` is least where the states of each batch have mean 0, so
-    that a batch without a type of cells comes to lie beside the others. Here a batch without it has a weight of about 0
-    instead. A mixture prior was proposed by Dilokthanakul et al. (2016) and Tomczak and Welling (2018); weights of each
+    that a batch without a type of cells comes to lie beside the others. Here that batch can weigh less what the type
+    needs. A mixture prior was proposed by Dilokthanakul et al. (2016) and Tomczak and Welling (2018); weights of each
     batch are ours. All of it is learned with the decoders (empirical Bayes), and KL terms are sampled.
 
     Attributes
