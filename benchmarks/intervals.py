@@ -54,10 +54,10 @@ def _holds(found: pm.Estimate, truth: NDArray[np.float32]) -> NDArray[np.bool_]:
     return held
 
 
-def coverage(n_cells: int, seed: int) -> pd.DataFrame:
+def coverage(n_cells: int, n_batches: int, seed: int) -> pd.DataFrame:
     """Share of the intervals that hold the truth: a row for each quantity and decoder, a column for each pattern."""
     of_pattern = n_cells // 3
-    adata = pm.simulate_multiome((of_pattern,) * 3, seed=seed)
+    adata = pm.simulate_multiome((of_pattern,) * 3, n_batches=n_batches, seed=seed)
     pm.MULTIVI.setup_anndata(adata, batch_key="batch", modality_key="modality")
     model = pm.MULTIVI(adata)
     model.train(progress_bar=False, seed=seed)
@@ -74,12 +74,13 @@ def main() -> None:
     """Print the mean over seeds, and its range."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=600)
+    parser.add_argument("--batches", type=int, default=1, help="batches of the cells, each in all patterns")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=101)
     arguments = parser.parse_args()
     tables = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        tables.append(coverage(arguments.cells, seed))
+        tables.append(coverage(arguments.cells, arguments.batches, seed))
         print(f"{arguments.cells} cells, seed {seed}\n{tables[-1].round(3).to_string()}", flush=True)
     every = pd.concat(tables).groupby(level=0)
     for name, table in (("mean", every.mean()), ("least", every.min()), ("largest", every.max())):
