@@ -23,7 +23,7 @@ from pyro_multivi.networks.experts import LatentMixture
 from pyro_multivi.networks.extra import ExtraModality, Proteins
 from pyro_multivi.networks.layers import layer_options, start_constant
 from pyro_multivi.networks.linear_start import start_linearly
-from pyro_multivi.networks.surgery import add_intercepts
+from pyro_multivi.networks.surgery import add_intercepts, keep_columns
 
 #: Number formats of the decoders' large matrix products; None is that of the parameters.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
@@ -221,6 +221,8 @@ class ProgramModules(nn.Module):
         super().__setstate__(state)
         # A copy, also one by pickle, has parameters of its own.
         self.uid = self._next_uid()
+        # Torch copies no hooks.
+        keep_columns(self)
 
     @staticmethod
     def _next_uid() -> str:

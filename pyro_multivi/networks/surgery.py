@@ -244,12 +244,9 @@ class Training:
     def apply(self, program: Any) -> None:
         """Freeze everything else in a program: its gradients are zero, and so are those of old columns."""
         for name, parameter in program.named_parameters():
-            part = self.parts.get(name, ())
-            parameter.requires_grad_(part != ())
-            if part:
-                axis, places = part
-                parameter.register_hook(_KeepColumns(parameter, axis, places))
+            parameter.requires_grad_(self.parts.get(name, ()) != ())
         program.partly_trained = {name: part for name, part in self.parts.items() if part is not None}
+        keep_columns(program)
         modules = dict(program.named_modules())
         for network, prefix in _normalisations(program):
             modules[prefix.removesuffix(".")].frozen = network not in self.batch_norm
@@ -287,6 +284,16 @@ class Training:
         if not isinstance(dropout, bool) or not set(batch_norm) <= _NETWORKS.keys():
             raise ValueError("training is none that is known")
         return cls(parts, dropout, batch_norm)
+
+
+def keep_columns(program: Any) -> None:
+    """Make the gradients of parameters zero outside the part that is trained: ``partly_trained`` of a program."""
+    for name, parameter in program.named_parameters():
+        if name in program.partly_trained:
+            was_trained = parameter.requires_grad
+            # Torch takes no hook otherwise; it stays when the parameter is frozen again.
+            parameter.requires_grad_(True).register_hook(_KeepColumns(parameter, *program.partly_trained[name]))
+            parameter.requires_grad_(was_trained)
 
 
 class _KeepColumns:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +99,29 @@ def test_gradients_of_old_columns_are_zero():
     assert weight.weight.grad.any(0).nonzero().squeeze(1).tolist() == [4, 7]
     assert weight.bias.grad is None
     assert new.log_theta.grad.any(1).tolist() == [False, False, True]
+
+
+def pickled(program):
+    return pickle.loads(pickle.dumps(program))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_gradients_of_old_columns_are_zero_in_a_copy(copied):
+    old, new = programs()
+    parts = Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())[1]
+    Training.chosen(new, parts, **FROZEN).apply(new)
+    # One that the user froze for the time being is copied too.
+    new.expression_decoder.rho.weight.requires_grad_(False)
+    twin = copied(copied(new))
+    assert not twin.expression_decoder.rho.weight.requires_grad
+    twin.expression_decoder.rho.weight.requires_grad_(True)
+    for name, parameter in twin.named_parameters():
+        assert parameter.requires_grad == (name in parts)
+        if name in parts:
+            axis, places = parts[name]
+            gradient = torch.autograd.grad(parameter.sum(), parameter)[0].movedim(axis, 0)
+            assert gradient[places].eq(1).all()
+            assert gradient.sum() == gradient[places].numel()
 
 
 def test_tensors_of_a_custom_program():
