@@ -144,7 +144,7 @@ class MultiVIProgram(ProgramModules):
 
         k runs over the measured modalities of the cell and the weights sum to one over them: z is
         the average of one expert per modality. d is LogitNormal around :math:`f_\ell(y_n)`. Where nothing was measured
-        the prior takes its place.
+        the prior takes its place; q(z) is Normal(0, I) there, whatever the prior of z is.
         """
         register_param_sites(self, self.uid)
         self.guide_shared()
