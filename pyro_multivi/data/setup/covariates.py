@@ -281,11 +281,30 @@ def _words(opened: Opened, argument: str, key: str, known: Sequence[str] = ()) -
             f"{first_names(opened.cells[missing])}. Give each a category, or drop the cells."
             f"{gathering(argument, key, opened.tables, opened.cells)}"
         )
+    _refuse_alike(column, argument, key, opened.place_of(argument))
     words = column.astype(str)
     if known and not set(words) <= set(known):
         others = {word: name_of(value, known) for word, value in zip(words, column, strict=True)}
         words = words.replace({word: name for word, name in others.items() if isinstance(name, str) and word != name})
     return words.to_numpy(dtype=object)
+
+
+def _refuse_alike(column: pd.Series[Any], argument: str, key: str, where: str) -> None:
+    """Refuse a text beside a number of the same spelling.
+
+    Categories go by their spelling: a donor 1 of one study and a donor "1" of another would be one, unnoticed.
+    """
+    values = column.cat.remove_unused_categories().cat.categories if hasattr(column, "cat") else column
+    if values.dtype != object:
+        return
+    texts = {value for value in values if isinstance(value, str)}
+    both = sorted(texts & {str(value) for value in values if not isinstance(value, str)})
+    if both:
+        raise ValueError(
+            f"{argument}={key!r} holds {first_names(both)} both as a text and as a number, or another value, which "
+            "would be one category. Rename one if they are different; if they are the same, make all of them texts: "
+            f"{where}[{key!r}] = {where}[{key!r}].astype(str)."
+        )
 
 
 def _numeric(opened: Opened, argument: str, key: str) -> NDArray[np.float64]:

@@ -170,6 +170,20 @@ def test_a_column_whose_name_is_a_number(adata):
     setup_anndata(adata, batch_key="0")
 
 
+@pytest.mark.parametrize("form", [list, pd.Categorical])
+@pytest.mark.parametrize("argument", ["batch_key", "categorical_covariate_keys", "labels_key"])
+def test_a_number_and_a_text_of_one_spelling_are_not_made_one(adata, argument, form):
+    adata.obs["donor"] = form([1, "1", 2, 2, "1", 1])
+    given = ["donor"] if argument == "categorical_covariate_keys" else "donor"
+    message = rf"{argument}='donor' holds '1' both as a text .*obs\['donor'\].astype\(str\)"
+    with pytest.raises(ValueError, match=message):
+        setup_anndata(adata, **{argument: given})
+    # One spelling that no cell has any more is no matter, nor is another text beside numbers.
+    setup_anndata(adata[[0, 2, 3, 5]].copy(), **{argument: given})
+    adata.obs["donor"] = form([1, "none", 2, 2, "none", 1])
+    setup_anndata(adata, **{argument: given})
+
+
 def test_missing_batch_column(spec, adata):
     other = adata.copy()
     del other.obs["batch"]
