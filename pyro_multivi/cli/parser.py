@@ -148,6 +148,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="weight of the term by which the two halves of a cell find each other among other cells (default: 2.5, "
         "unless --fully-paired)",
     )
+    parser.add_argument(
+        "--latent-prior",
+        default="normal",
+        help="normal, or mixture, of which each batch has its own weights, for batches that lack types of cells "
+        "(default: normal)",
+    )
 
 
 def _check(commands: _Commands) -> None:

@@ -125,6 +125,7 @@ def train(options: argparse.Namespace) -> None:
         fully_paired=options.fully_paired,
         mixing_weight=options.mixing_weight,
         contrast_weight=options.contrast_weight,
+        latent_prior=options.latent_prior,
         seed=options.seed,
     )
     _analyse(model, data, options)

@@ -39,11 +39,14 @@ def test_weights_and_kinds_of_training_arrive(run):
     found, _ = run("cells.h5ad", *given)
     config = found["model"].program.config
     assert (config.fully_paired, found["precision"], found["compile"]) == (True, "fp32", False)
+    assert config.latent_prior == "normal"
     more = ("--no-fully-paired", "--mixing-weight", "0", "--contrast-weight", "1.5", "--precision", "bf16", "--compile")
     found, _ = run("cells.h5ad", *given, *more)
     config = found["model"].program.config
     assert (config.fully_paired, config.mixing_weight, config.contrast_weight) == (False, 0, 1.5)
     assert (found["precision"], found["compile"]) == ("bf16", True)
+    found, _ = run("cells.h5ad", *given, "--latent-prior", "mixture")
+    assert found["model"].program.config.latent_prior == "mixture"
     # A weight alone keeps the penalty, as in Python.
     found, _ = run("cells.h5ad", *given, "--mixing-weight", "2")
     assert found["model"].program.config.fully_paired is False
@@ -55,6 +58,7 @@ def test_weights_and_kinds_of_training_arrive(run):
         (["--mixing-weight", "-1"], "--mixing-weight -1.0 is not allowed"),
         (["--contrast-weight", "-1"], "--contrast-weight -1.0 is not allowed"),
         (["--fully-paired"], "--fully-paired"),
+        (["--latent-prior", "vamp"], "--latent-prior 'vamp' is not allowed: choose one of 'normal', 'mixture'"),
         (["--protein", "adt"], "--protein 'adt' is not in obsm. Known: 'hidden_protein', 'protein_expression'"),
         (
             ["--protein", "protein_expression", "--from-disk"],
