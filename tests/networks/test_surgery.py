@@ -101,14 +101,14 @@ def test_gradients_of_old_columns_are_zero():
     assert new.log_theta.grad.any(1).tolist() == [False, False, True]
 
 
-def pickled(program):
+def saved_and_read(program):
     file = io.BytesIO()
     torch.save(program, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_read])
 def test_gradients_of_old_columns_are_zero_in_a_copy(copied):
     old, new = programs()
     parts = Growth.of(OLD, NEW, n_continuous=1).state(old.state_dict(), new.state_dict())[1]
